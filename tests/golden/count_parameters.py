@@ -1,0 +1,150 @@
+"""Exact parameter counts, by kind and by layer, of the model each card describes.
+
+Builds the transformers class on the meta device from the card's [config], so nothing is allocated or downloaded:
+
+    python tests/golden/count_parameters.py > tests/golden/parameters.json
+    python tests/golden/count_parameters.py qwen2-7b gpt2
+
+Needs torch and transformers; parameters.json was written with torch 2.13 and transformers 5.24.
+"""
+
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+Config = dict[str, Any]
+Parameter = tuple[str, int | None, int]  # kind, layer or None, number of elements
+
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+KINDS = ("embedding", "attention", "mlp", "norm", "lm_head", "other")
+LAYER_LISTS = {"layers", "h", "blocks"}
+ATTENTION = {"self_attn", "attn", "attention", "self_attention"}
+MLP = {"mlp", "ffn", "fc1", "fc2"}
+EMBEDDING_PROJECTIONS = {"project_in", "project_out"}  # OPT-350m
+# The shapes that a card's config may spell in the keys of its own remote code.
+SHAPES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def nearest(config: Config) -> Config | None:
+    """For a family that is remote code: the config of a transformers class with equal shapes."""
+    shapes = {key: config[key] for key in SHAPES if key in config}
+    match config["model_type"]:
+        case "baichuan" | "internlm2" | "minicpm":  # without biases; some keep q, k and v in one matrix
+            return {"model_type": "llama", **shapes}
+        case "mimo":
+            return {"model_type": "qwen2", **shapes}
+        case "qwen":  # its intermediate_size counts gate and up together
+            half = config["intermediate_size"] // 2
+            heads = config["num_attention_heads"]
+            return {"model_type": "qwen2", **shapes, "intermediate_size": half, "num_key_value_heads": heads}
+        case "chatglm":
+            return {
+                "model_type": "glm",
+                **shapes,
+                "intermediate_size": config["ffn_hidden_size"],
+                "num_hidden_layers": config["num_layers"],
+                "num_key_value_heads": config["multi_query_group_num"],
+                "head_dim": config["kv_channels"],
+                "vocab_size": config["padded_vocab_size"],
+                "attention_bias": config["add_qkv_bias"],
+                "pad_token_id": config["pad_token_id"],
+            }
+    return None
+
+
+def build(config: Config) -> PreTrainedModel:
+    keys = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **keys))
+
+
+def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
+    path = set(name.split("."))
+    if "norm" in type(owner).__name__.lower():
+        return "norm"
+    if is_head:
+        return "lm_head"
+    if isinstance(owner, torch.nn.Embedding) or path & EMBEDDING_PROJECTIONS:
+        return "embedding"
+    if path & ATTENTION:
+        return "attention"
+    return "mlp" if path & MLP else "other"
+
+
+def layer(name: str) -> int | None:
+    parts = name.split(".")
+    return next((int(index) for at, index in pairwise(parts) if at in LAYER_LISTS and index.isdigit()), None)
+
+
+def parameters(model: PreTrainedModel) -> Iterator[Parameter]:
+    """Each parameter once; a tied head is met first as the embedding."""
+    head = model.get_output_embeddings()
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        yield kind(name, owner, owner is head), layer(name), parameter.numel()
+
+
+def nemotron_nas(config: Config) -> Iterator[Parameter]:
+    """Llama blocks whose key/value heads and FFN width differ by layer, or that lack one half."""
+    hidden, heads, table = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
+    yield "embedding", None, table * hidden
+    yield "norm", None, hidden
+    yield "lm_head", None, table * hidden
+    for index, block in enumerate(config["block_configs"]):
+        attention, ffn = block["attention"], block["ffn"]
+        if attention["replace_with_linear"] or ffn["replace_with_linear"]:
+            raise NotImplementedError("a block replaced by a linear layer")
+        if not attention["no_op"]:
+            key_value = hidden // heads * (heads // attention["n_heads_in_group"])
+            yield "norm", index, hidden
+            yield "attention", index, 2 * hidden * hidden + 2 * hidden * key_value
+        if not ffn["no_op"]:
+            width = int(2 * ffn["ffn_mult"] * hidden / 3)
+            width += -width % 256
+            yield "norm", index, hidden
+            yield "mlp", index, 3 * hidden * width
+
+
+def count(card: Config) -> Config:
+    config = card["config"] | dict.fromkeys(card.get("nulls", []))
+    if config["model_type"] == "nemotron-nas":
+        found, via, tied = list(nemotron_nas(config)), "shapes, per block", config["tie_word_embeddings"]
+    else:
+        substitute = nearest(config)
+        model = build(substitute or config)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        found, tied = list(parameters(model)), head.weight is embedding.weight
+        via = type(model).__name__ + (f" (equal shapes; {config['model_type']} is remote code)" if substitute else "")
+    by_kind = dict.fromkeys(KINDS, 0)
+    by_layer: dict[int, int] = {}
+    for of_kind, index, number in found:
+        by_kind[of_kind] += number
+        if index is not None:
+            by_layer[index] = by_layer.get(index, 0) + number
+    runs = [[len(list(equal)), size] for size, equal in groupby(by_layer[index] for index in sorted(by_layer))]
+    return {"total": sum(by_kind.values()), **by_kind, "layers": runs, "via": via, "tied": tied}
+
+
+def main(names: list[str]) -> None:
+    names = names or sorted(path.stem for path in CARDS.glob("*.toml"))
+    counts = {name: count(tomllib.loads((CARDS / f"{name}.toml").read_text("utf-8"))) for name in names}
+    lines = (f"  {json.dumps(name)}: {json.dumps(counts[name])}" for name in names)
+    print("{\n" + ",\n".join(lines) + "\n}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
