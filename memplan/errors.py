@@ -1,0 +1,55 @@
+"""The errors memplan raises on purpose. Each has one line for the user and the exit code of the command.
+
+    MemplanError                2
+      UnknownNameError          2   a name that is in no table, with the nearest ones that are
+      SpecError                 2   a run that contradicts itself or asks for what is not supported yet
+      ConfigError               2   a config.json or card that cannot be read as a model
+        UnsupportedModelError   2   a family of models that memplan has no stack for yet
+      FactsMissingError         3   the model's facts are not available (offline, gated)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class MemplanError(Exception):
+    """Base of every error memplan raises on purpose; `field` names what is wrong in the input."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnknownNameError(MemplanError):
+    """`value` is in no table; the nearest of `choices` are named."""
+
+    def __init__(self, field: str, value: str, choices: Iterable[str]) -> None:
+        import difflib
+
+        choices = list(choices)
+        near = difflib.get_close_matches(value.lower(), choices, n=3, cutoff=0.5) or choices[:3]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        super().__init__(f"{field}: unknown name {value!r}{hint}", field)
+        self.value = value
+        self.nearest = tuple(near)
+
+
+class SpecError(MemplanError):
+    """A run that contradicts itself, or asks for what memplan does not support yet."""
+
+
+class ConfigError(MemplanError):
+    """A config.json or card that cannot be read as a model: not JSON, a key missing, a value out of range."""
+
+
+class UnsupportedModelError(ConfigError):
+    """A family of models that memplan has no stack for: refused, never guessed."""
+
+
+class FactsMissingError(MemplanError):
+    """The model's facts are not here: not bundled, not cached, and the network was not asked."""
+
+    exit_code = 3
