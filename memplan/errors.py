@@ -1,16 +1,19 @@
 """The errors memplan raises on purpose. Each has one line for the user and the exit code of the command.
 
-    MemplanError                2
-      UnknownNameError          2   a name that is in no table, with the nearest ones that are
-      SpecError                 2   a run that contradicts itself or asks for what is not supported yet
-      ConfigError               2   a config.json or card that cannot be read as a model
-        UnsupportedModelError   2   a family of models that memplan has no stack for yet
-      FactsMissingError         3   the model's facts are not available (offline, gated)
+MemplanError                2
+  UnknownNameError          2   a name that is in no table, with the nearest ones that are
+  SpecError                 2   a run that contradicts itself or asks for what is not supported yet
+  ConfigError               2   a config.json or card that cannot be read as a model
+    UnsupportedModelError   2   a family of models that memplan has no stack for yet
+  FactsMissingError         3   the model's facts are not available (offline, gated)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+
+_LONGEST = 80  # letters of a wrong name that are repeated in the error about it
 
 
 class MemplanError(Exception):
@@ -24,15 +27,16 @@ class MemplanError(Exception):
 
 
 class UnknownNameError(MemplanError):
-    """`value` is in no table; the nearest of `choices` are named."""
+    """`value` is in no table. The nearest of `choices` are named; `ranked` choices are in order of nearness already."""
 
-    def __init__(self, field: str, value: str, choices: Iterable[str]) -> None:
+    def __init__(self, field: str, value: str, choices: Iterable[str], *, ranked: bool = False) -> None:
         import difflib
 
-        choices = list(choices)
-        near = difflib.get_close_matches(value.lower(), choices, n=3, cutoff=0.5) or choices[:3]
+        choices = list(dict.fromkeys(choices))
+        near = choices[:3] if ranked else difflib.get_close_matches(value.lower(), choices, n=3, cutoff=0.0)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        super().__init__(f"{field}: unknown name {value!r}{hint}", field)
+        shown = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+        super().__init__(f"{field}: unknown name {shown!r}{hint}", field)
         self.value = value
         self.nearest = tuple(near)
 

@@ -1,0 +1,55 @@
+"""memplan: how much GPU memory a training run takes, when, and whether it fits.
+
+import memplan
+answer = memplan.estimate(memplan.RunSpec(model="qwen2-7b", method="qlora", gpu="3090"))
+answer.verdict.answer, answer.bytes.used
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memplan.answer import Estimate as Estimate
+    from memplan.answer import Verdict as Verdict
+    from memplan.cards import card_names as card_names
+    from memplan.cards import find_model as find_model
+    from memplan.cards import load_card as load_card
+    from memplan.errors import MemplanError as MemplanError
+    from memplan.estimator import estimate as estimate
+    from memplan.gpus import GPU as GPU
+    from memplan.gpus import all_gpus as all_gpus
+    from memplan.gpus import find_gpu as find_gpu
+    from memplan.models import ModelSpec as ModelSpec
+    from memplan.spec import RunSpec as RunSpec
+
+__version__ = "0.1.0"
+
+# Each public name and the module it is in: a module is imported when a name of it is first used.
+_NAMES = {
+    "Estimate": "answer",
+    "Verdict": "answer",
+    "card_names": "cards",
+    "find_model": "cards",
+    "load_card": "cards",
+    "MemplanError": "errors",
+    "estimate": "estimator",
+    "GPU": "gpus",
+    "find_gpu": "gpus",
+    "all_gpus": "gpus",
+    "ModelSpec": "models",
+    "RunSpec": "spec",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'memplan' has no attribute {name!r}")
+    value = getattr(import_module(f"memplan.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted((*_NAMES, "__version__"))

@@ -1,0 +1,241 @@
+"""What the user says: a run, in Hugging Face's words. Frozen, hashable, and the same in Python, JSON and YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from memplan.errors import SpecError, UnknownNameError
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+MethodKind = Literal["full", "freeze", "lora", "qlora", "dora", "qdora"]
+
+_MOST = 2**40  # no batch, sequence or rank is larger: absurd input must not become an absurd answer
+Count = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
+Natural = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
+
+
+def frozen(value: Any) -> Any:
+    """Lists become tuples, mappings FrozenDicts, all the way down."""
+    if isinstance(value, Mapping):
+        items = cast(Mapping[Any, Any], value)
+        return FrozenDict({str(k): frozen(v) for k, v in items.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(v) for v in cast(tuple[Any, ...], value))
+    return value
+
+
+class FrozenDict(dict[str, Any]):
+    """A mapping that cannot change and can be hashed, for the parts of a spec that are free-form JSON."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *_: object, **__: object) -> None:
+        raise TypeError("a FrozenDict cannot be changed")
+
+    __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = _refuse  # pyright: ignore[reportAssignmentType]
+
+
+Json = Annotated[dict[str, Any], AfterValidator(frozen)]
+Names = tuple[str, ...]
+
+
+class Part(BaseModel, frozen=True):
+    """Base of every part of a run: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Quantization(Part, frozen=True):
+    """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words."""
+
+    format: Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"] = "nf4"
+    double_quant: bool = True
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
+    skip: Names = ("lm_head",)
+    kbit_preparation: Literal[True, False, "trl"] = True
+
+
+class Method(Part, frozen=True):
+    """What trains. `targets` are module or role names, or `all-linear`; `rank` to `quantization` are for adapters."""
+
+    kind: MethodKind = "full"
+    rank: Count = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    targets: Literal["all-linear"] | Names = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    modules_to_save: Names = ()
+    adapter_dtype: Dtype | None = None
+    trainable_layers: Count = 2
+    quantization: Quantization | None = None
+    options: Json = Field(default_factory=FrozenDict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        """A word is the kind; `qlora` and `qdora` quantise, to NF4 unless something else is said."""
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, Mapping):
+            return value
+        given = dict(cast(Mapping[str, Any], value))
+        if given.get("kind") in ("qlora", "qdora") and given.get("quantization") is None:
+            given["quantization"] = {}
+        return given
+
+
+class Precision(Part, frozen=True):
+    """`weights` is the dtype the model is loaded in, `compute` what autocast or 4-bit layers compute in.
+
+    `grads` and `master` (and the states with it) differ from `weights` in mixed precision as Megatron and DeepSpeed
+    mean it. The words `pure`, `amp` and `mixed` are accepted for the whole, a dtype for pure precision in it.
+    """
+
+    weights: Dtype = "bf16"
+    compute: Dtype | Literal["fp8", "float8"] | None = None
+    autocast: bool = False
+    grads: Dtype | None = None
+    master: Dtype | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return precision_of(value) if isinstance(value, str) else value
+
+
+def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
+    """The fields of `Precision` that `pure`, `amp`, `mixed` or a dtype mean.
+
+    Raises SpecError for `mixed` of fp32, UnknownNameError for another word.
+    """
+    match word:
+        case "amp":  # over fp32 weights anyway, so fp32 names no dtype to compute in
+            return {"weights": "fp32", "compute": "bf16" if dtype == "fp32" else dtype, "autocast": True}
+        case "mixed":
+            if dtype == "fp32":
+                raise SpecError("precision: mixed keeps bf16 or fp16 weights beside fp32 ones, not fp32", "precision")
+            return {"weights": dtype, "grads": dtype, "master": "fp32"}
+        case "pure":
+            return {"weights": dtype}
+        case "bf16" | "fp16" | "fp32":
+            return {"weights": word}
+        case _:
+            raise UnknownNameError("precision", word, ("pure", "amp", "mixed", "bf16", "fp16", "fp32"))
+
+
+class Optimizer(Part, frozen=True):
+    """`name` as in transformers' `OptimizerNames`, or `none`. `foreach` and `state_dtype` override its defaults."""
+
+    name: str = "adamw_torch_fused"
+    state_dtype: Dtype | None = None
+    foreach: bool | None = None
+    in_backward: bool = False
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Batch(Part, frozen=True):
+    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step."""
+
+    micro: Count = 1
+    sequence: Count = 2048
+    accumulation: Count = 1
+    new_tokens: Natural = 0
+
+
+class Kernels(Part, frozen=True):
+    """Which implementations run."""
+
+    attention: Literal["sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"] = "sdpa"
+    checkpointing: Literal["none", "full", "selective", "offload"] = "full"
+    loss: Literal["hf", "chunked", "fused", "chunked_lm_head"] = "hf"
+    fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] = ()
+    compile: bool = False
+
+
+class Loop(Part, frozen=True):
+    """What the training script does around the step.
+
+    `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32 under bitsandbytes'
+    8-bit optimizers.
+    """
+
+    hold_outputs: bool = False
+    padded: bool = False
+    use_cache: bool = False
+    clip_grad_norm: Annotated[float, Field(ge=0)] | None = 1.0
+    grad_scaler: bool = False
+    trainer: bool = False
+
+
+class Offload(Part, frozen=True):
+    """What lives on the host between uses."""
+
+    parameters: bool = False
+    optimizer: bool = False
+    activations: bool = False
+
+
+class Parallelism(Part, frozen=True):
+    """`world` GPUs and how they divide the work."""
+
+    world: Count = 1
+    dp: Count = 1
+    tp: Count = 1
+    pp: Count = 1
+    cp: Count = 1
+    ep: Count = 1
+    etp: Count = 1
+    virtual_stages: Count = 1
+    sequence_parallel: bool = False
+    strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
+    offload: Offload = Offload()
+    stage: Natural | None = None
+
+
+class InlineModel(Part, frozen=True):
+    """A model given by its config instead of by name, with Hugging Face's keys."""
+
+    config: Json
+
+
+class RunSpec(Part, frozen=True):
+    """A whole run. Words are accepted for parts: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`."""
+
+    if TYPE_CHECKING:  # what pydantic accepts is more than what the fields are
+
+        def __init__(
+            self,
+            *,
+            model: str | InlineModel | Mapping[str, Any],
+            task: Literal["train", "forward", "generate"] = ...,
+            method: Method | str | Mapping[str, Any] = ...,
+            precision: Precision | str | Mapping[str, Any] = ...,
+            optimizer: Optimizer | str | Mapping[str, Any] = ...,
+            batch: Batch | Mapping[str, Any] = ...,
+            kernels: Kernels | Mapping[str, Any] = ...,
+            loop: Loop | Mapping[str, Any] = ...,
+            parallelism: Parallelism | Mapping[str, Any] = ...,
+            profile: str = ...,
+            gpu: str | None = ...,
+        ) -> None: ...
+
+    model: str | InlineModel
+    task: Literal["train", "forward", "generate"] = "train"
+    method: Method = Method()
+    precision: Precision = Precision()
+    optimizer: Optimizer = Optimizer()
+    batch: Batch = Batch()
+    kernels: Kernels = Kernels()
+    loop: Loop = Loop()
+    parallelism: Parallelism = Parallelism()
+    profile: str = "transformers-5"
+    gpu: str | None = None
