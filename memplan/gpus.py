@@ -3,7 +3,7 @@
 The rows are in `memplan.gpu_table`, one literal a card. `find_gpu` turns what people type, and what
 `nvidia-smi` and torch print, into a row. Bytes are integers. `memory_gb` is the number on the box.
 
->>> find_gpu("RTX 3090").usable
+>>> find_gpu("RTX 3090").driver_total
 25769803776
 >>> [gpu.name for gpu in ambiguous_with("v100 sxm")]
 ['v100-sxm2-32gb']
@@ -11,7 +11,7 @@ The rows are in `memplan.gpu_table`, one literal a card. `find_gpu` turns what p
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 from memplan.errors import UnknownNameError
@@ -63,24 +63,23 @@ class GPU(NamedTuple):
     memory_gb: float
     """The size on the box. For Apple's chips the smallest of `memory_options_gb`: a chip's name alone does
     not say how much memory a machine was bought with, and assuming more would promise what is not there."""
-    usable: int
-    """Bytes of one device: the total that nvidia-smi (rocm-smi, torch.xpu, XLA ...) reports. The name in
-    `sources` is "usable". torch may show a little less; see `torch_total`."""
-    usable_basis: Basis
-    """"driver": somebody's driver reported `usable`. "rule": nobody's was found; see `usable_by_rule`."""
+    driver_total: int
+    """Bytes of one device: the total that nvidia-smi (rocm-smi, torch.xpu, XLA ...) reports."""
+    driver_basis: Basis
+    """"driver": somebody's driver reported `driver_total`. "rule": nobody's was found; see `total_by_rule`."""
     sources: tuple[Source, ...]
     aliases: tuple[str, ...] = ()
     memory_options_gb: tuple[float, ...] = ()
     """Every size the chip is sold with, where the name does not tell."""
     devices: int = 1
-    """How many devices torch sees on one card. `usable` is for one of them, the other facts for the card."""
+    """How many devices torch sees on one card. `driver_total` is for one of them, the other facts for the card."""
     unified: bool = False
     """The memory is shared with the CPU and the operating system."""
     ecc: bool = False
-    """`usable` is with inline ECC on, which takes about 1/16 of GDDR memory; with ECC off more is usable."""
+    """`driver_total` is with inline ECC on, which takes about 1/16 of GDDR memory; with ECC off more is usable."""
     torch_total: int | None = None
-    """Bytes that torch shows as the device's total memory (the smallest reading found). Less than `usable`
-    on recent NVIDIA drivers, whose total includes a reserve that no program gets."""
+    """Bytes that torch shows as the device's total memory (the smallest reading found). Less than
+    `driver_total` on recent NVIDIA drivers, whose total includes a reserve that no program gets."""
     compute_capability: tuple[int, int] | None = None
     native_dtypes: tuple[str, ...] = ()
     bandwidth_gbps: float | None = None
@@ -102,13 +101,24 @@ class GPU(NamedTuple):
     prices: tuple[Price, ...] = ()
     note: str = ""
 
+    @property
+    def usable(self) -> int:
+        """Bytes that the programs on one device get between them: what torch shows as its total memory.
+
+        Where no such reading was found, NVIDIA's total less 3 %: the largest reserve seen is a T4's, 2.9 %.
+        """
+        if self.torch_total is not None:
+            return self.torch_total
+        reserve = self.driver_total * 3 // 100 if self.vendor == "NVIDIA" and not self.unified else 0
+        return self.driver_total - reserve
+
     def source(self, fact: str) -> Source | None:
         """The source of one fact, by its field name, or None where it has none (a fact that is None)."""
         return next((source for source in self.sources if fact in source.facts), None)
 
 
 @cache
-def gpus() -> tuple[GPU, ...]:
+def all_gpus() -> tuple[GPU, ...]:
     """All cards, in table order."""
     # Here and not above: `import memplan` must not pay for 184 rows that most runs read one of.
     from memplan.gpu_table import GPUS
@@ -131,9 +141,9 @@ def find_gpu(text: str) -> GPU:
     exact = _by_name().get(text.strip().lower())
     if exact is not None:
         return exact
-    first = next(_matches(text), None)
+    first = next(_matches(text, all_gpus()), None)
     if first is None:
-        raise UnknownNameError("gpu", text, _nearest(text))
+        raise UnknownNameError("gpu", text, _nearest(text), ranked=True)
     return first
 
 
@@ -144,13 +154,17 @@ def ambiguous_with(text: str) -> tuple[GPU, ...]:
     `find_gpu` does.
     """
     chosen = find_gpu(text)
-    others = [gpu for gpu in _matches(text) if gpu.name != chosen.name]
+    cards = all_gpus()
+    if text.strip().lower() in _by_name():  # then every card it fits has all of its words
+        words = _read(text).words
+        cards = tuple(c for c in cards if any(all(w in name for w in words) for name in (c.name, *c.aliases)))
+    others = [gpu for gpu in _matches(text, cards) if gpu.name != chosen.name]
     typed = text.strip().lower().replace(" ", "-").removeprefix("nvidia-")
     others += [_by_name()[name] for name in _ALSO_MEANT.get(typed, ())]
     return tuple(others)
 
 
-def usable_by_rule(gpu: GPU) -> int:
+def total_by_rule(gpu: GPU) -> int:
     """Bytes to assume for one device of `gpu` where no driver's reading is known: never more than its like.
 
     Unified memory is shared with the operating system, and its driver stops well below the marketed size:
@@ -180,13 +194,13 @@ def usable_by_rule(gpu: GPU) -> int:
         numerator, denominator = _unified_share(gpu)
         return marketed * numerator // denominator // MIB * MIB
     for siblings in _sibling_pools(gpu):
-        same_size = [other.usable for other in siblings if _marketed(other) == marketed]
+        same_size = [other.driver_total for other in siblings if _marketed(other) == marketed]
         if same_size:
             return min(same_size)
         if siblings:
             # The least share, compared in parts of 2**40 so that no byte count passes through a float.
-            least = min(siblings, key=lambda other: (other.usable << 40) // _marketed(other))
-            return marketed * least.usable // _marketed(least) // MIB * MIB
+            least = min(siblings, key=lambda other: (other.driver_total << 40) // _marketed(other))
+            return marketed * least.driver_total // _marketed(least) // MIB * MIB
     raise LookupError(f"no reading to derive {gpu.name} from")
 
 
@@ -204,8 +218,8 @@ def _unified_share(gpu: GPU) -> tuple[int, int]:
 def _sibling_pools(gpu: GPU) -> Iterator[list[GPU]]:
     vendor = [
         other
-        for other in gpus()
-        if other.usable_basis == "driver"
+        for other in all_gpus()
+        if other.driver_basis == "driver"
         and other.name != gpu.name
         and not other.unified
         and (other.vendor, other.ecc) == (gpu.vendor, gpu.ecc)
@@ -282,13 +296,13 @@ class _Index(NamedTuple):
 @cache
 def _by_name() -> dict[str, GPU]:
     """Ids and aliases as they stand in the table."""
-    return {name: gpu for gpu in gpus() for name in (gpu.name, *gpu.aliases)}
+    return {name: gpu for gpu in all_gpus() for name in (gpu.name, *gpu.aliases)}
 
 
-@cache
-def _index() -> _Index:
+@lru_cache(maxsize=64)
+def _index(cards: tuple[GPU, ...]) -> _Index:
     index = _Index({}, {}, {})
-    for gpu in gpus():
+    for gpu in cards:
         own = (gpu.name, *gpu.aliases)
         for name in own:
             read = _read(name)
@@ -321,9 +335,9 @@ def _squeeze(text: str) -> str:
     return "".join(re.findall(_PART, text.lower()))
 
 
-def _matches(text: str) -> Iterator[GPU]:
-    """Every card that `text` fits, the one it means first."""
-    index = _index()
+def _matches(text: str, cards: tuple[GPU, ...]) -> Iterator[GPU]:
+    """Every one of the cards that `text` fits, the one it means first."""
+    index = _index(cards)
     words, size, vendors = _read(text)
     if not words:
         return
@@ -358,7 +372,7 @@ def _with_memory(gpu: GPU, memory_gb: float) -> GPU:
         return gpu
     size = f"{memory_gb:g}"
     other = gpu._replace(name=f"{gpu.name}-{size}gb", title=f"{gpu.title} {size}GB", memory_gb=memory_gb)
-    return other._replace(usable=usable_by_rule(other), aliases=())
+    return other._replace(driver_total=total_by_rule(other), aliases=())
 
 
 def _nearest(text: str) -> list[str]:
@@ -367,4 +381,4 @@ def _nearest(text: str) -> list[str]:
 
     known = {_squeeze(name): gpu.name for name, gpu in _by_name().items()}
     near = difflib.get_close_matches(_squeeze(text), known, n=8, cutoff=0.5)
-    return list(dict.fromkeys(known[name] for name in near)) or [gpu.name for gpu in gpus()]
+    return list(dict.fromkeys(known[name] for name in near)) or [gpu.name for gpu in all_gpus()]

@@ -1,0 +1,85 @@
+"""Small configs of every model_type that transformers can build: odd sizes, three layers, grouped heads where allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 176,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+_GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300, "n_positions": 128}
+
+
+def _base(**more: Any) -> dict[str, Any]:
+    return {**_BASE, **more}
+
+
+_HEADS = {"head_dim": 16}
+TINY: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300},
+    "cohere": _base(),
+    "cohere2": _base(num_hidden_layers=5, sliding_window=32, **_HEADS),
+    "ernie4_5": _base(**_HEADS),
+    "exaone4": _base(num_hidden_layers=5, sliding_window=32),
+    "falcon": {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 300,
+        "multi_query": True,
+        "parallel_attn": True,
+        "bias": False,
+    },
+    "gemma": _base(**_HEADS),
+    "gemma2": _base(num_hidden_layers=4, sliding_window=32, **_HEADS),
+    "gemma3_text": _base(num_hidden_layers=7, sliding_window=32, **_HEADS),
+    "glm": _base(**_HEADS),
+    "glm4": _base(**_HEADS),
+    "gpt2": {**_GPT, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "gpt_bigcode": {**_GPT, "n_inner": 256, "multi_query": True},
+    "gpt_neo": {
+        "hidden_size": 64,
+        "num_layers": 4,
+        "num_heads": 4,
+        "vocab_size": 300,
+        "max_position_embeddings": 128,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 32,
+    },
+    "gpt_neox": {k: v for k, v in _BASE.items() if k != "num_key_value_heads"},
+    "gptj": {**_GPT, "rotary_dim": 8},
+    "granite": _base(),
+    "hunyuan_v1_dense": _base(**_HEADS),
+    "llama": _base(),
+    "ministral3": _base(**_HEADS),
+    "mistral": _base(sliding_window=None),
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "vocab_size": 300},
+    "nemotron": _base(**_HEADS),
+    "olmo": _base(),
+    "olmo2": _base(),
+    "olmo3": _base(num_hidden_layers=5, sliding_window=32),
+    "opt": {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_dim": 256,
+        "vocab_size": 300,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 64,
+        "do_layer_norm_before": True,
+    },
+    "phi": _base(),
+    "phi3": _base(),
+    "qwen2": _base(),
+    "qwen3": _base(**_HEADS),
+    "smollm3": _base(num_hidden_layers=5),
+    "stablelm": _base(),
+    "starcoder2": _base(sliding_window=None),
+}
