@@ -1,0 +1,108 @@
+"""Dtypes: what torch's type promotion and autocast make of a list of operations.
+
+The catalogue states dtypes relative to the inputs (`""` promoted, `"=x"` as x). Here they become literal, casts to
+the dtype a tensor already has disappear, and under autocast the casts that torch inserts become operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from memplan.ir import Keep, Op, Tensor, Weight
+
+FLOATING = frozenset(("fp32", "bf16", "fp16"))
+_AUTOCAST = "torch 2.13 aten/src/ATen/autocast_mode.cpp cached_cast"
+
+
+def promote(dtypes: Iterable[str]) -> str:
+    """torch's promotion: the widest floating dtype; bf16 with fp16 makes fp32.
+
+    >>> promote(["bf16", "fp32"]), promote(["bf16", "int64"])
+    ('fp32', 'bf16')
+    """
+    dtypes = list(dtypes)
+    floating = FLOATING.intersection(dtypes)
+    if not floating:
+        return dtypes[0]
+    return next(iter(floating)) if len(floating) == 1 else "fp32"
+
+
+class Scope:
+    """The tensors known at a point of the model, by name, and the casts autocast has cached there."""
+
+    def __init__(self, outer: Scope | None = None, inputs: Mapping[str, Tensor] | None = None) -> None:
+        self._tensors: dict[str, Tensor] = {**(outer._tensors if outer else {}), **(inputs or {})}
+        self._casts: dict[str, Tensor] = dict(outer._casts) if outer else {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def resolve(self, ops: Iterable[Op], autocast: str | None) -> tuple[Op, ...]:
+        """`ops` with literal dtypes, in the order torch runs them; `autocast` is the compute dtype, or None."""
+        out: list[Op] = []
+        for op in ops:
+            self._resolve(op, autocast, out)
+        return tuple(out)
+
+    def _resolve(self, op: Op, autocast: str | None, out: list[Op]) -> None:
+        tensors = self._tensors
+        for w in op.weights:
+            tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
+        new_name = {r: tensors[r].name for r in op.reads if tensors[r].name != r}
+        weights = op.weights
+        if autocast and op.autocast:
+            target = autocast if op.autocast == "lower" else "fp32"
+            for r in op.reads:
+                t = tensors[r]
+                if t.dtype in FLOATING and t.dtype != target:
+                    to = Tensor(f"{op.name}.autocast({t.name})", t.shape, target)
+                    out.append(Op(to.name, (t.name,), (to,), cast=True, source=_AUTOCAST))
+                    tensors[to.name] = to
+                    new_name[r] = to.name
+            for w in op.weights:
+                if w.dtype in FLOATING and w.dtype != target and not w.stored:
+                    new_name[w.name] = self._cast_weight(op, w, target, out).name
+                    weights = tuple(v for v in weights if v is not w)
+        reads = tuple(new_name.get(r, r) for r in op.reads)
+        reads += tuple(new_name[w.name] for w in op.weights if w.name in new_name)
+        inputs = [tensors[r].dtype for r in reads] + [w.dtype for w in weights]
+
+        def literal(t: Tensor) -> Tensor:
+            if t.dtype.startswith("="):
+                return t._replace(dtype=tensors[t.dtype[1:]].dtype)
+            return t if t.dtype else t._replace(dtype=promote(inputs))
+
+        writes: list[Tensor] = []
+        for t in op.writes:
+            writes.append(literal(t))
+            tensors[t.name] = writes[-1]
+        if op.cast:
+            source = tensors[reads[0] if reads else weights[0].name]
+            if source.dtype in (writes[0].dtype, op.spared):
+                tensors[op.writes[0].name] = source
+                return
+        out.append(
+            op._replace(
+                reads=reads,
+                writes=tuple(writes),
+                weights=weights,
+                keeps=tuple(Keep(new_name.get(k.what, k.what), new_name.get(k.of, k.of)) for k in op.keeps),
+                captures=tuple(new_name.get(c, c) for c in op.captures),
+                scratch=tuple(literal(t) for t in op.scratch),
+                scratch_back=tuple(
+                    s._replace(tensor=literal(s.tensor), of=new_name.get(s.of, s.of)) for s in op.scratch_back
+                ),
+            )
+        )
+
+    def _cast_weight(self, op: Op, w: Weight, target: str, out: list[Op]) -> Tensor:
+        """Autocast keeps the cast of a trainable fp32 weight until it ends, and casts any other at every use."""
+        cached = w.trains and w.dtype == "fp32"
+        if cached and w.name in self._casts:
+            return self._casts[w.name]
+        to = Tensor(f"autocast({w.name})" + ("" if cached else f" for {op.writes[0].name}"), w.shape, target)
+        out.append(Op(to.name, (), (to,), (w,), cast=True, holds="forward" if cached else "", source=_AUTOCAST))
+        self._tensors[to.name] = to
+        if cached:
+            self._casts[w.name] = to
+        return to

@@ -1,0 +1,375 @@
+"""Lowering: operations become moments, each a count of the storages alive. Structure only: no sizes, no depth.
+
+`Tape` runs the operations as torch does (reference counts, saved tensors, gradient buffers) and notes what is alive
+whenever memory is about to fall. A repeated block is run once: what its further copies add is counted per copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from memplan.engine.dtypes import Scope
+from memplan.ir import Op, Tensor
+
+Counts = dict[int, int]  # size -> how many storages of it are alive
+
+
+class Moment(NamedTuple):
+    """What is alive at one point: `counts`, and per run what each copy of its blocks beyond the first adds."""
+
+    phase: str
+    where: str
+    counts: Counts
+    per_copy: dict[int, Counts]
+
+
+class Storage:
+    """One storage alive: its size, who refers to it, and whether autograd may add into it in place."""
+
+    __slots__ = ("fresh", "refs", "run", "shared", "size")
+
+    def __init__(self, size: int, fresh: bool) -> None:
+        self.size = size
+        self.refs = 1
+        self.fresh = fresh
+        self.shared = False  # by the copies of a run: made outside of it
+        self.run: int | None = None  # the run whose every copy holds one like it
+
+
+class Node:
+    """One operation of the backward graph, and the storages it keeps."""
+
+    __slots__ = ("kept", "op", "pins", "targets")
+
+    def __init__(self, op: Op, targets: tuple[str, ...], pins: tuple[str, ...]) -> None:
+        self.op, self.targets, self.pins = op, targets, pins
+        self.kept: list[Storage] = []
+
+
+class Frame:
+    """One execution of a list of operations, and the backward graph it leaves."""
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        scope: Scope,
+        outer: dict[str, Storage],
+        flows: Iterable[str],
+        block: str = "",
+        layer: int | None = None,
+    ) -> None:
+        self.block = block
+        self.where = "" if layer is None else f"{block}.{layer}."
+        self.ops = ops
+        self.scope = scope
+        self.outer = outer
+        self.flows = set(flows)
+        self.nodes: list[Node] = []
+        self.names: dict[str, Storage] = {}
+        self.checkpointed = False
+        self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
+
+    def __getitem__(self, name: str) -> Storage:
+        return self.names[name] if name in self.names else self.outer[name]
+
+    def storage(self, name: str) -> Storage | None:
+        """The storage of a tensor; None for a weight, which is there throughout."""
+        return self.names.get(name) or self.outer.get(name)
+
+
+class Tape:
+    """Runs frames forward and backward and collects moments.
+
+    `label` turns a tensor into the key under which it is counted: by default its shape and dtype.
+    """
+
+    def __init__(self, grads_exist: bool = False, labelled: bool = False) -> None:
+        self.sizes: dict[tuple[str, ...], int] = {}
+        self.moments: list[Moment] = []
+        self.phase = "forward"
+        self._labelled = labelled
+        self._grads_exist = grads_exist
+        self._counts: Counts = {}
+        self._per_copy: dict[int, Counts] = {}
+        self._rising = False
+        self._where = ""
+        self._block = ""
+        self._op = Op("")
+        self._in_run: int | None = None
+        self._born: set[Storage] = set()  # storages alive that were born in the current run
+        self._held: dict[str, list[Storage]] = {"forward": [], "step": []}
+        self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
+        self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
+
+    # storages
+
+    def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
+        key = (tensor.shape, tensor.dtype)
+        if self._labelled:
+            key = (*key, kind, self._block, self._op.name, of + tensor.name, self._op.source)
+        storage = Storage(self.sizes.setdefault(key, len(self.sizes)), fresh)
+        self._counts[storage.size] = self._counts.get(storage.size, 0) + 1
+        self._rising = True
+        self._peak_where = self._where
+        if self._in_run is not None:
+            self._born.add(storage)
+        return storage
+
+    def drop(self, storage: Storage) -> None:
+        storage.refs -= 1
+        if storage.refs:
+            return
+        if storage.shared and self._in_run is not None:
+            self._deferred.append(storage)  # the run's last copy drops it
+            return
+        self.note()
+        self._counts[storage.size] -= 1
+        self._born.discard(storage)
+        if storage.run is not None and storage.run != self._in_run:
+            copies = dict(self._per_copy[storage.run])
+            copies[storage.size] -= 1
+            self._per_copy[storage.run] = copies
+
+    def note(self) -> None:
+        """Write the moment down, if memory rose since the last one."""
+        if self._rising:
+            self._rising = False
+            self.moments.append(self.snapshot()._replace(where=self._peak_where))
+
+    def snapshot(self) -> Moment:
+        """What is alive now."""
+        return Moment(self.phase, self._where, dict(self._counts), dict(self._per_copy))
+
+    def _enter(self, frame: Frame, op: Op) -> None:
+        self._where, self._block, self._op = f"{frame.where}{op.name}", frame.block, op
+
+    # forward
+
+    def forward(
+        self,
+        frame: Frame,
+        exported: Container[str],
+        owned: Mapping[str, Storage] = MappingProxyType({}),
+        grad: bool = True,
+        checkpoint: bool = False,
+    ) -> dict[str, Storage]:
+        """Run the frame's operations and return the references left: to the `exported` names.
+
+        `owned` are references handed in, dropped after their last reader. Under a checkpoint nothing is kept.
+        """
+        frame.nodes = self._graph(frame, grad)
+        frame.checkpointed = checkpoint
+        left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint)
+        if not any(node.pins for node in frame.nodes):  # nothing will ask for a recomputation
+            self._release_checkpoint(frame)
+        return left
+
+    def _graph(self, frame: Frame, grad: bool) -> list[Node]:
+        nodes: list[Node] = []
+        for op in frame.ops:
+            targets: tuple[str, ...] = ()
+            pins: tuple[str, ...] = ()
+            if grad and op.gradient != "none":
+                targets = tuple(r for r in dict.fromkeys(op.reads) if r in frame.flows)
+                targets += tuple(w.name for w in op.weights if w.trains)
+                if targets:
+                    frame.flows.update(t.name for t in op.writes)
+                    pins = tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets))
+            nodes.append(Node(op, targets, pins))
+        return nodes
+
+    def _run(
+        self, frame: Frame, end: int, exported: Container[str], owned: Mapping[str, Storage], keep: bool
+    ) -> dict[str, Storage]:
+        """Run the first `end` operations; the last of them, if `end` cuts the list, only as far as what it keeps."""
+        ops, names = frame.ops, frame.names
+        root: dict[str, str] = {}
+        last: dict[str, int] = {}
+        for i, op in enumerate(ops):
+            for r in () if op.recorded and not keep else op.reads:
+                last[root.get(r, r)] = i
+            if op.view:
+                root[op.writes[0].name] = root.get(op.reads[0], op.reads[0])
+                for t in op.writes[1:]:
+                    root[t.name] = root[op.writes[0].name]
+        cut = end < len(ops)
+        mine = dict(owned)  # Python's references
+        recompute_holds: list[Storage] = []
+        for i, op in enumerate(ops[:end]):
+            self._enter(frame, op)
+            node = frame.nodes[i]
+            written = {t.name for t in op.writes}
+            if not (cut and i == end - 1 and written.isdisjoint(node.pins)):
+                for t in op.writes:
+                    if op.view:
+                        names[t.name] = frame[op.reads[0]]
+                    else:
+                        names[t.name] = mine[t.name] = self.alloc(t, "activation")
+                for scratch in [self.alloc(t, "temp") for t in op.scratch]:
+                    self.drop(scratch)
+            if keep:
+                for what in node.pins:
+                    storage = frame.storage(what)
+                    if storage is not None:  # a weight is there anyway
+                        storage.refs += 1
+                        node.kept.append(storage)
+            if op.holds:
+                for t in op.writes:
+                    names[t.name].refs += 1
+                    (recompute_holds if cut else self._held[op.holds]).append(names[t.name])
+            if op.captures and node.targets:
+                for name in op.captures:
+                    frame[name].refs += 1
+                    (recompute_holds if cut else self._held["step"]).append(frame[name])
+            for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads)):
+                if last.get(name, i) == i and name not in exported and name in mine:
+                    self.drop(mine.pop(name))
+        for storage in recompute_holds:
+            self.drop(storage)
+        for name in [n for n in mine if n not in exported]:
+            self.drop(mine.pop(name))
+        return mine
+
+    def end_forward(self) -> None:
+        """The autocast context closes and the model's outputs go."""
+        for storage in self._held.pop("forward"):
+            self.drop(storage)
+
+    def end_step(self) -> None:
+        for storage in self._held.pop("step"):
+            self.drop(storage)
+
+    # backward
+
+    def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
+        """Run the frame's graph backward; `grads` holds gradients by tensor name, and is left with the inputs'."""
+        savers = [i for i, node in enumerate(frame.nodes) if node.pins]
+        for i in reversed(range(len(frame.nodes))):
+            node = frame.nodes[i]
+            if not node.targets:
+                continue
+            if frame.checkpointed and node.pins:
+                self._recompute(frame, savers[-1] + 1)
+            self._enter(frame, node.op)
+            self._backward(frame, node, grads)
+            if savers and i == savers[0]:
+                self._release_checkpoint(frame)
+        self._release_checkpoint(frame)
+
+    def _release_checkpoint(self, frame: Frame) -> None:
+        while frame.checkpoint:
+            self.drop(frame.checkpoint.pop())
+
+    def _recompute(self, frame: Frame, end: int) -> None:
+        frame.checkpointed = False
+        frame.names = {}
+        self._run(frame, end, (), {}, keep=True)
+
+    def _backward(self, frame: Frame, node: Node, grads: dict[str, Storage]) -> None:
+        op = node.op
+        incoming = [(t, grads.pop(t.name)) for t in op.writes if t.name in grads]
+        made: list[tuple[str, Storage]] = []
+        if incoming:
+            scratch = [s for s in op.scratch_back if not s.of or s.of in node.targets]
+            early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
+            beside = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
+            for storage in early:
+                self.drop(storage)
+            made = [(target, self._gradient(frame, node, target, incoming)) for target in node.targets]
+            for storage in beside:
+                self.drop(storage)
+            for _, storage in incoming:
+                self.drop(storage)
+        for storage in node.kept:
+            self.drop(storage)
+        node.kept = []
+        weights = {w.name for w in op.weights}
+        for target, storage in made:
+            if target in weights:
+                self._weight_gradient(frame, target, storage)
+            else:
+                grads[target] = self._sum(frame.scope[target], grads.get(target), storage)
+
+    def _gradient(self, frame: Frame, node: Node, target: str, incoming: list[tuple[Tensor, Storage]]) -> Storage:
+        op, like = node.op, frame.scope[target]
+        if op.gradient == "kept":
+            kept = frame.names[next(k.what for k in op.keeps if k.of == target)]
+            kept.refs += 1
+            return kept
+        if op.gradient == "same":
+            out, storage = incoming[0]
+            if op.view or (out.shape, out.dtype) == (like.shape, like.dtype):
+                storage.refs += 1
+                return storage
+        kind = "gradient" if any(w.name == target for w in op.weights) else "temp"
+        out = op.writes[0]
+        if op.cast or op.gradient in ("same", "own") or out.dtype == like.dtype:
+            return self.alloc(like, kind, fresh=op.gradient != "view", of="gradient of ")
+        wide = self.alloc(like._replace(dtype=out.dtype), "temp", of="gradient of ")  # in the promoted dtype, then cast
+        made = self.alloc(like, kind, of="gradient of ")
+        self.drop(wide)
+        return made
+
+    def _sum(self, like: Tensor, old: Storage | None, new: Storage, kind: str = "temp") -> Storage:
+        """Autograd adds into the older gradient in place if nothing else refers to it, else into a new storage."""
+        if old is None:
+            return new
+        if old.refs == 1 and old.fresh:
+            self.drop(new)
+            return old
+        total = self.alloc(like, kind, of="gradient of ")
+        self.drop(old)
+        self.drop(new)
+        return total
+
+    def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
+        left = self.uses.get(name, 1) - 1
+        total = self._sum(frame.scope[name], self._pending.pop(name, None), storage, "gradient")
+        if left:
+            self.uses[name] = left
+            self._pending[name] = total
+        elif self._grads_exist:
+            self.drop(total)
+
+    # runs of equal blocks
+
+    def enter_run(self, run: int, first: Mapping[str, str]) -> None:
+        """What follows stands for every copy of a run of blocks. `first` says what the last copy's layers are called
+        in the first one."""
+        self.note()
+        self._in_run = run
+        self._first = first
+        self._born = set()
+        self._deferred: list[Storage] = []
+        self._before = dict(self._counts)
+        self._first_moment = len(self.moments)
+
+    def _first_copy(self, where: str) -> str:
+        last = next(layer for layer in self._first if where.startswith(layer))
+        return self._first[last] + where.removeprefix(last)
+
+    def leave_run(self, *passed_on: Storage) -> None:
+        """The run's one copy is done: every further copy adds what this one left. `passed_on` is handed to the next."""
+        self.note()
+        run = self._in_run
+        assert run is not None
+        left = {k: n - self._before.get(k, 0) for k, n in self._counts.items() if n != self._before.get(k, 0)}
+        old = self._per_copy.get(run, {})
+        new = {k: old.get(k, 0) + left.get(k, 0) for k in {*old, *left}}
+        moments = self.moments[self._first_moment :]
+        for m in moments:
+            if self.phase != "backward":  # each copy leaves more alive, so the last one peaks
+                m.per_copy[run] = new
+        if self.phase == "backward":
+            for m in moments:
+                self.moments.append(m._replace(where=self._first_copy(m.where), per_copy={**m.per_copy, run: new}))
+        self._per_copy[run] = new
+        for storage in self._born:
+            if storage not in passed_on:
+                storage.run = run
+        self._in_run = None
+        for storage in self._deferred:
+            storage.refs += 1
+            self.drop(storage)

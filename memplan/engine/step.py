@@ -1,0 +1,186 @@
+"""A whole training step, forward to backward, from a stack of operations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from memplan.engine.dtypes import Scope
+from memplan.engine.lower import Frame, Moment, Tape
+from memplan.ir import Block, Op, Stack
+
+
+class Copies(NamedTuple):
+    """Equal blocks with literal dtypes: as many as the axis `times` says, `less` those split off before."""
+
+    blocks: tuple[Block, ...]
+    scopes: tuple[Scope, ...]
+    times: str
+    less: int
+    alone: bool  # one copy only, unlike those after it
+
+
+class Lowered(NamedTuple):
+    """A forward and backward pass as moments. Their counts index `sizes`: (shape, dtype), and if labelled kind, where
+    and name. `kept` is what is alive when forward is done, `left` when backward is. `runs` has the axis that counts a run's copies and how many were split off or run already."""
+
+    moments: tuple[Moment, ...]
+    kept: Moment
+    left: Moment
+    sizes: tuple[tuple[str, ...], ...]
+    runs: tuple[tuple[str, int], ...]
+
+
+def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth: Mapping[str, int]) -> list[Copies]:
+    """Split off the copies that differ from those after them.
+
+    The very first block reads the embeddings, which the model holds on to; a block may hand on another dtype than
+    it was given, or a gradient where none came in.
+    """
+    out: list[Copies] = []
+    x = scope["x"]
+    for run in stack.runs:
+        less = 0
+        while less < depth[run.times]:
+            entered = (x.dtype, flows)
+            blocks: list[Block] = []
+            scopes: list[Scope] = []
+            for block in run.blocks:
+                inner = Scope(scope, {"x": x})
+                ops = inner.resolve(block.ops, autocast)
+                flows = flows or any(w.trains for op in ops for w in op.weights)
+                x = inner["y"]._replace(name="x")
+                blocks.append(Block(block.name, ops))
+                scopes.append(inner)
+            alone = not out or (x.dtype, flows) != entered
+            out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone))
+            less += 1
+            if not alone:
+                break
+    return out
+
+
+def _x(flows: bool) -> frozenset[str]:
+    return frozenset(("x",)) if flows else frozenset()
+
+
+def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]]:
+    """The output of the input embeddings asks for a gradient: the node that would accumulate it holds it.
+
+    Where anything up there trains, that output has a gradient anyway.
+    """
+    i, op = next((i, op) for i, op in enumerate(before) if any(w.group == "embedding" for w in op.weights))
+    if any(w.trains for other in before for w in other.weights):
+        return before, ()
+    return (*before[:i], op._replace(holds="step"), *before[i + 1 :]), (op.writes[0].name,)
+
+
+def lower(
+    stack: Stack,
+    depth: Mapping[str, int],
+    autocast: str | None = None,
+    checkpoint: bool = False,
+    grads_exist: bool = False,
+    input_grad: bool = False,
+    labelled: bool = False,
+) -> Lowered:
+    """The moments of one forward and backward pass.
+
+    `grads_exist`: the gradients are there already (a later micro-batch). `input_grad`: the embeddings' output asks
+    for a gradient though nothing before it trains, as checkpointing makes it.
+    """
+    tape = Tape(grads_exist, labelled)
+    scope = Scope()
+    before = scope.resolve(stack.before, autocast)
+    leaf: tuple[str, ...] = ()
+    if input_grad:
+        before, leaf = _input_leaf(before)
+    x_flows = bool(leaf) or any(w.trains for op in before for w in op.weights)
+    copies = _copies(stack, Scope(scope, {"x": scope["embeds"]}), x_flows, autocast, depth)
+    tail_scope = Scope(scope, {"x": copies[-1].scopes[-1]["y"]._replace(name="x")})
+    after, loss = tail_scope.resolve(stack.after, autocast), tail_scope.resolve(stack.loss, autocast)
+    uses = Counter(w.name for op in (*before, *after, *loss) for w in op.weights if w.trains)
+    tape.uses = {name: n for name, n in uses.items() if n > 1}
+    reads_after = {r for op in (*after, *loss) for r in op.reads}
+    read = reads_after.union(r for c in copies for b in c.blocks for op in b.ops for r in op.reads)
+
+    # forward
+    first = Frame(before, scope, {}, leaf)
+    own = tape.forward(first, read | {"embeds"})
+    flows = frozenset(first.flows)
+    for storage in own.values():
+        storage.shared = True
+    stream = own["embeds"]
+    stream.refs += 1
+    x_flows = "embeds" in flows
+    ran: list[tuple[int | None, list[Frame]]] = []
+    runs: list[tuple[str, int]] = []
+    firsts: list[dict[str, str]] = []
+    layer = 0
+    for c in copies:
+        number = None
+        first_layer, period = layer, len(c.blocks)
+        layer += period * (1 if c.alone else depth[c.times] - c.less)
+        last_layer = layer - period
+        if not c.alone:
+            number = len(runs)
+            runs.append((c.times, c.less + 1))
+            firsts.append(
+                {f"{b.name}.{last_layer + i}.": f"{b.name}.{first_layer + i}." for i, b in enumerate(c.blocks)}
+            )
+            tape.enter_run(number, firsts[number])
+        frames: list[Frame] = []
+        for i, (block, inner) in enumerate(zip(c.blocks, c.scopes, strict=True)):
+            enters = flows | _x(x_flows)
+            frame = Frame(block.ops, inner, {**own, "x": stream}, enters, block.name, last_layer + i)
+            if checkpoint:
+                reads = dict.fromkeys(r for op in block.ops for r in op.reads)
+                frame.checkpoint = [stream, *(own[r] for r in reads if r in own)]
+                for storage in frame.checkpoint:
+                    storage.refs += 1
+            y = tape.forward(frame, ("y",), checkpoint=checkpoint)["y"]
+            tape.drop(stream)  # the caller's name now means the block's output
+            stream = y
+            x_flows = "y" in frame.flows
+            frames.append(frame)
+        if number is not None:
+            tape.leave_run(stream)
+        ran.append((number, frames))
+    own["x"] = stream
+    tail = Frame(after, tail_scope, own, flows | _x(x_flows))
+    own = tape.forward(tail, {r for op in loss for r in op.reads}, own)
+    tape.note()
+    tape.phase = "loss"
+    criterion = Frame(loss, tail_scope, own, tail.flows)
+    left = tape.forward(criterion, ("loss",), own)
+    tape.end_forward()
+    tape.note()
+    kept = tape.snapshot()
+
+    # backward
+    tape.phase = "backward"
+    root = tape.alloc(tail_scope["loss"], "temp")
+    root.refs += 1  # backward() holds the gradient it started from
+    grads = {"loss": root}
+    tape.backward(criterion, grads)
+    tape.backward(tail, grads)
+    if "x" in grads:
+        grads["y"] = grads.pop("x")
+    for number, frames in reversed(ran):
+        if number is not None:
+            tape.enter_run(number, firsts[number])
+        for frame in reversed(frames):
+            tape.backward(frame, grads)
+            if "x" in grads:
+                grads["y"] = grads.pop("x")
+        if number is not None:
+            tape.leave_run(*grads.values())
+    if "y" in grads:
+        grads["embeds"] = grads.pop("y")
+    tape.backward(first, grads)
+    for storage in (root, *left.values(), *grads.values()):
+        tape.drop(storage)
+    tape.end_step()
+    tape.note()
+    return Lowered(tuple(tape.moments), kept, tape.snapshot(), tuple(tape.sizes), tuple(runs))

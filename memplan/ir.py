@@ -1,0 +1,140 @@
+"""What the engine reads: a training step as a list of kernels that say what they read, write and keep.
+
+A family of models is a `Stack`: the operations before its blocks, runs of equal blocks, the operations after them.
+An `Op` is one kernel call as data: nothing here computes a size or knows a model.
+
+Axes by letter (Korthikanti et al. 2022, arXiv:2205.05198, where they name one):
+
+    b microbatch   s sequence   h hidden      a query heads   k key/value heads   d head dim
+    f FFN width    v vocabulary L layers      r LoRA rank     w attention window
+
+A shape is a string of axes and integers, `"b s h"` or `"b s 3 a d"`; the empty string is a scalar. Families may add
+axes of their own (a word such as `rot`), defined where the family turns a config into axes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Axes that are another one rounded up, and so never smaller.
+AT_LEAST = {"s8": "s", "s32": "s", "s128": "s"}
+
+
+class Tensor(NamedTuple):
+    """One storage.
+
+    `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), or `""` for what
+    torch's type promotion makes of the operation's inputs, or `"=x"` for the dtype of the tensor `x`.
+    """
+
+    name: str
+    shape: str = ""
+    dtype: str = ""
+
+
+class Weight(NamedTuple):
+    """A parameter of the model.
+
+    `name` is the path inside its block (`self_attn.q_proj.weight`); `group` is what it is counted under: `embedding
+    attention mlp norm lm_head adapter`, or `buffer` for a constant the model holds. `dtype` is empty until a precision
+    is chosen. A quantised weight is stored as the tensors in `stored` instead. `matrix` marks the 2-D weight of a
+    linear layer, which adapters and quantisation may take; `rows` says how many leading axes of a 2-D weight's shape
+    are its first dimension.
+    """
+
+    name: str
+    shape: str
+    group: str
+    dtype: str = ""
+    trains: bool = True
+    matrix: bool = False
+    rows: int = 0
+    stored: tuple[Tensor, ...] = ()
+
+
+class Keep(NamedTuple):
+    """The operation keeps `what` from forward to backward when a gradient is asked of `of` (a read or a weight)."""
+
+    what: str
+    of: str
+
+
+class Scratch(NamedTuple):
+    """A tensor alive only inside the operation's backward, when a gradient is asked of `of` (any, if empty).
+
+    An `early` one is gone before the gradients are made.
+    """
+
+    tensor: Tensor
+    of: str = ""
+    early: bool = False
+
+
+class Op(NamedTuple):
+    """One kernel call.
+
+    reads, writes   names of the tensors it reads; the tensors it writes. A `view` aliases its first read.
+    weights         the parameters it uses.
+    keeps           what it pins for backward, and for whose gradient.
+    scratch         alive only inside the forward call; `scratch_back` only inside the backward call.
+    gradient        how the gradient of a read comes: `new` storage; `view`, new storage that the gradient is a view
+                    of, so that autograd cannot add into it in place; `same`, the incoming gradient itself
+                    (cast, and so new, where dtypes or shapes differ); `kept`, the tensor kept for it;
+                    `own`, new storage in the read's own dtype at once, whatever the output's; `none` where no
+                    gradient flows through.
+    cast            only changes the dtype: no call, the same tensor, where it has that dtype already.
+    spared          of a cast: the dtype it need not be done from, because the next kernel reads that one itself.
+    autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`).
+    holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them.
+    captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
+                    step, so that checkpointing does not let go of them.
+    recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
+    source          where the facts come from.
+    """
+
+    name: str
+    reads: tuple[str, ...] = ()
+    writes: tuple[Tensor, ...] = ()
+    weights: tuple[Weight, ...] = ()
+    keeps: tuple[Keep, ...] = ()
+    scratch: tuple[Tensor, ...] = ()
+    scratch_back: tuple[Scratch, ...] = ()
+    gradient: str = "new"
+    view: bool = False
+    cast: bool = False
+    spared: str = ""
+    autocast: str = ""
+    holds: str = ""
+    captures: tuple[str, ...] = ()
+    recorded: bool = False
+    source: str = ""
+
+
+class Block(NamedTuple):
+    """A repeated list of operations, one layer of the model: reads `x` (and names of `Stack.before`), makes `y`.
+
+    A block is what checkpointing recomputes as a unit.
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+
+
+class Run(NamedTuple):
+    """`blocks` in sequence, as often as the axis `times` says."""
+
+    blocks: tuple[Block, ...]
+    times: str
+
+
+class Stack(NamedTuple):
+    """A model: the operations before the blocks (they write `embeds`), the runs of blocks, the operations after.
+
+    `after` reads the last block's output as `x` and ends with the logits, or with the hidden states that a fused
+    loss reads; `loss` ends with the tensor `loss`.
+    """
+
+    before: tuple[Op, ...]
+    runs: tuple[Run, ...]
+    after: tuple[Op, ...]
+    loss: tuple[Op, ...] = ()

@@ -1,0 +1,166 @@
+"""The engine's rules of lifetime, each on a stack small enough to count by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from memplan.engine.dtypes import Scope, promote
+from memplan.engine.step import Lowered, lower
+from memplan.engine.walk import alive
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+
+AXES = {"L": 4, "n": 1}
+
+
+def stack(ops: Iterable[Op], after: Iterable[Op] = (), copies: str = "n") -> Stack:
+    """Embeddings `x`, one block of `ops`, and a loss that reads the block's output."""
+    before = (Op("embed", (), (Tensor("embeds", "x", "fp32"),), (Weight("e", "x", "embedding", "fp32"),)),)
+    loss = (Op("loss", ("x",), (Tensor("loss", "", "fp32"),)),)
+    return Stack(before, (Run((Block("layers", tuple(ops)),), copies),), tuple(after), loss)
+
+
+def peak(low: Lowered, phase: str, sizes: dict[str, int]) -> int:
+    """The most alive in a phase, with every shape as large as `sizes` says (1 where it says nothing)."""
+    return max(total(low, i, sizes) for i, m in enumerate(low.moments) if m.phase == phase)
+
+
+def total(low: Lowered, i: int, sizes: dict[str, int]) -> int:
+    counts = alive(low.moments[i], low.runs, AXES)
+    return sum(n * sizes.get(low.sizes[key][0], 0) for key, n in counts.items())
+
+
+def kept(low: Lowered) -> dict[str, int]:
+    counts = alive(low.kept, low.runs, AXES)
+    return {low.sizes[key][0]: n for key, n in counts.items() if n and low.sizes[key][0]}
+
+
+def run(ops: Iterable[Op], copies: str = "n", **options: bool) -> Lowered:
+    return lower(stack(ops, copies=copies), AXES, **options)
+
+
+def op(name: str, reads: str, writes: str, *keeps: Keep, **more: object) -> Op:
+    """Reads and writes by name; a tensor's shape is its name."""
+    tensors = tuple(Tensor(w, w, "fp32") for w in writes.split())
+    return Op(name, tuple(reads.split()), tensors, keeps=keeps, **more)  # type: ignore[arg-type]
+
+
+def test_an_output_dies_after_its_last_reader() -> None:
+    ops = (op("a", "x", "p"), op("b", "p", "q"), op("c", "q", "y"))
+    # p and q together at b, q and y together at c: never all three
+    assert peak(run(ops), "forward", {"p": 1, "q": 1, "y": 1}) == 2
+
+
+def test_what_is_kept_depends_on_what_asks_for_a_gradient() -> None:
+    frozen = Weight("w", "w", "mlp", "fp32", trains=False)
+    for weight in (frozen, frozen._replace(trains=True)):
+        ops = (op("a", "x", "p"), op("b", "p", "y", Keep("p", "w"), weights=(weight,)))
+        assert ("p" in kept(run(ops))) is weight.trains
+
+
+def test_a_tensor_kept_twice_is_there_once_and_until_its_first_keeper_has_run_back() -> None:
+    ops = (
+        op("a", "x", "p", Keep("p", "x")),
+        op("b", "p", "q", Keep("p", "p")),
+        op("c", "q", "y"),
+    )
+    low = run(ops)
+    assert kept(low)["p"] == 1
+    at = {m.where: total(low, i, {"p": 1}) for i, m in enumerate(low.moments) if m.phase == "backward"}
+    # its gradient (1) beside it while b runs back, then p alone with it until a has
+    assert at["layers.0.b"] == 2
+
+
+def test_further_contributions_to_a_gradient_cost_one_more_buffer() -> None:
+    ops = (op("a", "x", "p"), op("b", "x", "q"), op("c", "p q", "y"))
+    # d(x) from b, then a's own: two buffers of x while the second is added in place
+    assert peak(run(ops), "backward", {"x": 1}) == 2
+
+
+def test_a_gradient_that_is_a_view_is_added_to_in_new_storage() -> None:
+    ops = (op("a", "x", "p"), op("b", "x", "q", gradient="view"), op("c", "p q", "y"))
+    assert peak(run(ops), "backward", {"x": 1}) == 3
+
+
+def test_scratch_lives_inside_one_operation() -> None:
+    ops = (
+        op("a", "x", "p", scratch=(Tensor("s", "s", "fp32"),)),
+        op("b", "p", "y", scratch_back=(Scratch(Tensor("t", "t", "fp32")),)),
+    )
+    low = run(ops)
+    assert peak(low, "forward", {"s": 1}) == 1
+    assert peak(low, "forward", {"t": 1}) == 0
+    assert peak(low, "backward", {"t": 1}) == 1
+    assert "s" not in kept(low)
+
+
+def test_views_share_their_storage() -> None:
+    ops = (op("a", "x", "p"), op("b", "p", "q", view=True), op("c", "q", "y", Keep("q", "q")))
+    low = run(ops)
+    assert "q" not in kept(low)
+    assert kept(low)["p"] == 1
+
+
+def test_held_outputs_stay_to_the_end() -> None:
+    ops = (op("a", "x", "p", holds="step"), op("b", "p", "y"))
+    low = run(ops)
+    assert kept(low)["p"] == 1
+    assert total(low, len(low.moments) - 1, {"p": 1}) == 1  # the last moment is the end of the step itself
+
+
+def test_checkpointing_keeps_a_blocks_input_and_replays_its_forward() -> None:
+    ops = (op("a", "x", "p", Keep("p", "x")), op("b", "p", "q"), op("c", "q", "y"))
+    plain, checkpointed = run(ops), run(ops, checkpoint=True)
+    assert "p" in kept(plain)
+    assert "p" not in kept(checkpointed)
+    assert peak(checkpointed, "backward", {"p": 1}) == peak(plain, "backward", {"p": 1})
+
+
+def test_a_recomputation_stops_at_the_last_tensor_that_is_kept() -> None:
+    ops = (op("a", "x", "p", Keep("x", "x")), op("b", "p", "q"), op("c", "q", "y"))
+    low = run(ops, checkpoint=True)
+    # only a keeps anything, its input: nothing is recomputed, p and q come as gradients alone
+    assert peak(low, "backward", {"q": 1}) == 1
+
+
+def test_captured_tensors_outlive_checkpointing() -> None:
+    ops = (op("a", "x", "p"), op("b", "p", "y", captures=("p",)))
+    assert kept(run(ops, checkpoint=True))["p"] == 1
+
+
+def test_copies_of_a_block_are_counted_without_running_them() -> None:
+    ops = (op("a", "x", "p", Keep("p", "x")), op("b", "p", "y"))
+    deep = run(ops, copies="L")
+    assert kept(deep)["p"] == AXES["L"]
+    assert len(deep.moments) < 2 * len(run(ops).moments) + 8
+
+
+def test_gradients_of_weights_stay_unless_they_are_there_already() -> None:
+    weight = Weight("w", "w", "mlp", "fp32")
+    ops = (op("a", "x", "y", weights=(weight,)),)
+    assert peak(run(ops, copies="L"), "backward", {"w": 1}) == AXES["L"]
+    assert peak(run(ops, copies="L", grads_exist=True), "backward", {"w": 1}) == 1
+
+
+def test_promotion_is_torchs() -> None:
+    assert promote(["bf16", "bf16"]) == "bf16"
+    assert promote(["bf16", "fp16"]) == "fp32"
+    assert promote(["int64", "fp16"]) == "fp16"
+    assert promote(["int64"]) == "int64"
+
+
+def test_autocast_casts_inputs_each_time_and_trained_weights_once() -> None:
+    weight = Weight("w", "w", "mlp", "fp32")
+    ops = (
+        Op("a", ("x",), (Tensor("p", "p"),), (weight,), autocast="lower"),
+        Op("b", ("x",), (Tensor("q", "q"),), (weight,), autocast="lower"),
+    )
+    scope = Scope(inputs={"x": Tensor("x", "x", "fp32")})
+    names = [o.name for o in scope.resolve(ops, "bf16")]
+    assert names == ["a.autocast(x)", "autocast(w)", "a", "b.autocast(x)", "b"]
+    assert scope["p"].dtype == "bf16"
+
+
+def test_a_cast_to_the_dtype_a_tensor_has_is_no_operation() -> None:
+    ops = (Op("cast", ("x",), (Tensor("p", "x", "fp32"),), cast=True), Op("a", ("p",), (Tensor("q", "x"),)))
+    resolved = Scope(inputs={"x": Tensor("x", "x", "fp32")}).resolve(ops, None)
+    assert [(o.name, o.reads) for o in resolved] == [("a", ("x",))]
