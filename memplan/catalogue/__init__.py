@@ -1,0 +1,43 @@
+"""What each kernel, method and optimizer keeps in memory, as data in the language of `memplan.ir`.
+
+One module per family of models; each has `BUILDERS`, a function per model_type that returns the model's stack.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from memplan.catalogue.attention import Wiring
+from memplan.ir import Stack
+from memplan.models import ModelSpec
+
+# Which module builds which model_type: only the one asked for is imported.
+_MODULES = {
+    model_type: module
+    for module, model_types in {
+        "llama": "llama mistral ministral3 qwen2 mimo qwen3 internlm3 hunyuan_v1_dense smollm3",
+        "phi3": "phi3",
+        "granite": "granite",
+        "ernie": "ernie4_5",
+        "nemotron_nas": "nemotron-nas",
+        "gpt": "gpt2 gpt_bigcode gpt_neo gptj",
+        "neox": "gpt_neox phi nemotron starcoder2",
+        "opt": "opt",
+        "alibi": "bloom mpt",
+        "falcon": "falcon",
+        "remote": "baichuan internlm2 minicpm qwen",
+        "gemma": "gemma gemma2 gemma3_text",
+        "cohere": "cohere cohere2",
+        "olmo": "olmo olmo2 olmo3 exaone4",
+        "glm": "glm glm4",
+        "chatglm": "chatglm",
+        "stablelm": "stablelm",
+    }.items()
+    for model_type in model_types.split()
+}
+
+
+def build(model: ModelSpec, wiring: Wiring) -> Stack:
+    """The model as a stack of operations, with its weights and without dtypes, method or loss."""
+    module = import_module(f"memplan.catalogue.{_MODULES[model.model_type]}")
+    return module.BUILDERS[model.model_type](model, wiring)

@@ -1,0 +1,252 @@
+"""Attention: the kernels that compute it, and which of them torch and transformers take.
+
+Every variant reads q (`b s a d`), k and v (`b s k d`) and writes the heads' outputs (`b s a d`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from memplan.catalogue import ops
+from memplan.ir import Keep, Op, Scratch, Tensor
+
+_ATEN = "torch 2.13 aten/src/ATen/native/transformers"
+
+
+class Wiring(NamedTuple):
+    """Which attention kernel runs where. `backend` without a mask, `masked` with one.
+
+    padded: a 2-D mask with zeros comes with the batch. windowed: the sequence is longer than the sliding window.
+    grouped: fewer key heads than query heads.
+    """
+
+    backend: str
+    masked: str
+    padded: bool = False
+    windowed: bool = False
+
+    def has_mask(self, sliding: bool = False) -> bool:
+        """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""
+        if self.backend == "flash_2":
+            return False
+        return self.backend == "eager" or self.padded or (sliding and self.windowed)
+
+
+def attention(
+    name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool = False, mask: str = "mask"
+) -> tuple[Op, ...]:
+    """The attention of one layer, with the copies of k and v its kernel needs."""
+    masked = wiring.has_mask(sliding)
+    match wiring.masked if masked else wiring.backend:
+        case "flash" | "flash_2" as backend:
+            expands = grouped and backend == "flash"
+            return (
+                ops.view(f"{name}.v_heads", v, "v.heads", "b s k d"),
+                flash(name, q, k, "v.heads", y, expands),
+                ops.leave("v.heads"),
+            )
+        case "efficient":
+            return _efficient(name, q, k, v, y, grouped, mask if masked else "")
+        case "math":
+            return _math(name, q, k, v, y, grouped)
+        case "eager":
+            return _eager(name, q, k, v, y, grouped, mask)
+        case other:
+            raise AssertionError(other)
+
+
+def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
+    """Keeps q, k, v, the output, one fp32 number a row and head, and the state of the random generator.
+
+    Its backward holds an fp32 gradient of q over rows rounded up to 128 (`s128`) and head widths to 32 (`d32`);
+    with fewer key heads than query heads, gradients of k and v for every query head.
+    """
+    lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
+    expanded = (Tensor("dk expanded", "b s a d", f"={k}"), Tensor("dv expanded", "b s a d", f"={k}")) if grouped else ()
+    scratch = (Tensor("row sums", "b a s128", "fp32"), Tensor("dq accumulated", "b s128 a d32", "fp32"), *expanded)
+    return Op(
+        name,
+        (q, k, v),
+        (
+            Tensor(y, "b s a d"),
+            Tensor(lse, "b a s", "fp32"),
+            Tensor(seed, "2", "int64"),
+            Tensor(offset, "", "int64"),
+        ),
+        (),
+        tuple(Keep(what, of) for of in (q, k, v) for what in (q, k, v, y, lse, seed, offset)),
+        scratch_back=tuple(Scratch(t) for t in scratch),
+        autocast="lower",
+        source=f"{_ATEN}/cuda/flash_attn/flash_api.cpp mha_bwd",
+    )
+
+
+def _repeated(name: str, k: str, v: str, grouped: bool) -> tuple[Op, ...]:
+    """k and v for every query head (transformers' repeat_kv, torch's enable_gqa): copies, if there are fewer."""
+    if not grouped:
+        return (
+            ops.view(f"{name}.v_heads", v, "v.heads", "b s a d"),
+            ops.view(f"{name}.k_same", k, "k.heads", "b s a d"),
+        )
+    return (
+        ops.copy(f"{name}.repeat_k", k, "k.heads", "b s a d", gradient="new"),
+        ops.view(f"{name}.v_view", v, "v.view", "b s k d", gradient="new"),
+        ops.copy(f"{name}.repeat_v", "v.view", "v.heads", "b s a d", gradient="new"),
+    )
+
+
+def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -> tuple[Op, ...]:
+    """Memory-efficient attention: keeps q, k, v, the output, a row of fp32 sums rounded up to 32 rows, and the mask.
+
+    A boolean mask becomes one of q's dtype in every layer. The workspace of its backward depends on the tile the
+    card's shared memory allows: `efficient_workspace` bytes a head (see `efficient_workspace_bytes`).
+    Autocast casts what the function is given: with a mask k and v are repeated before it, without one inside.
+    """
+    lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
+    if mask:
+        q1, k1, v1 = f"{q}.lowered", "k.lowered", "v.lowered"
+        inner = (
+            *_repeated(name, k, v, grouped),
+            _lowered(f"{name}.q", q, q1, "b s a d"),
+            _lowered(f"{name}.k", "k.heads", k1, "b s a d"),
+            _lowered(f"{name}.v", "v.heads", v1, "b s a d"),
+            Op(
+                f"{name}.mask",
+                (mask,),
+                (Tensor(f"{y}.bias", "b s s8", f"={q1}"),),
+                scratch=(Tensor("zero", "", f"={q1}"), Tensor("minus infinity", "", f"={q1}")),
+                source=f"{_ATEN}/attention.cpp convert_boolean_attn_mask",
+            ),
+        )
+    else:
+        q1, k1, v1 = f"{q}.lowered", "k.heads", "v.heads"
+        inner = (
+            _lowered(f"{name}.q", q, q1, "b s a d"),
+            _lowered(f"{name}.k", k, "k.lowered", "b s k d"),
+            _lowered(f"{name}.v", v, "v.lowered", "b s k d"),
+            *_repeated(name, "k.lowered", "v.lowered", grouped),
+        )
+    kept = (q1, k1, v1, y, lse, seed, offset, *((f"{y}.bias",) if mask else ()))
+    return (
+        *inner,
+        Op(
+            name,
+            (q1, k1, v1, *((f"{y}.bias",) if mask else ())),
+            (
+                Tensor(y, "b s a d", f"={q1}"),
+                Tensor(lse, "b a s32", "fp32"),
+                Tensor(seed, "", "int64"),
+                Tensor(offset, "", "int64"),
+            ),
+            (),
+            tuple(Keep(what, of) for of in (q1, k1, v1) for what in kept),
+            scratch_back=(
+                Scratch(Tensor("delta", "b a s", "fp32")),
+                Scratch(Tensor("workspace", "b a efficient_workspace", "uint8")),
+                Scratch(Tensor("output product", "b s a efficient_fp32", "fp32")),
+            ),
+            autocast="lower",
+            source=f"{_ATEN}/cuda/attention_backward.cu",
+        ),
+        ops.leave("k.heads", "v.heads"),
+    )
+
+
+def _lowered(name: str, x: str, y: str, shape: str) -> Op:
+    """Autocast's cast where the function is called; nothing without autocast."""
+    source = "torch 2.13 aten/src/ATen/autocast_mode.h lower_precision_fp"
+    return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
+
+
+def _eager(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -> tuple[Op, ...]:
+    """transformers' eager_attention_forward: scores, scaled, masked, softmax in fp32, cast back.
+
+    A product of transposed heads needs them contiguous: q always, k and v where repeating has not made them so.
+    """
+    n, scores = name, "b a s s"
+    return (
+        *_repeated(n, k, v, grouped),
+        ops.copy(f"{n}.q_flat", q, "q.flat", "b s a d"),
+        *(() if grouped else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
+        ops.matmul(f"{n}.scores", "q.flat", "k.heads" if grouped else "k.flat", "scores", scores),
+        ops.scale(f"{n}.scaling", "scores", "scaled", scores),
+        ops.leave("scores", "q.flat", "k.flat" if not grouped else "q.flat"),
+        *_masked_softmax(n, "scaled", "probs", mask, q),
+        *(() if grouped else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", "b s a d"),)),
+        ops.matmul(f"{n}.product", "probs", "v.heads" if grouped else "v.flat", "heads", "b s a d"),
+        ops.copy(f"{n}.contiguous", "heads", y, "b s a d", gradient="new"),
+        ops.leave("probs", "k.heads", "v.heads"),
+    )
+
+
+def _masked_softmax(n: str, x: str, y: str, mask: str, like: str) -> tuple[Op, ...]:
+    shape = "b a s s"
+    return (
+        Op(f"{n}.add_mask", (x, mask), (Tensor("masked", shape),), gradient="same", source=f"{ops.DERIVATIVES}: add"),
+        *ops.softmax(f"{n}.softmax", "masked", "softmax", shape, "fp32"),
+        ops.cast(f"{n}.cast", "softmax", y, shape, f"={like}"),
+        ops.leave("masked"),
+    )
+
+
+def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> tuple[Op, ...]:
+    """torch's reference: everything in fp32, the causal mask added in place."""
+    n, heads, scores = name, "b s a d", "b a s s"
+    return (
+        ops.view(f"{n}.v_view", v, "v.view", "b s k d", gradient="new"),
+        ops.cast(f"{n}.q_float", q, "q32", heads, "fp32"),
+        ops.cast(f"{n}.k_float", k, "k32", "b s k d", "fp32"),
+        ops.cast(f"{n}.v_float", "v.view", "v32", "b s k d", "fp32"),
+        Op(f"{n}.causal", (), (Tensor("causal", "s s", "fp32"),), scratch=(Tensor("ones", "s s", "bool"),)),
+        ops.scale(f"{n}.scale_q", "q32", "q.scaled", heads),
+        ops.leave("q32"),
+        ops.copy(f"{n}.repeat_k", "k32", "k.heads", heads, gradient="new" if grouped else "same"),
+        ops.copy(f"{n}.repeat_v", "v32", "v.heads", heads, gradient="new" if grouped else "same"),
+        ops.leave("k32", "v32"),
+        ops.scale(f"{n}.scale_k", "k.heads", "k.scaled", heads),
+        ops.copy(f"{n}.q_flat", "q.scaled", "q.flat", heads),
+        ops.matmul(f"{n}.scores", "q.flat", "k.scaled", "scores", scores),
+        *ops.softmax(f"{n}.softmax", "scores", "probs", scores, "fp32"),
+        Op(f"{n}.second", ("probs",), (Tensor("second", scores, f"={q}"),)),
+        ops.matmul(f"{n}.product", "probs", "v.heads", "heads32", heads),
+        ops.cast(f"{n}.cast", "heads32", "heads", heads, f"={q}"),
+        ops.leave("second", "q.scaled", "k.heads", "causal"),
+        ops.copy(f"{n}.contiguous", "heads", y, heads, gradient="new"),
+    )
+
+
+def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
+    """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager."""
+    eager = wiring.backend == "eager"
+    boolean = Tensor("causal", "b s s" if wiring.padded else "s s", "bool")
+    return (
+        Op(
+            name,
+            (),
+            (Tensor(name, "b s s", f"={x}" if eager else "bool"),),
+            scratch=(boolean,) if eager else (Tensor("causal", "s s", "bool"),),
+            source="transformers 5.24 masking_utils.py",
+        ),
+    )
+
+
+def efficient_workspace_bytes(s: int, d: int, pairs: int, half: bool, large_tiles: bool) -> int:
+    """Bytes of workspace that memory-efficient attention's backward takes for one head of one sequence.
+
+    `pairs` is batch x heads. Tiles of 128 x 128 need more shared memory than sm86, sm89 and sm120 have.
+    Source: torch 2.13 aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h.
+    """
+    if d <= 64:
+        rows, columns, widest = 64, 64, 64
+    elif d <= 96:
+        rows, columns, widest = 128, 64, 96
+    elif d <= 128 and large_tiles:
+        rows, columns, widest = 128, 128, 128
+    else:
+        rows, columns, widest = 64, 64, 128 if d <= 128 else 65536
+    size = -(-s // rows) * -(-d // columns) * (rows * columns * 4 + 16)
+    if half and widest > rows:  # dk and dv do not stay in registers: fp32, once per split of the keys
+        splits = max(1, min(-(-s // columns), 200 // pairs))
+        padded = -(-d // rows) * rows
+        size += 4 * splits * (-(-s // columns) * columns) * 2 * padded
+    return size

@@ -1,0 +1,405 @@
+"""GPT-2, GPT-BigCode, GPT-Neo, GPT-J: LayerNorm, biases, an MLP without a gate, dropout, positions from a table."""
+
+from __future__ import annotations
+
+from memplan.catalogue import ops
+from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.llama import inputs, lm_head, mask_name, masks, positions, returned
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.models import ModelSpec
+
+_Q, _K = "b s a d", "b s k d"
+
+
+def drops(m: ModelSpec, *keys: str) -> bool:
+    """Whether the config's probability of dropout is above 0."""
+    return any(float(m.get(key, 0.0)) > 0 for key in keys)
+
+
+def dropped(name: str, x: str, y: str, shape: str, drop: bool) -> tuple[Op, ...]:
+    """Dropout, or the same tensor."""
+    return (ops.dropout(name, x, y, shape),) if drop else (ops.view(name, x, y, shape),)
+
+
+def activation(m: ModelSpec, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """transformers' activation of that name: one kernel, but for those written out."""
+    match m.hidden_act:
+        case "gelu_new":
+            return gelu_new(name, x, y, shape)
+        case "relu":
+            return (relu(name, x, y, shape),)
+        case "relu2":
+            return (relu(f"{name}.relu", x, f"{y}.relu", shape), power(f"{name}.square", f"{y}.relu", y, shape))
+        case _:
+            return (ops.activation(name, x, y, shape),)
+
+
+def relu(name: str, x: str, y: str, shape: str) -> Op:
+    """Keeps its output."""
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: relu")
+
+
+def power(name: str, x: str, y: str, shape: str) -> Op:
+    """`x ** n` for a number n: in fp32 under autocast. Its backward makes the derivative in two steps."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape),),
+        (),
+        (Keep(x, x),),
+        scratch_back=(Scratch(Tensor("power", shape, f"={y}")), Scratch(Tensor("derivative", shape, f"={y}"))),
+        autocast="fp32",
+        source=f"{ops.DERIVATIVES}: pow.Tensor_Scalar",
+    )
+
+
+def gelu_new(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """`0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))`, an operation at a time: x and three more are kept."""
+    half, cube, scaled, inner, outer, tanh, one = (
+        f"{y}.{part}" for part in ("half", "cube", "scaled", "inner", "outer", "tanh", "one")
+    )
+    source = "transformers 5.24 activations.py NewGELUActivation"
+    return (
+        ops.scale(f"{name}.half", x, half, shape),
+        power(f"{name}.pow", x, cube, shape),
+        ops.scale(f"{name}.cubed", cube, scaled, shape),
+        ops.add(f"{name}.sum", x, scaled, inner, shape),
+        ops.scale(f"{name}.outer", inner, outer, shape),
+        Op(
+            f"{name}.tanh",
+            (outer,),
+            (Tensor(tanh, shape),),
+            (),
+            (Keep(tanh, outer),),
+            source=f"{ops.DERIVATIVES}: tanh",
+        ),
+        Op(f"{name}.one", (tanh,), (Tensor(one, shape),), gradient="same", source=source),
+        ops.mul(name, half, one, y, shape),
+    )
+
+
+def learned(m: ModelSpec, wiring: Wiring, drop: bool, name: str = "transformer") -> tuple[Op, ...]:
+    """Tokens and positions looked up and added, up to the first block.
+
+    The rows of positions are summed over the batch before they are a gradient.
+    """
+    return (
+        inputs(wiring.padded),
+        ops.embedding(f"{name}.wte", "ids", "tokens", "v", "h"),
+        positions(),
+        position_table(f"{name}.wpe", "positions", "places", f"{m.max_position_embeddings} h"),
+        ops.add("add_positions", "tokens", "places", "embeds" if not drop else "summed", "b s h"),
+        *masks(wiring, "tokens"),
+        *((ops.dropout(f"{name}.drop", "summed", "embeds", "b s h"),) if drop else ()),
+    )
+
+
+def position_table(name: str, ids: str, y: str, shape: str, rows: str = "s") -> Op:
+    w = Weight(f"{name}.weight", shape, "embedding", rows=1)
+    return Op(
+        name,
+        (ids,),
+        (Tensor(y, f"{rows} h", f"={w.name}"),),
+        (w,),
+        (Keep(ids, w.name),),
+        source=f"{ops.DERIVATIVES}: embedding",
+    )
+
+
+def after(m: ModelSpec, wiring: Wiring, norm: str = "transformer.ln_f", held: tuple[str, ...] = ()) -> tuple[Op, ...]:
+    made = [op.name for op in masks(wiring, "embeds")]
+    return (
+        ops.layer_norm(norm, "x", "n", "b s h", "h"),
+        ops.leave("x", "positions", *held, *made),
+        lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else ""),
+    )
+
+
+def gpt2(m: ModelSpec, wiring: Wiring) -> Stack:
+    """One projection for q, k and v, whole as long as one of them is kept; their gradients are joined."""
+    return _stack(m, wiring, _fused_attention(m, wiring, _heads(m, wiring)), ("positions",))
+
+
+def _heads(m: ModelSpec, wiring: Wiring, wide: bool = False) -> tuple[Op, ...]:
+    """Attention from q, k, v to o, with dropout of the probabilities."""
+    name, drop = "attn.attention", drops(m, "attn_pdrop")
+    if wiring.backend == "eager":
+        return written_out(name, "q", "k", "v", "o", drop, wide)
+    return with_dropout(attention(name, "q", "k", "v", "o", wiring, False), drop)
+
+
+def gpt_bigcode(m: ModelSpec, wiring: Wiring) -> Stack:
+    """One key/value head for all query heads; a triangle of booleans as large as the table of positions, unused."""
+    grouped, longest = m.num_key_value_heads != m.num_attention_heads, m.max_position_embeddings
+    heads = dropped_attention(m, wiring, "attn.attention", "attn_pdrop", grouped)
+    unused = Weight("transformer.bias", f"{longest} {longest}", "buffer", "bool", False)
+    stack = _stack(m, wiring, _fused_attention(m, wiring, heads, by_head=not grouped))
+    return stack._replace(before=(stack.before[0]._replace(weights=(unused,)), *stack.before[1:]))
+
+
+def _stack(m: ModelSpec, wiring: Wiring, attention_ops: tuple[Op, ...], held: tuple[str, ...] = ()) -> Stack:
+    """`held`: arguments of every block, which a checkpoint keeps."""
+    block = gpt_block(attention_ops, mlp(m, "n2", "mo", drops(m, "resid_pdrop")), (*held, *returned(wiring)))
+    before = learned(m, wiring, drops(m, "embd_pdrop"))
+    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places")))
+
+
+def _fused_attention(
+    m: ModelSpec, wiring: Wiring, heads: tuple[Op, ...], by_head: bool = False, name: str = "attn"
+) -> tuple[Op, ...]:
+    """`by_head`: q, k and v of one head lie side by side, and the joined gradient is copied into that order."""
+    backend = wiring.masked if wiring.has_mask() else wiring.backend
+    back = "new" if backend in ("eager", "math") and not by_head else "same"
+    qkv = "qkv" if not by_head else "qkv.heads"
+    return (
+        ops.linear(f"{name}.c_attn", "n1", "qkv", "qkv", "h", "attention", bias=True),
+        *((ops.view(f"{name}.heads", "qkv", qkv, "b s a 3 d", gradient="new"),) if by_head else ()),
+        ops.split(f"{name}.split", qkv, (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v", _K))),
+        ops.view(f"{name}.q_heads", "q0", "q", _Q, back),
+        ops.view(f"{name}.k_heads", "k0", "k", _K, back),
+        *heads,
+        ops.linear(f"{name}.c_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
+        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
+        ops.leave("qkv", "o", "n1"),
+    )
+
+
+def dropped_attention(
+    m: ModelSpec, wiring: Wiring, name: str, key: str, grouped: bool, sliding: bool = False
+) -> tuple[Op, ...]:
+    """`attention` from q, k, v to o, with dropout where it is written out; the kernels have it inside them."""
+    k, v, spread = "k", "v", ()
+    if m.num_key_value_heads == 1 and wiring.has_mask(sliding):  # one head is repeated without a copy
+        k, v, grouped = "k.all", "v.all", False
+        spread = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, gradient="new") for t in "kv")
+    kernel = (*spread, *attention(name, "q", k, v, "o", wiring, grouped, sliding, mask_name(sliding)))
+    return with_dropout(kernel, drops(m, key))
+
+
+def with_dropout(kernel: tuple[Op, ...], drop: bool) -> tuple[Op, ...]:
+    """Dropout of the probabilities where attention is written out; the fused kernels have it inside them."""
+    out: list[Op] = []
+    for op in kernel:
+        if drop and any(t.name == "probs" for t in op.writes):
+            out.append(_renamed(op, "probs", "probs.whole"))
+            out.append(ops.dropout(f"{op.name}.dropout", "probs.whole", "probs", "b a s s"))
+        else:
+            out.append(op)
+    return tuple(out)
+
+
+def _renamed(op: Op, old: str, new: str) -> Op:
+    """The operation with another name for what it writes."""
+
+    def other(name: str) -> str:
+        return name.replace(old, new) if name in (old, f"={old}") else name
+
+    return op._replace(
+        writes=tuple(t._replace(name=other(t.name)) for t in op.writes),
+        keeps=tuple(k._replace(what=other(k.what)) for k in op.keeps),
+        scratch_back=tuple(s._replace(tensor=s.tensor._replace(dtype=other(s.tensor.dtype))) for s in op.scratch_back),
+    )
+
+
+def written_out(
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    drop: bool,
+    wide: bool = False,
+    biased: tuple[Op, ...] | None = None,
+    held: tuple[str, ...] = (),
+) -> tuple[Op, ...]:
+    """Attention written out, the softmax in the dtype of the scores; `wide`: q and k are cast to fp32.
+
+    `biased`: what becomes of `scores` until they are `masked`; by default they are scaled and the mask is added.
+    `held` stays until the product with v is made.
+    """
+    n, scores = name, "b a s s"
+    q_in, k_in = (f"{q}.wide", f"{k}.wide") if wide else (q, k)
+    return (
+        *(ops.cast(f"{n}.{t}_float", t, f"{t}.wide", _Q, "fp32") for t in (q, k) if wide),
+        ops.copy(f"{n}.q_flat", q_in, "q.flat", _Q)._replace(autocast="lower"),
+        ops.copy(f"{n}.k_flat", k_in, "k.flat", _Q)._replace(autocast="lower"),
+        ops.matmul(f"{n}.scores", "q.flat", "k.flat", "scores", scores),
+        *(
+            biased
+            or (ops.scale(f"{n}.scaling", "scores", "scaled", scores), add_mask(f"{n}.add_mask", "scaled", "masked"))
+        ),
+        *ops.softmax(f"{n}.softmax", "masked", "softmax", scores),
+        ops.cast(f"{n}.cast", "softmax", "probs.whole", scores, f"={v}"),
+        *dropped(f"{n}.attn_dropout", "probs.whole", "probs", scores, drop),
+        ops.copy(f"{n}.v_flat", v, "v.flat", _Q),
+        ops.matmul(f"{n}.product", "probs", "v.flat", "heads", _Q),
+        ops.leave(*held),
+        ops.copy(f"{n}.reshape", "heads", y, _Q, gradient="new"),
+        ops.leave("probs"),
+    )
+
+
+def add_mask(name: str, x: str, y: str) -> Op:
+    return Op(name, (x, "mask"), (Tensor(y, "b a s s"),), gradient="same", source=f"{ops.DERIVATIVES}: add.Tensor")
+
+
+def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Scores in fp32, masked by a triangle of booleans that each layer holds for as many tokens as there are positions.
+
+    A local layer differs only in what is in its triangle. There is no scaling, and no kernel but flash attention 2.
+    """
+    wiring = wiring if wiring.backend == "flash_2" else wiring._replace(backend="eager", masked="eager")
+    name, longest = "attn.attention", m.max_position_embeddings
+    triangle = Weight(f"{name}.bias", f"{longest} {longest}", "buffer", "bool", False)
+    drop, resid = drops(m, "attention_dropout"), drops(m, "resid_dropout")
+    back = "new" if wiring.backend == "eager" else "same"
+    biased = (
+        Op(
+            f"{name}.where",
+            ("scores",),
+            (Tensor("causal", "b a s s", "=scores"), Tensor("least", "", "=scores")),
+            (triangle,),
+            source=f"{ops.DERIVATIVES}: where",
+        ),
+        add_mask(f"{name}.add_mask", "causal", "masked"),
+    )
+    kernel = (
+        attention(name, "q", "k", "v", "o", wiring, False)
+        if wiring.backend == "flash_2"
+        else written_out(name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"))
+    )
+    heads = (
+        *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),
+        *(ops.view(f"{name}.{t}_heads", f"{t}0", t, _Q, back if t != "v" else "same") for t in "qkv"),
+        *kernel,
+        ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
+        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", resid),
+        ops.leave("q", "k", "v", "o"),
+    )
+    block = gpt_block(heads, mlp(m, "n2", "mo", resid), returned(wiring))
+    before = learned(m, wiring, drops(m, "embed_dropout"))
+    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places")))
+
+
+def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Part of each head's width rotated by a table for all positions; attention and MLP side by side after one norm."""
+    block = Block(
+        "transformer.h",
+        (
+            ops.layer_norm("ln_1", "x", "n1", "b s h", "h"),
+            *_gptj_attention(m, _heads(m, wiring, wide=True)),
+            *mlp(m, "n1", "mo", drops(m, "resid_pdrop"), ("fc_in", "fc_out")),
+            ops.add("parallel", "ao", "mo", "branches", "b s h"),
+            ops.add("residual", "branches", "x", "y", "b s h"),
+            ops.leave("ao", "mo", "n1", "positions", *returned(wiring)),
+        ),
+    )
+    embedded = drops(m, "embd_pdrop")
+    width = m.rotary_width
+    table = Weight(
+        "transformer.rotary_emb.embed_positions", f"{m.max_position_embeddings} {width}", "buffer", "fp32", False
+    )
+    before = (
+        inputs(wiring.padded),
+        ops.embedding("transformer.wte", "ids", "tokens" if embedded else "embeds", "v", "h"),
+        positions(),
+        *masks(wiring, "tokens" if embedded else "embeds"),
+        *((ops.dropout("transformer.drop", "tokens", "embeds", "b s h"),) if embedded else ()),
+        Op("transformer.rotary_emb", ("positions",), (Tensor("sincos32", "s rot", "fp32"),), (table,)),
+        ops.cast("transformer.rotary_emb.cast", "sincos32", "sincos", "s rot", "=embeds"),
+    )
+    last = after(m, wiring, held=("sincos", "tokens" if embedded else "embeds"))
+    head = last[-1] if m.tie_word_embeddings else lm_head("n", bias=True)
+    return Stack(before, (Run((block,), "L"),), (*last[:-1], head))
+
+
+def _gptj_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn") -> tuple[Op, ...]:
+    """The rotated part and the rest are joined into new storage; both stay to the end, the rest with all of q or k."""
+    return (
+        *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),
+        *(ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1" if t != "v" else t, _Q) for t in "qkv"),
+        *(
+            op
+            for t in "kq"
+            for op in (
+                ops.view(f"{name}.{t}_slice", f"{t}1", f"{t}.rot", "b s a rot", gradient="new"),
+                ops.view(f"{name}.{t}_rest", f"{t}1", f"{t}.pass", _Q, gradient="new"),
+            )
+        ),
+        *(op for t in "kq" for op in _turned_pairs(f"{name}.rope_{t}", t)),
+        *(_joined(f"{name}.{t}_cat", t) for t in "kq"),
+        *kernel,
+        ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention"),
+        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
+        ops.leave("q", "k", "v", "o", "q0", "k0", "q.turned", "k.turned"),
+    )
+
+
+def _turned_pairs(name: str, t: str) -> tuple[Op, ...]:
+    """sin and cos are spread over the pairs anew for q and for k, and kept."""
+    shape, half = "b s a rot", "b s a rot2"
+    cosine, pairs, sine = f"{t}.cosine", f"{t}.pairs", f"{t}.sine"
+    return (
+        ops.copy(f"{name}.sin_pairs", "sincos", f"{t}.sin", "s rot"),
+        ops.copy(f"{name}.cos_pairs", "sincos", f"{t}.cos", "s rot"),
+        Op(f"{name}.cos", (f"{t}.rot", f"{t}.cos"), (Tensor(cosine, shape),), (), (Keep(f"{t}.cos", f"{t}.rot"),)),
+        Op(
+            f"{name}.rotate_every_two",
+            (f"{t}.rot",),
+            (Tensor(pairs, shape),),
+            scratch=(Tensor("negative", half, f"={t}.rot"),),
+            scratch_back=(Scratch(Tensor("second half", shape, f"={t}.rot")),),
+            source=f"{ops.DERIVATIVES}: stack, neg, slice",
+        ),
+        Op(f"{name}.sin", (pairs, f"{t}.sin"), (Tensor(sine, shape),), (), (Keep(f"{t}.sin", pairs),)),
+        ops.add(f"{name}.add", cosine, sine, f"{t}.turned", shape),
+        ops.view(f"{name}.part", f"{t}.turned", f"{t}.part", _Q),
+        ops.leave(f"{t}.sin", f"{t}.cos"),
+    )
+
+
+def _joined(name: str, t: str) -> Op:
+    return Op(name, (f"{t}.part", f"{t}.pass"), (Tensor(t, _Q),), gradient="same", source=f"{ops.DERIVATIVES}: cat")
+
+
+def mlp(
+    m: ModelSpec,
+    x: str,
+    y: str,
+    drop: bool,
+    layers: tuple[str, str] = ("c_fc", "c_proj"),
+    name: str = "mlp",
+    bias: bool = True,
+) -> tuple[Op, ...]:
+    """Up, activation, down, dropout."""
+    up, down = layers
+    return (
+        ops.linear(f"{name}.{up}", x, "up", "f", "h", "mlp", bias),
+        *activation(m, f"{name}.act", "up", "act", "b s f"),
+        ops.leave("up"),
+        ops.linear(f"{name}.{down}", "act", f"{y}.whole", "h", "f", "mlp", bias),
+        ops.leave("act"),
+        *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drop),
+        ops.leave(x),
+    )
+
+
+def gpt_block(attention_ops: tuple[Op, ...], mlp_ops: tuple[Op, ...], held: tuple[str, ...]) -> Block:
+    """Norm, attention from `n1` to `ao`, residual; norm, MLP from `n2` to `mo`, residual; `held` stays to the end."""
+    return Block(
+        "transformer.h",
+        (
+            ops.layer_norm("ln_1", "x", "n1", "b s h", "h"),
+            *attention_ops,
+            ops.add("residual_1", "ao", "x", "x1", "b s h"),
+            ops.leave("n1"),
+            ops.layer_norm("ln_2", "x1", "n2", "b s h", "h"),
+            *mlp_ops,
+            ops.add("residual_2", "x1", "mo", "y", "b s h"),
+            ops.leave("n2"),
+            ops.leave("ao", "mo", *held),
+        ),
+    )
+
+
+BUILDERS = {"gpt2": gpt2, "gpt_bigcode": gpt_bigcode, "gpt_neo": gpt_neo, "gptj": gptj}

@@ -1,0 +1,170 @@
+"""The loss: from the logits, or from the hidden states where all logits are never there at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue import ops
+from memplan.ir import Keep, Op, Scratch, Stack, Tensor, Weight
+
+_CHUNKS = 8  # torchtune 0.6 CEWithChunkedOutputLoss: num_output_chunks
+
+
+def attach(stack: Stack, loss: str, hold_outputs: bool = False, compute: str = "bf16") -> Stack:
+    """`stack` with the loss of that kind; `hold_outputs` where the script's variable keeps the logits through backward.
+
+    hf                transformers: all logits, then in fp32
+    chunked           torchtune: logits in eight chunks, each in fp32 on its own
+    chunked_lm_head   LitGPT: logits in chunks of 128 tokens, never in fp32, held by the training loop
+    fused             Liger: the gradient is made chunk by chunk beside the loss, and logits are never all there
+    """
+    start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
+    body, head = stack.after[:start], stack.after[start:]
+    held = hold_outputs or loss == "chunked_lm_head"
+    if held:
+        head = tuple(_held(op) if op is _last_writer(head) else op for op in head)
+    logits = _last_writer(head).writes[0].name
+    match loss:
+        case "hf":
+            return stack._replace(after=(*body, *head), loss=cross_entropy(logits))
+        case "chunked":
+            return stack._replace(after=body, loss=tuple(_chunked(head)))
+        case "chunked_lm_head":
+            return stack._replace(after=(*body, *head), loss=_chunked_lm_head(logits))
+        case "fused":
+            matrix = next(w for op in head for w in op.weights if w.rows)
+            return stack._replace(after=body, loss=_fused(matrix, compute))
+        case other:
+            raise AssertionError(other)
+
+
+def _last_writer(head: tuple[Op, ...]) -> Op:
+    return next(op for op in reversed(head) if op.writes)
+
+
+def _held(op: Op) -> Op:
+    return op._replace(holds="step")
+
+
+def _targets(source: str) -> Op:
+    """Labels padded by one and shifted: a copy, except that a single row shifted is a view of the padded one."""
+    return Op(
+        "loss.shift_labels",
+        ("labels",),
+        (Tensor("targets", "targets", "int64"), Tensor("padded_labels", "padded_labels", "int64")),
+        source=source,
+    )
+
+
+def cross_entropy(logits: str) -> tuple[Op, ...]:
+    """`logits.float()`, labels padded and shifted, log_softmax and nll_loss, as transformers 5 has it."""
+    source = "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"
+    return (
+        Op("loss.float", (logits,), (Tensor("logits32", "b s v", "fp32"),), cast=True, source=source),
+        _targets(source),
+        *_nll("loss", "logits32", "log_probs", "targets", "b s v", "loss"),
+        ops.leave("logits32", "padded_labels", "targets", logits, "n"),
+    )
+
+
+def _nll(n: str, logits: str, log_probs: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
+    weight = f"{loss}.total_weight"
+    return (
+        Op(
+            f"{n}.log_softmax",
+            (logits,),
+            (Tensor(log_probs, shape),),
+            (),
+            (Keep(log_probs, logits),),
+            autocast="fp32",
+            source=f"{ops.DERIVATIVES}: _log_softmax",
+        ),
+        Op(
+            f"{n}.nll",
+            (log_probs, targets),
+            (Tensor(loss, "", "fp32"), Tensor(weight, "", "fp32")),
+            (),
+            (Keep(log_probs, log_probs), Keep(targets, log_probs), Keep(weight, log_probs)),
+            autocast="fp32",
+            source=f"{ops.DERIVATIVES}: nll_loss_forward",
+        ),
+    )
+
+
+def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
+    """Every chunk (`lc` tokens of each sequence) has its own head and loss; all heads run before the first loss."""
+    source = "torchtune 0.6 modules/loss/ce_chunked_output_loss.py"
+    chunks = range(_CHUNKS)
+    yield _targets(source)
+    yield ops.split("loss.chunk", "n", tuple(Tensor(f"n{i}", "b lc h") for i in chunks))
+    for i in chunks:
+        for op in head:
+            yield _chunk_of(op, i)
+    logits = _last_writer(head).writes[0].name
+    for i in chunks:
+        yield Op(f"loss.float{i}", (f"{logits}{i}",), (Tensor(f"logits32{i}", "b lc v", "fp32"),), cast=True)
+        yield from _nll(f"loss{i}", f"logits32{i}", f"log_probs{i}", "targets", "b lc v", f"loss{i}")
+        yield ops.leave(f"logits32{i}")
+    parts = tuple(f"loss{i}" for i in chunks)
+    yield Op("loss.sum", parts, (Tensor("loss", "", "fp32"),), gradient="same", source=source)
+    yield ops.leave(*(f"{logits}{i}" for i in chunks), "padded_labels", "n")
+
+
+def _chunk_of(op: Op, i: int) -> Op:
+    def rename(name: str) -> str:
+        return name if any(name == w.name for w in op.weights) else f"{name}{i}"
+
+    return op._replace(
+        reads=tuple(map(rename, op.reads)),
+        writes=tuple(t._replace(name=rename(t.name), shape=t.shape.replace("b s ", "b lc ", 1)) for t in op.writes),
+        keeps=tuple(Keep(rename(k.what), rename(k.of)) for k in op.keeps),
+    )
+
+
+def _chunked_lm_head(logits: str) -> tuple[Op, ...]:
+    """Log-probabilities stay in the logits' dtype; a chunk's gradient comes as its log-probabilities go."""
+    source = "litgpt 0.5 utils.py chunked_cross_entropy"
+    chunk = Tensor("gradient of a chunk", "b 128 v", f"={logits}")
+    return (
+        _targets(source),
+        Op(
+            "loss.chunks",
+            (logits, "targets"),
+            (Tensor("loss", "", "fp32"), Tensor("log_probs", "b s v", f"={logits}")),
+            (),
+            (Keep("log_probs", logits), Keep("targets", logits)),
+            scratch_back=(Scratch(chunk), Scratch(chunk)),
+            gradient="kept",
+            source=source,
+        ),
+        ops.leave("padded_labels", logits, "n"),
+    )
+
+
+def _fused(matrix: Weight, compute: str) -> tuple[Op, ...]:
+    """Chunks of `fc` tokens: logits, their gradient over them, and its products with the head's weight and the input.
+
+    What backward hands on was made in forward: a gradient as large as the hidden states, and one of the weight if
+    it trains.
+    """
+    source = "liger-kernel 0.8 ops/fused_linear_cross_entropy.py"
+    made = (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", "b s h", "=n"))
+    keeps = (Keep("hidden_gradient", "n"),)
+    if matrix.trains:
+        made += (Tensor("head_gradient", matrix.shape, matrix.dtype),)
+        keeps += (Keep("head_gradient", matrix.name),)
+    cast = () if matrix.dtype == compute else (Tensor("head weight cast", matrix.shape, compute),)
+    return (
+        _targets(source),
+        Op(
+            "loss.fused",
+            ("n", "targets"),
+            made,
+            (matrix,),
+            keeps,
+            scratch=(Tensor("losses", "b s", "fp32"), Tensor("logits of a chunk", "fc v", compute), *cast),
+            gradient="kept",
+            source=source,
+        ),
+        ops.leave("padded_labels", "n"),
+    )

@@ -1,0 +1,347 @@
+"""Methods as rewrites of a stack: freezing, adapters, quantised storage, the dtypes of weights.
+
+A rewrite takes operations and returns operations; nothing else in the package knows what LoRA is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from memplan.catalogue import ops
+from memplan.catalogue.quantization import dequantise, quantised_linear, stored
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+
+
+class Adapter(NamedTuple):
+    """How a LoRA-like adapter computes."""
+
+    dtype: str
+    dropout: bool
+    dora: bool
+
+
+def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
+    """`change` applied to every operation of the stack."""
+
+    def all_of(operations: Iterable[Op]) -> tuple[Op, ...]:
+        return tuple(new for op in operations for new in change(op))
+
+    runs = tuple(Run(tuple(Block(b.name, all_of(b.ops)) for b in r.blocks), r.times) for r in stack.runs)
+    return Stack(all_of(stack.before), runs, all_of(stack.after), all_of(stack.loss))
+
+
+def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
+    """`change` applied to every weight of the stack; buffers stay as they are."""
+
+    def changed(op: Op) -> Iterable[Op]:
+        return (op._replace(weights=tuple(w if w.group == "buffer" else change(w) for w in op.weights)),)
+
+    return rewrite(stack, changed)
+
+
+def matrix(op: Op) -> Weight | None:
+    """The weight matrix of a linear layer, if the operation is one."""
+    return next((w for w in op.weights if w.matrix), None)
+
+
+def _axes(op: Op) -> tuple[str, str]:
+    """Output and input axes of a linear layer: its weight's shape is the output's axes, then the input's."""
+    out = op.writes[0].shape.removeprefix("b s ")
+    w = matrix(op)
+    assert w is not None
+    return out, w.shape.removeprefix(f"{out} ")
+
+
+def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
+    """peft's LoRA layer around a frozen linear layer: `result + lora_B(lora_A(dropout(x))) * scaling`.
+
+    Around a full-width layer the input is cast to the adapter's dtype and the sum back to the result's; around a
+    4-bit layer the result is cloned first, and under autocast nothing is cast.
+    Source: peft 0.21 tuners/lora/layer.py Linear.forward, tuners/lora/bnb.py Linear4bit.forward, Linear8bitLt.forward.
+    """
+    (x,), y = op.reads, op.writes[0]
+    n, p = op.name, y.name
+    out, into = _axes(op)
+    w = matrix(op)
+    assert w is not None
+    quantised = bool(w.stored)
+    casts = not (quantised and autocast)
+    result = f"{p}.base"
+    yield from quantised_linear(op, f"{n}.base_layer", result) if quantised else (_renamed(op, result),)
+    if w.stored and w.stored[0].dtype == "uint8/2":
+        yield ops.copy(f"{n}.clone", result, f"{p}.clone", y.shape)
+        yield ops.leave(result)
+        result = f"{p}.clone"
+    inner = x
+    if casts:
+        inner = f"{p}.x"
+        yield ops.cast(f"{n}.cast", x, inner, f"b s {into}", adapter.dtype)
+    adapted = inner
+    if adapter.dropout:
+        adapted = f"{p}.dropped"
+        yield ops.dropout(f"{n}.lora_dropout", inner, adapted, f"b s {into}")
+    if adapter.dora:
+        yield from _dora(op, adapted, result, adapter, out, into)
+    else:
+        yield ops.linear(f"{n}.lora_A", adapted, f"{p}.a", "r", into, "adapter")
+        yield ops.linear(f"{n}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter")
+        yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
+    if quantised and not adapter.dora:
+        if casts:
+            yield ops.cast(f"{n}.cast_back", f"{p}.delta", f"{p}.delta.cast", y.shape, f"={result}")
+        yield ops.add(f"{n}.add", result, f"{p}.delta.cast" if casts else f"{p}.delta", p, y.shape)
+    else:
+        yield ops.add(f"{n}.add", result, f"{p}.delta", f"{p}.sum", y.shape)
+        if adapter.dora:
+            yield ops.leave(adapted)
+        yield ops.cast(f"{n}.cast_back", f"{p}.sum", p, y.shape, f"={result}" if casts else f"={p}.sum")
+    yield ops.leave(x, inner)  # the call of a module holds its arguments until it returns
+
+
+def _lora_embedding(op: Op, dtype: str) -> Iterator[Op]:
+    """peft's LoRA around an embedding: rows of A looked up like the embedding's, then multiplied by B.
+
+    A is stored transposed, so its gradient is made once for the lookup and copied into A's layout.
+    Source: peft 0.21 tuners/lora/layer.py Embedding.forward.
+    """
+    (ids,), y = op.reads, op.writes[0]
+    n, p = op.name, y.name
+    w = op.weights[0]
+    rows, width = w.shape.split(" ")[: w.rows], w.shape.split(" ")[w.rows :]
+    a = Weight(f"{n}.lora_embedding_A", " ".join(("r", *rows)), "adapter", dtype, rows=1)
+    b = Weight(f"{n}.lora_embedding_B", " ".join((*width, "r")), "adapter", dtype, rows=len(width))
+    yield op._replace(name=f"{n}.base_layer", writes=(y._replace(name=f"{p}.base"),))
+    yield Op(
+        f"{n}.lora_embedding_A",
+        (ids,),
+        (Tensor(f"{p}.a", "b s r", dtype),),
+        (a,),
+        (Keep(ids, a.name),),
+        scratch_back=(*op.scratch_back, Scratch(Tensor("transposed gradient", a.shape, dtype))),
+        source=op.source,
+    )
+    yield Op(
+        f"{n}.lora_embedding_B",
+        (f"{p}.a",),
+        (Tensor(f"{p}.b", y.shape),),
+        (b,),
+        (Keep(b.name, f"{p}.a"), Keep(f"{p}.a", b.name)),
+        gradient="view",
+        autocast="lower",
+        source=f"{ops.DERIVATIVES}: mm",
+    )
+    yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
+    yield ops.add(f"{n}.add", f"{p}.base", f"{p}.delta", f"{p}.sum", y.shape)
+    yield ops.cast(f"{n}.cast_back", f"{p}.sum", p, y.shape, f"={p}.base")
+
+
+def _renamed(op: Op, result: str) -> Op:
+    return op._replace(name=f"{op.name}.base_layer", writes=(op.writes[0]._replace(name=result),))
+
+
+def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) -> Iterator[Op]:
+    """DoRA: the norm of `W + scaling * B A` row by row, as a constant, scales the product and the base result.
+
+    The product B A is made by running the adapter on an identity matrix as wide as the input.
+    Source: peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward.
+    """
+    y = op.writes[0]
+    n, p = f"{op.name}.dora", y.name
+    w = matrix(op)
+    assert w is not None
+    full, like = f"{out} {into}", f"={x}"
+    magnitude = Weight(f"{op.name}.lora_magnitude_vector.weight", out, "adapter", adapter.dtype)
+    yield Op(f"{n}.eye", (), (Tensor(f"{p}.eye", f"{into} {into}", adapter.dtype),))
+    yield Op(f"{n}.eye_A", (f"{p}.eye",), (Tensor(f"{p}.eye_a", f"{into} r"),))
+    yield Op(f"{n}.eye_B", (f"{p}.eye_a",), (Tensor(f"{p}.product", full),))
+    yield ops.leave(f"{p}.eye")
+    if w.stored:
+        yield dequantise(w, f"{n}.dequantise", f"{p}.w4", full)
+        yield ops.cast(f"{n}.weight", f"{p}.w4", f"{p}.w", full, like)
+    else:
+        yield Op(f"{n}.weight", (), (Tensor(f"{p}.w", full, like),), (w._replace(trains=False),), cast=True)
+    yield ops.scale(f"{n}.scaled_product", f"{p}.product", f"{p}.scaled_product", full)
+    yield Op(f"{n}.adapted_weight", (f"{p}.w", f"{p}.scaled_product"), (Tensor(f"{p}.adapted", full),))
+    yield Op(f"{n}.norm", (f"{p}.adapted",), (Tensor(f"{p}.norm", out, like),))
+    yield Op(
+        f"{n}.magnitude",
+        (f"{p}.norm",),
+        (Tensor(f"{p}.scale", out),),
+        (magnitude,),
+        (Keep(f"{p}.norm", magnitude.name),),
+        source=f"{ops.DERIVATIVES}: div.Tensor",
+    )
+    yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter")
+    yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter")
+    base = result
+    if adapter.dropout:  # the base result must see the same dropped input
+        base = f"{p}.dropped_base"
+        yield Op(
+            f"{n}.base",
+            (x, f"{p}.w"),
+            (Tensor(base, y.shape),),
+            (),
+            (Keep(f"{p}.w", x),),
+            gradient="view",
+            source="peft 0.21 tuners/lora/dora.py",
+        )
+    elif len(op.weights) > 1:
+        base = f"{p}.unbiased"
+        yield Op(f"{n}.unbias", (result,), (Tensor(base, y.shape),), gradient="same")
+    yield Op(f"{n}.minus_one", (f"{p}.scale",), (Tensor(f"{p}.less", out),), gradient="same")
+    for a, b, made in ((f"{p}.less", base, f"{p}.base_part"), (f"{p}.scale", f"{p}.b", f"{p}.lora_part")):
+        yield Op(
+            f"{n}.times",
+            (a, b),
+            (Tensor(made, y.shape),),
+            (),
+            (Keep(b, a), Keep(a, b)),
+            scratch_back=(Scratch(Tensor("product", y.shape, f"={made}"), a),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        )
+    yield ops.scale(f"{n}.scaling", f"{p}.lora_part", f"{p}.lora_scaled", y.shape)
+    yield ops.add(f"{n}.sum", f"{p}.base_part", f"{p}.lora_scaled", f"{p}.delta", y.shape)
+    yield ops.leave(*(f"{p}.{t}" for t in ("product", "w", "norm", "scale", "b")), base)
+    yield ops.leave(f"{p}.eye", f"{p}.eye_a")._replace(recorded=True)  # by the graph of the product
+
+
+class Recipe(NamedTuple):
+    """What a run asks of the methods, resolved: structure only, no sizes.
+
+    weights: dtype the model is loaded in. compute: what quantised layers compute in. quantization: "" or a format.
+    preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
+    targets: names of linear layers, or ("all-linear",).
+    """
+
+    kind: str
+    weights: str
+    compute: str
+    autocast: bool = False
+    targets: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    dropout: bool = False
+    adapter_dtype: str = "fp32"
+    quantization: str = ""
+    double_quant: bool = True
+    block_size: int = 64
+    skip: tuple[str, ...] = ("lm_head",)
+    preparation: str = ""
+
+
+ADAPTERS = ("lora", "qlora", "dora", "qdora")
+
+
+def apply(stack: Stack, recipe: Recipe) -> Stack:
+    """The stack as the method trains it: dtypes on every weight, adapters around their targets."""
+    if recipe.kind in ("full", "freeze"):
+        return reweigh(stack, lambda w: w._replace(dtype=recipe.weights))
+    narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
+    stack = reweigh(stack, lambda w: _frozen(w, recipe, narrow))
+    if recipe.saved:
+        stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
+    adapter = Adapter(recipe.adapter_dtype, recipe.dropout, "dora" in recipe.kind)
+
+    def change(op: Op) -> Iterable[Op]:
+        w = matrix(op)
+        if w is None:
+            looks_up = any(v.rows and v.group == "embedding" for v in op.weights)
+            return tuple(_lora_embedding(op, recipe.adapter_dtype)) if looks_up and _named(op, recipe) else (op,)
+        if _is_target(op, recipe):
+            return tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
+        if w.stored:
+            return tuple(quantised_linear(op, op.name, op.writes[0].name))
+        return (op,)
+
+    return rewrite(stack, change)
+
+
+def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, dict[str, int]]:
+    """Only the last `trainable` layers train: runs are split where the frozen layers end.
+
+    Embeddings, final norm and head are frozen too, as LLaMA-Factory's freeze tuning has it.
+    """
+
+    def still(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+        return tuple(o._replace(weights=tuple(w._replace(trains=False) for w in o.weights)) for o in operations)
+
+    axes = dict(axes)
+    frozen = sum(len(r.blocks) * axes[r.times] for r in stack.runs) - trainable
+    runs: list[Run] = []
+    for run in stack.runs:
+        period, copies = len(run.blocks), axes[run.times]
+        whole = min(copies, frozen // period)
+        part = min(period * (copies - whole), frozen - whole * period)
+        frozen -= whole * period + part
+        stilled = tuple(Block(b.name, still(b.ops)) for b in run.blocks)
+        mixed = (*stilled[:part], *run.blocks[part:])
+        for blocks, name, count in (
+            (stilled, "frozen", whole),
+            (mixed, "mixed", 1 if part else 0),
+            (run.blocks, "trained", copies - whole - (1 if part else 0)),
+        ):
+            axes[f"{run.times}.{name}"] = count
+            if count:
+                runs.append(Run(blocks, f"{run.times}.{name}"))
+    return Stack(still(stack.before), tuple(runs), still(stack.after), stack.loss), axes
+
+
+def _saved(op: Op, saved: tuple[str, ...]) -> Op:
+    """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays beside it."""
+    ours = {w.name: f"{w.name}.saved" for w in op.weights if w.name.rpartition(".")[0].rpartition(".")[2] in saved}
+    if op.name.rpartition(".")[2] in saved:
+        ours = {w.name: f"{w.name}.saved" for w in op.weights}
+    if not ours:
+        return op
+    copies = tuple(
+        w._replace(name=ours[w.name], group="adapter", trains=True, matrix=False) for w in op.weights if w.name in ours
+    )
+    keeps = tuple(Keep(ours.get(k.what, k.what), ours.get(k.of, k.of)) for k in op.keeps)
+    scratch = tuple(s._replace(of=ours.get(s.of, s.of)) for s in op.scratch_back)
+    return op._replace(weights=(*copies, *op.weights), keeps=keeps, scratch_back=scratch)
+
+
+def _dressed(op: Op, recipe: Recipe) -> Op:
+    adapters = tuple(
+        w if w.dtype or w.group != "adapter" else w._replace(dtype=recipe.adapter_dtype) for w in op.weights
+    )
+    return op._replace(weights=adapters)
+
+
+# trl casts back to half precision what has one of these in its module's name.
+# Source: trl 0.12 trainer/utils.py peft_module_casting_to_bf16.
+_NARROWED = ("lm_head", "embed_tokens", "wte", "wpe")
+
+
+def _narrowed(stack: Stack) -> frozenset[str]:
+    """The weights that trl casts back: a tied one goes by either name, a bias by none."""
+    return frozenset(
+        w.name
+        for op in (*stack.before, *stack.after)
+        for w in op.weights
+        if w.rows and any(part in name for part in _NARROWED for name in (op.name, w.name))
+    )
+
+
+def _frozen(w: Weight, recipe: Recipe, narrow: frozenset[str]) -> Weight:
+    """A base weight under an adapter: frozen, quantised or cast as the recipe says; `narrow` ones are not cast."""
+    layer = w.name.rpartition(".")[0].rpartition(".")[2]
+    outside = w.group in ("embedding", "lm_head")
+    if recipe.quantization and w.matrix and layer not in recipe.skip and not outside:
+        kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
+        return w._replace(dtype=recipe.compute, trains=False, stored=kept)
+    dtype = "fp32" if recipe.preparation and w.name not in narrow else recipe.weights
+    return w._replace(dtype=dtype, trains=False)
+
+
+def _is_target(op: Op, recipe: Recipe) -> bool:
+    w = matrix(op)
+    if w is None:
+        return False
+    if recipe.targets == ("all-linear",):
+        return w.group not in ("embedding", "lm_head")
+    return _named(op, recipe)
+
+
+def _named(op: Op, recipe: Recipe) -> bool:
+    return op.name.rpartition(".")[2] in recipe.targets

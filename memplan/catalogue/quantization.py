@@ -1,0 +1,104 @@
+"""Quantised weights: what is stored, and what computing with them makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue import ops
+from memplan.ir import Op, Scratch, Tensor, Weight
+
+_BNB = "bitsandbytes 0.50"
+
+
+def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple[Tensor, ...]:
+    """The tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
+
+    Source: bitsandbytes 0.50 functional.py quantize_4bit, QuantState; backends for LLM.int8.
+    """
+    if format == "int8":
+        return (Tensor("int8", w.shape, "int8"), Tensor("row scales", w.shape.split(" ")[0], "fp32"))
+    packed = Tensor("packed", w.shape, "uint8/2")
+    code = Tensor("code", "16", "fp32")
+    if not double_quant:
+        return (packed, Tensor("absmax", w.shape, f"fp32/{block_size}"), code)
+    return (
+        packed,
+        Tensor("absmax", w.shape, f"uint8/{block_size}"),
+        Tensor("nested absmax", w.shape, f"fp32/{block_size * 256}"),
+        Tensor("nested code", "256", "fp32"),
+        Tensor("offset", "", "fp32"),
+        code,
+    )
+
+
+def _absmax(w: Weight) -> tuple[Tensor, ...]:
+    """The fp32 scales of a doubly quantised matrix, made again whenever it is dequantised."""
+    nested = w.stored[1].dtype.startswith("uint8/")
+    block_size = w.stored[1].dtype.partition("/")[2]
+    return (Tensor("absmax", w.shape, f"fp32/{block_size}"),) if nested else ()
+
+
+def dequantise(w: Weight, name: str, y: str, shape: str, dtype: str = "") -> Op:
+    """The matrix in the dtype it had before it was quantised."""
+    return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=_absmax(w), source=f"{_BNB} dequantize_4bit")
+
+
+def quantised_linear(op: Op, name: str, y: str) -> Iterator[Op]:
+    """bitsandbytes' linear layer in place of `op`, writing `y`."""
+    w = next(w for w in op.weights if w.matrix)
+    into = w.shape.removeprefix(op.writes[0].shape.removeprefix("b s ")).strip()
+    return _linear_int8(op, w, name, y, into) if w.stored[0].dtype == "int8" else _linear_4bit(op, w, name, y, into)
+
+
+def _linear_int8(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op]:
+    """LLM.int8: the input is quantised row by row and kept whole by the backward node, checkpointing or not.
+
+    Columns with outliers are multiplied apart; how many there are depends on the data, and they are not counted.
+    Source: bitsandbytes 0.50 autograd/_functions.py MatMul8bitLt, backends/cuda/ops.py.
+    """
+    (x,), shape = op.reads, op.writes[0].shape
+    rows = f"b s {into}"
+    yield Op(f"{name}.half", (x,), (Tensor(f"{y}.half", rows, "fp16"),), cast=True, gradient="none")
+    yield Op(
+        f"{name}.quantise",
+        (f"{y}.half",),
+        (Tensor(f"{y}.int8", rows, "int8"), Tensor(f"{y}.scales", "b s", "fp32")),
+        scratch=(Tensor("magnitudes", rows, "fp16"), Tensor("outliers", rows, "bool")),
+        gradient="none",
+        source=f"{_BNB} int8_vectorwise_quant",
+    )
+    yield Op(
+        name,
+        (x, f"{y}.int8", f"{y}.scales"),
+        (Tensor(y, shape, f"={x}"),),
+        op.weights,
+        scratch=(Tensor("int32 product", shape, "int32"), Tensor("fp16 product", shape, "fp16")),
+        scratch_back=(Scratch(Tensor("dequantised", w.shape, f"={x}")),),
+        gradient="view",
+        captures=(x,),
+        source=f"{_BNB} MatMul8bitLt",
+    )
+
+
+def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op]:
+    """Nothing of the input is kept; the matrix is dequantised in both directions.
+
+    The input is cast to the layer's compute dtype and the result back; the first call casts the bias, for good.
+    Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py MatMul4Bit.
+    """
+    (x,), shape = op.reads, op.writes[0].shape
+    full = Tensor("dequantised", w.shape, w.dtype)
+    absmax = _absmax(w)
+    yield ops.cast(f"{name}.cast", x, f"{y}.in", f"b s {into}", w.dtype)
+    yield Op(
+        name,
+        (f"{y}.in",),
+        (Tensor(f"{y}.out", shape, w.dtype),),
+        tuple(v if v.matrix else v._replace(dtype=w.dtype) for v in op.weights),
+        scratch=(*absmax, *absmax, full),
+        scratch_back=(*(Scratch(t, early=True) for t in absmax), Scratch(full)),
+        gradient="view",
+        source=f"{_BNB} MatMul4Bit",
+    )
+    yield ops.cast(f"{name}.cast_back", f"{y}.out", y, shape, f"={x}")
+    yield ops.leave(f"{y}.in")

@@ -1,0 +1,207 @@
+"""Optimizers: the states each keeps, and what its step needs besides. Here the rows of `optimizers` become bytes.
+
+What a row says of a parameter is in `parameters`, what a parameter's turn does to the memory in `loops`, and how that
+is played through in `stepping`.
+
+Left out is what is a few bytes in host memory: torch's `step` of every parameter, where it is not on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+from memplan.catalogue.optimizers import OPTIMIZERS, Optimizer, Rule
+from memplan.catalogue.parameters import ITEMSIZE, Parameter, bytes_of, large_no_embedding
+from memplan.catalogue.stepping import Step, Turn, largest_update, makes_states, peak
+from memplan.errors import UnknownNameError
+from memplan.units import rounded
+
+__all__ = [
+    "GRAD_SCALER",
+    "OptimizerMemory",
+    "Parameter",
+    "State",
+    "clipping",
+    "optimizer_memory",
+    "optimizer_names",
+    "spares_embeddings",
+]
+
+
+class State(NamedTuple):
+    """One kind of state tensor of one parameter, times the parameter's copies.
+
+    `parameter` is empty for a tensor that all parameters share. `bytes` are of one, rounded to 512, or as they are
+    where the tensor lives on the host.
+    """
+
+    what: str
+    parameter: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
+    host: bool = False
+
+
+class OptimizerMemory(NamedTuple):
+    """What an optimizer holds, and what its step needs beside parameters, gradients and all states.
+
+    first, later    bytes alive only inside the first step, and at most inside any other
+    scratch         in words, what that is
+    frees_gradients gradients go in backward, as they come, and step() does nothing
+    backward        bytes alive inside backward because of that: one parameter's update, beside the gradient that
+                    backward has just made
+    basis           derived (traced or exact), measured or assumed
+    """
+
+    states: tuple[State, ...]
+    first: int
+    later: int
+    scratch: str
+    frees_gradients: bool
+    backward: int
+    source: str
+    basis: str
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """Every name that `optimizer_memory` knows: those of transformers' OptimizerNames, `none` and `muon`."""
+    return tuple(OPTIMIZERS)
+
+
+def spares_embeddings(name: str) -> bool:
+    """Whether the Trainer has the optimizer keep embeddings' states in fp32, where it would quantise them otherwise."""
+    row = OPTIMIZERS.get(name)
+    return row is not None and any(rule.of is large_no_embedding for rule in row.states)
+
+
+def optimizer_memory(
+    name: str,
+    parameters: Sequence[Parameter],
+    *,
+    foreach: bool | None = None,
+    state_dtype: str | None = None,
+    momentum: float | None = None,
+    master: str | None = None,
+) -> OptimizerMemory:
+    """What the optimizer `name` holds for `parameters`: one group, in order, without weight decay.
+
+    foreach     for torch's own: True for lists, False for a loop, None for the default (of `adamw_torch_fused`, fused)
+    state_dtype of moments, instead of the optimizer's own choice
+    momentum    of sgd and rmsprop
+    master      mixed precision: parameters of another dtype have a copy in this one, and the optimizer works on that.
+                torch's optimizers then run as apex's multi-tensor kernels do, without a step of each parameter's own
+
+    Raises UnknownNameError.
+    """
+    row = OPTIMIZERS.get(name)
+    if row is None:
+        raise UnknownNameError("optimizer.name", name, OPTIMIZERS)
+    if foreach is not None and row.unfused:
+        row = row.unfused
+    row = _as_asked(row, foreach, momentum, bool(master))
+    masters: list[State] = []
+    states: list[State] = []
+    turns: list[tuple[int, Turn]] = []
+    cache: dict[Parameter, tuple[list[State], Turn]] = {}
+    for p in parameters:
+        if master and p.dtype != master:
+            masters.append(State("master weight", p.name, p.shape, master, bytes_of(p.shape, master), p.copies))
+        kind = Parameter("", p.shape, master or p.dtype, 1, p.embedding, p.target)
+        if kind not in cache:
+            cache[kind] = _states(row, kind, state_dtype or row.moments or kind.dtype)
+        own, turn = cache[kind]
+        states += [State(s.what, p.name, s.shape, s.dtype, s.bytes, p.copies, s.host) for s in own]
+        turns.append((p.copies, turn))
+    if any(turn.shared for _, turn in turns):
+        states += [_state(rule, parameters[0], "fp32") for rule in row.shared]
+    first, later = (0, 0) if row.frees_gradients else _step(row, turns, states)
+    backward = largest_update(turn for _, turn in cache.values()) if row.frees_gradients else 0
+    exact = not state_dtype and (not master or row.apex)
+    return OptimizerMemory(
+        states=(*masters, *states),
+        first=first,
+        later=later,
+        scratch=row.scratch if first or later or backward else "",
+        frees_gradients=row.frees_gradients,
+        backward=backward,
+        source=f"{row.source}; master weights as apex and Megatron-LM keep them" if master else row.source,
+        basis=row.basis if exact else "assumed",
+    )
+
+
+def _as_asked(row: Optimizer, foreach: bool | None, momentum: float | None, mixed: bool) -> Optimizer:
+    """The row as the arguments change it."""
+    if not momentum:
+        row = row._replace(states=tuple(r for r in row.states if not r.momentum))
+    if row.apex and mixed:
+        return row._replace(states=tuple(r for r in row.states if r.what != "step"), lists=0)
+    if foreach is not False or row.alone is None:
+        return row
+    return row._replace(lists=0, loop=row.alone, scratch="one parameter's update, and that of the one before")
+
+
+def _state(rule: Rule, p: Parameter, moment: str) -> State:
+    dtype = moment if rule.dtype == "moment" else p.dtype if rule.dtype == "own" else rule.dtype
+    shape, host = rule.shape(p), rule.host(p)
+    size = prod(shape) * ITEMSIZE[dtype]
+    return State(rule.what, "", shape, dtype, size if host else rounded(size), 1, host)
+
+
+def _states(row: Optimizer, p: Parameter, moment: str) -> tuple[list[State], Turn]:
+    """The states of one parameter, and its turn in the loop."""
+    rank = row.rank(p) if row.rank and p.target and len(p.shape) == 2 else 0
+    low = p
+    if rank:
+        m, n = p.shape
+        low = p._replace(shape=(m, rank) if m >= n else (rank, n))
+    projector = [_state(rule, p, moment) for rule in row.projector if rank and rule.of(p)]
+    states = [_state(rule, low, moment) for rule in row.states if rule.of(low)]
+    made = {s.what: s.bytes for s in projector}
+    made["states"] = sum(s.bytes for s in states if not s.host)
+    shared = sum(_state(rule, low, moment).bytes for rule in row.shared if rule.of(low))
+    loop = row.projected if rank else row.loop if row.takes(p) else ()
+    return projector + states, Turn(p.shape, low.shape, rank, p.dtype, moment, made, shared, loop)
+
+
+def _step(row: Optimizer, turns: Sequence[tuple[int, Turn]], states: Sequence[State]) -> tuple[int, int]:
+    """Bytes beside all states, in the first step and at most in a later one."""
+    lists = row.lists * sum(n * bytes_of(turn.shape, turn.moment) for n, turn in turns if not turn.loop)
+    order = sorted(turns, key=lambda turn: turn[1].rank > 0)  # the Trainer's groups: first the others, then targets
+    runs = [(n, [turn for _, turn in run]) for n, run in groupby(order, key=lambda turn: turn[0])]
+    later = max(peak(runs, Step.LATER), peak(runs, Step.PROJECTING) if row.projected else 0)
+    first = later
+    if makes_states((*row.loop, *row.projected)):
+        first = max(0, peak(runs, Step.FIRST) - sum(s.bytes * s.count for s in states if not s.host))
+    return max(first, lists if row.since == 1 else 0), max(later, lists)
+
+
+def clipping(parameters: Sequence[Parameter]) -> int:
+    """Bytes of `clip_grad_norm_`: a norm of every gradient, and either the kernel's partial sums or their stack.
+
+    Gradients are in the parameters' dtypes. Source: torch 2.13 nn/utils/clip_grad.py, ATen's ForeachReduceOp.cu.
+    """
+    count: dict[str, int] = {}
+    largest: dict[str, int] = {}
+    for p in parameters:
+        count[p.dtype] = count.get(p.dtype, 0) + p.copies
+        largest[p.dtype] = max(largest.get(p.dtype, 0), prod(p.shape))
+    if not count:
+        return 0
+    tensors = sum(count.values())
+    partial = max(rounded(4 * n * -(-largest[dtype] // 65536)) for dtype, n in count.items())
+    stack = rounded(tensors * max(ITEMSIZE[dtype] for dtype in count))
+    return 512 * tensors + max(partial, stack + 512)
+
+
+# What torch's GradScaler holds for fp16 beside at most 1536 bytes while it unscales, in place: the first two rows from
+# its first use on, the last from unscale_ to update. It takes no fp16 gradients. Source: torch 2.13 amp/grad_scaler.py.
+GRAD_SCALER = (
+    State("scale", "", (), "fp32", 512, 1),
+    State("growth_tracker", "", (), "int32", 512, 1),
+    State("found_inf", "", (), "fp32", 512, 1),
+)
