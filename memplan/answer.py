@@ -1,0 +1,189 @@
+"""The answer: what `estimate` returns. Every number of bytes is an integer, per GPU."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memplan.spec import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimator import Walked
+    from memplan.resolve import Decided
+
+SCHEMA_VERSION = 1
+
+
+class Parameters(NamedTuple):
+    """How many parameters: of the model, of those that train, and of the model that a token meets."""
+
+    total: int
+    trainable: int
+    active: int
+
+
+class Bytes(NamedTuple):
+    """Peaks: `allocated` as torch.cuda.max_memory_allocated counts, `reserved` in torch's segments, `used` as
+    nvidia-smi shows for the process."""
+
+    allocated: int
+    reserved: int
+    used: int
+
+
+class Band(NamedTuple):
+    """Where `used` lies in `coverage` of runs: from the least the run can live in to what a card with room shows."""
+
+    low: int
+    high: int
+    coverage: float
+
+
+class Card(NamedTuple):
+    """The GPU asked for: `usable` bytes of one, and how many."""
+
+    name: str
+    usable: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
+
+
+class Verdict(NamedTuple):
+    """`answer` is fits, tight or does not fit; None without a GPU. `headroom` is usable minus used."""
+
+    answer: str | None
+    headroom: int | None
+
+
+class Peak(NamedTuple):
+    """The moment of the peak: `phase`, and the operation at `where`."""
+
+    phase: str
+    where: str
+
+
+class Phase(NamedTuple):
+    """The peak of one phase; `step` is 1 or 2 where the first step differs from the later ones."""
+
+    phase: str
+    step: int | None
+    peak: int
+    where: str
+
+
+class Line(NamedTuple):
+    """One kind of tensor alive at the peak: `count` of them, `bytes` in all.
+
+    `shape` is in the letters of `memplan.ir`, `dims` the same in numbers; `why` says what keeps it alive; `basis` is
+    derived, measured or assumed.
+    """
+
+    what: str
+    kind: str
+    where: str
+    shape: str
+    dims: tuple[int, ...]
+    dtype: str
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
+    bytes: int
+    why: str
+    source: str
+    basis: str = "derived"
+
+
+KINDS = ("parameter", "gradient", "optstate", "activation", "temp", "buffer", "other")
+
+
+class Estimate:
+    """One run's answer. Immutable; equal if the run is. The ledger and the timeline are made when asked for."""
+
+    def __init__(
+        self,
+        asked: RunSpec,
+        decided: Decided,
+        parameters: Parameters,
+        bytes: Bytes,
+        band: Band,
+        gpu: Card | None,
+        verdict: Verdict,
+        peak: Peak,
+        phases: tuple[Phase, ...],
+        host_bytes: int,
+        notes: tuple[str, ...],
+        walked: Walked,
+    ) -> None:
+        self.asked = asked
+        self._decided = decided
+        self.parameters = parameters
+        self.bytes = bytes
+        self.band = band
+        self.gpu = gpu
+        self.verdict = verdict
+        self.peak = peak
+        self.phases = phases
+        self.host_bytes = host_bytes
+        self.unsupported: tuple[str, ...] = ()
+        self.notes = notes
+        self._walked = walked
+
+    @cached_property
+    def run(self) -> RunSpec:
+        """The run with every null filled in as its profile decides."""
+        gpu = self.gpu.name if self.gpu else None
+        return self.asked.model_copy(update={**self._decided.parts, "gpu": gpu})
+
+    @cached_property
+    def ledger(self) -> tuple[Line, ...]:
+        """Every tensor alive at the peak, largest first. Sums to `bytes.allocated`."""
+        from memplan.ledger import lines
+
+        return tuple(lines(self._walked, self._decided))
+
+    @cached_property
+    def timeline(self) -> tuple[Phase, ...]:
+        """What is allocated at every moment memory is about to fall, in order, in the step that peaks."""
+        from memplan.ledger import timeline
+
+        return tuple(timeline(self._walked))
+
+    @cached_property
+    def categories(self) -> dict[str, int]:
+        """Bytes at the peak by kind (torch's MemTracker words). Sums to `bytes.allocated`."""
+        out: dict[str, int] = dict.fromkeys(KINDS, 0)
+        for line in self.ledger:
+            out[line.kind] += line.bytes
+        return out
+
+    def model_dump(self) -> dict[str, Any]:
+        """The answer as the JSON contract has it."""
+        from memplan import __version__
+
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "memplan_version": __version__,
+            "run": self.run.model_dump(mode="json"),
+            "parameters": self.parameters._asdict(),
+            "bytes": self.bytes._asdict(),
+            "band": self.band._asdict(),
+            "gpu": self.gpu._asdict() if self.gpu else None,
+            "verdict": self.verdict._asdict(),
+            "peak": self.peak._asdict(),
+            "phases": [p._asdict() for p in self.phases],
+            "categories": self.categories,
+            "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
+            "host_bytes": self.host_bytes,
+            "unsupported": list(self.unsupported),
+            "notes": list(self.notes),
+        }
+
+    def model_dump_json(self, indent: int | None = None) -> str:
+        return json.dumps(self.model_dump(), indent=indent, ensure_ascii=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Estimate) and self.asked == other.asked
+
+    def __hash__(self) -> int:
+        return hash(self.asked)
+
+    def __repr__(self) -> str:
+        return f"Estimate({self.asked.model!r}, allocated={self.bytes.allocated}, verdict={self.verdict.answer!r})"

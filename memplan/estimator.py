@@ -1,0 +1,134 @@
+"""The hinge: a run becomes a program, a program and a batch become an answer.
+
+Pure: no network, no printing, no state but caches; the same run gives the same answer on any thread.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from memplan.answer import Band, Bytes, Card, Estimate, Parameters, Peak, Phase, Verdict
+from memplan.catalogue.overhead import CACHED, FRAGMENTATION, cublas_workspace, cuda_context
+from memplan.engine.walk import largest, values
+from memplan.gpus import GPU
+from memplan.program import PHASES, Program, program, run_axes
+from memplan.resolve import Decided, check_batch, decide
+from memplan.spec import RunSpec
+
+COVERAGE = 0.9  # the band's rows are 5th and 95th percentiles
+
+
+def estimate(run: RunSpec) -> Estimate:
+    """How much memory the run takes, when, and whether it fits.
+
+    Raises SpecError, UnknownNameError, ConfigError or FactsMissingError (all MemplanError) where the run cannot be
+    answered. A run that does not fit is an answer, not an error.
+    """
+    decided = decide(run)
+    walked = walk(run, decided)
+    p = walked.program
+    note = check_batch(run, p.structure.graph.model)
+    top = walked.phases[walked.peak]
+    resident = p.parameters + p.buffered + p.scaler + p.states + 2 * walked.workspace
+    usage = Usage(top.peak, max(0, top.peak - resident), decided.gpu)
+    return Estimate(
+        run,
+        decided,
+        Parameters(p.total_parameters, p.trainable_parameters, p.total_parameters),
+        Bytes(top.peak, usage.used - usage.context, usage.used),
+        Band(usage.low, usage.high, COVERAGE),
+        Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
+        usage.verdict,
+        Peak(top.phase, top.where),
+        tuple(walked.phases),
+        p.host,
+        (*decided.notes, note) if note else decided.notes,
+        walked,
+    )
+
+
+class Numbers(NamedTuple):
+    """The values of a program's variables and of its chain of products for one run."""
+
+    values: list[int]
+    products: list[int]
+
+
+class Walked(NamedTuple):
+    """A run's peaks, phase by phase, and which is the largest."""
+
+    program: Program
+    axes: dict[str, int]
+    numbers: Numbers
+    workspace: int
+    phases: list[Phase]
+    moments: list[tuple[bool, int]]  # per phase: whether in a later micro-batch, and the moment's index (-1: none)
+    peak: int
+
+
+def walk(run: RunSpec, decided: Decided) -> Walked:
+    """Put batch and sequence into the run's program: the peak of every phase of the first and of later steps."""
+    p = program(decided.structure)
+    axes = run_axes(p, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles)
+    numbers = Numbers(values(p.variables, axes), values(p.products, axes))
+    capability = decided.gpu.compute_capability if decided.gpu else None
+    workspace = cublas_workspace(capability).usual
+    found = [(False, *_best(p, False, phase, numbers)) for phase in PHASES]
+    if p.structure.accumulates:
+        later = [(True, *_best(p, True, phase, numbers)) for phase in PHASES]
+        found = [max(a, (b[0], b[1] + p.gradients, b[2]), key=_bytes) for a, b in zip(found, later, strict=True)]
+    fixed = p.parameters + p.buffered + p.scaler + workspace
+    phases = [Phase("load", None, p.parameters + p.load_scratch, "")]
+    moments = [(False, -1)]
+    updates = fixed + workspace + p.gradients
+    steps = (1, 2) if p.states or p.optimizer.first != p.optimizer.later else (None,)
+    for step in steps:
+        states = p.states if step == 2 else 0
+        for (micro, extra, index), phase in zip(found, PHASES, strict=True):
+            second = workspace if phase == "backward" or step == 2 else 0
+            if phase == "backward":
+                extra += p.optimizer.backward
+            phases.append(Phase(phase, step, fixed + second + states + extra, p.where[micro][index]))
+            moments.append((micro, index))
+        scratch = p.optimizer.first if step == 1 else p.optimizer.later
+        stepping, clipped = updates + p.states + scratch, updates + states + p.clipping
+        phases.append(Phase("step", step, max(stepping, clipped), "optimizer" if stepping >= clipped else "clipping"))
+        moments.append((False, -1))
+    peak = max(range(len(phases)), key=lambda i: (phases[i].peak, i))
+    return Walked(p, axes, numbers, workspace, phases, moments, peak)
+
+
+def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, int]:
+    return largest((p.later if later else p.first)[phase], *numbers)
+
+
+def _bytes(found: tuple[bool, int, int]) -> int:
+    return found[1]
+
+
+class Usage:
+    """From torch's tensors to what the card shows: fragmentation, cached segments, the CUDA context.
+
+    The least a run can live in counts what the allocator cannot give back; what it holds where there is room is
+    more. On a given card it holds what the card has, and the verdict is about the least.
+    """
+
+    __slots__ = ("context", "high", "low", "used", "verdict")
+
+    def __init__(self, allocated: int, moving: int, gpu: GPU | None) -> None:
+        around = cuda_context(gpu.compute_capability if gpu else None)
+        least = allocated + FRAGMENTATION.low * moving // 1000 + around.low
+        usual = allocated + FRAGMENTATION.usual * moving // 1000 + around.usual
+        most = allocated + FRAGMENTATION.high * moving // 1000 + around.high
+        shown = allocated + CACHED.usual * moving // 1000 + around.usual
+        shown_high = allocated + CACHED.high * moving // 1000 + around.high
+        usable = gpu.usable if gpu else shown_high
+        self.context = around.usual
+        self.low = least
+        self.used = max(usual, min(shown, usable))
+        self.high = max(most, min(shown_high, usable))
+        if gpu is None:
+            self.verdict = Verdict(None, None)
+        else:
+            answer = "fits" if most <= usable else "tight" if least <= usable else "does not fit"
+            self.verdict = Verdict(answer, usable - self.used)

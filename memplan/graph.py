@@ -1,0 +1,138 @@
+"""A run's graph: one model, method and set of kernels as operations, and lowered to moments. No batch, no optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from memplan.catalogue import build, losses
+from memplan.catalogue.attention import Wiring
+from memplan.catalogue.methods import Recipe, apply, freeze, matrix
+from memplan.engine.step import Lowered, lower
+from memplan.engine.walk import size
+from memplan.ir import Op, Stack, Tensor, Weight
+from memplan.models import ModelSpec
+
+
+class Graph(NamedTuple):
+    """What decides which operations a forward and a backward pass run, and what they keep."""
+
+    model: ModelSpec
+    recipe: Recipe
+    wiring: Wiring
+    checkpoint: bool
+    loss: str
+    hold_outputs: bool
+    rank: int
+    trainable_layers: int
+
+
+class Held(NamedTuple):
+    """Tensors that are there throughout: parameters, buffers, gradients, optimizer states, by what they are."""
+
+    kind: str
+    what: str
+    where: str
+    shape: str
+    dtype: str
+    copies: int
+    bytes: int
+    source: str
+
+
+@lru_cache(maxsize=64)
+def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
+    """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
+    recipe, model = graph.recipe, graph.model
+    axes = {**model.axes(), "r": graph.rank}
+    stack = build(model, graph.wiring)
+    if graph.trainable_layers:
+        stack, axes = freeze(stack, axes, graph.trainable_layers)
+    stack = apply(stack, recipe)
+    return losses.attach(stack, graph.loss, graph.hold_outputs, recipe.compute), axes
+
+
+@lru_cache(maxsize=64)
+def lowered(graph: Graph, grads_exist: bool = False, labelled: bool = False) -> Lowered:
+    """The graph's moments. `grads_exist`: no gradient is left behind that was not there, because all are there already,
+    or each is used up as it comes. `labelled` counts every tensor by its name, for explanations."""
+    (stack, axes), recipe = built(graph), graph.recipe
+    return lower(
+        stack,
+        {run.times: axes[run.times] for run in stack.runs},
+        autocast=recipe.compute if recipe.autocast else None,
+        checkpoint=graph.checkpoint,
+        grads_exist=grads_exist,
+        input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
+        labelled=labelled,
+    )
+
+
+@lru_cache(maxsize=512)
+def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
+    """The linear layers and embeddings by their path in a layer, with the rows and columns of their matrices."""
+    stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
+    operations = [op for run in stack.runs for b in run.blocks for op in b.ops] + [*stack.before, *stack.after]
+    return {op.name: matrix_shape(w, axes) for op in operations for w in op.weights if w.rows}
+
+
+def modules(model: ModelSpec) -> set[str]:
+    """The names of the model's modules that have weights."""
+    stack = build(model, Wiring("flash", "efficient"))
+    operations = [op for run in stack.runs for b in run.blocks for op in b.ops] + [*stack.before, *stack.after]
+    paths = {w.name.rpartition(".")[0] for op in operations for w in op.weights if w.group != "buffer"}
+    return {path.rpartition(".")[2] for path in paths} | {
+        op.name.rpartition(".")[2] for op in stack.after if matrix(op)
+    }
+
+
+def _dims(w: Weight, axes: Mapping[str, int]) -> list[int]:
+    return [int(t) if t.isdigit() else axes[t] for t in w.shape.split()]
+
+
+def elements(w: Weight, axes: Mapping[str, int]) -> int:
+    """How many numbers a weight has."""
+    return prod(_dims(w, axes))
+
+
+def matrix_shape(w: Weight, axes: Mapping[str, int]) -> tuple[int, int]:
+    """Rows and columns of a two-dimensional weight."""
+    dims = _dims(w, axes)
+    return prod(dims[: w.rows]), prod(dims[w.rows :])
+
+
+def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:
+    """Every weight once, with how many layers have one like it, and the block it is in."""
+    stack, axes = built(graph)
+    groups: list[tuple[tuple[Op, ...], int, str]] = [(stack.before, 1, "")]
+    groups += [(b.ops, axes[run.times], f"{b.name}.") for run in stack.runs for b in run.blocks]
+    groups.append(((*stack.after, *stack.loss), 1, ""))
+    outside: set[str] = set()
+    for operations, count, where in groups:
+        seen = outside if not where else set[str]()
+        for op in operations:
+            for w in op.weights:
+                if w.name not in seen:
+                    seen.add(w.name)
+                    yield w, count, where
+
+
+def parameters_of(graph: Graph) -> Iterator[Held]:
+    """The stored tensors of every weight, and the buffers of the model."""
+    _, axes = built(graph)
+    for w, count, where in weights_of(graph):
+        for t in w.stored or (Tensor("", w.shape, w.dtype),):
+            what = f"{w.name} ({t.name})" if t.name else w.name
+            source = "bitsandbytes 0.50" if w.stored else "the model's config"
+            kind = "buffer" if w.group == "buffer" else "parameter"
+            yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
+
+
+def load_scratch(graph: Graph) -> int:
+    """A weight that is quantised or cast after loading is there twice while that happens: the largest one's bytes."""
+    _, axes = built(graph)
+    loaded = graph.recipe.weights
+    changed = [w for w, _, _ in weights_of(graph) if (w.stored or w.dtype != loaded) and w.group != "adapter"]
+    return max((size(w.shape, loaded, axes)[1] for w in changed if w.group != "buffer"), default=0)

@@ -1,0 +1,174 @@
+"""The ledger: the tensors alive at the peak, by name. Sums to the byte to what the walk found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from memplan.answer import Line, Phase
+from memplan.catalogue.overhead import cublas_workspace
+from memplan.engine.walk import alive, moment_bytes, size, values
+from memplan.graph import Held, built, parameters_of
+from memplan.ir import Stack
+from memplan.program import gradients_of, pass_of
+
+if TYPE_CHECKING:
+    from memplan.estimator import Walked
+    from memplan.resolve import Decided
+
+
+def lines(walked: Walked, decided: Decided) -> list[Line]:
+    """Every tensor alive at the peak, largest first."""
+    structure = decided.structure
+    stack, axes = built(structure.graph)
+    axes = {**axes, **walked.axes}
+    out = [*_resident(walked, decided, axes)]
+    later, index = walked.moments[walked.peak]
+    if index >= 0:
+        low = pass_of(structure, later, labelled=True)
+        keepers = _keepers(stack)
+        counts = alive(low.moments[index], low.runs, axes)
+        for key, count in counts.items():
+            if count:
+                shape, dtype, kind, block, op, name, source = low.sizes[key]
+                where = f"{block}.{op}" if block else op
+                variable, bytes_ = size(shape, dtype, axes)
+                assert not variable.axes
+                out.append(
+                    Line(
+                        name,
+                        kind,
+                        where,
+                        _letters(shape),
+                        _dims(shape, axes),
+                        dtype,
+                        count,
+                        bytes_ * count,
+                        _why(kind, name, op, keepers),
+                        source or "autograd",
+                    )
+                )
+    return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+
+
+def timeline(walked: Walked) -> Iterator[Phase]:
+    """What is allocated whenever memory is about to fall, in order, in the later steps (or the only kind of step)."""
+    p = walked.program
+    later = any(m for m, _ in walked.moments)
+    low = pass_of(p.structure, later)
+    _, axes = built(p.structure.graph)
+    sizes = [size(key[0], key[1], axes) for key in low.sizes]
+    numbers = dict(zip(p.variables, walked.numbers.values, strict=True))
+    base = p.parameters + p.buffered + p.scaler + p.states + 2 * walked.workspace + (p.gradients if later else 0)
+    for moment in low.moments:
+        combination = moment_bytes(alive(moment, low.runs, axes), sizes)
+        live = sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
+        yield Phase(moment.phase, None, base + live, moment.where)
+    yield walked.phases[-1]
+
+
+def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iterator[Line]:
+    """Parameters, states, gradients, workspaces: what is there beside the tensors of a moment."""
+    p, structure = walked.program, decided.structure
+    phase = walked.phases[walked.peak]
+    later, _ = walked.moments[walked.peak]
+    for held in parameters_of(structure.graph):
+        yield _held(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
+    if phase.phase == "load":
+        if p.load_scratch:
+            yield _scratch(
+                "largest weight before it is converted", p.load_scratch, "conversion while loading", "assumed"
+            )
+        return
+    workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None)
+    handles = 2 if phase.phase in ("backward", "step") or phase.step == 2 else 1
+    yield Line(
+        workspace.what,
+        "other",
+        "torch",
+        "",
+        (),
+        "uint8",
+        handles,
+        handles * workspace.usual,
+        "one for each thread that multiplies matrices",
+        workspace.source,
+        workspace.basis,
+    )
+    stepping = phase.phase == "step" and phase.where == "optimizer"
+    if phase.step == 2 or stepping:
+        for state in p.optimizer.states:
+            if not state.host:
+                yield Line(
+                    f"{state.parameter} {state.what}".strip(),
+                    "optstate",
+                    "optimizer",
+                    "",
+                    state.shape,
+                    state.dtype,
+                    state.count,
+                    state.bytes * state.count,
+                    "state of the optimizer",
+                    p.optimizer.source,
+                    p.optimizer.basis,
+                )
+    if p.scaler:
+        yield Line(
+            "GradScaler", "other", "torch", "", (), "fp32", 3, p.scaler, "scale of fp16 losses", "torch 2.13 amp"
+        )
+    if phase.phase == "backward" and p.optimizer.backward:
+        yield _scratch(p.optimizer.scratch, p.optimizer.backward, "updating as gradients come", p.optimizer.basis)
+    if p.buffered or ((phase.phase == "step" or later) and p.gradients):
+        for held in gradients_of(structure):
+            yield _held(held, axes, "needed by the optimizer")
+    if phase.phase == "step":
+        scratch = p.optimizer.first if phase.step == 1 else p.optimizer.later
+        if stepping and scratch:
+            yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
+        if not stepping:
+            yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
+
+
+def _held(held: Held, axes: Mapping[str, int], why: str) -> Line:
+    return Line(
+        held.what,
+        held.kind,
+        held.where,
+        _letters(held.shape),
+        _dims(held.shape, axes),
+        held.dtype,
+        held.copies,
+        held.bytes * held.copies,
+        why,
+        held.source,
+    )
+
+
+def _scratch(what: str, bytes_: int, why: str, basis: str) -> Line:
+    return Line(what, "temp", "", "", (), "", 1, bytes_, why, "", basis)
+
+
+def _letters(shape: str) -> str:
+    return "·".join(shape.split())
+
+
+def _dims(shape: str, axes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(int(t) if t.isdigit() else axes[t] for t in shape.split())
+
+
+def _keepers(stack: Stack) -> dict[str, str]:
+    """Which operation keeps a tensor for whose gradient: of several, the first in the model, which lets go last."""
+    operations = (*stack.before, *(op for r in stack.runs for b in r.blocks for op in b.ops), *stack.after, *stack.loss)
+    found: dict[str, str] = {}
+    for op in operations:
+        for keep in op.keeps:
+            found.setdefault(keep.what, f"kept by {op.name} for the gradient of {keep.of}")
+    return found
+
+
+def _why(kind: str, name: str, op: str, keepers: Mapping[str, str]) -> str:
+    if kind == "temp":
+        return f"inside {op}" if not name.startswith("gradient of") else f"made by {op}, not yet used up"
+    if kind == "gradient":
+        return "needed by the optimizer"
+    return keepers.get(name, "read by a later operation")

@@ -1,0 +1,207 @@
+"""A run's program: one model, method and set of kernels, lowered once; batch and sequence are put in afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+from memplan.catalogue.attention import efficient_workspace_bytes
+from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
+from memplan.engine.step import Lowered
+from memplan.engine.walk import ONE, Bytes, Term, Variable, alive, chain, moment_bytes, prune, size
+from memplan.graph import Graph, Held, built, elements, load_scratch, lowered, matrix_shape, parameters_of, weights_of
+
+
+class Structure(NamedTuple):
+    """Everything of a run but its batch and sequence: what decides which tensors exist and when they are alive."""
+
+    graph: Graph
+    accumulates: bool
+    optimizer: str
+    foreach: bool | None = None
+    state_dtype: str | None = None
+    momentum: float | None = None
+    in_backward: bool = False
+    grads: str | None = None
+    master: str | None = None
+    clips: bool = True
+    scales: bool = False
+    trainer: bool = False
+
+
+class Program(NamedTuple):
+    """A structure with its model's numbers put in. Bytes of moments are over `variables`; all else is constant.
+
+    products        the chain of products that bounds moments, largest first
+    first, later    the moments of a step's first micro-batch and of the others, by phase
+    where           what the operations of those moments are called, by pass and moment
+    parameters      bytes of weights and buffers; `load_scratch` more while they are loaded
+    gradients       bytes of all gradients together, when backward is done; `buffered` of those in a dtype of their own,
+                    which have buffers throughout
+    states          bytes of the optimizer's states on the GPU, `host` of those beside it
+    """
+
+    structure: Structure
+    variables: tuple[Variable, ...]
+    products: tuple[Variable, ...]
+    needs: frozenset[str]
+    first: dict[str, tuple[Term, ...]]
+    later: dict[str, tuple[Term, ...]]
+    where: tuple[dict[int, str], dict[int, str]]
+    parameters: int
+    load_scratch: int
+    gradients: int
+    buffered: int
+    optimizer: OptimizerMemory
+    states: int
+    scaler: int
+    host: int
+    clipping: int
+    total_parameters: int
+    trainable_parameters: int
+
+
+PHASES = ("forward", "loss", "backward")
+
+
+def pass_of(structure: Structure, later: bool = False, labelled: bool = False) -> Lowered:
+    """The moments of the first forward and backward pass of a step, or of a `later` one."""
+    exist = later or structure.grads is not None or frees_gradients(structure)
+    return lowered(structure.graph, exist, labelled)
+
+
+@lru_cache(maxsize=2048)
+def program(structure: Structure) -> Program:
+    """Lower the structure and put its model's numbers in: milliseconds, and then kept."""
+    _, axes = built(structure.graph)
+    passes = [pass_of(structure)]
+    if structure.accumulates:
+        passes.append(pass_of(structure, later=True))
+    moments: list[list[tuple[Bytes, int]]] = []
+    for low in passes:
+        sizes = [size(key[0], key[1], axes) for key in low.sizes]
+        moments.append([(moment_bytes(alive(m, low.runs, axes), sizes), i) for i, m in enumerate(low.moments)])
+    found = {v for candidates in moments for combination, _ in candidates for v in combination}
+    variables = (ONE, *sorted(found - {ONE}))
+
+    def pruned(low: Lowered, candidates: list[tuple[Bytes, int]]) -> dict[str, tuple[Term, ...]]:
+        return {
+            phase: prune([c for c in candidates if low.moments[c[1]].phase == phase], variables) for phase in PHASES
+        }
+
+    by_pass = [pruned(low, candidates) for low, candidates in zip(passes, moments, strict=True)]
+    weights = tuple(weights_of(structure.graph))
+    held = tuple(parameters_of(structure.graph))
+    trained = trained_parameters(structure)
+    optimizer = optimizer_of(structure, trained)
+    gradients = 0 if frees_gradients(structure) else sum(h.bytes * h.copies for h in gradients_of(structure))
+    return Program(
+        structure=structure,
+        variables=variables,
+        products=tuple(map(Variable, chain(variables))),
+        needs=frozenset(axis for v in variables for axis in v.axes),
+        first=by_pass[0],
+        later=by_pass[-1],
+        where=(_where(passes[0], by_pass[0]), _where(passes[-1], by_pass[-1])),
+        parameters=sum(h.bytes * h.copies for h in held),
+        load_scratch=load_scratch(structure.graph),
+        gradients=0 if structure.grads else gradients,
+        buffered=gradients if structure.grads else 0,
+        optimizer=optimizer,
+        states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
+        scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
+        host=sum(s.bytes * s.count for s in optimizer.states if s.host),
+        clipping=clipping(trained) if structure.clips else 0,
+        total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
+        trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains),
+    )
+
+
+def _where(low: Lowered, terms: dict[str, tuple[Term, ...]]) -> dict[int, str]:
+    return {t.moment: low.moments[t.moment].where for phase in terms.values() for t in phase}
+
+
+def gradients_of(structure: Structure) -> Iterator[Held]:
+    """The gradient of every weight that trains."""
+    _, axes = built(structure.graph)
+    for w, count, where in weights_of(structure.graph):
+        if w.trains:
+            dtype = structure.grads or w.dtype
+            bytes_ = size(w.shape, dtype, axes)[1]
+            yield Held("gradient", f"{w.name}.grad", where.rstrip("."), w.shape, dtype, count, bytes_, "autograd")
+
+
+def trained_parameters(structure: Structure) -> list[Parameter]:
+    """The parameters the optimizer is given, in the model's order; a run of layers as its first and the others."""
+    _, axes = built(structure.graph)
+    out: list[Parameter] = []
+    blocks: dict[str, list[tuple[Parameter, int]]] = {}
+    for w, count, where in weights_of(structure.graph):
+        if not w.trains:
+            continue
+        shape = matrix_shape(w, axes) if w.rows else (elements(w, axes),)
+        embedding = structure.trainer and w.group == "embedding" and not w.matrix
+        p = Parameter(f"{where}{w.name}", shape, w.dtype, 1, embedding=embedding, target=w.matrix)
+        if where:
+            blocks.setdefault(where, []).append((p, count))
+        else:
+            _flush(blocks, out)
+            out.append(p)
+    _flush(blocks, out)
+    return out
+
+
+def _flush(blocks: dict[str, list[tuple[Parameter, int]]], out: list[Parameter]) -> None:
+    for group in blocks.values():
+        out += [p for p, _ in group]
+        out += [p._replace(copies=n - 1) for p, n in group if n > 1]
+    blocks.clear()
+
+
+def frees_gradients(structure: Structure) -> bool:
+    """Whether each gradient is used up as soon as it is made: by the optimizer's kind, or stepping in backward."""
+    return structure.in_backward or optimizer_memory(structure.optimizer, ()).frees_gradients
+
+
+def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
+    return optimizer_memory(
+        structure.optimizer,
+        trained,
+        foreach=structure.foreach,
+        state_dtype=structure.state_dtype,
+        momentum=structure.momentum,
+        master=structure.master,
+    )
+
+
+def run_axes(program: Program, micro: int, sequence: int, half: bool, large_tiles: bool) -> dict[str, int]:
+    """The axes that belong to the run, and those derived from them."""
+    b, s = micro, sequence
+    tokens = b * s
+    m = program.structure.graph.model
+    axes = {
+        "b": b,
+        "s": s,
+        "s8": -(-s // 8) * 8,
+        "s32": -(-s // 32) * 32,
+        "s128": -(-s // 128) * 128,
+        "targets": tokens if b > 1 else s + 1,
+        "padded_labels": b * (s + 1) if b > 1 else 0,
+        "sorted_ids": 0,
+        "segments": 0,
+    }
+    needs = program.needs
+    if tokens > 3072:
+        axes["sorted_ids"], axes["segments"] = tokens, tokens // 10 + min(tokens, m.vocab_size)
+    if "efficient_workspace" in needs or "efficient_fp32" in needs:
+        axes["efficient_fp32"] = 0 if half else m.head_dim + 1
+        axes["efficient_workspace"] = efficient_workspace_bytes(
+            s, m.head_dim, b * m.num_attention_heads, half, large_tiles
+        )
+    if "lc" in needs:
+        axes["lc"] = -(-s // 8)
+    if "fc" in needs:
+        chunk = -(-tokens // -(-m.vocab_size // m.hidden_size))
+        axes["fc"] = min(tokens, 1 << (chunk - 1).bit_length())
+    return axes

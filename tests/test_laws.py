@@ -1,0 +1,206 @@
+"""Laws that hold for every run: more never takes less, the ledger sums to the peak, everything allocated is freed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue.states import optimizer_names
+from memplan.engine.walk import alive, largest, moment_bytes, size, values
+from memplan.graph import built
+from memplan.program import PHASES, pass_of, program, run_axes
+from memplan.resolve import decide
+
+laws = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+MODELS = ("llama-3.2-1b", "qwen2-0.5b", "qwen3-0.6b", "phi-4-mini", "granite-3.3-2b")
+KINDS = ("full", "freeze", "lora", "qlora", "dora", "qdora")
+KERNELS = st.fixed_dictionaries(
+    {
+        "attention": st.sampled_from(["sdpa", "eager", "sdpa_efficient", "sdpa_math"]),
+        "checkpointing": st.sampled_from(["none", "full"]),
+        "loss": st.sampled_from(["hf", "chunked", "fused", "chunked_lm_head"]),
+    }
+)
+PRECISION = st.sampled_from(["pure", "amp", "mixed", "fp16", "fp32"])
+
+
+@st.composite
+def runs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
+    """A run as the fields of a RunSpec."""
+    kind = draw(st.sampled_from(kinds))
+    method: dict[str, Any] = {"kind": kind}
+    if kind not in ("full", "freeze"):
+        method["rank"] = draw(st.integers(1, 64))
+        method["dropout"] = draw(st.sampled_from([0.0, 0.1]))
+    if kind.startswith("q"):
+        method["quantization"] = {
+            "format": draw(st.sampled_from(["nf4", "fp4", "int8"])),
+            "double_quant": draw(st.booleans()),
+            "kbit_preparation": draw(st.sampled_from([True, False, "trl"])),
+        }
+    return {
+        "model": draw(st.sampled_from(MODELS)),
+        "method": method,
+        "precision": draw(PRECISION) if not kind.startswith("q") else draw(st.sampled_from(["pure", "fp16"])),
+        "optimizer": draw(st.sampled_from(["adamw_torch_fused", "adamw_torch", "sgd", "adamw_bnb_8bit", "adafactor"])),
+        "batch": {
+            "micro": draw(st.integers(1, 4)),
+            "sequence": draw(st.integers(1, 512)),
+            "accumulation": draw(st.sampled_from([1, 3])),
+        },
+        "kernels": draw(KERNELS),
+        "loop": {"padded": draw(st.booleans()), "hold_outputs": draw(st.booleans())},
+    }
+
+
+def answer(run: dict[str, Any], **changes: Any) -> Estimate:
+    return estimate(RunSpec(**{**run, **changes}))
+
+
+def allocated(run: dict[str, Any], **changes: Any) -> int:
+    return answer(run, **changes).bytes.allocated
+
+
+@laws
+@given(runs())
+def test_the_ledger_sums_to_the_peak_and_the_categories_too(run: dict[str, Any]) -> None:
+    a = answer(run)
+    assert sum(line.bytes for line in a.ledger) == a.bytes.allocated
+    assert sum(a.categories.values()) == a.bytes.allocated
+    assert a.bytes.allocated == max(p.peak for p in a.phases)
+    assert a.bytes.allocated <= a.bytes.reserved <= a.bytes.used
+    assert a.band.low <= a.bytes.used <= a.band.high
+
+
+@laws
+@given(runs())
+def test_everything_allocated_in_a_step_is_freed_but_gradients(run: dict[str, Any]) -> None:
+    structure = decide(RunSpec(**run)).structure
+    low = pass_of(structure, labelled=True)
+    for key, count in alive(low.left, low.runs, built(structure.graph)[1]).items():
+        kind, name = low.sizes[key][2], low.sizes[key][5]
+        assert count == 0 or kind == "gradient" or name == "head_gradient", (name, count)
+
+
+@laws
+@given(runs(), st.integers(1, 3))
+def test_a_larger_batch_never_takes_less(run: dict[str, Any], more: int) -> None:
+    batch = run["batch"]
+    assert allocated(run, batch={**batch, "micro": batch["micro"] + more}) >= allocated(run)
+
+
+@laws
+@given(runs(), st.integers(1, 700))
+def test_a_longer_sequence_never_takes_less(run: dict[str, Any], more: int) -> None:
+    batch = {**run["batch"], "sequence": min(run["batch"]["sequence"], 320)}
+    longer = {**batch, "sequence": batch["sequence"] + more}
+    assert allocated(run, batch=longer) >= allocated(run, batch=batch)
+
+
+@laws
+@given(runs(kinds=("lora", "qlora", "dora", "qdora")), st.integers(1, 64))
+def test_a_higher_rank_never_takes_less(run: dict[str, Any], more: int) -> None:
+    method = run["method"]
+    higher = allocated(run, method={**method, "rank": method["rank"] + more})
+    assert higher >= allocated(run)
+
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 704,
+    "vocab_size": 1000,
+    "max_position_embeddings": 2048,
+}
+
+
+@laws
+@given(runs(), st.integers(2, 40), st.integers(1, 200))
+def test_a_deeper_model_never_takes_less(run: dict[str, Any], layers: int, more: int) -> None:
+    def deep(n: int) -> dict[str, Any]:
+        return {"config": {**SHAPE, "num_hidden_layers": n}}
+
+    assert allocated(run, model=deep(layers + more)) >= allocated(run, model=deep(layers))
+
+
+@laws
+@given(runs())
+def test_checkpointing_never_raises_kept_bytes(run: dict[str, Any]) -> None:
+    """Beside the tables all blocks share, which a checkpoint holds for its blocks."""
+
+    def kept(checkpointing: str) -> int:
+        spec = RunSpec(**{**run, "kernels": {**run["kernels"], "checkpointing": checkpointing}})
+        structure = decide(spec).structure
+        low, axes = pass_of(structure, labelled=True), built(structure.graph)[1]
+        p = program(structure)
+        numbers = run_axes(p, run["batch"]["micro"], run["batch"]["sequence"], True, True)
+        total = 0
+        for key, count in alive(low.kept, low.runs, axes).items():
+            shape, dtype, _, _, _, name, _ = low.sizes[key]
+            if name not in ("mask", "positions", "cos", "sin"):
+                variable, n = size(shape, dtype, axes)
+                total += count * n * values([variable], numbers)[0]
+        return total
+
+    assert kept("full") <= kept("none")
+
+
+@laws
+@given(runs(kinds=("lora", "dora")))
+def test_adapters_train_less_than_everything(run: dict[str, Any]) -> None:
+    a = answer(run)
+    assert 0 < a.parameters.trainable < a.parameters.total
+
+
+@laws
+@given(st.sampled_from([n for n in optimizer_names() if "paged" in n or n == "grokadamw"]))
+def test_what_is_paged_is_on_the_host_and_not_on_the_gpu(name: str) -> None:
+    run = {"model": "qwen2-0.5b", "optimizer": name}
+    a = answer(run)
+    assert a.host_bytes > 0
+    assert a.categories["optstate"] < a.host_bytes
+
+
+@laws
+@given(runs())
+def test_the_same_run_gives_the_same_answer(run: dict[str, Any]) -> None:
+    assert answer(run).model_dump() == answer(run).model_dump()
+
+
+@laws
+@given(runs())
+def test_a_run_survives_json(run: dict[str, Any]) -> None:
+    spec = RunSpec(**run)
+    again = RunSpec.model_validate_json(spec.model_dump_json())
+    assert again == spec
+    assert hash(again) == hash(spec)
+    filled = answer(run).run
+    assert estimate(filled).bytes == answer(run).bytes
+
+
+@laws
+@given(runs(), st.integers(1, 4), st.integers(1, 3000))
+def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, sequence: int) -> None:
+    """The moments left out are never the largest: the walk equals a walk over all of them."""
+    if run["model"] in ("gpt2", "opt-125m"):
+        sequence = min(sequence, 1000)
+    spec = RunSpec(**{**run, "batch": {**run["batch"], "micro": micro, "sequence": sequence}})
+    decided = decide(spec)
+    p = program(decided.structure)
+    axes = {**built(decided.structure.graph)[1], **run_axes(p, micro, sequence, decided.half, decided.large_tiles)}
+    low = pass_of(decided.structure)
+    sizes = [size(k[0], k[1], built(decided.structure.graph)[1]) for k in low.sizes]
+    numbers, products = values(p.variables, axes), values(p.products, axes)
+    for phase in PHASES:
+        every = []
+        for m in low.moments:
+            if m.phase == phase:
+                combination = moment_bytes(alive(m, low.runs, axes), sizes)
+                every.append(sum(n * values([v], axes)[0] for v, n in combination.items()))
+        assert largest(p.first[phase], numbers, products)[0] == max(every)

@@ -1,0 +1,182 @@
+"""The library: runs are values, answers are the same on every thread and in every process, and round-trip as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from memplan import Estimate, MemplanError, RunSpec, estimate
+
+RUN = RunSpec(model="qwen2-7b", method="qlora", gpu="3090")
+
+runs = st.builds(
+    RunSpec,
+    model=st.sampled_from(["llama-3.2-1b", "qwen2-0.5b", "phi-4-mini"]),
+    method=st.sampled_from(["full", "lora", "qlora", "dora", {"kind": "lora", "targets": ["o_proj"], "dropout": 0.1}]),
+    precision=st.sampled_from(["pure", "amp", "mixed", "fp16", {"weights": "bf16", "autocast": True}]),
+    optimizer=st.sampled_from(["adamw_torch", "sgd", "adafactor", {"name": "adamw_torch", "foreach": False}]),
+    batch=st.fixed_dictionaries({"micro": st.integers(1, 64), "sequence": st.integers(1, 8192)}),
+    gpu=st.sampled_from([None, "a100-80gb", "t4"]),
+)
+
+
+def test_an_answer_has_what_the_contract_says() -> None:
+    answer = estimate(RUN)
+    b = answer.bytes
+    assert answer.verdict.answer == "fits"
+    assert b.allocated <= b.reserved <= b.used
+    assert answer.band.low <= b.used <= answer.band.high
+    assert answer.gpu is not None
+    assert answer.verdict.headroom == answer.gpu.usable - b.used
+    assert answer.parameters.total == 7_615_616_512
+    assert answer.peak.phase in ("load", "forward", "loss", "backward", "step")
+    assert max(p.peak for p in answer.phases) == b.allocated
+
+
+@settings(deadline=None, max_examples=60)
+@given(runs)
+def test_a_run_and_its_answer_round_trip_as_json(run: RunSpec) -> None:
+    again = RunSpec.model_validate_json(run.model_dump_json())
+    assert again == run
+    assert hash(again) == hash(run)
+    answer = estimate(run)
+    dumped = json.loads(answer.model_dump_json())
+    assert dumped == answer.model_dump() == estimate(again).model_dump()
+    resolved = RunSpec.model_validate(dumped["run"])
+    assert resolved == answer.run
+    assert estimate(resolved).bytes == answer.bytes
+
+
+def test_a_resolved_run_leaves_nothing_open() -> None:
+    run = estimate(RunSpec(model="qwen2-7b", method="lora")).run
+    assert run.precision.compute == run.precision.grads == "bf16"
+    assert run.method.adapter_dtype == "fp32"
+    assert run.method.alpha == 8.0
+    assert run.optimizer.foreach is not None
+
+
+def test_numbers_are_integers_all_the_way_down() -> None:
+    def check(value: Any, path: str = "") -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                check(inner, f"{path}.{key}")
+        elif isinstance(value, list):
+            for inner in value:
+                check(inner, path)
+        elif isinstance(value, float):
+            assert path in (
+                ".band.coverage",
+                ".run.method.alpha",
+                ".run.method.dropout",
+                ".run.loop.clip_grad_norm",
+                ".run.optimizer.momentum",
+            ), path
+
+    huge = RunSpec(model="llama-3.1-405b", batch={"micro": 2**40, "sequence": 2**40})
+    for run in (RUN, huge):
+        check(json.loads(estimate(run).model_dump_json()))
+    assert estimate(huge).bytes.allocated > 2**80
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("model", "gpt2"), ("batch.micro", 2), ("method.rank", 3), ("method.quantization.block_size", 128)],
+)
+def test_a_run_cannot_be_changed(path: str, value: Any) -> None:
+    *parts, last = path.split(".")
+    part: Any = RUN
+    for name in parts:
+        part = getattr(part, name)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(part, last, value)
+
+
+def test_free_form_parts_cannot_be_changed_either() -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "layer_types": ["full"]}
+    run = RunSpec(model={"config": config})
+    config["hidden_size"] = 128
+    held: Any = run.model
+    assert held.config["hidden_size"] == 64
+    assert held.config["layer_types"] == ("full",)
+    with pytest.raises(TypeError):
+        held.config["hidden_size"] = 1
+    with pytest.raises(TypeError):
+        held.config.update(a=1)
+    assert len({run, RunSpec.model_validate_json(run.model_dump_json())}) == 1
+
+
+def test_runs_are_keys_of_a_dict() -> None:
+    table = {RUN: 1, RunSpec(model="qwen2-7b", method="lora", gpu="3090"): 2}
+    assert table[RunSpec(model="qwen2-7b", method={"kind": "qlora"}, gpu="3090")] == 1
+
+
+def test_threads_get_the_same_answers() -> None:
+    grid = [
+        RunSpec(model=model, method=method, batch={"micro": micro, "sequence": sequence}, gpu=gpu)
+        for model in ("qwen2-0.5b", "llama-3.2-3b", "gemma-2-2b")
+        for method in ("full", "qlora", "dora")
+        for micro in (1, 3)
+        for sequence in (512, 4096)
+        for gpu in (None, "t4")
+    ]
+
+    def answer(run: RunSpec) -> str:
+        return estimate(run).model_dump_json()
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(answer, grid * 2))
+    assert together == [answer(run) for run in grid] * 2
+
+
+def test_a_process_of_its_own_gets_the_same_answer() -> None:
+    code = (
+        "import memplan\n"
+        "run = memplan.RunSpec(model='qwen2-7b', method='qlora', gpu='3090')\n"
+        "print(memplan.estimate(run).model_dump_json())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == estimate(RUN).model_dump()
+
+
+def test_answers_are_values() -> None:
+    a, b = estimate(RUN), estimate(RUN)
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != estimate(RunSpec(model="qwen2-7b", method="lora", gpu="3090"))
+    assert "qwen2-7b" in repr(a)
+    assert isinstance(a, Estimate)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"batch": {"micro": 0}},
+        {"batch": {"micro": -1}},
+        {"batch": {"sequence": 0}},
+        {"batch": {"micro": 2.0}},
+        {"batch": {"micro": "2"}},
+        {"batch": {"micro": True}},
+        {"batch": {"micro": 2**41}},
+        {"batch": {"micro": float("nan")}},
+        {"method": {"kind": "lora", "rank": 0}},
+        {"method": {"kind": "lora", "dropout": 1.0}},
+        {"method": "qloar"},
+        {"precision": "bf17"},
+        {"kernels": {"attention": "flash"}},
+        {"unknown": 1},
+        {"method": {"kind": "lora", "unknown": 1}},
+        {"loop": {"clip_grad_norm": -1.0}},
+        {"method": {"kind": "qlora", "quantization": {"block_size": 65}}},
+    ],
+)
+def test_a_field_out_of_range_is_a_validation_error(fields: dict[str, Any]) -> None:
+    with pytest.raises((ValidationError, MemplanError)):
+        RunSpec(model="qwen2-7b", **fields)
