@@ -1,0 +1,80 @@
+"""How long one estimate takes in a process that has made others: median microseconds, and ratios to the references.
+
+    python benchmarks/in_process.py
+
+The reference for the whole estimate is pydantic validating the same run; for the depth, the same model with one layer.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from memplan import RunSpec, estimate
+from memplan.cards import load_card
+from memplan.engine.walk import largest, values
+from memplan.estimator import Numbers, walk
+from memplan.program import PHASES, run_axes
+from memplan.resolve import decide
+
+METHODS: dict[str, dict[str, Any]] = {
+    "qlora": {"method": "qlora"},
+    "full": {"method": "full"},
+    "lora, nothing checkpointed": {"method": "lora", "kernels": {"checkpointing": "none"}},
+}
+BATCHES = [{"micro": micro, "sequence": sequence} for micro in range(1, 9) for sequence in range(512, 4096, 64)]
+
+
+def median_us(function: Callable[[Any], object], arguments: Sequence[Any], rounds: int = 5) -> float:
+    times: list[float] = []
+    for _ in range(rounds):
+        for argument in arguments:
+            start = time.perf_counter()
+            function(argument)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
+    """The walk alone: from a batch in numbers to the peak of every phase, without the answer around it."""
+    decided = decide(run)
+    program = walk(run, decided).program
+
+    def walked(run: RunSpec) -> object:
+        axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles)
+        numbers = Numbers(values(program.variables, axes), values(program.products, axes))
+        return [largest(program.first[phase], *numbers) for phase in PHASES]
+
+    return walked
+
+
+def main() -> None:
+    print(f"{'run':30s} {'validate':>9s} {'estimate':>9s} {'both':>9s} {'walk':>9s}   both / validate")
+    for name, fields in METHODS.items():
+        run = RunSpec(model="qwen2-7b", gpu="3090", **fields)
+        validate = median_us(lambda batch, f=fields: RunSpec(model="qwen2-7b", gpu="3090", batch=batch, **f), BATCHES)
+        runs = [RunSpec(model="qwen2-7b", gpu="3090", batch=batch, **fields) for batch in BATCHES]
+        estimate(runs[0])
+        answered = median_us(estimate, runs)
+        walked = median_us(engine_walk(run), runs)
+        both = validate + answered
+        print(
+            f"{name:30s} {validate:6.1f} us {answered:6.1f} us {both:6.1f} us {walked:6.1f} us   {both / validate:.1f}"
+        )
+
+    config = dict(load_card("qwen2-7b").config)
+    shallow = 0.0
+    for layers in (1, 4, 28, 1000):
+        model = {"config": {**config, "num_hidden_layers": layers, "max_window_layers": layers}}
+        runs = [RunSpec(model=model, batch=batch) for batch in BATCHES]
+        estimate(runs[0])
+        median_us(estimate, runs, 1)
+        taken = median_us(estimate, runs)
+        shallow = shallow or taken
+        print(f"{layers:5d} layers {taken:6.1f} us   {taken / shallow:.2f} of one layer's")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Estimates against traced training steps: the real libraries' step on fake CUDA tensors, every allocation recorded.
+
+The figures are in tests/golden/traced.jsonl, whose first line says how they were made.
+"""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import TRACED, rows, without_workspaces
+from memplan import RunSpec, estimate
+
+CASES: list[dict[str, Any]] = rows("traced.jsonl")
+
+
+def label(case: dict[str, Any]) -> str:
+    run = case["run"]
+    batch, kernels = run.get("batch", {}), run.get("kernels", {})
+    more = [kernels.get("attention", ""), "" if kernels.get("checkpointing", "full") == "full" else "plain"]
+    more += [run.get("optimizer", {}).get("name", ""), str(run.get("precision", {}).get("autocast", ""))]
+    return "-".join([case["name"], f"b{batch.get('micro', 1)}", f"s{batch.get('sequence', 2048)}", *filter(None, more)])
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**case["run"]))
+    assert answer.parameters.total == case["parameters"]
+    assert answer.parameters.trainable == case["trainable"]
+    mine = without_workspaces(answer)
+    for step, traced in case["steps"].items():
+        expected = {"fwd": traced["fwd"], "bwd": traced["bwd"], "opt": max(traced["opt"], traced["clip"])}
+        for phase, bytes_ in expected.items():
+            assert mine[int(step), phase] == pytest.approx(bytes_, rel=1e-3), (step, phase)
+    assert max(mine.values()) == pytest.approx(case["peak"], rel=2e-4)
+    assert TRACED[answer.peak.phase] == TRACED[case["phase"]]
+
+
+def test_the_mean_error_of_all_peaks_is_below_a_hundredth_of_a_percent() -> None:
+    errors = [
+        abs(max(without_workspaces(estimate(RunSpec(**case["run"]))).values()) / case["peak"] - 1) for case in CASES
+    ]
+    assert len(errors) > 180
+    assert mean(errors) < 1e-4
