@@ -1,0 +1,509 @@
+"""The command `memplan`. Everything heavy is imported where it is used: most of a short command is imports."""
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:
+    from memplan.answer import Estimate
+
+# click's error about wrong usage, wherever this typer keeps its click
+UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class Memplan(TyperGroup):
+    """A first argument that is no command is a model: `memplan MODEL` is `memplan estimate MODEL`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {option for param in self.get_params(ctx) for option in param.opts}
+        first = args[0].partition("=")[0] if args else ""
+        if first not in self.commands and first not in own and (args or not ctx.resilient_parsing):
+            args = ["estimate", *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Commands, and the models and options of `estimate`."""
+        estimate_ = self.commands["estimate"]
+        with estimate_.make_context("estimate", [], parent=ctx, resilient_parsing=True) as inner:
+            more = estimate_.shell_complete(inner, incomplete)
+            if not incomplete.startswith("-"):
+                more = estimate_.params[0].shell_complete(inner, incomplete)
+        return [*super().shell_complete(ctx, incomplete), *more]
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        """Run the command and exit. Every error the user can mend is one line on standard error."""
+        try:
+            code = super().main(args, prog_name or "memplan", complete_var, False, windows_expand_args, **extra)
+        except UsageError as error:
+            code = _fail(_usage(error), error.exit_code)
+        except (typer.Abort, KeyboardInterrupt):
+            code = 130
+        sys.exit(code or 0)
+
+
+class Grouped(TyperCommand):
+    """A command whose help lists options under the heading each one names."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                heading = getattr(param, "rich_help_panel", None) or "Other"
+                groups.setdefault(heading, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+app = typer.Typer(
+    cls=Memplan,
+    name="memplan",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="How much GPU memory a training run takes, when, and whether it fits.",
+    epilog="memplan MODEL [options] is short for memplan estimate MODEL [options].",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def main() -> None:
+    """The entry point."""
+    gc.disable()  # a command is over before its garbage is worth a look
+    app()
+
+
+def _fail(line: str, code: int) -> int:
+    sys.stderr.write(f"memplan: {line}\n")
+    return code
+
+
+def _usage(error: Any) -> str:
+    """One line for what typer found wrong with the arguments."""
+    param, text = getattr(error, "param", None), error.format_message()
+    if param is not None and error.__cause__ is not None:
+        from memplan.cli.failures import what
+
+        text = f"{param.opts[0]}: {what(error.__cause__)}"
+    return " ".join(text.split())
+
+
+def _answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
+    """The exit code of `work`; what the user can mend becomes one line and its code."""
+    from memplan.errors import MemplanError
+
+    try:
+        return work()
+    except MemplanError as error:
+        from memplan.cli.failures import line_of
+
+        return _fail(line_of(error, given), error.exit_code)
+    except RecursionError:
+        return _fail("spec: nested too deeply to be a run or a model", 2)
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {str(error.filename or '')[:200]!r}", 2)
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        if not isinstance(error, ValidationError):
+            raise
+        from memplan.cli.failures import line_of
+
+        return _fail(line_of(error, given), 2)
+
+
+def _show(text: str, format: str = "table", output: str | None = None) -> None:
+    """Write to standard output or a file. A reader that has gone away is none of our business."""
+    if output is not None:
+        from pathlib import Path
+
+        from memplan.errors import MemplanError
+
+        try:
+            Path(output).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise MemplanError(f"output: {output} cannot be written ({error.strerror or error})", "output") from None
+        return
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = _in_ascii(text, format)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit's flush is quiet too
+
+
+def _in_ascii(text: str, format: str) -> str:
+    """The same for an encoding that has not all of its characters."""
+    if format == "html":
+        return text.encode("ascii", "xmlcharrefreplace").decode()
+    if format == "json":
+        import json
+
+        return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in text)
+    from memplan.report.text import ASCII
+
+    return text.translate(ASCII).encode("ascii", "replace").decode()
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    from memplan.cards import card_names
+
+    return [name for name in card_names() if name.startswith(incomplete)]
+
+
+def _complete_gpu(incomplete: str) -> list[str]:
+    from memplan.gpus import all_gpus
+
+    names = [name for gpu in all_gpus() for name in (gpu.name, *gpu.aliases)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _complete_optimizer(incomplete: str) -> list[str]:
+    from memplan.catalogue.states import optimizer_names
+
+    return [name for name in optimizer_names() if name.startswith(incomplete)]
+
+
+def _choices(*words: str) -> Callable[[str], list[str]]:
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from memplan import __version__
+
+        sys.stdout.write(f"memplan {__version__}\n")
+        raise typer.Exit
+
+
+def _option(help: str, *names: str, of: str, complete: Callable[[str], list[str]] | None = None, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=of, autocompletion=complete, show_default=False, **more)
+
+
+METHODS = ("full", "lora", "qlora", "dora", "qdora", "freeze", "generate", "forward")
+TRAINING, ADAPTERS, DTYPES, KERNELS, GPUS, OUTPUT = (
+    "Training",
+    "Adapters and quantisation",
+    "Precision and optimizer",
+    "Kernels",
+    "GPUs",
+    "Input and output",
+)
+
+
+@app.callback()
+def _root(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(cls=Grouped)
+def estimate(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A card's name (qwen2-7b), a Hugging Face id, or the path of a config.json or its folder.",
+            autocompletion=_complete_model,
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, _option(f"{', '.join(METHODS)}. Default full.", of=TRAINING, complete=_choices(*METHODS))
+    ] = None,
+    batch_size: Annotated[int | None, _option("Sequences per GPU and pass. Default 1.", of=TRAINING)] = None,
+    seq_len: Annotated[int | None, _option("Tokens per sequence. Default 2048.", of=TRAINING)] = None,
+    grad_accum: Annotated[int | None, _option("Passes per optimizer step. Default 1.", of=TRAINING)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        _option(
+            "Keep only each layer's input and compute the rest again. Default on.",
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            of=TRAINING,
+        ),
+    ] = None,
+    trainable_layers: Annotated[
+        int | None, _option("Layers at the end that --method freeze trains. Default 2.", of=TRAINING)
+    ] = None,
+    hold_outputs: Annotated[
+        bool | None,
+        _option(
+            "The script keeps the model's outputs to the end of the step. Default off.",
+            "--hold-outputs/--no-hold-outputs",
+            of=TRAINING,
+        ),
+    ] = None,
+    padded: Annotated[
+        bool | None,
+        _option("Batches have padding, and so an attention mask. Default off.", "--padded/--no-padded", of=TRAINING),
+    ] = None,
+    trainer: Annotated[
+        bool | None,
+        _option(
+            "transformers' Trainer drives the step: it keeps embeddings' states in fp32 under bitsandbytes' 8-bit "
+            "optimizers. Default off.",
+            "--trainer/--no-trainer",
+            of=TRAINING,
+        ),
+    ] = None,
+    rank: Annotated[int | None, _option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
+    targets: Annotated[
+        str | None, _option("all-linear, or module names with commas between. Default all-linear.", of=ADAPTERS)
+    ] = None,
+    lora_dropout: Annotated[float | None, _option("Dropout before adapters, 0 to 1. Default 0.", of=ADAPTERS)] = None,
+    modules_to_save: Annotated[
+        str | None, _option("Module names, with commas between, that train in full. Default none.", of=ADAPTERS)
+    ] = None,
+    quant_format: Annotated[
+        str | None,
+        _option(
+            "Storage of quantised weights: nf4, fp4, int8. Default nf4.",
+            of=ADAPTERS,
+            complete=_choices("nf4", "fp4", "int8"),
+        ),
+    ] = None,
+    double_quant: Annotated[
+        bool | None,
+        _option("Quantise the quantisation's scales too. Default on.", "--double-quant/--no-double-quant", of=ADAPTERS),
+    ] = None,
+    kbit_preparation: Annotated[
+        str | None,
+        _option(
+            "prepare_model_for_kbit_training's casts: true, false, or trl for those trl casts back. Default true.",
+            of=ADAPTERS,
+            complete=_choices("true", "false", "trl"),
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        _option("Weights: bf16, fp16, fp32. Default bf16.", of=DTYPES, complete=_choices("bf16", "fp16", "fp32")),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        _option(
+            "pure (all in --dtype), amp (fp32 weights, autocast to --dtype), "
+            "mixed (weights and gradients in --dtype, fp32 masters and states). Default pure.",
+            of=DTYPES,
+            complete=_choices("pure", "amp", "mixed"),
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        _option(
+            "A name of transformers' OptimizerNames, or none. Default adamw_torch_fused.",
+            of=DTYPES,
+            complete=_complete_optimizer,
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        _option(
+            "sdpa, flash_attention_2, eager, sdpa_math, sdpa_efficient. Default sdpa.",
+            of=KERNELS,
+            complete=_choices("sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"),
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        _option(
+            "hf, chunked, fused (with the head's product, as Liger and Cut Cross-Entropy do), chunked_lm_head. "
+            "Default hf.",
+            of=KERNELS,
+            complete=_choices("hf", "chunked", "fused", "chunked_lm_head"),
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        _option(
+            "Framework and version that decide what is left open. Default transformers-5.",
+            of=KERNELS,
+            complete=_choices("transformers-5"),
+        ),
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        _option(
+            "A card's name (3090, a800, h100); repeat it to compare. Default none: the estimate and every card that "
+            "holds it.",
+            of=GPUS,
+            complete=_complete_gpu,
+            metavar="NAME",
+        ),
+    ] = None,
+    gpus: Annotated[int | None, _option("How many of them, in all. Default 1.", of=GPUS)] = None,
+    zero: Annotated[int | None, _option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=GPUS)] = None,
+    fsdp: Annotated[
+        str | None,
+        _option("full_shard, fsdp2. Default none.", of=GPUS, complete=_choices("full_shard", "fsdp2")),
+    ] = None,
+    tp: Annotated[int | None, _option("Tensor-parallel GPUs. Default 1.", of=GPUS)] = None,
+    pp: Annotated[int | None, _option("Pipeline stages. Default 1.", of=GPUS)] = None,
+    cp: Annotated[int | None, _option("Context-parallel GPUs. Default 1.", of=GPUS)] = None,
+    ep: Annotated[int | None, _option("Expert-parallel GPUs. Default 1.", of=GPUS)] = None,
+    offload: Annotated[
+        str | None,
+        _option("What the host keeps: parameters, optimizer, activations, with commas. Default none.", of=GPUS),
+    ] = None,
+    spec: Annotated[
+        str | None, _option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
+    ] = None,
+    online: Annotated[
+        bool, _option("Ask the Hugging Face Hub for a config. Default off.", "--online", of=OUTPUT)
+    ] = False,
+    format: Annotated[
+        str | None,
+        _option(
+            "table, json, markdown, csv, html. Default table.",
+            of=OUTPUT,
+            complete=_choices("table", "json", "markdown", "csv", "html"),
+        ),
+    ] = None,
+    json: Annotated[bool, _option("Short for --format json.", "--json", of=OUTPUT)] = False,
+    output: Annotated[str | None, _option("Write to this file. Default standard output.", of=OUTPUT)] = None,
+    explain: Annotated[bool, _option("Every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)] = False,
+    strict: Annotated[
+        bool,
+        _option("Exit 1 if tight, and 4 if something unsupported was left out. Default off.", "--strict", of=OUTPUT),
+    ] = False,
+) -> int:
+    """Whether a run fits, what takes the memory, and when.
+
+    Exit codes: 0 fits, or no GPU asked; 1 does not fit; 2 wrong input; 3 the model's facts are not here; 4 with
+    --strict, something unsupported was left out.
+    """
+    given = {name: value for name, value in ctx.params.items() if not _left_out(name, value)}
+    return _answered(lambda: _estimate(given), given)
+
+
+def _left_out(name: str, value: object) -> bool:
+    """Whether an option was not given: its default stands for that, and for nothing else."""
+    return value in (None, [], ()) or (value is False and name in _SWITCHES)
+
+
+_SWITCHES = ("online", "json", "explain", "strict")
+
+
+def _estimate(given: Mapping[str, Any]) -> int:
+    from memplan.cli.request import spec_of
+    from memplan.errors import FactsMissingError, SpecError
+    from memplan.estimator import estimate
+    from memplan.report import render
+    from memplan.spec import RunSpec
+
+    format = _format(given)
+    spec = None
+    if "spec" in given:
+        from memplan.cli.spec_file import read_spec
+
+        spec = read_spec(given["spec"])
+    fields = spec_of(given, spec)
+    if "model" not in fields:
+        raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
+    asked = [*given.get("gpu", ())] or [fields.get("gpu")]
+    runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in asked]
+    try:
+        answers = [estimate(run) for run in runs]
+    except FactsMissingError as error:
+        if "online" in given:
+            raise SpecError(
+                "online: asking the Hub is not supported yet; give the path of a config.json", "online"
+            ) from error
+        raise
+    to = None
+    if "output" in given and format == "table":
+        from memplan.report.text import Screen
+
+        to = Screen()
+    _show(render(format, answers, "explain" in given, to), format, given.get("output"))
+    return _exit_code(answers, "strict" in given)
+
+
+def _format(given: Mapping[str, Any]) -> str:
+    from memplan.errors import SpecError, UnknownNameError
+    from memplan.report import FORMATS
+
+    if "json" in given and given.get("format", "json") != "json":
+        raise SpecError(f"format: --json and --format {given['format']} exclude each other", "format")
+    suffix = str(given.get("output", "")).rpartition(".")[2].lower()
+    guessed = {"json": "json", "md": "markdown", "csv": "csv", "html": "html", "htm": "html"}.get(suffix, "table")
+    format = "json" if "json" in given else given.get("format", guessed)
+    if format not in FORMATS:
+        raise UnknownNameError("format", format, FORMATS)
+    return format
+
+
+def _exit_code(answers: "Sequence[Estimate]", strict: bool) -> int:
+    if strict and any(answer.unsupported for answer in answers):
+        return 4
+    refused = ("does not fit", "tight") if strict else ("does not fit",)
+    return int(any(answer.verdict.answer in refused for answer in answers))
+
+
+_TEXT = typer.Argument(help="What to look for in names, ids and kinds. Default everything.")
+_JSON = typer.Option("--json", help="As JSON.")
+
+
+@app.command()
+def models(text: Annotated[str, _TEXT] = "", json: Annotated[bool, _JSON] = False) -> int:
+    """List the bundled models: parameters, layers, positions, licence."""
+
+    def listed() -> int:
+        from memplan.report.listing import models
+
+        _show(models(text, json), "json" if json else "table")
+        return 0
+
+    return _answered(listed)
+
+
+@app.command()
+def gpus(text: Annotated[str, _TEXT] = "", json: Annotated[bool, _JSON] = False) -> int:
+    """List the GPUs: usable memory, capability, bf16, bandwidth, prices with their date."""
+
+    def listed() -> int:
+        from memplan.report.listing import cards
+
+        _show(cards(text, json), "json" if json else "table")
+        return 0
+
+    return _answered(listed)
+
+
+@app.command()
+def schema(
+    of: Annotated[str, typer.Argument(help="answer (with the run in it), or run.")] = "answer",
+) -> int:
+    """Print the JSON Schema of an answer, or of a run."""
+
+    def printed() -> int:
+        import json
+
+        from memplan.errors import UnknownNameError
+        from memplan.report.schema import answer_schema, run_schema
+
+        if of not in ("answer", "run"):
+            raise UnknownNameError("schema", of, ("answer", "run"))
+        _show(json.dumps(answer_schema() if of == "answer" else run_schema(), indent=2) + "\n", "json")
+        return 0
+
+    return _answered(printed)

@@ -1,0 +1,174 @@
+"""From the command line's options, over a spec file if there is one, to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from memplan.errors import SpecError, UnknownNameError
+
+# Each option, and the field of a run it sets. What one word says of several fields is in `_words`.
+FIELDS = {
+    "model": "model",
+    "gpus": "parallelism.world",
+    "batch_size": "batch.micro",
+    "seq_len": "batch.sequence",
+    "grad_accum": "batch.accumulation",
+    "rank": "method.rank",
+    "lora_dropout": "method.dropout",
+    "trainable_layers": "method.trainable_layers",
+    "quant_format": "method.quantization.format",
+    "double_quant": "method.quantization.double_quant",
+    "optimizer": "optimizer.name",
+    "attention": "kernels.attention",
+    "loss": "kernels.loss",
+    "hold_outputs": "loop.hold_outputs",
+    "padded": "loop.padded",
+    "trainer": "loop.trainer",
+    "tp": "parallelism.tp",
+    "pp": "parallelism.pp",
+    "cp": "parallelism.cp",
+    "ep": "parallelism.ep",
+    "profile": "profile",
+}
+
+# Options that say more than one field holds, and the field an error about them names.
+WORDS = {
+    "method": "method.kind",
+    "targets": "method.targets",
+    "modules_to_save": "method.modules_to_save",
+    "kbit_preparation": "method.quantization.kbit_preparation",
+    "dtype": "precision.weights",
+    "precision": "precision",
+    "gradient_checkpointing": "kernels.checkpointing",
+    "zero": "parallelism.strategy",
+    "fsdp": "parallelism.strategy",
+    "offload": "parallelism.offload",
+}
+
+
+def option_of(field: str, given: Iterable[str]) -> str:
+    """The option among those `given` that sets `field` or a part of it; empty where none does."""
+    for name in given:
+        path = FIELDS.get(name) or WORDS.get(name) or name
+        if name != "model" and (path == field or path.startswith(f"{field}.")):
+            return "--" + name.replace("_", "-")
+    return ""
+
+
+def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of a run: those of `spec`, and over them those of the options `given`."""
+    out: dict[str, Any] = {str(k): v for k, v in (spec or {}).items()}
+    if isinstance(out.get("gpu"), int):  # YAML's `gpu: 3090`
+        out["gpu"] = str(out["gpu"])
+    for name, path in FIELDS.items():
+        if name in given:
+            _put(out, path, given[name])
+    word = out.get("precision")
+    if "dtype" in given and "precision" not in given and isinstance(word, str):
+        given = {**given, "precision": word}  # the file's word, of the dtype typed
+    for path, value in _words(given):
+        _put(out, path, value)
+    _spread(out, given)
+    return out
+
+
+_MAIN = {"method": "kind", "optimizer": "name"}  # what a word for the whole part stands for
+
+
+def _put(spec: dict[str, Any], path: str, value: Any) -> None:
+    """Set one field, with what lies around it; a word that stood for the whole part is spelled out."""
+    part, _, rest = path.partition(".")
+    if not rest:
+        spec[part] = value
+        return
+    old: object = spec.get(part)
+    if isinstance(old, str):
+        old = _spelled(part, old)
+    inner: dict[str, Any] = dict(cast(Mapping[str, Any], old)) if isinstance(old, Mapping) else {}
+    _put(inner, rest, value)
+    spec[part] = inner
+
+
+def _spelled(part: str, word: str) -> dict[str, Any]:
+    from memplan.spec import precision_of
+
+    return precision_of(word) if part == "precision" else {_MAIN.get(part, "kind"): word}
+
+
+def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """The fields that options set which are words of their own."""
+    method = given.get("method")
+    if method in ("generate", "forward"):
+        yield "task", method
+    elif method is not None:
+        yield "method.kind", method
+    for name in ("targets", "modules_to_save"):
+        if name in given:
+            value = given[name]
+            yield f"method.{name}", value if value == "all-linear" else _listed(value)
+    if "kbit_preparation" in given:
+        word = given["kbit_preparation"].lower()
+        yield "method.quantization.kbit_preparation", {"true": True, "false": False}.get(word, word)
+    if "gradient_checkpointing" in given:
+        yield "kernels.checkpointing", "full" if given["gradient_checkpointing"] else "none"
+    if "precision" in given:
+        yield "precision", _precision(given["precision"], given.get("dtype"))
+    elif "dtype" in given:
+        yield "precision.weights", given["dtype"]
+    for word in _listed(given.get("offload", "")):
+        if word not in ("parameters", "optimizer", "activations"):
+            raise UnknownNameError("parallelism.offload", word, ("parameters", "optimizer", "activations"))
+        yield f"parallelism.offload.{word}", True
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _precision(word: str, dtype: str | None) -> dict[str, Any]:
+    """`pure` in a dtype, `amp` to one over fp32 weights, `mixed` of one with fp32 masters."""
+    from memplan.spec import precision_of
+
+    if word in ("bf16", "fp16", "fp32"):
+        word, dtype = "pure", dtype or word
+    return precision_of(word, dtype or "bf16")
+
+
+_FSDP = {"full_shard": "fsdp", "fsdp": "fsdp", "fsdp1": "fsdp", "fsdp2": "fsdp2", "no_shard": "ddp"}
+
+
+def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """How `--gpus` divide the work: beside what --tp, --pp and --cp take, by ZeRO or FSDP or else as replicas."""
+    if not {"gpus", "tp", "pp", "cp", "zero", "fsdp"} & set(given):
+        return
+    if "zero" in given and "fsdp" in given:
+        raise SpecError("parallelism.strategy: --zero and --fsdp exclude each other", "parallelism.strategy")
+    old: object = spec.get("parallelism")
+    parallelism: dict[str, Any] = dict(cast(Mapping[str, Any], old)) if isinstance(old, Mapping) else {}
+    degrees = [parallelism.get(name, 1) for name in ("tp", "pp", "cp")]
+    world = parallelism.get("world", 1)
+    if not all(isinstance(n, int) and n >= 1 for n in (world, *degrees)):
+        return  # the run's own check says which
+    rest = degrees[0] * degrees[1] * degrees[2]
+    if "gpus" not in given and world == 1:
+        world = rest
+    if world % rest:
+        raise SpecError(f"parallelism.world: {world} GPUs do not divide into groups of {rest}", "parallelism.world")
+    spec["parallelism"] = {**parallelism, "world": world, "dp": world // rest}
+    strategy = _strategy(given, world // rest)
+    if strategy is not None:
+        spec["parallelism"]["strategy"] = strategy
+
+
+def _strategy(given: Mapping[str, Any], replicas: int) -> str | None:
+    if "zero" in given:
+        zero = given["zero"]
+        if zero not in (0, 1, 2, 3):
+            raise SpecError(f"parallelism.strategy: ZeRO has stages 0 to 3, not {zero}", "parallelism.strategy")
+        return f"zero{zero}" if zero else ("ddp" if replicas > 1 else "none")
+    if "fsdp" in given:
+        if given["fsdp"] not in _FSDP:
+            raise UnknownNameError("parallelism.strategy", given["fsdp"], _FSDP)
+        return _FSDP[given["fsdp"]]
+    return "ddp" if replicas > 1 else None

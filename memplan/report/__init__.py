@@ -1,0 +1,22 @@
+"""Answers for people and for programs: one module a format, imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memplan.answer import Estimate
+    from memplan.report.text import Screen
+
+FORMATS = ("table", "json", "markdown", "csv", "html")
+
+
+def render(format: str, answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None) -> str:
+    """The answers, one for each GPU asked, as text in one of `FORMATS`; with `explain`, the ledger at the peak.
+
+    A table fits the screen `to`, which is standard output if none is given.
+    """
+    report = import_module(f"memplan.report.{format}")
+    return report.render(answers, explain, to) if format == "table" else report.render(answers, explain)

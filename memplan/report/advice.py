@@ -1,0 +1,50 @@
+"""What to do about the answer: what would make a run fit, and which cards hold it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from memplan.answer import Estimate
+from memplan.largest import first_lever, holding, largest_batch, largest_sequence
+from memplan.report.words import tenths
+from memplan.units import GIB
+
+
+def help_line(answer: Estimate) -> str:
+    """One line on what would make the run fit; empty where it fits, or nearly, or no GPU is asked."""
+    if answer.verdict.answer != "does not fit":
+        return ""
+    run = answer.asked
+    batch, sequence, lever = largest_batch(run), largest_sequence(run), first_lever(run)
+    ways: list[str] = []
+    if batch:
+        ways.append(f"batch {batch:,} at {run.batch.sequence:,} tokens")
+    if sequence:
+        ways.append(f"{sequence:,} tokens at batch {run.batch.micro:,}")
+    if lever:
+        ways.append(f"{lever.option} ({tenths(lever.answer.bytes.used)} GiB)")
+    larger = next((gpu for gpu, held in holding(run, "NVIDIA") if held == "fits"), None)
+    if larger:
+        ways.append(f"{larger.title} ({tenths(larger.usable)} GiB), the smallest NVIDIA card that holds it")
+    return f"Would fit: {'; or '.join(ways)}." if ways else "No batch, sequence, single change or NVIDIA card would do."
+
+
+class Cards(NamedTuple):
+    """Cards that hold a run: their names by usable GiB, least first; a tight one's ends with a question mark."""
+
+    title: str
+    by_size: dict[int, list[str]]
+
+
+def cards(answer: Estimate) -> list[Cards]:
+    """Every catalogued card that holds the run, NVIDIA's first. None for a run with a GPU."""
+    if answer.gpu is not None:
+        return []
+    out = [
+        Cards("Cards that hold it, by usable GiB (? is tight)", {}),
+        Cards("Others, if their kernels take what NVIDIA's do", {}),
+    ]
+    for gpu, held in holding(answer.asked):
+        names = out[gpu.vendor != "NVIDIA"].by_size.setdefault(round(gpu.usable / GIB), [])
+        names.append(gpu.name + ("?" if held == "tight" else ""))
+    return [group for group in out if group.by_size] or [Cards("No catalogued card holds it.", {})]

@@ -1,0 +1,68 @@
+"""The bar of what is used: its parts one after the other, the card's line, and the band below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from memplan.answer import Estimate
+from memplan.report.text import Screen
+from memplan.report.words import parts, tenths
+
+# Each part's letter, shown where there is no colour, and its colour.
+MARKS = {
+    "parameter": ("P", "blue"),
+    "gradient": ("G", "magenta"),
+    "optstate": ("S", "cyan"),
+    "activation": ("A", "green"),
+    "temp": ("T", "yellow"),
+    "buffer": ("B", "white"),
+    "other": ("W", "red"),
+    "allocator": ("+", "grey"),
+    "context": ("c", "grey"),
+}
+
+
+def mark(key: str, to: Screen) -> str:
+    """A part's sign in the bar, not yet painted."""
+    return "█" if to.colour else MARKS[key][0]
+
+
+def bar(answer: Estimate, to: Screen) -> Iterator[str]:
+    """Two lines: the parts up to what is used, free up to the card's line; and the band with its ends."""
+    usable = answer.gpu.usable if answer.gpu else None
+    width = to.width - 1
+    full = max(answer.band.high, answer.bytes.used, usable or 0)
+
+    def at(n: int) -> int:
+        return (n * width + full // 2) // full
+
+    cells: list[str] = []
+    reached = 0
+    for part in parts(answer):
+        reached += part.bytes
+        cells += [part.key] * (at(reached) - len(cells))
+    cells += ["free" if n < at(usable or 0) else "" for n in range(len(cells), width + 1)]
+    if usable is not None:
+        cells[at(usable)] = "card"
+    yield "".join(_run(key, len(list(group)), to) for key, group in groupby(cells)).rstrip()
+    low, high = at(answer.band.low), max(at(answer.band.high), at(answer.band.low) + 1)
+    line = " " * low + "├" + "─" * (high - low - 1) + "┤"
+    label = f"{tenths(answer.band.low)} to {tenths(answer.band.high)} GiB in {answer.band.coverage:.0%} of runs"
+    if high + 2 + len(label) <= to.width:
+        line = f"{line} {label}"
+    elif len(label) < low:
+        line = f"{label} ".rjust(low) + line[low:]
+    yield to.paint(line, "dim")
+
+
+def _run(key: str, cells: int, to: Screen) -> str:
+    match key:
+        case "":
+            return " " * cells
+        case "free":
+            return to.paint("·" * cells, "dim")
+        case "card":
+            return to.paint("│", "bold")
+        case _:
+            return to.paint(mark(key, to) * cells, MARKS[key][1])

@@ -1,0 +1,62 @@
+"""CSV: a row for each GPU; with `explain`, a row for each line of the ledger. Bytes are whole numbers."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from io import StringIO
+
+from memplan.answer import Estimate, Line
+from memplan.report.words import CATEGORIES, model, peak_phase
+
+
+def render(answers: Sequence[Estimate], explain: bool = False) -> str:
+    rows = [row for answer in answers for row in (_ledger(answer) if explain else [_row(answer)])]
+    out = StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _row(answer: Estimate) -> dict[str, object]:
+    run, phase = answer.run, peak_phase(answer)
+    return {
+        "model": model(answer),
+        "method": run.method.kind,
+        "gpu": run.gpu or "",
+        "verdict": answer.verdict.answer or "",
+        "used": answer.bytes.used,
+        "usable": answer.gpu.usable if answer.gpu else "",
+        "headroom": "" if answer.verdict.headroom is None else answer.verdict.headroom,
+        "band_low": answer.band.low,
+        "band_high": answer.band.high,
+        "allocated": answer.bytes.allocated,
+        "reserved": answer.bytes.reserved,
+        **{kind: answer.categories[kind] for kind in CATEGORIES},
+        "host_bytes": answer.host_bytes,
+        "peak_phase": phase.phase,
+        "peak_step": phase.step or "",
+        "peak_where": phase.where,
+        "parameters": answer.parameters.total,
+        "trainable": answer.parameters.trainable,
+        "batch": run.batch.micro,
+        "sequence": run.batch.sequence,
+        "accumulation": run.batch.accumulation,
+        "weights": run.precision.weights,
+        "compute": run.precision.compute,
+        "optimizer": run.optimizer.name,
+        "checkpointing": run.kernels.checkpointing,
+        "attention": run.kernels.attention,
+        "loss": run.kernels.loss,
+        "profile": run.profile,
+    }
+
+
+def _ledger(answer: Estimate) -> list[dict[str, object]]:
+    start: dict[str, object] = {"model": model(answer), "gpu": answer.run.gpu or ""}
+    return [{**start, **line._asdict(), "dims": "x".join(map(str, line.dims))} for line in answer.ledger or _none()]
+
+
+def _none() -> list[Line]:
+    return [Line("", "", "", "", (), "", 0, 0, "", "")]

@@ -1,0 +1,243 @@
+"""One self-contained HTML file: the bar and the step's timeline as inline SVG, the tables, light or dark as liked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+from memplan.answer import Estimate, Phase
+from memplan.report import words
+from memplan.units import GIB
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1d2330; --soft: #667085; --line: #d5d9e2; --page: #ffffff;
+  --parameter: #3b6fd4; --gradient: #b0489f; --optstate: #1f97a6; --activation: #3f9b4f; --temp: #d79b1b;
+  --buffer: #7d8aa5; --other: #c4533e; --allocator: #a7aebd; --context: #7b8190;
+  --fits: #2c8a43; --tight: #a8740c; --nofit: #bf3a2b }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e8f1; --soft: #98a2b8; --line: #394152; --page: #151a23;
+  --parameter: #6f9bf0; --gradient: #d07cc2; --optstate: #4cc0cf; --activation: #6cc47c; --temp: #e6b548;
+  --buffer: #9aa6bf; --other: #e07d69; --allocator: #6b7385; --context: #525a6b;
+  --fits: #62c57a; --tight: #e0ae4a; --nofit: #ef7f70 } }
+body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--text); background: var(--page);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin-top: 2rem }
+.fits { color: var(--fits) } .tight { color: var(--tight) } .nofit { color: var(--nofit) } .soft { color: var(--soft) }
+table { border-collapse: collapse; margin: .6rem 0; display: block; overflow-x: auto }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+tr.sum td { font-weight: 600 } svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft);
+  font: 12px system-ui, sans-serif } i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem }
+"""
+_WIDE = 960
+
+
+def render(answers: Sequence[Estimate], explain: bool = False) -> str:
+    title = escape(f"memplan: {words.model(answers[0])}, {answers[0].run.method.kind}")
+    body = "\n".join(_page(answers, explain))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _page(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
+    for answer in answers:
+        yield "<section>"
+        yield f'<p class="{_class(answer)}"><strong>{escape(words.verdict(answer))}</strong></p>'
+        yield bar(answer)
+        yield f"<p>The peak is {escape(words.moment(answer))}. {escape(words.headroom(answer))}</p>"
+        yield from _advice(answer)
+        yield "<h2>At the peak</h2>"
+        yield _categories(answer)
+        yield "<h2>By phase</h2>"
+        yield _phases(answer)
+        yield "<h2>The step</h2>"
+        yield timeline(answer)
+        yield (
+            '<p class="soft">Every moment at which memory is about to fall, in order, in the later steps (or the only '
+            "kind of step). Of equal layers in a row the first and the last are drawn.</p>"
+        )
+        if explain:
+            yield "<h2>Alive at the peak</h2>"
+            yield _ledger(answer)
+        yield "</section>"
+    yield "<h2>Assumed</h2>"
+    yield _table(("", ""), words.assumptions(answers[0]))
+    notes = dict.fromkeys(note for answer in answers for note in (*answer.unsupported, *answer.notes))
+    if notes:
+        yield "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+
+
+def _advice(answer: Estimate) -> Iterator[str]:
+    from memplan.report.advice import cards, help_line
+
+    yield f"<p>{escape(help_line(answer))}</p>"
+    for title, by_size in cards(answer):
+        yield f"<p>{escape(title)}</p>"
+        yield _table(("", ""), [(str(size), ", ".join(names)) for size, names in by_size.items()], numbers=(0,))
+
+
+def _class(answer: Estimate) -> str:
+    return {"fits": "fits", "tight": "tight", "does not fit": "nofit"}.get(answer.verdict.answer or "", "")
+
+
+def bar(answer: Estimate) -> str:
+    """The parts of what is used, one after the other; the card's line; the band below."""
+    usable = answer.gpu.usable if answer.gpu else None
+    full = max(answer.band.high, answer.bytes.used, usable or 0)
+
+    def x(n: int) -> float:
+        return round(n * (_WIDE - 2) / full, 1) + 1
+
+    out = [f'<svg viewBox="0 0 {_WIDE} 74" role="img" aria-label="{escape(words.verdict(answer))}">']
+    out.append(f'<rect x="1" y="6" width="{_WIDE - 2}" height="30" fill="none" stroke="var(--line)"/>')
+    reached = 0
+    for part in words.parts(answer):
+        out.append(
+            f'<rect x="{x(reached)}" y="6" width="{x(reached + part.bytes) - x(reached):.1f}" height="30" '
+            f'fill="var(--{part.key})"><title>{escape(part.label)} {part.bytes / GIB:.2f} GiB</title></rect>'
+        )
+        reached += part.bytes
+    low, high = x(answer.band.low), x(answer.band.high)
+    out.append(f'<path d="M{low} 42v8M{low} 46H{high}M{high} 42v8" stroke="var(--soft)" fill="none"/>')
+    anchor, at = ("end", high) if high > _WIDE / 2 else ("start", low)
+    out.append(f'<text x="{at}" y="66" text-anchor="{anchor}">{escape(words.band(answer))}</text>')
+    if usable is not None:
+        out.append(f'<path d="M{x(usable)} 0V42" stroke="var(--text)" stroke-width="2"/>')
+    return "".join([*out, "</svg>"])
+
+
+class _Span(NamedTuple):
+    """Moments of one phase with no layers left out between them, and where on the page they begin and end."""
+
+    phase: str
+    moments: list[Phase]
+    start: float = 0.0
+    end: float = 0.0
+
+
+def _spans(moments: Iterable[Phase]) -> list[_Span]:
+    """The moments, cut where the phase changes or layers are left out, laid out from left to right."""
+    spans: list[_Span] = []
+    layer = None
+    for moment in moments:
+        found = re.search(r"\.(\d+)\.", moment.where)
+        now = int(found[1]) if found else None
+        left_out = layer is not None and now is not None and abs(now - layer) > 1
+        if not spans or spans[-1].phase != moment.phase or left_out:
+            spans.append(_Span(moment.phase, []))
+        spans[-1].moments.append(moment)
+        layer = now
+    skips = [before.phase == span.phase for before, span in pairwise(spans)]
+    least = sum(len(span.moments) for span in spans) / 18  # so that a phase of one moment has room for its name
+    shares = [max(least, len(span.moments)) for span in spans]
+    room = _WIDE - _LEFT - _SKIP * sum(skips)
+    out: list[_Span] = []
+    x = float(_LEFT)
+    for span, share, skipped in zip(spans, shares, [False, *skips], strict=True):
+        x += _SKIP * skipped
+        end = x + room * share / sum(shares)
+        out.append(span._replace(start=x, end=end))
+        x = end
+    return out
+
+
+_LEFT, _SKIP, _BASE = 40, 16, 200  # of the timeline, in its own units: the axis, the room of left-out layers, the foot
+
+
+def timeline(answer: Estimate) -> str:
+    """What is allocated, moment by moment; phases named, the card's line dashed, left-out layers as a slope."""
+    spans = _spans(answer.timeline)
+    most = max(moment.peak for moment in answer.timeline)
+    usable = answer.gpu.usable if answer.gpu else 0
+    full = max(most, usable if usable < 2 * most else 0) * 21 // 20
+
+    def y(n: int) -> float:
+        return round(_BASE - n * (_BASE - 8) / full, 1)
+
+    out = [f'<svg viewBox="0 0 {_WIDE} {_BASE + 24}" role="img" aria-label="memory through the step">']
+    for n in _ticks(full):
+        out.append(f'<path d="M{_LEFT} {y(n)}H{_WIDE}" stroke="var(--line)" fill="none"/>')
+        out.append(f'<text x="{_LEFT - 6}" y="{y(n) + 4}" text-anchor="end">{n / GIB:g}</text>')
+    line = ""
+    for span in spans:
+        wide = (span.end - span.start) / len(span.moments)
+        for i, moment in enumerate(span.moments):
+            left = span.start + i * wide
+            line += f"{'L' if line else 'M'}{left:.1f} {y(moment.peak)}H{left + wide:.1f}"
+    out.append(f'<path d="{line}V{_BASE}H{_LEFT}Z" fill="var(--parameter)" opacity=".25"/>')
+    out.append(f'<path d="{line}" stroke="var(--parameter)" stroke-width="1.5" fill="none"/>')
+    for phase, group in groupby(spans, key=lambda span: span.phase):
+        ends = list(group)
+        middle = (ends[0].start + ends[-1].end) / 2
+        if ends[0] is not spans[0]:
+            out.append(f'<path d="M{ends[0].start:.1f} 0V{_BASE + 20}" stroke="var(--soft)" opacity=".5"/>')
+        out.append(f'<text x="{middle:.1f}" y="{_BASE + 16}" text-anchor="middle">{escape(phase)}</text>')
+    if usable and usable <= full:
+        dashes = 'stroke="var(--nofit)" stroke-dasharray="5 4" fill="none"'
+        out.append(f'<path d="M{_LEFT} {y(usable)}H{_WIDE}" {dashes}><title>usable memory</title></path>')
+    return "".join([*out, "</svg>"])
+
+
+def _ticks(full: int) -> list[int]:
+    """Round numbers of GiB below `full`, about five of them."""
+    step = GIB // 8
+    while full // step > 6:
+        step *= 2
+    return list(range(0, full, step))
+
+
+def _categories(answer: Estimate) -> str:
+    rows = [
+        (f"\0{p.key}\0{p.label}", f"{p.bytes / GIB:.2f}", f"{p.bytes / answer.bytes.used:.1%}", p.largest)
+        for p in words.parts(answer)
+    ]
+    rows.append(("used", f"{answer.bytes.used / GIB:.2f}", "100.0%", "as nvidia-smi shows it"))
+    return _table(("", "GiB", "share", "largest"), rows, numbers=(1, 2), sum_last=True)
+
+
+def _phases(answer: Estimate) -> str:
+    rows = [
+        (
+            f"{row.phase} (peak)" if row.peak else row.phase,
+            f"{row.first / GIB:.2f}",
+            "" if row.phase == "load" else f"{row.later / GIB:.2f}",
+            row.where,
+        )
+        for row in words.phase_rows(answer)
+    ]
+    return _table(("phase", "step 1, GiB", "later, GiB", "largest at"), rows, numbers=(1, 2))
+
+
+def _ledger(answer: Estimate) -> str:
+    rows = [
+        (f"{x.bytes:,}", str(x.count), x.what, x.where, words.shape(x), x.dtype, x.why, x.source, x.basis)
+        for x in answer.ledger
+    ]
+    rows.append((f"{sum(x.bytes for x in answer.ledger):,}", "", "allocated", "", "", "", "", "", ""))
+    titles = ("bytes", "n", "tensor", "where", "shape", "dtype", "why", "source", "basis")
+    return _table(titles, rows, numbers=(0, 1), sum_last=True)
+
+
+def _table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), sum_last: bool = False
+) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "".join(
+            f"<{tag}{' class=n' if i in numbers else ''}>{_cell(cell)}</{tag}>" for i, cell in enumerate(cells)
+        )
+
+    head = f"<tr>{row(titles, 'th')}</tr>" if any(titles) else ""
+    last = len(rows) - 1 if sum_last else -1
+    body = "".join(f"<tr{' class=sum' if i == last else ''}>{row(r, 'td')}</tr>" for i, r in enumerate(rows))
+    return f"<table>{head}{body}</table>"
+
+
+def _cell(text: str) -> str:
+    """Escaped text; between two NULs before it, the category whose colour goes in front."""
+    _, key, rest = text.split("\0") if text.startswith("\0") else ("", "", text)
+    return (f'<i style="background:var(--{key})"></i>' if key else "") + escape(rest)

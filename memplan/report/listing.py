@@ -1,0 +1,121 @@
+"""The catalogue of models and of GPUs, searched: what `memplan models` and `memplan gpus` print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from memplan.cards import card_names, load_card
+from memplan.errors import UnknownNameError
+from memplan.gpus import GPU, all_gpus, find_gpu
+from memplan.models import ModelSpec
+from memplan.report.text import Column, screen, table
+from memplan.units import GIB
+
+
+def models(text: str, as_json: bool) -> str:
+    """The bundled models with `text` in their name, id, alias, type or licence."""
+    found = _search("model", text, map(load_card, card_names()), _model_words)
+    if as_json:
+        return _json([_model_facts(model) for model in found])
+    columns = (
+        Column("model"),
+        Column("parameters", right=True),
+        Column("layers", right=True),
+        Column("positions", right=True, optional=True),
+        Column("licence", optional=True),
+        Column("Hugging Face id", optional=True),
+    )
+    rows = [
+        (
+            model.name,
+            f"{model.card['parameters']:,}",
+            str(model.num_hidden_layers),
+            str(model.max_position_embeddings or ""),
+            str(model.card.get("licence", "")),
+            str(model.card["hf_id"]),
+        )
+        for model in found
+    ]
+    return "\n".join(table(columns, rows, screen())) + "\n"
+
+
+def _model_words(model: ModelSpec) -> Iterable[str]:
+    card = model.card
+    return (model.name, model.model_type, str(card["hf_id"]), str(card.get("licence", "")), *card.get("aliases", ()))
+
+
+def _model_facts(model: ModelSpec) -> dict[str, Any]:
+    facts = {key: str(value) if key == "checked" else value for key, value in model.card.items()}
+    return {
+        "name": model.name,
+        "model_type": model.model_type,
+        "layers": model.num_hidden_layers,
+        "positions": model.max_position_embeddings,
+        **facts,
+    }
+
+
+def cards(text: str, as_json: bool) -> str:
+    """The GPUs with `text` in their name, title, alias, vendor, architecture or market, or that it names otherwise."""
+    try:
+        named = find_gpu(text).name if text else ""
+    except UnknownNameError:
+        named = ""
+    found = _search("gpu", text, all_gpus(), lambda gpu: (*_gpu_words(gpu), *([text] if gpu.name == named else [])))
+    if as_json:
+        return _json([_gpu_facts(gpu) for gpu in found])
+    columns = (
+        Column("GPU"),
+        Column("usable GiB", right=True),
+        Column("capability", right=True, optional=True),
+        Column("bf16", optional=True),
+        Column("GB/s", right=True, optional=True),
+        Column("USD an hour", optional=True),
+    )
+    rows = [
+        (
+            gpu.name,
+            f"{gpu.usable / GIB:.2f}" + (f" × {gpu.devices}" if gpu.devices > 1 else ""),
+            "{}.{}".format(*gpu.compute_capability) if gpu.compute_capability else "",
+            "yes" if "bf16" in gpu.native_dtypes else "no",
+            f"{gpu.bandwidth_gbps:g}" if gpu.bandwidth_gbps else "",
+            _price(gpu),
+        )
+        for gpu in found
+    ]
+    return "\n".join(table(columns, rows, screen())) + "\n"
+
+
+def _gpu_words(gpu: GPU) -> tuple[str, ...]:
+    return (gpu.name, gpu.title, gpu.vendor, gpu.architecture, gpu.market, *gpu.aliases)
+
+
+def _gpu_facts(gpu: GPU) -> dict[str, Any]:
+    nested = {"sources": [s._asdict() for s in gpu.sources], "prices": [p._asdict() for p in gpu.prices]}
+    return {**gpu._asdict(), "usable": gpu.usable, **nested}
+
+
+def _price(gpu: GPU) -> str:
+    """From the least to the most asked, and when that was last looked up."""
+    asked = [price for price in gpu.prices if price.date]
+    if not asked:
+        return ""
+    low, high = min(p.usd_per_hour for p in asked), max(p.usd_per_hour for p in asked)
+    return (f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}") + f" ({max(p.date for p in asked)})"
+
+
+def _search(field: str, text: str, rows: Iterable[Any], words: Callable[[Any], Iterable[str]]) -> Sequence[Any]:
+    rows = list(rows)
+    found = [row for row in rows if any(text.lower() in word.lower() for word in words(row))]
+    if not found:
+        names = [row.name for row in rows]
+        near = get_close_matches(text.lower(), names, n=3, cutoff=0.4) or names
+        raise UnknownNameError(field, text, near)
+    return found
+
+
+def _json(facts: list[dict[str, Any]]) -> str:
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,112 @@
+"""Markdown, for a pull request or an issue: the verdict, and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from memplan.answer import Estimate
+from memplan.report import words
+from memplan.units import GIB
+
+
+def render(answers: Sequence[Estimate], explain: bool = False) -> str:
+    return "\n".join(_lines(answers, explain)) + "\n"
+
+
+def _lines(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
+    first = answers[0]
+    if len(answers) == 1:
+        yield f"**{_plain(words.verdict(first))}**"
+        yield ""
+        yield f"The peak is {_plain(words.moment(first))}. {words.headroom(first)}"
+    else:
+        yield from _table(
+            ("GPU", "answer", "used, GiB", "usable, GiB", "free, GiB", "band, GiB"),
+            [
+                (
+                    str(answer.run.gpu),
+                    f"**{answer.verdict.answer}**",
+                    words.tenths(answer.bytes.used),
+                    words.tenths(answer.gpu.usable if answer.gpu else 0),
+                    words.tenths(answer.verdict.headroom or 0),
+                    f"{words.tenths(answer.band.low)} to {words.tenths(answer.band.high)}",
+                )
+                for answer in answers
+            ],
+            "ll rrrr",
+        )
+    for answer in answers if explain else answers[:1]:
+        if len(answers) > 1:
+            yield ""
+            yield f"On {answer.run.gpu}:"
+        yield ""
+        yield from _categories(answer)
+        yield ""
+        yield from _phases(answer)
+        if explain:
+            yield ""
+            yield from _ledger(answer)
+    yield from _advice(answers)
+    yield ""
+    yield from _table(("assumed", ""), words.assumptions(first), "ll")
+    notes = dict.fromkeys(note for answer in answers for note in (*answer.unsupported, *answer.notes))
+    if notes:
+        yield ""
+        yield from (f"- {_plain(note)}" for note in notes)
+
+
+def _advice(answers: Sequence[Estimate]) -> Iterator[str]:
+    from memplan.report.advice import cards, help_line
+
+    for answer in answers:
+        line = help_line(answer)
+        if line:
+            yield ""
+            yield _plain(f"{answer.run.gpu}: {line}" if len(answers) > 1 else line)
+        for title, by_size in cards(answer):
+            yield ""
+            yield _plain(f"{title}:" if by_size else title)
+            yield ""
+            yield from (f"- {size}: {_plain(', '.join(names))}" for size, names in by_size.items())
+
+
+def _categories(answer: Estimate) -> Iterator[str]:
+    rows = [(p.label, f"{p.bytes / GIB:.2f}", f"{p.bytes / answer.bytes.used:.1%}") for p in words.parts(answer)]
+    rows.append(("**used**", f"**{answer.bytes.used / GIB:.2f}**", "**100.0%**"))
+    return _table(("at the peak", "GiB", "share"), rows, "lrr")
+
+
+def _phases(answer: Estimate) -> Iterator[str]:
+    rows = [
+        (
+            f"{row.phase} (peak)" if row.peak else row.phase,
+            f"{row.first / GIB:.2f}",
+            "" if row.phase == "load" else f"{row.later / GIB:.2f}",
+            row.where,
+        )
+        for row in words.phase_rows(answer)
+    ]
+    return _table(("phase", "step 1, GiB", "later, GiB", "largest at"), rows, "lrrl")
+
+
+def _ledger(answer: Estimate) -> Iterator[str]:
+    rows = [
+        (f"{x.bytes:,}", str(x.count), x.what, x.kind, x.where, words.shape(x), x.dtype, x.why, x.source, x.basis)
+        for x in answer.ledger
+    ]
+    total = f"**{sum(x.bytes for x in answer.ledger):,}**"
+    rows.append((total, "", "**allocated**", "", "", "", "", "", "", ""))
+    titles = ("bytes", "n", "tensor", "kind", "where", "shape", "dtype", "why", "source", "basis")
+    return _table(titles, rows, "rrllllllll")
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Iterator[str]:
+    yield f"| {' | '.join(titles)} |"
+    yield "|" + "|".join("---:" if side == "r" else "---" for side in align.replace(" ", "")) + "|"
+    for row in rows:
+        yield f"| {' | '.join(map(_plain, row))} |"
+
+
+def _plain(text: str) -> str:
+    """Text that ends no cell and starts no emphasis by accident."""
+    return text.replace("|", r"\|").replace("_", r"\_").replace("<", "&lt;")

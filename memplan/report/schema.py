@@ -1,0 +1,63 @@
+"""The published JSON Schema: of a run, as `--spec` takes it, and of an answer, as `--format json` gives it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_type_hints
+
+from pydantic import BaseModel, create_model
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
+
+from memplan.answer import KINDS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
+from memplan.spec import RunSpec
+
+
+class _Schema(GenerateJsonSchema):
+    def emit_warning(self, kind: JsonSchemaWarningKind, detail: str) -> None:
+        """No word about a default that JSON cannot show: it is left out."""
+
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def run_schema() -> dict[str, Any]:
+    """What a run may hold. Words for whole parts (`"method": "qlora"`) are accepted beside what the schema says."""
+    return {"$schema": DRAFT, **RunSpec.model_json_schema(schema_generator=_Schema)}
+
+
+def answer_schema() -> dict[str, Any]:
+    """What an answer holds; the command prints a list of them where several GPUs are asked."""
+    schema = answer_model().model_json_schema(mode="serialization", schema_generator=_Schema)
+    return {"$schema": DRAFT, **schema}
+
+
+def answer_model() -> type[BaseModel]:
+    """A model that reads an answer back from its JSON. Its fields are those of the tuples in `memplan.answer`."""
+    categories = _model("Categories", "Bytes at the peak by kind of tensor.", dict.fromkeys(KINDS, int))
+    fields = {
+        "schema_version": Literal[1],
+        "memplan_version": str,
+        "run": RunSpec,
+        "parameters": _of(Parameters),
+        "bytes": _of(Bytes),
+        "band": _of(Band),
+        "gpu": _of(Card) | None,
+        "verdict": _of(Verdict, answer=Literal["fits", "tight", "does not fit"] | None),
+        "peak": _of(Peak),
+        "phases": list[_of(Phase)],
+        "categories": categories,
+        "ledger": list[_of(Line, kind=Literal[KINDS], basis=Literal["derived", "measured", "assumed"])],
+        "host_bytes": int,
+        "unsupported": list[str],
+        "notes": list[str],
+    }
+    return _model("Estimate", "One run's answer. Every number of bytes is per GPU, of the worst rank.", fields)
+
+
+def _of(fact: type[tuple[Any, ...]], **narrower: Any) -> Any:
+    """The tuple's fields as JSON's keys, some with a `narrower` type; defaults are always written, so required."""
+    return _model(fact.__name__, fact.__doc__ or "", {**get_type_hints(fact), **narrower})
+
+
+def _model(name: str, doc: str, types: dict[str, Any]) -> Any:
+    fields: dict[str, Any] = {field: (type_, ...) for field, type_ in types.items()}
+    return create_model(name, __doc__=" ".join(doc.split()), **fields)

@@ -1,0 +1,177 @@
+"""The answer in a terminal: the verdict first, then what takes the memory, when, and what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from memplan.answer import Estimate
+from memplan.report import words
+from memplan.report.bar import MARKS, bar, mark
+from memplan.report.text import Column, Screen, hanging, paragraph, screen, table
+from memplan.units import GIB, gib
+
+_COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+
+
+def render(answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None) -> str:
+    to = to or screen()
+    if len(answers) == 1:
+        return "\n".join(_answer(answers[0], explain, to)) + "\n"
+    return "\n".join(_comparison(answers, explain, to)) + "\n"
+
+
+def _answer(answer: Estimate, explain: bool, to: Screen) -> Iterator[str]:
+    style = f"bold {_COLOURS.get(answer.verdict.answer or '', '')}".strip()
+    yield from (to.paint(line, style) for line in paragraph(words.verdict(answer), to, "  "))
+    yield ""
+    yield from bar(answer, to)
+    yield ""
+    yield from _categories(answer, to)
+    yield ""
+    yield from _phases(answer, to)
+    yield ""
+    yield from paragraph(f"The peak is {words.moment(answer)}.", to)
+    yield from paragraph(words.headroom(answer), to)
+    if answer.host_bytes:
+        yield from paragraph(f"{gib(answer.host_bytes)} more are in the host's memory.", to)
+    yield from _help(answer, to)
+    yield from _rest(answer, explain, to)
+
+
+def _help(answer: Estimate, to: Screen) -> Iterator[str]:
+    """What would make it fit, where it does not; which cards hold it, where none is asked."""
+    if answer.verdict.answer == "does not fit":
+        from memplan.report.advice import help_line
+
+        yield from paragraph(help_line(answer), to, "  ")
+    if answer.gpu is None:
+        from memplan.report.advice import cards
+
+        for title, by_size in cards(answer):
+            yield ""
+            yield from (to.paint(line, "bold") for line in paragraph(title, to))
+            for size, names in by_size.items():
+                yield from hanging(f"{size:4}", names, to, 4)
+
+
+def _rest(answer: Estimate, explain: bool, to: Screen) -> Iterator[str]:
+    yield ""
+    yield from _assumptions(answer, to)
+    for title, lines in (("Not supported, and left out", answer.unsupported), ("Notes", answer.notes)):
+        if lines:
+            yield ""
+            yield to.paint(title, "bold")
+            for line in lines:
+                yield from paragraph(f"- {line}", to, "  ")
+    if explain:
+        yield ""
+        yield from _ledger(answer, to)
+
+
+def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen) -> Iterator[str]:
+    columns = (
+        Column("GPU", wraps=True),
+        Column("answer"),
+        Column("used", right=True),
+        Column("usable", right=True),
+        Column("free", right=True),
+        Column("band", optional=True),
+    )
+    rows = [
+        (
+            str(answer.run.gpu),
+            str(answer.verdict.answer),
+            words.tenths(answer.bytes.used),
+            words.tenths(answer.gpu.usable if answer.gpu else 0),
+            words.tenths(answer.verdict.headroom or 0),
+            f"{words.tenths(answer.band.low)} to {words.tenths(answer.band.high)}",
+        )
+        for answer in answers
+    ]
+    yield from table(columns, rows, to, [f"|{_COLOURS[row[1]]}||||" for row in rows])
+    yield to.paint("GiB", "dim")
+    for answer in answers:
+        if answer.verdict.answer == "does not fit":
+            yield ""
+            yield to.paint(str(answer.run.gpu), "bold")
+            yield from _help(answer, to)
+    yield ""
+    yield from _assumptions(answers[0], to)
+    notes = dict.fromkeys(note for answer in answers for note in (*answer.unsupported, *answer.notes))
+    if notes:
+        yield ""
+        yield to.paint("Notes", "bold")
+        for note in notes:
+            yield from paragraph(f"- {note}", to, "  ")
+    if explain:
+        for answer in answers:
+            yield ""
+            yield to.paint(str(answer.run.gpu), "bold")
+            yield from _ledger(answer, to)
+
+
+def _categories(answer: Estimate, to: Screen) -> Iterator[str]:
+    held = answer.bytes
+    columns = (
+        Column(""),
+        Column("at the peak", wraps=True),
+        Column("GiB", right=True),
+        Column("share", right=True),
+        Column("largest", wraps=True, optional=True),
+    )
+    rows: list[tuple[str, ...]] = []
+    styles: list[str] = []
+
+    def add(sign: str, label: str, n: int, largest: str, style: str) -> None:
+        rows.append((sign, label, f"{n / GIB:.2f}", f"{n / held.used:.1%}", largest))
+        styles.append(style)
+
+    for part in words.parts(answer):
+        if part.key == "allocator":
+            add("", "allocated", held.allocated, "torch.cuda.max_memory_allocated", "bold")
+        add(mark(part.key, to), part.label, part.bytes, part.largest, f"{MARKS[part.key][1]}||||dim")
+    add("", "used", held.used, "nvidia-smi", "bold")
+    yield from table(columns, rows, to, styles)
+
+
+def _phases(answer: Estimate, to: Screen) -> Iterator[str]:
+    twice = words.steps_differ(answer)
+    columns = [Column("phase"), Column("step 1" if twice else "GiB", right=True)]
+    columns += [Column("later", right=True)] if twice else []
+    columns += [Column(""), Column("largest at", wraps=True, optional=True)]
+    rows: list[tuple[str, ...]] = []
+    styles: list[str] = []
+    for row in words.phase_rows(answer):
+        once = row.phase == "load"
+        later = ["" if once else f"{row.later / GIB:.2f}"] if twice else []
+        rows.append((row.phase, f"{row.first / GIB:.2f}", *later, "← peak" if row.peak else "", row.where))
+        styles.append("bold" if row.peak else "")
+    yield from table(columns, rows, to, styles)
+
+
+def _assumptions(answer: Estimate, to: Screen) -> Iterator[str]:
+    yield to.paint("Assumed", "bold")
+    yield from table([Column(""), Column("", wraps=True)], words.assumptions(answer), to, ["dim|"] * 20)
+
+
+def _ledger(answer: Estimate, to: Screen) -> Iterator[str]:
+    """Every tensor alive at the peak; then the sums, by kind and in all; then the sources by number."""
+    yield from (to.paint(line, "bold") for line in paragraph(f"Alive at the peak, {words.moment(answer)}", to))
+    sources = list(dict.fromkeys(line.source for line in answer.ledger if line.source))
+    number = {source: f"[{n}]" for n, source in enumerate(sources, 1)}
+    indent = " " * (15 if to.width >= 60 else 2)
+    for line in answer.ledger:
+        times = f"{line.count:,} × " if line.count > 1 else ""
+        place = f" at {line.where}" if line.where else ""
+        basis = "" if line.basis == "derived" else f" ({line.basis})"
+        tensor = f"{times}{line.what}{place}: {words.shape(line)} {line.dtype}".rstrip()
+        told = f"{line.bytes:>13,}  {tensor}; {line.why}{basis} {number.get(line.source, '')}"
+        yield from paragraph(told.rstrip() if len(indent) > 2 else told.strip(), to, indent)
+    yield ""
+    held = {kind: n for kind, n in answer.categories.items() if n}
+    sums = [(f"{n:,}", words.CATEGORIES[kind]) for kind, n in held.items()]
+    sums.append((f"{sum(held.values()):,}", "bytes allocated"))
+    yield from table((Column("sum", right=True), Column("", wraps=True)), sums, to, [*[""] * len(held), "bold"])
+    yield ""
+    for source in sources:
+        yield from paragraph(f"{number[source]} {source}", to, "    ")

@@ -1,0 +1,118 @@
+"""Text that fits a screen: columns, wrapping and colour. Every string is as wide as it is long."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import wrap
+from typing import NamedTuple
+
+WIDEST = 120  # lines longer than this are hard to read, however wide the terminal is
+_PIPE = 100  # columns where there is no terminal
+_GAP = 2
+_NARROWEST = 8  # columns that wrapping leaves a cell
+
+STYLES = {
+    "bold": "1",
+    "dim": "2",
+    "red": "31",
+    "green": "32",
+    "yellow": "33",
+    "blue": "34",
+    "magenta": "35",
+    "cyan": "36",
+    "white": "37",
+    "grey": "90",
+}
+
+
+class Screen(NamedTuple):
+    """What the text is shown on: how wide, and whether with colour."""
+
+    width: int = _PIPE
+    colour: bool = False
+
+    def paint(self, text: str, style: str) -> str:
+        """`text` in words of `STYLES`, where there is colour."""
+        if not self.colour or not style or not text.strip():
+            return text
+        return f"\x1b[{';'.join(STYLES[word] for word in style.split())}m{text}\x1b[0m"
+
+
+def screen() -> Screen:
+    """Standard output as it is: a terminal or not, its width, and whether colour is wanted (https://no-color.org)."""
+    terminal = sys.stdout.isatty()
+    dumb = os.environ.get("TERM") == "dumb" or (sys.platform == "win32" and "WT_SESSION" not in os.environ)
+    width = shutil.get_terminal_size((_PIPE, 24)).columns
+    return Screen(max(20, min(width, WIDEST)), terminal and not dumb and not os.environ.get("NO_COLOR"))
+
+
+class Column(NamedTuple):
+    """A column of a table. Where there is no room `optional` ones are left out, from the right, then others wrap."""
+
+    title: str
+    right: bool = False
+    wraps: bool = False
+    optional: bool = False
+
+
+def table(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], to: Screen, styles: Sequence[str] = ()
+) -> Iterator[str]:
+    """The lines of a table. `styles` are of the rows, or of the columns of a row where divided by `|`."""
+    shown = list(range(len(columns)))
+    widths = [max([len(c.title), *(len(row[i]) for row in rows)]) for i, c in enumerate(columns)]
+
+    def excess() -> int:
+        return sum(widths[i] + _GAP for i in shown) - _GAP - to.width
+
+    while excess() > 0 and any(columns[i].optional for i in shown):
+        shown.remove(max(i for i in shown if columns[i].optional))
+    wrapping = [i for i in shown if columns[i].wraps]
+    while excess() > 0 and any(widths[i] > _NARROWEST for i in wrapping):
+        widest = max(wrapping, key=lambda i: widths[i])
+        widths[widest] -= 1
+
+    def line(cells: Sequence[str], style: str, as_title: bool) -> Iterator[str]:
+        by_column = style.split("|") if "|" in style else [style] * len(columns)
+        parts = {i: _wrapped(cells[i], widths[i]) for i in shown}
+        for n in range(max(map(len, parts.values()))):
+            out: list[str] = []
+            for i in shown:
+                text = parts[i][n] if n < len(parts[i]) else ""
+                if columns[i].right:
+                    text = text.rjust(widths[i])
+                elif i != shown[-1]:
+                    text = text.ljust(widths[i])
+                out.append(to.paint(text, "bold" if as_title else by_column[i]))
+            yield (" " * _GAP).join(out).rstrip()
+
+    if any(c.title for c in columns):
+        yield from line([c.title for c in columns], "", True)
+    for n, row in enumerate(rows):
+        yield from line(row, styles[n] if n < len(styles) else "", False)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return wrap(text, width, break_on_hyphens=False) if len(text) > width else [text]
+
+
+def paragraph(text: str, to: Screen, indent: str = "") -> list[str]:
+    """`text` wrapped, its further lines indented."""
+    return wrap(text, to.width, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def hanging(label: str, words: Iterable[str], to: Screen, width: int) -> list[str]:
+    """`label`, and beside it `words` with two spaces between them, wrapped."""
+    lines = [label.ljust(width)]
+    for word in words:
+        if len(lines[-1]) + 2 + len(word) > to.width and lines[-1].strip():
+            lines.append(" " * width)
+        lines[-1] += f"  {word}"
+    return lines
+
+
+# What an encoding without these characters shows instead; each is as wide as what it stands for.
+ASCII = str.maketrans({"█": "#", "│": "|", "├": "[", "┤": "]", "─": "-", "·": ".", "×": "x", "←": "<", "–": "-"})

@@ -1,0 +1,236 @@
+"""What every report says in words: the verdict, the peak's moment, the assumptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from memplan.answer import Estimate, Line, Phase
+from memplan.gpus import GPU, find_gpu
+from memplan.units import GIB, gib
+
+CATEGORIES = {
+    "parameter": "parameters",
+    "gradient": "gradients",
+    "optstate": "optimizer states",
+    "activation": "activations",
+    "temp": "temporaries",
+    "buffer": "buffers",
+    "other": "workspaces",
+}
+
+
+class Part(NamedTuple):
+    """A part of what is used: a category of tensors, or what the allocator and CUDA take beside them."""
+
+    key: str
+    label: str
+    bytes: int
+    largest: str
+
+
+def parts(answer: Estimate) -> list[Part]:
+    """What is used at the peak, by category, then what is not torch's tensors. Sums to `bytes.used`."""
+    out: list[Part] = []
+    for kind, label in CATEGORIES.items():
+        if answer.categories[kind]:
+            largest = next(line for line in answer.ledger if line.kind == kind)
+            out.append(Part(kind, label, answer.categories[kind], f"{largest.what} {gib(largest.bytes)}"))
+    held = answer.bytes
+    out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
+    out.append(Part("context", "CUDA context", held.used - held.reserved, "the driver's, and loaded kernels"))
+    return out
+
+
+def card(answer: Estimate) -> GPU | None:
+    """The GPU's row, where one was asked."""
+    return find_gpu(answer.gpu.name) if answer.gpu else None
+
+
+def model(answer: Estimate) -> str:
+    """The model's name."""
+    asked = answer.asked.model
+    return asked if isinstance(asked, str) else str(asked.config.get("_name_or_path") or asked.config["model_type"])
+
+
+def tenths(n: int) -> str:
+    """Bytes in GiB with one decimal, without the unit."""
+    return f"{n / GIB:.1f}"
+
+
+def verdict(answer: Estimate) -> str:
+    """The answer in one line."""
+    used, gpu, headroom = tenths(answer.bytes.used), card(answer), answer.verdict.headroom
+    if gpu is None or headroom is None:
+        return f"uses {used} GiB ({band(answer)})"
+    have = f"{tenths(gpu.usable)} GiB"
+    match answer.verdict.answer:
+        case "fits":
+            return f"fits: {used} of {have} used on {gpu.title}, {tenths(headroom)} GiB free"
+        case "tight":
+            room = f"{tenths(headroom)} GiB free" if headroom >= 0 else f"{tenths(-headroom)} GiB over"
+            return f"tight: {used} of {have} used on {gpu.title}, {room}; {band(answer)}"
+        case _:
+            return f"does not fit: needs {used} of {have} on {gpu.title}, {tenths(-headroom)} GiB too much"
+
+
+def band(answer: Estimate) -> str:
+    """The band in words."""
+    low, high, coverage = answer.band
+    return f"{coverage:.0%} of runs take {tenths(low)} to {tenths(high)} GiB"
+
+
+def headroom(answer: Estimate) -> str:
+    """How much is left, and how sure that is."""
+    left = answer.verdict.headroom
+    if left is None:
+        return f"{band(answer)}."
+    room = f"{gib(left)} of headroom" if left >= 0 else f"{gib(-left)} too much"
+    return f"{room}; {band(answer)}."
+
+
+_MOMENTS = {
+    "load": "while the weights are loaded",
+    "forward": "in the forward pass",
+    "loss": "in the loss",
+    "backward": "in the backward pass",
+    "step": "in the optimizer's step",
+    "eval": "in evaluation",
+    "generate": "in generation",
+    "prefill": "while the prompt is read",
+    "decode": "while tokens are generated",
+    "save": "while the model is saved",
+    "merge": "while adapters are merged",
+}
+
+
+def moment(answer: Estimate) -> str:
+    """When the peak is, in words: "at the loss's backward in step 2, in loss.log_softmax"."""
+    phase, where = answer.peak
+    words = _MOMENTS.get(phase, f"in phase {phase}")
+    if phase == "backward" and where.startswith("loss."):
+        words = "at the loss's backward"
+    if where == "clipping":
+        words = "while gradients are clipped"
+    at = peak_phase(answer)
+    step = {1: " in step 1", 2: " in step 2 and later"}.get(at.step or 0, "")
+    named = where and where not in ("clipping", "optimizer")
+    return f"{words}{step}" + (f", in {where}" if named else "")
+
+
+def peak_phase(answer: Estimate) -> Phase:
+    """The phase of the peak, the last where several are as large."""
+    return [p for p in answer.phases if p.peak == answer.bytes.allocated][-1]
+
+
+def shape(line: Line) -> str:
+    """A tensor's shape in letters and in numbers: "b·s·f = 1·2048·18944"."""
+    return " = ".join(filter(None, (line.shape, "·".join(map(str, line.dims))))) or "scalar"
+
+
+class PhaseRow(NamedTuple):
+    """One phase: its peak in the first step and in later ones (the same where they do not differ)."""
+
+    phase: str
+    first: int
+    later: int
+    where: str
+    peak: bool
+
+
+def phase_rows(answer: Estimate) -> list[PhaseRow]:
+    """The phases, in order."""
+    top = peak_phase(answer)
+    out: list[PhaseRow] = []
+    for name in dict.fromkeys(p.phase for p in answer.phases):
+        group = [p for p in answer.phases if p.phase == name]
+        out.append(PhaseRow(name, group[0].peak, group[-1].peak, group[-1].where, top in group))
+    return out
+
+
+def steps_differ(answer: Estimate) -> bool:
+    """Whether the first step is not as the later ones."""
+    return any(p.step == 2 for p in answer.phases)
+
+
+def count(n: int) -> str:
+    """A number of parameters, in words.
+
+    >>> count(7_615_616_512), count(40_370_176), count(960)
+    ('7.62 billion', '40.37 million', '960')
+    """
+    for word, size in (("billion", 10**9), ("million", 10**6)):
+        if n >= size:
+            return f"{n / size:.2f} {word}"
+    return f"{n:,}"
+
+
+def assumptions(answer: Estimate) -> list[tuple[str, str]]:
+    """What the number rests on, as pairs of a name and a text."""
+    run, batch, loop = answer.run, answer.run.batch, answer.run.loop
+    total, trainable, active = answer.parameters
+    size = f"{count(total)} parameters" + (f", {count(active)} active" if active != total else "")
+    sequences = "1 sequence" if batch.micro == 1 else f"{batch.micro:,} sequences"
+    passes = "1 pass a step" if batch.accumulation == 1 else f"{batch.accumulation:,} passes a step"
+    text = [
+        ("model", f"{model(answer)}: {size}"),
+        ("trains", f"{count(trainable)} ({trainable / total:.2%})"),
+        ("method", "; ".join(_method(answer))),
+        ("precision", "; ".join(_precision(answer))),
+        ("optimizer", "; ".join(_optimizer(answer))),
+        ("batch", f"{sequences} of {batch.sequence:,} tokens per GPU; {passes}"),
+        ("checkpointing", run.kernels.checkpointing),
+        ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
+        ("loss", run.kernels.loss + ("; outputs held to the step's end" if loop.hold_outputs else "")),
+        ("profile", run.profile),
+    ]
+    if run.parallelism.world > 1:
+        text.insert(-1, ("GPUs", f"{run.parallelism.world}, {run.parallelism.strategy}"))
+    return text
+
+
+def _method(answer: Estimate) -> Iterator[str]:
+    m = answer.run.method
+    yield m.kind if answer.run.task == "train" else f"{answer.run.task}, {m.kind} weights"
+    if m.kind == "freeze":
+        yield f"the last {m.trainable_layers} layers train" if m.trainable_layers > 1 else "the last layer trains"
+    elif m.kind != "full":
+        targets = m.targets if isinstance(m.targets, str) else ", ".join(m.targets)
+        yield f"rank {m.rank} on {targets}"
+        yield f"adapters in {m.adapter_dtype}"
+        if m.dropout:
+            yield f"dropout {m.dropout:g}"
+        if m.modules_to_save:
+            yield f"{', '.join(m.modules_to_save)} train in full"
+    q = m.quantization
+    if q is not None:
+        four = q.format in ("nf4", "fp4")
+        yield q.format + (f" in blocks of {q.block_size}" if four else "")
+        if four:
+            yield "double quantisation" if q.double_quant else "no double quantisation"
+        prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
+        yield prepared[q.kbit_preparation]
+
+
+def _precision(answer: Estimate) -> Iterator[str]:
+    p = answer.run.precision
+    yield f"weights {p.weights}"
+    yield f"{'autocast to' if p.autocast else 'computes in'} {p.compute}"
+    if p.grads and p.grads != p.weights:
+        yield f"gradients {p.grads}"
+    if p.master:
+        yield f"master weights {p.master}"
+
+
+def _optimizer(answer: Estimate) -> Iterator[str]:
+    o = answer.run.optimizer
+    yield o.name
+    states = [line for line in answer.ledger if line.kind == "optstate"]
+    if states:
+        yield f"states {', '.join(dict.fromkeys(line.dtype for line in states if line.bytes >= states[0].bytes // 10))}"
+    if o.foreach:
+        yield "foreach"
+    if o.in_backward:
+        yield "steps in backward"
+    clip = answer.run.loop.clip_grad_norm
+    yield f"gradients clipped at {clip:g}" if clip else "no clipping"

@@ -1,0 +1,565 @@
+"""The command: what is typed becomes a run, every mistake one line and its exit code, the output fits its reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import pytest
+from typer.main import get_command
+
+import memplan
+from memplan.cli import METHODS, app
+from memplan.cli.request import FIELDS, spec_of
+from memplan.report.schema import run_schema
+from memplan.spec import Kernels, MethodKind, RunSpec
+
+COMMAND = get_command(app)
+QLORA = ("qwen2-7b", "--method", "qlora", "--gpu", "3090")
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Memplan = Callable[..., Ran]
+
+
+@pytest.fixture(name="memplan_")
+def _memplan(capsys: pytest.CaptureFixture[str]) -> Memplan:
+    def run(*args: str) -> Ran:
+        with pytest.raises(SystemExit) as left:
+            COMMAND.main(list(args))
+        code = left.value.code
+        assert isinstance(code, int)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
+
+
+def fails(ran: Ran, code: int, *words: str) -> None:
+    """The run ended with `code`, nothing on standard output, and one line on standard error with all of `words`."""
+    assert ran.code == code, ran
+    assert ran.out == ""
+    assert ran.err.count("\n") == 1
+    assert ran.err.startswith("memplan: ")
+    assert [word for word in words if word not in ran.err] == [], ran.err
+
+
+def run_of(ran: Ran) -> dict[str, Any]:
+    return json.loads(ran.out)["run"]
+
+
+# --- from options to a run ---
+
+
+def test_a_model_is_short_for_estimating_it(memplan_: Memplan) -> None:
+    short = memplan_(*QLORA, "--json")
+    assert short == memplan_("estimate", *QLORA, "--json")
+    assert short.code == 0
+    assert memplan_("--json", *QLORA) == short
+
+
+def test_the_command_answers_as_the_library_does(memplan_: Memplan) -> None:
+    answer = memplan.estimate(RunSpec.model_validate({"model": "qwen2-7b", "method": "qlora", "gpu": "3090"}))
+    assert json.loads(memplan_(*QLORA, "--json").out) == json.loads(answer.model_dump_json())
+
+
+OPTIONS = {
+    "--batch-size 3": ("batch.micro", 3),
+    "--seq-len 512": ("batch.sequence", 512),
+    "--grad-accum 4": ("batch.accumulation", 4),
+    "--method lora --rank 8": ("method.rank", 8),
+    "--method lora --targets q_proj,v_proj": ("method.targets", ["q_proj", "v_proj"]),
+    "--method lora --targets all-linear": ("method.targets", "all-linear"),
+    "--method lora --lora-dropout 0.1": ("method.dropout", 0.1),
+    "--method lora --modules-to-save lm_head": ("method.modules_to_save", ["lm_head"]),
+    "--method freeze --trainable-layers 3": ("method.trainable_layers", 3),
+    "--method qlora --quant-format fp4": ("method.quantization.format", "fp4"),
+    "--method qlora --no-double-quant": ("method.quantization.double_quant", False),
+    "--method qlora --kbit-preparation trl": ("method.quantization.kbit_preparation", "trl"),
+    "--method qlora --kbit-preparation false": ("method.quantization.kbit_preparation", False),
+    "--dtype fp16": ("precision.weights", "fp16"),
+    "--precision amp": ("precision.weights", "fp32"),
+    "--precision amp --dtype fp16": ("precision.compute", "fp16"),
+    "--precision amp --dtype fp32": ("precision.compute", "bf16"),
+    "--precision mixed": ("precision.master", "fp32"),
+    "--optimizer sgd": ("optimizer.name", "sgd"),
+    "--attention eager": ("kernels.attention", "eager"),
+    "--loss chunked": ("kernels.loss", "chunked"),
+    "--no-gradient-checkpointing": ("kernels.checkpointing", "none"),
+    "--gradient-checkpointing": ("kernels.checkpointing", "full"),
+    "--hold-outputs": ("loop.hold_outputs", True),
+    "--trainer": ("loop.trainer", True),
+    "--padded": ("loop.padded", True),
+    "--profile transformers-5": ("profile", "transformers-5"),
+    "--gpu a800": ("gpu", "a800-sxm-80gb"),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), OPTIONS.items())
+def test_an_option_sets_its_field(memplan_: Memplan, options: str, expected: tuple[str, object]) -> None:
+    value: Any = run_of(memplan_("qwen2-7b", *options.split(), "--json"))
+    for part in expected[0].split("."):
+        value = value[part]
+    assert value == expected[1]
+
+
+def test_every_field_an_option_sets_is_one_of_a_run() -> None:
+    schema = run_schema()
+    for path in FIELDS.values():
+        node = schema
+        for part in path.split("."):
+            options = [node, *node.get("anyOf", ())]
+            names = [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
+            node = (schema["$defs"][names[0]] if names else node)["properties"][part]
+
+
+def test_the_methods_named_in_help_are_those_of_a_run() -> None:
+    assert set(METHODS) == {*get_args(MethodKind), "generate", "forward"}
+
+
+def test_the_choices_that_completion_knows_are_those_of_a_run() -> None:
+    parameters = {p.name: p for p in COMMAND.commands["estimate"].params}  # type: ignore[attr-defined]
+    with COMMAND.make_context("memplan", ["qwen2-7b"]) as context:
+        for name in ("attention", "loss"):
+            offered = [item.value for item in parameters[name].shell_complete(context, "")]
+            assert set(offered) == set(get_args(Kernels.model_fields[name].annotation))
+
+
+PARALLEL = {
+    "--gpus 8 --zero 3": {"world": 8, "dp": 8, "strategy": "zero3"},
+    "--gpus 8 --zero 0": {"world": 8, "dp": 8, "strategy": "ddp"},
+    "--gpus 8 --tp 2 --pp 2": {"world": 8, "dp": 2, "tp": 2, "pp": 2, "strategy": "ddp"},
+    "--tp 4": {"world": 4, "dp": 1, "tp": 4},
+    "--gpus 4 --fsdp full_shard": {"world": 4, "dp": 4, "strategy": "fsdp"},
+    "--gpus 4 --fsdp fsdp2 --cp 2": {"world": 4, "dp": 2, "cp": 2, "strategy": "fsdp2"},
+    "--gpus 4 --ep 4": {"world": 4, "dp": 4, "ep": 4, "strategy": "ddp"},
+    "--offload optimizer,parameters": {"offload": {"optimizer": True, "parameters": True}},
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), PARALLEL.items())
+def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[str, object]) -> None:
+    words = options.split()
+    typed = {name.lstrip("-"): int(v) if v.isdigit() else v for name, v in zip(words[::2], words[1::2], strict=True)}
+    fields = spec_of({"model": "qwen2-7b", **typed})
+    assert fields["parallelism"] == expected
+    run = RunSpec.model_validate(fields).parallelism
+    assert run.world == run.dp * run.tp * run.pp * run.cp or "gpus" not in typed
+
+
+@pytest.mark.parametrize(
+    "options", ["--gpus 2", "--tp 2", "--zero 2 --gpus 2", "--offload optimizer", "--ep 2 --gpus 2"]
+)
+def test_what_is_not_supported_yet_says_so(memplan_: Memplan, options: str) -> None:
+    fails(memplan_("qwen2-7b", *options.split()), 2, "parallelism", "not supported yet")
+
+
+@pytest.mark.parametrize("method", ["generate", "forward"])
+def test_inference_is_a_task(memplan_: Memplan, method: str) -> None:
+    assert spec_of({"model": "qwen2-7b", "method": method}) == {"model": "qwen2-7b", "task": method}
+
+
+# --- spec files ---
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_spec_file_is_a_run(memplan_: Memplan, tmp_path: Path, suffix: str) -> None:
+    spec = tmp_path / f"run.{suffix}"
+    spec.write_text('{"model": "qwen2-7b", "method": "qlora", "gpu": "3090", "batch": {"sequence": 512}}')
+    run = run_of(memplan_("--spec", str(spec), "--json"))
+    assert (run["model"], run["method"]["kind"], run["batch"]["sequence"], run["gpu"]) == (
+        "qwen2-7b",
+        "qlora",
+        512,
+        "rtx-3090",
+    )
+
+
+def test_a_yaml_number_may_name_a_gpu(memplan_: Memplan, tmp_path: Path) -> None:
+    spec = tmp_path / "run.yaml"
+    spec.write_text("model: qwen2-7b\nmethod: qlora\ngpu: 3090\n")
+    assert run_of(memplan_("--spec", str(spec), "--json"))["gpu"] == "rtx-3090"
+
+
+def test_options_go_over_a_spec_file(memplan_: Memplan, tmp_path: Path) -> None:
+    spec = tmp_path / "run.yaml"
+    spec.write_text(
+        "model: qwen2-7b\nmethod: qlora\nprecision: amp\noptimizer: sgd\nbatch: {micro: 2, sequence: 512}\n"
+    )
+    typed = ("--rank", "4", "--batch-size", "3", "--gpu", "h100", "--dtype", "fp16")
+    run = run_of(memplan_("qwen3-8b", "--spec", str(spec), *typed, "--json"))
+    assert (run["model"], run["gpu"], run["optimizer"]["name"]) == ("qwen3-8b", "h100-sxm", "sgd")
+    assert (run["method"]["kind"], run["method"]["rank"]) == ("qlora", 4)
+    assert (run["batch"]["micro"], run["batch"]["sequence"]) == (3, 512)
+    assert (run["precision"]["weights"], run["precision"]["compute"]) == ("fp32", "fp16")
+
+
+def test_an_answers_run_is_a_spec_that_gives_the_same_answer(memplan_: Memplan, tmp_path: Path) -> None:
+    answer = json.loads(memplan_(*QLORA, "--seq-len", "777", "--json").out)
+    spec = tmp_path / "again.json"
+    spec.write_text(json.dumps(answer["run"]))
+    assert json.loads(memplan_("--spec", str(spec), "--json").out) == answer
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 8)}]\n" for i in range(8)
+)
+BAD_SPECS = {
+    "an alias bomb": (BOMB, "more than 10,000 values"),
+    "an alias in itself": ("model: &m [*m]", "contains itself"),
+    "nesting without end": ("model: " + "[" * 70 + "]" * 70, "64 levels"),
+    "a huge file": ("#" * (2**20 + 1), "larger than 1 MiB"),
+    "code": ('model: !!python/object/apply:os.system ["true"]', "not YAML"),
+    "no YAML": ("model: [qwen2-7b", "not YAML"),
+    "an impossible date": ("model: 2001-99-99", "month must be in 1..12"),
+    "a date": ("model: 2001-01-01", "what JSON cannot"),
+    "a set": ("model: {config: {a: !!set {x}}}", "what JSON cannot"),
+    "not a number": ("model: qwen2-7b\nmethod: {alpha: .nan}", "what JSON cannot"),
+    "a number without end": ("model: qwen2-7b\nbatch: {micro: 0x" + "f" * 9000 + "}", "what JSON cannot"),
+    "a large number": ("model: qwen2-7b\nbatch: {micro: 0x" + "f" * 90 + "}", "batch.micro: must be at most"),
+    "a key that is a number": ("model: qwen2-7b\nbatch: {1: 2}", "batch.1: no such key"),
+    "a list": ("[1, 2]", "no mapping"),
+    "nothing": ("", "no mapping"),
+    "no model": ("gpu: '3090'", "model: name one"),
+    "an unknown key": ("model: qwen2-7b\nmethud: lora", "methud: no such key; did you mean method?"),
+    "an unknown key further in": ("model: qwen2-7b\nmethod: {rnk: 8}", "method.rnk: no such key; did you mean rank?"),
+    "a word for a number": ("model: qwen2-7b\nbatch: {micro: two}", "batch.micro: must be a whole number, not 'two'"),
+    "a number for a part": ("model: qwen2-7b\nbatch: 2", "batch: must be a mapping, not 2"),
+    "a number for a model": ("model: 3", "model: must be a text"),
+    "a size there is none of": (
+        "model: qwen2-7b\nmethod: {kind: qlora, quantization: {block_size: 65}}",
+        "block_size: unknown 65; did you mean 64?",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD_SPECS.values(), ids=BAD_SPECS.keys())
+def test_a_bad_spec_is_one_line(memplan_: Memplan, tmp_path: Path, text: str, expected: str) -> None:
+    spec = tmp_path / "run.yaml"
+    spec.write_text(text)
+    fails(memplan_("--spec", str(spec)), 2, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("{", "not JSON"), ('{"model": NaN}', "NaN"), ("[1]", "not a JSON object"), ("[" * 5000, "not JSON")],
+)
+def test_a_bad_json_spec_is_one_line(memplan_: Memplan, tmp_path: Path, text: str, expected: str) -> None:
+    spec = tmp_path / "run.json"
+    spec.write_text(text)
+    fails(memplan_("--spec", str(spec)), 2, expected)
+
+
+def test_a_spec_that_cannot_be_read_is_one_line(memplan_: Memplan, tmp_path: Path) -> None:
+    fails(memplan_("--spec", str(tmp_path / "none.yaml")), 2, "No such file")
+    fails(memplan_("--spec", str(tmp_path)), 2, "directory")
+    fails(memplan_("--spec", "~no-such-user/run.yaml"), 2, "home directory")
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    fails(memplan_("--spec", str(tmp_path / "run.yaml")), 2, "not text in UTF-8")
+
+
+def test_a_deep_config_inside_a_spec_is_one_line(memplan_: Memplan, tmp_path: Path) -> None:
+    spec = tmp_path / "run.json"
+    spec.write_text('{"model": {"config": ' + '{"a": ' * 450 + "1" + "}" * 450 + "}}")
+    fails(memplan_("--spec", str(spec)), 2)
+
+
+# --- what is typed wrong ---
+
+MISTAKES = {
+    "": ("model", "qwen2-7b --method qlora --gpu 3090"),
+    "qwen2-7c": ("model", "did you mean qwen2-7b"),
+    "qwen2-7b --gpu rtx-3091": ("gpu (--gpu)", "rtx-3090"),
+    "qwen2-7b --method qlra": ("method.kind (--method)", "did you mean qlora?"),
+    "qwen2-7b --optimizer adamw_troch": ("optimizer.name (--optimizer)", "adamw_torch"),
+    "qwen2-7b --method lora --targets q_prj": ("method.targets (--targets)", "q_proj"),
+    "qwen2-7b --method lora --modules-to-save lm_hed": ("method.modules_to_save (--modules-to-save)", "lm_head"),
+    "qwen2-7b --batch-size -1": ("batch.micro (--batch-size)", "at least 1, not -1"),
+    "qwen2-7b --batch-size 0": ("batch.micro (--batch-size)", "at least 1, not 0"),
+    "qwen2-7b --batch-size two": ("--batch-size", "must be a whole number, not 'two'"),
+    "qwen2-7b --batch-size 1.5": ("--batch-size", "whole number"),
+    "qwen2-7b --batch-size 99999999999999999999": ("batch.micro (--batch-size)", "at most"),
+    "qwen2-7b --seq-len 0": ("batch.sequence (--seq-len)", "at least 1"),
+    "gpt2 --seq-len 1025": ("batch.sequence (--seq-len)", "1024"),
+    "qwen2-7b --grad-accum 0": ("batch.accumulation (--grad-accum)", "at least 1"),
+    "qwen2-7b --method lora --rank 9999": ("method.rank (--rank)", "larger than the smaller side"),
+    "qwen2-7b --method lora --lora-dropout 1": ("method.dropout (--lora-dropout)", "less than 1"),
+    "qwen2-7b --method lora --lora-dropout nan": ("method.dropout (--lora-dropout)", "must be a number"),
+    "qwen2-7b --method qlora --quant-format nf5": ("method.quantization.format (--quant-format)", "nf4"),
+    "qwen2-7b --method qlora --quant-format gptq-int4": ("method.quantization.format", "not supported yet"),
+    "qwen2-7b --method qlora --kbit-preparation no": ("kbit_preparation (--kbit-preparation)", "true, false, trl"),
+    "qwen2-7b --precision ampp": ("precision (--precision)", "amp"),
+    "qwen2-7b --precision mixed --dtype fp32": ("precision (--precision)", "bf16 or fp16"),
+    "qwen2-7b --dtype fp8": ("precision.weights (--dtype)", "did you mean"),
+    "qwen2-7b --attention sdpaa": ("kernels.attention (--attention)", "did you mean sdpa?"),
+    "qwen2-7b --loss fusd": ("kernels.loss (--loss)", "did you mean fused?"),
+    "qwen2-7b --gpu v100 --attention flash_attention_2": ("kernels.attention (--attention)", "capability"),
+    "qwen2-7b --profile transformers-9": ("profile (--profile)", "transformers-5"),
+    "qwen2-7b --zero 4 --gpus 2": ("parallelism.strategy (--zero)", "0 to 3"),
+    "qwen2-7b --zero 1 --fsdp full_shard": ("parallelism.strategy", "exclude"),
+    "qwen2-7b --fsdp full_shrd": ("parallelism.strategy (--fsdp)", "full_shard"),
+    "qwen2-7b --gpus 3 --tp 2": ("parallelism.world (--gpus)", "3 GPUs do not divide into groups of 2"),
+    "qwen2-7b --offload disk": ("parallelism.offload (--offload)", "optimizer"),
+    "qwen2-7b --method generate": ("task", "not supported yet"),
+    "qwen2-7b --format yml": ("format (--format)", "did you mean"),
+    "qwen2-7b --json --format csv": ("format", "exclude"),
+    "qwen2-7b --gup 3090": ("No such option", "--gpu"),
+    "qwen2-7b qwen3-8b": ("unexpected", "qwen3-8b"),
+    "a" * 5000: ("unknown name", "aaa"),
+    "qwen2-7b --gpu": ("--gpu", "requires an argument"),
+    "qwen2-7b --output /nowhere/at/all.html": ("output", "No such file"),
+    "models nosuchmodel": ("model", "nosuchmodel"),
+    "gpus rtx-3091": ("gpu", "rtx-3090"),
+    "schema runn": ("schema", "run"),
+}
+
+
+@pytest.mark.parametrize(("typed", "expected"), MISTAKES.items(), ids=[typed[:60] for typed in MISTAKES])
+def test_a_mistake_is_one_line_that_names_the_field_and_the_way_out(
+    memplan_: Memplan, typed: str, expected: tuple[str, ...]
+) -> None:
+    fails(memplan_(*typed.split()), 2, *expected)
+
+
+CONFIGS = {
+    "not JSON": ("{not json", "not JSON"),
+    "a list": ([], "not a JSON object"),
+    "nothing": ("", "not JSON"),
+    "no end": ("[" * 5000, "not JSON"),
+    "a key missing": ({"hidden_size": None}, "hidden_size"),
+    "a string": ({"hidden_size": "64"}, "hidden_size must be a whole number"),
+    "not a number": ({"hidden_size": float("nan")}, "NaN"),
+    "a fraction": ({"hidden_size": 64.5}, "hidden_size must be a whole number"),
+    "negative": ({"num_hidden_layers": -1}, "num_hidden_layers"),
+    "zero": ({"vocab_size": 0}, "vocab_size"),
+    "absurd": ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
+    "heads that do not divide": ({"num_attention_heads": 5}, "does not divide"),
+    "key heads that do not divide": ({"num_key_value_heads": 3}, "does not divide"),
+    "no model_type": ({"model_type": None}, "model_type"),
+    "an unknown family": ({"model_type": "lama"}, "did you mean llama"),
+    "a family of experts": ({"num_experts": 8}, "mixture of experts"),
+}
+
+
+@pytest.mark.parametrize(("config", "expected"), CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_broken_config_is_one_line(memplan_: Memplan, tmp_path: Path, config: Any, expected: str) -> None:
+    path = tmp_path / "config.json"
+    if isinstance(config, dict):
+        config = {k: v for k, v in {**TINY, **config}.items() if v is not None}
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    for given in (path, tmp_path):
+        fails(memplan_(str(given)), 2, expected)
+
+
+def test_a_config_as_a_path_is_a_model(memplan_: Memplan, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    by_file = json.loads(memplan_(str(tmp_path / "config.json"), "--json").out)
+    by_folder = json.loads(memplan_(str(tmp_path), "--json").out)
+    assert by_file["parameters"] == by_folder["parameters"]
+    assert by_file["parameters"]["total"] == 2 * 100 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64)
+
+
+# --- exit codes ---
+
+
+def test_0_fits_or_no_gpu(memplan_: Memplan) -> None:
+    assert memplan_(*QLORA).code == 0
+    assert memplan_("qwen2-7b").code == 0
+
+
+def test_1_does_not_fit_on_any_of_the_gpus(memplan_: Memplan) -> None:
+    assert memplan_("qwen2-7b", "--gpu", "3090").code == 1
+    assert memplan_("qwen2-7b", "--gpu", "h200", "--gpu", "3090", "--json").code == 1
+
+
+def test_tight_exits_0_and_1_with_strict(memplan_: Memplan) -> None:
+    found = memplan_("qwen2-7b", "--method", "lora", "--json", "--gpu", "rtx-4000-ada")
+    assert json.loads(found.out)["verdict"]["answer"] == "tight"
+    assert found.code == 0
+    assert memplan_("qwen2-7b", "--method", "lora", "--strict", "--gpu", "rtx-4000-ada").code == 1
+    assert memplan_(*QLORA, "--strict").code == 0
+
+
+def test_3_facts_missing(memplan_: Memplan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    fails(memplan_("nobody/nothing"), 3, "model", "nobody/nothing")
+    fails(memplan_(str(tmp_path / "config.json")), 2, "config.json")
+    fails(memplan_("nobody/nothing", "--online"), 2, "--online", "not supported yet")
+
+
+def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = memplan.estimate
+
+    def estimate(run: RunSpec) -> memplan.Estimate:
+        answer = asked(run)
+        answer.unsupported = ("a kernel nobody has measured",)
+        return answer
+
+    monkeypatch.setattr("memplan.estimator.estimate", estimate)
+    loose = memplan_(*QLORA)
+    assert loose.code == 0
+    assert "a kernel nobody has measured" in loose.out
+    assert memplan_(*QLORA, "--strict").code == 4
+    assert memplan_("qwen2-7b", "--gpu", "3090", "--strict").code == 4
+
+
+def test_what_is_no_mistake_of_the_user_is_not_hidden(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def estimate(run: RunSpec) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("memplan.estimator.estimate", estimate)
+    with pytest.raises(ValueError, match="a bug"):
+        COMMAND.main([*QLORA])
+
+
+def test_an_interrupt_is_quiet(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def estimate(run: RunSpec) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memplan.estimator.estimate", estimate)
+    assert memplan_(*QLORA) == Ran(130, "", "")
+
+
+# --- other commands ---
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("a.html", "<!DOCTYPE html>"), ("a.md", "**fits"), ("a.csv", "model,"), ("a.json", "{"), ("a.txt", "fits: ")],
+)
+def test_a_file_is_written_in_the_format_its_name_says(
+    memplan_: Memplan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, start: str
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # colour is for the terminal, not for the file
+    monkeypatch.setenv("TERM", "xterm")
+    assert memplan_(*QLORA, "--output", str(tmp_path / name)) == Ran(0, "", "")
+    assert (tmp_path / name).read_text("utf-8").startswith(start)
+
+
+def test_the_schema_of_an_answer_holds_that_of_a_run(memplan_: Memplan) -> None:
+    answer, run = json.loads(memplan_("schema").out), json.loads(memplan_("schema", "run").out)
+    assert answer["$defs"]["RunSpec"]["properties"] == run["properties"]
+    assert run["properties"]["batch"]["$ref"] == "#/$defs/Batch"
+
+
+def test_models_are_listed_and_searched(memplan_: Memplan) -> None:
+    everything = memplan_("models").out.splitlines()
+    assert len(everything) == 1 + len(memplan.card_names())
+    found = json.loads(memplan_("models", "qwen2-7", "--json").out)
+    assert [model["name"] for model in found] == ["qwen2-72b", "qwen2-7b"]
+    assert found[1]["parameters"] == 7_615_616_512
+    assert found[1]["layers"] == 28
+    assert found[1]["licence"] == "apache-2.0"
+    assert "qwen2-7b" in memplan_("models", "Qwen/Qwen2-7B").out
+
+
+def test_gpus_are_listed_and_searched(memplan_: Memplan) -> None:
+    found = json.loads(memplan_("gpus", "3090", "--json").out)
+    assert [gpu["name"] for gpu in found] == ["rtx-3090", "rtx-3090-ti"]
+    assert {"provider", "usd_per_hour", "date"} <= set(found[0]["prices"][0])
+    assert found[0]["usable"] == memplan.find_gpu("3090").usable
+    assert [gpu["name"] for gpu in json.loads(memplan_("gpus", "NVIDIA GB10", "--json").out)] == ["gb10"]
+    row = next(line for line in memplan_("gpus", "rtx-3090").out.splitlines() if line.startswith("rtx-3090 "))
+    assert row.split()[1:5] == ["23.68", "8.6", "yes", "936.2"]
+
+
+def test_help_names_every_option_with_its_default(memplan_: Memplan) -> None:
+    ran = memplan_("estimate", "--help")
+    assert ran.code == 0
+    for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
+        if parameter.param_type_name == "option" and "--help" not in parameter.opts:
+            assert parameter.opts[0] in ran.out
+            assert "Default " in (parameter.help or "") or parameter.opts[0] in ("--json", "--spec")
+
+
+def test_version(memplan_: Memplan) -> None:
+    assert memplan_("--version") == Ran(0, f"memplan {memplan.__version__}\n", "")
+
+
+COMPLETIONS = {
+    "memplan qwen2-7": "qwen2-72b qwen2-7b",
+    "memplan gpu": "gpus",
+    "memplan --quan": "--quant-format",
+    "memplan qwen2-7b --gpu rtx-309": "rtx-3090 rtx-3090-ti",
+    "memplan qwen2-7b --method q": "qlora qdora",
+    "memplan estimate qwen2-72": "qwen2-72b",
+    "memplan qwen2-7b --optimizer lom": "lomo",
+}
+
+
+@pytest.mark.parametrize(("typed", "expected"), COMPLETIONS.items())
+def test_the_shell_completes_models_gpus_and_choices(
+    memplan_: Memplan, monkeypatch: pytest.MonkeyPatch, typed: str, expected: str
+) -> None:
+    monkeypatch.setenv("_MEMPLAN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert set(memplan_().out.split()) >= set(expected.split())
+    assert [word for word in memplan_().out.split() if not word.startswith(typed.rpartition(" ")[2])] == []
+
+
+# --- the reader of the output ---
+
+
+def shell(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A new process, its standard output a pipe."""
+    code = "from memplan.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def test_a_pipe_gets_no_colour_and_an_encoding_what_it_can_show() -> None:
+    plain = shell(*QLORA, PYTHONIOENCODING="utf-8")
+    assert (plain.returncode, plain.stderr) == (0, b"")
+    assert b"\x1b" not in plain.stdout
+    assert "│" in plain.stdout.decode()
+    ascii_ = shell(*QLORA, "--explain", PYTHONIOENCODING="ascii")
+    assert (ascii_.returncode, ascii_.stderr) == (0, b"")
+    assert ascii_.stdout.isascii()
+    assert b"|" in ascii_.stdout
+    exact = shell(*QLORA, "--json", PYTHONIOENCODING="ascii")
+    assert exact.stdout.isascii()
+    assert json.loads(exact.stdout)["ledger"][0]["shape"] == "v·h"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = "from memplan.cli import main; main()"
+    command = [sys.executable, "-c", code, *QLORA, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_json_imports_neither_rich_nor_yaml_nor_another_format() -> None:
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        "from memplan.cli import main\nmain()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *QLORA, "--json"], capture_output=True, text=True, check=True)
+    unwanted = {"rich", "yaml", "huggingface_hub", "torch", "memplan.report.table", "memplan.largest"}
+    assert unwanted.isdisjoint(ran.stderr.split())
+    assert "memplan.report.json" in ran.stderr.split()
