@@ -1,0 +1,125 @@
+"""The documentation is true: every example in it runs, and prints what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from benchmarks import accuracy
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "memplan").rglob("*.py"))
+    if ">>> " in path.read_text("utf-8")
+]
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its lines, and the text block that shows what it prints, if one follows."""
+
+    page: str
+    language: str
+    text: str
+    printed: str | None
+
+
+def blocks(page: Path) -> list[Block]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    after = [*found, ("", "")][1:]
+    return [
+        Block(page.name, language, text, following[1] if following[0] == "text" else None)
+        for (language, text), following in zip(found, after, strict=True)
+    ]
+
+
+COMMANDS = [b for page in PAGES for b in blocks(page) if b.language == "sh"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_examples_of_a_page_run_as_written(page: Path) -> None:
+    options = doctest.NORMALIZE_WHITESPACE
+    assert doctest.testfile(str(page), module_relative=False, encoding="utf-8", optionflags=options).failed == 0
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_in_docstrings_run_as_written(module: str) -> None:
+    assert doctest.testmod(import_module(module)).failed == 0
+
+
+def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """One line of a shell block, with this interpreter's memplan; `pip install` is for CI, which runs the line whole."""
+    words = shlex.split(line.rpartition("&&")[2], comments=True)
+    assert words[0] == "memplan", line
+    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
+    return subprocess.run(
+        [sys.executable, "-m", "memplan", *words[1:]],
+        check=False,
+        cwd=folder,
+        env={**env, "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: f"{block.page}: {block.text.splitlines()[0][:60]}")
+def test_a_shell_block_does_what_the_page_says(block: Block, tmp_path: Path) -> None:
+    config = tmp_path / "path" / "to" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(
+        '{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, '
+        '"num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}',
+        "utf-8",
+    )
+    (tmp_path / "run.yaml").write_text("model: qwen2-7b\nmethod: qlora\ngpu: 3090\n", "utf-8")
+    (tmp_path / "run.json").write_text('{"model": "qwen2-7b", "method": "qlora", "gpu": "3090"}', "utf-8")
+    printed = ""
+    for line in block.text.splitlines():
+        if line.endswith("pytest"):
+            assert line == "pip install '.[test]' && pytest"  # .ci/run reads and runs it, which runs this
+            continue
+        done = run(line, tmp_path)
+        assert done.returncode in (0, 1), done.stderr
+        assert done.stderr == ""
+        printed += done.stdout
+    if block.printed is not None:
+        assert printed == block.printed
+
+
+def test_ci_runs_the_two_commands_of_the_readme() -> None:
+    patterns = re.findall(r"readme_command '(.*)'\)", (ROOT / ".ci" / "run").read_text("utf-8"))
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert [[line for line in lines if re.match(p, line)] for p in patterns] == [
+        ["pip install . && memplan qwen2-7b --method qlora --gpu 3090"],
+        ["pip install '.[test]' && pytest"],
+    ]
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_accuracy_page_is_what_the_program_answers() -> None:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        accuracy.main()
+    assert (ROOT / "docs" / "accuracy.md").read_text("utf-8") == out.getvalue()
