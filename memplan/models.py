@@ -114,6 +114,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
 }
 
 _LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "gpt_neo", "opt"))
+_POSITION_TABLES = _LEARNED_POSITIONS | {"gptj"}  # models that hold a row a position, and so must know how many
 
 
 class ModelSpec:
@@ -132,7 +133,8 @@ class ModelSpec:
         self.model_type = _model_type(config)
         self.config: FrozenDict = frozen({**MODEL_TYPES[self.model_type], **config})
         sizes = {name: self._size(name) for name in _NAMES if name != "hidden_act"}
-        for required in _REQUIRED:
+        tables = ("max_position_embeddings",) if self.model_type in _POSITION_TABLES else ()
+        for required in (*_REQUIRED, *tables):
             if sizes[required] is None:
                 raise ConfigError(f"config: no {' or '.join(_NAMES[required])}", required)
         self.hidden_size = sizes["hidden_size"] or 0

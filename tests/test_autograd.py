@@ -28,16 +28,21 @@ AXES |= {"s128": 128, "d32": 32, "targets": B * S, "padded_labels": B * (S + 1),
 AXES |= {"h32": 64, "s32": 64, "s8": 40, "efficient_workspace": 0, "efficient_fp32": 0}
 
 
-def in_bytes(low: Lowered, axes: dict[str, int], leave_out: Iterable[str] = (), statistics: str = "fp32") -> int:
+def in_bytes(
+    low: Lowered, axes: dict[str, int], leave_out: Iterable[str] = (), statistics: str = "fp32", masks: str = "bool"
+) -> int:
     """Exact bytes, without the allocator's rounding, of what is alive when forward is done.
 
-    `statistics`: the dtype of LayerNorm's, which on the CPU is the input's and on a GPU fp32.
+    On a GPU LayerNorm's `statistics` are fp32 and dropout's `masks` a byte an element; on the CPU both have the
+    input's dtype.
     """
     total = 0
     for key, count in alive(low.kept, low.runs, axes).items():
         shape, dtype, _, _, _, name, source = low.sizes[key]
         if "native_layer_norm" in source and name.endswith((".mean", ".rstd")):
             dtype = statistics
+        if "native_dropout" in source and name.endswith(".mask"):
+            dtype = masks
         if name not in leave_out:
             n = ITEMSIZE[dtype] * count
             for token in shape.split():
@@ -268,4 +273,4 @@ def test_a_model_keeps_what_autograd_saves(model_type: str, dtype: str) -> None:
     axes["padded_labels"] = batch * (sequence + 1)
     low = lower(stack, {run.times: axes[run.times] for run in stack.runs}, labelled=True)
     statistics = "fp32" if model_type == "olmo" else dtype  # OLMo normalises in fp32
-    assert in_bytes(low, axes, statistics=statistics) == model_saves(model_type, dtype, batch, sequence)
+    assert in_bytes(low, axes, statistics=statistics, masks=dtype) == model_saves(model_type, dtype, batch, sequence)

@@ -156,7 +156,7 @@ def test_autocast_casts_inputs_each_time_and_trained_weights_once() -> None:
     )
     scope = Scope(inputs={"x": Tensor("x", "x", "fp32")})
     names = [o.name for o in scope.resolve(ops, "bf16")]
-    assert names == ["a.autocast(x)", "autocast(w)", "a", "b.autocast(x)", "b"]
+    assert names == ["autocast(w)", "a.autocast(x)", "a", "b.autocast(x)", "b"]
     assert scope["p"].dtype == "bf16"
 
 

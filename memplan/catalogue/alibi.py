@@ -29,7 +29,7 @@ def bloom(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     after = (
         ops.layer_norm("transformer.ln_f", "x", "n", "b s h", "h"),
-        ops.leave("x", "tokens", *(t.name for t in made), "mask"),
+        ops.leave("x", "tokens", *(t.name for t in made), "mask", "probs"),
         lm_head("n", "transformer.word_embeddings.weight" if m.tie_word_embeddings else ""),
     )
     return Stack(before, (Run((_bloom_block(m),), "L"),), after)
@@ -117,7 +117,7 @@ def mpt(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     after = (
         ops.layer_norm("transformer.norm_f", "x", "n", "b s h", "h", bias=False),
-        ops.leave("x", "embeds", "alibi", "mask"),
+        ops.leave("x", "embeds", "alibi", "mask", "probs"),
         lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else ""),
     )
     return Stack(before, (Run((_mpt_block(m),), "L"),), after)

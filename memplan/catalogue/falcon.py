@@ -31,7 +31,7 @@ def falcon(m: ModelSpec, wiring: Wiring) -> Stack:
         (Run((_block(m, wiring),), "L"),),
         (
             ops.layer_norm("transformer.ln_f", "x", "n", "b s h", "h"),
-            ops.leave("x", "embeds", "positions", "cos", "sin", *(op.name for op in made)),
+            ops.leave("x", "embeds", "positions", "cos", "sin", *(op.name for op in made), *returned(wiring)),
             lm_head("n", "transformer.word_embeddings.weight" if m.tie_word_embeddings else ""),
         ),
     )
@@ -89,6 +89,7 @@ def _block(m: ModelSpec, wiring: Wiring) -> Block:
 def _linear(name: str, x: str, y: str, out: str, into: str, group: str, bias: bool) -> tuple[Op, ...]:
     """The bias is added after the product, to a result of its own."""
     product = ops.linear(name, x, f"{y}.product" if bias else y, out, into, group)
+    product = product._replace(weights=(product.weights[0]._replace(viewed=True),))
     if not bias:
         return (product,)
     weight = Weight(f"{name}.bias", out, group)

@@ -40,6 +40,11 @@ def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
     return rewrite(stack, changed)
 
 
+def head_of(stack: Stack) -> Op:
+    """The output projection: the model's last linear layer. PEFT's `all-linear` and quantisation leave it alone."""
+    return next(op for op in reversed(stack.after) if matrix(op))
+
+
 def matrix(op: Op) -> Weight | None:
     """The weight matrix of a linear layer, if the operation is one."""
     return next((w for w in op.weights if w.matrix), None)
@@ -236,8 +241,10 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
     """The stack as the method trains it: dtypes on every weight, adapters around their targets."""
     if recipe.kind in ("full", "freeze"):
         return reweigh(stack, lambda w: w._replace(dtype=recipe.weights))
+    head = head_of(stack)
+    wide = frozenset(w.name for w in head.weights)
     narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
-    stack = reweigh(stack, lambda w: _frozen(w, recipe, narrow))
+    stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
     adapter = Adapter(recipe.adapter_dtype, recipe.dropout, "dora" in recipe.kind)
@@ -247,7 +254,7 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
         if w is None:
             looks_up = any(v.rows and v.group == "embedding" for v in op.weights)
             return tuple(_lora_embedding(op, recipe.adapter_dtype)) if looks_up and _named(op, recipe) else (op,)
-        if _is_target(op, recipe):
+        if _named(op, recipe) or (recipe.targets == ("all-linear",) and op.name != head.name):
             return tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
         if w.stored:
             return tuple(quantised_linear(op, op.name, op.writes[0].name))
@@ -323,24 +330,18 @@ def _narrowed(stack: Stack) -> frozenset[str]:
     )
 
 
-def _frozen(w: Weight, recipe: Recipe, narrow: frozenset[str]) -> Weight:
-    """A base weight under an adapter: frozen, quantised or cast as the recipe says; `narrow` ones are not cast."""
-    layer = w.name.rpartition(".")[0].rpartition(".")[2]
-    outside = w.group in ("embedding", "lm_head")
-    if recipe.quantization and w.matrix and layer not in recipe.skip and not outside:
+def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[str]) -> Weight:
+    """A base weight under an adapter: frozen, quantised unless it is the head's, or cast unless it is `narrow`."""
+    if recipe.quantization and quantisable(w, recipe.skip) and w.name not in head:
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
         return w._replace(dtype=recipe.compute, trains=False, stored=kept)
     dtype = "fp32" if recipe.preparation and w.name not in narrow else recipe.weights
     return w._replace(dtype=dtype, trains=False)
 
 
-def _is_target(op: Op, recipe: Recipe) -> bool:
-    w = matrix(op)
-    if w is None:
-        return False
-    if recipe.targets == ("all-linear",):
-        return w.group not in ("embedding", "lm_head")
-    return _named(op, recipe)
+def quantisable(w: Weight, skip: tuple[str, ...] = ()) -> bool:
+    """Whether bitsandbytes takes it: the matrix of a plain linear layer. Source: transformers 5.24 replace_with_bnb_linear."""
+    return w.matrix and not w.viewed and w.name.rpartition(".")[0].rpartition(".")[2] not in skip
 
 
 def _named(op: Op, recipe: Recipe) -> bool:

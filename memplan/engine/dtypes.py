@@ -37,6 +37,9 @@ class Scope:
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
     def resolve(self, ops: Iterable[Op], autocast: str | None) -> tuple[Op, ...]:
         """`ops` with literal dtypes, in the order torch runs them; `autocast` is the compute dtype, or None."""
         out: list[Op] = []
@@ -52,24 +55,24 @@ class Scope:
         weights = op.weights
         if autocast and op.autocast:
             target = autocast if op.autocast == "lower" else "fp32"
-            for r in op.reads:
+            for w in reversed(op.weights):  # arguments are evaluated from the last: bias, weight, input
+                if w.dtype in FLOATING and w.dtype != target and not w.stored:
+                    new_name[w.name] = self._cast_weight(op, w, target, out).name
+                    weights = tuple(v for v in weights if v is not w)
+            for r in reversed(op.reads):
                 t = tensors[r]
                 if t.dtype in FLOATING and t.dtype != target:
                     to = Tensor(f"{op.name}.autocast({t.name})", t.shape, target)
                     out.append(Op(to.name, (t.name,), (to,), cast=True, source=_AUTOCAST))
                     tensors[to.name] = to
                     new_name[r] = to.name
-            for w in op.weights:
-                if w.dtype in FLOATING and w.dtype != target and not w.stored:
-                    new_name[w.name] = self._cast_weight(op, w, target, out).name
-                    weights = tuple(v for v in weights if v is not w)
         reads = tuple(new_name.get(r, r) for r in op.reads)
         reads += tuple(new_name[w.name] for w in op.weights if w.name in new_name)
         inputs = [tensors[r].dtype for r in reads] + [w.dtype for w in weights]
 
         def literal(t: Tensor) -> Tensor:
             if t.dtype.startswith("="):
-                return t._replace(dtype=tensors[t.dtype[1:]].dtype)
+                return t._replace(dtype=tensors[new_name.get(t.dtype[1:], t.dtype[1:])].dtype)
             return t if t.dtype else t._replace(dtype=promote(inputs))
 
         writes: list[Tensor] = []
@@ -97,7 +100,7 @@ class Scope:
 
     def _cast_weight(self, op: Op, w: Weight, target: str, out: list[Op]) -> Tensor:
         """Autocast keeps the cast of a trainable fp32 weight until it ends, and casts any other at every use."""
-        cached = w.trains and w.dtype == "fp32"
+        cached = w.trains and w.dtype == "fp32" and not w.viewed
         if cached and w.name in self._casts:
             return self._casts[w.name]
         to = Tensor(f"autocast({w.name})" + ("" if cached else f" for {op.writes[0].name}"), w.shape, target)

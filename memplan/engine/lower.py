@@ -69,6 +69,7 @@ class Frame:
         self.nodes: list[Node] = []
         self.names: dict[str, Storage] = {}
         self.checkpointed = False
+        self.recomputed = False
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
 
     def __getitem__(self, name: str) -> Storage:
@@ -264,6 +265,7 @@ class Tape:
 
     def _recompute(self, frame: Frame, end: int) -> None:
         frame.checkpointed = False
+        frame.recomputed = True
         frame.names = {}
         self._run(frame, end, (), {}, keep=True)
 
@@ -277,14 +279,18 @@ class Tape:
             beside = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
             for storage in early:
                 self.drop(storage)
-            made = [(target, self._gradient(frame, node, target, incoming)) for target in node.targets]
+            raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
             for storage in beside:
                 self.drop(storage)
+            if frame.recomputed:  # what a checkpoint unpacked goes when the function returns, before the casts
+                self._release(node)
+            made = [
+                (target, self._own_dtype(frame, node, target, storage) if wide else storage)
+                for target, (storage, wide) in zip(node.targets, raw, strict=True)
+            ]
             for _, storage in incoming:
                 self.drop(storage)
-        for storage in node.kept:
-            self.drop(storage)
-        node.kept = []
+        self._release(node)
         weights = {w.name for w in op.weights}
         for target, storage in made:
             if target in weights:
@@ -292,25 +298,35 @@ class Tape:
             else:
                 grads[target] = self._sum(frame.scope[target], grads.get(target), storage)
 
-    def _gradient(self, frame: Frame, node: Node, target: str, incoming: list[tuple[Tensor, Storage]]) -> Storage:
+    def _release(self, node: Node) -> None:
+        for storage in node.kept:
+            self.drop(storage)
+        node.kept = []
+
+    def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
+        """A gradient that came in the promoted dtype is cast to its own, when all of the node's are made."""
+        made = self.alloc(frame.scope[target], _kind(node.op, target), of="gradient of ")
+        self.drop(wide)
+        return made
+
+    def _gradient(
+        self, frame: Frame, node: Node, target: str, incoming: list[tuple[Tensor, Storage]]
+    ) -> tuple[Storage, bool]:
+        """The gradient of `target`, and whether it is in the promoted dtype, still to be cast."""
         op, like = node.op, frame.scope[target]
         if op.gradient == "kept":
             kept = frame.names[next(k.what for k in op.keeps if k.of == target)]
             kept.refs += 1
-            return kept
+            return kept, False
         if op.gradient == "same":
             out, storage = incoming[0]
             if op.view or (out.shape, out.dtype) == (like.shape, like.dtype):
                 storage.refs += 1
-                return storage
-        kind = "gradient" if any(w.name == target for w in op.weights) else "temp"
+                return storage, False
         out = op.writes[0]
         if op.cast or op.gradient in ("same", "own") or out.dtype == like.dtype:
-            return self.alloc(like, kind, fresh=op.gradient != "view", of="gradient of ")
-        wide = self.alloc(like._replace(dtype=out.dtype), "temp", of="gradient of ")  # in the promoted dtype, then cast
-        made = self.alloc(like, kind, of="gradient of ")
-        self.drop(wide)
-        return made
+            return self.alloc(like, _kind(op, target), fresh=op.gradient != "view", of="gradient of "), False
+        return self.alloc(like._replace(dtype=out.dtype), "temp", of="gradient of "), True
 
     def _sum(self, like: Tensor, old: Storage | None, new: Storage, kind: str = "temp") -> Storage:
         """Autograd adds into the older gradient in place if nothing else refers to it, else into a new storage."""
@@ -373,3 +389,7 @@ class Tape:
         for storage in self._deferred:
             storage.refs += 1
             self.drop(storage)
+
+
+def _kind(op: Op, target: str) -> str:
+    return "gradient" if any(w.name == target for w in op.weights) else "temp"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from memplan.engine.dtypes import Scope
-from memplan.engine.lower import Frame, Moment, Tape
+from memplan.engine.lower import Frame, Moment, Storage, Tape
 from memplan.ir import Block, Op, Stack
 
 
@@ -61,6 +61,20 @@ def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth
     return out
 
 
+def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:
+    """What `after` reads of a block's own, besides `y`: returned with it, and held until the next block has returned.
+
+    By name, and the storage behind that name.
+    """
+    made = {t.name for op in stack.after for t in op.writes}
+    names = {r for op in stack.after for r in op.reads} - made - {"x", "y"}
+    behind: dict[str, str] = {}
+    for op in ops:
+        for t in op.writes:
+            behind[t.name] = behind[op.reads[0]] if op.view and op.reads[0] in behind else t.name
+    return {name: behind[last[name].name] for name in names if name in last and last[name].name in behind}
+
+
 def _x(flows: bool) -> frozenset[str]:
     return frozenset(("x",)) if flows else frozenset()
 
@@ -68,10 +82,11 @@ def _x(flows: bool) -> frozenset[str]:
 def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]]:
     """The output of the input embeddings asks for a gradient: the node that would accumulate it holds it.
 
-    Where anything up there trains, that output has a gradient anyway.
+    Where they train, or an adapter around them does, that output has a gradient anyway.
     """
     i, op = next((i, op) for i, op in enumerate(before) if any(w.group == "embedding" for w in op.weights))
-    if any(w.trains for other in before for w in other.weights):
+    module = op.name.removesuffix(".base_layer")
+    if any(w.trains for other in before if other.name.startswith(module) for w in other.weights):
         return before, ()
     return (*before[:i], op._replace(holds="step"), *before[i + 1 :]), (op.writes[0].name,)
 
@@ -97,8 +112,11 @@ def lower(
     if input_grad:
         before, leaf = _input_leaf(before)
     x_flows = bool(leaf) or any(w.trains for op in before for w in op.weights)
-    copies = _copies(stack, Scope(scope, {"x": scope["embeds"]}), x_flows, autocast, depth)
-    tail_scope = Scope(scope, {"x": copies[-1].scopes[-1]["y"]._replace(name="x")})
+    copies = _copies(stack, Scope(scope, {"x": scope["embeds"]._replace(name="x")}), x_flows, autocast, depth)
+    last = copies[-1].scopes[-1]
+    returned = _returned(stack, last, copies[-1].blocks[-1].ops)
+    handed = {name: last[name]._replace(name=name) for name in returned}
+    tail_scope = Scope(scope, {"x": last["y"]._replace(name="x"), **handed})
     after, loss = tail_scope.resolve(stack.after, autocast), tail_scope.resolve(stack.loss, autocast)
     uses = Counter(w.name for op in (*before, *after, *loss) for w in op.weights if w.trains)
     tape.uses = {name: n for name, n in uses.items() if n > 1}
@@ -112,12 +130,16 @@ def lower(
     for storage in own.values():
         storage.shared = True
     stream = own["embeds"]
-    stream.refs += 1
+    if "embeds" in read:
+        stream.refs += 1
+    else:  # no name of the model's means them any more
+        del own["embeds"]
     x_flows = "embeds" in flows
     ran: list[tuple[int | None, list[Frame]]] = []
     runs: list[tuple[str, int]] = []
     firsts: list[dict[str, str]] = []
     layer = 0
+    carried: dict[str, Storage] = {}
     for c in copies:
         number = None
         first_layer, period = layer, len(c.blocks)
@@ -139,15 +161,17 @@ def lower(
                 frame.checkpoint = [stream, *(own[r] for r in reads if r in own)]
                 for storage in frame.checkpoint:
                     storage.refs += 1
-            y = tape.forward(frame, ("y",), checkpoint=checkpoint)["y"]
-            tape.drop(stream)  # the caller's name now means the block's output
-            stream = y
+            made = tape.forward(frame, ("y", *returned.values()), checkpoint=checkpoint)
+            for storage in (stream, *carried.values()):  # the caller's names now mean what the block returned
+                tape.drop(storage)
+            stream = made["y"]
+            carried = {name: made[behind] for name, behind in returned.items()}
             x_flows = "y" in frame.flows
             frames.append(frame)
         if number is not None:
-            tape.leave_run(stream)
+            tape.leave_run(stream, *carried.values())
         ran.append((number, frames))
-    own["x"] = stream
+    own |= {"x": stream, **carried}
     tail = Frame(after, tail_scope, own, flows | _x(x_flows))
     own = tape.forward(tail, {r for op in loss for r in op.reads}, own)
     tape.note()
