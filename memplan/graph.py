@@ -10,7 +10,7 @@ from typing import NamedTuple
 from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
-from memplan.engine.step import Lowered, lower
+from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
 from memplan.ir import Op, Stack, Tensor, Weight
 from memplan.models import ModelSpec
@@ -68,6 +68,14 @@ def lowered(graph: Graph, grads_exist: bool = False, labelled: bool = False) -> 
         input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
         labelled=labelled,
     )
+
+
+def attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
+    """The dtype of the queries that attention is given, before any cast of its own."""
+    axes = model.axes()
+    stack = apply(build(model, Wiring("flash_2", "flash_2")), recipe)
+    autocast = recipe.compute if recipe.autocast else None
+    return read_dtype(stack, ".lse", autocast, {run.times: axes[run.times] for run in stack.runs}) or recipe.weights
 
 
 @lru_cache(maxsize=512)

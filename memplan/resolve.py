@@ -16,7 +16,7 @@ from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.states import spares_embeddings
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
-from memplan.graph import Graph, adaptable, modules
+from memplan.graph import Graph, adaptable, attention_dtype, modules
 from memplan.models import ModelSpec
 from memplan.program import Structure
 from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
@@ -129,11 +129,11 @@ def _decide(
     recipe, more = _recipe(model, method, precision)
     notes += more
     capability = gpu.compute_capability if gpu else None
-    seen = _attention_dtype(recipe)
+    seen = _attention_dtype(model, recipe)
     graph = Graph(
         model,
         recipe,
-        _wiring(model, kernels.attention, seen, capability, loop.padded, windowed),
+        _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed),
         checkpoint=kernels.checkpointing == "full",
         loss=kernels.loss,
         hold_outputs=loop.hold_outputs,
@@ -200,20 +200,28 @@ def _optimizer(o: Optimizer) -> Optimizer:
 _FOREACH = ("adamw_torch", "sgd", "adagrad", "rmsprop")  # torch.optim's own: lists by default, a loop on demand
 
 
-def _attention_dtype(recipe: Recipe) -> str:
-    """The dtype of q, k and v. Without autocast, fp32 norms before 4-bit layers hand on fp32."""
+def _attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
+    """The dtype attention computes in. Whether norms that were cast to fp32 hand on fp32 depends on the family."""
     if recipe.autocast:
         return recipe.compute
-    return "fp32" if recipe.preparation else recipe.weights
+    return attention_dtype(model, recipe) if recipe.preparation else recipe.weights
 
 
 def _wiring(
-    model: ModelSpec, attention: str, dtype: str, capability: tuple[int, int] | None, padded: bool, windowed: bool
+    model: ModelSpec,
+    attention: str,
+    dtype: str,
+    recipe: Recipe,
+    capability: tuple[int, int] | None,
+    padded: bool,
+    windowed: bool,
 ) -> Wiring:
     """The kernel torch takes: flash needs 16 bits, no mask, compute capability 8 and heads up to 256 wide; the
-    memory-efficient one needs head widths of a multiple of 16 bytes; what is left is the plain product.
+    memory-efficient one needs head widths of a multiple of 16 bytes; what is left is the plain product. For flash
+    attention 2 transformers itself casts fp32 queries to the dtype the model was loaded in, or autocast's.
 
-    Source: torch 2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+    Source: torch 2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, transformers 5.24
+    integrations/flash_attention.py get_target_dtype.
     """
     half = dtype != "fp32"
     aligned = model.head_dim % (8 if half else 4) == 0
@@ -225,13 +233,14 @@ def _wiring(
     if attention == "sdpa_efficient":
         return Wiring(efficient, efficient, padded, windowed)
     if attention == "flash_attention_2":
-        if not half:
+        target = recipe.compute if recipe.autocast else recipe.weights
+        if target == "fp32":
             raise SpecError("kernels.attention: flash_attention_2 needs bf16 or fp16", "kernels.attention")
         if capability is not None and capability < (8, 0):
             raise SpecError(
                 "kernels.attention: flash_attention_2 needs compute capability 8.0 or later", "kernels.attention"
             )
-        return Wiring("flash_2", "flash_2", padded, windowed)
+        return Wiring("flash_2", "flash_2", padded, windowed, target)
     flash = half and model.head_dim <= 256 and (capability is None or capability >= (8, 0))
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
 

@@ -17,13 +17,14 @@ class Wiring(NamedTuple):
     """Which attention kernel runs where. `backend` without a mask, `masked` with one.
 
     padded: a 2-D mask with zeros comes with the batch. windowed: the sequence is longer than the sliding window.
-    grouped: fewer key heads than query heads.
+    target: the dtype that flash attention 2 is given.
     """
 
     backend: str
     masked: str
     padded: bool = False
     windowed: bool = False
+    target: str = ""
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""
@@ -39,16 +40,14 @@ def attention(
     masked = wiring.has_mask(sliding)
     match wiring.masked if masked else wiring.backend:
         case "flash" | "flash_2" as backend:
-            expands = grouped and backend == "flash"
-            return (
-                ops.view(f"{name}.v_heads", v, "v.heads", "b s k d"),
-                flash(name, q, k, "v.heads", y, expands),
-                ops.leave("v.heads"),
-            )
+            views = (ops.view(f"{name}.v_heads", v, "v.heads", "b s k d"),)
+            if backend == "flash_2" and wiring.target:
+                return (*views, *_flash_2(name, q, k, y, wiring.target))
+            return (*views, flash(name, q, k, "v.heads", y, grouped and backend == "flash"), ops.leave("v.heads"))
         case "efficient":
             return _efficient(name, q, k, v, y, grouped, mask if masked else "")
         case "math":
-            return _math(name, q, k, v, y, grouped)
+            return _math(name, q, k, v, y, grouped, mask if masked else "")
         case "eager":
             return _eager(name, q, k, v, y, grouped, mask)
         case other:
@@ -78,6 +77,16 @@ def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
         scratch_back=tuple(Scratch(t) for t in scratch),
         autocast="lower",
         source=f"{_ATEN}/cuda/flash_attn/flash_api.cpp mha_bwd",
+    )
+
+
+def _flash_2(name: str, q: str, k: str, y: str, target: str) -> tuple[Op, ...]:
+    """fp32 heads are cast to half precision first; the call holds both."""
+    heads = {q: "b s a d", k: "b s k d", "v.heads": "b s k d"}
+    return (
+        *(ops.cast(f"{name}.cast_{x}", x, f"{x}.target", shape, target) for x, shape in heads.items()),
+        flash(name, *(f"{x}.target" for x in heads), y, False),
+        ops.leave(*heads, *(f"{x}.target" for x in heads)),
     )
 
 
@@ -189,30 +198,65 @@ def _masked_softmax(n: str, x: str, y: str, mask: str, like: str) -> tuple[Op, .
     )
 
 
-def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> tuple[Op, ...]:
-    """torch's reference: everything in fp32, the causal mask added in place."""
-    n, heads, scores = name, "b s a d", "b a s s"
-    return (
-        ops.view(f"{n}.v_view", v, "v.view", "b s k d", gradient="new"),
-        ops.cast(f"{n}.q_float", q, "q32", heads, "fp32"),
-        ops.cast(f"{n}.k_float", k, "k32", "b s k d", "fp32"),
-        ops.cast(f"{n}.v_float", "v.view", "v32", "b s k d", "fp32"),
-        Op(f"{n}.causal", (), (Tensor("causal", "s s", "fp32"),), scratch=(Tensor("ones", "s s", "bool"),)),
+def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -> tuple[Op, ...]:
+    """torch's reference: everything in fp32, under autocast too, the causal or given mask added in place.
+
+    Autocast casts what the function is given; with a mask k and v are repeated before it, without one inside.
+    """
+    n, heads, few, scores = name, "b s a d", "b s k d", "b a s s"
+    if mask:
+        given = (
+            *_repeated(n, k, v, grouped),
+            *_lowered_heads(n, {q: heads, "k.heads": heads, "v.heads": heads}),
+            Op(
+                f"{n}.mask",
+                (mask,),
+                (Tensor("bias", "b s s", f"={q}.low"),),
+                source=f"{_ATEN}/attention.cpp convert_boolean_attn_mask",
+            ),
+        )
+        k_low, v_low, spread = "k.heads.low", "v.heads.low", heads
+        made = (ops.cast(f"{n}.mask_float", "bias", "bias32", "b s s", "fp32"),)
+    else:
+        given = (
+            ops.view(f"{n}.v_view", v, "v.view", few, gradient="new"),
+            *_lowered_heads(n, {q: heads, k: few, "v.view": few}),
+        )
+        k_low, v_low, spread = f"{k}.low", "v.view.low", few
+        made = (Op(f"{n}.causal", (), (Tensor("bias32", "s s", "fp32"),), scratch=(Tensor("ones", "s s", "bool"),)),)
+    inside = (
+        ops.cast(f"{n}.q_float", f"{q}.low", "q32", heads, "fp32"),
+        ops.cast(f"{n}.k_float", k_low, "k32", spread, "fp32"),
+        ops.cast(f"{n}.v_float", v_low, "v32", spread, "fp32"),
+        *made,
         ops.scale(f"{n}.scale_q", "q32", "q.scaled", heads),
         ops.leave("q32"),
-        ops.copy(f"{n}.repeat_k", "k32", "k.heads", heads, gradient="new" if grouped else "same"),
-        ops.copy(f"{n}.repeat_v", "v32", "v.heads", heads, gradient="new" if grouped else "same"),
+        *(
+            ops.copy(f"{n}.expand_{t}", f"{t}32", f"{t}.all", heads, gradient="new")
+            if grouped and not mask
+            else ops.view(f"{n}.expand_{t}", f"{t}32", f"{t}.all", heads)
+            for t in "kv"
+        ),
         ops.leave("k32", "v32"),
-        ops.scale(f"{n}.scale_k", "k.heads", "k.scaled", heads),
+        ops.scale(f"{n}.scale_k", "k.all", "k.scaled", heads),
         ops.copy(f"{n}.q_flat", "q.scaled", "q.flat", heads),
-        ops.matmul(f"{n}.scores", "q.flat", "k.scaled", "scores", scores),
+        ops.matmul(f"{n}.scores", "q.flat", "k.scaled", "scores", scores)._replace(autocast=""),
         *ops.softmax(f"{n}.softmax", "scores", "probs", scores, "fp32"),
-        Op(f"{n}.second", ("probs",), (Tensor("second", scores, f"={q}"),)),
-        ops.matmul(f"{n}.product", "probs", "v.heads", "heads32", heads),
-        ops.cast(f"{n}.cast", "heads32", "heads", heads, f"={q}"),
-        ops.leave("second", "q.scaled", "k.heads", "causal"),
+        Op(f"{n}.second", ("probs",), (Tensor("second", scores, f"={q}.low"),)),
+        (ops.view if grouped else ops.copy)(f"{n}.v_flat", "v.all", "v.flat", heads),
+        ops.matmul(f"{n}.product", "probs", "v.flat", "heads32", heads)._replace(autocast=""),
+        ops.cast(f"{n}.cast", "heads32", "heads", heads, f"={q}.low"),
+    )
+    return (
+        *given,
+        *inside,
+        ops.leave("second", "q.scaled", "k.all", "v.all", "bias32"),
         ops.copy(f"{n}.contiguous", "heads", y, heads, gradient="new"),
     )
+
+
+def _lowered_heads(name: str, shapes: dict[str, str]) -> tuple[Op, ...]:
+    return tuple(_lowered(f"{name}.{x}", x, f"{x}.low", shape) for x, shape in shapes.items())
 
 
 def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:

@@ -158,9 +158,15 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
     full, like = f"{out} {into}", f"={x}"
     magnitude = Weight(f"{op.name}.lora_magnitude_vector.weight", out, "adapter", adapter.dtype)
     yield Op(f"{n}.eye", (), (Tensor(f"{p}.eye", f"{into} {into}", adapter.dtype),))
-    yield Op(f"{n}.eye_A", (f"{p}.eye",), (Tensor(f"{p}.eye_a", f"{into} r"),))
-    yield Op(f"{n}.eye_B", (f"{p}.eye_a",), (Tensor(f"{p}.product", full),))
+    yield Op(f"{n}.eye.cast", (f"{p}.eye",), (Tensor(f"{p}.eye_in", f"{into} {into}"),), cast=True, autocast="lower")
+    for half, read, made, shape in (
+        (ops.linear(f"{op.name}.lora_A", "", "", "r", into, "adapter"), f"{p}.eye_in", f"{p}.eye_a", f"{into} r"),
+        (ops.linear(f"{op.name}.lora_B", "", "", out, "r", "adapter"), f"{p}.eye_a", f"{p}.eye_b", full),
+    ):
+        name = f"{n}.eye_{half.name[-1]}"
+        yield Op(name, (read,), (Tensor(made, shape),), half.weights, gradient="none", autocast="lower")
     yield ops.leave(f"{p}.eye")
+    yield ops.cast(f"{n}.product", f"{p}.eye_b", f"{p}.product", full, like)
     if w.stored:
         yield dequantise(w, f"{n}.dequantise", f"{p}.w4", full)
         yield ops.cast(f"{n}.weight", f"{p}.w4", f"{p}.w", full, like)
@@ -189,11 +195,12 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
             (),
             (Keep(f"{p}.w", x),),
             gradient="view",
+            autocast="lower",
             source="peft 0.21 tuners/lora/dora.py",
         )
-    elif len(op.weights) > 1:
+    elif bias := tuple(v._replace(trains=False) for v in op.weights if not v.matrix):
         base = f"{p}.unbiased"
-        yield Op(f"{n}.unbias", (result,), (Tensor(base, y.shape),), gradient="same")
+        yield Op(f"{n}.unbias", (result,), (Tensor(base, y.shape),), bias, gradient="same")
     yield Op(f"{n}.minus_one", (f"{p}.scale",), (Tensor(f"{p}.less", out),), gradient="same")
     for a, b, made in ((f"{p}.less", base, f"{p}.base_part"), (f"{p}.scale", f"{p}.b", f"{p}.lora_part")):
         yield Op(
@@ -208,7 +215,7 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
     yield ops.scale(f"{n}.scaling", f"{p}.lora_part", f"{p}.lora_scaled", y.shape)
     yield ops.add(f"{n}.sum", f"{p}.base_part", f"{p}.lora_scaled", f"{p}.delta", y.shape)
     yield ops.leave(*(f"{p}.{t}" for t in ("product", "w", "norm", "scale", "b")), base)
-    yield ops.leave(f"{p}.eye", f"{p}.eye_a")._replace(recorded=True)  # by the graph of the product
+    yield ops.leave(f"{p}.eye_in", f"{p}.eye_a")._replace(recorded=True)  # by the graph of the product
 
 
 class Recipe(NamedTuple):

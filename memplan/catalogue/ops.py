@@ -178,7 +178,7 @@ def layer_norm(
     return Op(
         name,
         (x,),
-        (Tensor(y, shape), mean, rstd),
+        (Tensor(y, shape, f"={x}"), mean, rstd),
         weights,
         (
             *(Keep(what, x) for what in (*kept, *(w.name for w in weights))),

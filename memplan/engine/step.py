@@ -61,6 +61,18 @@ def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth
     return out
 
 
+def read_dtype(stack: Stack, writes: str, autocast: str | None, depth: Mapping[str, int]) -> str | None:
+    """The dtype of what the kernel reads first that writes a tensor of that ending, in the deepest block that has it."""
+    scope = Scope()
+    scope.resolve(stack.before, autocast)
+    found: str | None = None
+    for c in _copies(stack, Scope(scope, {"x": scope["embeds"]._replace(name="x")}), False, autocast, depth):
+        for block, inner in zip(c.blocks, c.scopes, strict=True):
+            reads = [op.reads[0] for op in block.ops if any(t.name.endswith(writes) for t in op.writes)]
+            found = inner[reads[0]].dtype if reads else found
+    return found
+
+
 def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:
     """What `after` reads of a block's own, besides `y`: returned with it, and held until the next block has returned.
 
@@ -118,7 +130,8 @@ def lower(
     handed = {name: last[name]._replace(name=name) for name in returned}
     tail_scope = Scope(scope, {"x": last["y"]._replace(name="x"), **handed})
     after, loss = tail_scope.resolve(stack.after, autocast), tail_scope.resolve(stack.loss, autocast)
-    uses = Counter(w.name for op in (*before, *after, *loss) for w in op.weights if w.trains)
+    operations = [op for op in (*before, *after, *loss) if op.gradient != "none"]
+    uses = Counter(w.name for op in operations for w in op.weights if w.trains)
     tape.uses = {name: n for name, n in uses.items() if n > 1}
     reads_after = {r for op in (*after, *loss) for r in op.reads}
     read = reads_after.union(r for c in copies for b in c.blocks for op in b.ops for r in op.reads)
