@@ -54,13 +54,20 @@ def cuda_context(capability: tuple[int, int] | None) -> Overhead:
     name = "CUDA context and loaded kernels"
     match capability:
         case (7, 5):
-            source = "T4, torch 2.10+cu128: 140.9 MiB by mem_get_info in 43 published runs"
+            source = (
+                "T4, torch 2.10+cu128: 140.9 MiB by mem_get_info in 43 published runs (fitcheck); "
+                "the high end, for kernels loaded later, is assumed"
+            )
             return Overhead(name, 141 * MIB, 141 * MIB, 300 * MIB, "measured", source)
         case (7, 0):
-            source = "V100: 1.3 GiB in published runs"
-            return Overhead(name, 450 * MIB, 900 * MIB, 1331 * MIB, "measured", source)
+            source = "V100: 1.3 GiB published, with all kernels loaded at once; the rest of the range is assumed"
+            return Overhead(name, 450 * MIB, 900 * MIB, 1331 * MIB, "assumed", source)
         case (8, 0):
-            source = "A100: 0.47 to 0.92 GiB in published runs"
+            source = (
+                "A100: 0.47 GiB with kernels loaded when needed, 0.9 GiB with all (ml-engineering, torch 2.1, 1.13); "
+                "NVML beyond reserved 1,403 to 1,428 MiB in 43 runs (optimum-benchmark, torch 2.1), 768 to 870 of them "
+                "the driver's own; at most 940 MiB beyond allocated on a full card (fms-acceleration, torch 2.4)"
+            )
             return Overhead(name, 481 * MIB, 600 * MIB, 942 * MIB, "measured", source)
         case _:
             source = "no published reading for this architecture: the range seen on T4 and A100"
