@@ -84,11 +84,10 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     steps = (1, 2) if p.states or p.optimizer.first != p.optimizer.later else (None,)
     for step in steps:
         states = p.states if step == 2 else 0
-        for (micro, extra, index), phase in zip(found, PHASES, strict=True):
+        for (micro, moving, index), phase in zip(found, PHASES, strict=True):
             second = workspace if phase == "backward" or step == 2 else 0
-            if phase == "backward":
-                extra += p.optimizer.backward
-            phases.append(Phase(phase, step, fixed + second + states + extra, p.where[micro][index]))
+            updating = p.optimizer.backward if phase == "backward" else 0
+            phases.append(Phase(phase, step, fixed + second + states + moving + updating, p.where[micro][index]))
             moments.append((micro, index))
         scratch = p.optimizer.first if step == 1 else p.optimizer.later
         stepping, clipped = updates + p.states + scratch, updates + states + p.clipping

@@ -39,8 +39,8 @@ class Weight(NamedTuple):
     attention mlp norm lm_head adapter`, or `buffer` for a constant the model holds. `dtype` is empty until a precision
     is chosen. A quantised weight is stored as the tensors in `stored` instead. `matrix` marks the 2-D weight of a
     linear layer, which adapters and quantisation may take; `rows` says how many leading axes of a 2-D weight's shape
-    are its first dimension. `viewed`: a layer of the model's own class reads a view of it, so that autocast does not keep
-    its cast and bitsandbytes does not take it.
+    are its first dimension. `viewed`: a layer of the model's own class reads a view of it, so that autocast does not
+    keep its cast and bitsandbytes does not take it.
     """
 
     name: str

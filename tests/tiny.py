@@ -1,4 +1,4 @@
-"""Small configs of every model_type that transformers can build: odd sizes, three layers, grouped heads where allowed."""
+"""Small configs of every model_type that transformers can build: odd sizes, three layers, grouped heads if allowed."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT, "rotary_dim": 8},
     "granite": _base(),
     "hunyuan_v1_dense": _base(**_HEADS),
+    "internlm3": _base(**_HEADS),
     "llama": _base(),
     "ministral3": _base(**_HEADS),
     "mistral": _base(sliding_window=None),

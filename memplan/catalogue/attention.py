@@ -40,10 +40,10 @@ def attention(
     masked = wiring.has_mask(sliding)
     match wiring.masked if masked else wiring.backend:
         case "flash" | "flash_2" as backend:
-            views = (ops.view(f"{name}.v_heads", v, "v.heads", "b s k d"),)
+            heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
             if backend == "flash_2" and wiring.target:
-                return (*views, *_flash_2(name, q, k, y, wiring.target))
-            return (*views, flash(name, q, k, "v.heads", y, grouped and backend == "flash"), ops.leave("v.heads"))
+                return (heads, *_flash_2(name, q, k, "v.heads", y, wiring.target))
+            return (heads, flash(name, q, k, "v.heads", y, grouped and backend == "flash"), ops.leave("v.heads"))
         case "efficient":
             return _efficient(name, q, k, v, y, grouped, mask if masked else "")
         case "math":
@@ -80,14 +80,12 @@ def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
     )
 
 
-def _flash_2(name: str, q: str, k: str, y: str, target: str) -> tuple[Op, ...]:
+def _flash_2(name: str, q: str, k: str, v: str, y: str, target: str) -> tuple[Op, ...]:
     """fp32 heads are cast to half precision first; the call holds both."""
-    heads = {q: "b s a d", k: "b s k d", "v.heads": "b s k d"}
-    return (
-        *(ops.cast(f"{name}.cast_{x}", x, f"{x}.target", shape, target) for x, shape in heads.items()),
-        flash(name, *(f"{x}.target" for x in heads), y, False),
-        ops.leave(*heads, *(f"{x}.target" for x in heads)),
-    )
+    shapes = {q: "b s a d", k: "b s k d", v: "b s k d"}
+    casts = tuple(ops.cast(f"{name}.cast_{x}", x, f"{x}.target", shape, target) for x, shape in shapes.items())
+    kernel = flash(name, f"{q}.target", f"{k}.target", f"{v}.target", y, False)
+    return (*casts, kernel, ops.leave(q, k, v, f"{q}.target", f"{k}.target", f"{v}.target"))
 
 
 def _repeated(name: str, k: str, v: str, grouped: bool) -> tuple[Op, ...]:

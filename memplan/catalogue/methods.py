@@ -347,7 +347,10 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[s
 
 
 def quantisable(w: Weight, skip: tuple[str, ...] = ()) -> bool:
-    """Whether bitsandbytes takes it: the matrix of a plain linear layer. Source: transformers 5.24 replace_with_bnb_linear."""
+    """Whether bitsandbytes takes it: the matrix of a plain linear layer.
+
+    Source: transformers 5.24 integrations/bitsandbytes.py replace_with_bnb_linear.
+    """
     return w.matrix and not w.viewed and w.name.rpartition(".")[0].rpartition(".")[2] not in skip
 
 

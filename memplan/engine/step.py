@@ -22,8 +22,13 @@ class Copies(NamedTuple):
 
 
 class Lowered(NamedTuple):
-    """A forward and backward pass as moments. Their counts index `sizes`: (shape, dtype), and if labelled kind, where
-    and name. `kept` is what is alive when forward is done, `left` when backward is. `runs` has the axis that counts a run's copies and how many were split off or run already."""
+    """A forward and backward pass as moments.
+
+    moments   their counts index `sizes`
+    kept      what is alive when forward is done; `left`, when backward is
+    sizes     shape and dtype of a storage; if labelled, also its kind, block, operation, name and source
+    runs      the axis that counts a run's copies, and how many of them were split off or run already
+    """
 
     moments: tuple[Moment, ...]
     kept: Moment
@@ -62,7 +67,7 @@ def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth
 
 
 def read_dtype(stack: Stack, writes: str, autocast: str | None, depth: Mapping[str, int]) -> str | None:
-    """The dtype of what the kernel reads first that writes a tensor of that ending, in the deepest block that has it."""
+    """The dtype of the first read of the operation that writes a tensor named `...writes`, in the last block with one."""
     scope = Scope()
     scope.resolve(stack.before, autocast)
     found: str | None = None
