@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,13 @@ def _path(model: str) -> Path | None:
     """The path a name may be; None where no file system takes it."""
     try:
         path = Path(model).expanduser()
+    except RuntimeError:  # no such home
+        return None
+    try:
         path.stat()
     except FileNotFoundError:
-        return path
-    except (OSError, RuntimeError, ValueError):  # too long, no such home, a NUL
+        pass
+    except (OSError, ValueError):  # too long, a NUL
         return None
     return path
 
@@ -113,7 +116,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"model: no file {path}", "model") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})", "model") from None
-    return parse_config(text, str(path))
+    return _parse(text, str(path), float)  # NaN and Infinity stand in published configs, as Python writes them
 
 
 def parse_config(text: str, where: str) -> Mapping[str, Any]:
@@ -122,8 +125,12 @@ def parse_config(text: str, where: str) -> Mapping[str, Any]:
     def refuse(constant: str) -> None:
         raise ConfigError(f"{where}: {constant} is not a number JSON knows", "model")
 
+    return _parse(text, where, refuse)
+
+
+def _parse(text: str, where: str, constant: Callable[[str], object]) -> Mapping[str, Any]:
     try:
-        config = json.loads(text, parse_constant=refuse)
+        config = json.loads(text, parse_constant=constant)
     except MemplanError:
         raise
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ A run is a short pattern of layers and how often it repeats; how often is an axi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ from memplan.errors import ConfigError, UnsupportedModelError
 K = TypeVar("K", bound=Hashable)
 
 _LONGEST = 16  # no pattern of layers in use is longer
+_WIDEST = 2**21  # a larger width is a mistake
 
 
 class Layer(NamedTuple):
@@ -30,6 +32,11 @@ class Repeated(NamedTuple):
     pattern: tuple[Layer, ...]
     times: str
     number: int
+
+
+def as_json(value: object) -> str:
+    """What a config has where it is wrong, as it stands there; the beginning where it is long."""
+    return json.dumps(value, default=repr)[:60]
 
 
 def runs_of(layers: Sequence[Layer]) -> tuple[Repeated, ...]:
@@ -115,7 +122,7 @@ def _pattern(config: Mapping[str, Any], model_type: str, count: int) -> list[boo
         return [(i + 1) % period != 0 for i in range(count)]
     if not letters or not set(letters) <= {"L", "G"}:
         raise ConfigError(
-            f"config: sliding_window_pattern must be a number or letters L and G, not {letters!r:.40}",
+            f"config: sliding_window_pattern must be a number or letters L and G, not {as_json(letters)}",
             "sliding_window_pattern",
         )
     return [letters[i % len(letters)] == "L" and i < count - 1 for i in range(count)]
@@ -124,7 +131,11 @@ def _pattern(config: Mapping[str, Any], model_type: str, count: int) -> list[boo
 def _sliding(config: Mapping[str, Any], default: list[bool]) -> list[bool]:
     if config.get("layer_types") is None:
         return default
-    return [kind == "sliding_attention" for kind in _list(config, "layer_types", len(default))]
+    kinds = _list(config, "layer_types", len(default))
+    unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
+    if unknown is not None:
+        raise UnsupportedModelError(f"layer_types: {as_json(unknown)} is not supported yet", "layer_types")
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
@@ -132,7 +143,7 @@ def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"config: {key} must be a whole number, not {value!r:.40}", key)
+        raise ConfigError(f"config: {key} must be a whole number, not {as_json(value)}", key)
     return value
 
 
@@ -152,13 +163,15 @@ def _searched(block: Any, a: int, h: int) -> Layer:
         attention, ffn = block["attention"], block["ffn"]
         if attention.get("replace_with_linear") or ffn.get("replace_with_linear"):
             raise UnsupportedModelError("block_configs: replace_with_linear is not supported", "block_configs")
-        k = 0 if attention.get("no_op") else a // int(attention["n_heads_in_group"])
-        if ffn.get("no_op"):
-            f = 0
-        elif ffn.get("intermediate_size"):
-            f = int(ffn["intermediate_size"])
-        else:
-            f = -(-int(2 * float(ffn["ffn_mult"]) * h / 3) // 256) * 256
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"config: block_configs: no block of a model: {block!s:.60}", "block_configs") from error
-    return Layer(False, True, k, f)
+        k = f = 0
+        if not attention.get("no_op"):
+            k, rest = divmod(a, attention["n_heads_in_group"])
+            if rest or not 1 <= k <= a:
+                raise ValueError("groups do not divide the heads")
+        if not ffn.get("no_op"):
+            f = int(ffn.get("intermediate_size") or -(-int(2 * float(ffn["ffn_mult"]) * h / 3) // 256) * 256)
+            if not 1 <= f <= _WIDEST:
+                raise ValueError("no width")
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"config: block_configs: no block of a model: {as_json(block)}", "block_configs") from error
+    return Layer(False, True, int(k), f)

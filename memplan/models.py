@@ -7,60 +7,167 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from memplan.errors import ConfigError, UnknownNameError, UnsupportedModelError
-from memplan.layers import Repeated, layers_of, runs_of
+from memplan.layers import Repeated, as_json, layers_of, runs_of
 from memplan.spec import FrozenDict, frozen
 
-# Standard name -> what configs call it, in the order looked up.
+# Standard name -> what a config calls it, in the order looked up.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "hidden_size": ("hidden_size", "n_embd", "d_model", "n_embed"),
-    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
-    "intermediate_size": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner"),
-    "vocab_size": ("padded_vocab_size", "vocab_size"),
-    "head_dim": ("head_dim", "kv_channels"),
-    "max_position_embeddings": (
+    name: (name,)
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "head_dim",
         "max_position_embeddings",
-        "n_positions",
-        "max_seq_len",
-        "seq_length",
-        "model_max_length",
-    ),
-    "hidden_act": ("hidden_activation", "hidden_act", "activation_function", "activation"),
+        "hidden_act",
+    )
 }
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+# The same where a family's config class has other names (its attribute_map and what it takes from older configs); ()
+# where it has none, so that a key of another family means nothing. Read where MODEL_TYPES is from.
+_EQUAL_HEADS: dict[str, tuple[str, ...]] = {"num_key_value_heads": (), "head_dim": ()}
+_GPT: dict[str, tuple[str, ...]] = {
+    **_EQUAL_HEADS,
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "intermediate_size": ("n_inner",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+    "hidden_act": ("activation_function",),
+}
+_OWN_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "baichuan": {**_EQUAL_HEADS, "max_position_embeddings": ("max_position_embeddings", "model_max_length")},
+    "bloom": {
+        **_EQUAL_HEADS,
+        "hidden_size": ("n_embed", "hidden_size"),
+        "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+        "num_attention_heads": ("num_attention_heads", "n_head"),
+        "intermediate_size": (),
+        "max_position_embeddings": ("seq_length",),
+        "hidden_act": (),
+    },
+    "chatglm": {
+        "num_hidden_layers": ("num_hidden_layers", "num_layers"),
+        "num_key_value_heads": ("multi_query_group_num",),
+        "intermediate_size": ("ffn_hidden_size",),
+        "vocab_size": ("padded_vocab_size",),
+        "head_dim": ("kv_channels",),
+        "max_position_embeddings": ("seq_length",),
+    },
+    "exaone": {
+        "num_hidden_layers": ("num_layers", "num_hidden_layers"),
+        "hidden_act": ("activation_function", "hidden_act"),
+    },
+    "falcon": {
+        "hidden_size": ("n_embed", "hidden_size"),
+        "num_key_value_heads": ("num_kv_heads",),
+        "intermediate_size": ("ffn_hidden_size",),
+        "head_dim": (),
+        "hidden_act": ("activation",),
+    },
+    "gemma2": {"hidden_act": ("hidden_activation",)},
+    "gemma3_text": {"hidden_act": ("hidden_activation",)},
+    "gpt2": _GPT,
+    "gpt_bigcode": _GPT,
+    "gpt_neo": {
+        **_EQUAL_HEADS,
+        "num_hidden_layers": ("num_hidden_layers", "num_layers"),
+        "num_attention_heads": ("num_attention_heads", "num_heads"),
+        "hidden_act": ("activation_function",),
+    },
+    "gpt_neox": _EQUAL_HEADS,
+    "gptj": _GPT,
+    "internlm2": {"head_dim": ()},
+    "minicpm": {"head_dim": ()},
+    "mpt": {
+        **_EQUAL_HEADS,
+        "hidden_size": ("hidden_size", "d_model"),
+        "num_hidden_layers": ("num_hidden_layers", "n_layers"),
+        "num_attention_heads": ("num_attention_heads", "n_heads"),
+        "intermediate_size": (),
+        "max_position_embeddings": ("max_seq_len",),
+        "hidden_act": (),
+    },
+    "nemotron-nas": {"num_key_value_heads": (), "intermediate_size": ()},
+    "opt": {**_EQUAL_HEADS, "intermediate_size": ("ffn_dim",), "hidden_act": ("activation_function",)},
+    "qwen": {  # its first configs were written like GPT-2's
+        "hidden_size": ("hidden_size", "n_embd"),
+        "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+        "num_attention_heads": ("num_attention_heads", "n_head"),
+        "num_key_value_heads": (),
+        "intermediate_size": ("intermediate_size", "ffn_hidden_size"),
+        "head_dim": ("kv_channels",),
+        "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+    },
+    "stablelm": {"head_dim": ()},
+}
 
 # The largest value taken for a size: beyond any model that exists, and small enough to be a mistake above it.
 _LIMITS = {"num_hidden_layers": 10_000, "vocab_size": 2**27, "max_position_embeddings": 2**40}
 _LIMIT = 2**21
+_LONGEST = 80  # letters of a name that an error repeats
 
 _DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "n_positions": 1024}
+_LLAMA = {"intermediate_size": 11008}
+_QWEN2 = {"num_key_value_heads": 32, "intermediate_size": 22016}
+_GLM = {
+    "head_dim": 128,
+    "num_key_value_heads": 2,
+    "intermediate_size": 13696,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
 
-# What a model's config class fills in where the config is silent, by model_type: only what memory depends on.
+# What a model's config class fills in where the config is silent, by model_type: only what memory depends on, and not
+# the sizes that no two models share. A window or a share of rotated dimensions counts where it stands here only.
 # Source: transformers 5.24 configuration classes; where it has none, the code published with the model's card.
 MODEL_TYPES: dict[str, dict[str, Any]] = {
-    "baichuan": {},
+    "baichuan": _LLAMA,
     "bloom": {"tie_word_embeddings": True},
-    "chatglm": {"partial_rotary_factor": 0.5, "add_qkv_bias": True},
-    "cohere": {"tie_word_embeddings": True},
-    "cohere2": {"tie_word_embeddings": True, "sliding_window": 4096},
-    "ernie4_5": {"tie_word_embeddings": True, "head_dim": 128},
-    "exaone4": {"sliding_window": 4096},
+    "chatglm": {
+        "partial_rotary_factor": 0.5,
+        "multi_query_group_num": 1,
+        "ffn_hidden_size": 13696,
+        "kv_channels": 128,
+        "seq_length": 2048,
+    },
+    "cohere": {"tie_word_embeddings": True, "intermediate_size": 22528},
+    "cohere2": {"tie_word_embeddings": True, "intermediate_size": 22528, "sliding_window": 4096},
+    "ernie4_5": {
+        "tie_word_embeddings": True,
+        "head_dim": 128,
+        "num_key_value_heads": 2,
+        "intermediate_size": 3072,
+    },
+    "exaone": {"num_key_value_heads": 8, "intermediate_size": 14336},
+    "exaone4": {"num_key_value_heads": 32, "intermediate_size": 16384, "sliding_window": 4096},
     "falcon": {"tie_word_embeddings": True, "multi_query": True, "parallel_attn": True, "activation": "gelu"},
-    "gemma": {"tie_word_embeddings": True, "head_dim": 256},
+    "gemma": {"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16, "intermediate_size": 24576},
     "gemma2": {
         "tie_word_embeddings": True,
         "head_dim": 256,
+        "num_key_value_heads": 4,
+        "intermediate_size": 9216,
         "sliding_window": 4096,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
-    "glm": {"head_dim": 128, "num_key_value_heads": 2, "attention_bias": True, "partial_rotary_factor": 0.5},
-    "glm4": {"head_dim": 128, "num_key_value_heads": 2, "attention_bias": True, "partial_rotary_factor": 0.5},
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "num_key_value_heads": 4,
+        "intermediate_size": 9216,
+        "sliding_window": 4096,
+    },
+    "glm": _GLM,
+    "glm4": _GLM,
     "gpt2": {"tie_word_embeddings": True, "activation_function": "gelu_new", **_DROPOUT},
     "gpt_bigcode": {
         "tie_word_embeddings": True,
@@ -71,47 +178,67 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"tie_word_embeddings": True, "activation_function": "gelu_new", "max_position_embeddings": 2048},
     "gpt_neox": {
         "rotary_pct": 0.25,
+        "intermediate_size": 24576,
         "attention_bias": True,
         "use_parallel_residual": True,
         "hidden_act": "gelu",
     },
     "gptj": {"rotary_dim": 64, "activation_function": "gelu_new", "n_positions": 2048},
-    "granite": {},
-    "hunyuan_v1_dense": {},
-    "internlm2": {},
-    "internlm3": {"num_key_value_heads": 2, "head_dim": 128},
-    "llama": {},
-    "mimo": {},
-    "minicpm": {"tie_word_embeddings": True},
-    "ministral3": {"num_key_value_heads": 8, "head_dim": 128},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "granite": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "internlm2": _LLAMA,
+    "internlm3": {"num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 10240},
+    "llama": _LLAMA,
+    "mimo": _QWEN2,
+    "minicpm": {"tie_word_embeddings": True, **_LLAMA},
+    "ministral3": {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14336, "sliding_window": None},
+    "mistral": {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
     "mpt": {"tie_word_embeddings": True, "max_seq_len": 2048},
-    "nemotron": {"partial_rotary_factor": 0.5, "hidden_act": "relu2"},
+    "nemotron": {"partial_rotary_factor": 0.5, "intermediate_size": 24576, "hidden_act": "relu2"},
     "nemotron-nas": {},
-    "olmo": {},
-    "olmo2": {},
-    "olmo3": {"sliding_window": 4096},
+    "olmo": _LLAMA,
+    "olmo2": _LLAMA,
+    "olmo3": {**_LLAMA, "sliding_window": 4096},
     "opt": {
         "tie_word_embeddings": True,
         "dropout": 0.1,
         "do_layer_norm_before": True,
         "activation_function": "relu",
+        "ffn_dim": 3072,
         "max_position_embeddings": 2048,
     },
-    "phi": {"partial_rotary_factor": 0.5, "hidden_act": "gelu_new"},
-    "phi3": {},
-    "qwen": {},
-    "qwen2": {"use_sliding_window": False, "sliding_window": 4096},
-    "qwen3": {"head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
-    "smollm3": {"tie_word_embeddings": True, "no_rope_layer_interval": 4, "use_sliding_window": False},
-    "stablelm": {"partial_rotary_factor": 0.25},
+    "phi": {"partial_rotary_factor": 0.5, "intermediate_size": 8192, "hidden_act": "gelu_new"},
+    "phi3": {"partial_rotary_factor": 1.0, "intermediate_size": 8192, "sliding_window": None},
+    "qwen": {"rotary_pct": 1.0, "intermediate_size": 22016, "kv_channels": 128},
+    "qwen2": {**_QWEN2, "use_sliding_window": False, "sliding_window": 4096},
+    "qwen3": {**_QWEN2, "head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
+    "smollm3": {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "intermediate_size": 11008,
+        "no_rope_layer_interval": 4,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "stablelm": {"partial_rotary_factor": 0.25, "num_key_value_heads": 32, "intermediate_size": 6912},
     "starcoder2": {
         "tie_word_embeddings": True,
         "num_key_value_heads": 2,
+        "intermediate_size": 12288,
+        "sliding_window": None,
         "use_bias": True,
         "hidden_act": "gelu_pytorch_tanh",
     },
 }
+
+# Families that transformers builds with another's classes: the config differs, the model does not.
+BUILT_AS = {"exaone": "llama"}
+
+# Families whose class has no such key; with it, the others add biases to the MLP's linears.
+_NO_MLP_BIAS = frozenset(("hunyuan_v1_dense", "mimo", "ministral3", "mistral", "qwen2", "qwen3"))
+
+# Older names of keys that are no sizes.
+_RENAMED = {"internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"}}
 
 _LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "gpt_neo", "opt"))
 _POSITION_TABLES = _LEARNED_POSITIONS | {"gptj"}  # models that hold a row a position, and so must know how many
@@ -130,17 +257,24 @@ class ModelSpec:
         """
         self.name = name
         self.card: Mapping[str, Any] = frozen(published or {})
-        self.model_type = _model_type(config)
-        self.config: FrozenDict = frozen({**MODEL_TYPES[self.model_type], **config})
+        family = _family(config)
+        self.model_type = BUILT_AS.get(family, family)
+        self._defaults = MODEL_TYPES[family]
+        self._names = {**_NAMES, **_OWN_NAMES.get(family, {})}
+        renamed = {new: config[old] for old, new in _RENAMED.get(family, {}).items() if old in config}
+        unread = {"mlp_bias": False} if family in _NO_MLP_BIAS else {}
+        self.config: FrozenDict = frozen({**self._defaults, **config, **renamed, **unread})
+        self._given = frozenset(config)
         sizes = {name: self._size(name) for name in _NAMES if name != "hidden_act"}
         tables = ("max_position_embeddings",) if self.model_type in _POSITION_TABLES else ()
-        for required in (*_REQUIRED, *tables):
+        ffn = ("intermediate_size",) if any(name in self._defaults for name in self._names["intermediate_size"]) else ()
+        for required in (*_REQUIRED, *tables, *ffn):
             if sizes[required] is None:
-                raise ConfigError(f"config: no {' or '.join(_NAMES[required])}", required)
+                raise ConfigError(f"config: no {' or '.join(self._names[required])}", required)
         self.hidden_size = sizes["hidden_size"] or 0
         self.num_hidden_layers = sizes["num_hidden_layers"] or 0
         self.num_attention_heads = sizes["num_attention_heads"] or 0
-        self.num_key_value_heads = 1 if self.multi_query else sizes["num_key_value_heads"] or self.num_attention_heads
+        self.num_key_value_heads = self._key_value_heads(sizes["num_key_value_heads"])
         self.vocab_size = sizes["vocab_size"] or 0
         self.intermediate_size = sizes["intermediate_size"] or 4 * self.hidden_size
         self.max_position_embeddings = sizes["max_position_embeddings"]
@@ -179,28 +313,39 @@ class ModelSpec:
             return default
         if isinstance(default, bool):
             if not isinstance(value, bool):
-                raise ConfigError(f"config: {key} must be true or false, not {value!r:.40}", key)
+                raise ConfigError(f"config: {key} must be true or false, not {as_json(value)}", key)
         elif isinstance(default, (int, float)) and (
             isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LIMIT
         ):
-            raise ConfigError(f"config: {key} must be a number from 0 to {_LIMIT:,}, not {value!r:.40}", key)
+            raise ConfigError(f"config: {key} must be a number from 0 to {_LIMIT:,}, not {as_json(value)}", key)
         return value
 
-    @property
-    def multi_query(self) -> bool:
-        """Whether all query heads share one key/value head, whatever number the config has."""
-        old = not self.get("new_decoder_architecture", False)
-        return self.model_type in ("falcon", "gpt_bigcode") and bool(self.get("multi_query", False)) and old
+    def _key_value_heads(self, stated: int | None) -> int:
+        """How many heads of keys and values there are, `stated` being the number the config has."""
+        a = self.num_attention_heads
+        match self.model_type:
+            case "gpt_bigcode":
+                return 1 if self.get("multi_query", False) else a
+            case "falcon" if not self.get("new_decoder_architecture", False):
+                return 1 if self.get("multi_query", False) else a
+            case "chatglm" if not self.get("multi_query_attention", False):
+                return a
+            case _:
+                return stated or a
 
     @cached_property
     def hidden_act(self) -> str:
-        return next((str(self.config[n]) for n in _NAMES["hidden_act"] if self.config.get(n)), "silu")
+        key = self._key("hidden_act")
+        return str(self.config[key]) if key is not None else "silu"
 
     @cached_property
     def sliding_window(self) -> int | None:
         """The attention window, where the model uses one."""
+        if "sliding_window" not in self._defaults:
+            return None
         window = self._whole("sliding_window", _LIMITS["max_position_embeddings"])
-        return window if self.get("use_sliding_window", True) else None
+        used = "use_sliding_window" not in self._defaults or self.get("use_sliding_window", False)
+        return window if used else None
 
     @property
     def learned_positions(self) -> bool:
@@ -210,16 +355,21 @@ class ModelSpec:
     @cached_property
     def rotary_width(self) -> int:
         """How many of a head's dimensions are rotated."""
-        share = self.get("partial_rotary_factor", self.get("rotary_pct", 1.0))
-        parameters: Any = self.get("rope_parameters", {})
-        if isinstance(parameters, Mapping):
-            share = parameters.get("partial_rotary_factor", share)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        if "rotary_dim" in self._defaults:
+            width = self._whole("rotary_dim", _LIMIT) or self.head_dim
+            if width > self.head_dim:
+                raise ConfigError(f"config: rotary_dim {width} is more than a head's {self.head_dim}", "rotary_dim")
+            return width
+        key = next((key for key in ("partial_rotary_factor", "rotary_pct") if key in self._defaults), None)
+        if key is None:
+            return self.head_dim
+        share: Any = self.get(key, self._defaults[key])
+        scaling: Any = self.config.get("rope_scaling") or self.config.get("rope_parameters")
+        if isinstance(scaling, Mapping):
+            share = scaling.get("partial_rotary_factor", share)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ConfigError(
-                f"config: partial_rotary_factor must be above 0 and at most 1, not {share!r:.40}",
-                "partial_rotary_factor",
-            )
-        return int(self.get("rotary_dim", int(self.head_dim * share)))
+            raise ConfigError(f"config: {key} must be above 0 and at most 1, not {as_json(cast(Any, share))}", key)
+        return int(self.head_dim * share)
 
     @cached_property
     def runs(self) -> tuple[Repeated, ...]:
@@ -256,8 +406,14 @@ class ModelSpec:
             "p32": -(-p // 32) * 32,
         }
 
+    def _key(self, name: str) -> str | None:
+        """The key of the config that has the standard `name`: one that was given, else one that was filled in."""
+        names = [n for n in self._names[name] if n in self.config]
+        given = [n for n in names if n in self._given]
+        return next((n for n in given if self.config[n] is not None), next(iter(given or names), None))
+
     def _size(self, name: str) -> int | None:
-        key = next((n for n in _NAMES[name] if self.config.get(n) is not None), None)
+        key = self._key(name)
         return self._whole(key, _LIMITS.get(name, _LIMIT)) if key is not None else None
 
     def _whole(self, key: str, limit: int) -> int | None:
@@ -265,7 +421,7 @@ class ModelSpec:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            raise ConfigError(f"config: {key} must be a whole number from 1 to {limit:,}, not {value!r:.40}", key)
+            raise ConfigError(f"config: {key} must be a whole number from 1 to {limit:,}, not {as_json(value)}", key)
         return value
 
     def __eq__(self, other: object) -> bool:
@@ -282,7 +438,7 @@ class ModelSpec:
         return f"ModelSpec({self.name or self.model_type!r}, {self.num_hidden_layers} layers)"
 
 
-# Families memplan has no stack for yet, by a key of their config that says so.
+# What a key of a config says of a model that memplan has no stack for yet, or that is no text decoder.
 _KINDS = {
     "num_experts": "mixture of experts",
     "num_local_experts": "mixture of experts",
@@ -290,28 +446,68 @@ _KINDS = {
     "moe_num_experts": "mixture of experts",
     "kv_lora_rank": "multi-head latent attention",
     "vision_config": "vision-language",
+    "visual": "vision-language",
+    "mm_vision_tower": "vision-language",
+    "audio_config": "audio-language",
+    "audio": "audio-language",
     "ssm_cfg": "state space",
     "state_size": "state space",
     "mamba_d_state": "state space hybrid",
     "linear_num_key_heads": "linear attention hybrid",
+    "hidden_size_per_layer_input": "embeddings in every layer",
+    "position_encoding_2d": "the first ChatGLM",
+    "use_bidirectional_attention": "encoder",
+    "is_encoder_decoder": "encoder-decoder",
+    "add_cross_attention": "encoder-decoder",
+}
+# The same by what a model_type contains, where no key says so.
+_KINDS_BY_NAME = {
+    "bert": "encoder",
+    "electra": "encoder",
+    "t5": "encoder-decoder",
+    "vit": "vision encoder",
+    "dbrx": "mixture of experts",
+    "moe": "mixture of experts",
+    "rwkv": "recurrent",
+    "recurrent": "recurrent",
 }
 
+# Models with the decoder of a supported family and a head of their own, by what their class is called.
+_OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Reward")
 
-def _model_type(config: Mapping[str, Any]) -> str:
+
+def _family(config: Mapping[str, Any]) -> str:
+    """The config's model_type, if memplan has a stack for it."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError("config: no model_type, so not a Hugging Face model config", "model_type")
-    kind = next((kind for key, kind in _KINDS.items() if config.get(key)), None)
-    if model_type in MODEL_TYPES and kind is None:
-        return model_type
-    if kind is not None or _encoder(config):
+    shown = repr(model_type) if len(model_type) <= _LONGEST else f"{model_type[:_LONGEST]!r}..."
+    kinds = dict.fromkeys(kind for key, kind in _KINDS.items() if _says(config, key))
+    if not kinds and config.get("text_config"):
+        kinds = {"multimodal": None}
+    if not kinds and model_type not in MODEL_TYPES:
+        kinds = {kind: None for part, kind in _KINDS_BY_NAME.items() if part in model_type}
+    if kinds:
         raise UnsupportedModelError(
-            f"model_type: {model_type!r} ({kind or 'encoder'}) is not supported yet; supported are dense decoders",
-            model_type,
+            f"model_type: {shown} ({', '.join(kinds)}) is not supported yet; supported are dense decoders",
+            "model_type",
         )
-    error = UnknownNameError("model_type", model_type, MODEL_TYPES)
-    raise UnsupportedModelError(f"{error} (supported are dense decoders)", "model_type")
+    if model_type not in MODEL_TYPES:
+        nearest = " or ".join(UnknownNameError("model_type", model_type, MODEL_TYPES).nearest)
+        raise UnsupportedModelError(f"model_type: {shown} is not supported yet; did you mean {nearest}?", "model_type")
+    for name in _strings(config.get("architectures")):
+        if any(head in name for head in _OTHER_HEADS):
+            raise UnsupportedModelError(
+                f"architectures: {name[:_LONGEST]} has a head of its own; supported are language models",
+                "architectures",
+            )
+    return model_type
 
 
-def _encoder(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("is_encoder_decoder")) or str(config.get("model_type")) in ("bert", "roberta", "t5", "vit")
+def _says(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the config has the key for a reason: one expert is no mixture."""
+    return bool(config.get(key)) and not (key.endswith("experts") and config[key] == 1)
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, (list, tuple)) else ()  # pyright: ignore[reportUnknownVariableType]
