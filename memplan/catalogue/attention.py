@@ -177,7 +177,7 @@ def _eager(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) 
         *(() if grouped else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
         ops.matmul(f"{n}.scores", "q.flat", "k.heads" if grouped else "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
-        ops.leave("scores", "q.flat", "k.flat" if not grouped else "q.flat"),
+        ops.leave("scores"),
         *_masked_softmax(n, "scaled", "probs", mask, q),
         *(() if grouped else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", "b s a d"),)),
         ops.matmul(f"{n}.product", "probs", "v.heads" if grouped else "v.flat", "heads", "b s a d"),

@@ -67,7 +67,7 @@ def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth
 
 
 def read_dtype(stack: Stack, writes: str, autocast: str | None, depth: Mapping[str, int]) -> str | None:
-    """The dtype of the first read of the operation that writes a tensor named `...writes`, in the last block with one."""
+    """The dtype of the first read of the operation that writes a tensor named `...writes`, in the last such block."""
     scope = Scope()
     scope.resolve(stack.before, autocast)
     found: str | None = None
