@@ -230,6 +230,7 @@ def written_out(
         ),
         *ops.softmax(f"{n}.softmax", "masked", "softmax", scores),
         ops.cast(f"{n}.cast", "softmax", "probs.whole", scores, f"={v}"),
+        *((ops.leave("masked"),) if wide and biased is None else ()),  # GPT-J casts in the softmax's own statement
         *dropped(f"{n}.attn_dropout", "probs.whole", "probs", scores, drop),
         ops.copy(f"{n}.v_flat", v, "v.flat", _Q),
         ops.matmul(f"{n}.product", "probs", "v.flat", "heads", _Q),
@@ -309,7 +310,7 @@ def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.cast("transformer.rotary_emb.cast", "sincos32", "sincos", "s rot", "=embeds"),
     )
     last = after(m, wiring, held=("sincos", "tokens" if embedded else "embeds"))
-    head = last[-1] if m.tie_word_embeddings else lm_head("n", bias=True)
+    head = lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else "", bias=True)
     return Stack(before, (Run((block,), "L"),), (*last[:-1], head))
 
 
