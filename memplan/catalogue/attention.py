@@ -248,7 +248,7 @@ def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -
     return (
         *given,
         *inside,
-        ops.leave("second", "q.scaled", "k.all", "v.all", "bias32"),
+        ops.leave("second", "q.scaled", "k.all", "v.all", "bias32", f"{q}.low", k_low, v_low),
         ops.copy(f"{n}.contiguous", "heads", y, heads, gradient="new"),
     )
 
