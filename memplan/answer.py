@@ -6,7 +6,7 @@ import json
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memplan.spec import RunSpec
+from memplan.spec import FrozenDict, RunSpec
 
 if TYPE_CHECKING:
     from memplan.estimator import Walked
@@ -97,6 +97,20 @@ KINDS = ("parameter", "gradient", "optstate", "activation", "temp", "buffer", "o
 class Estimate:
     """One run's answer. Immutable; equal if the run is. The ledger and the timeline are made when asked for."""
 
+    asked: RunSpec
+    parameters: Parameters
+    bytes: Bytes
+    band: Band
+    gpu: Card | None
+    verdict: Verdict
+    peak: Peak
+    phases: tuple[Phase, ...]
+    host_bytes: int
+    unsupported: tuple[str, ...]
+    notes: tuple[str, ...]
+    _decided: Decided
+    _walked: Walked
+
     def __init__(
         self,
         asked: RunSpec,
@@ -112,19 +126,27 @@ class Estimate:
         notes: tuple[str, ...],
         walked: Walked,
     ) -> None:
-        self.asked = asked
-        self._decided = decided
-        self.parameters = parameters
-        self.bytes = bytes
-        self.band = band
-        self.gpu = gpu
-        self.verdict = verdict
-        self.peak = peak
-        self.phases = phases
-        self.host_bytes = host_bytes
-        self.unsupported: tuple[str, ...] = ()
-        self.notes = notes
-        self._walked = walked
+        vars(self).update(
+            asked=asked,
+            parameters=parameters,
+            bytes=bytes,
+            band=band,
+            gpu=gpu,
+            verdict=verdict,
+            peak=peak,
+            phases=phases,
+            host_bytes=host_bytes,
+            unsupported=(),
+            notes=notes,
+            _decided=decided,
+            _walked=walked,
+        )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"an answer cannot be changed: {name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"an answer cannot be changed: {name}")
 
     @cached_property
     def run(self) -> RunSpec:
@@ -152,7 +174,7 @@ class Estimate:
         out: dict[str, int] = dict.fromkeys(KINDS, 0)
         for line in self.ledger:
             out[line.kind] += line.bytes
-        return out
+        return FrozenDict(out)
 
     def model_dump(self) -> dict[str, Any]:
         """The answer as the JSON contract has it."""
@@ -169,7 +191,7 @@ class Estimate:
             "verdict": self.verdict._asdict(),
             "peak": self.peak._asdict(),
             "phases": [p._asdict() for p in self.phases],
-            "categories": self.categories,
+            "categories": dict(self.categories),
             "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
             "host_bytes": self.host_bytes,
             "unsupported": list(self.unsupported),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from memplan.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError
+from memplan.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, printable
 from memplan.models import ModelSpec
 from memplan.spec import InlineModel
 
 _HERE = Path(__file__).resolve().parent
 _MAX_CONFIG_BYTES = 2**24  # a config.json is a few kilobytes; anything far larger is not one
+_LONGEST = 200  # letters of a path that are repeated in the error about it
 
 
 def card_folder() -> Path:
@@ -37,34 +38,33 @@ def find_model(model: str | InlineModel) -> ModelSpec:
     """
     if isinstance(model, InlineModel):
         return _inline(model)
-    path = _path(model) if "/" in model or os.sep in model or model.endswith(".json") else None
-    exists = path is not None and path.exists()
-    card = None if exists else _card_name(model)
+    file = _file(model) if "/" in model or os.sep in model or model.endswith(".json") else None
+    card = None if file is not None else _card_name(model)
     if card is not None:
         return load_card(card)
-    path = path or _path(model)
-    if path is None or not model.strip():
-        raise UnknownNameError("model", model, (*card_names(), *_aliases()))
-    if path.is_dir() or model.endswith(".json") or model.startswith((".", "~", os.sep)):
-        return ModelSpec(_read_json(path / "config.json" if path.is_dir() else path), model)
+    file = file or _file(model)
+    if file is not None:
+        return ModelSpec(_read_json(file), model)
     if "/" in model:
         return ModelSpec(_from_hub_cache(model), model)
     raise UnknownNameError("model", model, (*card_names(), *_aliases()))
 
 
-def _path(model: str) -> Path | None:
-    """The path a name may be; None where no file system takes it."""
+def _file(model: str) -> Path | None:
+    """The config.json that a name means as a path: there, or what is no name of a model. None for other names."""
+    if not model.strip():
+        return None
+    named = model.endswith(".json") or model.startswith((".", "~", os.sep))
     try:
         path = Path(model).expanduser()
-    except RuntimeError:  # no such home
-        return None
-    try:
-        path.stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError):  # too long, a NUL
-        return None
-    return path
+        if path.is_dir():
+            path /= "config.json"
+            return path if named or path.exists() or "/" not in model else None  # an id is a folder's name, too
+        return path if named or path.exists() else None
+    except (OSError, RuntimeError, ValueError) as error:  # a loop, too long, no such home, a NUL
+        if not named:
+            return None
+        raise ConfigError(f"model: {printable(model, _LONGEST)} cannot be read ({_reason(error)})", "model") from None
 
 
 @lru_cache(maxsize=4096)
@@ -108,33 +108,55 @@ def _aliases() -> dict[str, str]:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
+    where = printable(str(path), _LONGEST)
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: larger than {_MAX_CONFIG_BYTES // 2**20} MiB, so no config.json", "model")
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(_MAX_CONFIG_BYTES + 1)  # and no more: a device has no end
+        text = raw.decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"model: no file {path}", "model") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})", "model") from None
-    return _parse(text, str(path), float)  # NaN and Infinity stand in published configs, as Python writes them
+        raise ConfigError(f"model: no file {where}", "model") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+        raise ConfigError(f"model: {where} cannot be read ({_reason(error)})", "model") from None
+    if len(raw) > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"model: {where} is larger than {_MAX_CONFIG_BYTES // 2**20} MiB, so no config.json", "model")
+    return _parse(text, where, parse_constant=float)  # NaN stands in published configs, as Python writes it
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8"
+    return getattr(error, "strerror", None) or str(error).rstrip(".")
 
 
 def parse_config(text: str, where: str) -> Mapping[str, Any]:
-    """The JSON object in `text`. Raises ConfigError where it is none; NaN and Infinity are no JSON."""
+    """The JSON object in `text`. Raises ConfigError where it is none, or has NaN or Infinity or a key twice."""
 
     def refuse(constant: str) -> None:
         raise ConfigError(f"{where}: {constant} is not a number JSON knows", "model")
 
-    return _parse(text, where, refuse)
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ConfigError(f"{where}: the key {key!r:.80} is there twice", "model")
+            found[key] = value
+        return found
+
+    return _parse(text, where, parse_constant=refuse, object_pairs_hook=once)
 
 
-def _parse(text: str, where: str, constant: Callable[[str], object]) -> Mapping[str, Any]:
+def _parse(text: str, where: str, **hooks: Any) -> Mapping[str, Any]:
     try:
-        config = json.loads(text, parse_constant=constant)
+        config: object = json.loads(text, **hooks)
     except MemplanError:
         raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON ({error})", "model") from None
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg}, line {error.lineno}, column {error.colno}" if text.strip() else "it is empty"
+        raise ConfigError(f"{where}: not JSON ({reason})", "model") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not JSON that can be read (it is nested too deeply)", "model") from None
+    except ValueError:
+        raise ConfigError(f"{where}: not JSON that can be read (a number has too many digits)", "model") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{where}: not a JSON object", "model")
     return config  # pyright: ignore[reportUnknownVariableType]
@@ -149,9 +171,12 @@ def _from_hub_cache(hf_id: str) -> Mapping[str, Any]:
     except ValueError:  # no valid id
         found = None
     if not isinstance(found, str):
+        import difflib
+
+        near = difflib.get_close_matches(hf_id.lower()[:_LONGEST], _aliases(), n=1, cutoff=0.8)
         raise FactsMissingError(
-            f"model: no card for {hf_id!r} and no config.json of it in the local Hugging Face cache; "
-            "give the path of a config.json",
+            f"model: no card for '{printable(hf_id, _LONGEST)}' and no config.json of it in the local Hugging Face "
+            f"cache; {f'did you mean {near[0]}, or ' if near else ''}give the path of a config.json",
             "model",
         )
     return _read_json(Path(found))

@@ -12,8 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
 _LONGEST = 80  # letters of a wrong name that are repeated in the error about it
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """`text` with what no terminal should be sent spelled out, and cut where it is longer than `longest`.
+
+    >>> printable("a\\x1b[31mb\\n"), printable("x" * 9, 3)
+    ('a\\\\x1b[31mb\\\\n', 'xxx...')
+    """
+    cut = text if longest is None or len(text) <= longest else f"{text[:longest]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+def nearest(value: str, choices: Iterable[str], most: int = 3) -> list[str]:
+    """The `choices` most like `value`, those that begin with it before others.
+
+    >>> nearest("adamw", ["sgd", "grokadamw", "adamw_torch"], 2)
+    ['adamw_torch', 'grokadamw']
+    """
+    import difflib
+
+    value, known = value.lower()[:_LONGEST], list(dict.fromkeys(choices))
+    longer = [choice for choice in known if value and choice.startswith(value)]
+    near = [n for pool in (longer, known) for n in difflib.get_close_matches(value, pool, n=most, cutoff=0.0)]
+    return list(dict.fromkeys(near))[:most]
 
 
 class MemplanError(Exception):
@@ -30,10 +53,7 @@ class UnknownNameError(MemplanError):
     """`value` is in no table. The nearest of `choices` are named; `ranked` choices are in order of nearness already."""
 
     def __init__(self, field: str, value: str, choices: Iterable[str], *, ranked: bool = False) -> None:
-        import difflib
-
-        choices = list(dict.fromkeys(choices))
-        near = choices[:3] if ranked else difflib.get_close_matches(value.lower(), choices, n=3, cutoff=0.0)
+        near = list(choices)[:3] if ranked else nearest(value, choices)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         shown = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
         super().__init__(f"{field}: unknown name {shown!r}{hint}", field)

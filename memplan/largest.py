@@ -12,7 +12,7 @@ from memplan.answer import Estimate
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
 from memplan.gpus import GPU, all_gpus
-from memplan.spec import Part, RunSpec
+from memplan.spec import Method, Part, RunSpec
 
 FITS = ("fits",)
 MAY_FIT = ("fits", "tight")
@@ -87,7 +87,7 @@ def _changes(run: RunSpec) -> Iterator[tuple[str, RunSpec]]:
             yield f"--optimizer {name}", changed(run, "optimizer", name=name, foreach=None, state_dtype=None)
     kind = {"dora": "qdora", "qdora": None, "qlora": None}.get(run.method.kind, "qlora")
     if kind is not None:
-        method = {**dict(run.method), "kind": kind}
+        method = {**dict(run.method), "kind": kind, "trainable_layers": Method().trainable_layers}
         yield f"--method {kind}", RunSpec.model_validate({**dict(run), "method": method})
 
 

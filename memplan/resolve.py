@@ -1,4 +1,4 @@
-"""What a run leaves open is decided here, and what memplan does not support yet is refused here.
+"""What a run leaves open is decided here, and what its model cannot do is refused here.
 
 A profile (a framework and its version) says what `null` means: `transformers-5` is transformers 5 with peft 0.21,
 bitsandbytes 0.50 and torch 2.13.
@@ -6,9 +6,9 @@ bitsandbytes 0.50 and torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
 from memplan.catalogue.attention import Wiring
@@ -19,10 +19,9 @@ from memplan.gpus import GPU, ambiguous_with, find_gpu
 from memplan.graph import Graph, adaptable, attention_dtype, modules
 from memplan.models import ModelSpec
 from memplan.program import Structure
-from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
+from memplan.refusals import refuse, refuse_parts
+from memplan.spec import Kernels, Loop, Method, Optimizer, Part, Precision, RunSpec
 
-_ONE_GPU = Parallelism()
-PROFILES = ("transformers-5",)
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
 
@@ -43,7 +42,7 @@ class Decided(NamedTuple):
 
 def decide(run: RunSpec) -> Decided:
     """Fill in every null of the run. Raises SpecError, UnknownNameError, ConfigError or FactsMissingError."""
-    _refuse_unsupported(run)
+    refuse(run)
     model = find_model(run.model)
     window = model.sliding_window
     return _decide(
@@ -73,39 +72,6 @@ def check_batch(run: RunSpec, model: ModelSpec) -> str | None:
     return f"sequence {run.batch.sequence} is beyond the {most} positions of the model's config"
 
 
-def _refuse_unsupported(run: RunSpec) -> None:
-    """A field or value of the contract that is not supported yet is an error that says so, never ignored."""
-    if run.profile not in PROFILES:
-        raise UnknownNameError("profile", run.profile, PROFILES)
-    if run.task != "train":
-        raise SpecError(f"task: {run.task!r} is not supported yet; supported: train", "task")
-    if run.parallelism != _ONE_GPU:
-        changed = [f for f in Parallelism.model_fields if getattr(run.parallelism, f) != getattr(_ONE_GPU, f)]
-        raise SpecError(f"parallelism.{changed[0]}: several GPUs and offloading are not supported yet", "parallelism")
-    for field, value, message in _unsupported(run):
-        raise SpecError(f"{field}: {value!r} is not supported yet; {message}", field)
-
-
-def _unsupported(run: RunSpec) -> Iterator[tuple[str, object, str]]:
-    if run.batch.new_tokens:
-        yield "batch.new_tokens", run.batch.new_tokens, "training generates nothing"
-    if run.kernels.checkpointing not in ("none", "full"):
-        yield "kernels.checkpointing", run.kernels.checkpointing, "supported: none, full"
-    if run.kernels.fused:
-        yield "kernels.fused", list(run.kernels.fused), "only the loss can be fused (kernels.loss)"
-    if run.kernels.compile:
-        yield "kernels.compile", True, "supported: false"
-    if run.precision.compute in ("fp8", "float8"):
-        yield "precision.compute", run.precision.compute, "supported: bf16, fp16, fp32"
-    if run.method.options:
-        yield "method.options", dict(run.method.options), "LoRA and DoRA have none that memory depends on"
-    q = run.method.quantization
-    if q is not None and q.format not in ("nf4", "fp4", "int8"):
-        yield "method.quantization.format", q.format, "supported: nf4, fp4, int8"
-    if q is not None and q.storage != "uint8":
-        yield "method.quantization.storage", q.storage, "supported: uint8"
-
-
 @lru_cache(maxsize=4096)
 def _decide(
     model: ModelSpec,
@@ -118,14 +84,16 @@ def _decide(
     accumulates: bool,
     windowed: bool,
 ) -> Decided:
+    refuse_parts(method, precision, optimizer, kernels)
     notes: list[str] = []
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
     if gpu is not None and gpu_name is not None:
         notes += _gpu_notes(gpu, gpu_name)
-    precision, method, optimizer = _precision(precision), _method(method), _optimizer(optimizer)
+    precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
     compute = str(precision.compute)
     if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
+    notes += _checkpoint_notes(model, method, precision)
     recipe, more = _recipe(model, method, precision)
     notes += more
     capability = gpu.compute_capability if gpu else None
@@ -138,7 +106,7 @@ def _decide(
         loss=kernels.loss,
         hold_outputs=loop.hold_outputs,
         rank=method.rank,
-        trainable_layers=min(method.trainable_layers, model.num_hidden_layers) if method.kind == "freeze" else 0,
+        trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
     )
     structure = Structure(
         graph,
@@ -181,7 +149,9 @@ def _precision(p: Precision) -> Precision:
     return p.model_copy(update={"compute": compute, "grads": p.grads or p.weights})
 
 
-def _method(m: Method) -> Method:
+def _method(m: Method, model: ModelSpec) -> Method:
+    if m.kind == "freeze":  # as LLaMA-Factory has it: all layers where there are fewer
+        return m.model_copy(update={"trainable_layers": min(m.trainable_layers, model.num_hidden_layers)})
     if m.kind not in ADAPTERS:
         return m
     return m.model_copy(update={"alpha": m.alpha or _PEFT_ALPHA, "adapter_dtype": m.adapter_dtype or "fp32"})
@@ -249,13 +219,16 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
     compute, autocast = str(precision.compute), precision.autocast
     if method.kind in ("full", "freeze"):
         if method.quantization is not None:
-            raise SpecError(f"method.quantization: {method.kind} does not train quantised weights", "method")
+            raise SpecError(
+                f"method.quantization: {method.kind} does not train quantised weights; qlora and qdora adapt them",
+                "method.quantization",
+            )
         return Recipe(method.kind, precision.weights, compute, autocast), []
     q = method.quantization
     if method.kind in ("lora", "dora") and q is not None:
         raise SpecError(f"method.quantization: use q{method.kind} for quantised weights", "method.quantization")
     targets, notes = _targets(model, method)
-    saved = tuple(_module(model, name) for name in method.modules_to_save)
+    saved = _modules(model, "method.modules_to_save", method.modules_to_save)
     recipe = Recipe(
         method.kind,
         precision.weights,
@@ -275,9 +248,23 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
         quantization=q.format,
         double_quant=q.double_quant and q.format != "int8",
         block_size=q.block_size,
-        skip=q.skip,
+        skip=("lm_head", *_modules(model, "method.quantization.skip", (n for n in q.skip if n != "lm_head"))),
         preparation=preparation,
     ), notes
+
+
+def _checkpoint_notes(model: ModelSpec, method: Method, precision: Precision) -> Iterator[str]:
+    """What a config says of a checkpoint that is stored quantised. Raises SpecError where it does not train so."""
+    stored: Any = model.config.get("quantization_config")
+    if not isinstance(stored, Mapping) or not stored:
+        return
+    how = str(cast(Mapping[str, object], stored).get("quant_method", "?"))
+    if how == "fp8":
+        yield f"the checkpoint is stored in fp8, which does not train: it is taken as loaded in {precision.weights}"
+    elif how != "bitsandbytes":
+        raise SpecError(f"quantization_config: a checkpoint of {how:.40} is not supported yet", "model")
+    elif method.quantization is None:
+        raise SpecError("quantization_config: the checkpoint is quantised by bitsandbytes; use qlora or qdora", "model")
 
 
 # A role that a family may have fused into one matrix, and what the fused ones are called.
@@ -306,14 +293,16 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
         return ("all-linear",), []
     if not method.targets:
         raise SpecError("method.targets: no module named", "method.targets")
+    if "all-linear" in method.targets:
+        raise SpecError("method.targets: all-linear stands alone, not in a list", "method.targets")
     found: list[str] = []
     notes: list[str] = []
     for target in method.targets:
-        name = target.rpartition(".")[2]
+        name = _last(target, "method.targets", layers)
         if name not in names:
             fused = next((f for f in _FUSED.get(name, ()) if f in names), None)
             if fused is None:
-                raise UnknownNameError("method.targets", target, sorted(names))
+                raise UnknownNameError("method.targets", target, (*sorted(names), "all-linear"))
             notes.append(f"{name} is part of {fused} in this family: the adapter is on all of {fused}")
             name = fused
         for path, dims in layers.items():
@@ -329,8 +318,21 @@ def _refuse_rank(rank: int, path: str, dims: tuple[int, int]) -> None:
     )
 
 
-def _module(model: ModelSpec, name: str) -> str:
-    last, names = name.rpartition(".")[2], modules(model)
-    if last not in names:
-        raise UnknownNameError("method.modules_to_save", name, sorted(names))
+def _modules(model: ModelSpec, field: str, named: Iterable[str]) -> tuple[str, ...]:
+    """The names of modules that a field lists, checked."""
+    names, found = modules(model), list[str]()
+    for name in named:
+        last = _last(name, field, adaptable(model))
+        if last not in names:
+            raise UnknownNameError(field, name, sorted(names))
+        found.append(last)
+    return tuple(found)
+
+
+def _last(name: str, field: str, paths: Iterable[str]) -> str:
+    """The last part of a dotted name, where that means the same modules."""
+    last = name.rpartition(".")[2]
+    alike = [path for path in paths if path.rpartition(".")[2] == last]
+    if "." in name and not all(f".{path}".endswith(f".{name}") for path in alike):
+        raise SpecError(f"{field}: {name!r} is not every {last}, and some of them alone are not supported yet", field)
     return last

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from math import isfinite
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from memplan.errors import SpecError, UnknownNameError
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 MethodKind = Literal["full", "freeze", "lora", "qlora", "dora", "qdora"]
 
+# The other methods of peft 0.21, by its names in small letters: known, and not supported yet.
+LATER_METHODS = frozenset(
+    (
+        *("adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora"),
+        *("fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "miss"),
+        *("multitask_prompt_tuning", "oft", "osf", "p_tuning", "peanut", "poly", "prefix_tuning", "prompt_tuning"),
+        *("psoft", "pvera", "randlora", "road", "shadow", "shira", "supertuning", "tinylora", "trainable_tokens"),
+        *("unilora", "vblora", "vera", "waveft", "xlora"),
+    )
+)
+
 _MOST = 2**40  # no batch, sequence or rank is larger: absurd input must not become an absurd answer
 Count = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 Natural = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 def frozen(value: Any) -> Any:
@@ -33,14 +47,48 @@ class FrozenDict(dict[str, Any]):
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))
 
-    def _refuse(self, *_: object, **__: object) -> None:
+    def _refuse(self, *_: object, **__: object) -> Any:
         raise TypeError("a FrozenDict cannot be changed")
 
-    __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = _refuse  # pyright: ignore[reportAssignmentType]
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # pyright: ignore[reportAssignmentType]
+
+    def __copy__(self) -> FrozenDict:
+        return self
+
+    def __deepcopy__(self, memo: object) -> FrozenDict:
+        return self
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
 
 
-Json = Annotated[dict[str, Any], AfterValidator(frozen)]
-Names = tuple[str, ...]
+def _json(value: dict[str, Any]) -> FrozenDict:
+    """A frozen copy of what JSON can hold. Raises ValueError for anything else."""
+
+    def check(inner: Any, depth: int) -> None:
+        if depth > _DEEPEST:
+            raise ValueError(f"is nested more than {_DEEPEST} deep")
+        if isinstance(inner, (Mapping, list, tuple)):
+            items = cast(Mapping[str, Any], inner).values() if isinstance(inner, Mapping) else cast(list[Any], inner)
+            for item in items:
+                check(item, depth + 1)
+        elif inner is not None and not isinstance(inner, (str, int, float)):
+            raise ValueError(f"holds a {type(inner).__name__}, which JSON cannot")
+        elif isinstance(inner, float) and not isfinite(inner):
+            raise ValueError(f"holds {inner}, which JSON cannot")
+
+    check(value, 0)
+    return frozen(value)
+
+
+def _ordered(value: Any) -> Any:
+    """A set as a sorted list: it has no order of its own, and equal runs are to have equal JSON."""
+    return sorted(cast(set[str], value), key=str) if isinstance(value, (set, frozenset)) else value
+
+
+_DEEPEST = 64
+Json = Annotated[dict[str, Any], AfterValidator(_json)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_ordered)]
 
 
 class Part(BaseModel, frozen=True):
@@ -53,7 +101,7 @@ class Quantization(Part, frozen=True):
     """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words."""
 
     format: Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"] = "nf4"
-    double_quant: bool = True
+    double_quant: Flag = True
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names = ("lm_head",)
@@ -65,9 +113,9 @@ class Method(Part, frozen=True):
 
     kind: MethodKind = "full"
     rank: Count = 16
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Annotated[Number, Field(gt=0)] | None = None
     targets: Literal["all-linear"] | Names = "all-linear"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     modules_to_save: Names = ()
     adapter_dtype: Dtype | None = None
     trainable_layers: Count = 2
@@ -83,7 +131,13 @@ class Method(Part, frozen=True):
         if not isinstance(value, Mapping):
             return value
         given = dict(cast(Mapping[str, Any], value))
-        if given.get("kind") in ("qlora", "qdora") and given.get("quantization") is None:
+        kind = given.get("kind")
+        if kind in ("forward", "generate"):
+            raise SpecError(f"method.kind: {kind!r} is a task, not a method: write it as the run's task", "method.kind")
+        if isinstance(kind, str) and kind.lower().replace("-", "_") in LATER_METHODS:
+            supported = ", ".join(get_args(MethodKind))
+            raise SpecError(f"method.kind: {kind!r} is not supported yet; supported: {supported}", "method.kind")
+        if kind in ("qlora", "qdora") and given.get("quantization") is None:
             given["quantization"] = {}
         return given
 
@@ -97,7 +151,7 @@ class Precision(Part, frozen=True):
 
     weights: Dtype = "bf16"
     compute: Dtype | Literal["fp8", "float8"] | None = None
-    autocast: bool = False
+    autocast: Flag = False
     grads: Dtype | None = None
     master: Dtype | None = None
 
@@ -132,9 +186,9 @@ class Optimizer(Part, frozen=True):
 
     name: str = "adamw_torch_fused"
     state_dtype: Dtype | None = None
-    foreach: bool | None = None
-    in_backward: bool = False
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    foreach: Flag | None = None
+    in_backward: Flag = False
+    momentum: Annotated[Number, Field(ge=0, lt=1)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -158,30 +212,31 @@ class Kernels(Part, frozen=True):
     checkpointing: Literal["none", "full", "selective", "offload"] = "full"
     loss: Literal["hf", "chunked", "fused", "chunked_lm_head"] = "hf"
     fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] = ()
-    compile: bool = False
+    compile: Flag = False
 
 
 class Loop(Part, frozen=True):
     """What the training script does around the step.
 
-    `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32 under bitsandbytes'
-    8-bit optimizers.
+    `use_cache` takes no memory in training: what it would hold is kept for backward anyway, or the model has it off
+    under checkpointing. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32
+    under bitsandbytes' 8-bit optimizers.
     """
 
-    hold_outputs: bool = False
-    padded: bool = False
-    use_cache: bool = False
-    clip_grad_norm: Annotated[float, Field(ge=0)] | None = 1.0
-    grad_scaler: bool = False
-    trainer: bool = False
+    hold_outputs: Flag = False
+    padded: Flag = False
+    use_cache: Flag = False
+    clip_grad_norm: Annotated[Number, Field(ge=0)] | None = 1.0
+    grad_scaler: Flag = False
+    trainer: Flag = False
 
 
 class Offload(Part, frozen=True):
     """What lives on the host between uses."""
 
-    parameters: bool = False
-    optimizer: bool = False
-    activations: bool = False
+    parameters: Flag = False
+    optimizer: Flag = False
+    activations: Flag = False
 
 
 class Parallelism(Part, frozen=True):
@@ -195,7 +250,7 @@ class Parallelism(Part, frozen=True):
     ep: Count = 1
     etp: Count = 1
     virtual_stages: Count = 1
-    sequence_parallel: bool = False
+    sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     offload: Offload = Offload()
     stage: Natural | None = None

@@ -6,14 +6,16 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
 def gib(n: int) -> str:
-    """`n` bytes as GiB with two decimals, or as MiB below 1 GiB.
+    """`n` bytes as GiB with two decimals, and below 1 GiB in the largest unit of which there is one.
 
-    >>> gib(25_769_803_776), gib(10_485_760), gib(-10_485_760)
-    ('24.00 GiB', '10.0 MiB', '-10.0 MiB')
+    >>> gib(25_769_803_776), gib(10_485_760), gib(-16_384), gib(512)
+    ('24.00 GiB', '10.0 MiB', '-16.0 KiB', '512 bytes')
     """
     if abs(n) >= GIB:
         return f"{n / GIB:.2f} GiB"
-    return f"{n / MIB:.1f} MiB"
+    if abs(n) >= MIB:
+        return f"{n / MIB:.1f} MiB"
+    return f"{n / KIB:.1f} KiB" if abs(n) >= KIB else f"{n} bytes"
 
 
 def rounded(n: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -133,7 +134,7 @@ def test_every_field_an_option_sets_is_one_of_a_run() -> None:
 
 
 def test_the_methods_named_in_help_are_those_of_a_run() -> None:
-    assert set(METHODS) == {*get_args(MethodKind), "generate", "forward"}
+    assert set(METHODS) == set(get_args(MethodKind))
 
 
 def test_the_choices_that_completion_knows_are_those_of_a_run() -> None:
@@ -245,6 +246,34 @@ BAD_SPECS = {
     "a word for a number": ("model: qwen2-7b\nbatch: {micro: two}", "batch.micro: must be a whole number, not 'two'"),
     "a number for a part": ("model: qwen2-7b\nbatch: 2", "batch: must be a mapping, not 2"),
     "a number for a model": ("model: 3", "model: must be a text"),
+    "a key twice": ("model: qwen2-7b\nmodel: gpt2", "the key 'model' is there twice, again in line 2"),
+    "a key twice further in": ("model: qwen2-7b\nbatch: {micro: 1, micro: 2}", "the key 'micro' is there twice"),
+    "a key of a part": ("model: qwen2-7b\nrank: 8", "rank: no such key; did you mean method.rank?"),
+    "an option for a key": ("model: qwen2-7b\nseq_len: 8", "seq_len: no such key; did you mean batch.sequence?"),
+    "a key without letters": ("model: qwen2-7b\n'': 1", "'': no such key; choose from model"),
+    "a key with an escape": ('model: qwen2-7b\n"a\\x1b[31mb\\n": 1', r"a\x1b[31mb\n: no such key"),
+    "a key without end": ("model: qwen2-7b\n? " + "k" * 9000 + "\n: 1", "k...: no such key"),
+    "two documents": ("model: qwen2-7b\n---\nmodel: gpt2", "line 2, column 1: found another document"),
+    "a control character": ("model: \a", "control characters are not allowed"),
+    "a word for a switch": ("model: qwen2-7b\nloop: {padded: 'yes'}", "loop.padded: must be true or false, not 'yes'"),
+    "a list for a word": ("model: qwen2-7b\nmethod: [lora]", "method: must be a name or a mapping, not ['lora']"),
+    "no value": ("model: qwen2-7b\nmethod:", "method: must be a name or a mapping, not null"),
+    "a word for targets": (
+        "model: qwen2-7b\nmethod: {kind: lora, targets: q_proj}",
+        "method.targets: must be all-linear or a list of names, not 'q_proj'",
+    ),
+    "a number for a target": (
+        "model: qwen2-7b\nmethod: {kind: lora, targets: [1]}",
+        "method.targets: must be a text, not 1",
+    ),
+    "a word for modules": (
+        "model: qwen2-7b\nmethod: {kind: lora, modules_to_save: lm_head}",
+        "method.modules_to_save: must be a list of names, not 'lm_head'",
+    ),
+    "a truth for a GPU": ("model: qwen2-7b\ngpu: true", "gpu: must be a text, not true"),
+    "a model without a config": ("model: {}", "model.config: is missing"),
+    "a model whose config is none": ("model: {config: [1]}", "model.config: must be a mapping, not [1]"),
+    "a model with another key": ("model: {confg: {}}", "model.confg: no such key; did you mean config?"),
     "a size there is none of": (
         "model: qwen2-7b\nmethod: {kind: qlora, quantization: {block_size: 65}}",
         "block_size: unknown 65; did you mean 64?",
@@ -261,7 +290,16 @@ def test_a_bad_spec_is_one_line(memplan_: Memplan, tmp_path: Path, text: str, ex
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("{", "not JSON"), ('{"model": NaN}', "NaN"), ("[1]", "not a JSON object"), ("[" * 5000, "not JSON")],
+    [
+        ("{", "not JSON"),
+        ('{"model": NaN}', "NaN"),
+        ("[1]", "not a JSON object"),
+        ("[" * 5000, "nested too deeply"),
+        ("\n", "it is empty"),
+        ('{"model": ' + "9" * 5000 + "}", "too many digits"),
+        ('{"model": "qwen2-7b", "model": "gpt2"}', "the key 'model' is there twice"),
+        ('{"model": "qwen2-7b", "batch": {"micro": 1, "micro": 2}}', "the key 'micro' is there twice"),
+    ],
 )
 def test_a_bad_json_spec_is_one_line(memplan_: Memplan, tmp_path: Path, text: str, expected: str) -> None:
     spec = tmp_path / "run.json"
@@ -273,8 +311,30 @@ def test_a_spec_that_cannot_be_read_is_one_line(memplan_: Memplan, tmp_path: Pat
     fails(memplan_("--spec", str(tmp_path / "none.yaml")), 2, "No such file")
     fails(memplan_("--spec", str(tmp_path)), 2, "directory")
     fails(memplan_("--spec", "~no-such-user/run.yaml"), 2, "home directory")
+    fails(memplan_("--spec", "a\0b\x1b.json"), 2, r"'a\x00b\x1b.json'", "null byte")
+    (tmp_path / "run.yaml").symlink_to(tmp_path / "run.yaml")
+    fails(memplan_("--spec", str(tmp_path / "run.yaml")), 2, "symbolic links")
+    (tmp_path / "run.yaml").unlink()
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
     fails(memplan_("--spec", str(tmp_path / "run.yaml")), 2, "not text in UTF-8")
+
+
+def test_numbers_with_an_exponent_are_numbers(memplan_: Memplan, tmp_path: Path) -> None:
+    spec = tmp_path / "run.yaml"
+    spec.write_text(
+        "model: qwen2-0.5b\nmethod: {kind: lora, alpha: 1e1, dropout: 1e-1}\nloop: {clip_grad_norm: 5E-1}\n"
+    )
+    run = run_of(memplan_("--spec", str(spec), "--json"))
+    assert (run["method"]["alpha"], run["method"]["dropout"], run["loop"]["clip_grad_norm"]) == (10.0, 0.1, 0.5)
+
+
+def test_a_spec_from_standard_input(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"model: qwen2-0.5b\ngpu: 3090\n")))
+    assert run_of(memplan_("--spec", "-", "--json"))["gpu"] == "rtx-3090"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    fails(memplan_("--spec", "-"), 2, "standard input is not text in UTF-8")
+    monkeypatch.setattr(sys, "stdin", None)
+    fails(memplan_("--spec", "-"), 2, "standard input is closed")
 
 
 def test_a_deep_config_inside_a_spec_is_one_line(memplan_: Memplan, tmp_path: Path) -> None:
@@ -320,6 +380,31 @@ MISTAKES = {
     "qwen2-7b --gpus 3 --tp 2": ("parallelism.world (--gpus)", "3 GPUs do not divide into groups of 2"),
     "qwen2-7b --offload disk": ("parallelism.offload (--offload)", "optimizer"),
     "qwen2-7b --method generate": ("task", "not supported yet"),
+    "qwen2-7b --rank 8": ("method.rank (--rank)", "full has no adapters; lora, qlora"),
+    "qwen2-7b --rank 16": ("method.rank (--rank)", "full has no adapters"),
+    "qwen2-7b --targets all-linear": ("method.targets (--targets)", "full has no adapters"),
+    "qwen2-7b --method freeze --lora-dropout 0": ("method.dropout (--lora-dropout)", "freeze has no adapters"),
+    "qwen2-7b --method freeze --modules-to-save x": ("(--modules-to-save)", "freeze has no adapters"),
+    "qwen2-7b --method lora --trainable-layers 2": ("method.trainable_layers (--trainable-layers)", "freeze"),
+    "qwen2-7b --method lora --quant-format nf4": ("method.quantization (--quant-format)", "use qlora"),
+    "qwen2-7b --method qlora --quant-format int8 --double-quant": ("double_quant (--double-quant)", "int8"),
+    "qwen2-7b --method lora --targets all_linear": ("method.targets (--targets)", "did you mean all-linear"),
+    "qwen2-7b --method ia3": ("method.kind (--method)", "'ia3' is not supported yet"),
+    "qwen2-7b --method forward": ("task (--method)", "not supported yet"),
+    "qwen2-7b --profile transformers-4.45": ("profile (--profile)", "not supported yet; supported: transformers-5"),
+    "qwen2-7b --precision bf16 --dtype fp16": ("precision (--precision)", "differ"),
+    "qwen2-7b --optimizer adamw": ("optimizer.name (--optimizer)", "adamw_torch"),
+    "qwen2-7b --tp 99999999999999999999": ("parallelism.tp (--tp)", "at most"),
+    "qwen2-7b --gpus 99999999999999999999": ("parallelism.world (--gpus)", "at most"),
+    "qwen2-7b --tp 2": ("parallelism.tp (--tp)", "2 is not supported yet; supported: 1"),
+    "qwen2-7b --gpus 4 --zero 3": ("parallelism.world (--gpus)", "4 is not supported yet; supported: 1"),
+    "qwen2-7b --zero 2": ("parallelism.strategy (--zero)", "'zero2' is not supported yet"),
+    "qwen2-7b --fsdp hybrid_shard": ("parallelism.strategy (--fsdp)", "not supported yet"),
+    "qwen2-7b --offload optimizer": ("parallelism.offload (--offload)", "'optimizer' is not supported yet"),
+    "run.yaml --gpu 3090": ("model", "run.yaml", "--spec"),
+    "qwen2-7b --output ": ("output (--output)", "''"),
+    "qwen2-7b --output a\0b": ("output (--output)", r"'a\x00b'", "null byte"),
+    "qwen2-7b --gpu \x1b[31m": ("gpu (--gpu)", r"'\x1b[31m'"),
     "qwen2-7b --format yml": ("format (--format)", "did you mean"),
     "qwen2-7b --json --format csv": ("format", "exclude"),
     "qwen2-7b --gup 3090": ("No such option", "--gpu"),
@@ -337,7 +422,13 @@ MISTAKES = {
 def test_a_mistake_is_one_line_that_names_the_field_and_the_way_out(
     memplan_: Memplan, typed: str, expected: tuple[str, ...]
 ) -> None:
-    fails(memplan_(*typed.split()), 2, *expected)
+    fails(memplan_(*(typed.split(" ") if typed else ())), 2, *expected)
+
+
+@pytest.mark.parametrize("command", ["plan", "check", "diff", "probe", "emit", "serve"])
+def test_a_command_that_is_not_there_yet_is_no_model(memplan_: Memplan, command: str) -> None:
+    for rest in ((), ("qwen2-7b",), ("--help",)):
+        fails(memplan_(command, *rest), 2, f"{command} is not supported yet; commands are estimate, models, gpus")
 
 
 CONFIGS = {
@@ -347,7 +438,7 @@ CONFIGS = {
     "no end": ("[" * 5000, "not JSON"),
     "a key missing": ({"hidden_size": None}, "hidden_size"),
     "a string": ({"hidden_size": "64"}, "hidden_size must be a whole number"),
-    "not a number": ({"hidden_size": float("nan")}, "NaN"),
+    "not a number": ({"hidden_size": float("nan")}, "hidden_size must be a whole number"),
     "a fraction": ({"hidden_size": 64.5}, "hidden_size must be a whole number"),
     "negative": ({"num_hidden_layers": -1}, "num_hidden_layers"),
     "zero": ({"vocab_size": 0}, "vocab_size"),
@@ -411,7 +502,7 @@ def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyP
 
     def estimate(run: RunSpec) -> memplan.Estimate:
         answer = asked(run)
-        answer.unsupported = ("a kernel nobody has measured",)
+        vars(answer)["unsupported"] = ("a kernel nobody has measured",)
         return answer
 
     monkeypatch.setattr("memplan.estimator.estimate", estimate)
@@ -491,6 +582,31 @@ def test_help_names_every_option_with_its_default(memplan_: Memplan) -> None:
             assert "Default " in (parameter.help or "") or parameter.opts[0] in ("--json", "--spec")
 
 
+def test_the_manual_has_every_option_as_help_has_it() -> None:
+    manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split())
+    for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
+        if parameter.param_type_name == "option" and "--help" not in parameter.opts:
+            assert parameter.opts[0] in manual
+            assert " ".join(parameter.help.split()) in manual, parameter.opts
+            assert parameter.rich_help_panel in manual
+
+
+def test_help_says_which_options_are_refused() -> None:
+    for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
+        several = parameter.name in ("gpus", "zero", "fsdp", "tp", "pp", "cp", "ep", "offload")
+        panel = getattr(parameter, "rich_help_panel", None) or ""
+        assert ("refused" in f"{panel} {parameter.help}") == (several or parameter.name == "online"), parameter.name
+
+
+def test_a_listing_in_a_pipe_has_every_column(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    rows = memplan_("models").out.splitlines()
+    for name in memplan.card_names():
+        assert any(row.startswith(f"{name} ") and row.endswith(memplan.load_card(name).card["hf_id"]) for row in rows)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, memplan_("models").out.splitlines())) <= 60
+
+
 def test_version(memplan_: Memplan) -> None:
     assert memplan_("--version") == Ran(0, f"memplan {memplan.__version__}\n", "")
 
@@ -503,6 +619,10 @@ COMPLETIONS = {
     "memplan qwen2-7b --method q": "qlora qdora",
     "memplan estimate qwen2-72": "qwen2-72b",
     "memplan qwen2-7b --optimizer lom": "lomo",
+    "memplan Qwen/Qwen2-7": "Qwen/Qwen2-7B",
+    "memplan models gemma-2-2": "gemma-2-2b",
+    "memplan gpus rtx-309": "rtx-3090 rtx-3090-ti",
+    "memplan schema r": "run",
 }
 
 
@@ -540,6 +660,44 @@ def test_a_pipe_gets_no_colour_and_an_encoding_what_it_can_show() -> None:
     exact = shell(*QLORA, "--json", PYTHONIOENCODING="ascii")
     assert exact.stdout.isascii()
     assert json.loads(exact.stdout)["ledger"][0]["shape"] == "v·h"
+
+
+CLOSED = "import sys\nsys.{0} = None\nfrom memplan.cli import main\nmain()"  # as Python has it after `>&-`
+
+
+@pytest.mark.parametrize("line", ["--version", "--help", "models", "schema", "qwen2-0.5b", "qwen2-0.5b --json"])
+def test_a_closed_standard_output_is_nobodys_loss(line: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", CLOSED.format("stdout"), *line.split()], capture_output=True, check=False
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+
+
+def test_an_error_that_cannot_be_told_has_its_code() -> None:
+    ran = subprocess.run([sys.executable, "-c", CLOSED.format("stderr"), "nope"], capture_output=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
+@pytest.mark.parametrize("line", ["--version", "--help", "models", "schema", "qwen2-0.5b", "qwen2-0.5b --json"])
+def test_a_full_disk_is_one_line(line: str) -> None:
+    code = "from memplan.cli import main; main()"
+    with Path("/dev/full").open("wb") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", code, *line.split()], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert ran.returncode == 2
+    assert ran.stderr == b"memplan: standard output cannot be written (No space left on device)\n"
+
+
+def test_a_name_that_no_terminal_should_be_sent_is_spelled_out(memplan_: Memplan, tmp_path: Path) -> None:
+    spec = tmp_path / "run.json"
+    spec.write_text(json.dumps({"model": {"config": {**TINY, "_name_or_path": "a\x1b[31mb\nc|d"}}}))
+    for format in ("table", "markdown", "csv", "html"):
+        out = memplan_("--spec", str(spec), "--format", format).out
+        assert "\x1b" not in out
+        assert "31mb" in out
+        assert r"b\nc" in out.replace(r"\\n", r"\n")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

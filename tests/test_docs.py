@@ -60,7 +60,7 @@ def test_the_examples_in_docstrings_run_as_written(module: str) -> None:
 
 
 def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """One line of a shell block, with this interpreter's memplan; `pip install` is for CI, which runs the line whole."""
+    """One line of a shell block, with this interpreter's memplan; CI runs the line whole, `pip install` included."""
     words = shlex.split(line.rpartition("&&")[2], comments=True)
     assert words[0] == "memplan", line
     env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}

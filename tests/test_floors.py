@@ -17,7 +17,7 @@ FLOORS = (
     {"spec", "gpus", "gpu_table", "models", "layers", "cards"},
     {"ir"},
     {"catalogue", "engine"},
-    {"graph", "program", "resolve", "answer", "estimator", "ledger"},
+    {"graph", "program", "refusals", "resolve", "answer", "estimator", "ledger"},
     {"largest"},
     {"report", "cli"},
     {"__main__"},

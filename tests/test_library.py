@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +115,80 @@ def test_free_form_parts_cannot_be_changed_either() -> None:
     assert len({run, RunSpec.model_validate_json(run.model_dump_json())}) == 1
 
 
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "rope_scaling": {"factor": 2.0, "types": ["a", ["b"]]},
+}
+
+
+def test_a_frozen_mapping_has_no_way_in() -> None:
+    held: Any = RunSpec(model={"config": TINY}).model
+    before = hash(held)
+    for change in (
+        lambda d: d.__ior__({"a": 1}),
+        lambda d: d.setdefault("a", 1),
+        lambda d: d.pop("hidden_size"),
+        lambda d: d.popitem(),
+        lambda d: d.clear(),
+        lambda d: d.__delitem__("hidden_size"),
+        lambda d: d["rope_scaling"].update(a=1),
+    ):
+        with pytest.raises(TypeError, match="cannot be changed"):
+            change(held.config)
+    assert hash(held) == before
+
+
+@pytest.mark.parametrize("model", ["qwen2-0.5b", {"config": TINY}], ids=["a name", "a config"])
+def test_runs_and_answers_are_copied_and_sent_to_other_processes(model: Any) -> None:
+    run = RunSpec(model=model, method="qlora", gpu="t4")
+    answer = estimate(run)
+    assert pickle.loads(pickle.dumps(run)) == copy.deepcopy(run) == copy.copy(run) == run
+    for again in (pickle.loads(pickle.dumps(answer)), copy.deepcopy(answer)):
+        assert again == answer
+        assert again.model_dump() == answer.model_dump()
+
+
+@pytest.mark.parametrize(
+    "value", [{1}, object(), b"x", float("nan"), float("inf"), [float("-inf")], {"a": {2}}, 3 + 4j], ids=repr
+)
+def test_what_json_cannot_hold_is_no_part_of_a_run(value: Any) -> None:
+    with pytest.raises(ValidationError, match="which JSON cannot"):
+        RunSpec(model={"config": {**TINY, "further": value}})
+
+
+def test_a_config_without_end_is_no_part_of_a_run() -> None:
+    config: dict[str, Any] = dict(TINY)
+    config["self"] = config
+    with pytest.raises(ValidationError, match="nested"):
+        RunSpec(model={"config": config})
+
+
+def test_a_set_of_names_has_an_order() -> None:
+    names = ("v_proj", "q_proj", "k_proj", "o_proj", "up_proj")
+    run = RunSpec(model="qwen2-0.5b", method={"kind": "lora", "targets": set(names)})
+    assert run.method.targets == tuple(sorted(names))
+
+
+def test_an_answer_cannot_be_changed() -> None:
+    answer = estimate(RUN)
+    dumped = answer.model_dump()
+    for name in ("bytes", "verdict", "unsupported", "ledger", "anything"):
+        with pytest.raises(AttributeError, match="cannot be changed"):
+            setattr(answer, name, None)
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        del answer.bytes
+    with pytest.raises(TypeError, match="cannot be changed"):
+        answer.categories["parameter"] = 0
+    for part in ("bytes", "categories", "run"):
+        answer.model_dump()[part].clear()
+    assert answer.model_dump() == dumped
+
+
 def test_runs_are_keys_of_a_dict() -> None:
     table = {RUN: 1, RunSpec(model="qwen2-7b", method="lora", gpu="3090"): 2}
     assert table[RunSpec(model="qwen2-7b", method={"kind": "qlora"}, gpu="3090")] == 1
@@ -174,6 +250,13 @@ def test_answers_are_values() -> None:
         {"unknown": 1},
         {"method": {"kind": "lora", "unknown": 1}},
         {"loop": {"clip_grad_norm": -1.0}},
+        {"loop": {"padded": "yes"}},
+        {"loop": {"padded": 1}},
+        {"kernels": {"compile": "true"}},
+        {"method": {"kind": "lora", "alpha": "16"}},
+        {"method": {"kind": "lora", "dropout": True}},
+        {"method": {"kind": "lora", "targets": "q_proj"}},
+        {"gpu": 3090},
         {"method": {"kind": "qlora", "quantization": {"block_size": 65}}},
     ],
 )

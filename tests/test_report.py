@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -26,7 +27,7 @@ from memplan.report.bar import bar
 from memplan.report.schema import answer_model, answer_schema, run_schema
 from memplan.report.text import ASCII, Column, Screen, paragraph, screen
 from memplan.report.text import table as text_table
-from memplan.report.words import assumptions, moment, parts, verdict
+from memplan.report.words import assumptions, dtype, hundredths, moment, parts, shape, share, verdict
 from memplan.units import GIB
 
 
@@ -82,6 +83,33 @@ def test_the_parts_sum_to_what_is_used(answer: Estimate) -> None:
     assert all(part.bytes > 0 for part in parts(answer))
 
 
+def test_what_is_too_little_to_show_is_not_shown_as_nothing() -> None:
+    tiny = next(part for part in parts(FITS) if part.key == "buffer")
+    assert tiny.bytes == 1024
+    assert (hundredths(tiny.bytes), share(tiny.bytes, FITS.bytes.used)) == ("<0.01", "<0.1%")
+    assert (hundredths(0), share(0, 1)) == ("0.00", "0.0%")
+    for text in (render(format, [FITS]) for format in ("table", "markdown", "html")):
+        assert "0.0 MiB" not in text
+        assert "512 bytes" in text
+
+
+def test_a_shape_is_said_once_and_only_where_there_is_one() -> None:
+    by_name = {line.what: line for line in FITS.ledger}
+    assert shape(by_name["log_probs"]) == "b·s·v = 1·2048·152064"
+    assert shape(by_name["mlp.down_proj.weight (code)"]) == "16"
+    assert shape(by_name["loss"]) == "scalar"
+    assert shape(by_name["cuBLAS workspace"]) == ""
+    assert dtype(by_name["mlp.down_proj.weight (packed)"]) == "uint8 for every 2"
+    assert dtype(by_name["mlp.down_proj.weight (nested absmax)"]) == "fp32 for every 16,384"
+    assert dtype(by_name["log_probs"]) == "fp32"
+
+
+def test_the_largest_of_a_kind_says_how_many_there_are() -> None:
+    largest = {part.key: part.largest for part in parts(REFUSED)}
+    assert largest["parameter"] == "28 × mlp.down_proj.weight, 3.54 GiB"
+    assert {part.key: part.largest for part in parts(FITS)}["parameter"] == "lm_head.weight, 2.03 GiB"
+
+
 def test_the_assumptions_say_what_was_asked_and_decided() -> None:
     answer = ask(
         method={"kind": "qlora", "rank": 8, "targets": ["q_proj", "v_proj"]},
@@ -106,6 +134,25 @@ def test_the_assumptions_say_what_was_asked_and_decided() -> None:
     assert f"{answer.parameters.trainable / answer.parameters.total:.2%}" in said["trains"]
 
 
+UNUSUAL: dict[str, tuple[dict[str, Any], str]] = {
+    "momentum": ({"optimizer": {"name": "sgd", "momentum": 0.9}}, "momentum 0.9"),
+    "in backward": ({"optimizer": {"in_backward": True}}, "no clipping"),
+    "Trainer": ({"loop": {"trainer": True}}, "Trainer"),
+    "scaler": ({"precision": "fp16", "loop": {"grad_scaler": True}}, "the loss is scaled"),
+    "held": ({"loop": {"hold_outputs": True}}, "held to the step's end"),
+    "skipped": ({"method": {"kind": "qlora", "quantization": {"skip": ["lm_head", "o_proj"]}}}, "o_proj not quantised"),
+    "clipped": ({"loop": {"clip_grad_norm": 0.5}}, "clipped at 0.5"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_whatever_is_not_usual_is_among_the_assumptions(fields: dict[str, Any], said: str) -> None:
+    usual = {**fields, **{key: {} for key in fields if key in ("loop", "optimizer")}}
+    assert said in str(assumptions(ask(**fields)))
+    if usual != fields:
+        assert said not in str(assumptions(ask(**usual)))
+
+
 # --- the terminal ---
 
 
@@ -123,7 +170,9 @@ def test_the_verdict_comes_first_and_nothing_is_left_out(answer: Estimate) -> No
     assert text.splitlines()[0] == verdict(answer)
     for part in parts(answer):
         assert f"{part.label} " in text
-        assert f"{part.bytes / GIB:.2f}" in text
+        assert re.search(
+            rf"{re.escape(part.label)} +{hundredths(part.bytes)} +{share(part.bytes, answer.bytes.used)}", text
+        )
     for phase in answer.phases:
         assert re.search(rf"^{phase.phase} .*{phase.peak / GIB:.2f}", text, re.M)
     assert f"The peak is {moment(answer)}." in text
@@ -199,6 +248,23 @@ def test_optional_columns_go_before_anything_wraps() -> None:
     assert list(text_table(columns, row, Screen(10))) == ["one", "a" * 10, "a" * 10]
 
 
+def test_an_optional_column_wraps_while_it_can_be_read() -> None:
+    columns = [Column("one"), Column("two", wraps=True, optional=True)]
+    row = [("a" * 20, " ".join(["word"] * 10))]
+    readable = list(text_table(columns, row, Screen(54)))
+    assert readable == [
+        "one" + " " * 19 + "two",
+        "a" * 20 + "  word word word word word word",
+        " " * 22 + "word word word word",
+    ]
+    assert list(text_table(columns, row, Screen(53))) == ["one", "a" * 20]
+
+
+def test_eighty_columns_show_what_is_largest() -> None:
+    assert "lm_head.weight, 2.03 GiB" in table.render([FITS], to=Screen(80))
+    assert "lm_head.weight" not in table.render([FITS], to=Screen(60))
+
+
 def test_what_stands_in_for_a_character_is_as_wide() -> None:
     assert all(len(stand_in) == 1 and stand_in.isascii() for stand_in in ASCII.values())
     assert paragraph("a b c", Screen(3), " ") == ["a b", " c"]
@@ -227,6 +293,10 @@ def test_several_gpus_are_a_row_each() -> None:
         assert line.startswith(f"{answer.run.gpu} ")
         assert f" {answer.verdict.answer} " in line
         assert f"{answer.bytes.used / GIB:.1f}" in line
+    assert lines[0].split() == ["GPU", "answer", "GiB", "used", "usable", "free", "90%", "of", "runs"]
+    assert f"The peak on rtx-3090, t4 is {moment(FITS)}." in " ".join(" ".join(lines).split())
+    assert f"The peak on rtx-3090 is {moment(REFUSED)}." in " ".join(" ".join(lines).split())
+    assert f"The peak is {moment(FITS)}." in table.render([FITS, NOTED], to=Screen(100))
     assert help_line(REFUSED) in " ".join(" ".join(lines).split())
     assert [n for n in NOTED.notes if n not in " ".join(" ".join(lines).split())] == []
 
@@ -239,6 +309,29 @@ def test_without_a_gpu_every_card_that_holds_it_is_named() -> None:
     assert sorted(names) == sorted(h.gpu.name for h in held)
     for group in cards(BARE):
         assert list(group.by_size) == sorted(group.by_size)
+
+
+def left_out(answer: Estimate) -> Estimate:
+    """The same with something left out, and something on the host."""
+    other = copy.copy(answer)
+    vars(other).update(unsupported=("a kernel",), host_bytes=3 * GIB)
+    return other
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("several", [False, True])
+def test_every_format_tells_what_was_left_out_and_what_the_host_holds(format: str, several: bool) -> None:
+    answer = left_out(NOTED)
+    text = render(format, [answer, answer] if several else [answer])
+    assert "a kernel" in text
+    assert NOTED.notes[0] in text.replace("\n  ", " ")
+    if format in ("json", "csv"):
+        assert str(3 * GIB) in text
+    else:
+        assert "not supported, and left out: a kernel" in text
+    if format in ("table", "markdown", "html"):
+        assert "3.00 GiB more are in the host's memory." in text.replace("&#x27;", "'")
+        assert "the host's memory" not in render(format, [NOTED])
 
 
 def test_no_card_may_hold_it() -> None:
@@ -280,6 +373,14 @@ def test_csv_is_a_row_for_each_gpu() -> None:
         assert row["headroom"] == ("" if answer.verdict.headroom is None else str(answer.verdict.headroom))
         assert row["gpu"] == (answer.gpu.name if answer.gpu else "")
         assert (row["peak_phase"], row["peak_where"]) == answer.peak
+        assert row["notes"] == "; ".join(answer.notes)
+        for phase in answer.phases:
+            columns = (
+                ["peak"]
+                if phase.phase == "load"
+                else {1: ["step_1"], 2: ["later"], None: ["step_1", "later"]}[phase.step]
+            )
+            assert [int(row[f"{phase.phase}_{column}"]) for column in columns] == [phase.peak] * len(columns)
 
 
 def test_csv_explains_with_a_row_for_each_line_of_the_ledger() -> None:
@@ -337,6 +438,13 @@ def test_html_draws_every_moment_of_the_step_in_order() -> None:
     assert all(a[2] <= b[0] + 0.11 for a, b in pairwise(numbers))
     highest = min(range(len(numbers)), key=lambda i: numbers[i][1])
     assert FITS.timeline[highest].peak == max(moment.peak for moment in FITS.timeline)
+
+
+def test_html_is_lines_that_can_be_read_as_text() -> None:
+    assert (
+        max(len(line) for line in render("html", [REFUSED, FITS], explain=True).splitlines() if "<path" not in line)
+        < 700
+    )
 
 
 def test_html_escapes_what_a_model_is_called(tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -11,6 +12,8 @@ from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from memplan.answer import Estimate
+
+LATER = ("plan", "check", "diff", "probe", "emit", "serve")  # commands that are not there yet, and no models either
 
 # click's error about wrong usage, wherever this typer keeps its click
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -22,6 +25,8 @@ class Memplan(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {option for param in self.get_params(ctx) for option in param.opts}
         first = args[0].partition("=")[0] if args else ""
+        if first in LATER:
+            ctx.fail(f"{first} is not supported yet; commands are {', '.join(self.commands)}")
         if first not in self.commands and first not in own and (args or not ctx.resilient_parsing):
             args = ["estimate", *args]
         return super().parse_args(ctx, args)
@@ -51,6 +56,8 @@ class Memplan(TyperGroup):
             code = _fail(_usage(error), error.exit_code)
         except (typer.Abort, KeyboardInterrupt):
             code = 130
+        except OSError as error:  # in writing help or the version: what else is written answers for itself
+            code = _fail(_unwritten(error), 2)
         sys.exit(code or 0)
 
 
@@ -87,8 +94,19 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> int:
-    sys.stderr.write(f"memplan: {line}\n")
+    from memplan.errors import printable
+
+    if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison] (where it was closed)
+        with suppress(OSError):
+            sys.stderr.write(f"memplan: {printable(line)}\n")
     return code
+
+
+def _unwritten(error: OSError) -> str:
+    """One line for what kept standard output from being written; the exit's flush will not say it again."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return f"standard output cannot be written ({error.strerror or error})"
 
 
 def _usage(error: Any) -> str:
@@ -126,16 +144,19 @@ def _answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
 
 
 def _show(text: str, format: str = "table", output: str | None = None) -> None:
-    """Write to standard output or a file. A reader that has gone away is none of our business."""
+    """Write to a file or standard output, which may be closed. A reader that has gone away is none of our business."""
     if output is not None:
         from pathlib import Path
 
         from memplan.errors import MemplanError
 
         try:
-            Path(output).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise MemplanError(f"output: {output} cannot be written ({error.strerror or error})", "output") from None
+            Path(output).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except (OSError, ValueError) as error:  # ValueError: a NUL
+            reason = getattr(error, "strerror", None) or error
+            raise MemplanError(f"output: {output!r:.200} cannot be written ({reason})", "output") from None
+        return
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison] (where it was closed)
         return
     try:
         text.encode(sys.stdout.encoding or "ascii")
@@ -144,8 +165,12 @@ def _show(text: str, format: str = "table", output: str | None = None) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit's flush is quiet too
+    except BrokenPipeError as error:
+        _unwritten(error)
+    except OSError as error:
+        from memplan.errors import MemplanError
+
+        raise MemplanError(_unwritten(error)) from None
 
 
 def _in_ascii(text: str, format: str) -> str:
@@ -162,9 +187,11 @@ def _in_ascii(text: str, format: str) -> str:
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    from memplan.cards import card_names
+    from memplan.cards import card_names, load_card
 
-    return [name for name in card_names() if name.startswith(incomplete)]
+    cards = [load_card(name).card for name in card_names()] if "/" in incomplete else []
+    ids = [str(name) for card in cards for name in (card["hf_id"], *card.get("aliases", ()))]
+    return [name for name in (*card_names(), *ids) if name.startswith(incomplete)]
 
 
 def _complete_gpu(incomplete: str) -> list[str]:
@@ -188,21 +215,21 @@ def _version(asked: bool) -> None:
     if asked:
         from memplan import __version__
 
-        sys.stdout.write(f"memplan {__version__}\n")
-        raise typer.Exit
+        raise typer.Exit(_answered(lambda: _show(f"memplan {__version__}\n") or 0))
 
 
 def _option(help: str, *names: str, of: str, complete: Callable[[str], list[str]] | None = None, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=of, autocompletion=complete, show_default=False, **more)
 
 
-METHODS = ("full", "lora", "qlora", "dora", "qdora", "freeze", "generate", "forward")
-TRAINING, ADAPTERS, DTYPES, KERNELS, GPUS, OUTPUT = (
+METHODS = ("full", "lora", "qlora", "dora", "qdora", "freeze")
+TRAINING, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
     "Adapters and quantisation",
     "Precision and optimizer",
     "Kernels",
     "GPUs",
+    "Several GPUs (refused as yet)",
     "Input and output",
 )
 
@@ -350,25 +377,26 @@ def estimate(
             metavar="NAME",
         ),
     ] = None,
-    gpus: Annotated[int | None, _option("How many of them, in all. Default 1.", of=GPUS)] = None,
-    zero: Annotated[int | None, _option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=GPUS)] = None,
+    gpus: Annotated[int | None, _option("How many GPUs, in all. Default 1.", of=SEVERAL)] = None,
+    zero: Annotated[int | None, _option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=SEVERAL)] = None,
     fsdp: Annotated[
         str | None,
-        _option("full_shard, fsdp2. Default none.", of=GPUS, complete=_choices("full_shard", "fsdp2")),
+        _option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
     ] = None,
-    tp: Annotated[int | None, _option("Tensor-parallel GPUs. Default 1.", of=GPUS)] = None,
-    pp: Annotated[int | None, _option("Pipeline stages. Default 1.", of=GPUS)] = None,
-    cp: Annotated[int | None, _option("Context-parallel GPUs. Default 1.", of=GPUS)] = None,
-    ep: Annotated[int | None, _option("Expert-parallel GPUs. Default 1.", of=GPUS)] = None,
+    tp: Annotated[int | None, _option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
+    pp: Annotated[int | None, _option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
+    cp: Annotated[int | None, _option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
+    ep: Annotated[int | None, _option("Expert-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     offload: Annotated[
         str | None,
-        _option("What the host keeps: parameters, optimizer, activations, with commas. Default none.", of=GPUS),
+        _option("What the host keeps: parameters, optimizer, activations, with commas. Default none.", of=SEVERAL),
     ] = None,
     spec: Annotated[
         str | None, _option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
     ] = None,
     online: Annotated[
-        bool, _option("Ask the Hugging Face Hub for a config. Default off.", "--online", of=OUTPUT)
+        bool,
+        _option("Ask the Hugging Face Hub for a config (refused as yet). Default off.", "--online", of=OUTPUT),
     ] = False,
     format: Annotated[
         str | None,
@@ -404,8 +432,8 @@ _SWITCHES = ("online", "json", "explain", "strict")
 
 
 def _estimate(given: Mapping[str, Any]) -> int:
-    from memplan.cli.request import spec_of
-    from memplan.errors import FactsMissingError, SpecError
+    from memplan.cli.request import idle, spec_of
+    from memplan.errors import FactsMissingError, SpecError, printable
     from memplan.estimator import estimate
     from memplan.report import render
     from memplan.spec import RunSpec
@@ -421,6 +449,12 @@ def _estimate(given: Mapping[str, Any]) -> int:
         raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
     asked = [*given.get("gpu", ())] or [fields.get("gpu")]
     runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in asked]
+    if str(runs[0].model).endswith((".yaml", ".yml")):
+        name = printable(str(runs[0].model), 200)
+        raise SpecError(f"model: {name} is no model; a run in a file goes to --spec", "model")
+    unused = idle(given, runs[0].method)
+    if unused is not None:
+        raise unused
     try:
         answers = [estimate(run) for run in runs]
     except FactsMissingError as error:
@@ -459,12 +493,14 @@ def _exit_code(answers: "Sequence[Estimate]", strict: bool) -> int:
     return int(any(answer.verdict.answer in refused for answer in answers))
 
 
-_TEXT = typer.Argument(help="What to look for in names, ids and kinds. Default everything.")
+_TEXT = "What to look for in names, ids and kinds. Default everything."
+_MODEL = typer.Argument(help=_TEXT, autocompletion=_complete_model)
+_GPU = typer.Argument(help=_TEXT, autocompletion=_complete_gpu)
 _JSON = typer.Option("--json", help="As JSON.")
 
 
 @app.command()
-def models(text: Annotated[str, _TEXT] = "", json: Annotated[bool, _JSON] = False) -> int:
+def models(text: Annotated[str, _MODEL] = "", json: Annotated[bool, _JSON] = False) -> int:
     """List the bundled models: parameters, layers, positions, licence."""
 
     def listed() -> int:
@@ -477,7 +513,7 @@ def models(text: Annotated[str, _TEXT] = "", json: Annotated[bool, _JSON] = Fals
 
 
 @app.command()
-def gpus(text: Annotated[str, _TEXT] = "", json: Annotated[bool, _JSON] = False) -> int:
+def gpus(text: Annotated[str, _GPU] = "", json: Annotated[bool, _JSON] = False) -> int:
     """List the GPUs: usable memory, capability, bf16, bandwidth, prices with their date."""
 
     def listed() -> int:
@@ -491,7 +527,9 @@ def gpus(text: Annotated[str, _TEXT] = "", json: Annotated[bool, _JSON] = False)
 
 @app.command()
 def schema(
-    of: Annotated[str, typer.Argument(help="answer (with the run in it), or run.")] = "answer",
+    of: Annotated[
+        str, typer.Argument(help="answer (with the run in it), or run.", autocompletion=_choices("answer", "run"))
+    ] = "answer",
 ) -> int:
     """Print the JSON Schema of an answer, or of a run."""
 

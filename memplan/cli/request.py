@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from memplan.errors import SpecError, UnknownNameError
+from memplan.errors import MemplanError, SpecError, UnknownNameError
+
+if TYPE_CHECKING:
+    from memplan.spec import Method
 
 # Each option, and the field of a run it sets. What one word says of several fields is in `_words`.
 FIELDS = {
@@ -49,6 +52,8 @@ WORDS = {
 
 def option_of(field: str, given: Iterable[str]) -> str:
     """The option among those `given` that sets `field` or a part of it; empty where none does."""
+    if field == "task" and "method" in given:  # generate and forward are typed as methods
+        return "--method"
     for name in given:
         path = FIELDS.get(name) or WORDS.get(name) or name
         if name != "model" and (path == field or path.startswith(f"{field}.")):
@@ -59,11 +64,13 @@ def option_of(field: str, given: Iterable[str]) -> str:
 def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The fields of a run: those of `spec`, and over them those of the options `given`."""
     out: dict[str, Any] = {str(k): v for k, v in (spec or {}).items()}
-    if isinstance(out.get("gpu"), int):  # YAML's `gpu: 3090`
+    if type(out.get("gpu")) is int:  # YAML's `gpu: 3090`
         out["gpu"] = str(out["gpu"])
     for name, path in FIELDS.items():
         if name in given:
             _put(out, path, given[name])
+    if given.get("precision") in _DTYPES and given.get("dtype", given["precision"]) != given["precision"]:
+        raise SpecError(f"precision: --precision {given['precision']} and --dtype {given['dtype']} differ", "precision")
     word = out.get("precision")
     if "dtype" in given and "precision" not in given and isinstance(word, str):
         given = {**given, "precision": word}  # the file's word, of the dtype typed
@@ -73,6 +80,7 @@ def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> 
     return out
 
 
+_DTYPES = ("bf16", "fp16", "fp32")
 _MAIN = {"method": "kind", "optimizer": "name"}  # what a word for the whole part stands for
 
 
@@ -130,12 +138,14 @@ def _precision(word: str, dtype: str | None) -> dict[str, Any]:
     """`pure` in a dtype, `amp` to one over fp32 weights, `mixed` of one with fp32 masters."""
     from memplan.spec import precision_of
 
-    if word in ("bf16", "fp16", "fp32"):
-        word, dtype = "pure", dtype or word
+    if word in _DTYPES:
+        word, dtype = "pure", word
     return precision_of(word, dtype or "bf16")
 
 
 _FSDP = {"full_shard": "fsdp", "fsdp": "fsdp", "fsdp1": "fsdp", "fsdp2": "fsdp2", "no_shard": "ddp"}
+_LATER_FSDP = ("shard_grad_op", "hybrid_shard", "hybrid_shard_zero2", "offload")
+_MOST = 2**40  # GPUs
 
 
 def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
@@ -148,7 +158,7 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     parallelism: dict[str, Any] = dict(cast(Mapping[str, Any], old)) if isinstance(old, Mapping) else {}
     degrees = [parallelism.get(name, 1) for name in ("tp", "pp", "cp")]
     world = parallelism.get("world", 1)
-    if not all(isinstance(n, int) and n >= 1 for n in (world, *degrees)):
+    if not all(isinstance(n, int) and 1 <= n <= _MOST for n in (world, *degrees)):
         return  # the run's own check says which
     rest = degrees[0] * degrees[1] * degrees[2]
     if "gpus" not in given and world == 1:
@@ -161,6 +171,22 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
         spec["parallelism"]["strategy"] = strategy
 
 
+def idle(given: Iterable[str], method: Method) -> MemplanError | None:
+    """The error about an option of `given` that the run's method has no use for, whatever its value."""
+    from memplan.refusals import ADAPTERS, no_adapters, only_freeze
+
+    if "trainable_layers" in given and method.kind != "freeze":
+        return only_freeze(method.kind)
+    for name in ("rank", "targets", "lora_dropout", "modules_to_save"):
+        if name in given and method.kind not in ADAPTERS:
+            return no_adapters(method.kind, FIELDS.get(name) or WORDS[name])
+    q = method.quantization
+    if "double_quant" in given and q is not None and q.format == "int8" and q.double_quant:
+        field = "method.quantization.double_quant"
+        return SpecError(f"{field}: int8 has no scales of scales; nf4 and fp4 have", field)
+    return None
+
+
 def _strategy(given: Mapping[str, Any], replicas: int) -> str | None:
     if "zero" in given:
         zero = given["zero"]
@@ -168,6 +194,8 @@ def _strategy(given: Mapping[str, Any], replicas: int) -> str | None:
             raise SpecError(f"parallelism.strategy: ZeRO has stages 0 to 3, not {zero}", "parallelism.strategy")
         return f"zero{zero}" if zero else ("ddp" if replicas > 1 else "none")
     if "fsdp" in given:
+        if given["fsdp"] in _LATER_FSDP:
+            raise SpecError(f"parallelism.strategy: {given['fsdp']!r} is not supported yet", "parallelism.strategy")
         if given["fsdp"] not in _FSDP:
             raise UnknownNameError("parallelism.strategy", given["fsdp"], _FSDP)
         return _FSDP[given["fsdp"]]

@@ -22,10 +22,10 @@ def help_line(answer: Estimate) -> str:
     if sequence:
         ways.append(f"{sequence:,} tokens at batch {run.batch.micro:,}")
     if lever:
-        ways.append(f"{lever.option} ({tenths(lever.answer.bytes.used)} GiB)")
+        ways.append(f"{lever.option} (uses {tenths(lever.answer.bytes.used)} GiB)")
     larger = next((gpu for gpu, held in holding(run, "NVIDIA") if held == "fits"), None)
     if larger:
-        ways.append(f"{larger.title} ({tenths(larger.usable)} GiB), the smallest NVIDIA card that holds it")
+        ways.append(f"{larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it")
     return f"Would fit: {'; or '.join(ways)}." if ways else "No batch, sequence, single change or NVIDIA card would do."
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from io import StringIO
 
 from memplan.answer import Estimate, Line
-from memplan.report.words import CATEGORIES, model, peak_phase
+from memplan.report.words import CATEGORIES, PhaseRow, model, notes, peak_phase, phase_rows
 
 
 def render(answers: Sequence[Estimate], explain: bool = False) -> str:
@@ -23,6 +23,7 @@ def _row(answer: Estimate) -> dict[str, object]:
     run, phase = answer.run, peak_phase(answer)
     return {
         "model": model(answer),
+        "task": run.task,
         "method": run.method.kind,
         "gpu": run.gpu or "",
         "verdict": answer.verdict.answer or "",
@@ -38,6 +39,7 @@ def _row(answer: Estimate) -> dict[str, object]:
         "peak_phase": phase.phase,
         "peak_step": phase.step or "",
         "peak_where": phase.where,
+        **{f"{row.phase}_{step}": peak for row in phase_rows(answer) for step, peak in _steps(row)},
         "parameters": answer.parameters.total,
         "trainable": answer.parameters.trainable,
         "batch": run.batch.micro,
@@ -50,7 +52,13 @@ def _row(answer: Estimate) -> dict[str, object]:
         "attention": run.kernels.attention,
         "loss": run.kernels.loss,
         "profile": run.profile,
+        "notes": "; ".join(notes([answer])),
     }
+
+
+def _steps(row: PhaseRow) -> list[tuple[str, int]]:
+    """A phase's peaks: of the first step and of later ones, which the loading comes before."""
+    return [("peak", row.first)] if row.phase == "load" else [("step_1", row.first), ("later", row.later)]
 
 
 def _ledger(answer: Estimate) -> list[dict[str, object]]:

@@ -49,7 +49,8 @@ def _page(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
         yield "<section>"
         yield f'<p class="{_class(answer)}"><strong>{escape(words.verdict(answer))}</strong></p>'
         yield bar(answer)
-        yield f"<p>The peak is {escape(words.moment(answer))}. {escape(words.headroom(answer))}</p>"
+        told = f"The peak is {words.moment(answer)}. {words.headroom(answer)} {words.host(answer)}".rstrip()
+        yield f"<p>{escape(told)}</p>"
         yield from _advice(answer)
         yield "<h2>At the peak</h2>"
         yield _categories(answer)
@@ -67,7 +68,7 @@ def _page(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
         yield "</section>"
     yield "<h2>Assumed</h2>"
     yield _table(("", ""), words.assumptions(answers[0]))
-    notes = dict.fromkeys(note for answer in answers for note in (*answer.unsupported, *answer.notes))
+    notes = words.notes(answers)
     if notes:
         yield "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
 
@@ -75,7 +76,9 @@ def _page(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
 def _advice(answer: Estimate) -> Iterator[str]:
     from memplan.report.advice import cards, help_line
 
-    yield f"<p>{escape(help_line(answer))}</p>"
+    line = help_line(answer)
+    if line:
+        yield f"<p>{escape(line)}</p>"
     for title, by_size in cards(answer):
         yield f"<p>{escape(title)}</p>"
         yield _table(("", ""), [(str(size), ", ".join(names)) for size, names in by_size.items()], numbers=(0,))
@@ -97,9 +100,10 @@ def bar(answer: Estimate) -> str:
     out.append(f'<rect x="1" y="6" width="{_WIDE - 2}" height="30" fill="none" stroke="var(--line)"/>')
     reached = 0
     for part in words.parts(answer):
+        told = escape(f"{part.label} {words.hundredths(part.bytes)} GiB")
         out.append(
             f'<rect x="{x(reached)}" y="6" width="{x(reached + part.bytes) - x(reached):.1f}" height="30" '
-            f'fill="var(--{part.key})"><title>{escape(part.label)} {part.bytes / GIB:.2f} GiB</title></rect>'
+            f'fill="var(--{part.key})"><title>{told}</title></rect>'
         )
         reached += part.bytes
     low, high = x(answer.band.low), x(answer.band.high)
@@ -108,7 +112,7 @@ def bar(answer: Estimate) -> str:
     out.append(f'<text x="{at}" y="66" text-anchor="{anchor}">{escape(words.band(answer))}</text>')
     if usable is not None:
         out.append(f'<path d="M{x(usable)} 0V42" stroke="var(--text)" stroke-width="2"/>')
-    return "".join([*out, "</svg>"])
+    return "\n".join([*out, "</svg>"])
 
 
 class _Span(NamedTuple):
@@ -180,7 +184,7 @@ def timeline(answer: Estimate) -> str:
     if usable and usable <= full:
         dashes = 'stroke="var(--nofit)" stroke-dasharray="5 4" fill="none"'
         out.append(f'<path d="M{_LEFT} {y(usable)}H{_WIDE}" {dashes}><title>usable memory</title></path>')
-    return "".join([*out, "</svg>"])
+    return "\n".join([*out, "</svg>"])
 
 
 def _ticks(full: int) -> list[int]:
@@ -193,10 +197,10 @@ def _ticks(full: int) -> list[int]:
 
 def _categories(answer: Estimate) -> str:
     rows = [
-        (f"\0{p.key}\0{p.label}", f"{p.bytes / GIB:.2f}", f"{p.bytes / answer.bytes.used:.1%}", p.largest)
+        (f"\0{p.key}\0{p.label}", words.hundredths(p.bytes), words.share(p.bytes, answer.bytes.used), p.largest)
         for p in words.parts(answer)
     ]
-    rows.append(("used", f"{answer.bytes.used / GIB:.2f}", "100.0%", "as nvidia-smi shows it"))
+    rows.append(("used", words.hundredths(answer.bytes.used), "100.0%", "as nvidia-smi shows it"))
     return _table(("", "GiB", "share", "largest"), rows, numbers=(1, 2), sum_last=True)
 
 
@@ -204,8 +208,8 @@ def _phases(answer: Estimate) -> str:
     rows = [
         (
             f"{row.phase} (peak)" if row.peak else row.phase,
-            f"{row.first / GIB:.2f}",
-            "" if row.phase == "load" else f"{row.later / GIB:.2f}",
+            words.hundredths(row.first),
+            "" if row.phase == "load" else words.hundredths(row.later),
             row.where,
         )
         for row in words.phase_rows(answer)
@@ -215,7 +219,7 @@ def _phases(answer: Estimate) -> str:
 
 def _ledger(answer: Estimate) -> str:
     rows = [
-        (f"{x.bytes:,}", str(x.count), x.what, x.where, words.shape(x), x.dtype, x.why, x.source, x.basis)
+        (f"{x.bytes:,}", str(x.count), x.what, x.where, words.shape(x), words.dtype(x), x.why, x.source, x.basis)
         for x in answer.ledger
     ]
     rows.append((f"{sum(x.bytes for x in answer.ledger):,}", "", "allocated", "", "", "", "", "", ""))
@@ -231,10 +235,10 @@ def _table(
             f"<{tag}{' class=n' if i in numbers else ''}>{_cell(cell)}</{tag}>" for i, cell in enumerate(cells)
         )
 
-    head = f"<tr>{row(titles, 'th')}</tr>" if any(titles) else ""
+    head = [f"<tr>{row(titles, 'th')}</tr>"] if any(titles) else []
     last = len(rows) - 1 if sum_last else -1
-    body = "".join(f"<tr{' class=sum' if i == last else ''}>{row(r, 'td')}</tr>" for i, r in enumerate(rows))
-    return f"<table>{head}{body}</table>"
+    body = [f"<tr{' class=sum' if i == last else ''}>{row(r, 'td')}</tr>" for i, r in enumerate(rows)]
+    return "\n".join(["<table>", *head, *body, "</table>"])
 
 
 def _cell(text: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -11,7 +13,7 @@ from memplan.cards import card_names, load_card
 from memplan.errors import UnknownNameError
 from memplan.gpus import GPU, all_gpus, find_gpu
 from memplan.models import ModelSpec
-from memplan.report.text import Column, screen, table
+from memplan.report.text import Column, Screen, screen, table
 from memplan.units import GIB
 
 
@@ -39,7 +41,13 @@ def models(text: str, as_json: bool) -> str:
         )
         for model in found
     ]
-    return "\n".join(table(columns, rows, screen())) + "\n"
+    return "\n".join(table(columns, rows, _screen())) + "\n"
+
+
+def _screen() -> Screen:
+    """The terminal; a pipe, where lines are searched for words, gets every column."""
+    piped = sys.stdout is None or not sys.stdout.isatty()  # pyright: ignore[reportUnnecessaryComparison] (where closed)
+    return Screen(sys.maxsize) if piped and "COLUMNS" not in os.environ else screen()
 
 
 def _model_words(model: ModelSpec) -> Iterable[str]:
@@ -86,7 +94,7 @@ def cards(text: str, as_json: bool) -> str:
         )
         for gpu in found
     ]
-    return "\n".join(table(columns, rows, screen())) + "\n"
+    return "\n".join(table(columns, rows, _screen())) + "\n"
 
 
 def _gpu_words(gpu: GPU) -> tuple[str, ...]:

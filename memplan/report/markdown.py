@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from memplan.answer import Estimate
 from memplan.report import words
-from memplan.units import GIB
 
 
 def render(answers: Sequence[Estimate], explain: bool = False) -> str:
@@ -18,10 +17,10 @@ def _lines(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
     if len(answers) == 1:
         yield f"**{_plain(words.verdict(first))}**"
         yield ""
-        yield f"The peak is {_plain(words.moment(first))}. {words.headroom(first)}"
+        yield f"The peak is {_plain(words.moment(first))}. {words.headroom(first)} {words.host(first)}".rstrip()
     else:
         yield from _table(
-            ("GPU", "answer", "used, GiB", "usable, GiB", "free, GiB", "band, GiB"),
+            ("GPU", "answer", "used, GiB", "usable, GiB", "free, GiB", f"{first.band.coverage:.0%} of runs, GiB"),
             [
                 (
                     str(answer.run.gpu),
@@ -35,6 +34,9 @@ def _lines(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
             ],
             "ll rrrr",
         )
+        if first.host_bytes:
+            yield ""
+            yield words.host(first)
     for answer in answers if explain else answers[:1]:
         if len(answers) > 1:
             yield ""
@@ -49,7 +51,7 @@ def _lines(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
     yield from _advice(answers)
     yield ""
     yield from _table(("assumed", ""), words.assumptions(first), "ll")
-    notes = dict.fromkeys(note for answer in answers for note in (*answer.unsupported, *answer.notes))
+    notes = words.notes(answers)
     if notes:
         yield ""
         yield from (f"- {_plain(note)}" for note in notes)
@@ -71,17 +73,18 @@ def _advice(answers: Sequence[Estimate]) -> Iterator[str]:
 
 
 def _categories(answer: Estimate) -> Iterator[str]:
-    rows = [(p.label, f"{p.bytes / GIB:.2f}", f"{p.bytes / answer.bytes.used:.1%}") for p in words.parts(answer)]
-    rows.append(("**used**", f"**{answer.bytes.used / GIB:.2f}**", "**100.0%**"))
-    return _table(("at the peak", "GiB", "share"), rows, "lrr")
+    used = answer.bytes.used
+    rows = [(p.label, words.hundredths(p.bytes), words.share(p.bytes, used), p.largest) for p in words.parts(answer)]
+    rows.append(("**used**", f"**{words.hundredths(used)}**", "**100.0%**", "as nvidia-smi shows it"))
+    return _table(("at the peak", "GiB", "share", "largest"), rows, "lrrl")
 
 
 def _phases(answer: Estimate) -> Iterator[str]:
     rows = [
         (
             f"{row.phase} (peak)" if row.peak else row.phase,
-            f"{row.first / GIB:.2f}",
-            "" if row.phase == "load" else f"{row.later / GIB:.2f}",
+            words.hundredths(row.first),
+            "" if row.phase == "load" else words.hundredths(row.later),
             row.where,
         )
         for row in words.phase_rows(answer)
@@ -91,7 +94,10 @@ def _phases(answer: Estimate) -> Iterator[str]:
 
 def _ledger(answer: Estimate) -> Iterator[str]:
     rows = [
-        (f"{x.bytes:,}", str(x.count), x.what, x.kind, x.where, words.shape(x), x.dtype, x.why, x.source, x.basis)
+        (
+            *(f"{x.bytes:,}", str(x.count), x.what, x.kind, x.where),
+            *(words.shape(x), words.dtype(x), x.why, x.source, x.basis),
+        )
         for x in answer.ledger
     ]
     total = f"**{sum(x.bytes for x in answer.ledger):,}**"
@@ -109,4 +115,6 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> 
 
 def _plain(text: str) -> str:
     """Text that ends no cell and starts no emphasis by accident."""
-    return text.replace("|", r"\|").replace("_", r"\_").replace("<", "&lt;")
+    for sign in "\\`[|_":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("<", "&lt;")

@@ -8,7 +8,6 @@ from memplan.answer import Estimate
 from memplan.report import words
 from memplan.report.bar import MARKS, bar, mark
 from memplan.report.text import Column, Screen, hanging, paragraph, screen, table
-from memplan.units import GIB, gib
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
@@ -32,8 +31,7 @@ def _answer(answer: Estimate, explain: bool, to: Screen) -> Iterator[str]:
     yield ""
     yield from paragraph(f"The peak is {words.moment(answer)}.", to)
     yield from paragraph(words.headroom(answer), to)
-    if answer.host_bytes:
-        yield from paragraph(f"{gib(answer.host_bytes)} more are in the host's memory.", to)
+    yield from paragraph(words.host(answer), to)
     yield from _help(answer, to)
     yield from _rest(answer, explain, to)
 
@@ -57,25 +55,29 @@ def _help(answer: Estimate, to: Screen) -> Iterator[str]:
 def _rest(answer: Estimate, explain: bool, to: Screen) -> Iterator[str]:
     yield ""
     yield from _assumptions(answer, to)
-    for title, lines in (("Not supported, and left out", answer.unsupported), ("Notes", answer.notes)):
-        if lines:
-            yield ""
-            yield to.paint(title, "bold")
-            for line in lines:
-                yield from paragraph(f"- {line}", to, "  ")
+    yield from _notes([answer], to)
     if explain:
         yield ""
         yield from _ledger(answer, to)
+
+
+def _notes(answers: Sequence[Estimate], to: Screen) -> Iterator[str]:
+    notes = words.notes(answers)
+    if notes:
+        yield ""
+        yield to.paint("Notes", "bold")
+        for note in notes:
+            yield from paragraph(f"- {note}", to, "  ")
 
 
 def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen) -> Iterator[str]:
     columns = (
         Column("GPU", wraps=True),
         Column("answer"),
-        Column("used", right=True),
+        Column("GiB used", right=True),
         Column("usable", right=True),
         Column("free", right=True),
-        Column("band", optional=True),
+        Column(f"{answers[0].band.coverage:.0%} of runs", optional=True),
     )
     rows = [
         (
@@ -89,7 +91,9 @@ def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen) -> Itera
         for answer in answers
     ]
     yield from table(columns, rows, to, [f"|{_COLOURS[row[1]]}||||" for row in rows])
-    yield to.paint("GiB", "dim")
+    yield ""
+    yield from _moments(answers, to)
+    yield from paragraph(words.host(answers[0]), to)
     for answer in answers:
         if answer.verdict.answer == "does not fit":
             yield ""
@@ -97,17 +101,22 @@ def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen) -> Itera
             yield from _help(answer, to)
     yield ""
     yield from _assumptions(answers[0], to)
-    notes = dict.fromkeys(note for answer in answers for note in (*answer.unsupported, *answer.notes))
-    if notes:
-        yield ""
-        yield to.paint("Notes", "bold")
-        for note in notes:
-            yield from paragraph(f"- {note}", to, "  ")
+    yield from _notes(answers, to)
     if explain:
         for answer in answers:
             yield ""
             yield to.paint(str(answer.run.gpu), "bold")
             yield from _ledger(answer, to)
+
+
+def _moments(answers: Sequence[Estimate], to: Screen) -> Iterator[str]:
+    """When the peaks are: once, where the GPUs have it at the same moment."""
+    gpus: dict[str, list[str]] = {}
+    for answer in answers:
+        gpus.setdefault(words.moment(answer), []).append(str(answer.run.gpu))
+    for moment, names in gpus.items():
+        on = f" on {', '.join(dict.fromkeys(names))}" if len(gpus) > 1 else ""
+        yield from paragraph(f"The peak{on} is {moment}.", to)
 
 
 def _categories(answer: Estimate, to: Screen) -> Iterator[str]:
@@ -123,7 +132,7 @@ def _categories(answer: Estimate, to: Screen) -> Iterator[str]:
     styles: list[str] = []
 
     def add(sign: str, label: str, n: int, largest: str, style: str) -> None:
-        rows.append((sign, label, f"{n / GIB:.2f}", f"{n / held.used:.1%}", largest))
+        rows.append((sign, label, words.hundredths(n), words.share(n, held.used), largest))
         styles.append(style)
 
     for part in words.parts(answer):
@@ -143,8 +152,8 @@ def _phases(answer: Estimate, to: Screen) -> Iterator[str]:
     styles: list[str] = []
     for row in words.phase_rows(answer):
         once = row.phase == "load"
-        later = ["" if once else f"{row.later / GIB:.2f}"] if twice else []
-        rows.append((row.phase, f"{row.first / GIB:.2f}", *later, "← peak" if row.peak else "", row.where))
+        later = ["" if once else words.hundredths(row.later)] if twice else []
+        rows.append((row.phase, words.hundredths(row.first), *later, "← peak" if row.peak else "", row.where))
         styles.append("bold" if row.peak else "")
     yield from table(columns, rows, to, styles)
 
@@ -159,13 +168,13 @@ def _ledger(answer: Estimate, to: Screen) -> Iterator[str]:
     yield from (to.paint(line, "bold") for line in paragraph(f"Alive at the peak, {words.moment(answer)}", to))
     sources = list(dict.fromkeys(line.source for line in answer.ledger if line.source))
     number = {source: f"[{n}]" for n, source in enumerate(sources, 1)}
-    indent = " " * (15 if to.width >= 60 else 2)
+    wide = max((len(f"{line.bytes:,}") for line in answer.ledger), default=0)
+    indent = " " * (wide + 2 if to.width >= 60 else 2)
     for line in answer.ledger:
-        times = f"{line.count:,} × " if line.count > 1 else ""
         place = f" at {line.where}" if line.where else ""
         basis = "" if line.basis == "derived" else f" ({line.basis})"
-        tensor = f"{times}{line.what}{place}: {words.shape(line)} {line.dtype}".rstrip()
-        told = f"{line.bytes:>13,}  {tensor}; {line.why}{basis} {number.get(line.source, '')}"
+        tensor = f"{words.times(line)}{line.what}{place}: {words.shape(line)} {words.dtype(line)}".rstrip(": ")
+        told = f"{line.bytes:>{wide},}  {tensor}; {line.why}{basis} {number.get(line.source, '')}"
         yield from paragraph(told.rstrip() if len(indent) > 2 else told.strip(), to, indent)
     yield ""
     held = {kind: n for kind, n in answer.categories.items() if n}

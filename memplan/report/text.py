@@ -13,6 +13,7 @@ WIDEST = 120  # lines longer than this are hard to read, however wide the termin
 _PIPE = 100  # columns where there is no terminal
 _GAP = 2
 _NARROWEST = 8  # columns that wrapping leaves a cell
+_READABLE = 32  # columns below which wrapping an optional cell is worse than leaving it out
 
 STYLES = {
     "bold": "1",
@@ -43,14 +44,17 @@ class Screen(NamedTuple):
 
 def screen() -> Screen:
     """Standard output as it is: a terminal or not, its width, and whether colour is wanted (https://no-color.org)."""
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # pyright: ignore[reportUnnecessaryComparison] (if closed)
     dumb = os.environ.get("TERM") == "dumb" or (sys.platform == "win32" and "WT_SESSION" not in os.environ)
     width = shutil.get_terminal_size((_PIPE, 24)).columns
     return Screen(max(20, min(width, WIDEST)), terminal and not dumb and not os.environ.get("NO_COLOR"))
 
 
 class Column(NamedTuple):
-    """A column of a table. Where there is no room `optional` ones are left out, from the right, then others wrap."""
+    """A column of a table. Where there is no room `optional` ones are left out, from the right, then others wrap.
+
+    An optional one that wraps stays while it can be readable.
+    """
 
     title: str
     right: bool = False
@@ -68,7 +72,10 @@ def table(
     def excess() -> int:
         return sum(widths[i] + _GAP for i in shown) - _GAP - to.width
 
-    while excess() > 0 and any(columns[i].optional for i in shown):
+    def spare() -> int:
+        return sum(max(0, widths[i] - _READABLE) for i in shown if columns[i].optional and columns[i].wraps)
+
+    while excess() > spare() and any(columns[i].optional for i in shown):
         shown.remove(max(i for i in shown if columns[i].optional))
     wrapping = [i for i in shown if columns[i].wraps]
     while excess() > 0 and any(widths[i] > _NARROWEST for i in wrapping):

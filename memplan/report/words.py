@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from memplan.answer import Estimate, Line, Phase
+from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.units import GIB, gib
+from memplan.units import GIB, gib, rounded
 
 CATEGORIES = {
     "parameter": "parameters",
@@ -35,7 +36,9 @@ def parts(answer: Estimate) -> list[Part]:
     for kind, label in CATEGORIES.items():
         if answer.categories[kind]:
             largest = next(line for line in answer.ledger if line.kind == kind)
-            out.append(Part(kind, label, answer.categories[kind], f"{largest.what} {gib(largest.bytes)}"))
+            out.append(
+                Part(kind, label, answer.categories[kind], f"{times(largest)}{largest.what}, {gib(largest.bytes)}")
+            )
     held = answer.bytes
     out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
     out.append(Part("context", "CUDA context", held.used - held.reserved, "the driver's, and loaded kernels"))
@@ -50,12 +53,33 @@ def card(answer: Estimate) -> GPU | None:
 def model(answer: Estimate) -> str:
     """The model's name."""
     asked = answer.asked.model
-    return asked if isinstance(asked, str) else str(asked.config.get("_name_or_path") or asked.config["model_type"])
+    name = asked if isinstance(asked, str) else str(asked.config.get("_name_or_path") or asked.config["model_type"])
+    return printable(name)
 
 
 def tenths(n: int) -> str:
     """Bytes in GiB with one decimal, without the unit."""
     return f"{n / GIB:.1f}"
+
+
+def hundredths(n: int) -> str:
+    """Bytes in GiB with two decimals, without the unit.
+
+    >>> hundredths(16_106_127_360), hundredths(512), hundredths(0)
+    ('15.00', '<0.01', '0.00')
+    """
+    text = f"{n / GIB:.2f}"
+    return "<0.01" if n > 0 and text == "0.00" else text
+
+
+def share(n: int, of: int) -> str:
+    """What part of all bytes `n` are.
+
+    >>> share(1, 4), share(1, 10_000)
+    ('25.0%', '<0.1%')
+    """
+    text = f"{n / of:.1%}"
+    return "<0.1%" if n > 0 and text == "0.0%" else text
 
 
 def verdict(answer: Estimate) -> str:
@@ -123,9 +147,37 @@ def peak_phase(answer: Estimate) -> Phase:
     return [p for p in answer.phases if p.peak == answer.bytes.allocated][-1]
 
 
+def times(line: Line) -> str:
+    """How many of a tensor there are, where there are several: "28 × "."""
+    return f"{line.count:,} × " if line.count > 1 else ""
+
+
 def shape(line: Line) -> str:
-    """A tensor's shape in letters and in numbers: "b·s·f = 1·2048·18944"."""
-    return " = ".join(filter(None, (line.shape, "·".join(map(str, line.dims))))) or "scalar"
+    """A tensor's shape in letters and in numbers: "b·s·f = 1·2048·18944". Empty where it has none."""
+    numbers = "·".join(map(str, line.dims))
+    if not numbers:
+        return "scalar" if line.bytes == line.count * _LEAST else ""
+    return numbers if line.shape in ("", numbers) else f"{line.shape} = {numbers}"
+
+
+_LEAST = rounded(1)  # what torch takes for a single number
+
+
+def dtype(line: Line) -> str:
+    """A tensor's dtype; of a packed one, how many numbers share one: "uint8 for every 2"."""
+    stored, _, numbers = line.dtype.partition("/")
+    return f"{stored} for every {int(numbers):,}" if numbers else stored
+
+
+def notes(answers: Sequence[Estimate]) -> list[str]:
+    """What was left out and what to know, of several answers once."""
+    left_out = [f"not supported, and left out: {what}" for answer in answers for what in answer.unsupported]
+    return list(dict.fromkeys([*left_out, *(note for answer in answers for note in answer.notes)]))
+
+
+def host(answer: Estimate) -> str:
+    """What the host holds; empty where it holds nothing."""
+    return f"{gib(answer.host_bytes)} more are in the host's memory." if answer.host_bytes else ""
 
 
 class PhaseRow(NamedTuple):
@@ -210,6 +262,9 @@ def _method(answer: Estimate) -> Iterator[str]:
             yield "double quantisation" if q.double_quant else "no double quantisation"
         prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
         yield prepared[q.kbit_preparation]
+        whole = [name for name in q.skip if name != "lm_head"]
+        if whole:
+            yield f"{', '.join(whole)} not quantised"
 
 
 def _precision(answer: Estimate) -> Iterator[str]:
@@ -220,6 +275,8 @@ def _precision(answer: Estimate) -> Iterator[str]:
         yield f"gradients {p.grads}"
     if p.master:
         yield f"master weights {p.master}"
+    if answer.run.loop.grad_scaler:
+        yield "the loss is scaled"
 
 
 def _optimizer(answer: Estimate) -> Iterator[str]:
@@ -230,7 +287,11 @@ def _optimizer(answer: Estimate) -> Iterator[str]:
         yield f"states {', '.join(dict.fromkeys(line.dtype for line in states if line.bytes >= states[0].bytes // 10))}"
     if o.foreach:
         yield "foreach"
+    if o.momentum:
+        yield f"momentum {o.momentum:g}"
     if o.in_backward:
         yield "steps in backward"
     clip = answer.run.loop.clip_grad_norm
-    yield f"gradients clipped at {clip:g}" if clip else "no clipping"
+    yield f"gradients clipped at {clip:g}" if clip and not o.in_backward else "no clipping"
+    if answer.run.loop.trainer:
+        yield "driven by transformers' Trainer"

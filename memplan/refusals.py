@@ -1,0 +1,139 @@
+"""What a run must not say: what is not supported yet, and what could change nothing beside what else it says.
+
+No field is ever ignored: one that could not do what it says is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.methods import ADAPTERS
+from memplan.catalogue.optimizers import OPTIMIZERS
+from memplan.errors import SpecError, UnknownNameError
+from memplan.spec import Kernels, Method, Offload, Optimizer, Parallelism, Precision, Quantization, RunSpec
+
+PROFILES = ("transformers-5",)
+
+# Profiles that are known, and not supported yet; with a dash at the end, every version of them.
+_LATER_PROFILES = (
+    *("transformers-4.", "litgpt-", "megatron-core", "fsdp_qlora", "torchtitan", "torchtune"),
+    *("trl-", "axolotl-", "llamafactory-", "unsloth-"),
+)
+_ONE_GPU = Parallelism()
+_PLAIN = Method()
+
+
+def refuse(run: RunSpec) -> None:
+    """Raise SpecError or UnknownNameError for what the run as a whole must not say."""
+    if run.profile not in PROFILES:
+        if run.profile.startswith(_LATER_PROFILES):
+            raise _later("profile", run.profile, ", ".join(PROFILES))
+        raise UnknownNameError("profile", run.profile, PROFILES)
+    if run.task != "train":
+        raise SpecError(f"task: {run.task!r} is not supported yet; only training is", "task")
+    if run.batch.new_tokens:
+        raise SpecError(
+            "batch.new_tokens: training generates none, and only training is supported yet", "batch.new_tokens"
+        )
+    if run.parallelism != _ONE_GPU:
+        raise _divided(run.parallelism)
+
+
+def refuse_parts(method: Method, precision: Precision, optimizer: Optimizer, kernels: Kernels) -> None:
+    """Raise SpecError for what the parts of a run must not say, each as it was asked."""
+    if kernels.checkpointing not in ("none", "full"):
+        raise _later("kernels.checkpointing", kernels.checkpointing, "none, full")
+    if kernels.fused:
+        raise _later("kernels.fused", ", ".join(kernels.fused), "none but a fused loss (kernels.loss)")
+    if kernels.compile:
+        raise _later("kernels.compile", True, "false")
+    for refused in (*_method(method), *_precision(precision, method.quantization), *_optimizer(optimizer)):
+        raise refused
+
+
+def _later(field: str, value: object, supported: str) -> SpecError:
+    shown = "true" if value is True else repr(value)
+    return SpecError(f"{field}: {shown} is not supported yet; supported: {supported}", field)
+
+
+def _divided(p: Parallelism) -> SpecError:
+    """Several GPUs, named by what divides the work among them where something does."""
+    usual = ("world", "dp", "strategy")  # follow from other fields, so named last
+    fields = sorted(Parallelism.model_fields, key=lambda field: field in usual)
+    field = next(field for field in fields if getattr(p, field) != getattr(_ONE_GPU, field))
+    if field == "offload":
+        kept = ", ".join(name for name in Offload.model_fields if getattr(p.offload, name))
+        return _later("parallelism.offload", kept, "none")
+    return _later(f"parallelism.{field}", getattr(p, field), str(getattr(_ONE_GPU, field)).lower())
+
+
+def _method(m: Method) -> Iterator[SpecError]:
+    if m.kind not in ADAPTERS:
+        for field in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options"):
+            if getattr(m, field) != getattr(_PLAIN, field):
+                yield no_adapters(m.kind, f"method.{field}")
+    if m.kind != "freeze" and m.trainable_layers != _PLAIN.trainable_layers:
+        yield only_freeze(m.kind)
+    for name, value in m.options.items():
+        field = f"method.options.{name}"
+        if name == "use_dora":
+            yield SpecError(f"{field}: DoRA is a method of its own; write method.kind dora or qdora", field)
+        elif name != "use_rslora" or not isinstance(value, bool):
+            yield _later(field, value, "use_rslora true or false, which changes no memory")
+    if m.quantization is not None:
+        yield from _quantization(m.quantization)
+
+
+def no_adapters(kind: str, field: str) -> SpecError:
+    """`field` says something about adapters, and the method has none."""
+    return SpecError(f"{field}: method.kind {kind} has no adapters; {', '.join(ADAPTERS)} have", field)
+
+
+def only_freeze(kind: str) -> SpecError:
+    """Layers were counted that train, and the method is another than freezing the others."""
+    field = "method.trainable_layers"
+    return SpecError(f"{field}: is for method.kind freeze, not {kind}", field)
+
+
+def _quantization(q: Quantization) -> Iterator[SpecError]:
+    field = "method.quantization"
+    if q.format not in ("nf4", "fp4", "int8"):
+        yield _later(f"{field}.format", q.format, "nf4, fp4, int8")
+    if q.storage != "uint8":
+        yield _later(f"{field}.storage", q.storage, "uint8")
+    if "lm_head" not in q.skip:
+        yield SpecError(f"{field}.skip: a quantised lm_head is not supported yet; name lm_head in it", f"{field}.skip")
+    if q.format == "int8" and q.block_size != Quantization().block_size:
+        yield SpecError(f"{field}.block_size: int8 has no blocks; nf4 and fp4 have", f"{field}.block_size")
+
+
+def _precision(p: Precision, quantization: Quantization | None) -> Iterator[SpecError]:
+    if p.compute in ("fp8", "float8"):
+        yield _later("precision.compute", p.compute, "bf16, fp16, fp32")
+    elif p.autocast and p.compute == "fp32":
+        yield SpecError("precision.compute: autocast computes in bf16 or fp16, not fp32", "precision.compute")
+    elif not p.autocast and quantization is None and p.compute not in (None, p.weights):
+        yield SpecError(
+            f"precision.compute: without autocast layers compute in the dtype of their weights, {p.weights}, "
+            f"not {p.compute}",
+            "precision.compute",
+        )
+    if p.master is not None and (p.master != "fp32" or p.weights == "fp32"):
+        yield SpecError(
+            f"precision.master: masters are fp32 beside bf16 or fp16 weights, not {p.master} beside {p.weights}",
+            "precision.master",
+        )
+
+
+def _optimizer(o: Optimizer) -> Iterator[SpecError]:
+    row = OPTIMIZERS.get(o.name)
+    if row is None:
+        return  # an unknown name is refused by the catalogue, with the nearest
+    states = [rule for rule in (*row.states, *row.projector) if o.momentum or not rule.momentum]
+    if o.momentum and not any(rule.momentum for rule in states):
+        have = ", ".join(name for name, other in OPTIMIZERS.items() if any(rule.momentum for rule in other.states))
+        yield SpecError(f"optimizer.momentum: {o.name} has none to set; {have} have", "optimizer.momentum")
+    if o.state_dtype is not None and not any(rule.dtype == "moment" for rule in states):
+        yield SpecError(
+            f"optimizer.state_dtype: {o.name} has no states whose dtype can be set", "optimizer.state_dtype"
+        )

@@ -1,0 +1,243 @@
+"""Nothing a run says is ignored: what is not supported, or could change nothing, is an error that names its field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memplan import MemplanError, RunSpec, estimate
+from memplan.catalogue.states import optimizer_names
+from memplan.spec import LATER_METHODS, Loop, Method, Optimizer, Parallelism, Precision
+
+
+def refused(**fields: Any) -> MemplanError:
+    with pytest.raises(MemplanError) as caught:
+        estimate(RunSpec(model="qwen2-0.5b", **fields))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(caught.value.field)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+NOT_YET: list[tuple[dict[str, Any], str]] = [
+    ({"task": "generate"}, "task"),
+    ({"task": "forward"}, "task"),
+    ({"batch": {"new_tokens": 1}}, "batch.new_tokens"),
+    ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
+    ({"kernels": {"checkpointing": "offload"}}, "kernels.checkpointing"),
+    ({"kernels": {"fused": ["rope", "swiglu"]}}, "kernels.fused"),
+    ({"kernels": {"compile": True}}, "kernels.compile"),
+    ({"precision": {"compute": "fp8"}}, "precision.compute"),
+    ({"precision": {"compute": "float8"}}, "precision.compute"),
+    ({"method": {"kind": "qlora", "quantization": {"format": "fp8"}}}, "method.quantization.format"),
+    ({"method": {"kind": "qlora", "quantization": {"storage": "bf16"}}}, "method.quantization.storage"),
+    ({"method": {"kind": "qlora", "quantization": {"skip": []}}}, "method.quantization.skip"),
+    ({"method": {"kind": "lora", "options": {"bias": "all"}}}, "method.options.bias"),
+    ({"method": {"kind": "lora", "targets": ["model.layers.0.self_attn.q_proj"]}}, "method.targets"),
+    ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
+    ({"parallelism": {"world": 2}}, "parallelism.world"),
+    ({"parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}}, "parallelism.world"),
+    ({"parallelism": {"world": 2, "tp": 2}}, "parallelism.tp"),
+    ({"parallelism": {"strategy": "zero1"}}, "parallelism.strategy"),
+    ({"parallelism": {"stage": 0}}, "parallelism.stage"),
+    ({"parallelism": {"offload": {"optimizer": True}}}, "parallelism.offload"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field"), NOT_YET)
+def test_what_is_known_and_not_supported_yet_says_so(fields: dict[str, Any], field: str) -> None:
+    error = refused(**fields)
+    assert error.field == field
+    assert "supported yet" in str(error)
+
+
+@pytest.mark.parametrize("field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "stage")])
+def test_no_field_of_parallelism_is_ignored(field: str) -> None:
+    value = True if field == "sequence_parallel" else 2
+    assert refused(parallelism={field: value}).field == f"parallelism.{field}"
+
+
+@pytest.mark.parametrize("kind", sorted(LATER_METHODS))
+def test_the_other_methods_of_peft_are_known_and_refused(kind: str) -> None:
+    for written in (kind, kind.upper(), kind.replace("_", "-")):
+        error = refused(method=written)
+        assert error.field == "method.kind"
+        assert "not supported yet; supported: full, freeze, lora" in str(error)
+
+
+def test_peft_has_no_method_that_is_an_unknown_name() -> None:
+    peft = pytest.importorskip("peft")
+    assert {kind.value.lower() for kind in peft.PeftType} - LATER_METHODS == {"lora"}
+
+
+@pytest.mark.parametrize("kind", ["generate", "forward"])
+def test_a_task_is_no_method(kind: str) -> None:
+    assert "task" in str(refused(method=kind))
+
+
+@pytest.mark.parametrize("name", ["transformers-4.45", "litgpt-2023", "megatron-core", "trl-1.16", "unsloth-2026.10"])
+def test_a_known_profile_is_not_supported_yet_and_another_unknown(name: str) -> None:
+    assert f"{name!r} is not supported yet; supported: transformers-5" in str(refused(profile=name))
+    assert "unknown name" in str(refused(profile=f"my-{name}"))
+
+
+ADAPTER_FIELDS: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 32.0,
+    "targets": ["q_proj"],
+    "dropout": 0.1,
+    "modules_to_save": ["lm_head"],
+    "adapter_dtype": "bf16",
+    "options": {"use_rslora": True},
+}
+
+
+@pytest.mark.parametrize(("field", "value"), ADAPTER_FIELDS.items())
+@pytest.mark.parametrize("kind", ["full", "freeze"])
+def test_what_is_said_of_adapters_needs_some(kind: str, field: str, value: Any) -> None:
+    error = refused(method={"kind": kind, field: value})
+    assert error.field == f"method.{field}"
+    assert "lora, qlora, dora, qdora have" in str(error)
+    assert estimate(RunSpec(model="qwen2-0.5b", method={"kind": "lora", field: value})).bytes.allocated > 0
+
+
+def test_every_field_of_a_method_is_for_adapters_or_checked_otherwise() -> None:
+    assert set(Method.model_fields) == {*ADAPTER_FIELDS, "kind", "trainable_layers", "quantization"}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora", "dora", "qdora"])
+def test_layers_that_train_are_counted_for_freeze_only(kind: str) -> None:
+    assert refused(method={"kind": kind, "trainable_layers": 3}).field == "method.trainable_layers"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_cache_of_keys_and_values_changes_no_memory(checkpointing: str) -> None:
+    plain, cached = (
+        estimate(RunSpec(model="qwen2-0.5b", kernels={"checkpointing": checkpointing}, loop={"use_cache": on}))
+        for on in (False, True)
+    )
+    assert plain.phases == cached.phases
+
+
+def test_rank_stabilised_lora_changes_no_memory() -> None:
+    plain, stabilised = (
+        estimate(RunSpec(model="qwen2-0.5b", method={"kind": "lora", "options": options}))
+        for options in ({}, {"use_rslora": True})
+    )
+    assert plain.phases == stabilised.phases
+    assert refused(method={"kind": "lora", "options": {"use_rslora": "yes"}}).field == "method.options.use_rslora"
+    assert "method.kind dora" in str(refused(method={"kind": "lora", "options": {"use_dora": True}}))
+
+
+@pytest.mark.parametrize(
+    ("precision", "field"),
+    [
+        ({"compute": "fp16"}, "precision.compute"),
+        ({"weights": "fp32", "compute": "bf16"}, "precision.compute"),
+        ({"autocast": True, "compute": "fp32"}, "precision.compute"),
+        ({"weights": "fp32", "autocast": True, "compute": "fp32"}, "precision.compute"),
+        ({"master": "bf16"}, "precision.master"),
+        ({"weights": "fp32", "master": "fp32"}, "precision.master"),
+    ],
+)
+def test_a_dtype_that_nothing_would_be_in_is_refused(precision: dict[str, Any], field: str) -> None:
+    assert refused(precision=precision).field == field
+
+
+def test_four_bit_layers_compute_in_a_dtype_of_their_own() -> None:
+    run = RunSpec(model="qwen2-0.5b", method="qlora", precision={"weights": "fp16", "compute": "bf16"})
+    assert estimate(run).run.precision.compute == "bf16"
+
+
+def test_the_answers_own_run_is_never_refused() -> None:
+    for fields in ({"method": "qlora"}, {"precision": "mixed"}, {"method": "freeze"}, {"optimizer": "adamw_8bit"}):
+        answer = estimate(RunSpec(model="qwen2-0.5b", **fields))
+        assert estimate(RunSpec.model_validate_json(answer.run.model_dump_json())).phases == answer.phases
+
+
+def test_the_run_says_how_many_layers_are_there_to_train() -> None:
+    run = estimate(RunSpec(model="qwen2-0.5b", method={"kind": "freeze", "trainable_layers": 999})).run
+    assert run.method.trainable_layers == 24
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_a_setting_of_the_optimizer_changes_something_or_is_refused(name: str) -> None:
+    def phases(**settings: Any) -> Any:
+        run = RunSpec(model="qwen2-0.5b", optimizer={"name": name, **settings})
+        try:
+            return estimate(run).phases
+        except MemplanError as error:
+            return error.field
+
+    plain = phases()
+    for setting, values in {"momentum": (0.9,), "state_dtype": ("fp32", "fp16"), "foreach": (True,)}.items():
+        found = [phases(**{setting: value}) for value in values]
+        said = found == [f"optimizer.{setting}"] * len(values)
+        default = setting == "foreach" and name in ("adamw_torch", "sgd", "adagrad", "rmsprop")
+        assert said or default or any(phase != plain for phase in found), (setting, found)
+
+
+@pytest.mark.parametrize(
+    ("how", "method", "said"),
+    [
+        ("awq", "lora", "awq"),
+        ("gptq", "qlora", "gptq"),
+        ("bitsandbytes", "lora", "use qlora"),
+        ("bitsandbytes", "full", "use qlora"),
+        ({}, "lora", "checkpoint of ?"),
+    ],
+)
+def test_a_checkpoint_that_is_stored_quantised_is_not_taken_for_another(how: Any, method: str, said: str) -> None:
+    error = refused_config({"quant_method": how} if isinstance(how, str) else {"bits": 4}, method)
+    assert said in error
+
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def refused_config(stored: dict[str, Any], method: str) -> str:
+    with pytest.raises(MemplanError) as caught:
+        estimate(RunSpec(model={"config": {**CONFIG, "quantization_config": stored}}, method=method))
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_bitsandbytes_trains_adapters_and_one_in_fp8_has_a_note() -> None:
+    def ask(stored: Any, method: str) -> Any:
+        config = {**CONFIG, "quantization_config": stored}
+        return estimate(RunSpec(model={"config": config}, method=method))
+
+    assert ask({"quant_method": "bitsandbytes"}, "qlora").phases == ask(None, "qlora").phases
+    eight = ask({"quant_method": "fp8"}, "lora")
+    assert eight.phases == ask(None, "lora").phases
+    assert any("stored in fp8" in note for note in eight.notes)
+
+
+def test_a_dotted_name_means_the_modules_it_ends() -> None:
+    def phases(**method: Any) -> Any:
+        return estimate(RunSpec(model="qwen2-0.5b", method={"kind": "lora", **method})).phases
+
+    assert phases(targets=["self_attn.q_proj"]) == phases(targets=["q_proj"])
+    assert phases(modules_to_save=["mlp.up_proj"]) == phases(modules_to_save=["up_proj"])
+    both = RunSpec(model="gpt2", method={"kind": "lora", "targets": ["mlp.c_proj"]}, batch={"sequence": 64})
+    with pytest.raises(MemplanError, match=r"'mlp.c_proj' is not every c_proj"):
+        estimate(both)
+
+
+def test_names_of_modules_are_checked_wherever_they_are_given() -> None:
+    skip = refused(method={"kind": "qlora", "quantization": {"skip": ["lm_head", "o_prj"]}})
+    assert (skip.field, "o_proj" in str(skip)) == ("method.quantization.skip", True)
+    assert "stands alone" in str(refused(method={"kind": "lora", "targets": ["all-linear", "q_proj"]}))
+    assert "did you mean all-linear" in str(refused(method={"kind": "lora", "targets": ["all_linear"]}))
+
+
+def test_the_defaults_are_never_refused() -> None:
+    parts = {"method": Method(), "precision": Precision(), "optimizer": Optimizer(), "loop": Loop()}
+    assert estimate(RunSpec(model="qwen2-0.5b", **parts)).bytes.allocated > 0  # type: ignore[arg-type]
