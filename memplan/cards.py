@@ -91,9 +91,11 @@ def _read_card(name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _card_name(model: str) -> str | None:
-    """The card a name means: its own, its hf_id or an alias of it, in any case."""
+    """The card a name means: its own, its hf_id or an alias of it, in any case; without an owner however joined."""
     lowered = model.lower()
-    return lowered if lowered in card_names() else _aliases().get(lowered)
+    if lowered in card_names():
+        return lowered
+    return _aliases().get(lowered) or (None if "/" in lowered else _joined_names().get(_joined(lowered)))
 
 
 @cache
@@ -105,6 +107,16 @@ def _aliases() -> dict[str, str]:
         for alias in (card["hf_id"], *card.get("aliases", ())):
             found.setdefault(alias.lower(), name)
     return found
+
+
+@cache
+def _joined_names() -> dict[str, str]:
+    return {_joined(name): card for name, card in [*((n, n) for n in card_names()), *_aliases().items()]}
+
+
+def _joined(name: str) -> str:
+    """The name without what people join its parts by: "Llama 3.1 8B", "llama3.1:8b" and "llama-3.1-8b" are one."""
+    return name.translate({ord(mark): None for mark in " -_:"})
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -129,7 +129,7 @@ _GLM = {
 # the sizes that no two models share. A window or a share of rotated dimensions counts where it stands here only.
 # Source: transformers 5.24 configuration classes; where it has none, the code published with the model's card.
 MODEL_TYPES: dict[str, dict[str, Any]] = {
-    "baichuan": _LLAMA,
+    "baichuan": {"intermediate_size": None},  # 11008 in the code of the 7B model, 13696 in that of the 13B
     "bloom": {"tie_word_embeddings": True},
     "chatglm": {
         "partial_rotary_factor": 0.5,
@@ -186,7 +186,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 64, "activation_function": "gelu_new", "n_positions": 2048},
     "granite": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
-    "internlm2": _LLAMA,
+    "internlm2": {"bias": True, **_LLAMA},
     "internlm3": {"num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 10240},
     "llama": _LLAMA,
     "mimo": _QWEN2,

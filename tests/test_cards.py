@@ -121,12 +121,27 @@ def test_a_model_answers_to_its_hub_id_and_its_aliases_in_any_case() -> None:
             assert find_model(alias) == load_card(name)
 
 
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("Llama 3.1 8B", "llama-3.1-8b"),
+        ("llama3.1:8b", "llama-3.1-8b"),
+        ("qwen 2.5 7b", "qwen2.5-7b"),
+        ("qwen2_7b", "qwen2-7b"),
+        ("gpt-2", "gpt2"),
+    ],
+)
+def test_a_name_is_the_same_however_its_parts_are_joined(typed: str, name: str) -> None:
+    assert find_model(typed) == load_card(name)
+
+
 def test_no_alias_names_two_cards() -> None:
     owner: dict[str, str] = {}
     for name in card_names():
         card = read_card(name)
-        for alias in {alias.lower() for alias in (name, card["hf_id"], *card.get("aliases", ()))}:
-            assert owner.setdefault(alias, name) == name
+        for alias in (name, card["hf_id"], *card.get("aliases", ())):
+            joined = alias.lower().translate({ord(mark): None for mark in " -_:"})
+            assert owner.setdefault(joined, name) == name
 
 
 def test_an_unknown_model_names_the_nearest() -> None:
@@ -352,6 +367,18 @@ def test_what_a_config_leaves_out_has_the_value_of_its_family() -> None:
     assert ModelSpec(gpt2).max_position_embeddings == 1024
     with pytest.raises(ConfigError, match="no intermediate_size"):
         ModelSpec({**LLAMA, "intermediate_size": None})
+
+
+def test_what_code_beside_the_weights_fills_in() -> None:
+    """InternLM 2's class has biases unless told otherwise; Baichuan's two classes disagree on the width of the FFN."""
+    card = read_card("internlm2-7b")["config"]
+    h, kd = card["hidden_size"], card["num_key_value_heads"] * 128
+    with_biases, _ = counts(ModelSpec({key: value for key, value in card.items() if key != "bias"}))
+    without_biases, _ = counts(ModelSpec(card))
+    assert with_biases["attention"] - without_biases["attention"] == 32 * ((h + 2 * kd) + h)
+    card = read_card("baichuan2-13b")["config"]
+    with pytest.raises(ConfigError, match="no intermediate_size"):
+        ModelSpec({key: value for key, value in card.items() if key != "intermediate_size"})
 
 
 def test_a_key_of_another_family_means_nothing() -> None:
