@@ -473,7 +473,7 @@ def a_config(model_type: str, rng: random.Random) -> dict[str, Any]:
             value = rng.choice(values)
             long = isinstance(value, list) and key in ("layer_types", "no_rope_layers")
             config[key] = [value[i % len(value)] for i in range(depth)] if long else copy.deepcopy(value)
-    if model_type != "gptj" and rng.random() < 0.3:
+    if rng.random() < 0.3:
         config["tie_word_embeddings"] = rng.random() < 0.5
     return config
 
