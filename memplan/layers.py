@@ -91,6 +91,9 @@ def layers_of(
             first = _whole(config, "max_window_layers", 28)
             kinds = _sliding(config, [window is not None and i >= first for i in range(count)])
             return tuple(Layer(sliding, True, k, f) for sliding in kinds)
+        case "ministral":
+            kinds = _sliding(config, [window is not None] * count)
+            return tuple(Layer(sliding, True, k, f) for sliding in kinds)
         case "smollm3":
             every = max(1, _whole(config, "no_rope_layer_interval", 4))
             if config.get("no_rope_layers"):

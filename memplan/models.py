@@ -191,6 +191,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mimo": _QWEN2,
     "minicpm": {"tie_word_embeddings": True, **_LLAMA},
+    "ministral": {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
     "ministral3": {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14336, "sliding_window": None},
     "mistral": {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
     "mpt": {"tie_word_embeddings": True, "max_seq_len": 2048},
@@ -235,7 +236,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
 BUILT_AS = {"exaone": "llama"}
 
 # Families whose class has no such key; with it, the others add biases to the MLP's linears.
-_NO_MLP_BIAS = frozenset(("hunyuan_v1_dense", "mimo", "ministral3", "mistral", "qwen2", "qwen3"))
+_NO_MLP_BIAS = frozenset(("hunyuan_v1_dense", "mimo", "ministral", "ministral3", "mistral", "qwen2", "qwen3"))
 
 # Older names of keys that are no sizes.
 _RENAMED = {"internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"}}

@@ -59,6 +59,9 @@ TINY: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": _base(**_HEADS),
     "internlm3": _base(**_HEADS),
     "llama": _base(),
+    "ministral": _base(
+        sliding_window=32, layer_types=["sliding_attention", "full_attention", "sliding_attention"], **_HEADS
+    ),
     "ministral3": _base(**_HEADS),
     "mistral": _base(sliding_window=None),
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "vocab_size": 300},

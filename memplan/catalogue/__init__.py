@@ -15,7 +15,7 @@ from memplan.models import ModelSpec
 _MODULES = {
     model_type: module
     for module, model_types in {
-        "llama": "llama mistral ministral3 qwen2 mimo qwen3 internlm3 hunyuan_v1_dense smollm3",
+        "llama": "llama mistral ministral ministral3 qwen2 mimo qwen3 internlm3 hunyuan_v1_dense smollm3",
         "phi3": "phi3",
         "granite": "granite",
         "ernie": "ernie4_5",

@@ -297,6 +297,7 @@ BUILDERS = {
     "internlm3": configured,
     "llama": configured,
     "mistral": llama,
+    "ministral": partial(llama, mixed=True),
     "ministral3": partial(llama, turn=rope_and_scale),
     "qwen2": partial(llama, bias=True, mixed=True),
     "mimo": partial(llama, bias=True),
