@@ -320,8 +320,11 @@ def _refuse_rank(rank: int, path: str, dims: tuple[int, int]) -> None:
 
 def _modules(model: ModelSpec, field: str, named: Iterable[str]) -> tuple[str, ...]:
     """The names of modules that a field lists, checked."""
+    listed = tuple(named)
+    if not listed:
+        return ()
     names, found = modules(model), list[str]()
-    for name in named:
+    for name in listed:
         last = _last(name, field, adaptable(model))
         if last not in names:
             raise UnknownNameError(field, name, sorted(names))

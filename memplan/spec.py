@@ -161,6 +161,9 @@ class Precision(Part, frozen=True):
         return precision_of(value) if isinstance(value, str) else value
 
 
+PRECISIONS = ("pure", "amp", "mixed", "bf16", "fp16", "fp32")
+
+
 def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
     """The fields of `Precision` that `pure`, `amp`, `mixed` or a dtype mean.
 
@@ -178,7 +181,7 @@ def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
         case "bf16" | "fp16" | "fp32":
             return {"weights": word}
         case _:
-            raise UnknownNameError("precision", word, ("pure", "amp", "mixed", "bf16", "fp16", "fp32"))
+            raise UnknownNameError("precision", word, PRECISIONS)
 
 
 class Optimizer(Part, frozen=True):

@@ -5,6 +5,16 @@ from __future__ import annotations
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
+def decimal(n: int, unit: int, digits: int) -> str:
+    """`n` bytes in units of `unit`, rounded to some digits: of integers, which no number is too large for.
+
+    >>> decimal(25_769_803_776, GIB, 1), decimal(-(2**100) - 2**29, GIB, 1)
+    ('24.0', '-1,180,591,620,717,411,303,424.5')
+    """
+    whole, rest = divmod((2 * abs(n) * 10**digits + unit) // (2 * unit), 10**digits)
+    return f"{'-' if n < 0 else ''}{whole:,}.{rest:0{digits}}"
+
+
 def gib(n: int) -> str:
     """`n` bytes as GiB with two decimals, and below 1 GiB in the largest unit of which there is one.
 
@@ -12,10 +22,10 @@ def gib(n: int) -> str:
     ('24.00 GiB', '10.0 MiB', '-16.0 KiB', '512 bytes')
     """
     if abs(n) >= GIB:
-        return f"{n / GIB:.2f} GiB"
+        return f"{decimal(n, GIB, 2)} GiB"
     if abs(n) >= MIB:
-        return f"{n / MIB:.1f} MiB"
-    return f"{n / KIB:.1f} KiB" if abs(n) >= KIB else f"{n} bytes"
+        return f"{decimal(n, MIB, 1)} MiB"
+    return f"{decimal(n, KIB, 1)} KiB" if abs(n) >= KIB else f"{n} bytes"
 
 
 def rounded(n: int) -> int:

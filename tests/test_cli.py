@@ -548,8 +548,11 @@ def test_a_file_is_written_in_the_format_its_name_says(
 
 def test_the_schema_of_an_answer_holds_that_of_a_run(memplan_: Memplan) -> None:
     answer, run = json.loads(memplan_("schema").out), json.loads(memplan_("schema", "run").out)
-    assert answer["$defs"]["RunSpec"]["properties"] == run["properties"]
-    assert run["properties"]["batch"]["$ref"] == "#/$defs/Batch"
+    resolved = answer["$defs"]["RunSpec"]["properties"]
+    assert list(resolved) == list(run["properties"])
+    assert resolved["batch"] == run["properties"]["batch"]
+    assert run["properties"]["method"]["anyOf"][0] == {"$ref": resolved["method"]["$ref"]}
+    assert {name: answer["$defs"][name] for name in run["$defs"]} == run["$defs"]
 
 
 def test_models_are_listed_and_searched(memplan_: Memplan) -> None:

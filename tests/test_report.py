@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from memplan import Estimate, RunSpec, estimate
 from memplan.answer import KINDS
-from memplan.errors import SpecError
+from memplan.errors import MemplanError, SpecError
 from memplan.gpus import all_gpus, find_gpu
 from memplan.largest import changed, first_lever, holding, largest_batch, largest_sequence, levers
 from memplan.report import FORMATS, render, table
@@ -551,6 +552,36 @@ def test_the_run_of_an_answer_round_trips(answer: Estimate) -> None:
     assert again == answer.run
     assert json.loads(again.model_dump_json()) == run
     assert estimate(again).bytes == answer.bytes
+
+
+WRITTEN: list[dict[str, Any]] = [
+    {"model": "qwen2-7b"},
+    {"model": "qwen2-7b", "method": "qlora", "precision": "amp", "optimizer": "sgd", "gpu": "3090"},
+    {"model": "qwen2-7b", "gpu": 3090},
+    {"model": {"config": {"model_type": "llama"}}, "method": {"kind": "lora", "targets": ["q_proj"], "alpha": 16}},
+]
+
+
+@pytest.mark.parametrize("run", WRITTEN)
+def test_what_a_file_may_hold_is_valid_under_the_schema(run: dict[str, Any]) -> None:
+    conforms(run, run_schema(), run_schema())
+    RunSpec.model_validate({**run, "gpu": str(run["gpu"]) if "gpu" in run else None})
+
+
+@pytest.mark.parametrize("change", [{"method": "qloar"}, {"precision": "am"}, {"optimizer": 3}, {"gpus": "3090"}])
+def test_what_no_file_may_hold_is_not_valid_under_it(change: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        conforms({**WRITTEN[0], **change}, run_schema(), run_schema())
+    with pytest.raises((ValidationError, MemplanError)):
+        RunSpec.model_validate({**WRITTEN[0], **change})
+
+
+def test_numbers_too_large_for_a_float_are_exact() -> None:
+    answer = ask(batch={"micro": 2**40, "sequence": 2**40}, gpu="h100")
+    whole = (2 * answer.bytes.used * 10 + GIB) // (2 * GIB)
+    assert f"needs {whole // 10:,}.{whole % 10} of 79" in verdict(answer)
+    assert f" {hundredths(answer.categories['activation'])} " in table.render([answer], to=Screen(100))
+    assert hundredths(2**100 * GIB + GIB // 4) == f"{2**100:,}.25"
 
 
 def test_the_formats_are_those_of_the_contract() -> None:

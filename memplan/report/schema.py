@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
 from memplan.answer import KINDS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
-from memplan.spec import RunSpec
+from memplan.spec import PRECISIONS, MethodKind, RunSpec
 
 
 class _Schema(GenerateJsonSchema):
@@ -20,8 +20,14 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def run_schema() -> dict[str, Any]:
-    """What a run may hold. Words for whole parts (`"method": "qlora"`) are accepted beside what the schema says."""
-    return {"$schema": DRAFT, **RunSpec.model_json_schema(schema_generator=_Schema)}
+    """What a run may hold: every field, and the words that stand for a whole part (`"method": "qlora"`)."""
+    schema: dict[str, Any] = {"$schema": DRAFT, **RunSpec.model_json_schema(schema_generator=_Schema)}
+    words = {"method": {"enum": list(get_args(MethodKind))}, "precision": {"enum": list(PRECISIONS)}}
+    for part, word in {**words, "optimizer": {"type": "string"}}.items():
+        field = schema["properties"][part]
+        field["anyOf"] = [{"$ref": field.pop("$ref")}, word]
+    schema["properties"]["gpu"]["anyOf"].append({"type": "integer"})  # YAML's `gpu: 3090`
+    return schema
 
 
 def answer_schema() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.units import GIB, gib, rounded
+from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
     "parameter": "parameters",
@@ -59,7 +59,7 @@ def model(answer: Estimate) -> str:
 
 def tenths(n: int) -> str:
     """Bytes in GiB with one decimal, without the unit."""
-    return f"{n / GIB:.1f}"
+    return decimal(n, GIB, 1)
 
 
 def hundredths(n: int) -> str:
@@ -68,7 +68,7 @@ def hundredths(n: int) -> str:
     >>> hundredths(16_106_127_360), hundredths(512), hundredths(0)
     ('15.00', '<0.01', '0.00')
     """
-    text = f"{n / GIB:.2f}"
+    text = decimal(n, GIB, 2)
     return "<0.01" if n > 0 and text == "0.00" else text
 
 
