@@ -214,6 +214,47 @@ def test_options_go_over_a_spec_file(memplan_: Memplan, tmp_path: Path) -> None:
     assert (run["precision"]["weights"], run["precision"]["compute"]) == ("fp32", "fp16")
 
 
+CHANGES: dict[str, tuple[str, str]] = {
+    "--method full": ("qlora", "{kind: full}"),
+    "--method freeze": ("{kind: lora, rank: 8}", "{kind: freeze}"),
+    "--method lora": ("{kind: qlora, rank: 8, quantization: {format: int8}}", "{kind: lora, rank: 8}"),
+    "--method qlora": ("{kind: freeze, trainable_layers: 3}", "qlora"),
+    "--method dora": ("{kind: lora, rank: 8, targets: [q_proj]}", "{kind: dora, rank: 8, targets: [q_proj]}"),
+    "--optimizer adamw_8bit": (
+        "full, optimizer: {name: sgd, momentum: 0.9, foreach: true}",
+        "full, optimizer: adamw_8bit",
+    ),
+    "--dtype fp16": ("full, precision: {weights: bf16, compute: bf16, grads: bf16}", "full, precision: fp16"),
+}
+
+
+@pytest.mark.parametrize(("typed", "files"), CHANGES.items())
+def test_what_is_typed_over_a_file_leaves_behind_what_was_the_others(
+    memplan_: Memplan, tmp_path: Path, typed: str, files: tuple[str, str]
+) -> None:
+    phases: list[Any] = []
+    for text, options in ((files[0], typed.split()), (files[1], [])):
+        (tmp_path / "run.yaml").write_text(f"{{model: qwen2-0.5b, method: {text}}}")
+        phases.append(json.loads(memplan_("--spec", str(tmp_path / "run.yaml"), "--json", *options).out)["phases"])
+    assert phases[0] == phases[1]
+
+
+def test_a_mistake_in_a_file_is_not_left_behind(memplan_: Memplan, tmp_path: Path) -> None:
+    spec = tmp_path / "run.yaml"
+    spec.write_text("{model: qwen2-0.5b, method: {kind: lora, rnk: 8}}")
+    fails(memplan_("--spec", str(spec), "--method", "full"), 2, "method.rnk: no such key")
+    spec.write_text("{model: qwen2-0.5b, method: {kind: full, rank: 8}}")
+    fails(memplan_("--spec", str(spec), "--method", "full"), 2, "method.rank: method.kind full has no adapters")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "freeze"])
+def test_an_answers_run_can_be_asked_again_another_way(memplan_: Memplan, tmp_path: Path, method: str) -> None:
+    spec = tmp_path / "again.json"
+    spec.write_text(json.dumps(run_of(memplan_("qwen2-0.5b", "--method", method, "--json"))))
+    for typed in ("--method dora --rank 4", "--method full", "--optimizer lomo", "--dtype fp16", "--precision amp"):
+        assert memplan_("--spec", str(spec), *typed.split()).code == 0, typed
+
+
 def test_an_answers_run_is_a_spec_that_gives_the_same_answer(memplan_: Memplan, tmp_path: Path) -> None:
     answer = json.loads(memplan_(*QLORA, "--seq-len", "777", "--json").out)
     spec = tmp_path / "again.json"

@@ -66,6 +66,7 @@ def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> 
     out: dict[str, Any] = {str(k): v for k, v in (spec or {}).items()}
     if type(out.get("gpu")) is int:  # YAML's `gpu: 3090`
         out["gpu"] = str(out["gpu"])
+    _leave(out, given)
     for name, path in FIELDS.items():
         if name in given:
             _put(out, path, given[name])
@@ -82,6 +83,37 @@ def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> 
 
 _DTYPES = ("bf16", "fp16", "fp32")
 _MAIN = {"method": "kind", "optimizer": "name"}  # what a word for the whole part stands for
+
+
+# What a method has to itself.
+_ADAPTERS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
+_OWN: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "freeze": ("trainable_layers",),
+    **dict.fromkeys(("lora", "dora"), _ADAPTERS),
+    **dict.fromkeys(("qlora", "qdora"), (*_ADAPTERS, "quantization")),
+}
+
+
+def _leave(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """A method, optimizer or dtype typed over the file's leaves behind what the file says of its own one alone."""
+
+    def leave(part: str, fields: Iterable[str]) -> None:
+        spec[part] = {name: value for name, value in spec[part].items() if name not in fields}
+
+    def other(name: str, part: str, field: str, usual: str) -> str | None:
+        """The file's, where another one is typed."""
+        old: object = spec.get(part)
+        had = cast(Mapping[str, Any], old).get(field, usual) if isinstance(old, Mapping) else None
+        return had if name in given and had is not None and had != given[name] else None
+
+    if other("method", "method", "kind", "full") and given["method"] in _OWN:
+        leave("method", {field for own in _OWN.values() for field in own} - set(_OWN[given["method"]]))
+    if other("optimizer", "optimizer", "name", "adamw_torch_fused"):
+        leave("optimizer", ("foreach", "momentum", "state_dtype"))
+    weights = other("dtype", "precision", "weights", "bf16")
+    if weights is not None:
+        leave("precision", [field for field in ("compute", "grads") if spec["precision"].get(field) == weights])
 
 
 def _put(spec: dict[str, Any], path: str, value: Any) -> None:
