@@ -135,7 +135,7 @@ def _decide(
 
 
 def _gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
-    others = ambiguous_with(typed)
+    others = () if typed == gpu.name else ambiguous_with(typed)
     if others:
         yield f"{typed!r} is taken as {gpu.title}; also: {', '.join(o.name for o in others)}"
     if gpu.driver_basis == "rule":
