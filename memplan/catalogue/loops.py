@@ -44,11 +44,6 @@ def upcast(t: Turn) -> int:
     return 0 if t.dtype == "fp32" else fp32(t)
 
 
-def upcast_if_small(t: Turn) -> int:
-    """Of `.float()` and the norm, which bitsandbytes takes so of what it keeps in 32 bits."""
-    return upcast(t) + 512 if prod(t.shape) < 4096 and t.dtype != "fp32" else 0
-
-
 # Sizes of what a matrix is projected to
 
 
@@ -75,6 +70,13 @@ def low_rows(t: Turn) -> int:
 def low_columns(t: Turn) -> int:
     """An fp32 number for every column, where it has columns."""
     return bytes_of((*t.low[:-2], t.low[-1]), "fp32") if len(t.low) > 1 else 0
+
+
+def norm_if_small(t: Turn) -> int:
+    """What bitsandbytes keeps in 32 bits it takes the norm of, of `.float()`, which copies what is not fp32."""
+    if prod(t.low) >= 4096:
+        return 0
+    return (0 if t.dtype == "fp32" else low_fp32(t)) + 512
 
 
 # Sizes of a projection, and of what it is made from
@@ -195,15 +197,24 @@ ADALOMO: Loop = (
     new("gradient", fp32),
     new("square", fp32),
     new("update", fp32),
-    free("gradient", "square", "update"),
+    free("square"),
+    new("row_factor", low_rows),
+    new("column_factor", low_columns),
+    new("update", fp32),
+    free("row_factor", "column_factor"),
+    new("parameter", upcast),
+    free("gradient", "update", "parameter"),
 )
 
-# GaLore: the singular vectors of the gradient, and a slice of them as the projection. What cuSOLVER takes is not in it.
+# GaLore: the singular vectors of the gradient, and a slice of them as the projection. cuSOLVER overwrites its input, so
+# torch hands it a copy; its own workspace is not in it. torch 2.13 aten/.../linalg/BatchLinearAlgebraLib.cpp.
 
 _SVD: tuple[Action, ...] = (
     new("u", svd_u),
     new("s", svd_s),
     new("vh", svd_vh),
+    new("overwritten", fp32),
+    free("overwritten"),
     new("diagonal", rank_squared),
     new("product", low_fp32),
     free("diagonal"),
@@ -239,7 +250,7 @@ GALORE_ADAMW: Loop = (
 )
 GALORE_8BIT_OTHERS: Loop = (
     keep("states"),
-    new("norm", upcast_if_small),
+    new("norm", norm_if_small),
     free("norm"),
 )
 # The parameter is put aside and its gradient replaced by the projected one, which stays until zero_grad.
@@ -252,6 +263,8 @@ GALORE_8BIT: Loop = (
     hold(low),
     lose(own),
     keep("states"),
+    new("norm", norm_if_small),
+    free("norm"),
     *_SCALED_BACK,
     free("full", "scaled", "data"),
 )
@@ -313,6 +326,7 @@ APOLLO: Loop = (
     keep("scaled_grad"),
     later(
         new("scaled_norm", number),
+        new("limiter", number),
         new("limited", own),
         rename("limited", to="scaled"),
     ),

@@ -64,7 +64,7 @@ class Optimizer(NamedTuple):
     """One optimizer: what it keeps, and what a step needs.
 
     states      of every parameter; where it is projected, of a parameter of the projected shape
-    basis       derived (traced or exact) or assumed
+    basis       derived (traced or exact) or assumed, in part at least
     moments     the dtype of moments, where it is not the parameter's
     shared      once for all parameters, if there is one that each is `of`
     projector   of every projected parameter; `rank` is what it is projected to
@@ -164,8 +164,8 @@ _ADAMW = Optimizer(
     apex=True,
 )
 _ONE, _BOTH, _MIX = (same,), (same, same), (twice, same)
-_LAYERWISE = f"{_TRAINER} _setup_low_rank_optimizer"
 _NO_WORKSPACE = "without cuSOLVER's workspace for the SVD of one gradient"
+_SVD = "torch 2.13 linalg.svd, without the workspace that cuSOLVER asks for at run time"
 
 # fp32 gradients: the slice is a view of all singular vectors on the narrow side. Others: a copy in their dtype.
 _GALORE_PROJECTOR = (
@@ -174,8 +174,9 @@ _GALORE_PROJECTOR = (
 )
 _GALORE = Optimizer(
     _ADAM,
-    "galore-torch 1.0 adamw.py, galore_projector.py",
+    f"galore-torch 1.0 adamw.py, galore_projector.py; {_SVD}",
     f"one target's update in full, twice, and its SVD when the projection is renewed ({_NO_WORKSPACE})",
+    "assumed",
     projector=_GALORE_PROJECTOR,
     rank=capped_rank,
     loop=loops.GALORE_OTHERS,
@@ -183,8 +184,9 @@ _GALORE = Optimizer(
 )
 _GALORE_8 = Optimizer(
     (*_eight_bit(_BOTH, large), Rule("unorm_vec", vector(1), "fp32")),
-    "galore-torch 1.0 adamw8bit.py with bitsandbytes 0.50 (which reads its arguments as max_unorm=100)",
+    f"galore-torch 1.0 adamw8bit.py with bitsandbytes 0.50 (which reads its arguments as max_unorm=100); {_SVD}",
     f"one target and its update in full, while gradients shrink, and its SVD when it is projected ({_NO_WORKSPACE})",
+    "assumed",
     shared=_maps(2, large),
     projector=_GALORE_PROJECTOR,
     rank=capped_rank,
@@ -193,8 +195,9 @@ _GALORE_8 = Optimizer(
 )
 _GALORE_FACTORED = Optimizer(
     _FACTORED,
-    "galore-torch 1.0 adafactor.py, galore_projector.py (which sees an fp32 gradient, so it always keeps the view)",
+    f"galore-torch 1.0 adafactor.py, galore_projector.py (which sees an fp32 gradient: always the view); {_SVD}",
     f"one target's parameter, gradient and updates in fp32, and its SVD when it is projected ({_NO_WORKSPACE})",
+    "assumed",
     projector=(Rule("projection", all_vectors, "fp32"),),
     rank=capped_rank,
     loop=loops.ADAFACTOR,
@@ -209,6 +212,20 @@ _APOLLO_ADAMW = Optimizer(
     loop=loops.GALORE_OTHERS,
     projected=loops.APOLLO,
 )
+
+
+def one_each(row: Optimizer) -> Optimizer:
+    """An optimizer for every parameter, which steps in backward as soon as its gradient is there.
+
+    What parameters would share, each has then for itself.
+    """
+    return row._replace(states=(*row.states, *row.shared), shared=(), frees_gradients=True)
+
+
+def _layerwise(row: Optimizer) -> Optimizer:
+    return one_each(row)._replace(source=f"{_TRAINER} _setup_low_rank_optimizer; {row.source}")
+
+
 _SCHEDULE_FREE = Optimizer((Rule("z", dtype="own"), Rule("exp_avg_sq")), "", _ONE_LIST, lists=1)
 
 OPTIMIZERS: Mapping[str, Optimizer] = {
@@ -236,10 +253,9 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     ),
     "adamw_anyprecision": Optimizer(
         _ADAM,
-        f"{_TRAINER}; torchdistx optimizers/anyprecision_optimizer.py",
+        f"{_TRAINER}; torchdistx 0552f1b optimizers/anyprecision_optimizer.py",
         "one parameter's update, and the variance of the one before",
-        "assumed",
-        "fp32",
+        moments="fp32",
         loop=loops.ANYPRECISION,
     ),
     "adamw_torch_4bit": _torchao(4),
@@ -279,19 +295,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "galore_adamw": _GALORE,
     "galore_adamw_8bit": _GALORE_8,
     "galore_adafactor": _GALORE_FACTORED,
-    "galore_adamw_layerwise": _GALORE._replace(source=f"{_LAYERWISE}; {_GALORE.source}", frees_gradients=True),
-    "galore_adamw_8bit_layerwise": _GALORE_8._replace(  # an optimizer for every parameter, so maps for every one too
-        states=(*_GALORE_8.states, *_GALORE_8.shared),
-        shared=(),
-        source=f"{_LAYERWISE}; {_GALORE_8.source}",
-        basis="assumed",
-        frees_gradients=True,
-    ),
-    "galore_adafactor_layerwise": _GALORE_FACTORED._replace(
-        source=f"{_LAYERWISE}, which cannot build it: ValueError; {_GALORE_FACTORED.source}",
-        basis="assumed",
-        frees_gradients=True,
-    ),
+    "galore_adamw_layerwise": _layerwise(_GALORE),
+    "galore_adamw_8bit_layerwise": _layerwise(_GALORE_8),
     "lomo": Optimizer(
         (),
         "lomo-optim 0.1 lomo.py",
@@ -320,9 +325,7 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "schedule_free_adamw": _SCHEDULE_FREE._replace(source="schedulefree 1.4 adamw_schedulefree.py"),
     "schedule_free_sgd": Optimizer((Rule("z", dtype="own"),), "schedulefree 1.4 sgd_schedulefree.py"),
     "apollo_adamw": _APOLLO_ADAMW,
-    "apollo_adamw_layerwise": _APOLLO_ADAMW._replace(
-        source=f"{_LAYERWISE}; {_APOLLO_ADAMW.source}", frees_gradients=True
-    ),
+    "apollo_adamw_layerwise": _layerwise(_APOLLO_ADAMW),
     "stable_adamw": Optimizer(  # with Triton, whose kernels take an empty compensation too
         (
             *_ADAM,
@@ -345,5 +348,13 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         lists=1,
         loop=loops.MUON,
         takes=hidden_matrix,
+    ),
+}
+
+# Names that stand for nothing that could run, and why.
+REFUSED: Mapping[str, str] = {
+    "galore_adafactor_layerwise": (
+        "transformers 5.24's Trainer cannot build it (ValueError: Cannot combine manual `lr` and `relative_step=True` "
+        "options); galore_adafactor and galore_adamw_layerwise run"
     ),
 }

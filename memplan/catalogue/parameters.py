@@ -94,8 +94,8 @@ def quantised(p: Parameter) -> bool:
 
 
 def quantised_in_parts(p: Parameter) -> bool:
-    """The same, but where a row is a block one kernel does all, with nothing in memory."""
-    return quantised(p) and len(p.shape) > 1 and p.shape[-1] != 256
+    """The same, but where a row is a block, or there is one row, one kernel does all, with nothing in memory."""
+    return quantised(p) and sum(n > 1 for n in p.shape) > 1 and p.shape[-1] != 256
 
 
 # Shapes of states

@@ -13,10 +13,10 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from memplan.catalogue.optimizers import OPTIMIZERS, Optimizer, Rule
+from memplan.catalogue.optimizers import OPTIMIZERS, REFUSED, Optimizer, Rule, one_each
 from memplan.catalogue.parameters import ITEMSIZE, Parameter, bytes_of, large_no_embedding
 from memplan.catalogue.stepping import Step, Turn, largest_update, makes_states, peak
-from memplan.errors import UnknownNameError
+from memplan.errors import SpecError, UnknownNameError
 from memplan.units import rounded
 
 __all__ = [
@@ -69,7 +69,7 @@ class OptimizerMemory(NamedTuple):
 
 
 def optimizer_names() -> tuple[str, ...]:
-    """Every name that `optimizer_memory` knows: those of transformers' OptimizerNames, `none` and `muon`."""
+    """Every name that `optimizer_memory` answers: of transformers' OptimizerNames all that run, `none` and `muon`."""
     return tuple(OPTIMIZERS)
 
 
@@ -87,6 +87,7 @@ def optimizer_memory(
     state_dtype: str | None = None,
     momentum: float | None = None,
     master: str | None = None,
+    in_backward: bool = False,
 ) -> OptimizerMemory:
     """What the optimizer `name` holds for `parameters`: one group, in order, without weight decay.
 
@@ -95,15 +96,20 @@ def optimizer_memory(
     momentum    of sgd and rmsprop
     master      mixed precision: parameters of another dtype have a copy in this one, and the optimizer works on that.
                 torch's optimizers then run as apex's multi-tensor kernels do, without a step of each parameter's own
+    in_backward every parameter has an optimizer of its own, which steps in a hook as soon as the gradient is there
 
-    Raises UnknownNameError.
+    Raises UnknownNameError, and SpecError for a name of OptimizerNames that cannot run.
     """
+    if name in REFUSED:
+        raise SpecError(f"optimizer.name: {name}: {REFUSED[name]}", "optimizer.name")
     row = OPTIMIZERS.get(name)
     if row is None:
         raise UnknownNameError("optimizer.name", name, OPTIMIZERS)
     if foreach is not None and row.unfused:
         row = row.unfused
     row = _as_asked(row, foreach, momentum, bool(master))
+    if in_backward and not row.frees_gradients:
+        row = one_each(row)
     masters: list[State] = []
     states: list[State] = []
     turns: list[tuple[int, Turn]] = []
@@ -120,7 +126,7 @@ def optimizer_memory(
     if any(turn.shared for _, turn in turns):
         states += [_state(rule, parameters[0], "fp32") for rule in row.shared]
     first, later = (0, 0) if row.frees_gradients else _step(row, turns, states)
-    backward = largest_update(turn for _, turn in cache.values()) if row.frees_gradients else 0
+    backward = _largest_alone(row, [turn for _, turn in cache.values()]) if row.frees_gradients else 0
     exact = not state_dtype and (not master or row.apex)
     return OptimizerMemory(
         states=(*masters, *states),
@@ -178,6 +184,12 @@ def _step(row: Optimizer, turns: Sequence[tuple[int, Turn]], states: Sequence[St
     if makes_states((*row.loop, *row.projected)):
         first = max(0, peak(runs, Step.FIRST) - sum(s.bytes * s.count for s in states if not s.host))
     return max(first, lists if row.since == 1 else 0), max(later, lists)
+
+
+def _largest_alone(row: Optimizer, turns: Sequence[Turn]) -> int:
+    """Bytes beside all states when a parameter is stepped by itself: of the one that needs most."""
+    lists = max((row.lists * bytes_of(turn.shape, turn.moment) for turn in turns if not turn.loop), default=0)
+    return max(lists, largest_update(turns))
 
 
 def clipping(parameters: Sequence[Parameter]) -> int:
