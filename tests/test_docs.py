@@ -118,6 +118,11 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_readme_says_how_right_the_program_is() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert "\n".join(accuracy.summary()) in text
+
+
 def test_the_accuracy_page_is_what_the_program_answers() -> None:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

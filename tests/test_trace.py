@@ -1,6 +1,6 @@
 """Estimates against traced training steps: the real libraries' step on fake CUDA tensors, every allocation recorded.
 
-The figures are in tests/golden/traced.jsonl, whose first line says how they were made.
+The figures are in tests/golden/traced.jsonl and traced_families.jsonl, whose first lines say how they were made.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import TRACED, rows, without_workspaces
+from benchmarks.accuracy import TRACED, compared_with_trace, rows, traced_families, without_workspaces
 from memplan import RunSpec, estimate
+from tests.tiny import TINY
 
 CASES: list[dict[str, Any]] = rows("traced.jsonl")
 
@@ -44,3 +45,22 @@ def test_the_mean_error_of_all_peaks_is_below_a_hundredth_of_a_percent() -> None
     ]
     assert len(errors) > 180
     assert mean(errors) < 1e-4
+
+
+FAMILIES: list[dict[str, Any]] = rows("traced_families.jsonl")
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=label)
+def test_every_family_is_near_the_trace_of_a_run_drawn_at_random(case: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**case["run"]))
+    assert answer.parameters.total == case["parameters"]
+    assert answer.parameters.trainable == case["trainable"]
+    compared = compared_with_trace(case)
+    near = compared.peak < 0.005 and compared.phase < 0.02 and compared.same
+    assert near == (not compared.cause), compared
+
+
+def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:
+    compared = traced_families()
+    assert {row["run"]["model"]["config"]["model_type"] for row in FAMILIES} == set(TINY)
+    assert mean(c.peak for c in compared) < 1e-3
