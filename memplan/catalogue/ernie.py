@@ -5,7 +5,7 @@ from __future__ import annotations
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.llama import after, before, decoder_block, gated_mlp, llama_attention, returned
-from memplan.ir import Keep, Op, Run, Scratch, Stack, Tensor
+from memplan.ir import Keep, Op, Run, Stack, Tensor
 from memplan.models import ModelSpec
 
 _SOURCE = "transformers 5.24 models/ernie4_5/modeling_ernie4_5.py apply_rotary_pos_emb"
@@ -43,14 +43,7 @@ def _rotate_in_fp32(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
         Op(
             f"{name}.cos", (wide, "cos.pairs"), (Tensor(cosine, shape),), (), (Keep("cos.pairs", wide),), source=_SOURCE
         ),
-        Op(
-            f"{name}.rotate_half",
-            (x,),
-            (Tensor(turned, shape),),
-            scratch=(Tensor("negative", half, f"={x}"),),
-            scratch_back=(Scratch(Tensor("second half", shape, f"={x}")),),
-            source=f"{ops.DERIVATIVES}: stack, neg, slice",
-        ),
+        ops.rotate_half(f"{name}.rotate_half", x, turned, shape, half),
         ops.cast(f"{name}.float_turned", turned, turned_wide, shape, "fp32"),
         Op(
             f"{name}.sin",

@@ -27,21 +27,16 @@ def layer_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ..
 
 
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """OLMo 2 multiplies by the weight before it casts: the normalised x is kept in fp32."""
+    """OLMo 2 multiplies by the weight before it casts: the normalised x is kept in fp32.
+
+    Source: transformers 5.24 models/olmo2/modeling_olmo2.py Olmo2RMSNorm.
+    """
     *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, axis)
     n32, y32 = f"{y}.n32", f"{y}.y32"
     w = Weight(f"{name}.weight", axis, "norm")
     return (
         *normalise,
-        Op(
-            f"{name}.weight",
-            (n32,),
-            (Tensor(y32, shape),),
-            (w,),
-            (Keep(w.name, n32), Keep(n32, w.name)),
-            scratch_back=(Scratch(Tensor("product", shape, f"={y32}"), w.name),),
-            source="transformers 5.24 models/olmo2/modeling_olmo2.py Olmo2RMSNorm",
-        ),
+        ops.weigh(f"{name}.weight", n32, y32, shape, w),
         ops.cast(f"{name}.cast", y32, y, shape, f"={x}"),
         ops.leave(f"{y}.mean", n32),
     )

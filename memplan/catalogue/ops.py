@@ -153,16 +153,21 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]
             source=f"{DERIVATIVES}: mul.Tensor",
         ),
         Op(f"{name}.cast", (n32,), (Tensor(hat, shape, f"={x}"),), cast=True, source=source),
-        Op(
-            f"{name}.weight",
-            (hat,),
-            (Tensor(y, shape),),
-            (w,),
-            (Keep(w.name, hat), Keep(hat, w.name)),
-            scratch_back=(Scratch(Tensor("product", shape, f"={y}"), w.name),),
-            source=f"{DERIVATIVES}: mul.Tensor",
-        ),
+        weigh(f"{name}.weight", hat, y, shape, w),
         leave(mean, n32),
+    )
+
+
+def weigh(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
+    """`w * x` for a weight along the last axis: the product with x is made whole before it is summed for w."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape),),
+        (w,),
+        (Keep(w.name, x), Keep(x, w.name)),
+        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), w.name),),
+        source=f"{DERIVATIVES}: mul.Tensor",
     )
 
 
@@ -215,14 +220,7 @@ def rotate(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
     cosine, turned, sine = f"{y}.cosine", f"{y}.turned", f"{y}.sine"
     return (
         Op(f"{name}.cos", (x, "cos"), (Tensor(cosine, shape),), (), (Keep("cos", x),), source=f"{DERIVATIVES}: mul"),
-        Op(
-            f"{name}.rotate_half",
-            (x,),
-            (Tensor(turned, shape),),
-            scratch=(Tensor("negative", half, f"={x}"),),
-            scratch_back=(Scratch(Tensor("second half", shape, f"={x}")),),
-            source=f"{DERIVATIVES}: cat, neg, slice",
-        ),
+        rotate_half(f"{name}.rotate_half", x, turned, shape, half),
         Op(
             f"{name}.sin",
             (turned, "sin"),
@@ -232,6 +230,18 @@ def rotate(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
             source=f"{DERIVATIVES}: mul",
         ),
         add(f"{name}.add", cosine, sine, y, shape),
+    )
+
+
+def rotate_half(name: str, x: str, y: str, shape: str, half: str) -> Op:
+    """One half of every head negated, and the two swapped; or of every pair of its numbers, which takes the same."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape),),
+        scratch=(Tensor("negative", half, f"={x}"),),
+        scratch_back=(Scratch(Tensor("second half", shape, f"={x}")),),
+        source=f"{DERIVATIVES}: cat, stack, neg, slice",
     )
 
 

@@ -205,16 +205,7 @@ def _categories(answer: Estimate) -> str:
 
 
 def _phases(answer: Estimate) -> str:
-    rows = [
-        (
-            f"{row.phase} (peak)" if row.peak else row.phase,
-            words.hundredths(row.first),
-            "" if row.phase == "load" else words.hundredths(row.later),
-            row.where,
-        )
-        for row in words.phase_rows(answer)
-    ]
-    return _table(("phase", "step 1, GiB", "later, GiB", "largest at"), rows, numbers=(1, 2))
+    return _table(("phase", "step 1, GiB", "later, GiB", "largest at"), words.phase_cells(answer), numbers=(1, 2))
 
 
 def _ledger(answer: Estimate) -> str:

@@ -80,16 +80,7 @@ def _categories(answer: Estimate) -> Iterator[str]:
 
 
 def _phases(answer: Estimate) -> Iterator[str]:
-    rows = [
-        (
-            f"{row.phase} (peak)" if row.peak else row.phase,
-            words.hundredths(row.first),
-            "" if row.phase == "load" else words.hundredths(row.later),
-            row.where,
-        )
-        for row in words.phase_rows(answer)
-    ]
-    return _table(("phase", "step 1, GiB", "later, GiB", "largest at"), rows, "lrrl")
+    return _table(("phase", "step 1, GiB", "later, GiB", "largest at"), words.phase_cells(answer), "lrrl")
 
 
 def _ledger(answer: Estimate) -> Iterator[str]:

@@ -200,6 +200,19 @@ def phase_rows(answer: Estimate) -> list[PhaseRow]:
     return out
 
 
+def phase_cells(answer: Estimate) -> list[tuple[str, str, str, str]]:
+    """The phases as rows of a table: name, peak of the first step and of later ones in GiB, where."""
+    return [
+        (
+            f"{row.phase} (peak)" if row.peak else row.phase,
+            hundredths(row.first),
+            "" if row.phase == "load" else hundredths(row.later),
+            row.where,
+        )
+        for row in phase_rows(answer)
+    ]
+
+
 def steps_differ(answer: Estimate) -> bool:
     """Whether the first step is not as the later ones."""
     return any(p.step == 2 for p in answer.phases)
