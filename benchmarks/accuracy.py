@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -58,12 +59,14 @@ def compared_with_trace(row: dict[str, Any], group: str = "") -> Compared:
     return Compared(row["name"], group, abs(highest / row["peak"] - 1), max(errors), same, row.get("cause", ""))
 
 
+@cache
 def traced() -> list[Compared]:
     """Common models at their own sizes, by method."""
     by_method = sorted(rows("traced.jsonl"), key=lambda row: row["run"].get("method", {}).get("kind", "full"))
     return [compared_with_trace(row, row["run"].get("method", {}).get("kind", "full")) for row in by_method]
 
 
+@cache
 def traced_families() -> list[Compared]:
     """Every family at a small size, everything else by chance."""
     return [
@@ -112,6 +115,7 @@ class Measured(NamedTuple):
         return self.answer.bytes.allocated / self.allocated - 1
 
 
+@cache
 def measured() -> list[Measured]:
     return [
         Measured(
