@@ -86,8 +86,7 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
         states = p.states if step == 2 else 0
         for (micro, moving, index), phase in zip(found, PHASES, strict=True):
             second = workspace if phase == "backward" or step == 2 else 0
-            updating = p.optimizer.backward if phase == "backward" else 0
-            phases.append(Phase(phase, step, fixed + second + states + moving + updating, p.where[micro][index]))
+            phases.append(Phase(phase, step, fixed + second + states + moving, p.where[micro][index]))
             moments.append((micro, index))
         scratch = p.optimizer.first if step == 1 else p.optimizer.later
         stepping, clipped = updates + p.states + scratch, updates + states + p.clipping

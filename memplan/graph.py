@@ -55,9 +55,12 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
 
 
 @lru_cache(maxsize=64)
-def lowered(graph: Graph, grads_exist: bool = False, labelled: bool = False) -> Lowered:
+def lowered(
+    graph: Graph, grads_exist: bool = False, labelled: bool = False, updates: tuple[tuple[str, int], ...] = ()
+) -> Lowered:
     """The graph's moments. `grads_exist`: no gradient is left behind that was not there, because all are there already,
-    or each is used up as it comes. `labelled` counts every tensor by its name, for explanations."""
+    or each is used up as it comes, by an update that takes `updates` bytes beside it. `labelled` counts every tensor by
+    its name, for explanations."""
     (stack, axes), recipe = built(graph), graph.recipe
     return lower(
         stack,
@@ -67,6 +70,7 @@ def lowered(graph: Graph, grads_exist: bool = False, labelled: bool = False) -> 
         grads_exist=grads_exist,
         input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
         labelled=labelled,
+        updates=dict(updates),
     )
 
 

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from memplan.estimator import Walked
     from memplan.resolve import Decided
 
+_UPDATE = "update of "  # what the engine calls the scratch of an update in backward
+
 
 def lines(walked: Walked, decided: Decided) -> list[Line]:
     """Every tensor alive at the peak, largest first."""
     structure = decided.structure
     stack, axes = built(structure.graph)
     axes = {**axes, **walked.axes}
+    optimizer = walked.program.optimizer
     out = [*_resident(walked, decided, axes)]
     later, index = walked.moments[walked.peak]
     if index >= 0:
@@ -45,7 +48,7 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
                         count,
                         bytes_ * count,
                         _why(kind, name, op, keepers),
-                        source or "autograd",
+                        *((optimizer.source, optimizer.basis) if name.startswith(_UPDATE) else (source or "autograd",)),
                     )
                 )
     return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
@@ -116,8 +119,6 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         yield Line(
             "GradScaler", "other", "torch", "", (), "fp32", 3, p.scaler, "scale of fp16 losses", "torch 2.13 amp"
         )
-    if phase.phase == "backward" and p.optimizer.backward:
-        yield _scratch(p.optimizer.scratch, p.optimizer.backward, "updating as gradients come", p.optimizer.basis)
     if p.buffered or ((phase.phase == "step" or later) and p.gradients):
         for held in gradients_of(structure):
             yield _held(held, axes, "needed by the optimizer")
@@ -167,6 +168,8 @@ def _keepers(stack: Stack) -> dict[str, str]:
 
 
 def _why(kind: str, name: str, op: str, keepers: Mapping[str, str]) -> str:
+    if name.startswith(_UPDATE):
+        return "the optimizer's, as soon as the gradient is there"
     if kind == "temp":
         return f"inside {op}" if not name.startswith("gradient of") else f"made by {op}, not yet used up"
     if kind == "gradient":

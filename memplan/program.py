@@ -68,7 +68,16 @@ PHASES = ("forward", "loss", "backward")
 def pass_of(structure: Structure, later: bool = False, labelled: bool = False) -> Lowered:
     """The moments of the first forward and backward pass of a step, or of a `later` one."""
     exist = later or structure.grads is not None or frees_gradients(structure)
-    return lowered(structure.graph, exist, labelled)
+    return lowered(structure.graph, exist, labelled, updates_of(structure))
+
+
+def updates_of(structure: Structure) -> tuple[tuple[str, int], ...]:
+    """What each weight's update takes where it comes as soon as its gradient is there, by the weight's path."""
+    if not frees_gradients(structure):
+        return ()
+    trained = {p.name: p._replace(copies=1) for p in trained_parameters(structure)}
+    found = ((name, optimizer_of(structure, [p]).backward) for name, p in trained.items())
+    return tuple((name, bytes_) for name, bytes_ in found if bytes_)
 
 
 @lru_cache(maxsize=2048)
@@ -112,7 +121,7 @@ def program(structure: Structure) -> Program:
         states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
         host=sum(s.bytes * s.count for s in optimizer.states if s.host),
-        clipping=clipping(trained) if structure.clips else 0,
+        clipping=clipping(trained) if structure.clips and not frees_gradients(structure) else 0,
         total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
         trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains),
     )
@@ -172,6 +181,7 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
         state_dtype=structure.state_dtype,
         momentum=structure.momentum,
         master=structure.master,
+        in_backward=structure.in_backward,
     )
 
 

@@ -129,6 +129,11 @@ def _decide(
         )
     if accumulates and optimizer.in_backward:
         raise SpecError("optimizer.in_backward: needs batch.accumulation 1", "optimizer.in_backward")
+    if accumulates and optimizer.name.endswith("_layerwise"):
+        raise SpecError(
+            f"batch.accumulation: {optimizer.name} steps in backward, and transformers' Trainer takes only 1 with it",
+            "batch.accumulation",
+        )
     large_tiles = capability is None or capability[0] in (9, 10) or capability == (8, 0)
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer}
     return Decided(structure, gpu, seen != "fp32", large_tiles, tuple(notes), parts)

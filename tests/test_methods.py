@@ -198,6 +198,7 @@ def test_the_trainer_keeps_the_states_of_embeddings_wide() -> None:
         ({"method": {"kind": "full", "quantization": {}}}, "method.quantization"),
         ({"optimizer": "adamw_troch"}, "optimizer.name"),
         ({"optimizer": {"in_backward": True}, "batch": {"accumulation": 2}}, "optimizer.in_backward"),
+        ({"optimizer": "galore_adamw_layerwise", "batch": {"accumulation": 2}}, "batch.accumulation"),
         ({"profile": "transformers-6"}, "profile"),
         ({"task": "generate"}, "task"),
         ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),

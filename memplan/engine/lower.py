@@ -83,14 +83,18 @@ class Frame:
 class Tape:
     """Runs frames forward and backward and collects moments.
 
-    `label` turns a tensor into the key under which it is counted: by default its shape and dtype.
+    A tensor is counted under its shape and dtype; `labelled`, under its kind, place, name and source too. `updates`
+    are the bytes of scratch that a weight's update needs as soon as its gradient is there, by the weight's path.
     """
 
-    def __init__(self, grads_exist: bool = False, labelled: bool = False) -> None:
+    def __init__(
+        self, grads_exist: bool = False, labelled: bool = False, updates: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         self.sizes: dict[tuple[str, ...], int] = {}
         self.moments: list[Moment] = []
         self.phase = "forward"
         self._labelled = labelled
+        self._updates = updates
         self._grads_exist = grads_exist
         self._counts: Counts = {}
         self._per_copy: dict[int, Counts] = {}
@@ -346,7 +350,11 @@ class Tape:
         if left:
             self.uses[name] = left
             self._pending[name] = total
-        elif self._grads_exist:
+            return
+        update = self._updates.get(f"{frame.block}.{name}" if frame.block else name)
+        if update:
+            self.drop(self.alloc(Tensor(f"update of {name}", str(update), "uint8"), "temp"))
+        if self._grads_exist:
             self.drop(total)
 
     # runs of equal blocks

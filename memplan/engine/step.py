@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.dtypes import Scope
@@ -116,13 +117,15 @@ def lower(
     grads_exist: bool = False,
     input_grad: bool = False,
     labelled: bool = False,
+    updates: Mapping[str, int] = MappingProxyType({}),
 ) -> Lowered:
     """The moments of one forward and backward pass.
 
     `grads_exist`: the gradients are there already (a later micro-batch). `input_grad`: the embeddings' output asks
-    for a gradient though nothing before it trains, as checkpointing makes it.
+    for a gradient though nothing before it trains, as checkpointing makes it. `updates`: bytes that updating a weight
+    takes in backward, once its gradient is there, by the weight's path.
     """
-    tape = Tape(grads_exist, labelled)
+    tape = Tape(grads_exist, labelled, updates)
     scope = Scope()
     before = scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
