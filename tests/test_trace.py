@@ -66,7 +66,7 @@ def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:
     assert mean(c.peak for c in compared) < 1e-3
 
 
-# Peaks of traced steps of tinyllama-1.1b, bf16, 512 tokens: every parameter is updated as soon as its gradient is there.
+# Peaks of traced steps of tinyllama-1.1b in bf16, 512 tokens: every parameter is updated when its gradient is there.
 IN_BACKWARD = [
     ({"name": "adamw_torch", "in_backward": True}, 6_917_107_712),
     ({"name": "adamw_torch_fused", "in_backward": True}, 6_851_674_624),
