@@ -74,6 +74,7 @@ def lowered(
     )
 
 
+@lru_cache(maxsize=256)
 def attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
     """The dtype of the queries that attention is given, before any cast of its own."""
     axes = model.axes()
