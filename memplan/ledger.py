@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from memplan.answer import Line, Phase
 from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.states import State
 from memplan.engine.walk import alive, moment_bytes, size, values
 from memplan.graph import Held, built, parameters_of
 from memplan.ir import Stack
@@ -100,21 +102,24 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
     )
     stepping = phase.phase == "step" and phase.where == "optimizer"
     if phase.step == 2 or stepping:
+        counts: Counter[State] = Counter()  # the first of equal layers has a state of its own, before the others'
         for state in p.optimizer.states:
             if not state.host:
-                yield Line(
-                    f"{state.parameter} {state.what}".strip(),
-                    "optstate",
-                    "optimizer",
-                    "",
-                    state.shape,
-                    state.dtype,
-                    state.count,
-                    state.bytes * state.count,
-                    "state of the optimizer",
-                    p.optimizer.source,
-                    p.optimizer.basis,
-                )
+                counts[state._replace(count=1)] += state.count
+        for state, count in counts.items():
+            yield Line(
+                f"{state.parameter} {state.what}".strip(),
+                "optstate",
+                "optimizer",
+                "",
+                state.shape,
+                state.dtype,
+                count,
+                state.bytes * count,
+                "state of the optimizer",
+                p.optimizer.source,
+                p.optimizer.basis,
+            )
     if p.scaler:
         yield Line(
             "GradScaler", "other", "torch", "", (), "fp32", 3, p.scaler, "scale of fp16 losses", "torch 2.13 amp"

@@ -607,6 +607,12 @@ def test_models_are_listed_and_searched(memplan_: Memplan) -> None:
     assert "qwen2-7b" in memplan_("models", "Qwen/Qwen2-7B").out
 
 
+def test_a_listing_takes_words_as_they_are_typed(memplan_: Memplan) -> None:
+    assert "rtx-4090-laptop" in memplan_("gpus", "RTX", "4090").out
+    assert "llama-3.1-70b" in memplan_("models", "llama", "3.1").out
+    assert "qwen2-7b" not in memplan_("models", "llama", "3.1").out
+
+
 def test_gpus_are_listed_and_searched(memplan_: Memplan) -> None:
     found = json.loads(memplan_("gpus", "3090", "--json").out)
     assert [gpu["name"] for gpu in found] == ["rtx-3090", "rtx-3090-ti"]

@@ -263,3 +263,9 @@ def test_answers_are_values() -> None:
 def test_a_field_out_of_range_is_a_validation_error(fields: dict[str, Any]) -> None:
     with pytest.raises((ValidationError, MemplanError)):
         RunSpec(model="qwen2-7b", **fields)
+
+
+def test_equal_layers_states_are_one_line_of_the_ledger() -> None:
+    answer = estimate(RunSpec(model="qwen2-7b", method="lora"))
+    states = [line for line in answer.ledger if line.kind == "optstate" and "down_proj.lora_A" in line.what]
+    assert [line.count for line in states] == [28, 28, 28]  # two moments and, fused, a step count on the GPU

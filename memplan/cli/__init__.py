@@ -500,26 +500,26 @@ _JSON = typer.Option("--json", help="As JSON.")
 
 
 @app.command()
-def models(text: Annotated[str, _MODEL] = "", json: Annotated[bool, _JSON] = False) -> int:
+def models(text: Annotated[list[str] | None, _MODEL] = None, json: Annotated[bool, _JSON] = False) -> int:
     """List the bundled models: parameters, layers, positions, licence."""
 
     def listed() -> int:
         from memplan.report.listing import models
 
-        _show(models(text, json), "json" if json else "table")
+        _show(models(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
     return _answered(listed)
 
 
 @app.command()
-def gpus(text: Annotated[str, _GPU] = "", json: Annotated[bool, _JSON] = False) -> int:
+def gpus(text: Annotated[list[str] | None, _GPU] = None, json: Annotated[bool, _JSON] = False) -> int:
     """List the GPUs: usable memory, capability, bf16, bandwidth, prices with their date."""
 
     def listed() -> int:
         from memplan.report.listing import cards
 
-        _show(cards(text, json), "json" if json else "table")
+        _show(cards(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
     return _answered(listed)

@@ -116,8 +116,12 @@ def _price(gpu: GPU) -> str:
 
 
 def _search(field: str, text: str, rows: Iterable[Any], words: Callable[[Any], Iterable[str]]) -> Sequence[Any]:
+    """The rows that have `text` in one of their words, or else every part of it in some word."""
     rows = list(rows)
-    found = [row for row in rows if any(text.lower() in word.lower() for word in words(row))]
+    parts = text.lower().split()
+    of = {row.name: [word.lower() for word in words(row)] for row in rows}
+    found = [row for row in rows if any(text.lower() in word for word in of[row.name])]
+    found = found or [row for row in rows if all(any(p in word for word in of[row.name]) for p in parts)]
     if not found:
         names = [row.name for row in rows]
         near = get_close_matches(text.lower(), names, n=3, cutoff=0.4) or names
