@@ -277,7 +277,7 @@ Of litgpt's 4-bit runs the reason was found: bitsandbytes 0.41 keeps the input o
   others.
 - LLM.int8's outlier columns depend on the data and are not counted. bitsandbytes' fused 4-bit product for few rows is
   not modelled: the dequantised matrix is always counted.
-- The band was measured by replaying traced steps through a model of torch's allocator, not on cards. It is wide, and
+- The band comes from replaying traced steps through a model of torch's allocator, not on cards. It is wide, and
   `reserved` with eager attention is 8 % too low on average.
 - No reading of the CUDA context was found for cards other than the T4, V100 and A100.
 - Families without a class in transformers (Baichuan, InternLM 2, MiniCPM, Nemotron-NAS, Qwen 1) are declared from their

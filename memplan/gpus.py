@@ -15,12 +15,11 @@ from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 from memplan.errors import UnknownNameError
+from memplan.units import MIB
 
 Market = Literal["consumer", "workstation", "data centre", "laptop", "integrated"]
 Basis = Literal["driver", "rule"]
 Grade = Literal["datasheet", "repo", "computed", "recalled"]
-
-MIB = 1 << 20
 
 
 class Source(NamedTuple):

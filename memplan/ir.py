@@ -37,10 +37,13 @@ class Weight(NamedTuple):
 
     `name` is the path inside its block (`self_attn.q_proj.weight`); `group` is what it is counted under: `embedding
     attention mlp norm lm_head adapter`, or `buffer` for a constant the model holds. `dtype` is empty until a precision
-    is chosen. A quantised weight is stored as the tensors in `stored` instead. `matrix` marks the 2-D weight of a
-    linear layer, which adapters and quantisation may take; `rows` says how many leading axes of a 2-D weight's shape
-    are its first dimension. `viewed`: a layer of the model's own class reads a view of it, so that autocast does not
-    keep its cast and bitsandbytes does not take it.
+    is chosen. A quantised weight is stored as the tensors in `stored` instead.
+
+    matrix      the 2-D weight of a linear layer, which adapters and quantisation may take
+    rows        how many leading axes of a 2-D weight's shape are its first dimension
+    transposed  of a linear layer that stores it input by output, as transformers' Conv1D does
+    viewed      of a linear layer of the model's own that reads a view of it: autocast does not keep its cast, and
+                bitsandbytes does not take it
     """
 
     name: str
@@ -51,6 +54,7 @@ class Weight(NamedTuple):
     matrix: bool = False
     rows: int = 0
     stored: tuple[Tensor, ...] = ()
+    transposed: bool = False
     viewed: bool = False
 
 

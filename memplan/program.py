@@ -151,7 +151,7 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
             continue
         shape = matrix_shape(w, axes) if w.rows else (elements(w, axes),)
         embedding = structure.trainer and w.group == "embedding" and not w.matrix
-        p = Parameter(f"{where}{w.name}", shape, w.dtype, 1, embedding=embedding, target=w.matrix)
+        p = Parameter(f"{where}{w.name}", shape, w.dtype, 1, embedding=embedding, target=w.matrix and not w.transposed)
         if where:
             blocks.setdefault(where, []).append((p, count))
         else:

@@ -11,9 +11,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
-from memplan.catalogue.attention import Wiring
+from memplan.catalogue.attention import Wiring, large_tiles
 from memplan.catalogue.methods import ADAPTERS, Recipe
-from memplan.catalogue.states import spares_embeddings
+from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
 from memplan.graph import Graph, adaptable, attention_dtype, modules
@@ -112,7 +112,7 @@ def _decide(
         graph,
         accumulates=accumulates and not optimizer.in_backward,
         optimizer=optimizer.name,
-        foreach=optimizer.foreach if optimizer.name in _FOREACH else None,
+        foreach=optimizer.foreach if takes_foreach(optimizer.name) else None,
         state_dtype=optimizer.state_dtype,
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
@@ -134,9 +134,8 @@ def _decide(
             f"batch.accumulation: {optimizer.name} steps in backward, and transformers' Trainer takes only 1 with it",
             "batch.accumulation",
         )
-    large_tiles = capability is None or capability[0] in (9, 10) or capability == (8, 0)
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer}
-    return Decided(structure, gpu, seen != "fp32", large_tiles, tuple(notes), parts)
+    return Decided(structure, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
 
 
 def _gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
@@ -163,16 +162,12 @@ def _method(m: Method, model: ModelSpec) -> Method:
 
 
 def _optimizer(o: Optimizer) -> Optimizer:
-    if o.foreach and o.name not in _FOREACH:
-        raise SpecError(
-            f"optimizer.foreach: {o.name} has no foreach step; {', '.join(_FOREACH)} have", "optimizer.foreach"
-        )
-    foreach = o.foreach if o.foreach is not None else o.name in _FOREACH
+    if o.foreach and not takes_foreach(o.name):
+        have = ", ".join(filter(takes_foreach, optimizer_names()))
+        raise SpecError(f"optimizer.foreach: {o.name} has no foreach step; {have} have", "optimizer.foreach")
+    foreach = o.foreach if o.foreach is not None else takes_foreach(o.name)
     momentum = o.momentum if o.momentum is not None else 0.0
     return o.model_copy(update={"foreach": foreach, "momentum": momentum})
-
-
-_FOREACH = ("adamw_torch", "sgd", "adagrad", "rmsprop")  # torch.optim's own: lists by default, a loop on demand
 
 
 def _attention_dtype(model: ModelSpec, recipe: Recipe) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
+# Bytes of one element.
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+
 
 def decimal(n: int, unit: int, digits: int) -> str:
     """`n` bytes in units of `unit`, rounded to some digits: of integers, which no number is too large for.

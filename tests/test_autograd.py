@@ -13,9 +13,10 @@ import pytest
 from memplan.catalogue import attention, build, losses, methods, ops
 from memplan.catalogue.attention import Wiring
 from memplan.engine.step import Lowered, lower
-from memplan.engine.walk import ITEMSIZE, alive
+from memplan.engine.walk import alive
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models import ModelSpec
+from memplan.units import ITEMSIZE
 from tests.tiny import TINY
 
 torch = pytest.importorskip("torch")

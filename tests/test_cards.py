@@ -15,8 +15,9 @@ from memplan import RunSpec, estimate
 from memplan.cards import card_folder, card_names, find_model, load_card
 from memplan.catalogue import build
 from memplan.catalogue.attention import Wiring
+from memplan.config_classes import BUILT_AS, MODEL_TYPES
 from memplan.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, UnsupportedModelError
-from memplan.models import BUILT_AS, MODEL_TYPES, ModelSpec
+from memplan.models import ModelSpec
 from tests.tiny import TINY
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "parameters.json").read_text("utf-8"))

@@ -175,6 +175,15 @@ def test_a_fused_role_is_taken_as_the_whole_matrix_and_said_so() -> None:
     assert b.notes == ()
 
 
+def test_the_trainer_projects_linear_layers_and_not_gpt2s_conv1d() -> None:
+    def states(model: str, optimizer: str) -> int:
+        answer = estimate(RunSpec(model=model, optimizer=optimizer, batch={"sequence": 64}))
+        return sum(line.bytes for line in answer.ledger if line.kind == "optstate")
+
+    assert states("gpt2", "galore_adamw") == states("gpt2", "adamw_torch") > 0
+    assert 0 < states("qwen2-0.5b", "galore_adamw") < states("qwen2-0.5b", "adamw_torch")
+
+
 def test_the_trainer_keeps_the_states_of_embeddings_wide() -> None:
     vocabulary, h = 152064, 3584
     bare, trained = (

@@ -337,18 +337,13 @@ def test_mixed_precision_of_a_loop_is_that_of_fp32_parameters() -> None:
 @pytest.mark.parametrize("e", [4, 2])
 @pytest.mark.parametrize(
     ("name", "own", "before"),
-    [("adamw_torch", 2, 1), ("adamw_torch_fused", 2, 1), ("rmsprop", 1, 1), ("adagrad", 1, 1), ("sgd", 0, 0)],
+    [("adamw_torch", 2, 1), ("rmsprop", 1, 1), ("adagrad", 1, 1), ("sgd", 0, 0)],
 )
 def test_single_tensor_loop(name: str, own: int, before: int, e: int) -> None:
     memory = optimizer_memory(name, example("fp32" if e == 4 else "bf16"), foreach=False)
     peak = own * r(e * Q) + before * r(e * E)
     assert (memory.first, memory.later) == (peak, peak)
     assert all(s.what != "step" for s in memory.states) or name == "adagrad"
-
-
-def test_foreach_is_not_fused() -> None:
-    fused, lists = (optimizer_memory(n, example("bf16"), foreach=True) for n in ("adamw_torch_fused", "adamw_torch"))
-    assert (fused.states, fused.later) == (lists.states, every(2))
 
 
 def test_the_parameter_before_decides() -> None:

@@ -272,10 +272,18 @@ def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
     )
 
 
+def large_tiles(capability: tuple[int, int] | None) -> bool:
+    """Whether a card's shared memory holds tiles of 128 x 128, which sm86, sm89 and sm120 have too little for.
+
+    Source: torch 2.13 aten/src/ATen/native/transformers/cuda/attention_backward.cu; read, not measured.
+    """
+    return capability is None or capability == (8, 0) or capability[0] in (9, 10)
+
+
 def efficient_workspace_bytes(s: int, d: int, pairs: int, half: bool, large_tiles: bool) -> int:
     """Bytes of workspace that memory-efficient attention's backward takes for one head of one sequence.
 
-    `pairs` is batch x heads. Tiles of 128 x 128 need more shared memory than sm86, sm89 and sm120 have.
+    `pairs` is batch x heads.
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h.
     """
     if d <= 64:

@@ -116,8 +116,15 @@ def after(m: ModelSpec, wiring: Wiring, norm: str = "transformer.ln_f", held: tu
 
 
 def gpt2(m: ModelSpec, wiring: Wiring) -> Stack:
-    """One projection for q, k and v, whole as long as one of them is kept; their gradients are joined."""
-    return _stack(m, wiring, _fused_attention(m, wiring, _heads(m, wiring)), ("positions",))
+    """One projection for q, k and v, whole as long as one of them is kept; their gradients are joined.
+
+    Its linear layers are of a class of transformers' own, Conv1D.
+    """
+    stack = _stack(m, wiring, _fused_attention(m, wiring, _heads(m, wiring)), ("positions",))
+    (run,) = stack.runs
+    (block,) = run.blocks
+    ops_ = tuple(op._replace(weights=tuple(w._replace(transposed=w.matrix) for w in op.weights)) for op in block.ops)
+    return stack._replace(runs=(run._replace(blocks=(block._replace(ops=ops_),)),))
 
 
 def _heads(m: ModelSpec, wiring: Wiring, wide: bool = False) -> tuple[Op, ...]:

@@ -71,7 +71,7 @@ class Optimizer(NamedTuple):
     lists       how many lists of moments a foreach step makes, for the parameters the loop does not take
     since       the step from which on it makes them
     loop        what the turn of a parameter does that the loop `takes`; `projected` that of a projected one
-    alone       the loop that torch runs with foreach=False; `unfused` is the row for any foreach, where it is fused
+    alone       the loop that torch runs with foreach=False, where it takes that
     apex        whether mixed precision runs it as apex does: all at once, in fp32, with nothing of its own
     """
 
@@ -89,7 +89,6 @@ class Optimizer(NamedTuple):
     takes: Which = everything
     projected: Loop = ()
     alone: Loop | None = None
-    unfused: Optimizer | None = None
     apex: bool = False
     frees_gradients: bool = False
 
@@ -234,9 +233,10 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         (*_ADAM, Rule("step", scalar, "fp32")),
         "torch 2.13 optim/adam.py _fused_adam",
         apex=True,
-        unfused=_ADAMW,
     ),
-    "adamw_torch_xla": _ADAMW._replace(source="pytorch/xla amp/syncfree/adamw.py: as torch's", basis="assumed"),
+    "adamw_torch_xla": _ADAMW._replace(
+        source="pytorch/xla amp/syncfree/adamw.py: as torch's", basis="assumed", alone=None
+    ),
     "adamw_torch_npu_fused": Optimizer(
         _ADAM,
         "Ascend torch_npu optim/npu_fused_adamw.py",

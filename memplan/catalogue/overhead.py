@@ -41,11 +41,11 @@ class Share(NamedTuple):
 
 
 # 5th, 50th and 95th percentile over 40 traced training steps (dense models from 0.1 to 72 B, full, LoRA, QLoRA, DoRA),
-# replayed through a model of torch's native caching allocator.
+# replayed through a model of torch's native caching allocator: not measured on a card, and so assumed.
 _REPLAY = "40 traced steps replayed through a model of torch's native caching allocator, 2026-11-25"
-FRAGMENTATION = Share(15, 85, 320, "measured", f"{_REPLAY}: the smallest capacity that does not run out of memory")
+FRAGMENTATION = Share(15, 85, 320, "assumed", f"{_REPLAY}: the smallest capacity that does not run out of memory")
 CACHED = Share(
-    30, 190, 590, "measured", f"{_REPLAY}: segments held where there is room; given back when memory runs out"
+    30, 190, 590, "assumed", f"{_REPLAY}: segments held where there is room; given back when memory runs out"
 )
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
-from memplan.units import rounded
+from memplan.units import ITEMSIZE, rounded
 
 RANK = 128  # of GaLore and APOLLO, the Trainer's default
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1}
 
 
 class Parameter(NamedTuple):

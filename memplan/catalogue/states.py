@@ -14,10 +14,10 @@ from math import prod
 from typing import NamedTuple
 
 from memplan.catalogue.optimizers import OPTIMIZERS, REFUSED, Optimizer, Rule, one_each
-from memplan.catalogue.parameters import ITEMSIZE, Parameter, bytes_of, large_no_embedding
+from memplan.catalogue.parameters import Parameter, bytes_of, large_no_embedding
 from memplan.catalogue.stepping import Step, Turn, largest_update, makes_states, peak
 from memplan.errors import SpecError, UnknownNameError
-from memplan.units import rounded
+from memplan.units import ITEMSIZE, rounded
 
 __all__ = [
     "GRAD_SCALER",
@@ -28,6 +28,7 @@ __all__ = [
     "optimizer_memory",
     "optimizer_names",
     "spares_embeddings",
+    "takes_foreach",
 ]
 
 
@@ -73,6 +74,12 @@ def optimizer_names() -> tuple[str, ...]:
     return tuple(OPTIMIZERS)
 
 
+def takes_foreach(name: str) -> bool:
+    """Whether torch steps it with lists or, on demand, one parameter at a time."""
+    row = OPTIMIZERS.get(name)
+    return row is not None and row.alone is not None
+
+
 def spares_embeddings(name: str) -> bool:
     """Whether the Trainer has the optimizer keep embeddings' states in fp32, where it would quantise them otherwise."""
     row = OPTIMIZERS.get(name)
@@ -91,7 +98,7 @@ def optimizer_memory(
 ) -> OptimizerMemory:
     """What the optimizer `name` holds for `parameters`: one group, in order, without weight decay.
 
-    foreach     for torch's own: True for lists, False for a loop, None for the default (of `adamw_torch_fused`, fused)
+    foreach     for torch's own (see `takes_foreach`): True or None for lists, False for a loop
     state_dtype of moments, instead of the optimizer's own choice
     momentum    of sgd and rmsprop
     master      mixed precision: parameters of another dtype have a copy in this one, and the optimizer works on that.
@@ -105,8 +112,6 @@ def optimizer_memory(
     row = OPTIMIZERS.get(name)
     if row is None:
         raise UnknownNameError("optimizer.name", name, OPTIMIZERS)
-    if foreach is not None and row.unfused:
-        row = row.unfused
     row = _as_asked(row, foreach, momentum, bool(master))
     if in_backward and not row.frees_gradients:
         row = one_each(row)

@@ -13,10 +13,7 @@ from typing import NamedTuple
 
 from memplan.engine.lower import Moment
 from memplan.ir import AT_LEAST, Tensor
-from memplan.units import rounded
-
-# Bytes of an element. A dtype `x/n` is one x for every n elements, rounded up.
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+from memplan.units import ITEMSIZE, rounded
 
 
 class Variable(NamedTuple):
@@ -50,7 +47,10 @@ class Term(NamedTuple):
 
 
 def size(shape: str, dtype: str, axes: Mapping[str, int]) -> tuple[Variable, int]:
-    """The bytes of a storage as a multiple of one variable; axes that are not in `axes` belong to the run."""
+    """The bytes of a storage as a multiple of one variable; axes that are not in `axes` belong to the run.
+
+    A dtype `x/n` is one x for every n elements, rounded up.
+    """
     name, _, block = dtype.partition("/")
     per, itemsize = int(block or 1), ITEMSIZE[name]
     factor = 1
