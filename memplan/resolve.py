@@ -232,7 +232,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
     recipe = Recipe(
         method.kind,
         precision.weights,
-        compute if q is None or compute != "fp32" else precision.weights,
+        compute,
         autocast,
         targets,
         saved,

@@ -164,3 +164,16 @@ def test_a_cast_to_the_dtype_a_tensor_has_is_no_operation() -> None:
     ops = (Op("cast", ("x",), (Tensor("p", "x", "fp32"),), cast=True), Op("a", ("p",), (Tensor("q", "x"),)))
     resolved = Scope(inputs={"x": Tensor("x", "x", "fp32")}).resolve(ops, None)
     assert [(o.name, o.reads) for o in resolved] == [("a", ("x",))]
+
+
+def test_a_recomputed_node_lets_go_of_what_it_kept_before_its_gradients_are_cast() -> None:
+    ops = (
+        op("k", "", "k"),
+        Op("low", ("x",), (Tensor("p", "p", "bf16"),), cast=True),
+        Op("c", ("p", "k"), (Tensor("y", "y", "fp32"),), keeps=(Keep("k", "p"),)),
+    )
+    for checkpoint, expected in ((False, 3), (True, 2)):
+        low = run(ops, checkpoint=checkpoint)
+        at_c = [i for i, m in enumerate(low.moments) if (m.phase, m.where) == ("backward", "layers.0.c")]
+        # the gradient in fp32 and in bf16, and beside them k, unless it went with the recomputation's function
+        assert max(total(low, i, {"p": 1, "k": 1}) for i in at_c) == expected

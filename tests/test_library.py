@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
+from memplan.catalogue.overhead import CACHED, FRAGMENTATION, cuda_context
 
 RUN = RunSpec(model="qwen2-7b", method="qlora", gpu="3090")
 
@@ -269,3 +270,18 @@ def test_equal_layers_states_are_one_line_of_the_ledger() -> None:
     answer = estimate(RunSpec(model="qwen2-7b", method="lora"))
     states = [line for line in answer.ledger if line.kind == "optstate" and "down_proj.lora_A" in line.what]
     assert [line.count for line in states] == [28, 28, 28]  # two moments and, fused, a step count on the GPU
+
+
+def test_used_is_what_is_allocated_and_the_shares_and_the_context_on_top() -> None:
+    answer = estimate(RunSpec(model="qwen2-7b", method="qlora", gpu="a100-80gb"))
+    stays = ("parameter", "optstate", "buffer", "other")
+    moving = answer.bytes.allocated - sum(n for kind, n in answer.categories.items() if kind in stays)
+    context = cuda_context((8, 0))
+
+    def with_share(thousandths: int, around: int) -> int:
+        return answer.bytes.allocated + thousandths * moving // 1000 + around
+
+    assert answer.band.low == with_share(FRAGMENTATION.low, context.low)
+    assert answer.bytes.used == with_share(CACHED.usual, context.usual)
+    assert answer.band.high == with_share(CACHED.high, context.high)
+    assert answer.bytes.reserved == answer.bytes.used - context.usual

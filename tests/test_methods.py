@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from memplan import RunSpec, estimate
+from memplan.engine.walk import alive, size
 from memplan.errors import MemplanError, UnknownNameError
-from memplan.graph import parameters_of
-from memplan.program import program
+from memplan.graph import built, parameters_of
+from memplan.program import gradients_of, pass_of, program
 from memplan.resolve import decide
 from memplan.units import rounded
 from tests.tiny import TINY
@@ -230,3 +231,75 @@ def test_what_cannot_be_is_refused_by_field(fields: dict[str, Any], field: str) 
 def test_unknown_targets_name_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="q_proj"):
         estimate(RunSpec(model="qwen2-7b", method={"kind": "lora", "targets": ["q_prj"]}))
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
+def test_a_family_written_like_another_takes_what_that_does(method: str) -> None:
+    """Families that transformers cannot build, at the sizes where they are the same model as one that it can."""
+    sizes = {**TINY["llama"], "num_hidden_layers": 4}
+    block = {"attention": {"n_heads_in_group": 2}, "ffn": {"intermediate_size": sizes["intermediate_size"]}}
+    alike = {
+        "nemotron-nas": ({**sizes, "block_configs": [block] * 4}, "llama", sizes),
+        "mimo": (sizes, "qwen2", sizes),
+    }
+    for model_type, (config, like, other) in alike.items():
+        ours, theirs = (
+            estimate(
+                RunSpec(model={"config": {**c, "model_type": t}}, method=method, batch={"micro": 2, "sequence": 64})
+            )
+            for t, c in ((model_type, config), (like, other))
+        )
+        assert ours.phases == theirs.phases, model_type
+
+
+def test_flash_attention_2_is_given_half_precision_where_norms_hand_on_fp32() -> None:
+    run = RunSpec(
+        model="llama-3.1-8b",
+        method="qlora",
+        kernels={"attention": "flash_attention_2", "checkpointing": "none"},
+        gpu="a100-80gb",
+    )
+    low = pass_of(decide(run).structure, labelled=True)
+    kept = {low.sizes[key][5]: low.sizes[key][1] for key, n in low.kept.counts.items() if n}
+    assert {name: kept[name] for name in ("q.target", "k.target", "v.heads.target")} == dict.fromkeys(
+        ("q.target", "k.target", "v.heads.target"), "bf16"
+    )
+
+
+def test_bitsandbytes_leaves_falcons_own_class_of_linear_layers_alone() -> None:
+    def quantised(model: str) -> bool:
+        held = parameters_of(decide(RunSpec(model=model, method="qlora")).structure.graph)
+        return any("(packed)" in h.what for h in held)
+
+    assert not quantised("falcon-7b")
+    assert quantised("llama-2-7b")
+
+
+def test_every_weight_that_trains_is_left_with_a_gradient() -> None:
+    for targets in (["q_proj", "lm_head"], ["embed_tokens"], "all-linear"):
+        for kind in ("lora", "dora") if "embed_tokens" not in targets else ("lora",):
+            run = RunSpec(model="llama-3.2-1b", method={"kind": kind, "targets": targets})
+            structure = decide(run).structure
+            _, axes = built(structure.graph)
+            all_of_them = sum(h.bytes * h.copies for h in gradients_of(structure))
+            for later in (False, True):  # a later micro-batch adds to those that are there
+                low = pass_of(structure, later, labelled=True)
+                left = sum(
+                    size(low.sizes[key][0], low.sizes[key][1], axes)[1] * n
+                    for key, n in alive(low.left, low.runs, axes).items()
+                    if low.sizes[key][2] == "gradient"
+                )
+                assert left == (0 if later else all_of_them), (kind, targets, later)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "compute", "made"), [("bf16", "bf16", ["bf16"]), ("fp32", "bf16", ["fp32", "bf16"])]
+)
+def test_backward_dequantises_to_the_dtype_that_was_loaded_and_casts_that(
+    loaded: str, compute: str, made: list[str]
+) -> None:
+    precision = {"weights": loaded, "compute": compute}
+    stack, _ = built(decide(run("llama", method="qlora", precision=precision)).structure.graph)
+    layer = next(op for op in stack.runs[0].blocks[0].ops if op.name == "mlp.up_proj.base_layer")
+    assert [s.tensor.dtype for s in layer.scratch_back if s.tensor.name == "dequantised"] == made
+    assert [t.dtype for t in layer.scratch if t.name == "dequantised"] == [compute]

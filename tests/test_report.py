@@ -374,6 +374,10 @@ def test_csv_is_a_row_for_each_gpu() -> None:
         assert row["headroom"] == ("" if answer.verdict.headroom is None else str(answer.verdict.headroom))
         assert row["gpu"] == (answer.gpu.name if answer.gpu else "")
         assert (row["peak_phase"], row["peak_where"]) == answer.peak
+        at = next(
+            p for p in reversed(answer.phases) if (p.phase, p.where, p.peak) == (*answer.peak, answer.bytes.allocated)
+        )
+        assert row["peak_step"] == ("" if at.step is None else str(at.step))
         assert row["notes"] == "; ".join(answer.notes)
         for phase in answer.phases:
             columns = (

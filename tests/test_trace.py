@@ -34,8 +34,8 @@ def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
     for step, traced in case["steps"].items():
         expected = {"fwd": traced["fwd"], "bwd": traced["bwd"], "opt": max(traced["opt"], traced["clip"])}
         for phase, bytes_ in expected.items():
-            assert mine[int(step), phase] == pytest.approx(bytes_, rel=1e-3), (step, phase)
-    assert max(mine.values()) == pytest.approx(case["peak"], rel=2e-4)
+            assert mine[int(step), phase] == pytest.approx(bytes_, rel=1e-4), (step, phase)
+    assert max(mine.values()) == pytest.approx(case["peak"], rel=2e-6)
     assert TRACED[answer.peak.phase] == TRACED[case["phase"]]
 
 
@@ -51,13 +51,15 @@ FAMILIES: list[dict[str, Any]] = rows("traced_families.jsonl")
 
 
 @pytest.mark.parametrize("case", FAMILIES, ids=label)
-def test_every_family_is_near_the_trace_of_a_run_drawn_at_random(case: dict[str, Any]) -> None:
+def test_every_family_is_near_its_traces(case: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**case["run"]))
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
     compared = compared_with_trace(case)
-    near = compared.peak < 0.005 and compared.phase < 0.02 and compared.same
-    assert near == (not compared.cause), compared
+    missed = compared.peak >= 0.005 or compared.phase >= 0.02 or not compared.same
+    assert missed == bool(compared.cause), compared
+    peak, phase = case.get("within", (1e-4, 1e-3))
+    assert missed or (compared.peak <= peak and compared.phase <= phase), compared
 
 
 def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:

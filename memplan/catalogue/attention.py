@@ -235,7 +235,6 @@ def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -
             else ops.view(f"{n}.expand_{t}", f"{t}32", f"{t}.all", heads)
             for t in "kv"
         ),
-        ops.leave("k32", "v32"),
         ops.scale(f"{n}.scale_k", "k.all", "k.scaled", heads),
         ops.copy(f"{n}.q_flat", "q.scaled", "q.flat", heads),
         ops.matmul(f"{n}.scores", "q.flat", "k.scaled", "scores", scores)._replace(autocast=""),

@@ -14,9 +14,10 @@ from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 
 
 class Adapter(NamedTuple):
-    """How a LoRA-like adapter computes."""
+    """How a LoRA-like adapter computes; `compute` is what the 4-bit layer inside it does."""
 
     dtype: str
+    compute: str
     dropout: bool
     dora: bool
 
@@ -73,7 +74,9 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     quantised = bool(w.stored)
     casts = not (quantised and autocast)
     result = f"{p}.base"
-    yield from quantised_linear(op, f"{n}.base_layer", result) if quantised else (_renamed(op, result),)
+    yield from (
+        quantised_linear(op, f"{n}.base_layer", result, adapter.compute) if quantised else (_renamed(op, result),)
+    )
     if w.stored and w.stored[0].dtype == "uint8/2":
         yield ops.copy(f"{n}.clone", result, f"{p}.clone", y.shape)
         yield ops.leave(result)
@@ -254,7 +257,7 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
     stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
-    adapter = Adapter(recipe.adapter_dtype, recipe.dropout, "dora" in recipe.kind)
+    adapter = Adapter(recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind)
 
     def change(op: Op) -> Iterable[Op]:
         w = matrix(op)
@@ -264,7 +267,7 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
         if _named(op, recipe) or (recipe.targets == ("all-linear",) and op.name != head.name):
             return tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
         if w.stored:
-            return tuple(quantised_linear(op, op.name, op.writes[0].name))
+            return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute))
         return (op,)
 
     return rewrite(stack, change)
@@ -341,7 +344,7 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[s
     """A base weight under an adapter: frozen, quantised unless it is the head's, or cast unless it is `narrow`."""
     if recipe.quantization and quantisable(w, recipe.skip) and w.name not in head:
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
-        return w._replace(dtype=recipe.compute, trains=False, stored=kept)
+        return w._replace(dtype=recipe.weights, trains=False, stored=kept)
     dtype = "fp32" if recipe.preparation and w.name not in narrow else recipe.weights
     return w._replace(dtype=dtype, trains=False)
 

@@ -43,11 +43,15 @@ def dequantise(w: Weight, name: str, y: str, shape: str, dtype: str = "") -> Op:
     return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=_absmax(w), source=f"{_BNB} dequantize_4bit")
 
 
-def quantised_linear(op: Op, name: str, y: str) -> Iterator[Op]:
-    """bitsandbytes' linear layer in place of `op`, writing `y`."""
+def quantised_linear(op: Op, name: str, y: str, compute: str) -> Iterator[Op]:
+    """bitsandbytes' linear layer in place of `op`, writing `y`; `compute` is what 4-bit ones compute in."""
     w = next(w for w in op.weights if w.matrix)
     into = w.shape.removeprefix(op.writes[0].shape.removeprefix("b s ")).strip()
-    return _linear_int8(op, w, name, y, into) if w.stored[0].dtype == "int8" else _linear_4bit(op, w, name, y, into)
+    return (
+        _linear_int8(op, w, name, y, into)
+        if w.stored[0].dtype == "int8"
+        else _linear_4bit(op, w, name, y, into, compute)
+    )
 
 
 def _linear_int8(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op]:
@@ -80,23 +84,25 @@ def _linear_int8(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op
     )
 
 
-def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op]:
+def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str) -> Iterator[Op]:
     """Nothing of the input is kept; the matrix is dequantised in both directions.
 
-    The input is cast to the layer's compute dtype and the result back; the first call casts the bias, for good.
+    The input is cast to the layer's compute dtype and the result back; the first call casts the bias, for good. Forward
+    dequantises to the compute dtype at once, backward to the dtype the matrix had and then casts that.
     Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py MatMul4Bit.
     """
     (x,), shape = op.reads, op.writes[0].shape
-    full = Tensor("dequantised", w.shape, w.dtype)
+    full = Tensor("dequantised", w.shape, compute)
+    back = (Scratch(Tensor("dequantised", w.shape, w.dtype)), *((Scratch(full),) if compute != w.dtype else ()))
     absmax = _absmax(w)
-    yield ops.cast(f"{name}.cast", x, f"{y}.in", f"b s {into}", w.dtype)
+    yield ops.cast(f"{name}.cast", x, f"{y}.in", f"b s {into}", compute)
     yield Op(
         name,
         (f"{y}.in",),
-        (Tensor(f"{y}.out", shape, w.dtype),),
-        tuple(v if v.matrix else v._replace(dtype=w.dtype) for v in op.weights),
+        (Tensor(f"{y}.out", shape, compute),),
+        tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
         scratch=(*absmax, *absmax, full),
-        scratch_back=(*(Scratch(t, early=True) for t in absmax), Scratch(full)),
+        scratch_back=(*(Scratch(t, early=True) for t in absmax), *back),
         gradient="view",
         source=f"{_BNB} MatMul4Bit",
     )
