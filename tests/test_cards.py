@@ -223,6 +223,12 @@ def test_no_value_in_any_config_makes_anything_but_one_clear_line(model_type: st
                 assert answer.bytes.allocated > 0, (key, bad)
 
 
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, "half", True, [0.5]])
+def test_a_share_of_rotated_dimensions_is_above_none_and_at_most_all(share: Any) -> None:
+    with pytest.raises(ConfigError, match="partial_rotary_factor"):
+        _ = ModelSpec({"model_type": "phi", **TINY["phi"], "partial_rotary_factor": share}).rotary_width
+
+
 def test_infinity_where_no_size_stands_is_no_mistake(tmp_path: Path) -> None:
     """Python writes it, and published configs have it: of a state space model, say, which is refused by its kind."""
     file = tmp_path / "config.json"

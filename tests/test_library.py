@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.catalogue.overhead import CACHED, FRAGMENTATION, cuda_context
+from tests.tiny import SMALLEST
 
 RUN = RunSpec(model="qwen2-7b", method="qlora", gpu="3090")
 
@@ -116,15 +117,7 @@ def test_free_form_parts_cannot_be_changed_either() -> None:
     assert len({run, RunSpec.model_validate_json(run.model_dump_json())}) == 1
 
 
-TINY: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-    "rope_scaling": {"factor": 2.0, "types": ["a", ["b"]]},
-}
+TINY: dict[str, Any] = {**SMALLEST, "rope_scaling": {"factor": 2.0, "types": ["a", ["b"]]}}
 
 
 def test_a_frozen_mapping_has_no_way_in() -> None:
@@ -285,3 +278,7 @@ def test_used_is_what_is_allocated_and_the_shares_and_the_context_on_top() -> No
     assert answer.bytes.used == with_share(CACHED.usual, context.usual)
     assert answer.band.high == with_share(CACHED.high, context.high)
     assert answer.bytes.reserved == answer.bytes.used - context.usual
+    # where the card has not that much, what the allocator holds is what there is, and no less than it cannot do without
+    full = estimate(RunSpec(model="qwen2-7b", method="qlora", gpu="rtx-4060"))
+    assert answer.bytes.allocated > full.gpu.usable
+    assert full.bytes.used == (full.bytes.allocated + FRAGMENTATION.usual * moving // 1000 + cuda_context((8, 9)).usual)

@@ -10,20 +10,12 @@ import pytest
 
 from memplan.cards import find_model
 from memplan.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, nearest, printable
-
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-}
+from tests.tiny import SMALLEST
 
 
 def write(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG), "utf-8")
+    (folder / "config.json").write_text(json.dumps(SMALLEST), "utf-8")
     return folder
 
 
@@ -53,7 +45,7 @@ def test_a_cards_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(CONFIG).encode())
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(SMALLEST).encode())
     assert find_model(str(tmp_path)).num_hidden_layers == 2
 
 

@@ -9,6 +9,7 @@ import pytest
 from memplan import MemplanError, RunSpec, estimate
 from memplan.catalogue.states import optimizer_names
 from memplan.spec import LATER_METHODS, Loop, Method, Optimizer, Parallelism, Precision
+from tests.tiny import SMALLEST
 
 
 def refused(**fields: Any) -> MemplanError:
@@ -193,25 +194,15 @@ def test_a_checkpoint_that_is_stored_quantised_is_not_taken_for_another(how: Any
     assert said in error
 
 
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-}
-
-
 def refused_config(stored: dict[str, Any], method: str) -> str:
     with pytest.raises(MemplanError) as caught:
-        estimate(RunSpec(model={"config": {**CONFIG, "quantization_config": stored}}, method=method))
+        estimate(RunSpec(model={"config": {**SMALLEST, "quantization_config": stored}}, method=method))
     return str(caught.value)
 
 
 def test_a_checkpoint_of_bitsandbytes_trains_adapters_and_one_in_fp8_has_a_note() -> None:
     def ask(stored: Any, method: str) -> Any:
-        config = {**CONFIG, "quantization_config": stored}
+        config = {**SMALLEST, "quantization_config": stored}
         return estimate(RunSpec(model={"config": config}, method=method))
 
     assert ask({"quant_method": "bitsandbytes"}, "qlora").phases == ask(None, "qlora").phases

@@ -390,6 +390,7 @@ def test_csv_is_a_row_for_each_gpu() -> None:
 
 def test_csv_explains_with_a_row_for_each_line_of_the_ledger() -> None:
     rows = rows_of(render("csv", [FITS, BARE], explain=True))
+    assert {row["gpu"] for row in rows} == {"rtx-3090", ""}
     assert len(rows) == len(FITS.ledger) + len(BARE.ledger)
     assert sum(int(row["bytes"]) for row in rows) == FITS.bytes.allocated + BARE.bytes.allocated
     assert (rows[0]["what"], rows[0]["dims"]) == ("lm_head.weight", "152064x3584")

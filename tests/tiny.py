@@ -22,6 +22,17 @@ def _base(**more: Any) -> dict[str, Any]:
 
 
 _HEADS = {"head_dim": 16}
+
+# As little as a config can say.
+SMALLEST: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300},
     "cohere": _base(),
