@@ -165,9 +165,7 @@ def _mpt_attention(drop: bool, clipped: bool, name: str = "attn") -> tuple[Op, .
         *(ops.copy(f"{name}.{t}_flat", t, f"{t}.flat", _Q) for t in "qk"),
         ops.matmul(f"{name}.scores", "q.flat", "k.flat", "scores", _SCORES),
         ops.scale(f"{name}.scaling", "scores", "scaled", _SCORES),
-        ops.leave("scores"),
         Op(f"{name}.add_alibi", ("scaled", "alibi"), (Tensor("biased", _SCORES),), gradient="same"),
-        ops.leave("scaled"),
         Op(
             f"{name}.masked_fill",
             ("biased", "mask"),

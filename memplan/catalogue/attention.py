@@ -43,7 +43,7 @@ def attention(
             heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
             if backend == "flash_2" and wiring.target:
                 return (heads, *_flash_2(name, q, k, "v.heads", y, wiring.target))
-            return (heads, flash(name, q, k, "v.heads", y, grouped and backend == "flash"), ops.leave("v.heads"))
+            return (heads, flash(name, q, k, "v.heads", y, grouped and backend == "flash"))
         case "efficient":
             return _efficient(name, q, k, v, y, grouped, mask if masked else "")
         case "math":
@@ -81,11 +81,11 @@ def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
 
 
 def _flash_2(name: str, q: str, k: str, v: str, y: str, target: str) -> tuple[Op, ...]:
-    """fp32 heads are cast to half precision first; the call holds both."""
+    """fp32 heads are cast to half precision first."""
     shapes = {q: "b s a d", k: "b s k d", v: "b s k d"}
     casts = tuple(ops.cast(f"{name}.cast_{x}", x, f"{x}.target", shape, target) for x, shape in shapes.items())
     kernel = flash(name, f"{q}.target", f"{k}.target", f"{v}.target", y, False)
-    return (*casts, kernel, ops.leave(q, k, v, f"{q}.target", f"{k}.target", f"{v}.target"))
+    return (*casts, kernel)
 
 
 def _repeated(name: str, k: str, v: str, grouped: bool) -> tuple[Op, ...]:
@@ -177,7 +177,6 @@ def _eager(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) 
         *(() if grouped else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
         ops.matmul(f"{n}.scores", "q.flat", "k.heads" if grouped else "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
-        ops.leave("scores"),
         *_masked_softmax(n, "scaled", "probs", mask, q),
         *(() if grouped else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", "b s a d"),)),
         ops.matmul(f"{n}.product", "probs", "v.heads" if grouped else "v.flat", "heads", "b s a d"),
@@ -228,7 +227,6 @@ def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -
         ops.cast(f"{n}.v_float", v_low, "v32", spread, "fp32"),
         *made,
         ops.scale(f"{n}.scale_q", "q32", "q.scaled", heads),
-        ops.leave("q32"),
         *(
             ops.copy(f"{n}.expand_{t}", f"{t}32", f"{t}.all", heads, gradient="new")
             if grouped and not mask

@@ -42,7 +42,6 @@ def layer_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ..
         scale._replace(reads=(again, rstd), writes=(Tensor(n32, shape),), keeps=(Keep(rstd, again), Keep(again, rstd))),
         ops.leave(x32, again),
         ops.weigh(f"{name}.weight", n32, y32, shape, w),
-        ops.leave(n32),
         Op(f"{name}.float_weight", (), (Tensor(w32, axis, "fp32"),), (w._replace(trains=False),), cast=True),
         ops.cast(f"{name}.cast", y32, y, shape, f"={x}")._replace(reads=(y32, w32), keeps=(Keep(w32, y32),)),
         ops.leave(mean, variance, y32),
@@ -103,7 +102,6 @@ def cohere(m: ModelSpec, wiring: Wiring, mixed: bool = False) -> Stack:
                 *gated_mlp("n1", "mo"),
                 ops.add("residual_1", "x", "ao", "x1", "b s h"),
                 ops.add("residual_2", "x1", "mo", "y", "b s h"),
-                ops.leave("x1"),
                 ops.leave("n1", "ao", "mo", "positions", *returned(wiring)),
             ),
         )

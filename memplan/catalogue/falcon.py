@@ -212,7 +212,6 @@ def _eager(name: str, shared: bool, kv: str) -> tuple[Op, ...]:
         ops.copy(f"{name}.v_flat", "v", "v.flat", _Q, gradient="new" if shared else "same"),
         ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
         ops.copy(f"{name}.reshape", "heads", "o", _Q, gradient="new"),
-        ops.leave("heads", "probs"),
     )
 
 
@@ -247,7 +246,6 @@ def _math(name: str, shared: bool, kv: str) -> tuple[Op, ...]:
         ops.cast(f"{name}.v_float", "v.low", "v32", kv, "fp32"),
         ops.cast(f"{name}.mask_float", "bias", "bias32", "b s s", "fp32"),
         ops.scale(f"{name}.scale_q", "q32", "q.scaled", _Q),
-        ops.leave("q32"),
         ops.scale(f"{name}.scale_k", "k32", "k.scaled", kv),
         *_scores(name, "q.scaled", "k.scaled", shared, ""),
         ops.leave("k.scaled"),

@@ -40,9 +40,7 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]
             scratch_back=(Scratch(Tensor("product", shape, f"={y32}"), factor),),
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         ),
-        ops.leave(n32, factor),
         ops.cast(f"{name}.type_as", y32, y, shape, f"={x}"),
-        ops.leave(y32),
     )
 
 

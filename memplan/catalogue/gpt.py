@@ -243,7 +243,6 @@ def written_out(
         ops.matmul(f"{n}.product", "probs", "v.flat", "heads", _Q),
         ops.leave(*held),
         ops.copy(f"{n}.reshape", "heads", y, _Q, gradient="new"),
-        ops.leave("probs"),
     )
 
 

@@ -79,7 +79,6 @@ def rope_and_scale(name: str, q: str, k: str) -> tuple[Op, ...]:
         ops.leave(q, k),
         Op(f"{name}.factors", ("positions",), (Tensor("factors32", "s", "fp32"),), scratch=steps),
         Op(f"{name}.cast_factors", ("factors32",), (Tensor("factors", "s", "=q.rotated"),), cast=True),
-        ops.leave("factors32"),
         Op(
             f"{name}.scale_query",
             ("q.rotated", "factors"),
@@ -88,7 +87,6 @@ def rope_and_scale(name: str, q: str, k: str) -> tuple[Op, ...]:
             (Keep("factors", "q.rotated"),),
             source="transformers 5.24 models/ministral3/modeling_ministral3.py Ministral3Attention",
         ),
-        ops.leave("q.rotated", "factors"),
     )
 
 

@@ -94,7 +94,6 @@ def normed_block(
             *norm(after[0], "ao", "ao.normed", "b s h", "h"),
             ops.leave("ao"),
             ops.add("residual_1", "x", "ao.normed", "x1", "b s h"),
-            ops.leave("ao.normed"),
             *(norm(before[1], "x1", "n2", "b s h", "h") if before else ()),
             *mlp_ops,
             *norm(after[1], "mo", "mo.normed", "b s h", "h"),
