@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.states import optimizer_names
+from memplan.catalogue.states import optimizer_names, takes_foreach
 from memplan.engine.walk import alive, largest, moment_bytes, size, values
 from memplan.graph import built
 from memplan.program import PHASES, pass_of, program, run_axes
@@ -204,3 +205,17 @@ def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, seq
                 combination = moment_bytes(alive(m, low.runs, axes), sizes)
                 every.append(sum(n * values([v], axes)[0] for v, n in combination.items()))
         assert largest(p.first[phase], numbers, products)[0] == max(every)
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_the_ledger_sums_to_the_peak_under_every_optimizer(name: str) -> None:
+    for foreach in (None, False) if takes_foreach(name) else (None,):
+        optimizer = {"name": name, "foreach": foreach}
+        answer = estimate(RunSpec(model="qwen2-0.5b", optimizer=optimizer, batch={"sequence": 16}))
+        assert (
+            sum(line.bytes for line in answer.ledger)
+            == answer.bytes.allocated
+            == answer.phases[answer._walked.peak].peak
+        )
+        if answer.peak.where == "optimizer":
+            assert any(line.kind == "temp" and line.bytes for line in answer.ledger)
