@@ -212,10 +212,6 @@ def test_the_ledger_sums_to_the_peak_under_every_optimizer(name: str) -> None:
     for foreach in (None, False) if takes_foreach(name) else (None,):
         optimizer = {"name": name, "foreach": foreach}
         answer = estimate(RunSpec(model="qwen2-0.5b", optimizer=optimizer, batch={"sequence": 16}))
-        assert (
-            sum(line.bytes for line in answer.ledger)
-            == answer.bytes.allocated
-            == answer.phases[answer._walked.peak].peak
-        )
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated == max(p.peak for p in answer.phases)
         if answer.peak.where == "optimizer":
             assert any(line.kind == "temp" and line.bytes for line in answer.ledger)
