@@ -9,7 +9,7 @@ from typing import NamedTuple
 from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.engine.step import Lowered
-from memplan.engine.walk import ONE, Bytes, Term, Variable, alive, chain, moment_bytes, prune, size
+from memplan.engine.walk import ONE, Term, Variable, chain, prune, rows, size
 from memplan.graph import Graph, Held, built, elements, load_scratch, lowered, matrix_shape, parameters_of, weights_of
 
 
@@ -87,19 +87,15 @@ def program(structure: Structure) -> Program:
     passes = [pass_of(structure)]
     if structure.accumulates:
         passes.append(pass_of(structure, later=True))
-    moments: list[list[tuple[Bytes, int]]] = []
-    for low in passes:
-        sizes = [size(key[0], key[1], axes) for key in low.sizes]
-        moments.append([(moment_bytes(alive(m, low.runs, axes), sizes), i) for i, m in enumerate(low.moments)])
-    found = {v for candidates in moments for combination, _ in candidates for v in combination}
-    variables = (ONE, *sorted(found - {ONE}))
+    sizes = [[size(key[0], key[1], axes) for key in low.sizes] for low in passes]
+    variables = (ONE, *sorted({v for of_pass in sizes for v, _ in of_pass} - {ONE}))
 
-    def pruned(low: Lowered, candidates: list[tuple[Bytes, int]]) -> dict[str, tuple[Term, ...]]:
-        return {
-            phase: prune([c for c in candidates if low.moments[c[1]].phase == phase], variables) for phase in PHASES
-        }
+    def pruned(low: Lowered, of_pass: list[tuple[Variable, int]]) -> dict[str, tuple[Term, ...]]:
+        every = rows(low.moments, low.runs, axes, of_pass, variables)
+        found = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
+        return {phase: prune(((every[i], i) for i in moments), variables) for phase, moments in found.items()}
 
-    by_pass = [pruned(low, candidates) for low, candidates in zip(passes, moments, strict=True)]
+    by_pass = [pruned(low, of_pass) for low, of_pass in zip(passes, sizes, strict=True)]
     weights = tuple(weights_of(structure.graph))
     held = tuple(parameters_of(structure.graph))
     trained = trained_parameters(structure)

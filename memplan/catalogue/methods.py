@@ -36,6 +36,8 @@ def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
     """`change` applied to every weight of the stack; buffers stay as they are."""
 
     def changed(op: Op) -> Iterable[Op]:
+        if not op.weights:
+            return (op,)
         return (op._replace(weights=tuple(w if w.group == "buffer" else change(w) for w in op.weights)),)
 
     return rewrite(stack, changed)

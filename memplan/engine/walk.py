@@ -12,7 +12,7 @@ from operator import ge, mul
 from typing import NamedTuple
 
 from memplan.engine.lower import Moment
-from memplan.ir import AT_LEAST, Tensor
+from memplan.ir import AT_LEAST
 from memplan.units import ITEMSIZE, rounded
 
 
@@ -70,15 +70,6 @@ def size(shape: str, dtype: str, axes: Mapping[str, int]) -> tuple[Variable, int
     return Variable(tuple(free), factor, itemsize, per), 1
 
 
-def sum_sizes(tensors: Iterable[tuple[Tensor, int]], axes: Mapping[str, int]) -> Bytes:
-    """The bytes of `count` storages of each tensor."""
-    out: Bytes = {}
-    for tensor, count in tensors:
-        variable, n = size(tensor.shape, tensor.dtype, axes)
-        out[variable] = out.get(variable, 0) + n * count
-    return out
-
-
 def alive(moment: Moment, runs: Sequence[tuple[str, int]], axes: Mapping[str, int]) -> dict[int, int]:
     """How many storages of each size are alive at a moment, all copies of repeated blocks counted."""
     out = dict(moment.counts)
@@ -100,6 +91,31 @@ def moment_bytes(counts: Mapping[int, int], sizes: Sequence[tuple[Variable, int]
     return out
 
 
+def rows(
+    moments: Iterable[Moment],
+    runs: Sequence[tuple[str, int]],
+    axes: Mapping[str, int],
+    sizes: Sequence[tuple[Variable, int]],
+    variables: Sequence[Variable],
+) -> list[tuple[int, ...]]:
+    """The bytes alive at every moment, as coefficients over `variables`, all copies of repeated blocks counted."""
+    index = {v: i for i, v in enumerate(variables)}
+    place = [(index[v], n) for v, n in sizes]
+    copies = [axes[axis] - counted for axis, counted in runs]
+    out: list[tuple[int, ...]] = []
+    for moment in moments:
+        row = [0] * len(variables)
+        for key, count in moment.counts.items():
+            i, n = place[key]
+            row[i] += n * count
+        for run, counts in moment.per_copy.items():
+            for key, count in counts.items():
+                i, n = place[key]
+                row[i] += n * count * copies[run]
+        out.append(tuple(row))
+    return out
+
+
 def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
     """The longest chain of products of axes among the variables, largest first: each is at least the next, always.
 
@@ -112,8 +128,8 @@ def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
     return max(best.values(), key=len)
 
 
-def prune(candidates: Iterable[tuple[Bytes, int]], variables: Sequence[Variable]) -> tuple[Term, ...]:
-    """The candidates that no other is at least as large as for every run.
+def prune(candidates: Iterable[tuple[tuple[int, ...], int]], variables: Sequence[Variable]) -> tuple[Term, ...]:
+    """The candidates, rows of moments, that no other is at least as large as for every run.
 
     Along a chain of products what counts is the sum of coefficients from the largest down. A rounded size is its
     product plus at most 511 bytes.
@@ -123,8 +139,7 @@ def prune(candidates: Iterable[tuple[Bytes, int]], variables: Sequence[Variable]
     rounds = [i for i, v in enumerate(variables) if v.itemsize and chained[i]]
     others = [i for i, inside in enumerate(chained) if not inside]
     terms: dict[tuple[int, ...], Term] = {}
-    for combination, moment in candidates:
-        row = tuple(combination.get(v, 0) for v in variables)
+    for row, moment in candidates:
         if row in terms:
             continue
         linear = [0] * len(products)
