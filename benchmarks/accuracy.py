@@ -74,6 +74,12 @@ def traced_families() -> list[Compared]:
     ]
 
 
+@cache
+def traced_losses() -> list[Compared]:
+    """Other losses than transformers', by loss."""
+    return [compared_with_trace(row, row["run"]["kernels"]["loss"]) for row in rows("traced_losses.jsonl")]
+
+
 def percent(error: float) -> str:
     return f"{100 * error:.4f} %" if error < 0.001 else f"{100 * error:.2f} %"
 
@@ -183,8 +189,12 @@ def page() -> Iterable[str]:
     yield from table("method", traced())
     yield TRACED_FAMILIES
     yield from table("family", families)
+    yield TRACED_LOSSES
+    yield from table("loss", traced_losses())
     yield ""
-    yield from (f"- {c.name} is missed by {percent(c.peak)}: {c.cause}." for c in families if c.cause)
+    yield from (
+        f"- {c.name} is missed by {percent(c.peak)}: {c.cause}." for c in (*families, *traced_losses()) if c.cause
+    )
     yield f"""
 ## Against cards
 
@@ -245,6 +255,11 @@ TRACED_FAMILIES = """
 Every family that transformers can build, small, and the rest of the run drawn at random: method, dtypes, autocast,
 attention, checkpointing, optimizer, batch, dropout, accumulation, padding, preparation. The first four drawn of each,
 and fifteen more in which a fault of an earlier version showed.
+"""
+
+TRACED_LOSSES = """
+Other losses than transformers' on a small Qwen2, by every method and precision: liger-kernel 0.8's own function with
+kernels that compute nothing, torchtune's and LitGPT's written out.
 """
 
 LEFT_OUT = """

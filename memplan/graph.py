@@ -25,6 +25,7 @@ class Graph(NamedTuple):
     checkpoint: bool
     loss: str
     hold_outputs: bool
+    adds_in_place: bool
     rank: int
     trainable_layers: int
 
@@ -51,7 +52,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
-    return losses.attach(stack, graph.loss, graph.hold_outputs, recipe.compute), axes
+    autocast = recipe.compute if recipe.autocast else None
+    return losses.attach(stack, graph.loss, graph.hold_outputs, autocast, graph.adds_in_place), axes
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
 from memplan.catalogue.attention import Wiring, large_tiles
+from memplan.catalogue.losses import adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.errors import SpecError, UnknownNameError
@@ -105,6 +106,7 @@ def _decide(
         checkpoint=kernels.checkpointing == "full",
         loss=kernels.loss,
         hold_outputs=loop.hold_outputs,
+        adds_in_place=kernels.loss != "fused" or adds_in_place(capability),
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
     )

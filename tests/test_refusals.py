@@ -232,3 +232,9 @@ def test_names_of_modules_are_checked_wherever_they_are_given() -> None:
 def test_the_defaults_are_never_refused() -> None:
     parts = {"method": Method(), "precision": Precision(), "optimizer": Optimizer(), "loop": Loop()}
     assert estimate(RunSpec(model="qwen2-0.5b", **parts)).bytes.allocated > 0  # type: ignore[arg-type]
+
+
+def test_a_loss_in_chunks_of_the_head_is_refused_under_autocast() -> None:
+    error = refused(kernels={"loss": "chunked_lm_head"}, precision={"autocast": True})
+    assert error.field == "kernels.loss"
+    assert "autocast" in str(error)

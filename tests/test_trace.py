@@ -1,6 +1,6 @@
 """Estimates against traced training steps: the real libraries' step on fake CUDA tensors, every allocation recorded.
 
-The figures are in tests/golden/traced.jsonl and traced_families.jsonl, whose first lines say how they were made.
+The figures are in tests/golden/traced*.jsonl, whose first lines say how they were made.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def test_the_mean_error_of_all_peaks_is_below_a_hundredth_of_a_percent() -> None
     assert mean(errors) < 1e-4
 
 
+LOSS_KINDS = ("fused", "chunked", "chunked_lm_head")
 FAMILIES: list[dict[str, Any]] = rows("traced_families.jsonl")
+LOSSES: list[dict[str, Any]] = rows("traced_losses.jsonl")
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=label)
-def test_every_family_is_near_its_traces(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", [*FAMILIES, *LOSSES], ids=label)
+def test_every_family_and_loss_is_near_its_traces(case: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**case["run"]))
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
@@ -59,7 +61,13 @@ def test_every_family_is_near_its_traces(case: dict[str, Any]) -> None:
     missed = compared.peak >= 0.005 or compared.phase >= 0.02 or not compared.same
     assert missed == bool(compared.cause), compared
     peak, phase = case.get("within", (1e-4, 1e-3))
-    assert missed or (compared.peak <= peak and compared.phase <= phase), compared
+    assert compared.peak <= peak, compared
+    assert compared.phase <= phase, compared
+
+
+def test_every_loss_is_traced_with_every_method_that_takes_it() -> None:
+    traced = {(row["run"]["kernels"]["loss"], row["run"].get("method", {}).get("kind", "full")) for row in LOSSES}
+    assert traced == {(loss, kind) for loss in LOSS_KINDS for kind in ("full", "lora", "qlora")}
 
 
 def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:

@@ -10,8 +10,12 @@ from memplan.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 _CHUNKS = 8  # torchtune 0.6 CEWithChunkedOutputLoss: num_output_chunks
 
 
-def attach(stack: Stack, loss: str, hold_outputs: bool = False, compute: str = "bf16") -> Stack:
+def attach(
+    stack: Stack, loss: str, hold_outputs: bool = False, autocast: str | None = None, adds_in_place: bool = True
+) -> Stack:
     """`stack` with the loss of that kind; `hold_outputs` where the script's variable keeps the logits through backward.
+
+    `autocast` is the compute dtype, or None; `adds_in_place` is for the fused loss, see `adds_in_place`.
 
     hf                transformers: all logits, then in fp32
     chunked           torchtune: logits in eight chunks, each in fp32 on its own
@@ -30,10 +34,11 @@ def attach(stack: Stack, loss: str, hold_outputs: bool = False, compute: str = "
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
+            head = tuple(_summed_by_chunk(op) for op in head)
             return stack._replace(after=(*body, *head), loss=_chunked_lm_head(logits))
         case "fused":
             matrix = next(w for op in head for w in op.weights if w.rows)
-            return stack._replace(after=body, loss=_fused(matrix, compute))
+            return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place))
         case other:
             raise AssertionError(other)
 
@@ -107,7 +112,7 @@ def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
         yield ops.leave(f"logits32{i}")
     parts = tuple(f"loss{i}" for i in chunks)
     yield Op("loss.sum", parts, (Tensor("loss", "", "fp32"),), gradient="same", source=source)
-    yield ops.leave(*(f"{logits}{i}" for i in chunks), "padded_labels", "n")
+    yield ops.leave(*(f"{logits}{i}" for i in chunks), "padded_labels")
 
 
 def _chunk_of(op: Op, i: int) -> Op:
@@ -121,8 +126,20 @@ def _chunk_of(op: Op, i: int) -> Op:
     )
 
 
+def _summed_by_chunk(op: Op) -> Op:
+    """A weight's gradient is the sum of every chunk's: beside it the next one and their sum, since they are views."""
+    sums = tuple(Scratch(Tensor(f"{what} of {w.name}", w.shape, w.dtype), w.name) for w in op.weights for what in _SUM)
+    return op._replace(scratch_back=(*op.scratch_back, *sums))
+
+
+_SUM = ("gradient of a chunk", "sum of gradients")
+
+
 def _chunked_lm_head(logits: str) -> tuple[Op, ...]:
-    """Log-probabilities stay in the logits' dtype; a chunk's gradient comes as its log-probabilities go."""
+    """Log-probabilities stay in the logits' dtype; a chunk's gradient comes as its log-probabilities go.
+
+    Under autocast they do not, and a frozen fp32 head is cast for every chunk: refused where the run is decided.
+    """
     source = "litgpt 0.5 utils.py chunked_cross_entropy"
     chunk = Tensor("gradient of a chunk", "b 128 v", f"={logits}")
     return (
@@ -141,19 +158,33 @@ def _chunked_lm_head(logits: str) -> tuple[Op, ...]:
     )
 
 
-def _fused(matrix: Weight, compute: str) -> tuple[Op, ...]:
+def adds_in_place(capability: tuple[int, int] | None) -> bool:
+    """Whether the fused loss adds half-precision products into the head's gradient without a copy of its size."""
+    return capability is None or capability >= (8, 0)
+
+
+def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ...]:
     """Chunks of `fc` tokens: logits, their gradient over them, and its products with the head's weight and the input.
 
     What backward hands on was made in forward: a gradient as large as the hidden states, and one of the weight if
-    it trains.
+    it trains. In fp32, and on cards before Ampere, a chunk's part of that is made apart, in fp32, before it is added.
+    Autocast casts the weight for the first product every time, since it sees a view of it, and keeps the second's cast.
     """
     source = "liger-kernel 0.8 ops/fused_linear_cross_entropy.py"
     made = (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", "b s h", "=n"))
     keeps = (Keep("hidden_gradient", "n"),)
+    half = (autocast or matrix.dtype) != "fp32"
+    beside: tuple[Tensor, ...] = ()
+    kept: tuple[Tensor, ...] = ()
+    if autocast and matrix.dtype != autocast:
+        beside = (Tensor("head weight cast", matrix.shape, autocast),)
+        kept = beside if matrix.trains else ()
     if matrix.trains:
         made += (Tensor("head_gradient", matrix.shape, matrix.dtype),)
         keeps += (Keep("head_gradient", matrix.name),)
-    cast = () if matrix.dtype == compute else (Tensor("head weight cast", matrix.shape, compute),)
+        if not (half and in_place):
+            product = Tensor("product of a chunk", matrix.shape, autocast or "")
+            beside = (product, *((Tensor("product in fp32", matrix.shape, "fp32"),) if half else ()))
     return (
         _targets(source),
         Op(
@@ -162,7 +193,12 @@ def _fused(matrix: Weight, compute: str) -> tuple[Op, ...]:
             made,
             (matrix,),
             keeps,
-            scratch=(Tensor("losses", "b s", "fp32"), Tensor("logits of a chunk", "fc v", compute), *cast),
+            scratch=(
+                Tensor("losses", "b s", "fp32"),
+                Tensor("logits of a chunk", "fc v", autocast or ""),
+                *kept,
+                *beside,
+            ),
             gradient="kept",
             source=source,
         ),
