@@ -303,3 +303,22 @@ def test_backward_dequantises_to_the_dtype_that_was_loaded_and_casts_that(
     layer = next(op for op in stack.runs[0].blocks[0].ops if op.name == "mlp.up_proj.base_layer")
     assert [s.tensor.dtype for s in layer.scratch_back if s.tensor.name == "dequantised"] == made
     assert [t.dtype for t in layer.scratch if t.name == "dequantised"] == [compute]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen2-0.5b", "gpt2", "gemma-2-2b"])
+def test_adapted_embeddings_run_in_every_precision(model: str, checkpointing: str, autocast: bool) -> None:
+    targets = ["wte"] if model == "gpt2" else ["embed_tokens"]
+    answer = estimate(
+        RunSpec(
+            model=model,
+            method={"kind": "lora", "rank": 8, "targets": targets},
+            precision={"autocast": autocast},
+            kernels={"checkpointing": checkpointing},
+            batch={"sequence": 256},
+        )
+    )
+    facts = answer.run.method.rank, answer.parameters.trainable
+    assert facts[1] % facts[0] == 0
+    assert facts[1] > 0

@@ -146,16 +146,17 @@ def lower(
 
     # forward
     first = Frame(before, scope, {}, leaf)
-    own = tape.forward(first, read | {"embeds"})
+    embeds = scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
+    own = tape.forward(first, read | {embeds})
     flows = frozenset(first.flows)
     for storage in own.values():
         storage.shared = True
-    stream = own["embeds"]
-    if "embeds" in read:
+    stream = own[embeds]
+    if embeds in read:
         stream.refs += 1
     else:  # no name of the model's means them any more
-        del own["embeds"]
-    x_flows = "embeds" in flows
+        del own[embeds]
+    x_flows = embeds in flows
     ran: list[tuple[int | None, list[Frame]]] = []
     runs: list[tuple[str, int]] = []
     firsts: list[dict[str, str]] = []
@@ -222,7 +223,7 @@ def lower(
         if number is not None:
             tape.leave_run(*grads.values())
     if "y" in grads:
-        grads["embeds"] = grads.pop("y")
+        grads[embeds] = grads.pop("y")
     tape.backward(first, grads)
     for storage in (root, *left.values(), *grads.values()):
         tape.drop(storage)
