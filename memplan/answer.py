@@ -11,6 +11,7 @@ from memplan.spec import FrozenDict, RunSpec
 if TYPE_CHECKING:
     from memplan.estimator import Walked
     from memplan.resolve import Decided
+    from memplan.usage import Usage
 
 SCHEMA_VERSION = 1
 
@@ -23,17 +24,42 @@ class Parameters(NamedTuple):
     active: int
 
 
-class Bytes(NamedTuple):
+class Bytes:
     """Peaks: `allocated` as torch.cuda.max_memory_allocated counts, `reserved` in torch's segments, `used` as
-    nvidia-smi shows for the process."""
+    nvidia-smi shows for the process. The last two are made when asked for."""
 
-    allocated: int
-    reserved: int
-    used: int
+    __slots__ = ("_usage",)
+
+    def __init__(self, usage: Usage) -> None:
+        self._usage = usage
+
+    @property
+    def allocated(self) -> int:
+        return self._usage.allocated
+
+    @property
+    def reserved(self) -> int:
+        return self._usage.reserved
+
+    @property
+    def used(self) -> int:
+        return self._usage.used
+
+    def as_dict(self) -> dict[str, int]:
+        return {"allocated": self.allocated, "reserved": self.reserved, "used": self.used}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bytes) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.as_dict().values()))
+
+    def __repr__(self) -> str:
+        return f"Bytes(allocated={self.allocated}, reserved={self.reserved}, used={self.used})"
 
 
 class Band(NamedTuple):
-    """Where `used` lies in `coverage` of runs: from the least the run can live in to what a card with room shows."""
+    """Where `used` lies in `coverage` of runs."""
 
     low: int
     high: int
@@ -48,11 +74,33 @@ class Card(NamedTuple):
     count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
 
 
-class Verdict(NamedTuple):
+class Verdict:
     """`answer` is fits, tight or does not fit; None without a GPU. `headroom` is usable minus used."""
 
-    answer: str | None
-    headroom: int | None
+    __slots__ = ("_usable", "_usage")
+
+    def __init__(self, usage: Usage, usable: int | None) -> None:
+        self._usage, self._usable = usage, usable
+
+    @property
+    def answer(self) -> str | None:
+        return self._usage.answer
+
+    @property
+    def headroom(self) -> int | None:
+        return None if self._usable is None else self._usable - self._usage.used
+
+    def as_dict(self) -> dict[str, str | int | None]:
+        return {"answer": self.answer, "headroom": self.headroom}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Verdict) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.as_dict().values()))
+
+    def __repr__(self) -> str:
+        return f"Verdict(answer={self.answer!r}, headroom={self.headroom})"
 
 
 class Peak(NamedTuple):
@@ -95,12 +143,14 @@ KINDS = ("parameter", "gradient", "optstate", "activation", "temp", "buffer", "o
 
 
 class Estimate:
-    """One run's answer. Immutable; equal if the run is. The ledger and the timeline are made when asked for."""
+    """One run's answer. Immutable; equal if the run is.
+
+    The ledger, the timeline and what torch reserves beyond its tensors are made when asked for.
+    """
 
     asked: RunSpec
     parameters: Parameters
     bytes: Bytes
-    band: Band
     gpu: Card | None
     verdict: Verdict
     peak: Peak
@@ -110,16 +160,15 @@ class Estimate:
     notes: tuple[str, ...]
     _decided: Decided
     _walked: Walked
+    _usage: Usage
 
     def __init__(
         self,
         asked: RunSpec,
         decided: Decided,
         parameters: Parameters,
-        bytes: Bytes,
-        band: Band,
+        usage: Usage,
         gpu: Card | None,
-        verdict: Verdict,
         peak: Peak,
         phases: tuple[Phase, ...],
         host_bytes: int,
@@ -129,10 +178,9 @@ class Estimate:
         vars(self).update(
             asked=asked,
             parameters=parameters,
-            bytes=bytes,
-            band=band,
+            bytes=Bytes(usage),
             gpu=gpu,
-            verdict=verdict,
+            verdict=Verdict(usage, gpu.usable if gpu else None),
             peak=peak,
             phases=phases,
             host_bytes=host_bytes,
@@ -140,6 +188,7 @@ class Estimate:
             notes=notes,
             _decided=decided,
             _walked=walked,
+            _usage=usage,
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -153,6 +202,11 @@ class Estimate:
         """The run with every null filled in as its profile decides."""
         gpu = self.gpu.name if self.gpu else None
         return self.asked.model_copy(update={**self._decided.parts, "gpu": gpu})
+
+    @property
+    def band(self) -> Band:
+        """Where `bytes.used` lies in most runs."""
+        return self._usage.band
 
     @cached_property
     def ledger(self) -> tuple[Line, ...]:
@@ -185,10 +239,10 @@ class Estimate:
             "memplan_version": __version__,
             "run": self.run.model_dump(mode="json"),
             "parameters": self.parameters._asdict(),
-            "bytes": self.bytes._asdict(),
+            "bytes": self.bytes.as_dict(),
             "band": self.band._asdict(),
             "gpu": self.gpu._asdict() if self.gpu else None,
-            "verdict": self.verdict._asdict(),
+            "verdict": self.verdict.as_dict(),
             "peak": self.peak._asdict(),
             "phases": [p._asdict() for p in self.phases],
             "categories": dict(self.categories),

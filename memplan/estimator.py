@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memplan.answer import Band, Bytes, Card, Estimate, Parameters, Peak, Phase, Verdict
-from memplan.catalogue.overhead import CACHED, FRAGMENTATION, cublas_workspace, cuda_context
+from memplan.answer import Card, Estimate, Parameters, Peak, Phase
+from memplan.catalogue.overhead import cublas_workspace, cuda_context
 from memplan.engine.walk import largest, values
-from memplan.gpus import GPU
 from memplan.program import PHASES, Program, program, run_axes
 from memplan.resolve import Decided, check_batch, decide
 from memplan.spec import RunSpec
-
-COVERAGE = 0.9  # the band's rows are 5th and 95th percentiles
+from memplan.usage import Replay, Usage
 
 
 def estimate(run: RunSpec) -> Estimate:
@@ -29,16 +27,14 @@ def estimate(run: RunSpec) -> Estimate:
     p = walked.program
     note = check_batch(run, p.structure.graph.model)
     top = walked.phases[walked.peak]
-    resident = p.parameters + p.buffered + p.scaler + p.states + 2 * walked.workspace
-    usage = Usage(top.peak, max(0, top.peak - resident), decided.gpu)
+    replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
+    context = cuda_context(decided.gpu.compute_capability if decided.gpu else None)
     return Estimate(
         run,
         decided,
         Parameters(p.total_parameters, p.trainable_parameters, p.total_parameters),
-        Bytes(top.peak, usage.used - usage.context, usage.used),
-        Band(usage.low, usage.high, COVERAGE),
+        Usage(replay, p, walked.phases[0].peak, top.peak, decided.gpu, context),
         Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
-        usage.verdict,
         Peak(top.phase, top.where),
         tuple(walked.phases),
         p.host,
@@ -102,31 +98,3 @@ def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, i
 
 def _bytes(found: tuple[bool, int, int]) -> int:
     return found[1]
-
-
-class Usage:
-    """From torch's tensors to what the card shows: fragmentation, cached segments, the CUDA context.
-
-    The least a run can live in counts what the allocator cannot give back; what it holds where there is room is
-    more. On a given card it holds what the card has, and the verdict is about the least.
-    """
-
-    __slots__ = ("context", "high", "low", "used", "verdict")
-
-    def __init__(self, allocated: int, moving: int, gpu: GPU | None) -> None:
-        around = cuda_context(gpu.compute_capability if gpu else None)
-        least = allocated + FRAGMENTATION.low * moving // 1000 + around.low
-        usual = allocated + FRAGMENTATION.usual * moving // 1000 + around.usual
-        most = allocated + FRAGMENTATION.high * moving // 1000 + around.high
-        shown = allocated + CACHED.usual * moving // 1000 + around.usual
-        shown_high = allocated + CACHED.high * moving // 1000 + around.high
-        usable = gpu.usable if gpu else shown_high
-        self.context = around.usual
-        self.low = least
-        self.used = max(usual, min(shown, usable))
-        self.high = max(most, min(shown_high, usable))
-        if gpu is None:
-            self.verdict = Verdict(None, None)
-        else:
-            answer = "fits" if most <= usable else "tight" if least <= usable else "does not fit"
-            self.verdict = Verdict(answer, usable - self.used)

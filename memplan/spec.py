@@ -223,7 +223,7 @@ class Loop(Part, frozen=True):
 
     `use_cache` takes no memory in training: what it would hold is kept for backward anyway, or the model has it off
     under checkpointing. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32
-    under bitsandbytes' 8-bit optimizers.
+    under bitsandbytes' 8-bit optimizers. `expandable_segments`: torch's allocator has them (PYTORCH_CUDA_ALLOC_CONF).
     """
 
     hold_outputs: Flag = False
@@ -232,6 +232,7 @@ class Loop(Part, frozen=True):
     clip_grad_norm: Annotated[Number, Field(ge=0)] | None = 1.0
     grad_scaler: Flag = False
     trainer: Flag = False
+    expandable_segments: Flag = False
 
 
 class Offload(Part, frozen=True):

@@ -17,7 +17,7 @@ FLOORS = (
     {"spec", "gpus", "gpu_table", "config_classes", "models", "layers", "cards"},
     {"ir"},
     {"catalogue", "engine"},
-    {"graph", "program", "refusals", "resolve", "answer", "estimator", "ledger"},
+    {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger"},
     {"largest"},
     {"report", "cli"},
     {"__main__"},

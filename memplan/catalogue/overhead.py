@@ -31,22 +31,17 @@ def cublas_workspace(capability: tuple[int, int] | None) -> Overhead:
 
 
 class Share(NamedTuple):
-    """A share of the bytes that come and go within a step, in thousandths: low, usual and high."""
+    """A share of what it is about, in thousandths, as low and high."""
 
     low: int
-    usual: int
     high: int
     basis: str
     source: str
 
 
-# 5th, 50th and 95th percentile over 40 traced training steps (dense models from 0.1 to 72 B, full, LoRA, QLoRA, DoRA),
-# replayed through a model of torch's native caching allocator: not measured on a card, and so assumed.
-_REPLAY = "40 traced steps replayed through a model of torch's native caching allocator, 2026-11-25"
-FRAGMENTATION = Share(15, 85, 320, "assumed", f"{_REPLAY}: the smallest capacity that does not run out of memory")
-CACHED = Share(
-    30, 190, 590, "assumed", f"{_REPLAY}: segments held where there is room; given back when memory runs out"
-)
+COVERAGE = 0.95
+# What published runs showed beyond what memplan says they use
+SHOWN = Share(-50, 60, "measured", "")
 
 
 def cuda_context(capability: tuple[int, int] | None) -> Overhead:

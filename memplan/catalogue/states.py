@@ -8,7 +8,7 @@ Left out is what is a few bytes in host memory: torch's `step` of every paramete
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import prod
 from typing import NamedTuple
@@ -53,6 +53,7 @@ class OptimizerMemory(NamedTuple):
 
     first, later    bytes alive only inside the first step, and at most inside any other
     scratch         in words, what that is
+    listed          of it, the lists with a tensor for every parameter: bytes of one, and how many like it
     frees_gradients gradients go in backward, as they come, and step() does nothing
     backward        bytes alive inside backward because of that: one parameter's update, beside the gradient that
                     backward has just made
@@ -63,6 +64,7 @@ class OptimizerMemory(NamedTuple):
     first: int
     later: int
     scratch: str
+    listed: tuple[tuple[int, int], ...]
     frees_gradients: bool
     backward: int
     source: str
@@ -138,6 +140,7 @@ def optimizer_memory(
         first=first,
         later=later,
         scratch=row.scratch if first or later or backward else "",
+        listed=tuple(_listed(row, turns)) if first or later else (),
         frees_gradients=row.frees_gradients,
         backward=backward,
         source=f"{row.source}; master weights as apex and Megatron-LM keep them" if master else row.source,
@@ -181,7 +184,7 @@ def _states(row: Optimizer, p: Parameter, moment: str) -> tuple[list[State], Tur
 
 def _step(row: Optimizer, turns: Sequence[tuple[int, Turn]], states: Sequence[State]) -> tuple[int, int]:
     """Bytes beside all states, in the first step and at most in a later one."""
-    lists = row.lists * sum(n * bytes_of(turn.shape, turn.moment) for n, turn in turns if not turn.loop)
+    lists = sum(bytes_ * n for bytes_, n in _listed(row, turns))
     order = sorted(turns, key=lambda turn: turn[1].rank > 0)  # the Trainer's groups: first the others, then targets
     runs = [(n, [turn for _, turn in run]) for n, run in groupby(order, key=lambda turn: turn[0])]
     later = max(peak(runs, Step.LATER), peak(runs, Step.PROJECTING) if row.projected else 0)
@@ -189,6 +192,12 @@ def _step(row: Optimizer, turns: Sequence[tuple[int, Turn]], states: Sequence[St
     if makes_states((*row.loop, *row.projected)):
         first = max(0, peak(runs, Step.FIRST) - sum(s.bytes * s.count for s in states if not s.host))
     return max(first, lists if row.since == 1 else 0), max(later, lists)
+
+
+def _listed(row: Optimizer, turns: Sequence[tuple[int, Turn]]) -> Iterator[tuple[int, int]]:
+    """The lists of a step: a moment's bytes for every parameter that is not looped over, and how many like it."""
+    for _ in range(row.lists):
+        yield from ((bytes_of(turn.shape, turn.moment), n) for n, turn in turns if not turn.loop)
 
 
 def _largest_alone(row: Optimizer, turns: Sequence[Turn]) -> int:

@@ -357,7 +357,13 @@ class Tape:
         if self._grads_exist:
             self.drop(total)
 
-    # runs of equal blocks
+    # copies of equal blocks, and runs of them
+
+    def enter_copy(self, skipped: int) -> None:
+        """What follows is one copy; `skipped` like it come after it and are left out."""
+
+    def leave_copy(self) -> None:
+        """The copy is done."""
 
     def enter_run(self, run: int, first: Mapping[str, str]) -> None:
         """What follows stands for every copy of a run of blocks. `first` says what the last copy's layers are called

@@ -13,13 +13,17 @@ from memplan.ir import Block, Op, Stack
 
 
 class Copies(NamedTuple):
-    """Equal blocks with literal dtypes: as many as the axis `times` says, `less` those split off before."""
+    """Equal blocks with literal dtypes: as many as the axis `times` says, `less` those split off before.
+
+    `skipped` is for recording, where every copy stands for itself: how many like it are left out after it.
+    """
 
     blocks: tuple[Block, ...]
     scopes: tuple[Scope, ...]
     times: str
     less: int
     alone: bool  # one copy only, unlike those after it
+    skipped: int = 0
 
 
 class Lowered(NamedTuple):
@@ -109,6 +113,17 @@ def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]
     return (*before[:i], op._replace(holds="step"), *before[i + 1 :]), (op.writes[0].name,)
 
 
+def _one_by_one(copies: list[Copies], depth: Mapping[str, int], whole: int) -> list[Copies]:
+    """Every copy by itself, but of each run only `whole`: those in the middle are left out."""
+    out: list[Copies] = []
+    for c in copies:
+        count = 1 if c.alone else depth[c.times] - c.less
+        for i in range(min(count, whole)):
+            left_out = max(0, count - whole) if i == whole // 2 else 0
+            out.append(c._replace(alone=True, less=c.less + i, skipped=left_out))
+    return out
+
+
 def lower(
     stack: Stack,
     depth: Mapping[str, int],
@@ -126,6 +141,22 @@ def lower(
     takes in backward, once its gradient is there, by the weight's path.
     """
     tape = Tape(grads_exist, labelled, updates)
+    kept, runs = run_pass(tape, stack, depth, autocast, checkpoint, input_grad)
+    return Lowered(tuple(tape.moments), kept, tape.snapshot(), tuple(tape.sizes), runs)
+
+
+def run_pass(
+    tape: Tape,
+    stack: Stack,
+    depth: Mapping[str, int],
+    autocast: str | None,
+    checkpoint: bool,
+    input_grad: bool,
+    whole: int = 0,
+) -> tuple[Moment, tuple[tuple[str, int], ...]]:
+    """Run the stack on the tape, forward and backward; see `lower`. Returns what is alive when forward is done, and
+    the runs of equal blocks. With `whole` there are none: that many copies of each are run one by one, and the others
+    left out."""
     scope = Scope()
     before = scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
@@ -133,6 +164,8 @@ def lower(
         before, leaf = _input_leaf(before)
     x_flows = bool(leaf) or any(w.trains for op in before for w in op.weights)
     copies = _copies(stack, Scope(scope, {"x": scope["embeds"]._replace(name="x")}), x_flows, autocast, depth)
+    if whole:
+        copies = _one_by_one(copies, depth, whole)
     last = copies[-1].scopes[-1]
     returned = _returned(stack, last, copies[-1].blocks[-1].ops)
     handed = {name: last[name]._replace(name=name) for name in returned}
@@ -165,7 +198,7 @@ def lower(
     for c in copies:
         number = None
         first_layer, period = layer, len(c.blocks)
-        layer += period * (1 if c.alone else depth[c.times] - c.less)
+        layer += period * (1 + c.skipped if c.alone else depth[c.times] - c.less)
         last_layer = layer - period
         if not c.alone:
             number = len(runs)
@@ -174,6 +207,7 @@ def lower(
                 {f"{b.name}.{last_layer + i}.": f"{b.name}.{first_layer + i}." for i, b in enumerate(c.blocks)}
             )
             tape.enter_run(number, firsts[number])
+        tape.enter_copy(c.skipped)
         frames: list[Frame] = []
         for i, (block, inner) in enumerate(zip(c.blocks, c.scopes, strict=True)):
             enters = flows | _x(x_flows)
@@ -192,6 +226,7 @@ def lower(
             frames.append(frame)
         if number is not None:
             tape.leave_run(stream, *carried.values())
+        tape.leave_copy()
         ran.append((number, frames))
     own |= {"x": stream, **carried}
     tail = Frame(after, tail_scope, own, flows | _x(x_flows))
@@ -213,15 +248,18 @@ def lower(
     tape.backward(tail, grads)
     if "x" in grads:
         grads["y"] = grads.pop("x")
-    for number, frames in reversed(ran):
+    for i in reversed(range(len(ran))):
+        number, frames = ran[i]
         if number is not None:
             tape.enter_run(number, firsts[number])
+        tape.enter_copy(copies[i].skipped)
         for frame in reversed(frames):
             tape.backward(frame, grads)
             if "x" in grads:
                 grads["y"] = grads.pop("x")
         if number is not None:
             tape.leave_run(*grads.values())
+        tape.leave_copy()
     if "y" in grads:
         grads[embeds] = grads.pop("y")
     tape.backward(first, grads)
@@ -229,4 +267,4 @@ def lower(
         tape.drop(storage)
     tape.end_step()
     tape.note()
-    return Lowered(tuple(tape.moments), kept, tape.snapshot(), tuple(tape.sizes), tuple(runs))
+    return kept, tuple(runs)

@@ -44,10 +44,10 @@ def answer_model() -> type[BaseModel]:
         "memplan_version": str,
         "run": RunSpec,
         "parameters": _of(Parameters),
-        "bytes": _of(Bytes),
+        "bytes": _made(Bytes),
         "band": _of(Band),
         "gpu": _of(Card) | None,
-        "verdict": _of(Verdict, answer=Literal["fits", "tight", "does not fit"] | None),
+        "verdict": _made(Verdict, answer=Literal["fits", "tight", "does not fit"] | None),
         "peak": _of(Peak),
         "phases": list[_of(Phase)],
         "categories": categories,
@@ -62,6 +62,12 @@ def answer_model() -> type[BaseModel]:
 def _of(fact: type[tuple[Any, ...]], **narrower: Any) -> Any:
     """The tuple's fields as JSON's keys, some with a `narrower` type; defaults are always written, so required."""
     return _model(fact.__name__, fact.__doc__ or "", {**get_type_hints(fact), **narrower})
+
+
+def _made(fact: type[Any], **narrower: Any) -> Any:
+    """The same of a class whose properties are the fields."""
+    made = {name: get_type_hints(of.fget)["return"] for name, of in vars(fact).items() if isinstance(of, property)}
+    return _model(fact.__name__, fact.__doc__ or "", {**made, **narrower})
 
 
 def _model(name: str, doc: str, types: dict[str, Any]) -> Any:

@@ -1,0 +1,218 @@
+"""torch's caching allocator, as a model: from a sequence of allocations to the segments it holds.
+
+A request is rounded up to 512 bytes and served by the smallest free block that holds it, in one of two pools: requests
+up to 1 MiB come from segments of 2 MiB, larger ones from segments of 20 MiB, and from 10 MiB on from segments of their
+own, rounded up to 2 MiB. A block that is larger than asked is split where the rest is worth it; neighbours that are
+free merge. A segment stays reserved until the card is full: then all that are wholly free go back to the driver and the
+request is tried once more.
+
+With `expandable_segments:True` a pool has one segment, which grows by pages of 2 or 20 MiB, and blocks are split to the
+byte.
+
+Source: torch 2.13 c10/cuda/CUDACachingAllocator.cpp: get_free_block, should_split, get_allocation_size,
+release_cached_blocks, try_allocate_expandable_block.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from memplan.units import MIB, rounded
+
+SMALL_REQUEST = MIB  # kSmallSize: the largest request of the small pool
+SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
+LARGE_SEGMENT = 20 * MIB  # kLargeBuffer
+OWN_SEGMENT = 10 * MIB  # kMinLargeAlloc: the smallest request with a segment of its own
+OWN_SEGMENT_STEP = 2 * MIB  # kRoundLarge
+
+
+class OutOfMemoryError(Exception):
+    """A request that the capacity does not hold, even with every wholly free segment given back."""
+
+
+class Segment:
+    """What the driver gave: its size, and how many blocks of it are handed out."""
+
+    __slots__ = ("blocks", "last", "size", "small")
+
+    def __init__(self, size: int, small: bool) -> None:
+        self.size = size
+        self.small = small
+        self.blocks = 0
+        self.last: Block | None = None  # of a segment that grows
+
+
+class Block:
+    """A piece of a segment, free or handed out, and its neighbours there."""
+
+    __slots__ = ("after", "before", "free", "segment", "size", "start")
+
+    def __init__(self, start: int, size: int, segment: Segment) -> None:
+        self.start = start
+        self.size = size
+        self.segment = segment
+        self.free = False
+        self.before: Block | None = None
+        self.after: Block | None = None
+
+
+class Allocator:
+    """One device's allocator on one stream. Bytes throughout.
+
+    allocated   in blocks handed out, as torch.cuda.memory_allocated counts
+    reserved    in segments
+
+    `expandable`: as with `expandable_segments:True`. `capacity`: what the driver has for it; None is without end.
+    """
+
+    def __init__(self, expandable: bool = False, capacity: int | None = None) -> None:
+        self.expandable = expandable
+        self.capacity = capacity
+        self.allocated = self.reserved = 0
+        self.peak_allocated = self.peak_reserved = 0
+        self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])  # large and small, by size
+        self._at: dict[int, Block] = {}  # free blocks by address
+        self._next = [0, 1 << 60]  # an address for the next segment of either pool
+        self._growing: list[Segment | None] = [None, None]
+
+    def alloc(self, size: int) -> Block:
+        """Hand out a block of at least `size` bytes. Raises OutOfMemoryError where the capacity does not hold it."""
+        size = rounded(size)
+        if not size:
+            return Block(-1, 0, Segment(0, True))  # no memory, and in no pool
+        small = size <= SMALL_REQUEST
+        free = self._free[small]
+        i = bisect_left(free, (size, -1))
+        if i < len(free):
+            block = self._at.pop(free.pop(i)[1])
+            block.free = False
+        else:
+            block = self._grown(size, small) if self.expandable else self._reserve(size, small)
+        rest = block.size - size
+        if rest > SMALL_REQUEST or (rest and (small or self.expandable)):
+            self._split(block, size)
+        block.segment.blocks += 1
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Take a block back, and merge it with neighbours that are free."""
+        if not block.size:
+            return
+        self.allocated -= block.size
+        after, before = block.after, block.before
+        block.segment.blocks -= 1
+        if after is not None and after.free:
+            self._take(after)
+            self._absorb(block, after)
+        if before is not None and before.free:
+            self._take(before)
+            self._absorb(before, block)
+            block = before
+        self._offer(block)
+
+    def release(self) -> None:
+        """Give what is wholly free back to the driver, as a full card or torch.cuda.empty_cache() does."""
+        for block in list(self._at.values()):
+            segment = block.segment
+            if self.expandable:
+                self._unmap(block)
+            elif not segment.blocks:
+                self._take(block)
+                self.reserved -= segment.size
+
+    def _offer(self, block: Block) -> None:
+        block.free = True
+        self._at[block.start] = block
+        insort(self._free[block.segment.small], (block.size, block.start))
+
+    def _take(self, block: Block) -> None:
+        block.free = False
+        del self._at[block.start]
+        free = self._free[block.segment.small]
+        del free[bisect_left(free, (block.size, block.start))]
+
+    def _split(self, block: Block, size: int) -> None:
+        rest = Block(block.start + size, block.size - size, block.segment)
+        rest.before, rest.after = block, block.after
+        if rest.after is None:
+            block.segment.last = rest
+        else:
+            rest.after.before = rest
+        block.after = rest
+        block.size = size
+        self._offer(rest)
+
+    def _absorb(self, block: Block, after: Block) -> None:
+        block.size += after.size
+        block.after = after.after
+        if block.after is None:
+            block.segment.last = block
+        else:
+            block.after.before = block
+
+    def _reserve(self, size: int, small: bool) -> Block:
+        """A block that is a new segment."""
+        if small:
+            whole = SMALL_SEGMENT
+        elif size < OWN_SEGMENT:
+            whole = LARGE_SEGMENT
+        else:
+            whole = -(-size // OWN_SEGMENT_STEP) * OWN_SEGMENT_STEP
+        self._ask(whole)
+        start = self._next[small]
+        self._next[small] = start + whole
+        return Block(start, whole, Segment(whole, small))
+
+    def _grown(self, size: int, small: bool) -> Block:
+        """The last block of the pool's segment, if it is free, with as many more pages as it needs."""
+        pages = SMALL_SEGMENT if small else LARGE_SEGMENT
+        segment = self._growing[small] or Segment(0, small)
+        last = segment.last
+        whole = last.size if last is not None and last.free else 0
+        more = -(-(size - whole) // pages) * pages
+        self._ask(more)
+        last = segment.last  # what was free may have been given back
+        if last is not None and last.free:
+            self._take(last)
+            last.size += more
+            block = last
+        else:
+            block = Block(self._next[small], more, segment)
+            block.before = last
+            if last is not None:
+                last.after = block
+        self._growing[small] = segment
+        segment.last = block
+        self._next[small] = block.start + block.size
+        segment.size += more
+        return block
+
+    def _unmap(self, block: Block) -> None:
+        """Whole free pages at the end of a growing segment go; those within it are not modelled, and stay."""
+        segment = block.segment
+        pages = SMALL_SEGMENT if segment.small else LARGE_SEGMENT
+        less = block.size // pages * pages
+        if block is not segment.last or not less:
+            return
+        self._take(block)
+        self._next[segment.small] -= less
+        self.reserved -= less
+        segment.size -= less
+        block.size -= less
+        if block.size:
+            self._offer(block)
+        else:
+            segment.last = block.before
+            if block.before is not None:
+                block.before.after = None
+
+    def _ask(self, more: int) -> None:
+        """Have the driver give `more`, once everything free has gone back if need be."""
+        if self.capacity is not None and self.reserved + more > self.capacity:
+            self.release()
+            if self.reserved + more > self.capacity:
+                raise OutOfMemoryError(f"{more} bytes more than {self.reserved} of {self.capacity}")
+        self.reserved += more
+        self.peak_reserved = max(self.peak_reserved, self.reserved)

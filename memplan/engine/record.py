@@ -1,0 +1,170 @@
+"""Recording: a pass as the sequence of its allocations and frees, for the allocator's model. Structure only.
+
+Of a run of equal blocks a few copies are run whole, at both ends. Those in between are like the copy before them: of
+each only what it leaves behind is in the sequence, since what comes and goes within it finds the blocks that the copy
+before has freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from memplan.engine.lower import Storage, Tape
+from memplan.engine.step import run_pass
+from memplan.ir import Stack, Tensor
+
+FREED = -1
+WHOLE = 3  # copies of a run that are run whole: at its start, at its end, and the one between that others are like
+
+
+class Recorded(NamedTuple):
+    """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED."""
+
+    events: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[str, ...], ...]
+
+
+class _Copy(NamedTuple):
+    """One copy's part of a pass: the events from `start` to `end`."""
+
+    start: int
+    end: int
+    skipped: int
+
+
+class Recorder(Tape):
+    """A tape that notes every allocation and free, and no moments."""
+
+    def __init__(self, grads_exist: bool = False, updates: Mapping[str, int] = MappingProxyType({})) -> None:
+        super().__init__(grads_exist, updates=updates)
+        self.events: list[tuple[int, int]] = []
+        self.copies: list[_Copy] = []
+        self._numbers: dict[Storage, int] = {}
+        self._entered = (0, 0)
+
+    def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
+        storage = super().alloc(tensor, kind, fresh, of)
+        self._numbers[storage] = len(self._numbers)
+        self.events.append((self._numbers[storage], storage.size))
+        return storage
+
+    def drop(self, storage: Storage) -> None:
+        super().drop(storage)
+        if not storage.refs:
+            self.events.append((self._numbers[storage], FREED))
+
+    def note(self) -> None:
+        """Moments are not asked for."""
+
+    def enter_copy(self, skipped: int) -> None:
+        self._entered = (len(self.events), skipped)
+
+    def leave_copy(self) -> None:
+        start, skipped = self._entered
+        self.copies.append(_Copy(start, len(self.events), skipped))
+
+
+def record(
+    stack: Stack,
+    depth: Mapping[str, int],
+    autocast: str | None = None,
+    checkpoint: bool = False,
+    grads_exist: bool = False,
+    input_grad: bool = False,
+    updates: Mapping[str, int] = MappingProxyType({}),
+    whole: int = WHOLE,
+) -> Recorded:
+    """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`."""
+    tape = Recorder(grads_exist, updates)
+    run_pass(tape, stack, depth, autocast, checkpoint, input_grad, whole)
+    events = _Expansion(tape).events if any(c.skipped for c in tape.copies) else tape.events
+    return Recorded(tuple(events), tuple(tape.sizes))
+
+
+class _Expansion:
+    """The events with those of the copies that were left out.
+
+    A storage is known by the part it was made in and its place there, so that it has a namesake in every equal part. A
+    copy left out makes and frees what the copy it is like leaves and takes, with namesakes of its neighbours' storages.
+    """
+
+    def __init__(self, tape: Recorder) -> None:
+        self.events: list[tuple[int, int]] = []
+        self._recorded = tape.events
+        self._parts = tape.copies
+        self._made: list[list[int]] = []
+        self._born: dict[int, tuple[int, int]] = {}  # a storage's part and place
+        self._dies: dict[int, int] = {}  # the part it is freed in
+        for i, part in enumerate(tape.copies):
+            within = tape.events[part.start : part.end]
+            self._made.append([n for n, size in within if size != FREED])
+            self._born.update((n, (i, place)) for place, n in enumerate(self._made[i]))
+            self._dies.update((n, i) for n, size in within if size == FREED)
+        self._instances: dict[tuple[int, int], int] = {}
+        self._fresh = sum(size != FREED for _, size in tape.events)
+        last = len(tape.copies) - 1
+        self._like = {i: part.skipped for i, part in enumerate(tape.copies) if part.skipped}
+        at = 0
+        for i, part in enumerate(tape.copies):
+            self._whole(at, part.start, None)
+            if 2 * i > last and part.skipped:  # on the way back they come first
+                for j in range(part.skipped, 0, -1):
+                    self._left_out(i, last - i, j)
+            self._whole(part.start, part.end, i)
+            if 2 * i < last and part.skipped:
+                for j in range(1, part.skipped + 1):
+                    self._left_out(i, i, j)
+            at = part.end
+        self._whole(at, len(tape.events), None)
+
+    def _instance(self, number: int, copy: int) -> int:
+        """The storage of the `copy`th copy left out that is like `number`, which is that of copy 0."""
+        if not copy:
+            return number
+        if (number, copy) not in self._instances:
+            self._instances[number, copy] = self._fresh
+            self._fresh += 1
+        return self._instances[number, copy]
+
+    def _whole(self, start: int, end: int, part: int | None) -> None:
+        """Events of a part that is run, or between parts."""
+        for number, size in self._recorded[start:end]:
+            if size != FREED:
+                self.events.append((number, size))
+                continue
+            born, place = self._born.get(number, (None, 0))
+            if born is None or born == part or not (self._like.get(born) or (part and self._like.get(part))):
+                self.events.append((number, FREED))
+            elif part is None:  # each copy's goes
+                every = range(self._like.get(born, 0) + 1)
+                self.events += [(self._instance(number, j), FREED) for j in every]
+            else:
+                self.events.append((self._neighbours(number, born, place, part), FREED))
+
+    def _neighbours(self, number: int, born: int, place: int, part: int) -> int:
+        """What a part calls a storage that another one made: between neighbours lie the copies left out."""
+        last = len(self._parts) - 1
+        if self._like.get(born) and part in (born + 1, last - born - 1) and 2 * born < last:
+            return self._instance(number, self._like[born])
+        if self._like.get(part) and born == part - 1 and 2 * born > last:
+            return self._instance(self._made[part][place], 1)
+        return number
+
+    def _left_out(self, part: int, forward: int, copy: int) -> None:
+        """What the `copy`th copy left out leaves and takes in a part, where copy 0 is run; `forward` is that one's
+        part of the forward pass."""
+        start, end, skipped = self._parts[part]
+        for number, size in self._recorded[start:end]:
+            born, place = self._born.get(number, (None, 0))
+            if size != FREED:
+                if self._dies.get(number) != part:
+                    self.events.append((self._instance(number, copy), size))
+            elif born == forward != part:
+                self.events.append((self._instance(number, copy), FREED))
+            elif born is not None and born == forward - 1:
+                self.events.append((self._instance(self._made[forward][place], copy - 1), FREED))
+            elif born is not None and born == part - 1:  # a gradient, of the copy after
+                after = number if copy == skipped else self._instance(self._made[part][place], copy + 1)
+                self.events.append((after, FREED))

@@ -1,0 +1,151 @@
+"""What torch's allocator reserves for a run: its allocations, in order, replayed through the allocator's model.
+
+A run loads its weights, then makes steps: each a recorded forward and backward pass, the clipping of gradients and
+the optimizer's update, which makes its states in the first step. Two steps are replayed: the second starts with the
+segments that loading and the first have left, and a third finds them as the second did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+
+from memplan.engine.allocator import Allocator, Block
+from memplan.engine.record import FREED, Recorded, record
+from memplan.engine.walk import size
+from memplan.graph import built
+from memplan.ir import Op, Weight
+from memplan.program import Program, Structure, frees_gradients, gradients_of, updates_of
+
+
+@lru_cache(maxsize=64)
+def recorded(structure: Structure, later: bool) -> Recorded:
+    """A pass of the structure: the first of a step, or a `later` micro-batch's."""
+    graph = structure.graph
+    (stack, axes), recipe = built(graph), graph.recipe
+    return record(
+        stack,
+        {run.times: axes[run.times] for run in stack.runs},
+        autocast=recipe.compute if recipe.autocast else None,
+        checkpoint=graph.checkpoint,
+        grads_exist=later or structure.grads is not None or frees_gradients(structure),
+        input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
+        updates=dict(updates_of(structure)),
+    )
+
+
+def segments(
+    program: Program, axes: Mapping[str, int], workspace: int, expandable: bool = False, capacity: int | None = None
+) -> int:
+    """The most bytes torch reserves for a run, on a card with `capacity` for it.
+
+    `axes` are the run's; `workspace` is cuBLAS's for one handle: the forward pass has one, backward another. Raises
+    OutOfMemoryError where the capacity does not suffice.
+    """
+    structure = program.structure
+    _, own = built(structure.graph)
+    numbers = {**own, **axes}
+    allocator = Allocator(expandable, capacity)
+    for bytes_ in _loading(structure, numbers, allocator):
+        allocator.alloc(bytes_)
+    handles = iter((workspace, workspace))
+    for step in (1, 2):
+        left: list[Block] = []
+        for later in (False, True)[: 1 + structure.accumulates]:
+            left += _pass(recorded(structure, later), numbers, allocator, handles)
+        _update(program, step, allocator)
+        for block in left:  # zero_grad
+            allocator.free(block)
+    return allocator.peak_reserved
+
+
+def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:
+    return size(shape, dtype, axes)[1]
+
+
+def _loading(structure: Structure, axes: Mapping[str, int], allocator: Allocator) -> Iterator[int]:
+    """Weights in the model's order, adapters last, then gradients that have buffers of their own.
+
+    A weight that is quantised is there in the dtype it is loaded in until that is done; one that is cast, until all
+    are loaded.
+    """
+    loaded = structure.graph.recipe.weights
+    base: list[Weight] = []
+    adapters: list[Weight] = []
+    for w in _in_order(structure):
+        (adapters if w.group == "adapter" else base).append(w)
+    waiting: list[tuple[Block, Weight]] = []
+    for w in base:
+        if w.stored:
+            whole = allocator.alloc(_bytes(w.shape, loaded, axes))
+            yield from (_bytes(t.shape, t.dtype, axes) for t in w.stored)
+            allocator.free(whole)
+        elif w.dtype != loaded and w.group != "buffer":
+            waiting.append((allocator.alloc(_bytes(w.shape, loaded, axes)), w))
+        else:
+            yield _bytes(w.shape, w.dtype, axes)
+    for block, w in waiting:
+        yield _bytes(w.shape, w.dtype, axes)
+        allocator.free(block)
+    yield from (_bytes(w.shape, w.dtype, axes) for w in adapters)
+    if structure.grads:
+        for held in gradients_of(structure):
+            yield from (held.bytes,) * held.copies
+
+
+def _in_order(structure: Structure) -> Iterator[Weight]:
+    """The model's weights: those before the layers, the layers one by one, the rest; each once."""
+    stack, axes = built(structure.graph)
+    outside: set[str] = set()
+    yield from _weights(stack.before, outside)
+    for run in stack.runs:
+        blocks = [list(_weights(block.ops, set())) for block in run.blocks]
+        for _ in range(axes[run.times]):
+            for block in blocks:
+                yield from block
+    yield from _weights((*stack.after, *stack.loss), outside)
+
+
+def _weights(operations: Iterable[Op], seen: set[str]) -> Iterator[Weight]:
+    for op in operations:
+        for w in op.weights:
+            if w.name not in seen:
+                seen.add(w.name)
+                yield w
+
+
+def _pass(recorded: Recorded, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]) -> Iterable[Block]:
+    """Replay a pass; what it leaves are gradients."""
+    bytes_ = [_bytes(key[0], key[1], axes) for key in recorded.sizes]
+    blocks: dict[int, Block] = {}
+    alloc, free = allocator.alloc, allocator.free
+    for handle in handles:
+        alloc(handle)
+        break
+    for number, key in recorded.events:
+        if key == FREED:
+            free(blocks.pop(number))
+        else:
+            blocks[number] = alloc(bytes_[key])
+    for handle in handles:
+        alloc(handle)
+        break
+    return blocks.values()
+
+
+def _update(program: Program, step: int, allocator: Allocator) -> None:
+    if program.clipping:
+        allocator.free(allocator.alloc(program.clipping))
+    if step == 1:
+        for state in program.optimizer.states:
+            if not state.host:
+                for _ in range(state.count):
+                    allocator.alloc(state.bytes)
+    scratch = program.optimizer.first if step == 1 else program.optimizer.later
+    listed = program.optimizer.listed
+    together = sum(bytes_ * count for bytes_, count in listed)
+    made = [allocator.alloc(bytes_) for bytes_, count in listed for _ in range(count)] if scratch >= together else []
+    if scratch > together or (scratch and not made):
+        made.append(allocator.alloc(scratch - together if made else scratch))
+    for block in made:
+        allocator.free(block)

@@ -1,0 +1,133 @@
+"""From torch's tensors to what the card shows, and whether that fits: segments, the CUDA context, the band.
+
+Made when asked for: how much torch reserves takes a replay of the run, milliseconds where the tensors take
+microseconds. A verdict that is clear without one needs none.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from memplan.answer import Band
+from memplan.catalogue.overhead import COVERAGE, SHOWN, Overhead
+from memplan.engine.allocator import OutOfMemoryError
+from memplan.gpus import GPU
+from memplan.program import Program, Structure, program
+from memplan.segments import segments
+from memplan.units import MIB
+
+
+class Replay(NamedTuple):
+    """What decides the allocations of a run: its structure, its axes, cuBLAS's workspace, how the allocator works."""
+
+    structure: Structure
+    axes: tuple[tuple[str, int], ...]
+    workspace: int
+    expandable: bool
+
+
+@lru_cache(maxsize=1024)
+def reserved(replay: Replay, capacity: int | None = None) -> int | None:
+    """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
+    p = program(replay.structure)
+    try:
+        return segments(p, dict(replay.axes), replay.workspace, replay.expandable, capacity)
+    except OutOfMemoryError:
+        return None
+
+
+class Usage:
+    """What a run takes of a card, in bytes.
+
+    With room torch holds on to every segment. On a full card it gives back what is wholly free before it fails, so a
+    run may live in less than it would show elsewhere.
+    """
+
+    def __init__(self, replay: Replay, p: Program, load: int, peak: int, gpu: GPU | None, around: Overhead) -> None:
+        self._replay = replay
+        self._load = load
+        self._resident = p.parameters + p.buffered + p.scaler + p.states
+        self._gpu = gpu
+        self.allocated = peak
+        self.context = around.usual
+
+    @cached_property
+    def answer(self) -> str | None:
+        """fits, tight or does not fit; None without a card."""
+        if self._gpu is None:
+            return None
+        usable = self._gpu.usable
+        if _less(self.allocated + self.context) > usable:
+            return "does not fit"
+        if _more(self.at_most + self.context) <= usable or _more(self._roomy + self.context) <= usable:
+            return "fits"
+        if self._lives_in(_budget(usable, SHOWN.high) - self.context):
+            return "fits"
+        return "tight" if self._lives_in(_budget(usable, SHOWN.low) - self.context) else "does not fit"
+
+    @cached_property
+    def used(self) -> int:
+        """What the card shows for the process: with a card, no more than that has, if the run can live in it."""
+        return self.reserved + self.context
+
+    @cached_property
+    def reserved(self) -> int:
+        """What torch holds at its peak. Where the run does not fit, the least it could live in."""
+        if self._gpu is None or _more(self._roomy + self.context) <= self._gpu.usable:
+            return self._roomy
+        capacity = self._gpu.usable - self.context
+        if self.answer == "does not fit":
+            return self._least(max(capacity, _budget(self._gpu.usable, SHOWN.low) - self.context))
+        held = reserved(self._replay, capacity)
+        return self._least(capacity) if held is None else held
+
+    @property
+    def band(self) -> Band:
+        low, high = _less(self.used), _more(self.used)
+        if self._gpu is not None:
+            usable = self._gpu.usable
+            match self.answer:
+                case "fits":  # and if it would show more with room, the card's end is the band's
+                    high = min(high, usable)
+                case "tight":
+                    low, high = min(low, usable), max(high, usable + 1)
+                case _:
+                    low = max(low, usable + 1)
+        return Band(low, high, COVERAGE)
+
+    @property
+    def at_most(self) -> int:
+        """More than torch ever reserves: what comes and goes twice, and the rest of its segments."""
+        moving = max(0, self.allocated - self._resident)
+        return max(self._load, self.allocated + moving) * 21 // 20 + 256 * MIB
+
+    @cached_property
+    def _roomy(self) -> int:
+        found = reserved(self._replay)
+        assert found is not None
+        return max(found, self.allocated)
+
+    def _lives_in(self, capacity: int) -> bool:
+        return capacity >= self.allocated and reserved(self._replay, capacity) is not None
+
+    def _least(self, too_little: int) -> int:
+        """The least capacity the run can live in, to a hundredth: more than `too_little`, at most what it shows."""
+        low, high = max(too_little, self.allocated - 1), self._roomy
+        while high - low > high // 100:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._lives_in(middle) else (middle, high)
+        return high
+
+
+def _less(used: int) -> int:
+    return used * (1000 + SHOWN.low) // 1000
+
+
+def _more(used: int) -> int:
+    return -(-used * (1000 + SHOWN.high) // 1000)
+
+
+def _budget(usable: int, share: int) -> int:
+    """The most that can be used so that, more by `share` thousandths, it is usable."""
+    return usable * 1000 // (1000 + share)

@@ -1,0 +1,213 @@
+"""The model of torch's caching allocator, and the sequences of allocations that are replayed through it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memplan import RunSpec, estimate
+from memplan.engine.allocator import Allocator, OutOfMemoryError
+from memplan.engine.record import FREED, WHOLE, record
+from memplan.engine.walk import size
+from memplan.estimator import walk
+from memplan.graph import built
+from memplan.program import PHASES, Structure, frees_gradients, updates_of
+from memplan.resolve import decide
+from memplan.segments import recorded, segments
+from tests.test_laws import laws, runs
+
+MIB = 2**20
+
+
+def test_requests_are_rounded_to_512_bytes_and_small_ones_share_segments_of_2_mib() -> None:
+    a = Allocator()
+    for asked in (1, 512, 513):
+        a.alloc(asked)
+    assert (a.allocated, a.reserved) == (512 + 512 + 1024, 2 * MIB)
+    a.alloc(MIB)
+    assert a.reserved == 2 * MIB
+    a.alloc(MIB)  # what is left of the segment is less
+    assert a.reserved == 4 * MIB
+
+
+def test_up_to_10_mib_come_from_segments_of_20_and_larger_ones_have_their_own_in_steps_of_2() -> None:
+    a = Allocator()
+    a.alloc(MIB + 1)
+    a.alloc(9 * MIB)
+    a.alloc(9 * MIB)
+    assert a.reserved == 20 * MIB
+    a.alloc(9 * MIB)
+    a.alloc(10 * MIB)
+    assert a.reserved == (20 + 20) * MIB
+    assert a.allocated == (20 + 20) * MIB  # 1 MiB and less was left of each, and not worth splitting off
+    a.alloc(10 * MIB)
+    assert a.reserved == (20 + 20 + 10) * MIB
+    a.alloc(10 * MIB + 1)
+    assert a.reserved == (20 + 20 + 10 + 12) * MIB
+
+
+def test_a_block_is_split_where_more_than_1_mib_is_left() -> None:
+    a = Allocator()
+    a.free(a.alloc(40 * MIB))
+    whole = a.alloc(39 * MIB)  # 1 MiB would be left, and is not worth it
+    assert a.allocated == 40 * MIB
+    a.free(whole)
+    a.alloc(39 * MIB - 512)
+    assert a.allocated == 39 * MIB - 512
+    a.alloc(MIB + 512)
+    assert a.reserved == 40 * MIB
+
+
+def test_the_smallest_block_that_holds_a_request_serves_it_and_neighbours_merge() -> None:
+    a = Allocator()
+    blocks = [a.alloc(n * MIB) for n in (64, 32, 48)]
+    for block in blocks:
+        a.free(block)
+    a.alloc(30 * MIB)
+    a.alloc(46 * MIB)
+    assert a.reserved == (64 + 32 + 48) * MIB
+    a.alloc(64 * MIB)
+    assert a.reserved == (64 + 32 + 48) * MIB
+    b = Allocator()
+    b.free(b.alloc(64 * MIB))
+    halves = [b.alloc(32 * MIB), b.alloc(32 * MIB)]
+    for block in halves:
+        b.free(block)
+    b.alloc(64 * MIB)
+    assert b.reserved == 64 * MIB
+
+
+def test_a_full_card_gets_back_what_is_wholly_free_and_only_that() -> None:
+    a = Allocator(capacity=100 * MIB)
+    a.free(a.alloc(60 * MIB))
+    a.alloc(80 * MIB)
+    assert (a.reserved, a.peak_reserved) == (80 * MIB, 80 * MIB)
+    b = Allocator(capacity=100 * MIB)
+    b.free(b.alloc(60 * MIB))
+    b.alloc(2 * MIB)  # a piece of the 60
+    with pytest.raises(OutOfMemoryError):
+        b.alloc(80 * MIB)
+
+
+def test_expandable_segments_grow_by_pages_and_leave_nothing_over() -> None:
+    a = Allocator(expandable=True)
+    a.free(a.alloc(60 * MIB))
+    a.alloc(50 * MIB)
+    a.alloc(30 * MIB)  # 10 are left, and one page more makes 30
+    assert (a.allocated, a.reserved) == (80 * MIB, 80 * MIB)
+    last = a.alloc(41 * MIB)
+    assert a.reserved == (80 + 60) * MIB
+    a.free(last)
+    a.release()
+    assert a.reserved == 80 * MIB
+
+
+@laws
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 64 * MIB)), max_size=60), st.booleans())
+def test_what_is_handed_out_lies_in_what_is_reserved_and_all_of_it_comes_back(
+    calls: list[tuple[bool, int]], expandable: bool
+) -> None:
+    a = Allocator(expandable)
+    out: list[Any] = []
+    for free, asked in calls:
+        if free and out:
+            a.free(out.pop(asked % len(out)))
+        else:
+            out.append(a.alloc(asked))
+            assert out[-1].size >= asked
+        assert sum(block.size for block in out) == a.allocated <= a.reserved <= a.peak_reserved
+        spans = sorted((block.start, block.start + block.size) for block in out)
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    for block in out:
+        a.free(block)
+    assert a.allocated == 0
+    a.release()
+    assert a.reserved == 0
+
+
+def sizes_of(structure: Structure, axes: dict[str, int], events: Any, keys: Any) -> list[tuple[int, int]]:
+    """Every event as a storage and the bytes it adds: negative where it goes."""
+    numbers = {**built(structure.graph)[1], **axes}
+    bytes_: dict[int, int] = {}
+    out: list[tuple[int, int]] = []
+    for number, key in events:
+        if key != FREED:
+            assert number not in bytes_
+            bytes_[number] = size(keys[key][0], keys[key][1], numbers)[1]
+            out.append((number, bytes_[number]))
+        else:
+            out.append((number, -bytes_.pop(number)))
+    return out
+
+
+@laws
+@given(runs())
+def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradients(run: dict[str, Any]) -> None:
+    decided = decide(RunSpec(**run))
+    walked = walk(RunSpec(**run), decided)
+    structure, p = decided.structure, walked.program
+    sequence = recorded(structure, later=False)
+    live = highest = 0
+    for _, bytes_ in sizes_of(structure, walked.axes, sequence.events, sequence.sizes):
+        live += bytes_
+        highest = max(highest, live)
+    moments = [walked.phases[1 + i].peak - (i + 1 >= len(PHASES)) * walked.workspace for i in range(len(PHASES))]
+    fixed = p.parameters + p.buffered + p.scaler + walked.workspace
+    if not structure.accumulates:
+        assert highest == max(moments) - fixed
+    assert live == p.gradients
+
+
+@laws
+@given(runs())
+def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run: dict[str, Any]) -> None:
+    structure = decide(RunSpec(**run)).structure
+    graph = structure.graph
+    (stack, axes), recipe = built(graph), graph.recipe
+
+    def sequence(whole: int) -> Counter[Any]:
+        made = record(
+            stack,
+            {r.times: axes[r.times] for r in stack.runs},
+            recipe.compute if recipe.autocast else None,
+            graph.checkpoint,
+            frees_gradients(structure),
+            graph.checkpoint and recipe.kind not in ("full", "freeze"),
+            dict(updates_of(structure)),
+            whole,
+        )
+        live: Counter[Any] = Counter()
+        most: Counter[Any] = Counter()
+        size_of: dict[int, Any] = {}
+        for number, key in made.events:
+            if key == FREED:
+                live[size_of.pop(number)] -= 1
+            else:
+                size_of[number] = made.sizes[key]
+                live[size_of[number]] += 1
+                most[size_of[number]] = max(most[size_of[number]], live[size_of[number]])
+        return most
+
+    assert sequence(WHOLE) == sequence(10**6)
+
+
+@laws
+@given(runs())
+def test_torch_never_reserves_more_than_the_bound_that_spares_a_replay(run: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**run))
+    assert answer.bytes.allocated <= answer.bytes.reserved <= answer._usage.at_most
+
+
+@laws
+@given(runs())
+def test_a_card_with_room_is_no_limit_and_one_below_the_tensors_does_not_suffice(run: dict[str, Any]) -> None:
+    decided = decide(RunSpec(**run))
+    w = walk(RunSpec(**run), decided)
+    free = segments(w.program, w.axes, w.workspace)
+    assert segments(w.program, w.axes, w.workspace, capacity=free) == free
+    with pytest.raises(OutOfMemoryError):
+        segments(w.program, w.axes, w.workspace, capacity=w.phases[w.peak].peak - 2 * w.workspace - 1)
