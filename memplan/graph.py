@@ -17,7 +17,12 @@ from memplan.models import ModelSpec
 
 
 class Graph(NamedTuple):
-    """What decides which operations a forward and a backward pass run, and what they keep."""
+    """What decides which operations a forward and a backward pass run, and what they keep.
+
+    `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
+    of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
+    that stand in for several.
+    """
 
     model: ModelSpec
     recipe: Recipe
@@ -28,6 +33,10 @@ class Graph(NamedTuple):
     adds_in_place: bool
     rank: int
     trainable_layers: int
+    reentrant: bool = False
+    logits: str = "padded"
+    single: bool = False
+    fused: tuple[str, ...] = ()
 
 
 class Held(NamedTuple):
@@ -53,7 +62,17 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
     autocast = recipe.compute if recipe.autocast else None
-    return losses.attach(stack, graph.loss, graph.hold_outputs, autocast, graph.adds_in_place), axes
+    stack = losses.attach(
+        stack,
+        graph.loss,
+        graph.hold_outputs,
+        autocast,
+        graph.adds_in_place,
+        graph.logits,
+        graph.single,
+        "cross_entropy" in graph.fused,
+    )
+    return stack, axes
 
 
 @lru_cache(maxsize=64)
@@ -69,6 +88,7 @@ def lowered(
         {run.times: axes[run.times] for run in stack.runs},
         autocast=recipe.compute if recipe.autocast else None,
         checkpoint=graph.checkpoint,
+        reentrant=graph.reentrant,
         grads_exist=grads_exist,
         input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
         labelled=labelled,
