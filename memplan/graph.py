@@ -21,7 +21,7 @@ class Graph(NamedTuple):
 
     `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
-    that stand in for several.
+    that stand in for several; `converts`: what the model returns is cast to fp32.
     """
 
     model: ModelSpec
@@ -37,6 +37,7 @@ class Graph(NamedTuple):
     logits: str = "padded"
     single: bool = False
     fused: tuple[str, ...] = ()
+    converts: bool = False
 
 
 class Held(NamedTuple):
@@ -71,6 +72,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         graph.logits,
         graph.single,
         "cross_entropy" in graph.fused,
+        graph.converts,
     )
     return stack, axes
 

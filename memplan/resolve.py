@@ -108,7 +108,9 @@ def _decide(
     graph = Graph(
         model,
         recipe,
-        _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed),
+        _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed)._replace(
+            copies=words["sdpa_copies"] if kernels.attention.startswith("sdpa") else "", caches=words["caches"]
+        ),
         checkpoint=kernels.checkpointing == "full",
         loss=str(kernels.loss),
         hold_outputs=loop.hold_outputs,
@@ -119,6 +121,7 @@ def _decide(
         logits=words["logits"] if kernels.loss == "hf" else "padded",
         single=single and kernels.loss == "hf" and words["logits"] != "padded",
         fused=tuple(sorted(kernels.fused or ())),
+        converts=loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model",
     )
     structure = Structure(
         graph,

@@ -19,11 +19,13 @@ def attach(
     logits: str = "padded",
     single: bool = False,
     fused: bool = False,
+    converts: bool = False,
 ) -> Stack:
     """`stack` with the loss of that kind; `hold_outputs` where the script's variable keeps the logits through backward.
 
     `autocast` is the compute dtype, or None; `adds_in_place` is for the fused loss, see `adds_in_place`; `logits`
-    and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient over the logits.
+    and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient over the logits;
+    `converts` where accelerate makes what the model returns fp32.
 
     hf                transformers: all logits, then in fp32
     chunked           torchtune: logits in eight chunks, each in fp32 on its own
@@ -38,7 +40,8 @@ def attach(
     last = _last_writer(head).writes[0].name
     match loss:
         case "hf":
-            return stack._replace(after=(*body, *head), loss=cross_entropy(last, logits, single, fused, held))
+            own = cross_entropy(last, logits, single, fused, held)
+            return stack._replace(after=(*body, *head), loss=(*own, *((_converted(last),) if converts else ())))
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
@@ -102,6 +105,12 @@ def cross_entropy(
         *kernel("loss", "shifted", "log_probs", "targets", "shifted_rows v", "loss"),
         ops.leave("shifted", "targets", wide, *((logits,) if form == "shifted" else ()), "n"),
     )
+
+
+def _converted(logits: str) -> Op:
+    """Under autocast accelerate casts the outputs to fp32 before it hands them on, the logits too."""
+    source = "accelerate 1.0 utils/operations.py ConvertOutputsToFp32"
+    return Op("loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, gradient="none", source=source)
 
 
 def _float(logits: str, source: str) -> Op:

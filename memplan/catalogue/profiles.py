@@ -16,6 +16,7 @@ from memplan.errors import UnknownNameError
 WORDS = {
     "logits": "how transformers' loss was written: padded, shifted, model, half (catalogue/losses.py cross_entropy)",
     "sdpa_copies": "what is copied before torch's attention: heads (repeated k and v), all (q, k and v), or nothing",
+    "caches": "the model returns every layer's keys and values, checkpointed or not",
 }
 
 # Rows that hold only for some runs.
@@ -81,6 +82,7 @@ PROFILES = (
             ),
             Row("logits", "padded", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
             Row("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
+            Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
         ),
     ),
     Profile(
@@ -92,6 +94,13 @@ PROFILES = (
             Row("optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
             Row("sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"),
+            Row(
+                "caches",
+                True,
+                "transformers 4.51.3 models/gpt_bigcode/modeling_gpt_bigcode.py: checkpointing leaves use_cache on",
+                "",
+                ("gpt_bigcode",),
+            ),
         ),
     ),
     Profile(
