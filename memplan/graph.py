@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
+from memplan.catalogue.fused import fuse
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
@@ -58,7 +59,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
     recipe, model = graph.recipe, graph.model
     axes = {**model.axes(), "r": graph.rank}
-    stack = build(model, graph.wiring)
+    stack = fuse(build(model, graph.wiring), graph.fused)
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)

@@ -144,10 +144,9 @@ def _overwriting(n: str, logits: str, made: str, targets: str, shape: str, loss:
             (logits, targets),
             (Tensor(loss, "", "fp32"), Tensor(sums, rows, "fp32")),
             (),
-            (Keep(logits, logits), Keep(sums, logits), Keep(targets, logits)),
+            (Keep(logits, logits, becomes=True), Keep(sums, logits), Keep(targets, logits)),
             scratch=(Tensor("losses", rows, "fp32"),),
             scratch_back=(Scratch(Tensor("gradient of losses", rows, "fp32")),),
-            gradient="kept",
             source="unsloth 2025.1 kernels/cross_entropy_loss.py Fast_CrossEntropyLoss",
         ),
     )
@@ -230,9 +229,8 @@ def _chunked_lm_head(logits: str) -> tuple[Op, ...]:
             (logits, "targets"),
             (Tensor("loss", "", "fp32"), Tensor("log_probs", "b s v", f"={logits}")),
             (),
-            (Keep("log_probs", logits), Keep("targets", logits)),
+            (Keep("log_probs", logits, becomes=True), Keep("targets", logits)),
             scratch_back=(Scratch(chunk), Scratch(chunk)),
-            gradient="kept",
             source=source,
         ),
         ops.leave("padded_labels", logits, "n"),
@@ -253,7 +251,7 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ..
     """
     source = "liger-kernel 0.8 ops/fused_linear_cross_entropy.py"
     made = (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", "b s h", "=n"))
-    keeps = (Keep("hidden_gradient", "n"),)
+    keeps = (Keep("hidden_gradient", "n", becomes=True),)
     half = (autocast or matrix.dtype) != "fp32"
     beside: tuple[Tensor, ...] = ()
     kept: tuple[Tensor, ...] = ()
@@ -262,7 +260,7 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ..
         kept = beside if matrix.trains else ()
     if matrix.trains:
         made += (Tensor("head_gradient", matrix.shape, matrix.dtype),)
-        keeps += (Keep("head_gradient", matrix.name),)
+        keeps += (Keep("head_gradient", matrix.name, becomes=True),)
         if not (half and in_place):
             product = Tensor("product of a chunk", matrix.shape, autocast or "")
             beside = (product, *((Tensor("product in fp32", matrix.shape, "fp32"),) if half else ()))
@@ -280,7 +278,6 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ..
                 *kept,
                 *beside,
             ),
-            gradient="kept",
             source=source,
         ),
         ops.leave("padded_labels", "n"),

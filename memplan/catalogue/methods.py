@@ -24,12 +24,13 @@ class Adapter(NamedTuple):
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
     """`change` applied to every operation of the stack."""
+    return rewrite_lists(stack, lambda operations: tuple(new for op in operations for new in change(op)))
 
-    def all_of(operations: Iterable[Op]) -> tuple[Op, ...]:
-        return tuple(new for op in operations for new in change(op))
 
-    runs = tuple(Run(tuple(Block(b.name, all_of(b.ops)) for b in r.blocks), r.times) for r in stack.runs)
-    return Stack(all_of(stack.before), runs, all_of(stack.after), all_of(stack.loss))
+def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
+    """`change` applied to the operations before the blocks, of every block, after them, and of the loss."""
+    runs = tuple(Run(tuple(Block(b.name, change(b.ops)) for b in r.blocks), r.times) for r in stack.runs)
+    return Stack(change(stack.before), runs, change(stack.after), change(stack.loss))
 
 
 def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:

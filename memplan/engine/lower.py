@@ -353,8 +353,9 @@ class Tape:
     ) -> tuple[Storage, bool]:
         """The gradient of `target`, and whether it is in the promoted dtype, still to be cast."""
         op, like = node.op, frame.scope[target]
-        if op.gradient == "kept":
-            kept = frame.names[next(k.what for k in op.keeps if k.of == target)]
+        becomes = next((k.what for k in op.keeps if k.becomes and k.of == target), None)
+        if becomes is not None:
+            kept = frame[becomes]
             kept.refs += 1
             return kept, False
         if op.gradient == "same":
