@@ -109,7 +109,8 @@ def _decide(
         model,
         recipe,
         _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed)._replace(
-            copies=words["sdpa_copies"] if kernels.attention.startswith("sdpa") else "", caches=words["caches"]
+            copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
+            caches=words["caches"],
         ),
         checkpoint=kernels.checkpointing == "full",
         loss=str(kernels.loss),

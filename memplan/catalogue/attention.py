@@ -17,7 +17,7 @@ class Wiring(NamedTuple):
     """Which attention kernel runs where. `backend` without a mask, `masked` with one.
 
     padded: a 2-D mask with zeros comes with the batch. windowed: the sequence is longer than the sliding window.
-    target: the dtype that flash attention 2 is given. copies: what is copied before torch's own attention: `heads`, k
+    target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k
     and v repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
     every layer though it trains.
     """
@@ -43,7 +43,7 @@ def attention(
     """The attention of one layer, with the copies of k and v its kernel needs."""
     masked = wiring.has_mask(sliding)
     backend = wiring.masked if masked else wiring.backend
-    if wiring.copies and backend in ("flash", "efficient", "math"):
+    if wiring.copies and backend != "eager":
         plain = wiring._replace(copies="")
         every = wiring.copies == "all" or masked
         return (

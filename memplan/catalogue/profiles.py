@@ -16,6 +16,7 @@ from memplan.errors import UnknownNameError
 WORDS = {
     "logits": "how transformers' loss was written: padded, shifted, model, half (catalogue/losses.py cross_entropy)",
     "sdpa_copies": "what is copied before torch's attention: heads (repeated k and v), all (q, k and v), or nothing",
+    "flash_2_copies": "the same before flash attention 2",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
 }
 
@@ -82,6 +83,7 @@ PROFILES = (
             ),
             Row("logits", "padded", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
             Row("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
+            Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
         ),
     ),
@@ -118,7 +120,16 @@ PROFILES = (
         "transformers 4.46 and 4.47",
         "transformers 4.46.3, peft 0.13.2",
         "transformers-4.48",
-        (Row("sdpa_copies", "heads", "transformers 4.46.3 models/llama/modeling_llama.py LlamaSdpaAttention"),),
+        (
+            Row("sdpa_copies", "heads", "transformers 4.46.3 models/llama/modeling_llama.py LlamaSdpaAttention"),
+            Row(
+                "flash_2_copies",
+                "heads",
+                "transformers 4.46.3 models/mistral/modeling_mistral.py MistralFlashAttention2, and alike",
+                "",
+                ("mistral", "qwen2", "phi3", "starcoder2"),
+            ),
+        ),
     ),
     Profile(
         "transformers-4.45",
