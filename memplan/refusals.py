@@ -32,8 +32,6 @@ def refuse_parts(method: Method, precision: Precision, optimizer: Optimizer, ker
     """Raise SpecError for what the parts of a run must not say, each as it was asked."""
     if kernels.checkpointing not in ("none", "full"):
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full")
-    if "lora" in (kernels.fused or ()):
-        raise _later("kernels.fused", "lora", "rope, rms_norm, swiglu, cross_entropy")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
     if kernels.loss == "chunked_lm_head" and precision.autocast:

@@ -102,6 +102,7 @@ def _decide(
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
     notes += _checkpoint_notes(model, method, precision)
     recipe, more = _recipe(model, method, precision)
+    recipe = recipe._replace(fused="lora" in (kernels.fused or ()))
     notes += more
     capability = gpu.compute_capability if gpu else None
     seen = _attention_dtype(model, recipe)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from memplan.catalogue import ops
+from memplan.catalogue.fused_lora import fuse_lora
 from memplan.catalogue.quantization import dequantise, quantised_linear, stored
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 
@@ -229,7 +230,7 @@ class Recipe(NamedTuple):
 
     weights: dtype the model is loaded in. compute: what quantised layers compute in. quantization: "" or a format.
     preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
-    targets: names of linear layers, or ("all-linear",).
+    targets: names of linear layers, or ("all-linear",). fused: adapted layers are one function where one exists.
     """
 
     kind: str
@@ -245,6 +246,7 @@ class Recipe(NamedTuple):
     block_size: int = 64
     skip: tuple[str, ...] = ("lm_head",)
     preparation: str = ""
+    fused: bool = False
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -262,12 +264,24 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
     adapter = Adapter(recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind)
 
+    def takes(op: Op) -> bool:
+        return matrix(op) is not None and (
+            _named(op, recipe) or (recipe.targets == ("all-linear",) and op.name != head.name)
+        )
+
+    if recipe.fused:
+        stack = rewrite_lists(
+            stack, lambda some: fuse_lora(some, takes, recipe.adapter_dtype, recipe.compute, recipe.dropout)
+        )
+
     def change(op: Op) -> Iterable[Op]:
         w = matrix(op)
+        if any(v.group == "adapter" and v.matrix for v in op.weights):  # joined already
+            return (op,)
         if w is None:
             looks_up = any(v.rows and v.group == "embedding" for v in op.weights)
             return tuple(_lora_embedding(op, recipe.adapter_dtype)) if looks_up and _named(op, recipe) else (op,)
-        if _named(op, recipe) or (recipe.targets == ("all-linear",) and op.name != head.name):
+        if takes(op):
             return tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
         if w.stored:
             return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute))

@@ -31,7 +31,7 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple
     )
 
 
-def _absmax(w: Weight) -> tuple[Tensor, ...]:
+def absmax(w: Weight) -> tuple[Tensor, ...]:
     """The fp32 scales of a doubly quantised matrix, made again whenever it is dequantised."""
     nested = w.stored[1].dtype.startswith("uint8/")
     block_size = w.stored[1].dtype.partition("/")[2]
@@ -40,7 +40,7 @@ def _absmax(w: Weight) -> tuple[Tensor, ...]:
 
 def dequantise(w: Weight, name: str, y: str, shape: str, dtype: str = "") -> Op:
     """The matrix in the dtype it had before it was quantised."""
-    return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=_absmax(w), source=f"{_BNB} dequantize_4bit")
+    return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=absmax(w), source=f"{_BNB} dequantize_4bit")
 
 
 def quantised_linear(op: Op, name: str, y: str, compute: str) -> Iterator[Op]:
@@ -94,15 +94,15 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str) 
     (x,), shape = op.reads, op.writes[0].shape
     full = Tensor("dequantised", w.shape, compute)
     back = (Scratch(Tensor("dequantised", w.shape, w.dtype)), *((Scratch(full),) if compute != w.dtype else ()))
-    absmax = _absmax(w)
+    scales = absmax(w)
     yield ops.cast(f"{name}.cast", x, f"{y}.in", f"b s {into}", compute)
     yield Op(
         name,
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=(*absmax, *absmax, full),
-        scratch_back=(*(Scratch(t, early=True) for t in absmax), *back),
+        scratch=(*scales, *scales, full),
+        scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient="view",
         source=f"{_BNB} MatMul4Bit",
     )
