@@ -86,8 +86,8 @@ def only_freeze(kind: str) -> SpecError:
 
 def _quantization(q: Quantization) -> Iterator[SpecError]:
     field = "method.quantization"
-    if q.format not in ("nf4", "fp4", "int8"):
-        yield _later(f"{field}.format", q.format, "nf4, fp4, int8")
+    if q.format not in ("nf4", "fp4", "int8", "gptq-int4"):
+        yield _later(f"{field}.format", q.format, "nf4, fp4, int8, gptq-int4")
     if q.storage != "uint8":
         yield _later(f"{field}.storage", q.storage, "uint8")
     if "lm_head" not in (q.skip or ()):

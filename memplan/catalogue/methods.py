@@ -68,7 +68,8 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
 
     Around a full-width layer the input is cast to the adapter's dtype and the sum back to the result's; around a
     4-bit layer the result is cloned first, and under autocast nothing is cast.
-    Source: peft 0.21 tuners/lora/layer.py Linear.forward, tuners/lora/bnb.py Linear4bit.forward, Linear8bitLt.forward.
+    Source: peft 0.21 tuners/lora/layer.py Linear.forward, tuners/lora/bnb.py Linear4bit.forward, Linear8bitLt.forward,
+    tuners/lora/gptq.py.
     """
     (x,), y = op.reads, op.writes[0]
     n, p = op.name, y.name
@@ -102,7 +103,8 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     if quantised and not adapter.dora:
         if casts:
             yield ops.cast(f"{n}.cast_back", f"{p}.delta", f"{p}.delta.cast", y.shape, f"={result}")
-        yield ops.add(f"{n}.add", result, f"{p}.delta.cast" if casts else f"{p}.delta", p, y.shape)
+        add = ops.add(f"{n}.add", result, f"{p}.delta.cast" if casts else f"{p}.delta", p, y.shape)
+        yield add._replace(view=w.stored[0].name == "qweight")  # peft's GPTQ layer adds into the result
     else:
         yield ops.add(f"{n}.add", result, f"{p}.delta", f"{p}.sum", y.shape)
         if adapter.dora:

@@ -13,8 +13,17 @@ _BNB = "bitsandbytes 0.50"
 def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple[Tensor, ...]:
     """The tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
 
-    Source: bitsandbytes 0.50 functional.py quantize_4bit, QuantState; backends for LLM.int8.
+    GPTQ has 4-bit words in int32, a half-precision scale and a zero a group of inputs, and every input's group.
+    Source: bitsandbytes 0.50 functional.py quantize_4bit, QuantState; backends for LLM.int8; auto-gptq 0.7
+    qlinear_tritonv2.py.
     """
+    if format == "gptq-int4":
+        return (
+            Tensor("qweight", w.shape, "int32/8"),
+            Tensor("scales", w.shape, f"fp16/{block_size}"),
+            Tensor("qzeros", w.shape, f"int32/{8 * block_size}"),
+            Tensor("g_idx", " ".join(w.shape.split(" ")[w.rows :]), "int32"),
+        )
     if format == "int8":
         return (Tensor("int8", w.shape, "int8"), Tensor("row scales", w.shape.split(" ")[0], "fp32"))
     packed = Tensor("packed", w.shape, "uint8/2")

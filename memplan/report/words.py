@@ -275,7 +275,7 @@ def _method(answer: Estimate) -> Iterator[str]:
     q = m.quantization
     if q is not None:
         four = q.format in ("nf4", "fp4")
-        yield q.format + (f" in blocks of {q.block_size}" if four else "")
+        yield q.format + (f" in blocks of {q.block_size}" if q.format != "int8" else "")
         if four:
             yield "double quantisation" if q.double_quant else "no double quantisation"
         prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
