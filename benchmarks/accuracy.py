@@ -1,21 +1,33 @@
 """Writes docs/accuracy.md: estimates against traced steps and against peaks other people measured on their cards.
 
-python benchmarks/accuracy.py > docs/accuracy.md
+python -m benchmarks.accuracy > docs/accuracy.md
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from benchmarks import golden
+from benchmarks.golden import (
+    GOALS,
+    MIB,
+    NEAR,
+    SLACK,
+    VERDICTS,
+    Measured,
+    Refused,
+    not_expressed,
+    other_tools,
+    phase_peak,
+    rows,
+    verdicts,
+)
 from memplan import Estimate, RunSpec, estimate, find_gpu
 from memplan.catalogue.overhead import cublas_workspace
 
-GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 TRACED = {"forward": "fwd", "loss": "fwd", "backward": "bwd", "step": "opt"}
 
 
@@ -28,11 +40,6 @@ class Compared(NamedTuple):
     phase: float
     same: bool
     cause: str
-
-
-def rows(name: str) -> list[dict[str, Any]]:
-    lines = (GOLDEN / name).read_text("utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "run" in row]
 
 
 def without_workspaces(answer: Estimate) -> dict[tuple[int, str], int]:
@@ -96,84 +103,118 @@ def table(head: str, compared: list[Compared]) -> Iterable[str]:
         )
 
 
-class Measured(NamedTuple):
-    """A published run beside memplan's answer; `cause` says why it is missed, if it is known to be."""
-
-    id: str
-    card: str
-    allocated: int
-    process: int
-    answer: Estimate
-    cause: str
-    reserved: int | None
-    phases: dict[str, int]
-
-    @property
-    def inside(self) -> bool:
-        return self.answer.band.low <= self.process <= self.answer.band.high
-
-    @property
-    def half_width(self) -> float:
-        return (self.answer.band.high - self.answer.band.low) / 2 / self.answer.bytes.used
-
-    @property
-    def error(self) -> float:
-        return self.answer.bytes.allocated / self.allocated - 1
-
-
-@cache
-def measured() -> list[Measured]:
-    return [
-        Measured(
-            row["id"],
-            row["measured"],
-            row["allocated"],
-            row["process"],
-            estimate(RunSpec(**row["run"])),
-            row.get("cause", ""),
-            row.get("reserved"),
-            row.get("phases", {}),
-        )
-        for row in rows("published.jsonl")
-    ]
-
-
-def phase_peak(answer: Estimate, phase: str) -> int:
-    """The peak of forward (with the loss), backward or step in a later step."""
-    those = ("forward", "loss") if phase == "forward" else (phase,)
-    return max(p.peak for p in answer.phases if p.phase in those and p.step in (2, None))
-
-
-def lines(published: list[Measured], causes: Sequence[str] = ()) -> Iterable[str]:
+def runs(published: Sequence[Measured], causes: Sequence[str] = ()) -> Iterable[str]:
     """A table of runs; with `causes`, the number of each run's."""
-    yield "| run | card | measured MiB | memplan MiB | error | in the band |" + " cause |" * bool(causes)
-    yield "|---|---|---|---|---|---|" + "---|" * bool(causes)
+    yield "| run | card | measured MiB | memplan MiB | error | peak | in the band |" + " cause |" * bool(causes)
+    yield "|---|---|---|---|---|---|---|" + "---|" * bool(causes)
     for m in published:
+        inside = {True: "yes", False: "no", None: ""}[m.inside]
         yield (
-            f"| {m.id} | {m.card} | {m.allocated / 2**20:,.0f} | {m.answer.bytes.allocated / 2**20:,.0f} "
-            f"| {100 * m.error:+.2f} % | {'yes' if m.inside else 'no'} |"
+            f"| {m.id} | {m.card} | {m.allocated / MIB:,.0f} | {m.answer.bytes.allocated / MIB:,.0f} "
+            f"| {100 * m.error:+.2f} % | {m.answer.peak.phase} | {inside} |"
         ) + (f" {causes.index(m.cause) + 1} |" if causes else "")
 
 
-def by_phase(published: list[Measured]) -> Iterable[str]:
+def goals(published: Sequence[Measured]) -> Iterable[str]:
+    yield "| peaks | runs | mean error | at most | worst run |"
+    yield "|---|---|---|---|---|"
+    for goal in GOALS:
+        those = [m for m in published if m.large and goal.of(m)]
+        if not those:
+            yield f"| above 4 GiB, {goal.title} | 0 | | {100 * goal.most:.0f} % | |"
+            continue
+        worst = max(those, key=lambda m: abs(m.error))
+        error = mean(abs(m.error) for m in those)
+        missed = "" if error <= goal.most else ", missed"
+        yield (
+            f"| above 4 GiB, {goal.title} | {len(those)} | {percent(error)} | {100 * goal.most:.0f} %{missed} "
+            f"| {100 * worst.error:+.2f} %, {worst.id} |"
+        )
+    small = [m for m in published if not m.large]
+    worst = max(small, key=lambda m: abs(m.off))
+    missed = "" if abs(worst.off) <= NEAR else " each, missed"
+    yield (
+        f"| below 4 GiB | {len(small)} | {mean(abs(m.off) for m in small) / MIB:,.0f} MiB | {NEAR // MIB} MiB{missed} "
+        f"| {worst.off / MIB:+,.0f} MiB, {worst.id} |"
+    )
+
+
+def groups(published: Sequence[Measured], head: str, key: Callable[[Measured], str]) -> Iterable[str]:
+    """Errors of the runs by what `key` says of them: in per cent above 4 GiB, in MiB below."""
+    yield f"| {head} | above 4 GiB | mean | from | to | below 4 GiB | mean MiB | worst MiB |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for group in dict.fromkeys(map(key, published)):
+        those = [m for m in published if key(m) == group]
+        large, small = [m.error for m in those if m.large], [m.off for m in those if not m.large]
+        left = f"{percent(mean(map(abs, large)))} | {min(large):+.2%} | {max(large):+.2%}" if large else " | | "
+        right = f"{mean(map(abs, small)) / MIB:,.0f} | {max(small, key=abs) / MIB:+,.0f}" if small else " | "
+        yield f"| {group} | {len(large)} | {left} | {len(small)} | {right} |".replace("%", " %").replace("  %", " %")
+
+
+def by_phase(published: Sequence[Measured]) -> Iterable[str]:
     yield "| phase | runs | mean MiB | worst MiB |"
     yield "|---|---|---|---|"
     for phase in ("forward", "backward", "step"):
-        off = [(phase_peak(m.answer, phase) - m.phases[phase]) / 2**20 for m in published if phase in m.phases]
+        off = [(phase_peak(m.answer, phase) - m.phases[phase]) / MIB for m in published if phase in m.phases]
         yield f"| {phase} | {len(off)} | {mean(map(abs, off)):,.0f} | {max(off, key=abs):+,.0f} |"
 
 
-def bands(published: list[Measured]) -> Iterable[str]:
+def bands(published: Sequence[Measured]) -> Iterable[str]:
     yield "| card | runs | below the band | in it | above it | half its width |"
     yield "|---|---|---|---|---|---|"
-    for card in dict.fromkeys(m.card for m in published):
-        those = [m for m in published if m.card == card]
-        below = sum(m.process < m.answer.band.low for m in those)
-        inside = sum(m.inside for m in those)
+    read = [(m, m.process) for m in published if m.process is not None]
+    for card in dict.fromkeys(m.card for m, _ in read):
+        those = [(m, process) for m, process in read if m.card == card]
+        below = sum(process < m.answer.band.low for m, process in those)
+        inside = sum(bool(m.inside) for m, _ in those)
         yield (
             f"| {card} | {len(those)} | {below} | {inside} | {len(those) - below - inside} "
-            f"| {100 * mean(m.half_width for m in those):.0f} % of `used` |"
+            f"| {100 * mean(m.half_width for m, _ in those):.0f} % of `used` |"
         )
+
+
+def confusion() -> Iterable[str]:
+    yield f"| on the 80 GB card | {' | '.join(VERDICTS)} |"
+    yield "|---|---|---|---|---|"
+    for happened, said in verdicts().items():
+        yield f"| {happened} | {' | '.join(str(len(said[word])) for word in VERDICTS)} |"
+    wrong = [*verdicts()["died"]["fits"], *verdicts()["ran"]["does not fit"]]
+    yield ""
+    yield f"Wrong: {', '.join(wrong)}." if wrong else "None is wrong."
+
+
+def beside() -> Iterable[str]:
+    yield "| tool | runs answered | its mean error | its worst | memplan's mean on the same |"
+    yield "|---|---|---|---|---|"
+    for tool in other_tools():
+        yield (
+            f"| {tool.name} | {tool.answered} of {tool.asked} | {percent(tool.error)} | {percent(tool.worst)} "
+            f"| {percent(tool.memplan)} |"
+        )
+    yield "\nThe best of them by family, among those that answer at least half of its runs:\n"
+    yield "| family | tool | runs answered | its mean error | memplan's mean on the same |"
+    yield "|---|---|---|---|---|"
+    for family in dict.fromkeys(m.family for m in golden.published()[0]):
+        best = next((tool for tool in other_tools(family) if 2 * tool.answered >= tool.asked), None)
+        if best:
+            yield (
+                f"| {family} | {best.name} | {best.answered} of {best.asked} | {percent(best.error)} "
+                f"| {percent(best.memplan)} |"
+            )
+
+
+def unanswered(refused: Sequence[Refused]) -> Iterable[str]:
+    yield "| family | runs | why |"
+    yield "|---|---|---|"
+    for family, reason in dict.fromkeys((r.family, r.reason) for r in refused):
+        yield f"| {family} | {sum((r.family, r.reason) == (family, reason) for r in refused)} | {reason} |"
+
+
+def left_out() -> Iterable[str]:
+    yield "| source | measurements | why |"
+    yield "|---|---|---|"
+    for group in not_expressed():
+        yield f"| [{group['family']}]({group['source']}) | {len(group['ids'])} | {group['reason']} |"
 
 
 def span(errors: list[float]) -> str:
@@ -182,7 +223,7 @@ def span(errors: list[float]) -> str:
 
 def page() -> Iterable[str]:
     families = traced_families()
-    published = measured()
+    published, refused = golden.published()
     met, missed = [m for m in published if not m.cause], [m for m in published if m.cause]
     reserved = [m.answer.bytes.reserved / m.reserved - 1 for m in published if m.reserved]
     yield TRACED_STEPS
@@ -198,43 +239,55 @@ def page() -> Iterable[str]:
     yield f"""
 ## Against cards
 
-Peaks that other people published (`torch.cuda.max_memory_allocated`), with the source of each in
-`tests/golden/published.jsonl`; nothing was fitted to them. These {len(met)} ran what today's profile describes, or
-peak where older versions and fused kernels change nothing. Error of `allocated`: {span([m.error for m in met])}.
+Peaks that other people published, with the source of each in `tests/golden/published.jsonl`; nothing was fitted to
+them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory_allocated`:
 """
-    yield from lines(met)
+    yield from goals(published)
+    yield "\nBy family and method:\n"
+    yield from groups(published, "family and method", lambda m: f"{m.family}, {m.method}")
+    yield "\nBy the phase in which memplan has the peak:\n"
+    yield from groups(published, "phase", lambda m: m.answer.peak.phase)
     yield "\nPhase by phase, where that was published:\n"
-    yield from by_phase(met)
-    yield """
-`used` and its band, against what `nvidia-smi` showed (A100), or what reserved and context add up to (T4). The band is
-meant to hold nine runs in ten:
-"""
-    yield from bands(met)
+    yield from by_phase(published)
     yield f"""
-`reserved` against `torch.cuda.max_memory_reserved`, {len(reserved)} runs: {span(reserved)}.
+### Met
 
-## Missed, and why
-
-{len(missed)} runs of older versions or with fused kernels, answered as if they were today's libraries' own:
-{span([m.error for m in missed])}.
+{len(met)} runs within {SLACK // MIB} MiB, which the allocator leaves unsplit, and half the last digit published:
 """
-    causes = list(dict.fromkeys(m.cause for m in missed))
-    yield from lines(missed, causes)
-    yield ""
-    yield from (f"{i}. {cause[0].upper()}{cause[1:]}." for i, cause in enumerate(causes, 1))
+    yield from runs(met)
+    if missed:
+        yield f"\n### Missed, and why\n\n{len(missed)} runs: {span([m.error for m in missed])}.\n"
+        causes = list(dict.fromkeys(m.cause for m in missed))
+        yield from runs(sorted(missed, key=lambda m: -abs(m.error)), causes)
+        yield ""
+        yield from (f"{i}. {cause[0].upper()}{cause[1:]}." for i, cause in enumerate(causes, 1))
+    yield FIT
+    yield from confusion()
+    yield BANDS
+    yield from bands(published)
+    yield f"\n`reserved` against `torch.cuda.max_memory_reserved`, {len(reserved)} runs: {span(reserved)}."
+    yield OTHERS
+    yield from beside()
+    if refused:
+        yield "\n## Not answered yet\n\nPublished runs that a RunSpec says and memplan refuses:\n"
+        yield from unanswered(refused)
     yield LEFT_OUT
+    yield from left_out()
+    yield KNOWN
 
 
 def summary() -> Iterable[str]:
     """The rows of the README's table."""
-    published = measured()
+    measured = [
+        (f"peaks above 4 GiB others measured on their cards: {goal.title}", golden.means(goal)) for goal in GOALS
+    ]
     for what, errors in (
         ("traced steps of the real libraries, common models", [c.peak for c in traced()]),
         ("traced steps of every family, most of them drawn at random", [c.peak for c in traced_families()]),
-        ("peaks others measured on T4 and A100", [abs(m.error) for m in published if not m.cause]),
-        ("the same, of older versions or with fused kernels", [abs(m.error) for m in published if m.cause]),
+        *measured,
     ):
-        yield f"| {what} | {len(errors)} | {percent(mean(errors))} | {percent(max(errors))} |"
+        if errors:
+            yield f"| {what} | {len(errors)} | {percent(mean(errors))} | {percent(max(errors))} |"
 
 
 def main() -> None:
@@ -243,7 +296,7 @@ def main() -> None:
 
 TRACED_STEPS = """# Accuracy
 
-Written by `python benchmarks/accuracy.py`; a test holds it to what the program answers.
+Written by `python -m benchmarks.accuracy`; a test holds it to what the program answers.
 
 ## Against traced steps
 
@@ -262,22 +315,33 @@ Other losses than transformers' on a small Qwen2, by every method and precision:
 kernels that compute nothing, torchtune's and LitGPT's written out.
 """
 
+FIT = """
+## Fit, or out of memory
+
+Published runs on an 80 GB A100, those that ran and those that died for want of memory. `tight` is neither right nor
+wrong.
+"""
+
+BANDS = """
+## `used` and its band
+
+Against what `nvidia-smi` showed (A100), or what reserved and context add up to (T4). The band is meant to hold nine
+runs in ten:
+"""
+
+OTHERS = """
+## Beside other tools
+
+What other estimators answer for the same runs, on those that they answer; `benchmarks/other_tools.jsonl` has each.
+"""
+
 LEFT_OUT = """
-Left out, because the run cannot be said yet or was not published in full:
+## Published, and not expressed
 
-| source | runs | why |
-|---|---|---|
-| fms-acceleration, GPTQ weights | 13 | the format is not supported yet |
-| fms-acceleration, fused cross-entropy | 11 | `kernels.fused` is not supported yet |
-| fms-acceleration, Mixtral | 7 | mixtures of experts are not supported yet |
-| litgpt, LoRA and QLoRA | 32 | a model, LoRA and loss of its own: the nearest answer is 32 % too low to 29 % too high |
-| litgpt, adapters | 9 | the methods are not supported yet |
-| litgpt, full | 3 | as LoRA; two of them took less than weights, gradients and states |
-| torchtune | 9 | compiled, packed or of unknown length; unit or metric not stated |
-| Qwen's fine-tuning profile | 78 | metric and unit not stated |
+Measurements that were published and are no golden run, with the reason; `tests/golden/not_expressed.jsonl` names each.
+"""
 
-Of litgpt's 4-bit runs the reason was found: bitsandbytes 0.41 keeps the input of every 4-bit layer for backward.
-
+KNOWN = """
 ## What is known to be missed
 
 - A card counts as allocated what the allocator leaves unsplit at the end of a block, up to 1 MiB a tensor: some 25 MiB

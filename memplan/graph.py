@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
+from memplan.catalogue.fused import fuse
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
@@ -17,7 +18,12 @@ from memplan.models import ModelSpec
 
 
 class Graph(NamedTuple):
-    """What decides which operations a forward and a backward pass run, and what they keep."""
+    """What decides which operations a forward and a backward pass run, and what they keep.
+
+    `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
+    of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
+    that stand in for several; `converts`: what the model returns is cast to fp32.
+    """
 
     model: ModelSpec
     recipe: Recipe
@@ -28,6 +34,11 @@ class Graph(NamedTuple):
     adds_in_place: bool
     rank: int
     trainable_layers: int
+    reentrant: bool = False
+    logits: str = "padded"
+    single: bool = False
+    fused: tuple[str, ...] = ()
+    converts: bool = False
 
 
 class Held(NamedTuple):
@@ -48,12 +59,23 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
     recipe, model = graph.recipe, graph.model
     axes = {**model.axes(), "r": graph.rank}
-    stack = build(model, graph.wiring)
+    stack = fuse(build(model, graph.wiring), graph.fused)
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
     autocast = recipe.compute if recipe.autocast else None
-    return losses.attach(stack, graph.loss, graph.hold_outputs, autocast, graph.adds_in_place), axes
+    stack = losses.attach(
+        stack,
+        graph.loss,
+        graph.hold_outputs,
+        autocast,
+        graph.adds_in_place,
+        graph.logits,
+        graph.single,
+        "cross_entropy" in graph.fused,
+        graph.converts,
+    )
+    return stack, axes
 
 
 @lru_cache(maxsize=64)
@@ -69,6 +91,7 @@ def lowered(
         {run.times: axes[run.times] for run in stack.runs},
         autocast=recipe.compute if recipe.autocast else None,
         checkpoint=graph.checkpoint,
+        reentrant=graph.reentrant,
         grads_exist=grads_exist,
         input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
         labelled=labelled,

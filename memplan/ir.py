@@ -59,10 +59,14 @@ class Weight(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """The operation keeps `what` from forward to backward when a gradient is asked of `of` (a read or a weight)."""
+    """The operation keeps `what` from forward to backward when a gradient is asked of `of` (a read or a weight).
+
+    `becomes`: that gradient is `what` itself, written over or made already.
+    """
 
     what: str
     of: str
+    becomes: bool = False
 
 
 class Scratch(NamedTuple):
@@ -85,7 +89,7 @@ class Op(NamedTuple):
     scratch         alive only inside the forward call; `scratch_back` only inside the backward call.
     gradient        how the gradient of a read comes: `new` storage; `view`, new storage that the gradient is a view
                     of, so that autograd cannot add into it in place; `same`, the incoming gradient itself
-                    (cast, and so new, where dtypes or shapes differ); `kept`, the tensor kept for it;
+                    (cast, and so new, where dtypes or shapes differ);
                     `own`, new storage in the read's own dtype at once, whatever the output's; `none` where no
                     gradient flows through.
     cast            only changes the dtype: no call, the same tensor, where it has that dtype already.
@@ -95,6 +99,7 @@ class Op(NamedTuple):
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
+    unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
     source          where the facts come from.
     """
 
@@ -113,6 +118,7 @@ class Op(NamedTuple):
     holds: str = ""
     captures: tuple[str, ...] = ()
     recorded: bool = False
+    unit: str = ""
     source: str = ""
 
 

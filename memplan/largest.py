@@ -78,12 +78,13 @@ def levers(run: RunSpec) -> Iterator[Lever]:
 
 
 def _changes(run: RunSpec) -> Iterator[tuple[str, RunSpec]]:
-    if run.kernels.checkpointing == "none":
+    decided = estimate(run).run
+    if decided.kernels.checkpointing == "none":
         yield "--gradient-checkpointing", changed(run, "kernels", checkpointing="full")
-    if run.kernels.loss == "hf":
+    if decided.kernels.loss == "hf":
         yield "--loss fused", changed(run, "kernels", loss="fused")
     for name in ("adamw_8bit", "paged_adamw_8bit"):
-        if run.optimizer.name.startswith("adamw_torch"):
+        if str(decided.optimizer.name).startswith("adamw_torch"):
             yield f"--optimizer {name}", changed(run, "optimizer", name=name, foreach=None, state_dtype=None)
     kind = {"dora": "qdora", "qdora": None, "qlora": None}.get(run.method.kind, "qlora")
     if kind is not None:

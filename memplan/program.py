@@ -194,6 +194,8 @@ def run_axes(program: Program, micro: int, sequence: int, half: bool, large_tile
         "s128": -(-s // 128) * 128,
         "targets": tokens if b > 1 else s + 1,
         "padded_labels": b * (s + 1) if b > 1 else 0,
+        "shifted_rows": b * (s - 1),
+        "shifted_labels": b * (s - 1) if b > 1 else 0,
         "sorted_ids": 0,
         "segments": 0,
     }

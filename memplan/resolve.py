@@ -1,7 +1,6 @@
 """What a run leaves open is decided here, and what its model cannot do is refused here.
 
-A profile (a framework and its version) says what `null` means: `transformers-5` is transformers 5 with peft 0.21,
-bitsandbytes 0.50 and torch 2.13.
+A profile (a framework and its version) says what `null` means: see `memplan.catalogue.profiles`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from memplan.cards import find_model
 from memplan.catalogue.attention import Wiring, large_tiles
 from memplan.catalogue.losses import adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
@@ -53,9 +53,11 @@ def decide(run: RunSpec) -> Decided:
         run.optimizer,
         run.kernels,
         run.loop,
+        run.profile,
         run.gpu,
         run.batch.accumulation > 1,
         window is not None and run.batch.sequence >= window,
+        run.batch.micro == 1,
     )
 
 
@@ -81,10 +83,14 @@ def _decide(
     optimizer: Optimizer,
     kernels: Kernels,
     loop: Loop,
+    profile: str,
     gpu_name: str | None,
     accumulates: bool,
     windowed: bool,
+    single: bool,
 ) -> Decided:
+    words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
+    method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels)
     notes: list[str] = []
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
@@ -96,25 +102,34 @@ def _decide(
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
     notes += _checkpoint_notes(model, method, precision)
     recipe, more = _recipe(model, method, precision)
+    recipe = recipe._replace(fused="lora" in (kernels.fused or ()))
     notes += more
     capability = gpu.compute_capability if gpu else None
     seen = _attention_dtype(model, recipe)
     graph = Graph(
         model,
         recipe,
-        _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed),
+        _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed)._replace(
+            copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
+            caches=words["caches"],
+        ),
         checkpoint=kernels.checkpointing == "full",
-        loss=kernels.loss,
+        loss=str(kernels.loss),
         hold_outputs=loop.hold_outputs,
         adds_in_place=kernels.loss != "fused" or adds_in_place(capability),
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
+        reentrant=bool(kernels.reentrant) and kernels.checkpointing == "full",
+        logits=words["logits"] if kernels.loss == "hf" else "padded",
+        single=single and kernels.loss == "hf" and words["logits"] != "padded",
+        fused=tuple(sorted(kernels.fused or ())),
+        converts=loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model",
     )
     structure = Structure(
         graph,
         accumulates=accumulates and not optimizer.in_backward,
-        optimizer=optimizer.name,
-        foreach=optimizer.foreach if takes_foreach(optimizer.name) else None,
+        optimizer=str(optimizer.name),
+        foreach=optimizer.foreach if takes_foreach(str(optimizer.name)) else None,
         state_dtype=optimizer.state_dtype,
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
@@ -124,20 +139,37 @@ def _decide(
         scales=loop.grad_scaler,
         trainer=loop.trainer,
     )
-    if spares_embeddings(optimizer.name) and not loop.trainer and (method.kind == "full" or method.modules_to_save):
+    if spares_embeddings(str(optimizer.name)) and not loop.trainer and (method.kind == "full" or method.modules_to_save):
         notes.append(
             f"under transformers' Trainer, {optimizer.name} keeps the states of embeddings in fp32: "
             "say so with loop.trainer (--trainer)"
         )
     if accumulates and optimizer.in_backward:
         raise SpecError("optimizer.in_backward: needs batch.accumulation 1", "optimizer.in_backward")
-    if accumulates and optimizer.name.endswith("_layerwise"):
+    if accumulates and str(optimizer.name).endswith("_layerwise"):
         raise SpecError(
             f"batch.accumulation: {optimizer.name} steps in backward, and transformers' Trainer takes only 1 with it",
             "batch.accumulation",
         )
-    parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer}
+    parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
     return Decided(structure, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+
+
+def _filled(
+    method: Method, optimizer: Optimizer, kernels: Kernels, precision: Precision, words: Mapping[str, Any]
+) -> tuple[Method, Optimizer, Kernels]:
+    """The parts with what they leave open as the profile's words have it."""
+
+    def fill(part: Any, path: str) -> Any:
+        open_ = {field for field, value in part if value is None and f"{path}.{field}" in words}
+        return part.model_copy(update={field: words[f"{path}.{field}"] for field in open_}) if open_ else part
+
+    if method.kind in ADAPTERS and method.adapter_dtype is None:
+        dtype = words["method.adapter_dtype"]
+        method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
+    if method.quantization is not None:
+        method = method.model_copy(update={"quantization": fill(method.quantization, "method.quantization")})
+    return method, fill(optimizer, "optimizer"), fill(kernels, "kernels")
 
 
 def _gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
@@ -160,14 +192,15 @@ def _method(m: Method, model: ModelSpec) -> Method:
         return m.model_copy(update={"trainable_layers": min(m.trainable_layers, model.num_hidden_layers)})
     if m.kind not in ADAPTERS:
         return m
-    return m.model_copy(update={"alpha": m.alpha or _PEFT_ALPHA, "adapter_dtype": m.adapter_dtype or "fp32"})
+    return m.model_copy(update={"alpha": m.alpha or _PEFT_ALPHA})
 
 
 def _optimizer(o: Optimizer) -> Optimizer:
-    if o.foreach and not takes_foreach(o.name):
+    name = str(o.name)
+    if o.foreach and not takes_foreach(name):
         have = ", ".join(filter(takes_foreach, optimizer_names()))
-        raise SpecError(f"optimizer.foreach: {o.name} has no foreach step; {have} have", "optimizer.foreach")
-    foreach = o.foreach if o.foreach is not None else takes_foreach(o.name)
+        raise SpecError(f"optimizer.foreach: {name} has no foreach step; {have} have", "optimizer.foreach")
+    foreach = o.foreach if o.foreach is not None else takes_foreach(name)
     momentum = o.momentum if o.momentum is not None else 0.0
     return o.model_copy(update={"foreach": foreach, "momentum": momentum})
 
@@ -243,14 +276,14 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
     )
     if q is None:
         return recipe, notes
-    preparation = {True: "fp32", False: "", "trl": "trl"}[q.kbit_preparation]
+    preparation = {True: "fp32", False: "", "trl": "trl", None: ""}[q.kbit_preparation]
     if q.format == "int8":
         notes.append("LLM.int8 layers hold their inputs until the step ends, with or without checkpointing")
     return recipe._replace(
         quantization=q.format,
         double_quant=q.double_quant and q.format != "int8",
         block_size=q.block_size,
-        skip=("lm_head", *_modules(model, "method.quantization.skip", (n for n in q.skip if n != "lm_head"))),
+        skip=("lm_head", *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head"))),
         preparation=preparation,
     ), notes
 

@@ -104,8 +104,8 @@ class Quantization(Part, frozen=True):
     double_quant: Flag = True
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
-    skip: Names = ("lm_head",)
-    kbit_preparation: Literal[True, False, "trl"] = True
+    skip: Names | None = None
+    kbit_preparation: Literal[True, False, "trl"] | None = None
 
 
 class Method(Part, frozen=True):
@@ -187,7 +187,7 @@ def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
 class Optimizer(Part, frozen=True):
     """`name` as in transformers' `OptimizerNames`, or `none`. `foreach` and `state_dtype` override its defaults."""
 
-    name: str = "adamw_torch_fused"
+    name: str | None = None
     state_dtype: Dtype | None = None
     foreach: Flag | None = None
     in_backward: Flag = False
@@ -209,12 +209,14 @@ class Batch(Part, frozen=True):
 
 
 class Kernels(Part, frozen=True):
-    """Which implementations run."""
+    """Which implementations run. `reentrant`: torch's reentrant kind of checkpointing, which recomputes a whole block
+    before any of its backward; a block's gradient and output stay until that is done."""
 
     attention: Literal["sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"] = "sdpa"
-    checkpointing: Literal["none", "full", "selective", "offload"] = "full"
-    loss: Literal["hf", "chunked", "fused", "chunked_lm_head"] = "hf"
-    fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] = ()
+    checkpointing: Literal["none", "full", "selective", "offload"] | None = None
+    reentrant: Flag | None = None
+    loss: Literal["hf", "chunked", "fused", "chunked_lm_head"] | None = None
+    fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] | None = None
     compile: Flag = False
 
 
@@ -267,7 +269,10 @@ class InlineModel(Part, frozen=True):
 
 
 class RunSpec(Part, frozen=True):
-    """A whole run. Words are accepted for parts: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`."""
+    """A whole run. Words are accepted for parts: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`.
+
+    None is left to the profile (`memplan.catalogue.profiles`); the answer's `run` holds what it decided.
+    """
 
     if TYPE_CHECKING:  # what pydantic accepts is more than what the fields are
 

@@ -17,7 +17,9 @@ class Wiring(NamedTuple):
     """Which attention kernel runs where. `backend` without a mask, `masked` with one.
 
     padded: a 2-D mask with zeros comes with the batch. windowed: the sequence is longer than the sliding window.
-    target: the dtype that flash attention 2 is given.
+    target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k
+    and v repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
+    every layer though it trains.
     """
 
     backend: str
@@ -25,6 +27,8 @@ class Wiring(NamedTuple):
     padded: bool = False
     windowed: bool = False
     target: str = ""
+    copies: str = ""
+    caches: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""
@@ -38,8 +42,17 @@ def attention(
 ) -> tuple[Op, ...]:
     """The attention of one layer, with the copies of k and v its kernel needs."""
     masked = wiring.has_mask(sliding)
-    match wiring.masked if masked else wiring.backend:
-        case "flash" | "flash_2" as backend:
+    backend = wiring.masked if masked else wiring.backend
+    if wiring.copies and backend != "eager":
+        plain = wiring._replace(copies="")
+        every = wiring.copies == "all" or masked
+        return (
+            *_copied(name, q, k, v, grouped, every),
+            *attention(name, f"{q}.given" if every else q, "k.given", "v.given", y, plain, False, sliding, mask),
+            ops.leave("k.given", "v.given", *((f"{q}.given",) if every else ())),
+        )
+    match backend:
+        case "flash" | "flash_2":
             heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
             if backend == "flash_2" and wiring.target:
                 return (heads, *_flash_2(name, q, k, "v.heads", y, wiring.target))
@@ -99,6 +112,27 @@ def _repeated(name: str, k: str, v: str, grouped: bool) -> tuple[Op, ...]:
         ops.copy(f"{name}.repeat_k", k, "k.heads", "b s a d", gradient="new"),
         ops.view(f"{name}.v_view", v, "v.view", "b s k d", gradient="new"),
         ops.copy(f"{name}.repeat_v", "v.view", "v.heads", "b s a d", gradient="new"),
+    )
+
+
+def _copied(name: str, q: str, k: str, v: str, grouped: bool, every: bool) -> tuple[Op, ...]:
+    """k and v repeated for every query head; `every`: what that did not copy is made contiguous.
+
+    Source: transformers 4.48 integrations/sdpa_attention.py sdpa_attention_forward.
+    """
+    same = ops.copy if every else ops.view
+    return (
+        *(
+            op
+            for t in (k, v)
+            for op in (
+                ops.view(f"{name}.{t}_view", t, f"{t}.view", "b s k d", gradient="new"),
+                ops.copy(f"{name}.repeat_{t}", f"{t}.view", f"{t[0]}.given", "b s a d", gradient="new"),
+            )
+            if grouped
+        ),
+        *(same(f"{name}.{t}_given", t, f"{t[0]}.given", "b s k d") for t in (k, v) if not grouped),
+        *((ops.copy(f"{name}.{q}_given", q, f"{q}.given", "b s a d"),) if every else ()),
     )
 
 

@@ -161,6 +161,7 @@ def _fused_attention(
     return (
         ops.linear(f"{name}.c_attn", "n1", "qkv", "qkv", "h", "attention", bias=True),
         *((ops.view(f"{name}.heads", "qkv", qkv, "b s a 3 d", gradient="new"),) if by_head else ()),
+        *((ops.view(f"{name}.present", qkv, "present", "b s qkv")._replace(holds="forward"),) if wiring.caches else ()),
         ops.split(f"{name}.split", qkv, (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v", _K))),
         ops.view(f"{name}.q_heads", "q0", "q", _Q, back),
         ops.view(f"{name}.k_heads", "k0", "k", _K, back),

@@ -148,11 +148,16 @@ def gated_mlp(
 ) -> tuple[Op, ...]:
     """`down_proj(act(gate_proj(x)) * up_proj(x))`."""
     gate, up, down = projections
+    act, product = ops.unit(
+        f"swiglu {name}",
+        ops.activation(f"{name}.act_fn", "gate", "act", "b s f"),
+        ops.mul(f"{name}.product", "act", "up", "product", "b s f"),
+    )
     return (
         ops.linear(f"{name}.{gate}", x, "gate", "f", "h", "mlp", bias),
-        ops.activation(f"{name}.act_fn", "gate", "act", "b s f"),
+        act,
         ops.linear(f"{name}.{up}", x, "up", "f", "h", "mlp", bias),
-        ops.mul(f"{name}.product", "act", "up", "product", "b s f"),
+        product,
         ops.linear(f"{name}.{down}", "product", y, "h", "f", "mlp", bias),
         ops.leave(x),
     )

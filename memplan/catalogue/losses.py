@@ -11,11 +11,21 @@ _CHUNKS = 8  # torchtune 0.6 CEWithChunkedOutputLoss: num_output_chunks
 
 
 def attach(
-    stack: Stack, loss: str, hold_outputs: bool = False, autocast: str | None = None, adds_in_place: bool = True
+    stack: Stack,
+    loss: str,
+    hold_outputs: bool = False,
+    autocast: str | None = None,
+    adds_in_place: bool = True,
+    logits: str = "padded",
+    single: bool = False,
+    fused: bool = False,
+    converts: bool = False,
 ) -> Stack:
     """`stack` with the loss of that kind; `hold_outputs` where the script's variable keeps the logits through backward.
 
-    `autocast` is the compute dtype, or None; `adds_in_place` is for the fused loss, see `adds_in_place`.
+    `autocast` is the compute dtype, or None; `adds_in_place` is for the fused loss, see `adds_in_place`; `logits`
+    and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient over the logits;
+    `converts` where accelerate makes what the model returns fp32.
 
     hf                transformers: all logits, then in fp32
     chunked           torchtune: logits in eight chunks, each in fp32 on its own
@@ -25,17 +35,18 @@ def attach(
     start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
     body, head = stack.after[:start], stack.after[start:]
     held = hold_outputs or loss == "chunked_lm_head"
-    if held:
+    if held and not (loss == "hf" and logits == "model"):
         head = tuple(_held(op) if op is _last_writer(head) else op for op in head)
-    logits = _last_writer(head).writes[0].name
+    last = _last_writer(head).writes[0].name
     match loss:
         case "hf":
-            return stack._replace(after=(*body, *head), loss=cross_entropy(logits))
+            own = cross_entropy(last, logits, single, fused, held)
+            return stack._replace(after=(*body, *head), loss=(*own, *((_converted(last),) if converts else ())))
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
             head = tuple(_summed_by_chunk(op) for op in head)
-            return stack._replace(after=(*body, *head), loss=_chunked_lm_head(logits))
+            return stack._replace(after=(*body, *head), loss=_chunked_lm_head(last))
         case "fused":
             matrix = next(w for op in head for w in op.weights if w.rows)
             return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place))
@@ -61,18 +72,88 @@ def _targets(source: str) -> Op:
     )
 
 
-def cross_entropy(logits: str) -> tuple[Op, ...]:
-    """`logits.float()`, labels padded and shifted, log_softmax and nll_loss, as transformers 5 has it."""
-    source = "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"
+def cross_entropy(
+    logits: str, form: str = "padded", single: bool = False, fused: bool = False, held: bool = False
+) -> tuple[Op, ...]:
+    """transformers' loss of all logits, as it was written at the time.
+
+    padded    labels are padded by one and shifted, the logits cast to fp32 as they are
+    shifted   logits are cast to fp32 in the loss, and all rows but the last copied; the model still holds them in half
+    model     the model itself casts to fp32, so that half-precision logits go at once; then as shifted
+    half      never cast: all rows but the last are copied, and the loss is in the logits' dtype
+
+    `single`: of a single sequence all rows but the last are contiguous already, and no copy is made. `fused`: a kernel
+    that keeps the logits it is given and writes their gradient over them; half-precision ones where they are padded.
+    `held`: the script keeps what the model returned to the end of the step.
+    """
+    kernel = _overwriting if fused else _nll
+    if form == "padded":
+        source = "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"
+        wide = logits if fused else "logits32"
+        return (
+            *(() if fused else (_float(logits, source),)),
+            _targets(source),
+            *kernel("loss", wide, "log_probs", "targets", "b s v", "loss"),
+            ops.leave(wide, "padded_labels", "targets", logits, "n"),
+        )
+    source, wide = _SHIFTED[form], logits if form == "half" else "logits32"
     return (
-        Op("loss.float", (logits,), (Tensor("logits32", "b s v", "fp32"),), cast=True, source=source),
-        _targets(source),
-        *_nll("loss", "logits32", "log_probs", "targets", "b s v", "loss"),
-        ops.leave("logits32", "padded_labels", "targets", logits, "n"),
+        *(() if form == "half" else (_float(logits, source),)),
+        *((ops.leave(logits),) if form == "model" else ()),
+        *((ops.view("loss.returned", wide, "returned", "b s v")._replace(holds="step"),) if form == "model" and held else ()),
+        *_shifted(wide, source, single),
+        *kernel("loss", "shifted", "log_probs", "targets", "shifted_rows v", "loss"),
+        ops.leave("shifted", "targets", wide, *((logits,) if form == "shifted" else ()), "n"),
+    )
+
+
+def _converted(logits: str) -> Op:
+    """Under autocast accelerate casts the outputs to fp32 before it hands them on, the logits too."""
+    source = "accelerate 1.0 utils/operations.py ConvertOutputsToFp32"
+    return Op("loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, gradient="none", source=source)
+
+
+def _float(logits: str, source: str) -> Op:
+    return Op("loss.float", (logits,), (Tensor("logits32", "b s v", "fp32"),), cast=True, source=source)
+
+
+def _shifted(logits: str, source: str, single: bool) -> tuple[Op, ...]:
+    """All rows but the last, and all labels but the first. The gradient of the logits is made whole again."""
+    rows = Tensor("shifted", "shifted_rows v")
+    copy = Op("loss.shift", (logits,), (rows,), gradient="new", view=single, source=source)
+    return (
+        copy,
+        Op("loss.shift_labels", ("labels",), (Tensor("targets", "shifted_labels", "int64"),), source=source),
+    )
+
+
+_SHIFTED = {
+    "shifted": "transformers 4.48 loss/loss_utils.py ForCausalLMLoss",
+    "model": "transformers 4.45 models/llama/modeling_llama.py LlamaForCausalLM.forward",
+    "half": "transformers 4.48 models/gpt_bigcode/modeling_gpt_bigcode.py GPTBigCodeForCausalLM.forward",
+}
+
+
+def _overwriting(n: str, logits: str, made: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
+    """A kernel that keeps the logits and one fp32 number a row, and hands back the logits' storage as their gradient."""
+    rows = shape.removesuffix(" v")
+    sums = f"{n}.logsumexp"
+    return (
+        Op(
+            f"{n}.cross_entropy",
+            (logits, targets),
+            (Tensor(loss, "", "fp32"), Tensor(sums, rows, "fp32")),
+            (),
+            (Keep(logits, logits, becomes=True), Keep(sums, logits), Keep(targets, logits)),
+            scratch=(Tensor("losses", rows, "fp32"),),
+            scratch_back=(Scratch(Tensor("gradient of losses", rows, "fp32")),),
+            source="unsloth 2025.1 kernels/cross_entropy_loss.py Fast_CrossEntropyLoss",
+        ),
     )
 
 
 def _nll(n: str, logits: str, log_probs: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
+    """cross_entropy names the logits' own dtype to log_softmax, which autocast then leaves alone."""
     weight = f"{loss}.total_weight"
     return (
         Op(
@@ -81,13 +162,12 @@ def _nll(n: str, logits: str, log_probs: str, targets: str, shape: str, loss: st
             (Tensor(log_probs, shape),),
             (),
             (Keep(log_probs, logits),),
-            autocast="fp32",
             source=f"{ops.DERIVATIVES}: _log_softmax",
         ),
         Op(
             f"{n}.nll",
             (log_probs, targets),
-            (Tensor(loss, "", "fp32"), Tensor(weight, "", "fp32")),
+            (Tensor(loss), Tensor(weight)),
             (),
             (Keep(log_probs, log_probs), Keep(targets, log_probs), Keep(weight, log_probs)),
             autocast="fp32",
@@ -149,9 +229,8 @@ def _chunked_lm_head(logits: str) -> tuple[Op, ...]:
             (logits, "targets"),
             (Tensor("loss", "", "fp32"), Tensor("log_probs", "b s v", f"={logits}")),
             (),
-            (Keep("log_probs", logits), Keep("targets", logits)),
+            (Keep("log_probs", logits, becomes=True), Keep("targets", logits)),
             scratch_back=(Scratch(chunk), Scratch(chunk)),
-            gradient="kept",
             source=source,
         ),
         ops.leave("padded_labels", logits, "n"),
@@ -172,7 +251,7 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ..
     """
     source = "liger-kernel 0.8 ops/fused_linear_cross_entropy.py"
     made = (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", "b s h", "=n"))
-    keeps = (Keep("hidden_gradient", "n"),)
+    keeps = (Keep("hidden_gradient", "n", becomes=True),)
     half = (autocast or matrix.dtype) != "fp32"
     beside: tuple[Tensor, ...] = ()
     kept: tuple[Tensor, ...] = ()
@@ -181,7 +260,7 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ..
         kept = beside if matrix.trains else ()
     if matrix.trains:
         made += (Tensor("head_gradient", matrix.shape, matrix.dtype),)
-        keeps += (Keep("head_gradient", matrix.name),)
+        keeps += (Keep("head_gradient", matrix.name, becomes=True),)
         if not (half and in_place):
             product = Tensor("product of a chunk", matrix.shape, autocast or "")
             beside = (product, *((Tensor("product in fp32", matrix.shape, "fp32"),) if half else ()))
@@ -199,7 +278,6 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ..
                 *kept,
                 *beside,
             ),
-            gradient="kept",
             source=source,
         ),
         ops.leave("padded_labels", "n"),

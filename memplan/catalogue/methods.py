@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from memplan.catalogue import ops
+from memplan.catalogue.fused_lora import fuse_lora
 from memplan.catalogue.quantization import dequantise, quantised_linear, stored
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 
@@ -24,12 +25,13 @@ class Adapter(NamedTuple):
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
     """`change` applied to every operation of the stack."""
+    return rewrite_lists(stack, lambda operations: tuple(new for op in operations for new in change(op)))
 
-    def all_of(operations: Iterable[Op]) -> tuple[Op, ...]:
-        return tuple(new for op in operations for new in change(op))
 
-    runs = tuple(Run(tuple(Block(b.name, all_of(b.ops)) for b in r.blocks), r.times) for r in stack.runs)
-    return Stack(all_of(stack.before), runs, all_of(stack.after), all_of(stack.loss))
+def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
+    """`change` applied to the operations before the blocks, of every block, after them, and of the loss."""
+    runs = tuple(Run(tuple(Block(b.name, change(b.ops)) for b in r.blocks), r.times) for r in stack.runs)
+    return Stack(change(stack.before), runs, change(stack.after), change(stack.loss))
 
 
 def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
@@ -66,7 +68,8 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
 
     Around a full-width layer the input is cast to the adapter's dtype and the sum back to the result's; around a
     4-bit layer the result is cloned first, and under autocast nothing is cast.
-    Source: peft 0.21 tuners/lora/layer.py Linear.forward, tuners/lora/bnb.py Linear4bit.forward, Linear8bitLt.forward.
+    Source: peft 0.21 tuners/lora/layer.py Linear.forward, tuners/lora/bnb.py Linear4bit.forward, Linear8bitLt.forward,
+    tuners/lora/gptq.py.
     """
     (x,), y = op.reads, op.writes[0]
     n, p = op.name, y.name
@@ -100,7 +103,8 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     if quantised and not adapter.dora:
         if casts:
             yield ops.cast(f"{n}.cast_back", f"{p}.delta", f"{p}.delta.cast", y.shape, f"={result}")
-        yield ops.add(f"{n}.add", result, f"{p}.delta.cast" if casts else f"{p}.delta", p, y.shape)
+        add = ops.add(f"{n}.add", result, f"{p}.delta.cast" if casts else f"{p}.delta", p, y.shape)
+        yield add._replace(view=w.stored[0].name == "qweight")  # peft's GPTQ layer adds into the result
     else:
         yield ops.add(f"{n}.add", result, f"{p}.delta", f"{p}.sum", y.shape)
         if adapter.dora:
@@ -228,7 +232,7 @@ class Recipe(NamedTuple):
 
     weights: dtype the model is loaded in. compute: what quantised layers compute in. quantization: "" or a format.
     preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
-    targets: names of linear layers, or ("all-linear",).
+    targets: names of linear layers, or ("all-linear",). fused: adapted layers are one function where one exists.
     """
 
     kind: str
@@ -244,6 +248,7 @@ class Recipe(NamedTuple):
     block_size: int = 64
     skip: tuple[str, ...] = ("lm_head",)
     preparation: str = ""
+    fused: bool = False
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -261,12 +266,24 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
     adapter = Adapter(recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind)
 
+    def takes(op: Op) -> bool:
+        return matrix(op) is not None and (
+            _named(op, recipe) or (recipe.targets == ("all-linear",) and op.name != head.name)
+        )
+
+    if recipe.fused:
+        stack = rewrite_lists(
+            stack, lambda some: fuse_lora(some, takes, recipe.adapter_dtype, recipe.compute, recipe.dropout)
+        )
+
     def change(op: Op) -> Iterable[Op]:
         w = matrix(op)
+        if any(v.group == "adapter" and v.matrix for v in op.weights):  # joined already
+            return (op,)
         if w is None:
             looks_up = any(v.rows and v.group == "embedding" for v in op.weights)
             return tuple(_lora_embedding(op, recipe.adapter_dtype)) if looks_up and _named(op, recipe) else (op,)
-        if _named(op, recipe) or (recipe.targets == ("all-linear",) and op.name != head.name):
+        if takes(op):
             return tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
         if w.stored:
             return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute))

@@ -105,6 +105,11 @@ def copy(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
     return Op(name, (x,), (Tensor(y, shape),), gradient=gradient, source=f"{DERIVATIVES}: clone, expand")
 
 
+def unit(name: str, *operations: Op) -> tuple[Op, ...]:
+    """The operations as one unit, which a fused kernel may stand in for (`memplan.catalogue.fused`)."""
+    return tuple(op._replace(unit=name) for op in operations)
+
+
 def leave(*names: str) -> Op:
     """A Python frame returns: what its local names held may go."""
     return Op("return", names)
@@ -121,7 +126,8 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]
     )
     w = Weight(f"{name}.weight", axis, "norm")
     source = "transformers 5.24 models/llama/modeling_llama.py LlamaRMSNorm"
-    return (
+    return unit(
+        f"rms_norm {name}",
         Op(f"{name}.float", (x,), (Tensor(x32, shape, "fp32"),), cast=True, source=source),
         Op(
             f"{name}.pow",
@@ -218,7 +224,8 @@ def softcap(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 def rotate(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
     """`x * cos + rotate_half(x) * sin`: keeps cos and sin, not x. `half` is the shape of half the heads' width."""
     cosine, turned, sine = f"{y}.cosine", f"{y}.turned", f"{y}.sine"
-    return (
+    return unit(
+        f"rope {name}",
         Op(f"{name}.cos", (x, "cos"), (Tensor(cosine, shape),), (), (Keep("cos", x),), source=f"{DERIVATIVES}: mul"),
         rotate_half(f"{name}.rotate_half", x, turned, shape, half),
         Op(

@@ -13,8 +13,17 @@ _BNB = "bitsandbytes 0.50"
 def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple[Tensor, ...]:
     """The tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
 
-    Source: bitsandbytes 0.50 functional.py quantize_4bit, QuantState; backends for LLM.int8.
+    GPTQ has 4-bit words in int32, a half-precision scale and a zero a group of inputs, and every input's group.
+    Source: bitsandbytes 0.50 functional.py quantize_4bit, QuantState; backends for LLM.int8; auto-gptq 0.7
+    qlinear_tritonv2.py.
     """
+    if format == "gptq-int4":
+        return (
+            Tensor("qweight", w.shape, "int32/8"),
+            Tensor("scales", w.shape, f"fp16/{block_size}"),
+            Tensor("qzeros", w.shape, f"int32/{8 * block_size}"),
+            Tensor("g_idx", " ".join(w.shape.split(" ")[w.rows :]), "int32"),
+        )
     if format == "int8":
         return (Tensor("int8", w.shape, "int8"), Tensor("row scales", w.shape.split(" ")[0], "fp32"))
     packed = Tensor("packed", w.shape, "uint8/2")
@@ -31,7 +40,7 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple
     )
 
 
-def _absmax(w: Weight) -> tuple[Tensor, ...]:
+def absmax(w: Weight) -> tuple[Tensor, ...]:
     """The fp32 scales of a doubly quantised matrix, made again whenever it is dequantised."""
     nested = w.stored[1].dtype.startswith("uint8/")
     block_size = w.stored[1].dtype.partition("/")[2]
@@ -40,7 +49,7 @@ def _absmax(w: Weight) -> tuple[Tensor, ...]:
 
 def dequantise(w: Weight, name: str, y: str, shape: str, dtype: str = "") -> Op:
     """The matrix in the dtype it had before it was quantised."""
-    return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=_absmax(w), source=f"{_BNB} dequantize_4bit")
+    return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=absmax(w), source=f"{_BNB} dequantize_4bit")
 
 
 def quantised_linear(op: Op, name: str, y: str, compute: str) -> Iterator[Op]:
@@ -94,15 +103,15 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str) 
     (x,), shape = op.reads, op.writes[0].shape
     full = Tensor("dequantised", w.shape, compute)
     back = (Scratch(Tensor("dequantised", w.shape, w.dtype)), *((Scratch(full),) if compute != w.dtype else ()))
-    absmax = _absmax(w)
+    scales = absmax(w)
     yield ops.cast(f"{name}.cast", x, f"{y}.in", f"b s {into}", compute)
     yield Op(
         name,
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=(*absmax, *absmax, full),
-        scratch_back=(*(Scratch(t, early=True) for t in absmax), *back),
+        scratch=(*scales, *scales, full),
+        scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient="view",
         source=f"{_BNB} MatMul4Bit",
     )

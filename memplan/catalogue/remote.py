@@ -73,6 +73,7 @@ def repeated_attention(
     mask: str = "mask",
 ) -> tuple[Op, ...]:
     """As transformers 4.3x wrote it: k and v repeated for every query head before any kernel, all copied for a mask."""
+    wiring = wiring._replace(copies="")
     match wiring.masked if wiring.has_mask(sliding) else wiring.backend:
         case "flash" if grouped:
             return (

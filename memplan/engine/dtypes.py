@@ -89,7 +89,7 @@ class Scope:
                 reads=reads,
                 writes=tuple(writes),
                 weights=weights,
-                keeps=tuple(Keep(new_name.get(k.what, k.what), new_name.get(k.of, k.of)) for k in op.keeps),
+                keeps=tuple(k._replace(what=new_name.get(k.what, k.what), of=new_name.get(k.of, k.of)) for k in op.keeps),
                 captures=tuple(new_name.get(c, c) for c in op.captures),
                 scratch=tuple(literal(t) for t in op.scratch),
                 scratch_back=tuple(

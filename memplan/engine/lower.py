@@ -69,7 +69,9 @@ class Frame:
         self.nodes: list[Node] = []
         self.names: dict[str, Storage] = {}
         self.checkpointed = False
+        self.reentrant = False
         self.recomputed = False
+        self.exported: Container[str] = ()
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
 
     def __getitem__(self, name: str) -> Storage:
@@ -166,7 +168,8 @@ class Tape:
         """
         frame.nodes = self._graph(frame, grad)
         frame.checkpointed = checkpoint
-        left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint)
+        frame.exported = exported
+        left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
         if not any(node.pins for node in frame.nodes):  # nothing will ask for a recomputation
             self._release_checkpoint(frame)
         return left
@@ -186,9 +189,18 @@ class Tape:
         return nodes
 
     def _run(
-        self, frame: Frame, end: int, exported: Container[str], owned: Mapping[str, Storage], keep: bool
+        self,
+        frame: Frame,
+        end: int,
+        exported: Container[str],
+        owned: Mapping[str, Storage],
+        keep: bool,
+        holds: dict[str, list[Storage]],
     ) -> dict[str, Storage]:
-        """Run the first `end` operations; the last of them, if `end` cuts the list, only as far as what it keeps."""
+        """Run the first `end` operations; the last of them, if `end` cuts the list, only as far as what it keeps.
+
+        What is held to the end of the forward pass or of the step is added to `holds`.
+        """
         ops, names = frame.ops, frame.names
         root: dict[str, str] = {}
         last: dict[str, int] = {}
@@ -201,7 +213,6 @@ class Tape:
                     root[t.name] = root[op.writes[0].name]
         cut = end < len(ops)
         mine = dict(owned)  # Python's references
-        recompute_holds: list[Storage] = []
         for i, op in enumerate(ops[:end]):
             self._enter(frame, op)
             node = frame.nodes[i]
@@ -223,16 +234,14 @@ class Tape:
             if op.holds:
                 for t in op.writes:
                     names[t.name].refs += 1
-                    (recompute_holds if cut else self._held[op.holds]).append(names[t.name])
-            if op.captures and node.targets:
+                    holds[op.holds].append(names[t.name])
+            if op.captures and node.targets and (keep or not frame.reentrant):
                 for name in op.captures:
                     frame[name].refs += 1
-                    (recompute_holds if cut else self._held["step"]).append(frame[name])
+                    holds["step"].append(frame[name])
             for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads)):
                 if last.get(name, i) == i and name not in exported and name in mine:
                     self.drop(mine.pop(name))
-        for storage in recompute_holds:
-            self.drop(storage)
         for name in [n for n in mine if n not in exported]:
             self.drop(mine.pop(name))
         return mine
@@ -250,6 +259,9 @@ class Tape:
 
     def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
         """Run the frame's graph backward; `grads` holds gradients by tensor name, and is left with the inputs'."""
+        if frame.checkpointed and frame.reentrant:
+            self._reenter(frame, grads)
+            return
         savers = [i for i, node in enumerate(frame.nodes) if node.pins]
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
@@ -271,7 +283,30 @@ class Tape:
         frame.checkpointed = False
         frame.recomputed = True
         frame.names = {}
-        self._run(frame, end, (), {}, keep=True)
+        holds: dict[str, list[Storage]] = {"forward": [], "step": []}
+        self._run(frame, end, (), {}, keep=True, holds=holds)
+        for storage in (*holds["forward"], *holds["step"]):
+            self.drop(storage)
+
+    def _reenter(self, frame: Frame, grads: dict[str, Storage]) -> None:
+        """A backward pass within the backward pass: all of the frame is run again first, and what it was given, what
+        it returned and that one's gradient stay until it is over."""
+        if not any(t.name in grads for op in frame.ops for t in op.writes):
+            self._release_checkpoint(frame)
+            return
+        frame.checkpointed = False
+        frame.names = {}
+        gradients, inputs = list(grads.values()), frame.checkpoint
+        frame.checkpoint = []
+        for storage in gradients:
+            storage.refs += 1
+        holds: dict[str, list[Storage]] = {"forward": [], "step": []}
+        returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
+        for storage in holds["forward"]:
+            self.drop(storage)
+        self.backward(frame, grads)
+        for storage in (*gradients, *returned.values(), *inputs, *holds["step"]):
+            self.drop(storage)
 
     def _backward(self, frame: Frame, node: Node, grads: dict[str, Storage]) -> None:
         op = node.op
@@ -318,8 +353,9 @@ class Tape:
     ) -> tuple[Storage, bool]:
         """The gradient of `target`, and whether it is in the promoted dtype, still to be cast."""
         op, like = node.op, frame.scope[target]
-        if op.gradient == "kept":
-            kept = frame.names[next(k.what for k in op.keeps if k.of == target)]
+        becomes = next((k.what for k in op.keeps if k.becomes and k.of == target), None)
+        if becomes is not None:
+            kept = frame[becomes]
             kept.refs += 1
             return kept, False
         if op.gradient == "same":

@@ -129,6 +129,7 @@ def lower(
     depth: Mapping[str, int],
     autocast: str | None = None,
     checkpoint: bool = False,
+    reentrant: bool = False,
     grads_exist: bool = False,
     input_grad: bool = False,
     labelled: bool = False,
@@ -136,6 +137,7 @@ def lower(
 ) -> Lowered:
     """The moments of one forward and backward pass.
 
+    `reentrant`: of a checkpointed block all is computed again before any of its backward.
     `grads_exist`: the gradients are there already (a later micro-batch). `input_grad`: the embeddings' output asks
     for a gradient though nothing before it trains, as checkpointing makes it. `updates`: bytes that updating a weight
     takes in backward, once its gradient is there, by the weight's path.
@@ -213,6 +215,7 @@ def run_pass(
             enters = flows | _x(x_flows)
             frame = Frame(block.ops, inner, {**own, "x": stream}, enters, block.name, last_layer + i)
             if checkpoint:
+                frame.reentrant = reentrant
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
                 frame.checkpoint = [stream, *(own[r] for r in reads if r in own)]
                 for storage in frame.checkpoint:

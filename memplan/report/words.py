@@ -8,6 +8,7 @@ from typing import NamedTuple
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
+from memplan.spec import Kernels
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -244,14 +245,18 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
         ("batch", f"{sequences} of {batch.sequence:,} tokens per GPU; {passes}"),
-        ("checkpointing", run.kernels.checkpointing),
+        ("checkpointing", str(run.kernels.checkpointing) + (", reentrant" if _reenters(run.kernels) else "")),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
-        ("loss", run.kernels.loss + ("; outputs held to the step's end" if loop.hold_outputs else "")),
+        ("loss", str(run.kernels.loss) + ("; outputs held to the step's end" if loop.hold_outputs else "")),
         ("profile", run.profile),
     ]
     if run.parallelism.world > 1:
         text.insert(-1, ("GPUs", f"{run.parallelism.world}, {run.parallelism.strategy}"))
     return text
+
+
+def _reenters(kernels: Kernels) -> bool:
+    return bool(kernels.reentrant) and kernels.checkpointing == "full"
 
 
 def _method(answer: Estimate) -> Iterator[str]:
@@ -270,12 +275,12 @@ def _method(answer: Estimate) -> Iterator[str]:
     q = m.quantization
     if q is not None:
         four = q.format in ("nf4", "fp4")
-        yield q.format + (f" in blocks of {q.block_size}" if four else "")
+        yield q.format + (f" in blocks of {q.block_size}" if q.format != "int8" else "")
         if four:
             yield "double quantisation" if q.double_quant else "no double quantisation"
         prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
-        yield prepared[q.kbit_preparation]
-        whole = [name for name in q.skip if name != "lm_head"]
+        yield prepared[bool(q.kbit_preparation) if q.kbit_preparation != "trl" else "trl"]
+        whole = [name for name in q.skip or () if name != "lm_head"]
         if whole:
             yield f"{', '.join(whole)} not quantised"
 
@@ -294,7 +299,7 @@ def _precision(answer: Estimate) -> Iterator[str]:
 
 def _optimizer(answer: Estimate) -> Iterator[str]:
     o = answer.run.optimizer
-    yield o.name
+    yield str(o.name)
     states = [line for line in answer.ledger if line.kind == "optstate"]
     if states:
         yield f"states {', '.join(dict.fromkeys(line.dtype for line in states if line.bytes >= states[0].bytes // 10))}"

@@ -1,0 +1,201 @@
+"""The golden runs: what others measured on their cards, beside what memplan answers for the same run.
+
+Each line of `tests/golden/published.jsonl` is a run: where it was published, the libraries, the card, the metric, its
+bytes, and the run as a RunSpec. `oom.jsonl` has runs that died for want of memory, `not_expressed.jsonl` the published
+measurements that no RunSpec says yet, with the reason. `other_tools.jsonl` in this folder has what other estimators
+answer for the same runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from memplan import Estimate, MemplanError, RunSpec, estimate
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+OTHER_TOOLS = Path(__file__).resolve().parent / "other_tools.jsonl"
+MIB = 2**20
+LARGE = 4 * 2**30  # below, an error is counted in bytes: workspaces and what the allocator leaves unsplit weigh in it
+NEAR = 60 * MIB  # the most a peak below LARGE may be off
+SLACK = 32 * MIB  # what the allocator leaves unsplit at the end of a block counts as allocated on a card
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """The runs of a golden file."""
+    lines = (GOLDEN / name).read_text("utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "run" in row]
+
+
+def phase_peak(answer: Estimate, phase: str) -> int:
+    """The peak of forward (with the loss), backward or step in a later step."""
+    those = ("forward", "loss") if phase == "forward" else (phase,)
+    return max(p.peak for p in answer.phases if p.phase in those and p.step in (2, None))
+
+
+class Refused(NamedTuple):
+    """A run that memplan does not answer yet, and why."""
+
+    id: str
+    family: str
+    field: str
+    reason: str
+
+
+class Measured(NamedTuple):
+    """A published run beside memplan's answer; `cause` says why it is missed, if it is known to be.
+
+    `slack` is how far a met peak may be off in bytes: the allocator's leftovers, and half the last digit published.
+    """
+
+    id: str
+    family: str
+    method: str
+    card: str
+    allocated: int
+    process: int | None
+    answer: Estimate
+    cause: str
+    reserved: int | None
+    phases: dict[str, int]
+    slack: int
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the process took what the band says; None where nobody read it."""
+        return None if self.process is None else self.answer.band.low <= self.process <= self.answer.band.high
+
+    @property
+    def half_width(self) -> float:
+        return (self.answer.band.high - self.answer.band.low) / 2 / self.answer.bytes.used
+
+    @property
+    def off(self) -> int:
+        """Bytes that memplan answers too many (or, negative, too few)."""
+        return self.answer.bytes.allocated - self.allocated
+
+    @property
+    def error(self) -> float:
+        return self.off / self.allocated
+
+    @property
+    def large(self) -> bool:
+        return self.allocated >= LARGE
+
+    @property
+    def fused(self) -> bool:
+        kernels = self.answer.asked.kernels
+        return bool(kernels.fused) or kernels.loss == "fused"
+
+
+def answered(run: dict[str, Any]) -> Estimate | MemplanError:
+    try:
+        return estimate(RunSpec(**run))
+    except MemplanError as refusal:
+        return refusal
+
+
+@cache
+def published() -> tuple[list[Measured], list[Refused]]:
+    """Every published run: those that memplan answers, and those that it refuses."""
+    found: list[Measured] = []
+    refused: list[Refused] = []
+    for row in rows("published.jsonl"):
+        run, answer = row["run"], answered(row["run"])
+        if isinstance(answer, MemplanError):
+            refused.append(Refused(row["id"], row["family"], answer.field or "", str(answer)))
+            continue
+        found.append(
+            Measured(
+                row["id"],
+                row["family"],
+                run["method"] if isinstance(run["method"], str) else run["method"]["kind"],
+                row["measured"],
+                row["allocated"],
+                row.get("process"),
+                answer,
+                row.get("cause", ""),
+                row.get("reserved"),
+                row.get("phases", {}),
+                SLACK + row.get("digits", 0) // 2,
+            )
+        )
+    return found, refused
+
+
+class Goal(NamedTuple):
+    """A mean error that a group of runs with large peaks is to stay below."""
+
+    title: str
+    most: float
+    of: Callable[[Measured], bool]
+
+
+STOCK = ("fms-acceleration, stock", "fitcheck")
+GOALS = (
+    Goal("stock Hugging Face training", 0.01, lambda m: m.family in STOCK and not m.fused),
+    Goal("fused losses and kernels", 0.02, lambda m: m.fused),
+    Goal("all", 0.03, lambda _: True),
+)
+
+
+def means(goal: Goal) -> list[float]:
+    """The absolute relative errors of the goal's runs with large peaks."""
+    return [abs(m.error) for m in published()[0] if m.large and goal.of(m)]
+
+
+VERDICTS = ("fits", "tight", "does not fit", "refused")
+
+
+@cache
+def verdicts() -> dict[str, dict[str, list[str]]]:
+    """Ids of runs on the 80 GB card by what happened (`ran`, `died`) and by what memplan says of them."""
+    those = {
+        "ran": [row for row in rows("published.jsonl") if row["measured"] == "A100-80GB"],
+        "died": rows("oom.jsonl"),
+    }
+    said: dict[str, dict[str, list[str]]] = {happened: {word: [] for word in VERDICTS} for happened in those}
+    for happened, runs in those.items():
+        for row in runs:
+            answer = answered(row["run"])
+            word = "refused" if isinstance(answer, MemplanError) else str(answer.verdict.answer)
+            said[happened][word].append(row["id"])
+    return said
+
+
+def not_expressed() -> list[dict[str, Any]]:
+    """Groups of published measurements without a RunSpec: family, source, reason and ids."""
+    return [json.loads(line) for line in (GOLDEN / "not_expressed.jsonl").read_text("utf-8").splitlines()]
+
+
+class Tool(NamedTuple):
+    """Another estimator on the golden runs: how many it answers, its mean error there, and memplan's on the same."""
+
+    name: str
+    asked: int
+    answered: int
+    error: float
+    worst: float
+    memplan: float
+
+
+def other_tools(family: str = "") -> list[Tool]:
+    """What other estimators reach, by mean absolute error of `allocated` on the runs (of a family) both answer."""
+    lines = [json.loads(line) for line in OTHER_TOOLS.read_text("utf-8").splitlines()]
+    ours = {m.id: m for m in published()[0] if not family or m.family == family}
+    peaks: dict[str, dict[str, int]] = {}
+    for line in lines:
+        said = peaks.setdefault(f"{line['tool']} {line['version']}", {})
+        if line.get("metric") == "allocated" and line["id"] in ours:
+            said[line["id"]] = line["bytes"]
+    found: list[Tool] = []
+    for name, said in peaks.items():
+        if said:
+            errors = [abs(bytes_ / ours[id].allocated - 1) for id, bytes_ in said.items()]
+            same = mean(abs(ours[id].error) for id in said)
+            found.append(Tool(name, len(ours), len(said), mean(errors), max(errors), same))
+    return sorted(found, key=lambda tool: tool.error)

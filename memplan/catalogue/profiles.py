@@ -1,0 +1,202 @@
+"""Profiles: what a framework and its version decide where a run leaves it open, as rows with their sources.
+
+A row sets a field of the run (`kernels.loss`) or one of the words in `WORDS`, which say how the version's code is
+written. A profile has the rows of the one it is `like`, and its own over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from memplan.errors import UnknownNameError
+
+# What a row may set beside fields of a run.
+WORDS = {
+    "logits": "how transformers' loss was written: padded, shifted, model, half (catalogue/losses.py cross_entropy)",
+    "sdpa_copies": "what is copied before torch's attention: heads (repeated k and v), all (q, k and v), or nothing",
+    "flash_2_copies": "the same before flash attention 2",
+    "caches": "the model returns every layer's keys and values, checkpointed or not",
+}
+
+# Rows that hold only for some runs.
+WHEN = {"": "always", "quantised": "of quantised weights"}
+
+
+class Row(NamedTuple):
+    """`field` is `value`; `when` is a word of `WHEN`; `model_types`: only of these families."""
+
+    field: str
+    value: Any
+    source: str
+    when: str = ""
+    model_types: tuple[str, ...] = ()
+
+
+class Profile(NamedTuple):
+    """A framework at a version.
+
+    read    the versions of the libraries that were read
+    like    the profile whose rows it has too
+    waits   what the framework does that no answer counts yet
+    """
+
+    name: str
+    title: str
+    read: str
+    like: str
+    rows: tuple[Row, ...]
+    waits: tuple[str, ...] = ()
+
+
+# Families whose loss was in the logits' own dtype until transformers 4.49, and two whose model itself made it fp32.
+_HALF = ("gpt2", "gpt_bigcode", "gpt_neox", "opt", "bloom", "mpt", "falcon", "stablelm")
+_OWN_CAST = ("gpt_neo", "gptj")
+_OWN_LOSS = (
+    Row("logits", "half", "transformers 4.48.1 models/gpt_bigcode/modeling_gpt_bigcode.py, and alike", "", _HALF),
+    Row("logits", "model", "transformers 4.48.1 models/gptj/modeling_gptj.py", "", _OWN_CAST),
+)
+
+PROFILES = (
+    Profile(
+        "transformers-5",
+        "transformers 5",
+        "transformers 5.24, peft 0.21, bitsandbytes 0.50, torch 2.13",
+        "",
+        (
+            Row("optimizer.name", "adamw_torch_fused", "transformers 5.24 training_args.py TrainingArguments.optim"),
+            Row("kernels.checkpointing", "full", "assumed: most runs that are short of memory have it on"),
+            Row("kernels.reentrant", False, "transformers 5.24 modeling_utils.py activation_checkpointing_enable"),
+            Row("kernels.loss", "hf", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
+            Row("kernels.fused", (), "transformers 5.24: none unless asked for"),
+            Row("method.adapter_dtype", "fp32", "peft 0.21 tuners/tuners_utils.py cast_adapter_dtype"),
+            Row(
+                "method.quantization.skip",
+                ("lm_head",),
+                "transformers 5.24 quantizers/base.py get_modules_to_not_convert",
+            ),
+            Row(
+                "method.quantization.kbit_preparation",
+                True,
+                "peft 0.21 utils/other.py prepare_model_for_kbit_training, as its documentation has it called",
+            ),
+            Row("logits", "padded", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
+            Row("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
+            Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
+            Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
+        ),
+    ),
+    Profile(
+        "transformers-4.51",
+        "transformers 4.49 to 4.57",
+        "transformers 4.51.3, peft 0.15.2",
+        "transformers-5",
+        (
+            Row("optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"),
+            Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
+            Row("sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"),
+            Row(
+                "caches",
+                True,
+                "transformers 4.51.3 models/gpt_bigcode/modeling_gpt_bigcode.py: checkpointing leaves use_cache on",
+                "",
+                ("gpt_bigcode",),
+            ),
+        ),
+    ),
+    Profile(
+        "transformers-4.48",
+        "transformers 4.48",
+        "transformers 4.48.1, peft 0.13.2",
+        "transformers-4.51",
+        (
+            Row("logits", "shifted", "transformers 4.48.1 loss/loss_utils.py ForCausalLMLoss"),
+            *_OWN_LOSS,
+        ),
+    ),
+    Profile(
+        "transformers-4.46",
+        "transformers 4.46 and 4.47",
+        "transformers 4.46.3, peft 0.13.2",
+        "transformers-4.48",
+        (
+            Row("sdpa_copies", "heads", "transformers 4.46.3 models/llama/modeling_llama.py LlamaSdpaAttention"),
+            Row(
+                "flash_2_copies",
+                "heads",
+                "transformers 4.46.3 models/mistral/modeling_mistral.py MistralFlashAttention2, and alike",
+                "",
+                ("mistral", "qwen2", "phi3", "starcoder2"),
+            ),
+        ),
+    ),
+    Profile(
+        "transformers-4.45",
+        "transformers 4.40 to 4.45",
+        "transformers 4.45.2, peft 0.13.2",
+        "transformers-4.46",
+        (
+            Row("logits", "model", "transformers 4.45.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"),
+            *_OWN_LOSS,
+        ),
+    ),
+    Profile(
+        "transformers-4.38",
+        "transformers 4.36 to 4.39",
+        "transformers 4.38.2, peft 0.9.0",
+        "transformers-4.45",
+        (
+            Row("method.adapter_dtype", "weights", "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer"),
+            Row(
+                "method.adapter_dtype",
+                "fp32",
+                "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer: quantised weights are no floating ones",
+                "quantised",
+            ),
+        ),
+        (
+            "generation: logits of every prompt token, in fp32 (transformers 4.38.2 models/qwen2/modeling_qwen2.py)",
+            "rotary tables that every layer makes for itself: two numbers a token and head width, each layer",
+        ),
+    ),
+    Profile(
+        "transformers-4.35",
+        "transformers 4.35",
+        "transformers 4.35.2, peft 0.6.2",
+        "transformers-4.38",
+        (),
+        (
+            "generation: a cache that is copied whole for every token (transformers 4.35.2 "
+            "models/llama/modeling_llama.py torch.cat), and logits of every prompt token in fp32",
+            "rotary tables of all the config's positions, and the batch's rows of them in every layer",
+        ),
+    ),
+)
+
+_BY_NAME = {profile.name: profile for profile in PROFILES}
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of that name. Raises UnknownNameError, which names the nearest."""
+    found = _BY_NAME.get(name)
+    if found is None:
+        raise UnknownNameError("profile", name, _BY_NAME)
+    return found
+
+
+def rows(profile: Profile) -> Iterator[Row]:
+    """The profile's rows, those of what it is like first: a later one goes over an earlier one."""
+    if profile.like:
+        yield from rows(_BY_NAME[profile.like])
+    yield from profile.rows
+
+
+@lru_cache(maxsize=1024)
+def decided(name: str, model_type: str, quantised: bool) -> dict[str, Any]:
+    """What the profile sets for such a run, by field. Raises UnknownNameError."""
+    return {
+        row.field: row.value
+        for row in rows(find_profile(name))
+        if (not row.model_types or model_type in row.model_types) and (not row.when or quantised)
+    }

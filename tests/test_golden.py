@@ -1,0 +1,105 @@
+"""Runs that other people measured on their cards: each is met, or missed for a cause and by no more than it says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from benchmarks import golden
+from benchmarks.golden import GOALS, NEAR, SLACK, Goal, Measured, phase_peak, published, rows, verdicts
+from memplan import RunSpec, find_gpu
+
+ROWS: dict[str, dict[str, Any]] = {row["id"]: row for row in rows("published.jsonl")}
+ANSWERED, REFUSED = published()
+MET = [m for m in ANSWERED if not m.cause]
+MISSED = [m for m in ANSWERED if m.cause]
+BY_PHASE = [m for m in ANSWERED if m.phases]
+
+# Fields for which published runs are refused as yet, and how many runs each.
+NOT_YET = {"profile": 30}
+
+
+def identity(found: Any) -> str:
+    return found.id if isinstance(found, Measured) else found["id"]
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=identity)
+def test_a_golden_run_says_where_it_comes_from_and_what_it_is(row: dict[str, Any]) -> None:
+    assert row["source"].startswith("https://")
+    assert row["date"][:2] == "20"
+    assert row["metric"] in ("max_memory_allocated", "active_bytes.all.peak")
+    assert {"family", "stack", "measured"} <= row.keys()
+    run = RunSpec(**row["run"])
+    assert RunSpec.model_validate_json(run.model_dump_json()) == run
+    assert run.gpu is None or row["allocated"] < find_gpu(run.gpu).usable
+    assert row["allocated"] <= row.get("reserved", row["allocated"]) <= row.get("process", 2**60)
+
+
+def test_no_measurement_is_counted_twice() -> None:
+    ids = [row["id"] for name in ("published.jsonl", "oom.jsonl") for row in rows(name)]
+    ids += [id for group in golden.not_expressed() for id in group["ids"]]
+    assert [id for id, times in Counter(ids).items() if times > 1] == []
+
+
+def test_what_is_not_expressed_has_a_source_and_a_reason() -> None:
+    assert all(group["source"].startswith("https://") and group["reason"] for group in golden.not_expressed())
+
+
+def test_the_runs_that_are_refused_are_those_of_fields_known_to_be_missing() -> None:
+    """Where this fails a field came to be supported, and its runs are tested from now on."""
+    assert Counter(refused.field for refused in REFUSED) == NOT_YET
+
+
+@pytest.mark.parametrize("met", MET, ids=identity)
+def test_a_published_peak_is_met_within_what_the_allocator_leaves_unsplit(met: Measured) -> None:
+    assert abs(met.off) <= met.slack
+
+
+@pytest.mark.parametrize("missed", MISSED, ids=identity)
+def test_a_published_peak_with_a_cause_is_missed_and_by_no_more_than_it_says(missed: Measured) -> None:
+    """Where the first line fails the run is met, and its cause can go."""
+    assert abs(missed.off) > missed.slack
+    assert abs(missed.error) <= ROWS[missed.id]["within"]
+
+
+@pytest.mark.parametrize("goal", GOALS, ids=lambda goal: goal.title)
+def test_the_mean_error_of_large_peaks_reaches_its_goal(goal: Goal) -> None:
+    errors = golden.means(goal)
+    assert sum(errors) <= goal.most * len(errors)
+
+
+def test_small_peaks_are_met_within_60_mib() -> None:
+    assert {m.id: m.off for m in ANSWERED if not m.large and abs(m.off) > NEAR} == {}
+
+
+@pytest.mark.parametrize("m", BY_PHASE, ids=identity)
+def test_the_published_peaks_of_forward_and_backward_are_met(m: Measured) -> None:
+    assert abs(phase_peak(m.answer, "backward") - m.phases["backward"]) <= SLACK
+    # Checkpointed eager attention is counted one copy of the queries too high in forward: at most 64 MiB in these runs.
+    assert abs(phase_peak(m.answer, "forward") - m.phases["forward"]) <= 2 * SLACK
+
+
+@pytest.mark.xfail(reason="held outputs, the embeddings' output and its gradient live through the step as well")
+def test_the_published_peaks_of_the_step_are_met() -> None:
+    assert all(abs(phase_peak(m.answer, "step") - m.phases["step"]) <= SLACK for m in BY_PHASE)
+
+
+@pytest.mark.xfail(reason="where full logits come and go torch reserves up to 1.6 times what is allocated: 75 of 86")
+def test_the_band_holds_what_nine_of_ten_processes_took() -> None:
+    read = [m for m in MET if m.process is not None]
+    assert sum(bool(m.inside) for m in read) >= 0.9 * len(read)
+
+
+def test_no_run_that_died_is_said_to_fit() -> None:
+    assert verdicts()["died"]["fits"] == []
+
+
+def test_of_the_runs_that_ran_at_most_three_in_a_hundred_are_said_not_to_fit() -> None:
+    ran = verdicts()["ran"]
+    assert len(ran["does not fit"]) <= 0.03 * sum(map(len, ran.values())), ran["does not fit"]
+
+
+def test_every_answer_of_another_tool_is_about_a_golden_run() -> None:
+    assert {tool.asked for tool in golden.other_tools()} == {len(ANSWERED)}
