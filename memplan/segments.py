@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.record import FREED, Recorded, record
@@ -28,6 +29,7 @@ def recorded(structure: Structure, later: bool) -> Recorded:
         {run.times: axes[run.times] for run in stack.runs},
         autocast=recipe.compute if recipe.autocast else None,
         checkpoint=graph.checkpoint,
+        reentrant=graph.reentrant,
         grads_exist=later or structure.grads is not None or frees_gradients(structure),
         input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
         updates=dict(updates_of(structure)),
@@ -115,21 +117,19 @@ def _weights(operations: Iterable[Op], seen: set[str]) -> Iterator[Weight]:
 
 
 def _pass(recorded: Recorded, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]) -> Iterable[Block]:
-    """Replay a pass; what it leaves are gradients."""
+    """Replay a pass; what it leaves are gradients. `handles` are the workspaces not there yet: one comes with the
+    first product forward, one with the first backward, which is the head's."""
     bytes_ = [_bytes(key[0], key[1], axes) for key in recorded.sizes]
     blocks: dict[int, Block] = {}
     alloc, free = allocator.alloc, allocator.free
-    for handle in handles:
-        alloc(handle)
-        break
-    for number, key in recorded.events:
-        if key == FREED:
-            free(blocks.pop(number))
-        else:
-            blocks[number] = alloc(bytes_[key])
-    for handle in handles:
-        alloc(handle)
-        break
+    for events in (recorded.events[: recorded.head], recorded.events[recorded.head :]):
+        for handle in islice(handles, 1):
+            alloc(handle)
+        for number, key in events:
+            if key == FREED:
+                free(blocks.pop(number))
+            else:
+                blocks[number] = alloc(bytes_[key])
     return blocks.values()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
 from memplan.engine.allocator import Allocator, OutOfMemoryError
-from memplan.engine.record import FREED, WHOLE, record
+from memplan.engine.record import FREED, RUN, Recorded, record
 from memplan.engine.walk import size
 from memplan.estimator import walk
 from memplan.graph import built
@@ -170,30 +169,34 @@ def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run:
     graph = structure.graph
     (stack, axes), recipe = built(graph), graph.recipe
 
-    def sequence(whole: int) -> Counter[Any]:
-        made = record(
+    def sequence(copies: int) -> Recorded:
+        return record(
             stack,
             {r.times: axes[r.times] for r in stack.runs},
             recipe.compute if recipe.autocast else None,
             graph.checkpoint,
+            graph.reentrant,
             frees_gradients(structure),
             graph.checkpoint and recipe.kind not in ("full", "freeze"),
             dict(updates_of(structure)),
-            whole,
+            copies,
         )
-        live: Counter[Any] = Counter()
-        most: Counter[Any] = Counter()
-        size_of: dict[int, Any] = {}
+
+    def anonymous(made: Recorded) -> list[tuple[Any, list[int]]]:
+        """Storages by when they were made: what each is, and which are freed before the next one is made."""
+        order: dict[int, int] = {}
+        out: list[tuple[Any, list[int]]] = []
         for number, key in made.events:
             if key == FREED:
-                live[size_of.pop(number)] -= 1
+                out[-1][1].append(order[number])
             else:
-                size_of[number] = made.sizes[key]
-                live[size_of[number]] += 1
-                most[size_of[number]] = max(most[size_of[number]], live[size_of[number]])
-        return most
+                order[number] = len(order)
+                out.append((made.sizes[key], []))
+        return [(what, sorted(freed)) for what, freed in out]
 
-    assert sequence(WHOLE) == sequence(10**6)
+    few, every = sequence(RUN), sequence(10**6)
+    assert anonymous(few) == anonymous(every)
+    assert few.head == every.head
 
 
 @laws

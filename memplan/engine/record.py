@@ -1,8 +1,7 @@
 """Recording: a pass as the sequence of its allocations and frees, for the allocator's model. Structure only.
 
-Of a run of equal blocks a few copies are run whole, at both ends. Those in between are like the copy before them: of
-each only what it leaves behind is in the sequence, since what comes and goes within it finds the blocks that the copy
-before has freed.
+Of a run of equal blocks three copies are run: those at its ends and one between them. All others are like that one, so
+its events are repeated for them.
 """
 
 from __future__ import annotations
@@ -11,19 +10,21 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from memplan.engine.lower import Storage, Tape
+from memplan.engine.lower import Frame, Storage, Tape
 from memplan.engine.step import run_pass
 from memplan.ir import Stack, Tensor
 
 FREED = -1
-WHOLE = 3  # copies of a run that are run whole: at its start, at its end, and the one between that others are like
+RUN = 3  # copies of a run that are run: its first, its last, and the one between that all others are like
 
 
 class Recorded(NamedTuple):
-    """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED."""
+    """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED. Backward comes to the head at
+    the event `head`."""
 
     events: tuple[tuple[int, int], ...]
     sizes: tuple[tuple[str, ...], ...]
+    head: int
 
 
 class _Copy(NamedTuple):
@@ -41,6 +42,7 @@ class Recorder(Tape):
         super().__init__(grads_exist, updates=updates)
         self.events: list[tuple[int, int]] = []
         self.copies: list[_Copy] = []
+        self.outside: list[int] = []  # where backward comes to the loss, the head, and what is before the blocks
         self._numbers: dict[Storage, int] = {}
         self._entered = (0, 0)
 
@@ -58,6 +60,11 @@ class Recorder(Tape):
     def note(self) -> None:
         """Moments are not asked for."""
 
+    def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
+        if not frame.block:
+            self.outside.append(len(self.events))
+        super().backward(frame, grads)
+
     def enter_copy(self, skipped: int) -> None:
         self._entered = (len(self.events), skipped)
 
@@ -71,37 +78,38 @@ def record(
     depth: Mapping[str, int],
     autocast: str | None = None,
     checkpoint: bool = False,
+    reentrant: bool = False,
     grads_exist: bool = False,
     input_grad: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
-    whole: int = WHOLE,
+    copies: int = RUN,
 ) -> Recorded:
     """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`."""
     tape = Recorder(grads_exist, updates)
-    run_pass(tape, stack, depth, autocast, checkpoint, input_grad, whole)
-    events = _Expansion(tape).events if any(c.skipped for c in tape.copies) else tape.events
-    return Recorded(tuple(events), tuple(tape.sizes))
+    run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, copies)
+    every = _Expansion(tape)
+    return Recorded(tuple(every.events), tuple(tape.sizes), every.head)
 
 
 class _Expansion:
     """The events with those of the copies that were left out.
 
     A storage is known by the part it was made in and its place there, so that it has a namesake in every equal part. A
-    copy left out makes and frees what the copy it is like leaves and takes, with namesakes of its neighbours' storages.
+    copy left out makes and frees what the copy it is like does, with namesakes of its neighbours' storages.
     """
 
     def __init__(self, tape: Recorder) -> None:
         self.events: list[tuple[int, int]] = []
+        self.head = 0
         self._recorded = tape.events
+        self._head = tape.outside[1]
         self._parts = tape.copies
         self._made: list[list[int]] = []
         self._born: dict[int, tuple[int, int]] = {}  # a storage's part and place
-        self._dies: dict[int, int] = {}  # the part it is freed in
         for i, part in enumerate(tape.copies):
             within = tape.events[part.start : part.end]
             self._made.append([n for n, size in within if size != FREED])
             self._born.update((n, (i, place)) for place, n in enumerate(self._made[i]))
-            self._dies.update((n, i) for n, size in within if size == FREED)
         self._instances: dict[tuple[int, int], int] = {}
         self._fresh = sum(size != FREED for _, size in tape.events)
         last = len(tape.copies) - 1
@@ -130,7 +138,10 @@ class _Expansion:
 
     def _whole(self, start: int, end: int, part: int | None) -> None:
         """Events of a part that is run, or between parts."""
-        for number, size in self._recorded[start:end]:
+        for at in range(start, end):
+            number, size = self._recorded[at]
+            if at == self._head:
+                self.head = len(self.events)
             if size != FREED:
                 self.events.append((number, size))
                 continue
@@ -153,16 +164,12 @@ class _Expansion:
         return number
 
     def _left_out(self, part: int, forward: int, copy: int) -> None:
-        """What the `copy`th copy left out leaves and takes in a part, where copy 0 is run; `forward` is that one's
-        part of the forward pass."""
+        """The `copy`th copy left out in a part: copy 0 is run, and `forward` is its part of the forward pass."""
         start, end, skipped = self._parts[part]
         for number, size in self._recorded[start:end]:
             born, place = self._born.get(number, (None, 0))
-            if size != FREED:
-                if self._dies.get(number) != part:
-                    self.events.append((self._instance(number, copy), size))
-            elif born == forward != part:
-                self.events.append((self._instance(number, copy), FREED))
+            if size != FREED or born in (part, forward):
+                self.events.append((self._instance(number, copy), size))
             elif born is not None and born == forward - 1:
                 self.events.append((self._instance(self._made[forward][place], copy - 1), FREED))
             elif born is not None and born == part - 1:  # a gradient, of the copy after

@@ -113,13 +113,13 @@ def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]
     return (*before[:i], op._replace(holds="step"), *before[i + 1 :]), (op.writes[0].name,)
 
 
-def _one_by_one(copies: list[Copies], depth: Mapping[str, int], whole: int) -> list[Copies]:
-    """Every copy by itself, but of each run only `whole`: those in the middle are left out."""
+def _apart(copies: list[Copies], depth: Mapping[str, int], most: int) -> list[Copies]:
+    """Every copy by itself, but of each run `most`: those in the middle are left out."""
     out: list[Copies] = []
     for c in copies:
         count = 1 if c.alone else depth[c.times] - c.less
-        for i in range(min(count, whole)):
-            left_out = max(0, count - whole) if i == whole // 2 else 0
+        for i in range(min(count, most)):
+            left_out = max(0, count - most) if i == most // 2 else 0
             out.append(c._replace(alone=True, less=c.less + i, skipped=left_out))
     return out
 
@@ -143,7 +143,7 @@ def lower(
     takes in backward, once its gradient is there, by the weight's path.
     """
     tape = Tape(grads_exist, labelled, updates)
-    kept, runs = run_pass(tape, stack, depth, autocast, checkpoint, input_grad)
+    kept, runs = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad)
     return Lowered(tuple(tape.moments), kept, tape.snapshot(), tuple(tape.sizes), runs)
 
 
@@ -153,12 +153,13 @@ def run_pass(
     depth: Mapping[str, int],
     autocast: str | None,
     checkpoint: bool,
+    reentrant: bool,
     input_grad: bool,
-    whole: int = 0,
+    one_by_one: int = 0,
 ) -> tuple[Moment, tuple[tuple[str, int], ...]]:
     """Run the stack on the tape, forward and backward; see `lower`. Returns what is alive when forward is done, and
-    the runs of equal blocks. With `whole` there are none: that many copies of each are run one by one, and the others
-    left out."""
+    the runs of equal blocks. With `one_by_one` there are none: that many copies of each are run, and the others left
+    out."""
     scope = Scope()
     before = scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
@@ -166,8 +167,8 @@ def run_pass(
         before, leaf = _input_leaf(before)
     x_flows = bool(leaf) or any(w.trains for op in before for w in op.weights)
     copies = _copies(stack, Scope(scope, {"x": scope["embeds"]._replace(name="x")}), x_flows, autocast, depth)
-    if whole:
-        copies = _one_by_one(copies, depth, whole)
+    if one_by_one:
+        copies = _apart(copies, depth, one_by_one)
     last = copies[-1].scopes[-1]
     returned = _returned(stack, last, copies[-1].blocks[-1].ops)
     handed = {name: last[name]._replace(name=name) for name in returned}
