@@ -22,7 +22,8 @@ class Graph(NamedTuple):
 
     `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
-    that stand in for several; `converts`: what the model returns is cast to fp32.
+    that stand in for several; `converts`: what the model returns is cast to fp32;
+    `code` whose model it is.
     """
 
     model: ModelSpec
@@ -39,6 +40,7 @@ class Graph(NamedTuple):
     single: bool = False
     fused: tuple[str, ...] = ()
     converts: bool = False
+    code: str = "transformers"
 
 
 class Held(NamedTuple):
@@ -59,7 +61,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
     recipe, model = graph.recipe, graph.model
     axes = {**model.axes(), "r": graph.rank}
-    stack = fuse(build(model, graph.wiring), graph.fused)
+    stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)

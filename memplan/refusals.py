@@ -90,8 +90,6 @@ def _quantization(q: Quantization) -> Iterator[SpecError]:
         yield _later(f"{field}.format", q.format, "nf4, fp4, int8, gptq-int4")
     if q.storage != "uint8":
         yield _later(f"{field}.storage", q.storage, "uint8")
-    if "lm_head" not in (q.skip or ()):
-        yield SpecError(f"{field}.skip: a quantised lm_head is not supported yet; name lm_head in it", f"{field}.skip")
     if q.format == "int8" and q.block_size != Quantization().block_size:
         yield SpecError(f"{field}.block_size: int8 has no blocks; nf4 and fp4 have", f"{field}.block_size")
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
 from memplan.catalogue.attention import Wiring, large_tiles
+from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
@@ -101,7 +102,7 @@ def _decide(
     if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
     notes += _checkpoint_notes(model, method, precision)
-    recipe, more = _recipe(model, method, precision)
+    recipe, more = _recipe(model, method, precision, words["code"])
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()))
     notes += more
     capability = gpu.compute_capability if gpu else None
@@ -123,7 +124,9 @@ def _decide(
         logits=words["logits"] if kernels.loss == "hf" else "padded",
         single=single and kernels.loss == "hf" and words["logits"] != "padded",
         fused=tuple(sorted(kernels.fused or ())),
-        converts=loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model",
+        converts=words["converts"]
+        or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
+        code=words["code"],
     )
     structure = Structure(
         graph,
@@ -250,7 +253,7 @@ def _wiring(
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
 
 
-def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Recipe, list[str]]:
+def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -> tuple[Recipe, list[str]]:
     compute, autocast = str(precision.compute), precision.autocast
     if method.kind in ("full", "freeze"):
         if method.quantization is not None:
@@ -262,7 +265,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
     q = method.quantization
     if method.kind in ("lora", "dora") and q is not None:
         raise SpecError(f"method.quantization: use q{method.kind} for quantised weights", "method.quantization")
-    targets, notes = _targets(model, method)
+    targets, notes = _targets(model, method) if code == "transformers" else (_switches(method), [])
     saved = _modules(model, "method.modules_to_save", method.modules_to_save)
     recipe = Recipe(
         method.kind,
@@ -273,6 +276,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
         saved,
         method.dropout > 0,
         str(method.adapter_dtype),
+        library="peft" if code == "transformers" else code,
     )
     if q is None:
         return recipe, notes
@@ -283,7 +287,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
         quantization=q.format,
         double_quant=q.double_quant and q.format != "int8",
         block_size=q.block_size,
-        skip=("lm_head", *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head"))),
+        skip=(*(n for n in q.skip or () if n == "lm_head"), *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head"))),
         preparation=preparation,
     ), notes
 
@@ -345,6 +349,17 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
                 _refuse_rank(method.rank, path, dims)
         found.append(name)
     return tuple(dict.fromkeys(found)), notes
+
+
+def _switches(method: Method) -> tuple[str, ...]:
+    """The layers that LitGPT's LoRA adapts, as the switches of its command."""
+    if method.targets == "all-linear":
+        return tuple(switch for switch in SWITCHES if switch != "head")
+    found = [ROLES.get(name.rpartition(".")[2], name) for name in method.targets]
+    for name, switch in zip(method.targets, found, strict=True):
+        if switch not in SWITCHES:
+            raise UnknownNameError("method.targets", name, (*ROLES, *SWITCHES, "all-linear"))
+    return tuple(switch for switch in SWITCHES if switch in found)
 
 
 def _refuse_rank(rank: int, path: str, dims: tuple[int, int]) -> None:

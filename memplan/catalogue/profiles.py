@@ -17,6 +17,8 @@ WORDS = {
     "logits": "how transformers' loss was written: padded, shifted, model, half (catalogue/losses.py cross_entropy)",
     "sdpa_copies": "what is copied before torch's attention: heads (repeated k and v), all (q, k and v), or nothing",
     "flash_2_copies": "the same before flash attention 2",
+    "code": "whose model it is: transformers, litgpt",
+    "converts": "what the model returns is cast to fp32",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
 }
 
@@ -84,6 +86,8 @@ PROFILES = (
             Row("logits", "padded", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
             Row("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
             Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
+            Row("code", "transformers", "transformers 5.24"),
+            Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
         ),
     ),
@@ -171,6 +175,31 @@ PROFILES = (
             "models/llama/modeling_llama.py torch.cat), and logits of every prompt token in fp32",
             "rotary tables of all the config's positions, and the batch's rows of them in every layer",
         ),
+    ),
+    Profile(
+        "litgpt-2024",
+        "LitGPT of 2024",
+        "litgpt 0.5.3, lightning 2.2.5, bitsandbytes 0.42",
+        "transformers-5",
+        (
+            Row("code", "litgpt", "litgpt 0.5.3 model.py"),
+            Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
+            Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),
+            Row("kernels.checkpointing", "none", "litgpt 0.5.3 finetune/lora.py: only under FSDP"),
+            Row("kernels.loss", "chunked_lm_head", "litgpt 0.5.3 finetune/lora.py lm_head_chunk_size=128"),
+            Row("method.adapter_dtype", "weights", "litgpt 0.5.3 lora.py, under lightning's bf16-true"),
+            Row("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
+            Row("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
+            Row("converts", True, "lightning 2.2.5 fabric/plugins/precision/half.py convert_output"),
+        ),
+        ("several GPUs: activation checkpointing of every block under FSDP",),
+    ),
+    Profile(
+        "litgpt-2023",
+        "lit-gpt of autumn 2023",
+        "lit_gpt at 98898ca and alike, torch 2.1, bitsandbytes 0.41",
+        "litgpt-2024",
+        (),
     ),
 )
 
