@@ -34,7 +34,7 @@ def attach(
     """
     start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
     body, head = stack.after[:start], stack.after[start:]
-    held = hold_outputs or loss == "chunked_lm_head"
+    held = hold_outputs or (loss == "chunked_lm_head" and not converts)
     if held and not (loss == "hf" and logits == "model"):
         head = tuple(_held(op) if op is _last_writer(head) else op for op in head)
     last = _last_writer(head).writes[0].name
@@ -46,7 +46,8 @@ def attach(
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
             head = tuple(_summed_by_chunk(op) for op in head)
-            return stack._replace(after=(*body, *head), loss=_chunked_lm_head(last))
+            loss_ops = _chunked_lm_head(last) if not converts else _converted_chunks(last)
+            return stack._replace(after=(*body, *head), loss=loss_ops)
         case "fused":
             matrix = next(w for op in head for w in op.weights if w.rows)
             return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place))
@@ -234,6 +235,32 @@ def _chunked_lm_head(logits: str) -> tuple[Op, ...]:
             source=source,
         ),
         ops.leave("padded_labels", logits, "n"),
+    )
+
+
+def _converted_chunks(logits: str) -> tuple[Op, ...]:
+    """As lightning's Fabric has it: chunks of logits that are cast to fp32 before the training loop holds them.
+
+    A chunk's gradient comes in fp32 as its log-probabilities go, and is cast before the next chunk's: as much as half
+    of the log-probabilities is what stays.
+    """
+    source = "lightning 2.2.5 fabric/plugins/precision/half.py convert_output; litgpt 0.5 utils.py chunked_cross_entropy"
+    outputs, chunk = "outputs", Tensor("gradient of a chunk", "b 128 v", "fp32")
+    half, rest = Tensor("log_probs", "b s v", "fp32/2"), Tensor("log_probs, as many more", "b s v", "fp32/2")
+    return (
+        Op("loss.convert_output", (logits,), (Tensor(outputs, "b s v", "fp32"),), gradient="own", holds="step", source=source),
+        ops.leave(logits, "n"),
+        _targets(source),
+        Op(
+            "loss.chunks",
+            (outputs, "targets"),
+            (Tensor("loss", "", "fp32"), half, rest),
+            (),
+            (Keep(half.name, outputs, becomes=True), Keep(rest.name, outputs), Keep("targets", outputs)),
+            scratch_back=(Scratch(chunk), Scratch(chunk)),
+            source=source,
+        ),
+        ops.leave("padded_labels"),
     )
 
 
