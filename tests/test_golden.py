@@ -92,6 +92,16 @@ def test_the_band_holds_what_nine_of_ten_processes_took() -> None:
     assert sum(bool(m.inside) for m in read) >= 0.9 * len(read)
 
 
+def test_an_estimate_is_what_a_trace_with_the_libraries_of_its_time_shows() -> None:
+    """The runs of stock transformers 4.45, 4.48 and 5 that were published, traced again."""
+    assert {r.measured.id: r.engine for r in golden.replayed() if abs(r.engine) > 0.001} == {}
+
+
+def test_traces_of_large_published_runs_meet_what_the_card_showed_within_three_in_a_thousand() -> None:
+    errors = [abs(r.error) for r in golden.replayed() if r.measured.large]
+    assert sum(errors) <= 0.003 * len(errors)
+
+
 def test_no_run_that_died_is_said_to_fit() -> None:
     assert verdicts()["died"]["fits"] == []
 

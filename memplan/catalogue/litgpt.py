@@ -5,11 +5,11 @@ Source: litgpt 0.5.3 model.py; lit_gpt of October 2023, which differs in nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, flash
+from memplan.catalogue.attention import Wiring
 from memplan.catalogue.attention import attention as kernel
 from memplan.catalogue.llama import inputs, lm_head
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
@@ -155,7 +155,7 @@ def _attention(m: ModelSpec, wiring: Wiring, kind: Kind, x: str, y: str) -> tupl
         copy(f"{name}.k_heads", "k0", "k1", _Q, spread),
         copy(f"{name}.v_heads", "v0", "v", _Q, spread),
     )
-    attend = _capped(m) if kind.capped else _sdpa(m, wiring)
+    attend = _capped() if kind.capped else _sdpa(wiring)
     return (
         ops.linear(f"{name}.attn", x, "qkv", "qkv", "h", "attention", kind.bias),
         *heads,
@@ -188,12 +188,13 @@ def _join(name: str, turned: str, x: str, y: str) -> Op:
     return Op(name, (turned, x), (Tensor(y, _Q, f"={x}"),), gradient="new", source=f"{ops.DERIVATIVES}: cat")
 
 
-def _sdpa(m: ModelSpec, wiring: Wiring) -> Iterable[Op]:
+def _sdpa(wiring: Wiring) -> Iterable[Op]:
+    """q is joined head by head, and the kernels lay out what they make as they find q: its heads are copied together."""
     plain = wiring._replace(copies="")
-    return kernel("attn.attention", "q", "k", "v", "o", plain, False)
+    return (*kernel("attn.attention", "q", "k", "v", "heads", plain, False), ops.copy("attn.reshape", "heads", "o", _Q))
 
 
-def _capped(m: ModelSpec) -> Iterable[Op]:
+def _capped() -> Iterable[Op]:
     """Written out: capped scores, a mask of the model's dtype, the softmax in fp32."""
     n, scores = "attn.attention", "b a s s"
     return (
