@@ -34,8 +34,6 @@ def refuse_parts(method: Method, precision: Precision, optimizer: Optimizer, ker
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
-    if kernels.loss == "chunked_lm_head" and precision.autocast:
-        raise SpecError("kernels.loss: chunked_lm_head under autocast is not supported yet; chunked is", "kernels.loss")
     for refused in (*_method(method), *_precision(precision, method.quantization), *_optimizer(optimizer)):
         raise refused
 

@@ -93,6 +93,11 @@ def _decide(
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels)
+    if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
+        raise SpecError(
+            "kernels.loss: chunked_lm_head under autocast is not supported but by profile litgpt-...; chunked is",
+            "kernels.loss",
+        )
     notes: list[str] = []
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
     if gpu is not None and gpu_name is not None:

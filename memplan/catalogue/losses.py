@@ -45,7 +45,7 @@ def attach(
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
-            head = tuple(_summed_by_chunk(op) for op in head)
+            head = tuple(_cast_by_chunk(_summed_by_chunk(op), autocast) for op in head)
             loss_ops = _chunked_lm_head(last) if not converts else _converted_chunks(last)
             return stack._replace(after=(*body, *head), loss=loss_ops)
         case "fused":
@@ -211,6 +211,15 @@ def _summed_by_chunk(op: Op) -> Op:
     """A weight's gradient is the sum of every chunk's: beside it the next one and their sum, since they are views."""
     sums = tuple(Scratch(Tensor(f"{what} of {w.name}", w.shape, w.dtype), w.name) for w in op.weights for what in _SUM)
     return op._replace(scratch_back=(*op.scratch_back, *sums))
+
+
+def _cast_by_chunk(op: Op, autocast: str | None) -> Op:
+    """Autocast casts a frozen head for every chunk of 128 tokens anew, and each product keeps its cast."""
+    w = next((w for w in op.weights if w.matrix), None)
+    if autocast is None or w is None or w.trains or w.stored or w.dtype == autocast:
+        return op
+    casts = Tensor(f"casts of {w.name} for further chunks", f"further_chunks {w.shape}", autocast)
+    return op._replace(writes=(*op.writes, casts), keeps=(*op.keeps, Keep(casts.name, op.reads[0])))
 
 
 _SUM = ("gradient of a chunk", "sum of gradients")
