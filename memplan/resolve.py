@@ -126,8 +126,8 @@ def _decide(
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
         reentrant=bool(kernels.reentrant) and kernels.checkpointing == "full",
-        logits=words["logits"] if kernels.loss == "hf" else "padded",
-        single=single and kernels.loss == "hf" and words["logits"] != "padded",
+        logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
+        single=single and kernels.loss in ("hf", "fused") and words["logits"] != "padded",
         fused=tuple(sorted(kernels.fused or ())),
         converts=words["converts"]
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),

@@ -50,7 +50,7 @@ def attach(
             return stack._replace(after=(*body, *head), loss=loss_ops)
         case "fused":
             matrix = next(w for op in head for w in op.weights if w.rows)
-            return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place))
+            return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place, logits != "padded", single))
         case other:
             raise AssertionError(other)
 
@@ -278,16 +278,19 @@ def adds_in_place(capability: tuple[int, int] | None) -> bool:
     return capability is None or capability >= (8, 0)
 
 
-def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ...]:
+def _fused(matrix: Weight, autocast: str | None, in_place: bool, shifted: bool, single: bool) -> tuple[Op, ...]:
     """Chunks of `fc` tokens: logits, their gradient over them, and its products with the head's weight and the input.
 
     What backward hands on was made in forward: a gradient as large as the hidden states, and one of the weight if
     it trains. In fp32, and on cards before Ampere, a chunk's part of that is made apart, in fp32, before it is added.
     Autocast casts the weight for the first product every time, since it sees a view of it, and keeps the second's cast.
+    `shifted`: until Liger 0.5 the hidden states of all rows but the last were copied (not of a `single` sequence), and
+    the gradient of a chunk's logits was scaled into a copy.
     """
-    source = "liger-kernel 0.8 ops/fused_linear_cross_entropy.py"
-    made = (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", "b s h", "=n"))
-    keeps = (Keep("hidden_gradient", "n", becomes=True),)
+    source = f"liger-kernel {'0.5.2' if shifted else '0.8'} ops/fused_linear_cross_entropy.py"
+    rows, read = ("shifted_rows h", "n.shifted") if shifted else ("b s h", "n")
+    made = (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", rows, "=n"))
+    keeps = (Keep("hidden_gradient", read, becomes=True),)
     half = (autocast or matrix.dtype) != "fp32"
     beside: tuple[Tensor, ...] = ()
     kept: tuple[Tensor, ...] = ()
@@ -300,21 +303,25 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ..
         if not (half and in_place):
             product = Tensor("product of a chunk", matrix.shape, autocast or "")
             beside = (product, *((Tensor("product in fp32", matrix.shape, "fp32"),) if half else ()))
+    chunk = Tensor("logits of a chunk", "fc v", autocast or "")
+    copied = Op("loss.shift", ("n",), (Tensor(read, rows),), gradient="new", view=single, source=source)
+    labels = Op("loss.shift_labels", ("labels",), (Tensor("targets", "shifted_labels", "int64"),), source=source)
     return (
-        _targets(source),
+        *((copied, labels) if shifted else (_targets(source),)),
         Op(
             "loss.fused",
-            ("n", "targets"),
+            (read, "targets"),
             made,
             (matrix,),
             keeps,
             scratch=(
                 Tensor("losses", "b s", "fp32"),
-                Tensor("logits of a chunk", "fc v", autocast or ""),
+                chunk,
+                *((chunk._replace(name="scaled gradient of a chunk"),) if shifted else ()),
                 *kept,
                 *beside,
             ),
             source=source,
         ),
-        ops.leave("padded_labels", "n"),
+        ops.leave("targets" if shifted else "padded_labels", read, "n"),
     )
