@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.fused import fuse
+from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
@@ -116,6 +116,12 @@ def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
     stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
     operations = [op for run in stack.runs for b in run.blocks for op in b.ops] + [*stack.before, *stack.after]
     return {op.name: matrix_shape(w, axes) for op in operations for w in op.weights if w.rows}
+
+
+@lru_cache(maxsize=512)
+def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
+    """The fused kernels that find operations of the model to stand in for."""
+    return frozenset(fusible(build(model, Wiring("flash", "efficient"), code)))
 
 
 def modules(model: ModelSpec) -> set[str]:

@@ -18,7 +18,7 @@ from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
-from memplan.graph import Graph, adaptable, attention_dtype, modules
+from memplan.graph import Graph, adaptable, attention_dtype, fusible_kernels, modules
 from memplan.models import ModelSpec
 from memplan.program import Structure
 from memplan.refusals import refuse, refuse_parts
@@ -108,6 +108,8 @@ def _decide(
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
     notes += _checkpoint_notes(model, method, precision)
     recipe, more = _recipe(model, method, precision, words["code"])
+    kernels, more = _fusing(model, method, kernels, words["code"])
+    notes += more
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()))
     notes += more
     capability = gpu.compute_capability if gpu else None
@@ -354,6 +356,18 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
                 _refuse_rank(method.rank, path, dims)
         found.append(name)
     return tuple(dict.fromkeys(found)), notes
+
+
+def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str) -> tuple[Kernels, list[str]]:
+    """The fused kernels that have something to do, and notes on those that have not."""
+    asked = kernels.fused or ()
+    if not asked:
+        return kernels, []
+    able = fusible_kernels(model, code) | {"cross_entropy"} - ({"cross_entropy"} if kernels.loss != "hf" else set())
+    able |= {"lora"} if method.kind in ("lora", "qlora") and code == "transformers" else set()
+    idle = [name for name in asked if name not in able]
+    notes = [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle]
+    return kernels.model_copy(update={"fused": tuple(name for name in asked if name in able)}), notes
 
 
 def _switches(method: Method) -> tuple[str, ...]:

@@ -82,6 +82,7 @@ def cross_entropy(
     shifted   logits are cast to fp32 in the loss, and all rows but the last copied; the model still holds them in half
     model     the model itself casts to fp32, so that half-precision logits go at once; then as shifted
     half      never cast: all rows but the last are copied, and the loss is in the logits' dtype
+    in_place  Megatron's: cast to fp32, and softmax and gradient are written over that; labels come shifted
 
     `single`: of a single sequence all rows but the last are contiguous already, and no copy is made. `fused`: a kernel
     that keeps the logits it is given and writes their gradient over them; half-precision ones where they are padded.
@@ -96,6 +97,13 @@ def cross_entropy(
             _targets(source),
             *kernel("loss", wide, "log_probs", "targets", "b s v", "loss"),
             ops.leave(wide, "padded_labels", "targets", logits, "n"),
+        )
+    if form == "in_place":
+        source = "megatron-core 0.12 tensor_parallel/cross_entropy.py"
+        return (
+            _float(logits, source),
+            *_overwriting("loss", "logits32", "", "labels", "b s v", "loss"),
+            ops.leave("logits32", logits, "n"),
         )
     source, wide = _SHIFTED[form], logits if form == "half" else "logits32"
     return (
