@@ -90,6 +90,7 @@ def _decide(
     windowed: bool,
     single: bool,
 ) -> Decided:
+    asked = kernels.fused is not None
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels)
@@ -108,8 +109,8 @@ def _decide(
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
     notes += _checkpoint_notes(model, method, precision)
     recipe, more = _recipe(model, method, precision, words["code"])
-    kernels, more = _fusing(model, method, kernels, words["code"])
-    notes += more
+    kernels, idle = _fusing(model, method, kernels, words["code"])
+    notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()))
     notes += more
     capability = gpu.compute_capability if gpu else None
@@ -149,7 +150,11 @@ def _decide(
         scales=loop.grad_scaler,
         trainer=loop.trainer,
     )
-    if spares_embeddings(str(optimizer.name)) and not loop.trainer and (method.kind == "full" or method.modules_to_save):
+    if (
+        spares_embeddings(str(optimizer.name))
+        and not loop.trainer
+        and (method.kind == "full" or method.modules_to_save)
+    ):
         notes.append(
             f"under transformers' Trainer, {optimizer.name} keeps the states of embeddings in fp32: "
             "say so with loop.trainer (--trainer)"
@@ -294,7 +299,10 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -
         quantization=q.format,
         double_quant=q.double_quant and q.format != "int8",
         block_size=q.block_size,
-        skip=(*(n for n in q.skip or () if n == "lm_head"), *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head"))),
+        skip=(
+            *(n for n in q.skip or () if n == "lm_head"),
+            *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head")),
+        ),
         preparation=preparation,
     ), notes
 
@@ -359,15 +367,17 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
 
 
 def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str) -> tuple[Kernels, list[str]]:
-    """The fused kernels that have something to do, and notes on those that have not."""
+    """The kernels with those fused ones that have something to do, and the names of those that have not."""
     asked = kernels.fused or ()
     if not asked:
         return kernels, []
-    able = fusible_kernels(model, code) | {"cross_entropy"} - ({"cross_entropy"} if kernels.loss != "hf" else set())
-    able |= {"lora"} if method.kind in ("lora", "qlora") and code == "transformers" else set()
-    idle = [name for name in asked if name not in able]
-    notes = [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle]
-    return kernels.model_copy(update={"fused": tuple(name for name in asked if name in able)}), notes
+    able = set(fusible_kernels(model, code))
+    if kernels.loss == "hf":
+        able.add("cross_entropy")
+    if method.kind in ("lora", "qlora") and code == "transformers":
+        able.add("lora")
+    used = tuple(name for name in asked if name in able)
+    return kernels.model_copy(update={"fused": used}), [name for name in asked if name not in able]
 
 
 def _switches(method: Method) -> tuple[str, ...]:

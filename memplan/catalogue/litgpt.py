@@ -71,7 +71,11 @@ def _block(m: ModelSpec, wiring: Wiring, kind: Kind) -> Block:
         *(_norm(kind, "post_mlp_norm", mo, "mo") if kind.post else ()),
     )
     if kind.parallel:
-        joined = (*after, ops.add("parallel", "mo", "ao", "branches", "b s h"), ops.add("residual", "branches", "x", "y", "b s h"))
+        joined = (
+            *after,
+            ops.add("parallel", "mo", "ao", "branches", "b s h"),
+            ops.add("residual", "branches", "x", "y", "b s h"),
+        )
     else:
         joined = (
             ops.add("residual_1", "ao", "x", "x1", "b s h"),
@@ -189,7 +193,7 @@ def _join(name: str, turned: str, x: str, y: str) -> Op:
 
 
 def _sdpa(wiring: Wiring) -> Iterable[Op]:
-    """q is joined head by head, and the kernels lay out what they make as they find q: its heads are copied together."""
+    """q is joined head by head, and a kernel lays out what it makes as it finds q: the heads are copied together."""
     plain = wiring._replace(copies="")
     return (*kernel("attn.attention", "q", "k", "v", "heads", plain, False), ops.copy("attn.reshape", "heads", "o", _Q))
 

@@ -83,11 +83,12 @@ def _joined(op: Op, x: str, roles: tuple[str, ...], dtype: str) -> Iterator[Op]:
     count = len(roles)
     a = Weight(f"{n}.lora_A", f"{count} r h", "adapter", dtype, matrix=True, rows=2)
     lora_a = ops.linear(f"{n}.lora_A", x, f"{p}.a", f"{count} r", "h", "adapter")
-    yield lora_a._replace(
-        weights=(a,), keeps=(Keep(a.name, x), Keep(x, a.name))
-    )
+    yield lora_a._replace(weights=(a,), keeps=(Keep(a.name, x), Keep(x, a.name)))
     heads = {role: "a d" if role == "query" else "k d" for role in roles}
-    b = tuple(Weight(f"{n}.lora_B.{role}", f"{shape} r", "adapter", dtype, matrix=True, rows=2) for role, shape in heads.items())
+    b = tuple(
+        Weight(f"{n}.lora_B.{role}", f"{shape} r", "adapter", dtype, matrix=True, rows=2)
+        for role, shape in heads.items()
+    )
     made = tuple(Tensor(f"{p}.{role}", f"b s {shape}") for role, shape in heads.items())
     yield Op(
         f"{n}.conv1d",

@@ -24,8 +24,8 @@ def attach(
     """`stack` with the loss of that kind; `hold_outputs` where the script's variable keeps the logits through backward.
 
     `autocast` is the compute dtype, or None; `adds_in_place` is for the fused loss, see `adds_in_place`; `logits`
-    and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient over the logits;
-    `converts` where accelerate makes what the model returns fp32.
+    and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient
+    over the logits; `converts` where accelerate or Fabric make what the model returns fp32.
 
     hf                transformers: all logits, then in fp32
     chunked           torchtune: logits in eight chunks, each in fp32 on its own
@@ -109,7 +109,11 @@ def cross_entropy(
     return (
         *(() if form == "half" else (_float(logits, source),)),
         *((ops.leave(logits),) if form == "model" else ()),
-        *((ops.view("loss.returned", wide, "returned", "b s v")._replace(holds="step"),) if form == "model" and held else ()),
+        *(
+            (ops.view("loss.returned", wide, "returned", "b s v")._replace(holds="step"),)
+            if form == "model" and held
+            else ()
+        ),
         *_shifted(wide, source, single),
         *kernel("loss", "shifted", "log_probs", "targets", "shifted_rows v", "loss"),
         ops.leave("shifted", "targets", wide, *((logits,) if form == "shifted" else ()), "n"),
@@ -119,7 +123,9 @@ def cross_entropy(
 def _converted(logits: str) -> Op:
     """Under autocast accelerate casts the outputs to fp32 before it hands them on, the logits too."""
     source = "accelerate 1.0 utils/operations.py ConvertOutputsToFp32"
-    return Op("loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, gradient="none", source=source)
+    return Op(
+        "loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, gradient="none", source=source
+    )
 
 
 def _float(logits: str, source: str) -> Op:
@@ -144,7 +150,7 @@ _SHIFTED = {
 
 
 def _overwriting(n: str, logits: str, made: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
-    """A kernel that keeps the logits and one fp32 number a row, and hands back the logits' storage as their gradient."""
+    """A kernel that keeps the logits and an fp32 number a row, and hands back the logits' storage as their gradient."""
     rows = shape.removesuffix(" v")
     sums = f"{n}.logsumexp"
     return (
@@ -261,11 +267,20 @@ def _converted_chunks(logits: str) -> tuple[Op, ...]:
     A chunk's gradient comes in fp32 as its log-probabilities go, and is cast before the next chunk's: as much as half
     of the log-probabilities is what stays.
     """
-    source = "lightning 2.2.5 fabric/plugins/precision/half.py convert_output; litgpt 0.5 utils.py chunked_cross_entropy"
+    source = (
+        "lightning 2.2.5 fabric/plugins/precision/half.py convert_output; litgpt 0.5 utils.py chunked_cross_entropy"
+    )
     outputs, chunk = "outputs", Tensor("gradient of a chunk", "b 128 v", "fp32")
     half, rest = Tensor("log_probs", "b s v", "fp32/2"), Tensor("log_probs, as many more", "b s v", "fp32/2")
     return (
-        Op("loss.convert_output", (logits,), (Tensor(outputs, "b s v", "fp32"),), gradient="own", holds="step", source=source),
+        Op(
+            "loss.convert_output",
+            (logits,),
+            (Tensor(outputs, "b s v", "fp32"),),
+            gradient="own",
+            holds="step",
+            source=source,
+        ),
         ops.leave(logits, "n"),
         _targets(source),
         Op(

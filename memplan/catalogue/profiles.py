@@ -97,7 +97,9 @@ PROFILES = (
         "transformers 4.51.3, peft 0.15.2",
         "transformers-5",
         (
-            Row("optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"),
+            Row(
+                "optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"
+            ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
             Row("sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"),
             Row(
@@ -181,7 +183,13 @@ PROFILES = (
         "TRL 0.24",
         "trl 0.24.0 with transformers 5",
         "transformers-5",
-        (Row("method.quantization.kbit_preparation", "trl", "trl 0.24.0 models/utils.py prepare_peft_model, under bf16"),),
+        (
+            Row(
+                "method.quantization.kbit_preparation",
+                "trl",
+                "trl 0.24.0 models/utils.py prepare_peft_model, under bf16",
+            ),
+        ),
         ("token accuracy copies the shifted logits after the loss: never as much as the loss itself has had",),
     ),
     Profile(
