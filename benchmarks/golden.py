@@ -167,6 +167,7 @@ STOCK = ("fms-acceleration, stock", "fitcheck")
 GOALS = (
     Goal("stock Hugging Face training", 0.01, lambda m: m.family in STOCK and not m.fused),
     Goal("fused losses and kernels", 0.02, lambda m: m.fused),
+    Goal("LitGPT and torchtune", 0.03, lambda m: m.family in ("litgpt", "torchtune")),
     Goal("all", 0.03, lambda _: True),
 )
 
