@@ -270,8 +270,9 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
     yield from runs(met)
     if missed:
         yield f"\n### Missed, and why\n\n{len(missed)} runs: {span([m.error for m in missed])}.\n"
+        missed.sort(key=lambda m: -abs(m.error))
         causes = list(dict.fromkeys(m.cause for m in missed))
-        yield from runs(sorted(missed, key=lambda m: -abs(m.error)), causes)
+        yield from runs(missed, causes)
         yield ""
         yield from (f"{i}. {cause[0].upper()}{cause[1:]}." for i, cause in enumerate(causes, 1))
     yield REPLAYED

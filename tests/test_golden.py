@@ -37,6 +37,13 @@ def test_a_golden_run_says_where_it_comes_from_and_what_it_is(row: dict[str, Any
     assert row["allocated"] <= row.get("reserved", row["allocated"]) <= row.get("process", 2**60)
 
 
+def test_runs_that_died_say_where_they_come_from_and_how_much_the_card_had() -> None:
+    for row in rows("oom.jsonl"):
+        assert row["source"].startswith("https://")
+        assert RunSpec(**row["run"]).gpu is not None
+        assert 0 < row["seen"] < 2**37
+
+
 def test_no_measurement_is_counted_twice() -> None:
     ids = [row["id"] for name in ("published.jsonl", "oom.jsonl") for row in rows(name)]
     ids += [id for group in golden.not_expressed() for id in group["ids"]]
