@@ -22,6 +22,7 @@ from benchmarks.golden import (
     not_expressed,
     other_tools,
     phase_peak,
+    replayed,
     rows,
     verdicts,
 )
@@ -173,6 +174,18 @@ def bands(published: Sequence[Measured]) -> Iterable[str]:
         )
 
 
+def traces() -> Iterable[str]:
+    yield "| transformers | runs | trace against card, mean | worst | estimate against trace, mean | worst |"
+    yield "|---|---|---|---|---|---|"
+    for version in (*dict.fromkeys(r.versions["transformers"] for r in replayed()), ""):
+        those = [r for r in replayed() if r.measured.large and version in ("", r.versions["transformers"])]
+        yield (
+            f"| {version or '**all**'} | {len(those)} | {percent(mean(abs(r.error) for r in those))} "
+            f"| {percent(max(abs(r.error) for r in those))} | {percent(mean(abs(r.engine) for r in those))} "
+            f"| {percent(max(abs(r.engine) for r in those))} |"
+        )
+
+
 def confusion() -> Iterable[str]:
     yield f"| on the 80 GB card | {' | '.join(VERDICTS)} |"
     yield "|---|---|---|---|---|"
@@ -257,10 +270,13 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
     yield from runs(met)
     if missed:
         yield f"\n### Missed, and why\n\n{len(missed)} runs: {span([m.error for m in missed])}.\n"
+        missed.sort(key=lambda m: -abs(m.error))
         causes = list(dict.fromkeys(m.cause for m in missed))
-        yield from runs(sorted(missed, key=lambda m: -abs(m.error)), causes)
+        yield from runs(missed, causes)
         yield ""
         yield from (f"{i}. {cause[0].upper()}{cause[1:]}." for i, cause in enumerate(causes, 1))
+    yield REPLAYED
+    yield from traces()
     yield FIT
     yield from confusion()
     yield BANDS
@@ -313,6 +329,13 @@ and fifteen more in which a fault of an earlier version showed.
 TRACED_LOSSES = """
 Other losses than transformers' on a small Qwen2, by every method and precision: liger-kernel 0.8's own function with
 kernels that compute nothing, torchtune's and LitGPT's written out.
+"""
+
+REPLAYED = """
+## Traces against cards
+
+Steps of stock Hugging Face runs above 4 GiB, traced by `memplan probe --trace` with the transformers and PEFT of their
+time on torch 2.13, and cuBLAS's workspaces added.
 """
 
 FIT = """

@@ -7,6 +7,7 @@ Each tool runs in a virtual environment of its own, $OTHER_TOOLS/<tool>/bin/pyth
 
     python -m venv $OTHER_TOOLS/ftuneai && $OTHER_TOOLS/ftuneai/bin/pip install ftuneai==0.4.1
 
+(for torch-mem-tracker: torch and transformers==4.48.1); the versions asked are in other_tools.jsonl, beside this file.
 A calculator that is a web page or a lone script is written out here from its public formula, with its address.
 
 Every tool is told what it can be told: the model's sizes and its exact number of parameters, method, rank, targets,
@@ -86,10 +87,10 @@ class Run:
 
 
 class Answer(NamedTuple):
-    """Bytes of the peak: what the tool sums up as tensors, and the total that it shows."""
+    """Bytes of the peak: what the tool sums up as tensors, and the total that it shows, if it means a whole process."""
 
     allocated: float
-    shown: float
+    shown: float | None
 
 
 class UnsupportedError(Exception):
@@ -542,6 +543,7 @@ def gpu_poor(run: Run) -> Answer:
     """
     only(run.method != "full" or run.quantization == "none", "full training of quantised weights")
     only(run.weights != "fp32", "weights in fp32")
+    only(not run.flash, "no setting for fused attention")
     adam(run)
     h, i, n, s = run.hidden, run.ffn, run.layers, run.sequence
     size = 2 * run.vocab * h + n * (4 * h * h + 3 * i * h)
@@ -607,10 +609,12 @@ def llama_factory(run: Run) -> Answer:
 def torch_mem_tracker(run: Run) -> Answer:
     """torch.distributed._tools.mem_tracker, which torchtitan estimates with: two steps of the real model, faked.
 
-    A trace rather than a formula: it needs torch and transformers. On the CPU's fake tensors, whose fused
-    attention keeps what a GPU's does. It hooks every parameter's gradient, and refuses one that has none.
+    A trace rather than a formula: it needs torch and transformers (4.48.1, which these runs had). On the CPU's fake
+    tensors, whose fused attention keeps what a GPU's does. It hooks every parameter's gradient, and refuses one that
+    has none.
     """
     only(run.method == "full", "hooks every parameter, so that none may be frozen")
+    plain_loss(run)
     only(not run.own_stack, "needs transformers' own model and loss")
     adam(run)
     torch, transformers = imported("torch"), imported("transformers")
@@ -618,9 +622,11 @@ def torch_mem_tracker(run: Run) -> Answer:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     kind = run.config["model_type"]
     config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in run.config.items() if k != "model_type"})
+    if run.flash:  # a fused kernel keeps no mask of its dropout, and the CPU's has no dropout
+        config.attn_pdrop = config.attention_dropout = 0.0
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtypes[run.weights], attn_implementation="sdpa" if run.flash else "eager"
+            config, torch_dtype=dtypes[run.weights], attn_implementation="sdpa" if run.flash else "eager"
         )
     model.train()
     if run.checkpointed:
@@ -642,7 +648,7 @@ def torch_mem_tracker(run: Run) -> Answer:
                 optimizer.zero_grad()
                 tracked.reset_mod_stats()
         (peak,) = tracked.get_tracker_snapshot("peak").values()
-    return Answer(peak["Total"], peak["Total"])
+    return Answer(peak["Total"], None)
 
 
 TOOLS: dict[str, Callable[[Run], Answer]] = {
@@ -691,10 +697,8 @@ def answered(tool: str, run: Run) -> list[dict[str, Any]]:
             answer = TOOLS[tool](run)
     except UnsupportedError as error:
         return [{**head, "unsupported": str(error)}]
-    return [
-        {**head, "metric": "allocated", "bytes": round(answer.allocated)},
-        {**head, "metric": "process", "bytes": round(answer.shown)},
-    ]
+    named = (("allocated", answer.allocated), ("process", answer.shown))
+    return [{**head, "metric": metric, "bytes": round(bytes_)} for metric, bytes_ in named if bytes_ is not None]
 
 
 def answer_here(tool: str) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.fused import fuse
+from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
@@ -22,7 +22,8 @@ class Graph(NamedTuple):
 
     `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
-    that stand in for several; `converts`: what the model returns is cast to fp32.
+    that stand in for several; `converts`: what the model returns is cast to fp32;
+    `code` whose model it is.
     """
 
     model: ModelSpec
@@ -39,6 +40,7 @@ class Graph(NamedTuple):
     single: bool = False
     fused: tuple[str, ...] = ()
     converts: bool = False
+    code: str = "transformers"
 
 
 class Held(NamedTuple):
@@ -59,7 +61,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
     recipe, model = graph.recipe, graph.model
     axes = {**model.axes(), "r": graph.rank}
-    stack = fuse(build(model, graph.wiring), graph.fused)
+    stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
@@ -114,6 +116,12 @@ def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
     stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
     operations = [op for run in stack.runs for b in run.blocks for op in b.ops] + [*stack.before, *stack.after]
     return {op.name: matrix_shape(w, axes) for op in operations for w in op.weights if w.rows}
+
+
+@lru_cache(maxsize=512)
+def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
+    """The fused kernels that find operations of the model to stand in for."""
+    return frozenset(fusible(build(model, Wiring("flash", "efficient"), code)))
 
 
 def modules(model: ModelSpec) -> set[str]:

@@ -195,6 +195,7 @@ def run_axes(program: Program, micro: int, sequence: int, half: bool, large_tile
         "targets": tokens if b > 1 else s + 1,
         "padded_labels": b * (s + 1) if b > 1 else 0,
         "shifted_rows": b * (s - 1),
+        "further_chunks": (s - 1) // 128,
         "shifted_labels": b * (s - 1) if b > 1 else 0,
         "sorted_ids": 0,
         "segments": 0,

@@ -34,8 +34,6 @@ def refuse_parts(method: Method, precision: Precision, optimizer: Optimizer, ker
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
-    if kernels.loss == "chunked_lm_head" and precision.autocast:
-        raise SpecError("kernels.loss: chunked_lm_head under autocast is not supported yet; chunked is", "kernels.loss")
     for refused in (*_method(method), *_precision(precision, method.quantization), *_optimizer(optimizer)):
         raise refused
 
@@ -90,8 +88,6 @@ def _quantization(q: Quantization) -> Iterator[SpecError]:
         yield _later(f"{field}.format", q.format, "nf4, fp4, int8, gptq-int4")
     if q.storage != "uint8":
         yield _later(f"{field}.storage", q.storage, "uint8")
-    if "lm_head" not in (q.skip or ()):
-        yield SpecError(f"{field}.skip: a quantised lm_head is not supported yet; name lm_head in it", f"{field}.skip")
     if q.format == "int8" and q.block_size != Quantization().block_size:
         yield SpecError(f"{field}.block_size: int8 has no blocks; nf4 and fp4 have", f"{field}.block_size")
 

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
 from memplan.catalogue.attention import Wiring, large_tiles
+from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
-from memplan.graph import Graph, adaptable, attention_dtype, modules
+from memplan.graph import Graph, adaptable, attention_dtype, fusible_kernels, modules
 from memplan.models import ModelSpec
 from memplan.program import Structure
 from memplan.refusals import refuse, refuse_parts
@@ -89,9 +90,15 @@ def _decide(
     windowed: bool,
     single: bool,
 ) -> Decided:
+    asked = kernels.fused is not None
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels)
+    if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
+        raise SpecError(
+            "kernels.loss: chunked_lm_head under autocast is not supported but by profile litgpt-...; chunked is",
+            "kernels.loss",
+        )
     notes: list[str] = []
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
     if gpu is not None and gpu_name is not None:
@@ -101,7 +108,9 @@ def _decide(
     if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
     notes += _checkpoint_notes(model, method, precision)
-    recipe, more = _recipe(model, method, precision)
+    recipe, more = _recipe(model, method, precision, words["code"])
+    kernels, idle = _fusing(model, method, kernels, words["code"])
+    notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()))
     notes += more
     capability = gpu.compute_capability if gpu else None
@@ -120,10 +129,12 @@ def _decide(
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
         reentrant=bool(kernels.reentrant) and kernels.checkpointing == "full",
-        logits=words["logits"] if kernels.loss == "hf" else "padded",
-        single=single and kernels.loss == "hf" and words["logits"] != "padded",
+        logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
+        single=single and kernels.loss in ("hf", "fused") and words["logits"] != "padded",
         fused=tuple(sorted(kernels.fused or ())),
-        converts=loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model",
+        converts=words["converts"]
+        or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
+        code=words["code"],
     )
     structure = Structure(
         graph,
@@ -139,7 +150,11 @@ def _decide(
         scales=loop.grad_scaler,
         trainer=loop.trainer,
     )
-    if spares_embeddings(str(optimizer.name)) and not loop.trainer and (method.kind == "full" or method.modules_to_save):
+    if (
+        spares_embeddings(str(optimizer.name))
+        and not loop.trainer
+        and (method.kind == "full" or method.modules_to_save)
+    ):
         notes.append(
             f"under transformers' Trainer, {optimizer.name} keeps the states of embeddings in fp32: "
             "say so with loop.trainer (--trainer)"
@@ -250,7 +265,7 @@ def _wiring(
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
 
 
-def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Recipe, list[str]]:
+def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -> tuple[Recipe, list[str]]:
     compute, autocast = str(precision.compute), precision.autocast
     if method.kind in ("full", "freeze"):
         if method.quantization is not None:
@@ -262,7 +277,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
     q = method.quantization
     if method.kind in ("lora", "dora") and q is not None:
         raise SpecError(f"method.quantization: use q{method.kind} for quantised weights", "method.quantization")
-    targets, notes = _targets(model, method)
+    targets, notes = _targets(model, method) if code == "transformers" else (_switches(method), [])
     saved = _modules(model, "method.modules_to_save", method.modules_to_save)
     recipe = Recipe(
         method.kind,
@@ -273,6 +288,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
         saved,
         method.dropout > 0,
         str(method.adapter_dtype),
+        library="peft" if code == "transformers" else code,
     )
     if q is None:
         return recipe, notes
@@ -283,7 +299,10 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision) -> tuple[Rec
         quantization=q.format,
         double_quant=q.double_quant and q.format != "int8",
         block_size=q.block_size,
-        skip=("lm_head", *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head"))),
+        skip=(
+            *(n for n in q.skip or () if n == "lm_head"),
+            *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head")),
+        ),
         preparation=preparation,
     ), notes
 
@@ -345,6 +364,31 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
                 _refuse_rank(method.rank, path, dims)
         found.append(name)
     return tuple(dict.fromkeys(found)), notes
+
+
+def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str) -> tuple[Kernels, list[str]]:
+    """The kernels with those fused ones that have something to do, and the names of those that have not."""
+    asked = kernels.fused or ()
+    if not asked:
+        return kernels, []
+    able = set(fusible_kernels(model, code))
+    if kernels.loss == "hf":
+        able.add("cross_entropy")
+    if method.kind in ("lora", "qlora") and code == "transformers":
+        able.add("lora")
+    used = tuple(name for name in asked if name in able)
+    return kernels.model_copy(update={"fused": used}), [name for name in asked if name not in able]
+
+
+def _switches(method: Method) -> tuple[str, ...]:
+    """The layers that LitGPT's LoRA adapts, as the switches of its command."""
+    if method.targets == "all-linear":
+        return tuple(switch for switch in SWITCHES if switch != "head")
+    found = [ROLES.get(name.rpartition(".")[2], name) for name in method.targets]
+    for name, switch in zip(method.targets, found, strict=True):
+        if switch not in SWITCHES:
+            raise UnknownNameError("method.targets", name, (*ROLES, *SWITCHES, "all-linear"))
+    return tuple(switch for switch in SWITCHES if switch in found)
 
 
 def _refuse_rank(rank: int, path: str, dims: tuple[int, int]) -> None:

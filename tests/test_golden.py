@@ -18,7 +18,7 @@ MISSED = [m for m in ANSWERED if m.cause]
 BY_PHASE = [m for m in ANSWERED if m.phases]
 
 # Fields for which published runs are refused as yet, and how many runs each.
-NOT_YET = {"profile": 30}
+NOT_YET = {"kernels.compile": 2, "kernels.checkpointing": 1}
 
 
 def identity(found: Any) -> str:
@@ -35,6 +35,13 @@ def test_a_golden_run_says_where_it_comes_from_and_what_it_is(row: dict[str, Any
     assert RunSpec.model_validate_json(run.model_dump_json()) == run
     assert run.gpu is None or row["allocated"] < find_gpu(run.gpu).usable
     assert row["allocated"] <= row.get("reserved", row["allocated"]) <= row.get("process", 2**60)
+
+
+def test_runs_that_died_say_where_they_come_from_and_how_much_the_card_had() -> None:
+    for row in rows("oom.jsonl"):
+        assert row["source"].startswith("https://")
+        assert RunSpec(**row["run"]).gpu is not None
+        assert 0 < row["seen"] < 2**37
 
 
 def test_no_measurement_is_counted_twice() -> None:
@@ -90,6 +97,16 @@ def test_the_published_peaks_of_the_step_are_met() -> None:
 def test_the_band_holds_what_nine_of_ten_processes_took() -> None:
     read = [m for m in MET if m.process is not None]
     assert sum(bool(m.inside) for m in read) >= 0.9 * len(read)
+
+
+def test_an_estimate_is_what_a_trace_with_the_libraries_of_its_time_shows() -> None:
+    """The runs of stock transformers 4.45, 4.48 and 5 that were published, traced again."""
+    assert {r.measured.id: r.engine for r in golden.replayed() if abs(r.engine) > 0.001} == {}
+
+
+def test_traces_of_large_published_runs_meet_what_the_card_showed_within_three_in_a_thousand() -> None:
+    errors = [abs(r.error) for r in golden.replayed() if r.measured.large]
+    assert sum(errors) <= 0.003 * len(errors)
 
 
 def test_no_run_that_died_is_said_to_fit() -> None:

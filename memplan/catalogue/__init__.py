@@ -37,7 +37,12 @@ _MODULES = {
 }
 
 
-def build(model: ModelSpec, wiring: Wiring) -> Stack:
-    """The model as a stack of operations, with its weights and without dtypes, method or loss."""
+def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack:
+    """The model as a stack of operations, with its weights and without dtypes, method or loss.
+
+    `code`: whose, transformers' or litgpt's.
+    """
+    if code == "litgpt":
+        return import_module("memplan.catalogue.litgpt").build(model, wiring)
     module = import_module(f"memplan.catalogue.{_MODULES[model.model_type]}")
     return module.BUILDERS[model.model_type](model, wiring)

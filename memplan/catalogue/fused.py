@@ -106,5 +106,5 @@ def _fused(operations: tuple[Op, ...], wanted: frozenset[str]) -> tuple[Op, ...]
         if unit is None:
             out.append(op)
         elif op is unit[-1]:
-            out.append(KERNELS[_kernel(op.unit)].make(unit))
+            out.append(KERNELS[_kernel(op.unit)].make(unit)._replace(unit=op.unit))
     return tuple(out)

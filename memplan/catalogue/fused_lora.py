@@ -76,7 +76,9 @@ def _forward(layers: list[Layer], x: str, compute: str) -> Iterator[Op]:
     """Each base matrix for its product."""
     for layer in layers:
         if layer.base.stored:
-            yield Op(f"{layer.op.name}.base_layer", (x,), scratch=_whole(layer, compute), gradient="none", source=_SOURCE)
+            yield Op(
+                f"{layer.op.name}.base_layer", (x,), scratch=_whole(layer, compute), gradient="none", source=_SOURCE
+            )
 
 
 def _weights(layers: list[Layer]) -> tuple[Weight, ...]:

@@ -24,8 +24,8 @@ def attach(
     """`stack` with the loss of that kind; `hold_outputs` where the script's variable keeps the logits through backward.
 
     `autocast` is the compute dtype, or None; `adds_in_place` is for the fused loss, see `adds_in_place`; `logits`
-    and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient over the logits;
-    `converts` where accelerate makes what the model returns fp32.
+    and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient
+    over the logits; `converts` where accelerate or Fabric make what the model returns fp32.
 
     hf                transformers: all logits, then in fp32
     chunked           torchtune: logits in eight chunks, each in fp32 on its own
@@ -34,7 +34,7 @@ def attach(
     """
     start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
     body, head = stack.after[:start], stack.after[start:]
-    held = hold_outputs or loss == "chunked_lm_head"
+    held = hold_outputs or (loss == "chunked_lm_head" and not converts)
     if held and not (loss == "hf" and logits == "model"):
         head = tuple(_held(op) if op is _last_writer(head) else op for op in head)
     last = _last_writer(head).writes[0].name
@@ -45,11 +45,12 @@ def attach(
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
-            head = tuple(_summed_by_chunk(op) for op in head)
-            return stack._replace(after=(*body, *head), loss=_chunked_lm_head(last))
+            head = tuple(_cast_by_chunk(_summed_by_chunk(op), autocast) for op in head)
+            loss_ops = _chunked_lm_head(last) if not converts else _converted_chunks(last)
+            return stack._replace(after=(*body, *head), loss=loss_ops)
         case "fused":
             matrix = next(w for op in head for w in op.weights if w.rows)
-            return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place))
+            return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place, logits != "padded", single))
         case other:
             raise AssertionError(other)
 
@@ -81,6 +82,7 @@ def cross_entropy(
     shifted   logits are cast to fp32 in the loss, and all rows but the last copied; the model still holds them in half
     model     the model itself casts to fp32, so that half-precision logits go at once; then as shifted
     half      never cast: all rows but the last are copied, and the loss is in the logits' dtype
+    in_place  Megatron's: cast to fp32, and softmax and gradient are written over that; labels come shifted
 
     `single`: of a single sequence all rows but the last are contiguous already, and no copy is made. `fused`: a kernel
     that keeps the logits it is given and writes their gradient over them; half-precision ones where they are padded.
@@ -96,11 +98,22 @@ def cross_entropy(
             *kernel("loss", wide, "log_probs", "targets", "b s v", "loss"),
             ops.leave(wide, "padded_labels", "targets", logits, "n"),
         )
+    if form == "in_place":
+        source = "megatron-core 0.12 tensor_parallel/cross_entropy.py"
+        return (
+            _float(logits, source),
+            *_overwriting("loss", "logits32", "", "labels", "b s v", "loss"),
+            ops.leave("logits32", logits, "n"),
+        )
     source, wide = _SHIFTED[form], logits if form == "half" else "logits32"
     return (
         *(() if form == "half" else (_float(logits, source),)),
         *((ops.leave(logits),) if form == "model" else ()),
-        *((ops.view("loss.returned", wide, "returned", "b s v")._replace(holds="step"),) if form == "model" and held else ()),
+        *(
+            (ops.view("loss.returned", wide, "returned", "b s v")._replace(holds="step"),)
+            if form == "model" and held
+            else ()
+        ),
         *_shifted(wide, source, single),
         *kernel("loss", "shifted", "log_probs", "targets", "shifted_rows v", "loss"),
         ops.leave("shifted", "targets", wide, *((logits,) if form == "shifted" else ()), "n"),
@@ -110,7 +123,9 @@ def cross_entropy(
 def _converted(logits: str) -> Op:
     """Under autocast accelerate casts the outputs to fp32 before it hands them on, the logits too."""
     source = "accelerate 1.0 utils/operations.py ConvertOutputsToFp32"
-    return Op("loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, gradient="none", source=source)
+    return Op(
+        "loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, gradient="none", source=source
+    )
 
 
 def _float(logits: str, source: str) -> Op:
@@ -135,7 +150,7 @@ _SHIFTED = {
 
 
 def _overwriting(n: str, logits: str, made: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
-    """A kernel that keeps the logits and one fp32 number a row, and hands back the logits' storage as their gradient."""
+    """A kernel that keeps the logits and an fp32 number a row, and hands back the logits' storage as their gradient."""
     rows = shape.removesuffix(" v")
     sums = f"{n}.logsumexp"
     return (
@@ -212,6 +227,15 @@ def _summed_by_chunk(op: Op) -> Op:
     return op._replace(scratch_back=(*op.scratch_back, *sums))
 
 
+def _cast_by_chunk(op: Op, autocast: str | None) -> Op:
+    """Autocast casts a frozen head for every chunk of 128 tokens anew, and each product keeps its cast."""
+    w = next((w for w in op.weights if w.matrix), None)
+    if autocast is None or w is None or w.trains or w.stored or w.dtype == autocast:
+        return op
+    casts = Tensor(f"casts of {w.name} for further chunks", f"further_chunks {w.shape}", autocast)
+    return op._replace(writes=(*op.writes, casts), keeps=(*op.keeps, Keep(casts.name, op.reads[0])))
+
+
 _SUM = ("gradient of a chunk", "sum of gradients")
 
 
@@ -237,21 +261,59 @@ def _chunked_lm_head(logits: str) -> tuple[Op, ...]:
     )
 
 
+def _converted_chunks(logits: str) -> tuple[Op, ...]:
+    """As lightning's Fabric has it: chunks of logits that are cast to fp32 before the training loop holds them.
+
+    A chunk's gradient comes in fp32 as its log-probabilities go, and is cast before the next chunk's: as much as half
+    of the log-probabilities is what stays.
+    """
+    source = (
+        "lightning 2.2.5 fabric/plugins/precision/half.py convert_output; litgpt 0.5 utils.py chunked_cross_entropy"
+    )
+    outputs, chunk = "outputs", Tensor("gradient of a chunk", "b 128 v", "fp32")
+    half, rest = Tensor("log_probs", "b s v", "fp32/2"), Tensor("log_probs, as many more", "b s v", "fp32/2")
+    return (
+        Op(
+            "loss.convert_output",
+            (logits,),
+            (Tensor(outputs, "b s v", "fp32"),),
+            gradient="own",
+            holds="step",
+            source=source,
+        ),
+        ops.leave(logits, "n"),
+        _targets(source),
+        Op(
+            "loss.chunks",
+            (outputs, "targets"),
+            (Tensor("loss", "", "fp32"), half, rest),
+            (),
+            (Keep(half.name, outputs, becomes=True), Keep(rest.name, outputs), Keep("targets", outputs)),
+            scratch_back=(Scratch(chunk), Scratch(chunk)),
+            source=source,
+        ),
+        ops.leave("padded_labels"),
+    )
+
+
 def adds_in_place(capability: tuple[int, int] | None) -> bool:
     """Whether the fused loss adds half-precision products into the head's gradient without a copy of its size."""
     return capability is None or capability >= (8, 0)
 
 
-def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ...]:
+def _fused(matrix: Weight, autocast: str | None, in_place: bool, shifted: bool, single: bool) -> tuple[Op, ...]:
     """Chunks of `fc` tokens: logits, their gradient over them, and its products with the head's weight and the input.
 
     What backward hands on was made in forward: a gradient as large as the hidden states, and one of the weight if
     it trains. In fp32, and on cards before Ampere, a chunk's part of that is made apart, in fp32, before it is added.
     Autocast casts the weight for the first product every time, since it sees a view of it, and keeps the second's cast.
+    `shifted`: until Liger 0.5 the hidden states of all rows but the last were copied (not of a `single` sequence), and
+    the gradient of a chunk's logits was scaled into a copy.
     """
-    source = "liger-kernel 0.8 ops/fused_linear_cross_entropy.py"
-    made = (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", "b s h", "=n"))
-    keeps = (Keep("hidden_gradient", "n", becomes=True),)
+    source = f"liger-kernel {'0.5.2' if shifted else '0.8'} ops/fused_linear_cross_entropy.py"
+    rows, read = ("shifted_rows h", "n.shifted") if shifted else ("b s h", "n")
+    made = (Tensor("loss", "", "fp32"), Tensor("hidden_gradient", rows, "=n"))
+    keeps = (Keep("hidden_gradient", read, becomes=True),)
     half = (autocast or matrix.dtype) != "fp32"
     beside: tuple[Tensor, ...] = ()
     kept: tuple[Tensor, ...] = ()
@@ -264,21 +326,25 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool) -> tuple[Op, ..
         if not (half and in_place):
             product = Tensor("product of a chunk", matrix.shape, autocast or "")
             beside = (product, *((Tensor("product in fp32", matrix.shape, "fp32"),) if half else ()))
+    chunk = Tensor("logits of a chunk", "fc v", autocast or "")
+    copied = Op("loss.shift", ("n",), (Tensor(read, rows),), gradient="new", view=single, source=source)
+    labels = Op("loss.shift_labels", ("labels",), (Tensor("targets", "shifted_labels", "int64"),), source=source)
     return (
-        _targets(source),
+        *((copied, labels) if shifted else (_targets(source),)),
         Op(
             "loss.fused",
-            ("n", "targets"),
+            (read, "targets"),
             made,
             (matrix,),
             keeps,
             scratch=(
                 Tensor("losses", "b s", "fp32"),
-                Tensor("logits of a chunk", "fc v", autocast or ""),
+                chunk,
+                *((chunk._replace(name="scaled gradient of a chunk"),) if shifted else ()),
                 *kept,
                 *beside,
             ),
             source=source,
         ),
-        ops.leave("padded_labels", "n"),
+        ops.leave("targets" if shifted else "padded_labels", read, "n"),
     )

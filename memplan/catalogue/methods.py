@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from memplan.catalogue import ops
+from memplan.catalogue import litgpt_lora, ops
 from memplan.catalogue.fused_lora import fuse_lora
 from memplan.catalogue.quantization import dequantise, quantised_linear, stored
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
@@ -233,6 +233,7 @@ class Recipe(NamedTuple):
     weights: dtype the model is loaded in. compute: what quantised layers compute in. quantization: "" or a format.
     preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
     targets: names of linear layers, or ("all-linear",). fused: adapted layers are one function where one exists.
+    library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command.
     """
 
     kind: str
@@ -249,6 +250,7 @@ class Recipe(NamedTuple):
     skip: tuple[str, ...] = ("lm_head",)
     preparation: str = ""
     fused: bool = False
+    library: str = "peft"
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -259,7 +261,7 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
     if recipe.kind in ("full", "freeze"):
         return reweigh(stack, lambda w: w._replace(dtype=recipe.weights))
     head = head_of(stack)
-    wide = frozenset(w.name for w in head.weights)
+    wide = frozenset(w.name for w in head.weights) if "lm_head" in recipe.skip else frozenset[str]()
     narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
     stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
     if recipe.saved:
@@ -267,9 +269,13 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
     adapter = Adapter(recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind)
 
     def takes(op: Op) -> bool:
+        if recipe.library == "litgpt":
+            return litgpt_lora.takes(op, recipe.targets)
         return matrix(op) is not None and (
             _named(op, recipe) or (recipe.targets == ("all-linear",) and op.name != head.name)
         )
+
+    older = recipe.library == "litgpt"
 
     if recipe.fused:
         stack = rewrite_lists(
@@ -283,10 +289,14 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
         if w is None:
             looks_up = any(v.rows and v.group == "embedding" for v in op.weights)
             return tuple(_lora_embedding(op, recipe.adapter_dtype)) if looks_up and _named(op, recipe) else (op,)
+        if takes(op) and recipe.library == "litgpt":
+            return tuple(
+                litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)
+            )
         if takes(op):
             return tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
         if w.stored:
-            return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute))
+            return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute, older))
         return (op,)
 
     return rewrite(stack, change)
@@ -363,7 +373,8 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[s
     """A base weight under an adapter: frozen, quantised unless it is the head's, or cast unless it is `narrow`."""
     if recipe.quantization and quantisable(w, recipe.skip) and w.name not in head:
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
-        return w._replace(dtype=recipe.weights, trains=False, stored=kept)
+        dtype = "fp16" if recipe.library == "litgpt" else recipe.weights  # lightning quantises from fp16
+        return w._replace(dtype=dtype, trains=False, stored=kept)
     dtype = "fp32" if recipe.preparation and w.name not in narrow else recipe.weights
     return w._replace(dtype=dtype, trains=False)
 

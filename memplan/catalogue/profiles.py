@@ -14,9 +14,11 @@ from memplan.errors import UnknownNameError
 
 # What a row may set beside fields of a run.
 WORDS = {
-    "logits": "how transformers' loss was written: padded, shifted, model, half (catalogue/losses.py cross_entropy)",
+    "logits": "how the loss of all logits is written: padded, shifted, model, half, in_place (catalogue/losses.py)",
     "sdpa_copies": "what is copied before torch's attention: heads (repeated k and v), all (q, k and v), or nothing",
     "flash_2_copies": "the same before flash attention 2",
+    "code": "whose model it is: transformers, litgpt",
+    "converts": "what the model returns is cast to fp32",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
 }
 
@@ -84,16 +86,20 @@ PROFILES = (
             Row("logits", "padded", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
             Row("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
             Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
+            Row("code", "transformers", "transformers 5.24"),
+            Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
         ),
     ),
     Profile(
         "transformers-4.51",
-        "transformers 4.49 to 4.57",
+        "transformers 4.49 to 4.52",
         "transformers 4.51.3, peft 0.15.2",
         "transformers-5",
         (
-            Row("optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"),
+            Row(
+                "optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"
+            ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
             Row("sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"),
             Row(
@@ -171,6 +177,176 @@ PROFILES = (
             "models/llama/modeling_llama.py torch.cat), and logits of every prompt token in fp32",
             "rotary tables of all the config's positions, and the batch's rows of them in every layer",
         ),
+    ),
+    Profile(
+        "trl-0.24",
+        "TRL 0.24",
+        "trl 0.24.0 with transformers 5",
+        "transformers-5",
+        (
+            Row(
+                "method.quantization.kbit_preparation",
+                "trl",
+                "trl 0.24.0 models/utils.py prepare_peft_model, under bf16",
+            ),
+        ),
+        ("token accuracy copies the shifted logits after the loss: never as much as the loss itself has had",),
+    ),
+    Profile(
+        "trl-0.13",
+        "TRL 0.13",
+        "trl 0.13.0 with transformers 4.48.1 and peft 0.13.2",
+        "transformers-4.48",
+        (
+            Row(
+                "method.quantization.kbit_preparation",
+                "trl",
+                "trl 0.13.0 trainer/sft_trainer.py, peft_module_casting_to_bf16 under bf16",
+            ),
+        ),
+    ),
+    Profile(
+        "axolotl-0.12",
+        "Axolotl 0.12",
+        "axolotl 0.12.2, which pins transformers 4.55.2, peft 0.17.0, bitsandbytes 0.47.0",
+        "transformers-5",
+        (
+            Row("kernels.reentrant", True, "axolotl 0.12.2 utils/config/__init__.py normalize_config"),
+            Row(
+                "method.quantization.kbit_preparation",
+                False,
+                "axolotl 0.12.2 loaders/model.py: norms and embeddings are cast back where there is an adapter",
+            ),
+        ),
+        ("sample packing and Axolotl's own offloading of activations",),
+    ),
+    Profile(
+        "llamafactory-0.9",
+        "LLaMA-Factory 0.9",
+        "llamafactory 0.9.3 with transformers 4.51.3 and peft 0.15.2",
+        "transformers-4.51",
+        (
+            Row("kernels.reentrant", True, "llamafactory 0.9.3 hparams/model_args.py use_reentrant_gc"),
+            Row("method.adapter_dtype", "fp32", "llamafactory 0.9.3 model/adapter.py cast_trainable_params_to_fp32"),
+            Row(
+                "method.quantization.kbit_preparation",
+                False,
+                "llamafactory 0.9.3 model/model_utils/checkpointing.py prepare_model_for_training: no casts by default",
+            ),
+        ),
+        ("full and freeze tuning cast what trains to fp32 unless pure_bf16 is set: say precision amp for that",),
+    ),
+    Profile(
+        "unsloth-2025",
+        "Unsloth of January 2025",
+        "unsloth 2025.1.5 with transformers 4.48",
+        "transformers-4.48",
+        (
+            Row("logits", "padded", "unsloth 2025.1.5 models/llama.py CausalLM_fast_forward"),
+            Row("kernels.loss", "fused", "unsloth 2025.1.5 models/llama.py fused_linear_cross_entropy"),
+            Row(
+                "kernels.fused",
+                ("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
+                "unsloth 2025.1.5 kernels/",
+            ),
+            Row("sdpa_copies", "heads", "unsloth 2025.1.5 models/llama.py LlamaAttention_fast_forward"),
+            Row("method.adapter_dtype", "fp32", "unsloth 2025.1.5 models/_utils.py prepare_model_for_kbit_training"),
+            Row(
+                "method.quantization.kbit_preparation",
+                False,
+                "unsloth 2025.1.5 models/_utils.py prepare_model_for_kbit_training: casts adapters only",
+            ),
+        ),
+        ('use_gradient_checkpointing="unsloth", which moves the inputs of layers to the host',),
+    ),
+    Profile(
+        "torchtune",
+        "torchtune 0.6",
+        "torchtune 0.6.1, recipes/configs/llama3_1",
+        "transformers-5",
+        (
+            Row("kernels.loss", "chunked", "torchtune 0.6.1 modules/loss/ce_chunked_output_loss.py"),
+            Row("kernels.reentrant", False, "torchtune 0.6.1 training/activations.py"),
+            Row("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
+            Row("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
+            Row("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
+        ),
+        (
+            "torchtune's RMSNorm and rotary positions, in fp32 throughout: transformers' are counted",
+            "compiled models, packed samples and offloaded activations",
+        ),
+    ),
+    Profile(
+        "torchtitan",
+        "TorchTitan 0.3",
+        "torchtitan 0.3.0",
+        "transformers-5",
+        (
+            Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
+            Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
+        ),
+        (
+            "FSDP2 with fp32 shards and bf16 computation, tensor and pipeline parallelism: several GPUs",
+            "selective checkpointing of operations, and compiled blocks and loss",
+        ),
+    ),
+    Profile(
+        "megatron-core",
+        "Megatron-core 0.12",
+        "megatron-core 0.12.0",
+        "transformers-5",
+        (
+            Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
+            Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
+        ),
+        (
+            "gradients and masters in fp32: say precision mixed with grads fp32",
+            "Megatron's own layers (fused norms, rotary positions, biases with dropout) and megatron_gpt configs",
+            "tensor, sequence, context and pipeline parallelism and the distributed optimizer: several GPUs",
+        ),
+    ),
+    Profile(
+        "fsdp_qlora",
+        "Answer.AI's fsdp_qlora",
+        "fsdp_qlora train.py at 02586ac with transformers 4.38",
+        "transformers-4.38",
+        (
+            Row("kernels.reentrant", False, "fsdp_qlora train.py CheckpointImpl.NO_REENTRANT"),
+            Row("optimizer.name", "adamw_torch", "fsdp_qlora train.py torch.optim.AdamW"),
+            Row("method.quantization.kbit_preparation", False, "fsdp_qlora train.py: model.to(torch_dtype)"),
+        ),
+        (
+            "quantised weights sharded by FSDP in bf16 storage, and offloaded to the host: several GPUs",
+            "blocks' scales, which are not sharded",
+        ),
+    ),
+    Profile(
+        "litgpt-2024",
+        "LitGPT of 2024",
+        "litgpt 0.5.3, lightning 2.2.5, bitsandbytes 0.42",
+        "transformers-5",
+        (
+            Row("code", "litgpt", "litgpt 0.5.3 model.py"),
+            Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
+            Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),
+            Row("kernels.checkpointing", "none", "litgpt 0.5.3 finetune/lora.py: only under FSDP"),
+            Row("kernels.loss", "chunked_lm_head", "litgpt 0.5.3 finetune/lora.py lm_head_chunk_size=128"),
+            Row("method.adapter_dtype", "weights", "litgpt 0.5.3 lora.py, under lightning's bf16-true"),
+            Row("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
+            Row("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
+            Row("converts", True, "lightning 2.2.5 fabric/plugins/precision/half.py convert_output"),
+        ),
+        (
+            "of quantised weights: bitsandbytes' StableEmbedding, whose weight and norm get gradients nobody uses",
+            "several GPUs: every block is checkpointed under FSDP",
+        ),
+    ),
+    Profile(
+        "litgpt-2023",
+        "lit-gpt of autumn 2023",
+        "lit_gpt at 98898ca and alike, torch 2.1, bitsandbytes 0.41",
+        "litgpt-2024",
+        (),
     ),
 )
 

@@ -52,14 +52,17 @@ def dequantise(w: Weight, name: str, y: str, shape: str, dtype: str = "") -> Op:
     return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=absmax(w), source=f"{_BNB} dequantize_4bit")
 
 
-def quantised_linear(op: Op, name: str, y: str, compute: str) -> Iterator[Op]:
-    """bitsandbytes' linear layer in place of `op`, writing `y`; `compute` is what 4-bit ones compute in."""
+def quantised_linear(op: Op, name: str, y: str, compute: str, older: bool = False) -> Iterator[Op]:
+    """bitsandbytes' linear layer in place of `op`, writing `y`; `compute` is what 4-bit ones compute in.
+
+    `older`: before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step.
+    """
     w = next(w for w in op.weights if w.matrix)
     into = w.shape.removeprefix(op.writes[0].shape.removeprefix("b s ")).strip()
     return (
         _linear_int8(op, w, name, y, into)
         if w.stored[0].dtype == "int8"
-        else _linear_4bit(op, w, name, y, into, compute)
+        else _linear_4bit(op, w, name, y, into, compute, older)
     )
 
 
@@ -93,12 +96,13 @@ def _linear_int8(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op
     )
 
 
-def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str) -> Iterator[Op]:
+def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str, older: bool) -> Iterator[Op]:
     """Nothing of the input is kept; the matrix is dequantised in both directions.
 
     The input is cast to the layer's compute dtype and the result back; the first call casts the bias, for good. Forward
     dequantises to the compute dtype at once, backward to the dtype the matrix had and then casts that.
-    Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py MatMul4Bit.
+    Before 0.43 forward did as backward does, and the backward node referred to the input (`older`).
+    Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py MatMul4Bit; 0.41.3 and 0.42.
     """
     (x,), shape = op.reads, op.writes[0].shape
     full = Tensor("dequantised", w.shape, compute)
@@ -110,9 +114,10 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str) 
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=(*scales, *scales, full),
+        scratch=(*scales, *scales, full) if not older else (*scales, *(t.tensor for t in back)),
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient="view",
+        captures=(f"{y}.in",) if older else (),
         source=f"{_BNB} MatMul4Bit",
     )
     yield ops.cast(f"{name}.cast_back", f"{y}.out", y, shape, f"={x}")

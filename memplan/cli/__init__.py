@@ -207,6 +207,12 @@ def _complete_optimizer(incomplete: str) -> list[str]:
     return [name for name in optimizer_names() if name.startswith(incomplete)]
 
 
+def _complete_profile(incomplete: str) -> list[str]:
+    from memplan.catalogue.profiles import PROFILES
+
+    return [profile.name for profile in PROFILES if profile.name.startswith(incomplete)]
+
+
 def _choices(*words: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
@@ -359,12 +365,20 @@ def estimate(
             complete=_choices("hf", "chunked", "fused", "chunked_lm_head"),
         ),
     ] = None,
+    fused: Annotated[
+        str | None,
+        _option(
+            "Fused kernels, with commas between: rope, rms_norm, swiglu, cross_entropy, lora. Default none.",
+            of=KERNELS,
+            complete=_choices("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
+        ),
+    ] = None,
     profile: Annotated[
         str | None,
         _option(
-            "Framework and version that decide what is left open. Default transformers-5.",
+            "Framework and version that decide what is left open; memplan profiles lists them. Default transformers-5.",
             of=KERNELS,
-            complete=_choices("transformers-5"),
+            complete=_complete_profile,
         ),
     ] = None,
     gpu: Annotated[
@@ -496,6 +510,7 @@ def _exit_code(answers: "Sequence[Estimate]", strict: bool) -> int:
 _TEXT = "What to look for in names, ids and kinds. Default everything."
 _MODEL = typer.Argument(help=_TEXT, autocompletion=_complete_model)
 _GPU = typer.Argument(help=_TEXT, autocompletion=_complete_gpu)
+_PROFILE = typer.Argument(help=_TEXT, autocompletion=_complete_profile)
 _JSON = typer.Option("--json", help="As JSON.")
 
 
@@ -520,6 +535,19 @@ def gpus(text: Annotated[list[str] | None, _GPU] = None, json: Annotated[bool, _
         from memplan.report.listing import cards
 
         _show(cards(" ".join(text or ()), json), "json" if json else "table")
+        return 0
+
+    return _answered(listed)
+
+
+@app.command()
+def profiles(text: Annotated[list[str] | None, _PROFILE] = None, json: Annotated[bool, _JSON] = False) -> int:
+    """List the profiles, frameworks and their versions, and what each sets where a run leaves it open."""
+
+    def listed() -> int:
+        from memplan.report.listing import profiles
+
+        _show(profiles(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
     return _answered(listed)

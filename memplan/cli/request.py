@@ -44,6 +44,7 @@ WORDS = {
     "dtype": "precision.weights",
     "precision": "precision",
     "gradient_checkpointing": "kernels.checkpointing",
+    "fused": "kernels.fused",
     "zero": "parallelism.strategy",
     "fsdp": "parallelism.strategy",
     "offload": "parallelism.offload",
@@ -147,6 +148,8 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         if name in given:
             value = given[name]
             yield f"method.{name}", value if value == "all-linear" else _listed(value)
+    if "fused" in given:
+        yield "kernels.fused", _listed(given["fused"])
     if "kbit_preparation" in given:
         word = given["kbit_preparation"].lower()
         yield "method.quantization.kbit_preparation", {"true": True, "false": False}.get(word, word)

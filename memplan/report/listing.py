@@ -1,4 +1,4 @@
-"""The catalogue of models and of GPUs, searched: what `memplan models` and `memplan gpus` print."""
+"""The catalogue of models, of GPUs and of profiles, searched: what `memplan models`, `gpus` and `profiles` print."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 from memplan.cards import card_names, load_card
+from memplan.catalogue.profiles import PROFILES, WHEN, Profile, Row
 from memplan.errors import UnknownNameError
 from memplan.gpus import GPU, all_gpus, find_gpu
 from memplan.models import ModelSpec
@@ -113,6 +114,41 @@ def _price(gpu: GPU) -> str:
         return ""
     low, high = min(p.usd_per_hour for p in asked), max(p.usd_per_hour for p in asked)
     return (f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}") + f" ({max(p.date for p in asked)})"
+
+
+def profiles(text: str, as_json: bool) -> str:
+    """The profiles with `text` in their name or title, and what each sets: its own rows, over those it is like."""
+    found = _search("profile", text, PROFILES, lambda profile: (profile.name, profile.title))
+    if as_json:
+        return _json([_profile_facts(profile) for profile in found])
+    columns = (Column("profile"), Column("sets"), Column("to"), Column("source", optional=True))
+    rows: list[tuple[str, ...]] = []
+    for profile in found:
+        like = f"all that {profile.like} sets, but:" if profile.like else ""
+        rows.append((profile.name, profile.title, like, profile.read))
+        rows += [("", _of(row), _shown(row.value), row.source) for row in profile.rows]
+        rows += [("", "not counted yet", wait, "") for wait in profile.waits]
+    return "\n".join(table(columns, rows, _screen())) + "\n"
+
+
+def _of(row: Row) -> str:
+    """The field, and which runs it is set for."""
+    only = [WHEN[row.when]] if row.when else []
+    if row.model_types:
+        only.append("of " + ", ".join(row.model_types))
+    return f"{row.field} {' '.join(only)}".strip()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(str(part) for part in cast(tuple[object, ...], value)) or "none"
+    return str(value) or "nothing"
+
+
+def _profile_facts(profile: Profile) -> dict[str, Any]:
+    return {**profile._asdict(), "rows": [row._asdict() for row in profile.rows]}
 
 
 def _search(field: str, text: str, rows: Iterable[Any], words: Callable[[Any], Iterable[str]]) -> Sequence[Any]:

@@ -248,6 +248,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("checkpointing", str(run.kernels.checkpointing) + (", reentrant" if _reenters(run.kernels) else "")),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", str(run.kernels.loss) + ("; outputs held to the step's end" if loop.hold_outputs else "")),
+        *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
         ("profile", run.profile),
     ]
     if run.parallelism.world > 1:
