@@ -61,6 +61,17 @@ def segments(
     return allocator.peak_reserved
 
 
+def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
+    """What no replay explains, in bytes: see `memplan.catalogue.overhead.LOGITS_AGAIN`."""
+    stack, own = built(structure.graph)
+    heads = [op for op in stack.after if any("v" in t.shape.split() for t in op.writes)]
+    if "cross_entropy" not in structure.graph.fused or len(heads) != 1:
+        return 0
+    numbers = {**own, **axes}
+    shifted = [key for key in recorded(structure, later=False).sizes if key[0] == "shifted_rows v"]
+    return max((_bytes(key[0], key[1], numbers) for key in shifted), default=_bytes("b s v", "fp32", numbers))
+
+
 def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:
     return size(shape, dtype, axes)[1]
 

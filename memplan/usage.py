@@ -14,7 +14,7 @@ from memplan.catalogue.overhead import COVERAGE, SHOWN, Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
-from memplan.segments import segments
+from memplan.segments import cached_logits, segments
 from memplan.units import MIB
 
 
@@ -100,13 +100,17 @@ class Usage:
     def at_most(self) -> int:
         """More than torch ever reserves: what comes and goes twice, and the rest of its segments."""
         moving = max(0, self.allocated - self._resident)
-        return max(self._load, self.allocated + moving) * 21 // 20 + 256 * MIB
+        return max(self._load, self.allocated + moving) * 21 // 20 + 256 * MIB + self._again
 
     @cached_property
     def _roomy(self) -> int:
         found = reserved(self._replay)
         assert found is not None
-        return max(found, self.allocated)
+        return max(found, self.allocated) + self._again
+
+    @cached_property
+    def _again(self) -> int:
+        return cached_logits(self._replay.structure, dict(self._replay.axes))
 
     def _lives_in(self, capacity: int) -> bool:
         return capacity >= self.allocated and reserved(self._replay, capacity) is not None

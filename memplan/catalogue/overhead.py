@@ -59,11 +59,11 @@ def cuda_context(capability: tuple[int, int] | None) -> Overhead:
             return Overhead(name, 450 * MIB, 900 * MIB, 1331 * MIB, "assumed", source)
         case (8, 0):
             source = (
-                "A100: 0.47 GiB with kernels loaded when needed, 0.9 GiB with all (ml-engineering, torch 2.1, 1.13); "
-                "NVML beyond reserved 1,403 to 1,428 MiB in 43 runs (optimum-benchmark, torch 2.1), 768 to 870 of them "
-                "the driver's own; at most 940 MiB beyond allocated on a full card (fms-acceleration, torch 2.4)"
+                "A100: 455 to 525 MiB beyond what a replay reserves in 11 runs (fms-acceleration, torch 2.4); 0.47 GiB "
+                "with kernels loaded when needed, 0.9 GiB with all (ml-engineering, torch 2.1, 1.13); NVML beyond "
+                "reserved 1,403 to 1,428 MiB in 43 runs (optimum-benchmark, torch 2.1)"
             )
-            return Overhead(name, 481 * MIB, 600 * MIB, 942 * MIB, "measured", source)
+            return Overhead(name, 455 * MIB, 520 * MIB, 1428 * MIB, "measured", source)
         case _:
             source = "no published reading for this architecture: the range seen on T4 and A100"
             return Overhead(name, 141 * MIB, 500 * MIB, 942 * MIB, "assumed", source)

@@ -16,6 +16,7 @@ release_cached_blocks, try_allocate_expandable_block.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from typing import Any
 
 from memplan.units import MIB, rounded
 
@@ -56,6 +57,9 @@ class Block:
         self.after: Block | None = None
 
 
+Free = tuple[Any, ...]  # a block that is free, after its size and address, by which they are sorted
+
+
 class Allocator:
     """One device's allocator on one stream. Bytes throughout.
 
@@ -70,8 +74,7 @@ class Allocator:
         self.capacity = capacity
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
-        self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])  # large and small, by size
-        self._at: dict[int, Block] = {}  # free blocks by address
+        self._free: tuple[list[Free], list[Free]] = ([], [])  # large and small, by size and then by address
         self._next = [0, 1 << 60]  # an address for the next segment of either pool
         self._growing: list[Segment | None] = [None, None]
 
@@ -84,73 +87,71 @@ class Allocator:
         free = self._free[small]
         i = bisect_left(free, (size, -1))
         if i < len(free):
-            block = self._at.pop(free.pop(i)[1])
+            block: Block = free.pop(i)[2]
             block.free = False
         else:
             block = self._grown(size, small) if self.expandable else self._reserve(size, small)
         rest = block.size - size
         if rest > SMALL_REQUEST or (rest and (small or self.expandable)):
-            self._split(block, size)
+            start = block.start + size
+            other = Block(start, rest, block.segment)
+            other.before, other.after, other.free = block, block.after, True
+            if block.after is None:
+                block.segment.last = other
+            else:
+                block.after.before = other
+            block.after = other
+            block.size = size
+            insort(free, (rest, start, other))
         block.segment.blocks += 1
         self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        if self.allocated > self.peak_allocated:  # noqa: PLR1730 (max is a call, for every event of a replay)
+            self.peak_allocated = self.allocated
         return block
 
     def free(self, block: Block) -> None:
         """Take a block back, and merge it with neighbours that are free."""
-        if not block.size:
+        size = block.size
+        if not size:
             return
-        self.allocated -= block.size
-        after, before = block.after, block.before
-        block.segment.blocks -= 1
+        self.allocated -= size
+        segment, after, before = block.segment, block.after, block.before
+        segment.blocks -= 1
+        free = self._free[segment.small]
         if after is not None and after.free:
-            self._take(after)
-            self._absorb(block, after)
+            del free[bisect_left(free, (after.size, after.start))]
+            block.size = size = size + after.size
+            after = block.after = after.after
+            if after is None:
+                segment.last = block
+            else:
+                after.before = block
         if before is not None and before.free:
-            self._take(before)
-            self._absorb(before, block)
+            del free[bisect_left(free, (before.size, before.start))]
+            before.size = size = size + before.size
+            before.after = after
+            if after is None:
+                segment.last = before
+            else:
+                after.before = before
             block = before
-        self._offer(block)
+        block.free = True
+        insort(free, (size, block.start, block))
 
     def release(self) -> None:
         """Give what is wholly free back to the driver, as a full card or torch.cuda.empty_cache() does."""
-        for block in list(self._at.values()):
-            segment = block.segment
-            if self.expandable:
-                self._unmap(block)
-            elif not segment.blocks:
-                self._take(block)
-                self.reserved -= segment.size
-
-    def _offer(self, block: Block) -> None:
-        block.free = True
-        self._at[block.start] = block
-        insort(self._free[block.segment.small], (block.size, block.start))
+        for free in self._free:
+            for _, _, block in list(free):
+                if self.expandable:
+                    self._unmap(block)
+                elif not block.segment.blocks:
+                    self._take(block)
+                    self.reserved -= block.segment.size
 
     def _take(self, block: Block) -> None:
         block.free = False
-        del self._at[block.start]
         free = self._free[block.segment.small]
         del free[bisect_left(free, (block.size, block.start))]
-
-    def _split(self, block: Block, size: int) -> None:
-        rest = Block(block.start + size, block.size - size, block.segment)
-        rest.before, rest.after = block, block.after
-        if rest.after is None:
-            block.segment.last = rest
-        else:
-            rest.after.before = rest
-        block.after = rest
-        block.size = size
-        self._offer(rest)
-
-    def _absorb(self, block: Block, after: Block) -> None:
-        block.size += after.size
-        block.after = after.after
-        if block.after is None:
-            block.segment.last = block
-        else:
-            block.after.before = block
 
     def _reserve(self, size: int, small: bool) -> Block:
         """A block that is a new segment."""
@@ -202,7 +203,8 @@ class Allocator:
         segment.size -= less
         block.size -= less
         if block.size:
-            self._offer(block)
+            block.free = True
+            insort(self._free[segment.small], (block.size, block.start, block))
         else:
             segment.last = block.before
             if block.before is not None:
