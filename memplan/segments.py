@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 
+from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.record import FREED, Recorded, record
 from memplan.engine.walk import size
@@ -62,14 +63,15 @@ def segments(
 
 
 def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
-    """What no replay explains, in bytes: see `memplan.catalogue.overhead.LOGITS_AGAIN`."""
+    """What no replay explains, in bytes: see `memplan.catalogue.overhead.COPIES_AGAIN`."""
     stack, own = built(structure.graph)
     heads = [op for op in stack.after if any("v" in t.shape.split() for t in op.writes)]
     if "cross_entropy" not in structure.graph.fused or len(heads) != 1:
         return 0
     numbers = {**own, **axes}
     shifted = [key for key in recorded(structure, later=False).sizes if key[0] == "shifted_rows v"]
-    return max((_bytes(key[0], key[1], numbers) for key in shifted), default=_bytes("b s v", "fp32", numbers))
+    copy = max((_bytes(key[0], key[1], numbers) for key in shifted), default=_bytes("b s v", "fp32", numbers))
+    return COPIES_AGAIN * copy
 
 
 def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:

@@ -31,7 +31,7 @@ def cublas_workspace(capability: tuple[int, int] | None) -> Overhead:
 
 
 class Share(NamedTuple):
-    """A share of what it is about, in thousandths, as low and high."""
+    """A range around a figure, in thousandths of it."""
 
     low: int
     high: int
@@ -39,9 +39,16 @@ class Share(NamedTuple):
     source: str
 
 
-COVERAGE = 0.95
-# What published runs showed beyond what memplan says they use
-SHOWN = Share(-50, 60, "measured", "")
+# What published runs showed, beyond what memplan says they use: the shortest range with 94 of 100 of them in it, where
+# a next run is counted beside the 86 there are (split conformal prediction). tests/test_band.py sets it and tests it.
+COVERAGE = 0.94
+SHOWN = Share(-34, 73, "measured", "86 runs on T4 and A100 in tests/golden/published.jsonl with a `process` figure")
+
+# Cross-entropy kernels that write the gradient over the logits (kernels.fused): 14 published LoRA and QLoRA runs on an
+# A100 with room (fms-acceleration; Llama 3 8B, Mistral 7B, Santacoder) hold 0.7 to 2.0 more copies of what the kernel
+# writes over than any replay, the median 1.2; three of Granite's, whose logits are scaled first, hold none. One copy is
+# counted. The tensor that needs it was not found.
+COPIES_AGAIN = 1
 
 
 def cuda_context(capability: tuple[int, int] | None) -> Overhead:
@@ -61,9 +68,9 @@ def cuda_context(capability: tuple[int, int] | None) -> Overhead:
             source = (
                 "A100: 455 to 525 MiB beyond what a replay reserves in 11 runs (fms-acceleration, torch 2.4); 0.47 GiB "
                 "with kernels loaded when needed, 0.9 GiB with all (ml-engineering, torch 2.1, 1.13); NVML beyond "
-                "reserved 1,403 to 1,428 MiB in 43 runs (optimum-benchmark, torch 2.1)"
+                "reserved 1,403 to 1,428 MiB in 43 runs (optimum-benchmark, torch 2.1); the usual is between"
             )
-            return Overhead(name, 455 * MIB, 520 * MIB, 1428 * MIB, "measured", source)
+            return Overhead(name, 455 * MIB, 750 * MIB, 1428 * MIB, "measured", source)
         case _:
             source = "no published reading for this architecture: the range seen on T4 and A100"
             return Overhead(name, 141 * MIB, 500 * MIB, 942 * MIB, "assumed", source)
