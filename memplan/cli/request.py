@@ -28,6 +28,7 @@ FIELDS = {
     "hold_outputs": "loop.hold_outputs",
     "padded": "loop.padded",
     "trainer": "loop.trainer",
+    "expandable_segments": "loop.expandable_segments",
     "tp": "parallelism.tp",
     "pp": "parallelism.pp",
     "cp": "parallelism.cp",
