@@ -3,6 +3,8 @@
     python benchmarks/in_process.py
 
 The reference for the whole estimate is pydantic validating the same run; for the depth, the same model with one layer.
+`verdict` is the median with what it takes to tell: nothing more where it is clear, a replay of the run's allocations
+where it is not. `used` is with that replay.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from memplan.engine.walk import largest, values
 from memplan.estimator import Numbers, walk
 from memplan.program import PHASES, run_axes
 from memplan.resolve import decide
+from memplan.usage import reserved
 
 METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora"},
@@ -59,9 +62,13 @@ def main() -> None:
         estimate(runs[0])
         answered = median_us(estimate, runs)
         walked = median_us(engine_walk(run), runs)
+        decided = median_us(lambda run: estimate(run).verdict.answer, runs, 1)
+        reserved.cache_clear()
+        used = median_us(lambda run: estimate(run).bytes.used, runs[::16], 1)
         both = validate + answered
         print(
             f"{name:30s} {validate:6.1f} us {answered:6.1f} us {both:6.1f} us {walked:6.1f} us   {both / validate:.1f}"
+            f"   verdict {decided:6.1f} us   used {used / 1000:5.1f} ms"
         )
 
     config = dict(load_card("qwen2-7b").config)
