@@ -68,19 +68,18 @@ class Usage:
 
     @cached_property
     def used(self) -> int:
-        """What the card shows for the process: with a card, no more than that has, if the run can live in it."""
+        """What the card shows for the process; for a run that does not fit, what a card with room would show."""
         return self.reserved + self.context
 
     @cached_property
     def reserved(self) -> int:
-        """What torch holds at its peak. Where the run does not fit, the least it could live in."""
-        if self._gpu is None or _more(self._roomy + self.context) <= self._gpu.usable:
+        """What torch holds at its peak: all it ever asked for, or what the card has, if the run can live in that."""
+        if self._gpu is None or self.answer == "does not fit":
             return self._roomy
         capacity = self._gpu.usable - self.context
-        if self.answer == "does not fit":
-            return self._least(max(capacity, _budget(self._gpu.usable, SHOWN.low) - self.context))
-        held = reserved(self._replay, capacity)
-        return self._least(capacity) if held is None else held
+        if self._roomy <= capacity:
+            return self._roomy
+        return reserved(self._replay, capacity) or capacity
 
     @property
     def band(self) -> Band:
@@ -114,14 +113,6 @@ class Usage:
 
     def _lives_in(self, capacity: int) -> bool:
         return capacity >= self.allocated and reserved(self._replay, capacity) is not None
-
-    def _least(self, too_little: int) -> int:
-        """The least capacity the run can live in, to a hundredth: more than `too_little`, at most what it shows."""
-        low, high = max(too_little, self.allocated - 1), self._roomy
-        while high - low > high // 100:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._lives_in(middle) else (middle, high)
-        return high
 
 
 def _less(used: int) -> int:
