@@ -11,6 +11,7 @@ from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
+from memplan.catalogue.quantization import storage_of
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
 from memplan.ir import Op, Stack, Tensor, Weight
@@ -171,7 +172,7 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
     for w, count, where in weights_of(graph):
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
-            source = "bitsandbytes 0.50" if w.stored else "the model's config"
+            source = storage_of(w) if w.stored else "the model's config"
             kind = "buffer" if w.group == "buffer" else "parameter"
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 

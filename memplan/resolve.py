@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
 from memplan.catalogue.attention import Wiring, large_tiles
+from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
@@ -92,8 +93,11 @@ def _decide(
 ) -> Decided:
     asked = kernels.fused is not None
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
+    if words["code"] == "litgpt" and model.model_type not in KINDS:
+        raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels)
+    _check_head(model, method, kernels)
     if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
         raise SpecError(
             "kernels.loss: chunked_lm_head under autocast is not supported but by profile litgpt-...; chunked is",
@@ -364,6 +368,18 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
                 _refuse_rank(method.rank, path, dims)
         found.append(name)
     return tuple(dict.fromkeys(found)), notes
+
+
+def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
+    """Raise SpecError where the output projection is quantised and cannot be."""
+    q = method.quantization
+    if q is None or "lm_head" in (q.skip or ()):
+        return
+    field = "method.quantization.skip"
+    if model.tie_word_embeddings:
+        raise SpecError(f"{field}: the embeddings are the lm_head's weight, and are not quantised; name it", field)
+    if kernels.loss == "fused":
+        raise SpecError(f"{field}: a fused loss multiplies by the lm_head's weight as it is; name lm_head", field)
 
 
 def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str) -> tuple[Kernels, list[str]]:

@@ -310,9 +310,9 @@ def estimate(
     quant_format: Annotated[
         str | None,
         _option(
-            "Storage of quantised weights: nf4, fp4, int8. Default nf4.",
+            "Storage of quantised weights: nf4, fp4, int8, gptq-int4. Default nf4.",
             of=ADAPTERS,
-            complete=_choices("nf4", "fp4", "int8"),
+            complete=_choices("nf4", "fp4", "int8", "gptq-int4"),
         ),
     ] = None,
     double_quant: Annotated[
