@@ -24,7 +24,7 @@ class Graph(NamedTuple):
     `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
     that stand in for several; `converts`: what the model returns is cast to fp32;
-    `code` whose model it is.
+    `code` whose model it is; `lingers`: what a pass held stays into the next one.
     """
 
     model: ModelSpec
@@ -42,6 +42,7 @@ class Graph(NamedTuple):
     fused: tuple[str, ...] = ()
     converts: bool = False
     code: str = "transformers"
+    lingers: bool = False
 
 
 class Held(NamedTuple):
@@ -83,11 +84,15 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
 
 @lru_cache(maxsize=64)
 def lowered(
-    graph: Graph, grads_exist: bool = False, labelled: bool = False, updates: tuple[tuple[str, int], ...] = ()
+    graph: Graph,
+    grads_exist: bool = False,
+    labelled: bool = False,
+    updates: tuple[tuple[str, int], ...] = (),
+    follows: bool = False,
 ) -> Lowered:
     """The graph's moments. `grads_exist`: no gradient is left behind that was not there, because all are there already,
     or each is used up as it comes, by an update that takes `updates` bytes beside it. `labelled` counts every tensor by
-    its name, for explanations."""
+    its name, for explanations. `follows`: another pass has been before, and the loop may still have names for it."""
     (stack, axes), recipe = built(graph), graph.recipe
     return lower(
         stack,
@@ -99,6 +104,7 @@ def lowered(
         input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
         labelled=labelled,
         updates=dict(updates),
+        lingers=graph.lingers and follows,
     )
 
 

@@ -68,7 +68,8 @@ PHASES = ("forward", "loss", "backward")
 def pass_of(structure: Structure, later: bool = False, labelled: bool = False) -> Lowered:
     """The moments of the first forward and backward pass of a step, or of a `later` one."""
     exist = later or structure.grads is not None or frees_gradients(structure)
-    return lowered(structure.graph, exist, labelled, updates_of(structure))
+    follows = later or not structure.accumulates  # without accumulation, of every step but the first
+    return lowered(structure.graph, exist, labelled, updates_of(structure), follows)
 
 
 def updates_of(structure: Structure) -> tuple[tuple[str, int], ...]:

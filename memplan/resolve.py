@@ -139,6 +139,7 @@ def _decide(
         converts=words["converts"]
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
         code=words["code"],
+        lingers=words["lingers"],
     )
     structure = Structure(
         graph,

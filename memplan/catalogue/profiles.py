@@ -19,6 +19,7 @@ WORDS = {
     "flash_2_copies": "the same before flash attention 2",
     "code": "whose model it is: transformers, litgpt",
     "converts": "what the model returns is cast to fp32",
+    "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
 }
 
@@ -87,6 +88,7 @@ PROFILES = (
             Row("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
             Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
             Row("code", "transformers", "transformers 5.24"),
+            Row("lingers", False, "assumed: the step is a function of its own, as in transformers' Trainer"),
             Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
         ),
@@ -335,9 +337,10 @@ PROFILES = (
             Row("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
             Row("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
             Row("converts", True, "lightning 2.2.5 fabric/plugins/precision/half.py convert_output"),
+            Row("lingers", True, "litgpt 0.5.3 finetune/lora.py fit; batches that are cut are all as long"),
         ),
         (
-            "of quantised weights: bitsandbytes' StableEmbedding, whose weight and norm get gradients nobody uses",
+            "of quantised weights: bitsandbytes' StableEmbedding, if it is there (in 0.5.3 it is)",
             "several GPUs: every block is checkpointed under FSDP",
         ),
     ),
@@ -346,7 +349,7 @@ PROFILES = (
         "lit-gpt of autumn 2023",
         "lit_gpt at 98898ca and alike, torch 2.1, bitsandbytes 0.41",
         "litgpt-2024",
-        (),
+        (Row("lingers", False, "lit_gpt finetune/lora.py: the longest sample comes first, and once"),),
     ),
 )
 

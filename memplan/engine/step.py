@@ -119,13 +119,15 @@ def lower(
     input_grad: bool = False,
     labelled: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
+    lingers: bool = False,
 ) -> Lowered:
     """The moments of one forward and backward pass.
 
     `reentrant`: of a checkpointed block all is computed again before any of its backward.
     `grads_exist`: the gradients are there already (a later micro-batch). `input_grad`: the embeddings' output asks
     for a gradient though nothing before it trains, as checkpointing makes it. `updates`: bytes that updating a weight
-    takes in backward, once its gradient is there, by the weight's path.
+    takes in backward, once its gradient is there, by the weight's path. `lingers`: the loop's names for outputs and loss
+    keep those of the pass before until they are taken again: what was held, and what the graph's nodes refer to.
     """
     tape = Tape(grads_exist, labelled, updates)
     scope = Scope()
@@ -230,6 +232,10 @@ def lower(
     tape.backward(first, grads)
     for storage in (root, *left.values(), *grads.values()):
         tape.drop(storage)
-    tape.end_step()
+    held, nodes = tape.end_step()
     tape.note()
-    return Lowered(tuple(tape.moments), kept, tape.snapshot(), tuple(tape.sizes), tuple(runs))
+    moments = tape.moments
+    if lingers:
+        before = {"forward": held.plus(nodes), "loss": nodes}
+        moments = [m.plus(before[m.phase]) if m.phase in before else m for m in moments]
+    return Lowered(tuple(moments), kept, tape.snapshot(), tuple(tape.sizes), tuple(runs))
