@@ -128,7 +128,7 @@ def _decide(
         ),
         checkpoint=kernels.checkpointing == "full",
         loss=str(kernels.loss),
-        hold_outputs=loop.hold_outputs,
+        hold_outputs=bool(loop.hold_outputs),
         adds_in_place=kernels.loss != "fused" or adds_in_place(capability),
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
@@ -154,6 +154,7 @@ def _decide(
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
+        holds_outputs=loop.hold_outputs == "step",
     )
     if (
         spares_embeddings(str(optimizer.name))

@@ -281,7 +281,7 @@ def estimate(
     hold_outputs: Annotated[
         bool | None,
         _option(
-            "The script keeps the model's outputs to the end of the step. Default off.",
+            "The script keeps the model's outputs through the backward pass. Default off.",
             "--hold-outputs/--no-hold-outputs",
             of=TRAINING,
         ),

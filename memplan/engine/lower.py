@@ -266,12 +266,15 @@ class Tape:
         for storage in self._held.pop("forward"):
             self.drop(storage)
 
-    def end_step(self) -> tuple[Moment, Moment]:
-        """What is held to the end of the step goes, then what the graph's nodes refer to. Returns how much each was."""
+    def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
+        """What is held to the end of the step goes, with the `gradients` of it, then what the graph's nodes refer to.
+
+        Returns how much each was.
+        """
         found: list[Moment] = []
-        for name in ("step", "nodes"):
+        for name, more in (("step", gradients), ("nodes", ())):
             before = self.snapshot()
-            for storage in self._held.pop(name):
+            for storage in (*self._held.pop(name), *more):
                 self.drop(storage)
             found.append(before.less(self.snapshot()))
         return found[0], found[1]

@@ -27,6 +27,7 @@ class Lowered(NamedTuple):
 
     moments   their counts index `sizes`
     kept      what is alive when forward is done; `left`, when backward is
+    held      what names of the script and the graph's nodes would keep after backward
     sizes     shape and dtype of a storage; if labelled, also its kind, block, operation, name and source
     runs      the axis that counts a run's copies, and how many of them were split off or run already
     """
@@ -34,6 +35,7 @@ class Lowered(NamedTuple):
     moments: tuple[Moment, ...]
     kept: Moment
     left: Moment
+    held: Moment
     sizes: tuple[tuple[str, ...], ...]
     runs: tuple[tuple[str, int], ...]
 
@@ -230,12 +232,14 @@ def lower(
     if "y" in grads:
         grads[embeds] = grads.pop("y")
     tape.backward(first, grads)
-    for storage in (root, *left.values(), *grads.values()):
+    for name in [n for n in grads if n not in leaf]:
+        tape.drop(grads.pop(name))
+    for storage in (root, *left.values()):
         tape.drop(storage)
-    held, nodes = tape.end_step()
+    held, nodes = tape.end_step(*grads.values())
     tape.note()
     moments = tape.moments
     if lingers:
         before = {"forward": held.plus(nodes), "loss": nodes}
         moments = [m.plus(before[m.phase]) if m.phase in before else m for m in moments]
-    return Lowered(tuple(moments), kept, tape.snapshot(), tuple(tape.sizes), tuple(runs))
+    return Lowered(tuple(moments), kept, tape.snapshot(), held.plus(nodes), tuple(tape.sizes), tuple(runs))
