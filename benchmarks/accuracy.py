@@ -358,6 +358,7 @@ OTHERS = """
 ## Beside other tools
 
 What other estimators answer for the same runs, on those that they answer; `benchmarks/other_tools.jsonl` has each.
+fitcheck-llm is by those who measured the fitcheck runs.
 """
 
 LEFT_OUT = """
