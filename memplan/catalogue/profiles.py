@@ -279,6 +279,17 @@ PROFILES = (
         ),
     ),
     Profile(
+        "torchtune-0.1",
+        "torchtune 0.1",
+        "torchtune 0.1.1, recipes/full_finetune_single_device.py",
+        "torchtune",
+        (
+            Row("kernels.loss", "hf", "torchtune 0.1.1 recipes/full_finetune_single_device.py: torch's CrossEntropyLoss"),
+            Row("logits", "model", "torchtune 0.1.1 modules/transformer.py TransformerDecoder.forward"),
+        ),
+        ("the recipe keeps the shifted logits through backward: say loop.hold_outputs",),
+    ),
+    Profile(
         "torchtitan",
         "TorchTitan 0.3",
         "torchtitan 0.3.0",
