@@ -115,7 +115,7 @@ def _decide(
     recipe, more = _recipe(model, method, precision, words["code"])
     kernels, idle = _fusing(model, method, kernels, words["code"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
-    recipe = recipe._replace(fused="lora" in (kernels.fused or ()))
+    recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
     notes += more
     capability = gpu.compute_capability if gpu else None
     seen = _attention_dtype(model, recipe)
@@ -125,6 +125,7 @@ def _decide(
         _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed)._replace(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
+            triangles=words["triangles"],
         ),
         checkpoint=kernels.checkpointing == "full",
         loss=str(kernels.loss),

@@ -24,7 +24,6 @@ class Moment(NamedTuple):
     counts: Counts
     per_copy: dict[int, Counts]
 
-
     def less(self, other: Moment) -> Moment:
         """What is alive here and not at the other moment."""
         return self.plus(other, -1)

@@ -128,8 +128,8 @@ def lower(
     `reentrant`: of a checkpointed block all is computed again before any of its backward.
     `grads_exist`: the gradients are there already (a later micro-batch). `input_grad`: the embeddings' output asks
     for a gradient though nothing before it trains, as checkpointing makes it. `updates`: bytes that updating a weight
-    takes in backward, once its gradient is there, by the weight's path. `lingers`: the loop's names for outputs and loss
-    keep those of the pass before until they are taken again: what was held, and what the graph's nodes refer to.
+    takes in backward, once its gradient is there, by the weight's path. `lingers`: the loop's names for outputs and
+    loss keep those of the pass before until they are taken again: what was held, and what the graph's nodes refer to.
     """
     tape = Tape(grads_exist, labelled, updates)
     scope = Scope()
