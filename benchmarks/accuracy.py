@@ -158,6 +158,8 @@ def by_phase(published: Sequence[Measured]) -> Iterable[str]:
     for phase in ("forward", "backward", "step"):
         off = [(phase_peak(m.answer, phase) - m.phases[phase]) / MIB for m in published if phase in m.phases]
         yield f"| {phase} | {len(off)} | {mean(map(abs, off)):,.0f} | {max(off, key=abs):+,.0f} |"
+    kept = [(m.kept - m.after) / MIB for m in published if m.after is not None]
+    yield f"| after a step | {len(kept)} | {mean(map(abs, kept)):,.0f} | {max(kept, key=abs):+,.0f} |"
 
 
 def bands(published: Sequence[Measured]) -> Iterable[str]:
@@ -260,7 +262,7 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
     yield from groups(published, "family and method", lambda m: f"{m.family}, {m.method}")
     yield "\nBy the phase in which memplan has the peak:\n"
     yield from groups(published, "phase", lambda m: m.answer.peak.phase)
-    yield "\nPhase by phase, where that was published:\n"
+    yield "\nPhase by phase, and what stays allocated after a step, where that was published:\n"
     yield from by_phase(published)
     yield f"""
 ### Met
@@ -356,6 +358,7 @@ OTHERS = """
 ## Beside other tools
 
 What other estimators answer for the same runs, on those that they answer; `benchmarks/other_tools.jsonl` has each.
+fitcheck-llm is by those who measured the fitcheck runs.
 """
 
 LEFT_OUT = """
@@ -370,9 +373,6 @@ KNOWN = """
 - A card counts as allocated what the allocator leaves unsplit at the end of a block, up to 1 MiB a tensor: some 25 MiB
   for a small quantised model, which is most of the error above. It is there once the model is loaded, and differs
   between two loads of the same weights. memplan counts tensors.
-- A loop that holds its outputs holds the logits, the embeddings' output and its gradient through the optimizer's step
-  too; memplan lets go of them after backward. The peak is missed only where it is the optimizer's.
-- Under checkpointing, forward with eager attention is one copy of the queries too high in the attention.
 - Trainer updates biases and norms apart from the rest, so that `adamw_torch` needs less memory at once by as many
   parameters (under 0.1 %).
 - Kernels that allocate inside themselves do not show in a trace. One such row was found by the published runs (the

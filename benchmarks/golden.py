@@ -49,7 +49,8 @@ class Refused(NamedTuple):
 class Measured(NamedTuple):
     """A published run beside memplan's answer; `cause` says why it is missed, if it is known to be.
 
-    `slack` is how far a met peak may be off in bytes: the allocator's leftovers, and half the last digit published.
+    `after` is what was allocated after a step, `slack` how many bytes a met peak may be off: what the allocator leaves
+    unsplit, and half the last digit published.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Measured(NamedTuple):
     cause: str
     reserved: int | None
     phases: dict[str, int]
+    after: int | None
     slack: int
 
     @property
@@ -81,6 +83,11 @@ class Measured(NamedTuple):
     @property
     def error(self) -> float:
         return self.off / self.allocated
+
+    @property
+    def kept(self) -> int:
+        """What memplan has stay between steps: weights, the optimizer's states, buffers and cuBLAS's workspaces."""
+        return sum(self.answer.categories[kind] for kind in ("parameter", "optstate", "buffer", "other"))
 
     @property
     def large(self) -> bool:
@@ -121,6 +128,7 @@ def published() -> tuple[list[Measured], list[Refused]]:
                 row.get("cause", ""),
                 row.get("reserved"),
                 row.get("phases", {}),
+                row.get("after"),
                 SLACK + row.get("digits", 0) // 2,
             )
         )

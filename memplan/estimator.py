@@ -5,6 +5,7 @@ Pure: no network, no printing, no state but caches; the same run gives the same 
 
 from __future__ import annotations
 
+from operator import mul
 from typing import NamedTuple
 
 from memplan.answer import Card, Estimate, Parameters, Peak, Phase
@@ -76,7 +77,7 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     fixed = p.parameters + p.buffered + p.scaler + workspace
     phases = [Phase("load", None, p.parameters + p.load_scratch, "")]
     moments = [(False, -1)]
-    updates = fixed + workspace + p.gradients
+    updates = fixed + workspace + p.gradients + sum(map(mul, p.held, numbers.values))
     steps = (1, 2) if p.states or p.optimizer.first != p.optimizer.later else (None,)
     for step in steps:
         states = p.states if step == 2 else 0

@@ -11,6 +11,7 @@ from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
+from memplan.catalogue.quantization import storage_of
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
 from memplan.ir import Op, Stack, Tensor, Weight
@@ -23,7 +24,7 @@ class Graph(NamedTuple):
     `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
     that stand in for several; `converts`: what the model returns is cast to fp32;
-    `code` whose model it is.
+    `code` whose model it is; `lingers`: what a pass held stays into the next one.
     """
 
     model: ModelSpec
@@ -41,6 +42,7 @@ class Graph(NamedTuple):
     fused: tuple[str, ...] = ()
     converts: bool = False
     code: str = "transformers"
+    lingers: bool = False
 
 
 class Held(NamedTuple):
@@ -82,11 +84,15 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
 
 @lru_cache(maxsize=64)
 def lowered(
-    graph: Graph, grads_exist: bool = False, labelled: bool = False, updates: tuple[tuple[str, int], ...] = ()
+    graph: Graph,
+    grads_exist: bool = False,
+    labelled: bool = False,
+    updates: tuple[tuple[str, int], ...] = (),
+    follows: bool = False,
 ) -> Lowered:
     """The graph's moments. `grads_exist`: no gradient is left behind that was not there, because all are there already,
     or each is used up as it comes, by an update that takes `updates` bytes beside it. `labelled` counts every tensor by
-    its name, for explanations."""
+    its name, for explanations. `follows`: another pass has been before, and the loop may still have names for it."""
     (stack, axes), recipe = built(graph), graph.recipe
     return lower(
         stack,
@@ -98,6 +104,7 @@ def lowered(
         input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
         labelled=labelled,
         updates=dict(updates),
+        lingers=graph.lingers and follows,
     )
 
 
@@ -171,7 +178,7 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
     for w, count, where in weights_of(graph):
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
-            source = "bitsandbytes 0.50" if w.stored else "the model's config"
+            source = storage_of(w) if w.stored else "the model's config"
             kind = "buffer" if w.group == "buffer" else "parameter"
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 

@@ -29,10 +29,11 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
     optimizer = walked.program.optimizer
     out = [*_resident(walked, decided, axes)]
     later, index = walked.moments[walked.peak]
-    if index >= 0:
-        low = pass_of(structure, later, labelled=True)
+    holds = walked.phases[walked.peak].phase == "step" and bool(walked.program.held)
+    if index >= 0 or holds:
+        low = pass_of(structure, structure.accumulates if holds else later, labelled=True)
         keepers = _keepers(stack)
-        counts = alive(low.moments[index], low.runs, axes)
+        counts = alive(low.held if holds else low.moments[index], low.runs, axes)
         for key, count in counts.items():
             if count:
                 shape, dtype, kind, block, op, name, source = low.sizes[key]

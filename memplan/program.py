@@ -14,7 +14,10 @@ from memplan.graph import Graph, Held, built, elements, load_scratch, lowered, m
 
 
 class Structure(NamedTuple):
-    """Everything of a run but its batch and sequence: what decides which tensors exist and when they are alive."""
+    """Everything of a run but its batch and sequence: what decides which tensors exist and when they are alive.
+
+    `holds_outputs`: what the script holds of a pass is there in the optimizer's step too.
+    """
 
     graph: Graph
     accumulates: bool
@@ -28,11 +31,13 @@ class Structure(NamedTuple):
     clips: bool = True
     scales: bool = False
     trainer: bool = False
+    holds_outputs: bool = False
 
 
 class Program(NamedTuple):
     """A structure with its model's numbers put in. Bytes of moments are over `variables`; all else is constant.
 
+    held            what the script holds from backward into the optimizer's step, over `variables`; empty for nothing
     products        the chain of products that bounds moments, largest first
     first, later    the moments of a step's first micro-batch and of the others, by phase
     where           what the operations of those moments are called, by pass and moment
@@ -44,6 +49,7 @@ class Program(NamedTuple):
 
     structure: Structure
     variables: tuple[Variable, ...]
+    held: tuple[int, ...]
     products: tuple[Variable, ...]
     needs: frozenset[str]
     first: dict[str, tuple[Term, ...]]
@@ -68,7 +74,8 @@ PHASES = ("forward", "loss", "backward")
 def pass_of(structure: Structure, later: bool = False, labelled: bool = False) -> Lowered:
     """The moments of the first forward and backward pass of a step, or of a `later` one."""
     exist = later or structure.grads is not None or frees_gradients(structure)
-    return lowered(structure.graph, exist, labelled, updates_of(structure))
+    follows = later or not structure.accumulates  # without accumulation, of every step but the first
+    return lowered(structure.graph, exist, labelled, updates_of(structure), follows)
 
 
 def updates_of(structure: Structure) -> tuple[tuple[str, int], ...]:
@@ -95,21 +102,25 @@ def program(structure: Structure) -> Program:
         found = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
         return {phase: prune(((every[i], i) for i in moments), variables) for phase, moments in found.items()}
 
+    held_row: tuple[int, ...] = ()
+    if structure.holds_outputs:
+        (held_row,) = rows((passes[-1].held,), passes[-1].runs, axes, sizes[-1], variables)
     by_pass = [pruned(low, of_pass) for low, of_pass in zip(passes, sizes, strict=True)]
     weights = tuple(weights_of(structure.graph))
-    held = tuple(parameters_of(structure.graph))
+    resident = tuple(parameters_of(structure.graph))
     trained = trained_parameters(structure)
     optimizer = optimizer_of(structure, trained)
     gradients = 0 if frees_gradients(structure) else sum(h.bytes * h.copies for h in gradients_of(structure))
     return Program(
         structure=structure,
         variables=variables,
+        held=held_row,
         products=tuple(map(Variable, chain(variables))),
         needs=frozenset(axis for v in variables for axis in v.axes),
         first=by_pass[0],
         later=by_pass[-1],
         where=(_where(passes[0], by_pass[0]), _where(passes[-1], by_pass[-1])),
-        parameters=sum(h.bytes * h.copies for h in held),
+        parameters=sum(h.bytes * h.copies for h in resident),
         load_scratch=load_scratch(structure.graph),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,

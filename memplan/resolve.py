@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
 from memplan.catalogue.attention import Wiring, large_tiles
+from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
@@ -92,8 +93,11 @@ def _decide(
 ) -> Decided:
     asked = kernels.fused is not None
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
+    if words["code"] == "litgpt" and model.model_type not in KINDS:
+        raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels)
+    _check_head(model, method, kernels)
     if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
         raise SpecError(
             "kernels.loss: chunked_lm_head under autocast is not supported but by profile litgpt-...; chunked is",
@@ -111,7 +115,7 @@ def _decide(
     recipe, more = _recipe(model, method, precision, words["code"])
     kernels, idle = _fusing(model, method, kernels, words["code"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
-    recipe = recipe._replace(fused="lora" in (kernels.fused or ()))
+    recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
     notes += more
     capability = gpu.compute_capability if gpu else None
     seen = _attention_dtype(model, recipe)
@@ -121,10 +125,11 @@ def _decide(
         _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed)._replace(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
+            triangles=words["triangles"],
         ),
         checkpoint=kernels.checkpointing == "full",
         loss=str(kernels.loss),
-        hold_outputs=loop.hold_outputs,
+        hold_outputs=bool(loop.hold_outputs),
         adds_in_place=kernels.loss != "fused" or adds_in_place(capability),
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
@@ -135,6 +140,7 @@ def _decide(
         converts=words["converts"]
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
         code=words["code"],
+        lingers=words["lingers"],
     )
     structure = Structure(
         graph,
@@ -149,6 +155,7 @@ def _decide(
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
+        holds_outputs=loop.hold_outputs == "step",
     )
     if (
         spares_embeddings(str(optimizer.name))
@@ -364,6 +371,18 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
                 _refuse_rank(method.rank, path, dims)
         found.append(name)
     return tuple(dict.fromkeys(found)), notes
+
+
+def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
+    """Raise SpecError where the output projection is quantised and cannot be."""
+    q = method.quantization
+    if q is None or "lm_head" in (q.skip or ()):
+        return
+    field = "method.quantization.skip"
+    if model.tie_word_embeddings:
+        raise SpecError(f"{field}: the embeddings are the lm_head's weight, and are not quantised; name it", field)
+    if kernels.loss == "fused":
+        raise SpecError(f"{field}: a fused loss multiplies by the lm_head's weight as it is; name lm_head", field)
 
 
 def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str) -> tuple[Kernels, list[str]]:

@@ -52,13 +52,20 @@ def segments(
     for bytes_ in _loading(structure, numbers, allocator):
         allocator.alloc(bytes_)
     handles = iter((workspace, workspace))
+    waiting: list[Block] = []  # what the loop's names keep of the pass before
     for step in (1, 2):
-        left: list[Block] = []
+        gradients: list[Block] = []
         for later in (False, True)[: 1 + structure.accumulates]:
-            left += _pass(recorded(structure, later), numbers, allocator, handles)
+            made, held = _pass(recorded(structure, later), numbers, allocator, handles, waiting)
+            gradients += made
+            if structure.graph.lingers or (structure.holds_outputs and later == structure.accumulates):
+                waiting = held
+            else:
+                _free(held, allocator)
         _update(program, step, allocator)
-        for block in left:  # zero_grad
-            allocator.free(block)
+        if not structure.graph.lingers:
+            _free(waiting, allocator)
+        _free(gradients, allocator)  # zero_grad
     return allocator.peak_reserved
 
 
@@ -129,21 +136,37 @@ def _weights(operations: Iterable[Op], seen: set[str]) -> Iterator[Weight]:
                 yield w
 
 
-def _pass(recorded: Recorded, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]) -> Iterable[Block]:
-    """Replay a pass; what it leaves are gradients. `handles` are the workspaces not there yet: one comes with the
-    first product forward, one with the first backward, which is the head's."""
+def _pass(
+    recorded: Recorded,
+    axes: Mapping[str, int],
+    allocator: Allocator,
+    handles: Iterator[int],
+    waiting: list[Block],
+) -> tuple[list[Block], list[Block]]:
+    """Replay a pass; what it leaves are gradients, and what the script holds of it.
+
+    `handles` are the workspaces not there yet: one comes with the first product forward, one with the first backward,
+    which is the head's. `waiting` goes when forward is over.
+    """
     bytes_ = [_bytes(key[0], key[1], axes) for key in recorded.sizes]
     blocks: dict[int, Block] = {}
     alloc, free = allocator.alloc, allocator.free
-    for events in (recorded.events[: recorded.head], recorded.events[recorded.head :]):
+    for start, end in ((0, recorded.head), (recorded.head, recorded.over)):
         for handle in islice(handles, 1):
             alloc(handle)
-        for number, key in events:
+        for number, key in recorded.events[start:end]:
             if key == FREED:
                 free(blocks.pop(number))
             else:
                 blocks[number] = alloc(bytes_[key])
-    return blocks.values()
+        _free(waiting, allocator)
+    held = [blocks.pop(number) for number, _ in recorded.events[recorded.over :]]
+    return list(blocks.values()), held
+
+
+def _free(blocks: list[Block], allocator: Allocator) -> None:
+    while blocks:
+        allocator.free(blocks.pop())
 
 
 def _update(program: Program, step: int, allocator: Allocator) -> None:

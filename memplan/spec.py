@@ -225,10 +225,12 @@ class Loop(Part, frozen=True):
 
     `use_cache` takes no memory in training: what it would hold is kept for backward anyway, or the model has it off
     under checkpointing. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32
-    under bitsandbytes' 8-bit optimizers. `expandable_segments`: torch's allocator has them (PYTORCH_CUDA_ALLOC_CONF).
+    under bitsandbytes' 8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
+    backward pass, or, with the word `step`, through the optimizer's step too. `expandable_segments`: torch's allocator
+    has them (PYTORCH_CUDA_ALLOC_CONF).
     """
 
-    hold_outputs: Flag = False
+    hold_outputs: Flag | Literal["step"] = False
     padded: Flag = False
     use_cache: Flag = False
     clip_grad_norm: Annotated[Number, Field(ge=0)] | None = 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from typer.main import get_command
 
 import memplan
+from memplan.catalogue.profiles import PROFILES
 from memplan.cli import METHODS, app
 from memplan.cli.request import FIELDS, spec_of
 from memplan.report.schema import run_schema
@@ -142,7 +144,10 @@ def test_the_choices_that_completion_knows_are_those_of_a_run() -> None:
     with COMMAND.make_context("memplan", ["qwen2-7b"]) as context:
         for name in ("attention", "loss"):
             offered = [item.value for item in parameters[name].shell_complete(context, "")]
-            assert set(offered) == set(get_args(Kernels.model_fields[name].annotation))
+            words = str(Kernels.model_fields[name].annotation)
+            assert set(offered) == set(re.findall(r"'(\w+)'", words))
+        offered = [item.value for item in parameters["profile"].shell_complete(context, "")]
+        assert offered == [profile.name for profile in PROFILES]
 
 
 PARALLEL = {
@@ -406,7 +411,7 @@ MISTAKES = {
     "qwen2-7b --method lora --lora-dropout 1": ("method.dropout (--lora-dropout)", "less than 1"),
     "qwen2-7b --method lora --lora-dropout nan": ("method.dropout (--lora-dropout)", "must be a number"),
     "qwen2-7b --method qlora --quant-format nf5": ("method.quantization.format (--quant-format)", "nf4"),
-    "qwen2-7b --method qlora --quant-format gptq-int4": ("method.quantization.format", "not supported yet"),
+    "qwen2-7b --method qlora --quant-format awq-int4": ("method.quantization.format", "not supported yet"),
     "qwen2-7b --method qlora --kbit-preparation no": ("kbit_preparation (--kbit-preparation)", "true, false, trl"),
     "qwen2-7b --precision ampp": ("precision (--precision)", "amp"),
     "qwen2-7b --precision mixed --dtype fp32": ("precision (--precision)", "bf16 or fp16"),
@@ -432,7 +437,7 @@ MISTAKES = {
     "qwen2-7b --method lora --targets all_linear": ("method.targets (--targets)", "did you mean all-linear"),
     "qwen2-7b --method ia3": ("method.kind (--method)", "'ia3' is not supported yet"),
     "qwen2-7b --method forward": ("task (--method)", "not supported yet"),
-    "qwen2-7b --profile transformers-4.45": ("profile (--profile)", "not supported yet; supported: transformers-5"),
+    "qwen2-7b --profile transformers-4.47": ("profile (--profile)", "did you mean transformers-4.48"),
     "qwen2-7b --precision bf16 --dtype fp16": ("precision (--precision)", "differ"),
     "qwen2-7b --optimizer adamw": ("optimizer.name (--optimizer)", "adamw_torch"),
     "qwen2-7b --tp 99999999999999999999": ("parallelism.tp (--tp)", "at most"),

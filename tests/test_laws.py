@@ -58,7 +58,7 @@ def runs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
             "accumulation": draw(st.sampled_from([1, 3])),
         },
         "kernels": kernels,
-        "loop": {"padded": draw(st.booleans()), "hold_outputs": draw(st.booleans())},
+        "loop": {"padded": draw(st.booleans()), "hold_outputs": draw(st.sampled_from([False, True, "step"]))},
     }
 
 

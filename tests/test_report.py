@@ -140,7 +140,8 @@ UNUSUAL: dict[str, tuple[dict[str, Any], str]] = {
     "in backward": ({"optimizer": {"in_backward": True}}, "no clipping"),
     "Trainer": ({"loop": {"trainer": True}}, "Trainer"),
     "scaler": ({"precision": "fp16", "loop": {"grad_scaler": True}}, "the loss is scaled"),
-    "held": ({"loop": {"hold_outputs": True}}, "held to the step's end"),
+    "held": ({"loop": {"hold_outputs": True}}, "held through backward"),
+    "held to the end": ({"loop": {"hold_outputs": "step"}}, "held to the step's end"),
     "skipped": ({"method": {"kind": "qlora", "quantization": {"skip": ["lm_head", "o_proj"]}}}, "o_proj not quantised"),
     "clipped": ({"loop": {"clip_grad_norm": 0.5}}, "clipped at 0.5"),
 }

@@ -19,7 +19,7 @@ class Wiring(NamedTuple):
     padded: a 2-D mask with zeros comes with the batch. windowed: the sequence is longer than the sliding window.
     target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k
     and v repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
-    every layer though it trains.
+    every layer though it trains. triangles: every layer holds a causal mask for all positions, used or not.
     """
 
     backend: str
@@ -29,6 +29,7 @@ class Wiring(NamedTuple):
     target: str = ""
     copies: str = ""
     caches: bool = False
+    triangles: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""
@@ -48,7 +49,11 @@ def attention(
         every = wiring.copies == "all" or masked
         return (
             *_copied(name, q, k, v, grouped, every),
-            *attention(name, f"{q}.given" if every else q, "k.given", "v.given", y, plain, False, sliding, mask),
+            *_laid_out_as(
+                y,
+                attention(name, f"{q}.given" if every else q, "k.given", "v.given", y, plain, False, sliding, mask),
+                every and backend == "flash",
+            ),
             ops.leave("k.given", "v.given", *((f"{q}.given",) if every else ())),
         )
     match backend:
@@ -113,6 +118,18 @@ def _repeated(name: str, k: str, v: str, grouped: bool) -> tuple[Op, ...]:
         ops.view(f"{name}.v_view", v, "v.view", "b s k d", gradient="new"),
         ops.copy(f"{name}.repeat_v", "v.view", "v.heads", "b s a d", gradient="new"),
     )
+
+
+def _laid_out_as(y: str, kernel: tuple[Op, ...], heads_first: bool) -> tuple[Op, ...]:
+    """Flash attention lays out what it makes as it finds q: head by head where that was made contiguous, and so the
+    heads are copied together."""
+    if not heads_first:
+        return kernel
+    *before, last = kernel
+    made = tuple(t._replace(name="heads") if t.name == y else t for t in last.writes)
+    keeps = tuple(k._replace(what="heads") if k.what == y else k for k in last.keeps)
+    copy = ops.copy(f"{last.name}.contiguous", "heads", y, "b s a d")
+    return (*before, last._replace(writes=made, keeps=keeps), copy, ops.leave("heads"))
 
 
 def _copied(name: str, q: str, k: str, v: str, grouped: bool, every: bool) -> tuple[Op, ...]:

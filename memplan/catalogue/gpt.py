@@ -124,7 +124,21 @@ def gpt2(m: ModelSpec, wiring: Wiring) -> Stack:
     (run,) = stack.runs
     (block,) = run.blocks
     ops_ = tuple(op._replace(weights=tuple(w._replace(transposed=w.matrix) for w in op.weights)) for op in block.ops)
+    ops_ = with_triangle(m, wiring, ops_, "attn")
     return stack._replace(runs=(run._replace(blocks=(block._replace(ops=ops_),)),))
+
+
+def with_triangle(m: ModelSpec, wiring: Wiring, operations: tuple[Op, ...], name: str) -> tuple[Op, ...]:
+    """A triangle of booleans as large as the table of positions, in every layer, where the version has one."""
+    if not wiring.triangles:
+        return operations
+    longest = m.max_position_embeddings
+    held = (
+        Weight(f"{name}.bias", f"{longest} {longest}", "buffer", "bool", False),
+        Weight(f"{name}.masked_bias", "", "buffer", "fp32", False),
+    )
+    first, *others = operations
+    return (first._replace(weights=(*first.weights, *held)), *others)
 
 
 def _heads(m: ModelSpec, wiring: Wiring, wide: bool = False) -> tuple[Op, ...]:

@@ -15,12 +15,16 @@ from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 
 
 class Adapter(NamedTuple):
-    """How a LoRA-like adapter computes; `compute` is what the 4-bit layer inside it does."""
+    """How a LoRA-like adapter computes; `compute` is what the 4-bit layer inside it does.
+
+    `again`: DoRA multiplies by the base weight once more though nothing is dropped, as peft did until 0.13.
+    """
 
     dtype: str
     compute: str
     dropout: bool
     dora: bool
+    again: bool = False
 
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
@@ -195,7 +199,7 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
     yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter")
     yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter")
     base = result
-    if adapter.dropout:  # the base result must see the same dropped input
+    if adapter.dropout or adapter.again:  # the base result must see the same dropped input
         base = f"{p}.dropped_base"
         yield Op(
             f"{n}.base",
@@ -233,7 +237,8 @@ class Recipe(NamedTuple):
     weights: dtype the model is loaded in. compute: what quantised layers compute in. quantization: "" or a format.
     preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
     targets: names of linear layers, or ("all-linear",). fused: adapted layers are one function where one exists.
-    library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command.
+    library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command. again: see
+    `Adapter`.
     """
 
     kind: str
@@ -251,6 +256,7 @@ class Recipe(NamedTuple):
     preparation: str = ""
     fused: bool = False
     library: str = "peft"
+    again: bool = False
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -266,7 +272,7 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
     stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
-    adapter = Adapter(recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind)
+    adapter = Adapter(recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind, recipe.again)
 
     def takes(op: Op) -> bool:
         if recipe.library == "litgpt":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.gpt import dropped, drops, mlp, with_dropout
+from memplan.catalogue.gpt import dropped, drops, mlp, with_dropout, with_triangle
 from memplan.catalogue.llama import before, decoder_block, llama_attention, lm_head, masks, returned, runs
 from memplan.catalogue.phi3 import heads_first
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor
@@ -121,7 +121,8 @@ def gpt_neox(m: ModelSpec, wiring: Wiring) -> Stack:
         else (ops.add("residual_1", "ao", "x", "x1", "b s h"), *feed, ops.add("residual_2", "mo", "x1", "y", "b s h"))
     )
     ends = ops.leave("mo", "ao" if parallel else "x1", "positions", *returned(wiring))
-    block = Block("gpt_neox.layers", (*norm("input_layernorm", "x", "n1", "b s h", "h"), *heads, *joined, ends))
+    operations = (*norm("input_layernorm", "x", "n1", "b s h", "h"), *heads, *joined, ends)
+    block = Block("gpt_neox.layers", with_triangle(m, wiring, operations, "attention"))
     return Stack(
         before(wiring, embedded=embedded("gpt_neox.embed_in", drop)),
         (Run((block,), "L"),),

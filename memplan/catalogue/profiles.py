@@ -19,6 +19,9 @@ WORDS = {
     "flash_2_copies": "the same before flash attention 2",
     "code": "whose model it is: transformers, litgpt",
     "converts": "what the model returns is cast to fp32",
+    "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
+    "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
+    "triangles": "every layer holds a causal mask for all positions, used or not",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
 }
 
@@ -87,6 +90,9 @@ PROFILES = (
             Row("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
             Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
             Row("code", "transformers", "transformers 5.24"),
+            Row("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
+            Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
+            Row("lingers", False, "assumed: the step is a function of its own, as in transformers' Trainer"),
             Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
         ),
@@ -102,6 +108,7 @@ PROFILES = (
             ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
             Row("sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"),
+            Row("triangles", True, "transformers 4.51.3 models/gpt2/modeling_gpt2.py GPT2Attention", "", ("gpt2",)),
             Row(
                 "caches",
                 True,
@@ -118,6 +125,14 @@ PROFILES = (
         "transformers-4.51",
         (
             Row("logits", "shifted", "transformers 4.48.1 loss/loss_utils.py ForCausalLMLoss"),
+            Row("dora_again", True, "peft 0.13.2 tuners/lora/dora.py DoraLinearLayer.forward"),
+            Row(
+                "triangles",
+                True,
+                "transformers 4.48.1 models/gpt_neox/modeling_gpt_neox.py GPTNeoXAttention",
+                "",
+                ("gpt_neox",),
+            ),
             *_OWN_LOSS,
         ),
     ),
@@ -277,6 +292,19 @@ PROFILES = (
         ),
     ),
     Profile(
+        "torchtune-0.1",
+        "torchtune 0.1",
+        "torchtune 0.1.1, recipes/full_finetune_single_device.py",
+        "torchtune",
+        (
+            Row(
+                "kernels.loss", "hf", "torchtune 0.1.1 recipes/full_finetune_single_device.py: torch's CrossEntropyLoss"
+            ),
+            Row("logits", "model", "torchtune 0.1.1 modules/transformer.py TransformerDecoder.forward"),
+        ),
+        ("the recipe keeps the shifted logits through backward: say loop.hold_outputs",),
+    ),
+    Profile(
         "torchtitan",
         "TorchTitan 0.3",
         "torchtitan 0.3.0",
@@ -335,9 +363,10 @@ PROFILES = (
             Row("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
             Row("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
             Row("converts", True, "lightning 2.2.5 fabric/plugins/precision/half.py convert_output"),
+            Row("lingers", True, "litgpt 0.5.3 finetune/lora.py fit; batches that are cut are all as long"),
         ),
         (
-            "of quantised weights: bitsandbytes' StableEmbedding, whose weight and norm get gradients nobody uses",
+            "of quantised weights: bitsandbytes' StableEmbedding, if it is there (in 0.5.3 it is)",
             "several GPUs: every block is checkpointed under FSDP",
         ),
     ),
@@ -346,7 +375,7 @@ PROFILES = (
         "lit-gpt of autumn 2023",
         "lit_gpt at 98898ca and alike, torch 2.1, bitsandbytes 0.41",
         "litgpt-2024",
-        (),
+        (Row("lingers", False, "lit_gpt finetune/lora.py: the longest sample comes first, and once"),),
     ),
 )
 

@@ -40,6 +40,11 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple
     )
 
 
+def storage_of(w: Weight) -> str:
+    """The library that stores a quantised matrix so."""
+    return "auto-gptq 0.7" if w.stored[0].name == "qweight" else _BNB
+
+
 def absmax(w: Weight) -> tuple[Tensor, ...]:
     """The fp32 scales of a doubly quantised matrix, made again whenever it is dequantised."""
     nested = w.stored[1].dtype.startswith("uint8/")

@@ -281,7 +281,7 @@ def estimate(
     hold_outputs: Annotated[
         bool | None,
         _option(
-            "The script keeps the model's outputs to the end of the step. Default off.",
+            "The script keeps the model's outputs through the backward pass. Default off.",
             "--hold-outputs/--no-hold-outputs",
             of=TRAINING,
         ),
@@ -310,9 +310,9 @@ def estimate(
     quant_format: Annotated[
         str | None,
         _option(
-            "Storage of quantised weights: nf4, fp4, int8. Default nf4.",
+            "Storage of quantised weights: nf4, fp4, int8, gptq-int4. Default nf4.",
             of=ADAPTERS,
-            complete=_choices("nf4", "fp4", "int8"),
+            complete=_choices("nf4", "fp4", "int8", "gptq-int4"),
         ),
     ] = None,
     double_quant: Annotated[

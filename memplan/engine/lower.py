@@ -24,6 +24,20 @@ class Moment(NamedTuple):
     counts: Counts
     per_copy: dict[int, Counts]
 
+    def less(self, other: Moment) -> Moment:
+        """What is alive here and not at the other moment."""
+        return self.plus(other, -1)
+
+    def plus(self, other: Moment, sign: int = 1) -> Moment:
+        """This moment with what is alive at the other."""
+
+        def total(a: Counts, b: Counts) -> Counts:
+            return {key: a.get(key, 0) + sign * b.get(key, 0) for key in {*a, *b}}
+
+        runs = {*self.per_copy, *other.per_copy}
+        per_copy = {run: total(self.per_copy.get(run, {}), other.per_copy.get(run, {})) for run in runs}
+        return self._replace(counts=total(self.counts, other.counts), per_copy=per_copy)
+
 
 class Storage:
     """One storage alive: its size, who refers to it, and whether autograd may add into it in place."""
@@ -106,7 +120,7 @@ class Tape:
         self._op = Op("")
         self._in_run: int | None = None
         self._born: set[Storage] = set()  # storages alive that were born in the current run
-        self._held: dict[str, list[Storage]] = {"forward": [], "step": []}
+        self._held: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
         self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
 
@@ -238,7 +252,7 @@ class Tape:
             if op.captures and node.targets and (keep or not frame.reentrant):
                 for name in op.captures:
                     frame[name].refs += 1
-                    holds["step"].append(frame[name])
+                    holds["nodes"].append(frame[name])
             for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads)):
                 if last.get(name, i) == i and name not in exported and name in mine:
                     self.drop(mine.pop(name))
@@ -251,9 +265,18 @@ class Tape:
         for storage in self._held.pop("forward"):
             self.drop(storage)
 
-    def end_step(self) -> None:
-        for storage in self._held.pop("step"):
-            self.drop(storage)
+    def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
+        """What is held to the end of the step goes, with the `gradients` of it, then what the graph's nodes refer to.
+
+        Returns how much each was.
+        """
+        found: list[Moment] = []
+        for name, more in (("step", gradients), ("nodes", ())):
+            before = self.snapshot()
+            for storage in (*self._held.pop(name), *more):
+                self.drop(storage)
+            found.append(before.less(self.snapshot()))
+        return found[0], found[1]
 
     # backward
 
@@ -283,9 +306,9 @@ class Tape:
         frame.checkpointed = False
         frame.recomputed = True
         frame.names = {}
-        holds: dict[str, list[Storage]] = {"forward": [], "step": []}
+        holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         self._run(frame, end, (), {}, keep=True, holds=holds)
-        for storage in (*holds["forward"], *holds["step"]):
+        for storage in (*holds["forward"], *holds["step"], *holds["nodes"]):
             self.drop(storage)
 
     def _reenter(self, frame: Frame, grads: dict[str, Storage]) -> None:
@@ -300,12 +323,12 @@ class Tape:
         frame.checkpoint = []
         for storage in gradients:
             storage.refs += 1
-        holds: dict[str, list[Storage]] = {"forward": [], "step": []}
+        holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
         for storage in holds["forward"]:
             self.drop(storage)
         self.backward(frame, grads)
-        for storage in (*gradients, *returned.values(), *inputs, *holds["step"]):
+        for storage in (*gradients, *returned.values(), *inputs, *holds["step"], *holds["nodes"]):
             self.drop(storage)
 
     def _backward(self, frame: Frame, node: Node, grads: dict[str, Storage]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from memplan.engine.lower import Frame, Storage, Tape
+from memplan.engine.lower import Frame, Moment, Storage, Tape
 from memplan.engine.step import run_pass
 from memplan.ir import Stack, Tensor
 
@@ -20,11 +20,12 @@ RUN = 3  # copies of a run that are run: its first, its last, and the one betwee
 
 class Recorded(NamedTuple):
     """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED. Backward comes to the head at
-    the event `head`."""
+    the event `head`; from `over` on, what the script and the graph's nodes held goes."""
 
     events: tuple[tuple[int, int], ...]
     sizes: tuple[tuple[str, ...], ...]
     head: int
+    over: int
 
 
 class _Copy(NamedTuple):
@@ -43,6 +44,7 @@ class Recorder(Tape):
         self.events: list[tuple[int, int]] = []
         self.copies: list[_Copy] = []
         self.outside: list[int] = []  # where backward comes to the loss, the head, and what is before the blocks
+        self.over = 0  # where the pass is over
         self._numbers: dict[Storage, int] = {}
         self._entered = (0, 0)
 
@@ -64,6 +66,10 @@ class Recorder(Tape):
         if not frame.block:
             self.outside.append(len(self.events))
         super().backward(frame, grads)
+
+    def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
+        self.over = len(self.events)
+        return super().end_step(*gradients)
 
     def enter_copy(self, skipped: int) -> None:
         self._entered = (len(self.events), skipped)
@@ -88,7 +94,7 @@ def record(
     tape = Recorder(grads_exist, updates)
     run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, copies)
     every = _Expansion(tape)
-    return Recorded(tuple(every.events), tuple(tape.sizes), every.head)
+    return Recorded(tuple(every.events), tuple(tape.sizes), every.head, every.over)
 
 
 class _Expansion:
@@ -100,7 +106,8 @@ class _Expansion:
 
     def __init__(self, tape: Recorder) -> None:
         self.events: list[tuple[int, int]] = []
-        self.head = 0
+        self.head = self.over = 0
+        self._over = tape.over
         self._recorded = tape.events
         self._head = tape.outside[1]
         self._parts = tape.copies
@@ -126,6 +133,7 @@ class _Expansion:
                     self._left_out(i, i, j)
             at = part.end
         self._whole(at, len(tape.events), None)
+        self.over = self.over or len(self.events)
 
     def _instance(self, number: int, copy: int) -> int:
         """The storage of the `copy`th copy left out that is like `number`, which is that of copy 0."""
@@ -142,6 +150,8 @@ class _Expansion:
             number, size = self._recorded[at]
             if at == self._head:
                 self.head = len(self.events)
+            if at == self._over:
+                self.over = len(self.events)
             if size != FREED:
                 self.events.append((number, size))
                 continue

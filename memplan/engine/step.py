@@ -31,6 +31,7 @@ class Lowered(NamedTuple):
 
     moments   their counts index `sizes`
     kept      what is alive when forward is done; `left`, when backward is
+    held      what names of the script and the graph's nodes would keep after backward
     sizes     shape and dtype of a storage; if labelled, also its kind, block, operation, name and source
     runs      the axis that counts a run's copies, and how many of them were split off or run already
     """
@@ -38,7 +39,17 @@ class Lowered(NamedTuple):
     moments: tuple[Moment, ...]
     kept: Moment
     left: Moment
+    held: Moment
     sizes: tuple[tuple[str, ...], ...]
+    runs: tuple[tuple[str, int], ...]
+
+
+class Passed(NamedTuple):
+    """What a pass left: see `Lowered`, and of `held` there the part that the graph's `nodes` refer to by itself."""
+
+    kept: Moment
+    held: Moment
+    nodes: Moment
     runs: tuple[tuple[str, int], ...]
 
 
@@ -134,17 +145,24 @@ def lower(
     input_grad: bool = False,
     labelled: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
+    lingers: bool = False,
 ) -> Lowered:
     """The moments of one forward and backward pass.
 
     `reentrant`: of a checkpointed block all is computed again before any of its backward.
     `grads_exist`: the gradients are there already (a later micro-batch). `input_grad`: the embeddings' output asks
     for a gradient though nothing before it trains, as checkpointing makes it. `updates`: bytes that updating a weight
-    takes in backward, once its gradient is there, by the weight's path.
+    takes in backward, once its gradient is there, by the weight's path. `lingers`: the loop's names for outputs and
+    loss keep those of the pass before until they are taken again: what was held, and what the graph's nodes refer to.
     """
     tape = Tape(grads_exist, labelled, updates)
-    kept, runs = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad)
-    return Lowered(tuple(tape.moments), kept, tape.snapshot(), tuple(tape.sizes), runs)
+    passed = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad)
+    held = passed.held.plus(passed.nodes)
+    moments = tape.moments
+    if lingers:
+        before = {"forward": held, "loss": passed.nodes}
+        moments = [m.plus(before[m.phase]) if m.phase in before else m for m in moments]
+    return Lowered(tuple(moments), passed.kept, tape.snapshot(), held, tuple(tape.sizes), passed.runs)
 
 
 def run_pass(
@@ -156,10 +174,9 @@ def run_pass(
     reentrant: bool,
     input_grad: bool,
     one_by_one: int = 0,
-) -> tuple[Moment, tuple[tuple[str, int], ...]]:
-    """Run the stack on the tape, forward and backward; see `lower`. Returns what is alive when forward is done, and
-    the runs of equal blocks. With `one_by_one` there are none: that many copies of each are run, and the others left
-    out."""
+) -> Passed:
+    """Run the stack on the tape, forward and backward; see `lower`. With `one_by_one` there are no runs of equal
+    blocks: that many copies of each are run, and the others left out."""
     scope = Scope()
     before = scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
@@ -267,8 +284,10 @@ def run_pass(
     if "y" in grads:
         grads[embeds] = grads.pop("y")
     tape.backward(first, grads)
-    for storage in (root, *left.values(), *grads.values()):
+    for name in [n for n in grads if n not in leaf]:
+        tape.drop(grads.pop(name))
+    for storage in (root, *left.values()):
         tape.drop(storage)
-    tape.end_step()
+    held, nodes = tape.end_step(*grads.values())
     tape.note()
-    return kept, tuple(runs)
+    return Passed(kept, held, nodes, tuple(runs))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Kernels
+from memplan.spec import Kernels, Loop
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -247,13 +247,19 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("batch", f"{sequences} of {batch.sequence:,} tokens per GPU; {passes}"),
         ("checkpointing", str(run.kernels.checkpointing) + (", reentrant" if _reenters(run.kernels) else "")),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
-        ("loss", str(run.kernels.loss) + ("; outputs held to the step's end" if loop.hold_outputs else "")),
+        ("loss", str(run.kernels.loss) + _held_outputs(loop)),
         *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
         ("profile", run.profile),
     ]
     if run.parallelism.world > 1:
         text.insert(-1, ("GPUs", f"{run.parallelism.world}, {run.parallelism.strategy}"))
     return text
+
+
+def _held_outputs(loop: Loop) -> str:
+    if loop.hold_outputs == "step":
+        return "; outputs held to the step's end"
+    return "; outputs held through backward" if loop.hold_outputs else ""
 
 
 def _reenters(kernels: Kernels) -> bool:

@@ -1,0 +1,349 @@
+"""Profiles: what a framework's version decides, as tables that are whole and as bytes by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue.profiles import PROFILES, WHEN, WORDS, Profile, Row, decided, find_profile
+from memplan.cli import app
+from memplan.engine.walk import alive, size
+from memplan.errors import MemplanError, UnknownNameError
+from memplan.graph import built, lowered
+from memplan.resolve import decide
+from memplan.units import rounded
+
+NAMES = [profile.name for profile in PROFILES]
+PARTS = ("kernels", "optimizer", "method", "quantization")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 1408,
+    "vocab_size": 32000,
+    "num_hidden_layers": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    return {"config": {**LLAMA, **changes}}
+
+
+def peak(answer: Estimate, phase: str) -> int:
+    return max(p.peak for p in answer.phases if p.phase == phase)
+
+
+def test_the_profiles_of_every_framework_are_there() -> None:
+    versions = {f"transformers-{v}" for v in ("4.35", "4.38", "4.45", "4.46", "4.48", "4.51", "5")}
+    assert versions | {"litgpt-2023", "litgpt-2024", "megatron-core", "fsdp_qlora", "torchtitan", "torchtune"} < set(
+        NAMES
+    )
+    for framework in ("trl-", "axolotl-", "llamafactory-", "unsloth-"):
+        assert any(name.startswith(framework) for name in NAMES)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.name)
+def test_a_profile_says_what_was_read_and_where_each_row_is_from(profile: Profile) -> None:
+    assert profile.title
+    assert profile.read
+    for row in profile.rows:
+        assert row.field in WORDS or row.field.split(".")[-2] in PARTS
+        assert row.source
+        assert row.when in WHEN
+    like = profile
+    while like.like:
+        like = find_profile(like.like)
+    assert like.name == "transformers-5"
+
+
+def test_no_row_says_what_an_earlier_one_of_the_profile_has_said() -> None:
+    for profile in PROFILES:
+        keys = [(row.field, row.when, row.model_types) for row in profile.rows]
+        assert len(set(keys)) == len(keys), profile.name
+
+
+@pytest.mark.parametrize("name", ["transformers-4.47", "litgpt", "trl", "TRANSFORMERS-5", "my-transformers-5", ""])
+def test_an_unknown_profile_is_an_error_that_names_near_ones(name: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        estimate(RunSpec(model="qwen2-0.5b", profile=name))
+    assert caught.value.field == "profile"
+    assert "transformers-" in str(caught.value) or "litgpt-" in str(caught.value) or "trl-" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_an_answer_holds_what_was_decided_and_answers_the_same_again(name: str, method: str) -> None:
+    answer = estimate(RunSpec(model=model(), method=method, profile=name))
+    run = answer.run
+    kernels = run.kernels
+    assert None not in (kernels.checkpointing, kernels.loss, kernels.fused, kernels.reentrant, run.optimizer.name)
+    if method != "full":
+        assert run.method.adapter_dtype is not None
+    if run.method.quantization is not None:
+        assert None not in (run.method.quantization.skip, run.method.quantization.kbit_preparation)
+    again = estimate(RunSpec.model_validate_json(run.model_dump_json()))
+    assert again.bytes == answer.bytes
+    assert again.phases == answer.phases
+    assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+
+
+OTHERS: dict[str, Any] = {
+    "optimizer.name": "sgd",
+    "kernels.checkpointing": "none",
+    "kernels.reentrant": False,
+    "kernels.loss": "chunked",
+    "kernels.fused": (),
+    "method.adapter_dtype": "fp32",
+    "method.quantization.skip": ("lm_head",),
+    "method.quantization.kbit_preparation": True,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_user_says_wins(name: str) -> None:
+    said: dict[str, Any] = {"method": {"kind": "qlora"}}
+    for path, value in OTHERS.items():
+        inner = said
+        *parts, field = path.split(".")
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[field] = value
+    run = estimate(RunSpec(model=model(), profile=name, **said)).run
+    for path, value in OTHERS.items():
+        found: Any = run
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert found == value, path
+
+
+def test_what_is_left_open_is_what_transformers_5_sets() -> None:
+    rows = {row.field: row.value for row in find_profile("transformers-5").rows}
+    said = RunSpec(
+        model=model(),
+        optimizer=rows["optimizer.name"],
+        kernels={field: rows[f"kernels.{field}"] for field in ("checkpointing", "reentrant", "loss", "fused")},
+    )
+    assert estimate(said).phases == estimate(RunSpec(model=model())).phases
+
+
+def test_a_row_may_be_for_some_families_or_quantised_weights_only() -> None:
+    assert decided("transformers-4.48", "llama", False)["logits"] == "shifted"
+    assert decided("transformers-4.48", "gpt_bigcode", False)["logits"] == "half"
+    assert decided("transformers-4.51", "gpt_bigcode", False)["logits"] == "padded"
+    assert decided("litgpt-2023", "llama", False)["optimizer.name"] == "adamw_torch"
+    assert decided("litgpt-2023", "llama", True)["optimizer.name"] == "paged_adamw_32bit"
+
+
+# Bytes a logit has at the loss's forward and backward peaks, of bf16 logits. The model of 4.45 lets go of them at once.
+PER_LOGIT = {
+    "transformers-5": (10, 12),
+    "transformers-4.51": (10, 12),
+    "transformers-4.48": (14, 12),
+    "transformers-4.45": (12, 12),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), PER_LOGIT.items())
+def test_the_loss_has_so_many_bytes_a_logit(name: str, expected: tuple[int, int]) -> None:
+    b, s, more = 4, 512, 64000
+    small, large = (
+        estimate(RunSpec(model=model(vocab_size=v), method="lora", profile=name, batch={"micro": b, "sequence": s}))
+        for v in (more, 2 * more)
+    )
+    weights = 2 * 2 * more * LLAMA["hidden_size"]  # embeddings and head
+    for phase, bytes_ in zip(("loss", "backward"), expected, strict=True):
+        logits = peak(large, phase) - peak(small, phase) - weights
+        assert logits == pytest.approx(bytes_ * b * s * more, rel=0.003), phase
+
+
+def test_a_single_sequence_is_not_copied_to_be_shifted() -> None:
+    ones, fours = (
+        [
+            peak(estimate(RunSpec(model=model(), profile=name, batch={"micro": b, "sequence": 512})), "loss")
+            for name in ("transformers-4.48", "transformers-4.51")
+        ]
+        for b in (1, 4)
+    )
+    assert abs(ones[0] - ones[1]) < 2**20
+    assert fours[0] - fours[1] == pytest.approx(4 * 4 * 512 * LLAMA["vocab_size"], rel=0.01)
+
+
+def test_a_loss_in_half_precision_has_three_tensors_of_logits() -> None:
+    """gpt2 under transformers 4.48: logits, all rows but the last, and log-probabilities, all in bf16."""
+    b, s = 4, 512
+    small, large = (
+        peak(
+            estimate(RunSpec(model=gpt2(v), profile="transformers-4.48", batch={"micro": b, "sequence": s})),
+            "loss",
+        )
+        for v in (64000, 128000)
+    )
+    states = 4 * 2 * 64000 * 256  # tied embeddings, their gradient is not there yet, and two moments
+    assert large - small == pytest.approx(3 * 2 * b * s * 64000 + states * 3 / 4, rel=0.003)
+
+
+def gpt2(v: int) -> dict[str, Any]:
+    return {
+        "config": {"model_type": "gpt2", "n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": v, "n_positions": 512}
+    }
+
+
+def test_megatron_writes_the_softmax_and_its_gradient_over_the_logits() -> None:
+    b, s, v = 4, 512, 64000
+    answers = [
+        estimate(
+            RunSpec(
+                model=model(vocab_size=n),
+                method="lora",
+                profile="megatron-core",
+                batch={"micro": b, "sequence": s},
+            )
+        )
+        for n in (v, 2 * v)
+    ]
+    weights = 2 * 2 * v * LLAMA["hidden_size"]
+    growth = peak(answers[1], "loss") - peak(answers[0], "loss") - weights
+    assert growth == pytest.approx((2 + 4) * b * s * v, rel=0.003)
+
+
+def test_reentrant_checkpointing_holds_a_blocks_output_and_its_gradient() -> None:
+    """A block's backward holds two tensors of the stream more, and all that its forward pass keeps is there at once."""
+    runs = [
+        estimate(
+            RunSpec(
+                model=model(vocab_size=100),
+                kernels={"reentrant": reentrant, "attention": "flash_attention_2"},
+                batch={"micro": 8, "sequence": 2048},
+            )
+        )
+        for reentrant in (False, True)
+    ]
+    stream = 8 * 2048 * LLAMA["hidden_size"] * 2
+    assert [run.peak.where.split(".")[0] for run in runs] == ["model", "model"]
+    more = peak(runs[1], "backward") - peak(runs[0], "backward")
+    assert more % stream < 2**20 or stream - more % stream < 2**20
+    assert 0 < more <= 2 * stream
+    assert peak(runs[0], "forward") == peak(runs[1], "forward")
+
+
+def kept(changes: dict[str, Any], **run: Any) -> int:
+    """What one more layer keeps from forward to backward, in bytes: of a batch of 1 x 512 tokens."""
+    spec = RunSpec(
+        model=model(**changes),
+        kernels={"checkpointing": "none", "attention": "flash_attention_2", **run.pop("kernels", {})},
+        **run,
+    )
+    structure = decide(spec).structure
+    low = lowered(structure.graph)
+    _, axes = built(structure.graph)
+    numbers = {**axes, "b": 1, "s": 512, "s8": 512, "s32": 512, "s128": 512, "targets": 513, "padded_labels": 0}
+    numbers |= {
+        "shifted_rows": 511,
+        "shifted_labels": 0,
+        "further_chunks": 3,
+        "sorted_ids": 0,
+        "segments": 0,
+        "lc": 64,
+        "fc": 64,
+    }
+
+    def at(layers: int) -> int:
+        there = {**numbers, "L": layers}
+        return sum(
+            n * size(low.sizes[key][0], low.sizes[key][1], there)[1]
+            for key, n in alive(low.kept, low.runs, there).items()
+        )
+
+    return at(5) - at(4)
+
+
+def test_fused_kernels_keep_less_of_a_layer() -> None:
+    """In bf16, per token: each norm its input and a number instead of an fp32 copy, and no activated gate."""
+    h, q, k, i, heads = 512, 512, 128, 1408, 8
+    random_state = 512 + 512  # flash attention's
+    statistics = 2 * 4 + 4 * heads
+    plain = 16 * h + 4 * q + 4 * k + 8 * i + statistics
+    fused = 8 * h + 4 * q + 4 * k + 6 * i + statistics
+    assert kept({}) == 512 * plain + random_state
+    assert kept({}, kernels={"fused": ["rope", "rms_norm", "swiglu"]}) == 512 * fused + random_state
+
+
+def test_lora_in_one_function_keeps_the_input_once() -> None:
+    """unsloth, all layers adapted: inputs of q, k, v, of o and of the MLP, the gate and what it multiplies, in bf16."""
+    h, q, k, i, heads = 512, 512, 128, 1408, 8
+    run: dict[str, Any] = {
+        "method": "qlora",
+        "profile": "unsloth-2025",
+        "precision": {"weights": "bf16", "autocast": True},
+    }
+    norms = 2 * (2 * h + 4)
+    attention = 2 * h + 2 * (q + 2 * k) + 2 * q + 4 * heads
+    mlp = 2 * h + 2 * i + 2 * i
+    stored_random_state = 512 + 512
+    assert kept({}, **run) == 512 * (norms + attention + mlp) + stored_random_state
+
+
+def test_a_fused_kernel_that_finds_nothing_is_noted() -> None:
+    answer = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, kernels={"fused": ["rope", "cross_entropy"]}))
+    assert answer.run.kernels.fused == ("cross_entropy",)
+    assert any("rope finds nothing to do" in note for note in answer.notes)
+    assert not estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, profile="unsloth-2025")).notes
+
+
+def test_litgpt_keeps_what_its_code_says() -> None:
+    """LoRA on query and value, per token: two fp32 norms' inputs, a mask and the dropped input, one storage of q, k and
+    v, the rotated heads, what attention makes, what is copied into zeros, and three tensors of the MLP."""
+    h, i, heads, r = 512, 1408, 8, 8
+    run: dict[str, Any] = {
+        "method": {"kind": "lora", "rank": r, "targets": ["q_proj", "v_proj"], "dropout": 0.05},
+        "profile": "litgpt-2024",
+    }
+    norms = 2 * (4 * h + 4 + 4)
+    adapter = h + 2 * h + 2 * 2 * r + 2 * 2 * h
+    attention = 2 * 3 * h + 2 * 2 * h + 2 * h + 4 * heads
+    factors = 2 * 4 * h  # the norms' weights in fp32
+    random_state = 512 + 512
+    expected = 512 * (norms + adapter + attention + 2 * 3 * i) + factors + random_state
+    assert kept({"num_key_value_heads": 8}, kernels={"attention": "sdpa"}, **run) == pytest.approx(expected, rel=1e-3)
+
+
+def test_litgpt_has_no_other_families_than_its_own() -> None:
+    with pytest.raises(MemplanError, match="litgpt-2024 has no qwen2"):
+        estimate(RunSpec(model="qwen2-0.5b", profile="litgpt-2024"))
+
+
+def test_gptq_stores_half_a_byte_a_weight_and_numbers_a_group() -> None:
+    quantization = {"format": "gptq-int4", "block_size": 128, "kbit_preparation": False}
+    answer = estimate(RunSpec(model=model(), method={"kind": "qlora", "quantization": quantization}))
+    by_name = {line.what: line for line in answer.ledger if line.kind == "parameter" and "up_proj" in line.what}
+    n = 512 * 1408
+    assert by_name["mlp.up_proj.weight (qweight)"].bytes == 4 * n // 2
+    assert by_name["mlp.up_proj.weight (scales)"].bytes == 4 * 2 * n // 128
+    assert by_name["mlp.up_proj.weight (qzeros)"].bytes == 4 * rounded(4 * n // 128 // 8)
+    assert by_name["mlp.up_proj.weight (g_idx)"].bytes == 4 * 4 * 512
+
+
+def test_the_command_lists_every_profile_and_what_it_sets() -> None:
+    text = CliRunner().invoke(app, ["profiles"]).output
+    facts = {row["name"]: row for row in json.loads(CliRunner().invoke(app, ["profiles", "--json"]).output)}
+    assert list(facts) == NAMES
+    for profile in PROFILES:
+        assert any(line.startswith(f"{profile.name} ") for line in text.splitlines())
+        for row in profile.rows:
+            assert row.field in text
+            assert row.source in text
+        assert [Row(**{**r, "model_types": tuple(r["model_types"])}).field for r in facts[profile.name]["rows"]] == [
+            row.field for row in profile.rows
+        ]
+        for wait in profile.waits:
+            assert wait in text
+    found = CliRunner().invoke(app, ["profiles", "litgpt"]).output
+    assert "litgpt-2023" in found
+    assert "torchtune" not in found
