@@ -126,6 +126,7 @@ def _decide(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
             triangles=words["triangles"],
+            half_math=words["half_math"],
         ),
         checkpoint=kernels.checkpointing == "full",
         loss=str(kernels.loss),

@@ -20,6 +20,7 @@ class Wiring(NamedTuple):
     target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k
     and v repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
     every layer though it trains. triangles: every layer holds a causal mask for all positions, used or not.
+    half_math: the plain product stays in the dtype of what it is given.
     """
 
     backend: str
@@ -30,6 +31,7 @@ class Wiring(NamedTuple):
     copies: str = ""
     caches: bool = False
     triangles: bool = False
+    half_math: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""
@@ -65,7 +67,8 @@ def attention(
         case "efficient":
             return _efficient(name, q, k, v, y, grouped, mask if masked else "")
         case "math":
-            return _math(name, q, k, v, y, grouped, mask if masked else "")
+            to = f"={q}.low" if wiring.half_math else "fp32"
+            return _math(name, q, k, v, y, grouped, mask if masked else "", to)
         case "eager":
             return _eager(name, q, k, v, y, grouped, mask)
         case other:
@@ -246,8 +249,8 @@ def _masked_softmax(n: str, x: str, y: str, mask: str, like: str) -> tuple[Op, .
     )
 
 
-def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -> tuple[Op, ...]:
-    """torch's reference: everything in fp32, under autocast too, the causal or given mask added in place.
+def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, to: str) -> tuple[Op, ...]:
+    """torch's reference: everything in `to`, under autocast too, the causal or given mask added in place.
 
     Autocast casts what the function is given; with a mask k and v are repeated before it, without one inside.
     """
@@ -264,18 +267,18 @@ def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -
             ),
         )
         k_low, v_low, spread = "k.heads.low", "v.heads.low", heads
-        made = (ops.cast(f"{n}.mask_float", "bias", "bias32", "b s s", "fp32"),)
+        made = (ops.cast(f"{n}.mask_float", "bias", "bias32", "b s s", to),)
     else:
         given = (
             ops.view(f"{n}.v_view", v, "v.view", few, gradient="new"),
             *_lowered_heads(n, {q: heads, k: few, "v.view": few}),
         )
         k_low, v_low, spread = f"{k}.low", "v.view.low", few
-        made = (Op(f"{n}.causal", (), (Tensor("bias32", "s s", "fp32"),), scratch=(Tensor("ones", "s s", "bool"),)),)
+        made = (Op(f"{n}.causal", (), (Tensor("bias32", "s s", to),), scratch=(Tensor("ones", "s s", "bool"),)),)
     inside = (
-        ops.cast(f"{n}.q_float", f"{q}.low", "q32", heads, "fp32"),
-        ops.cast(f"{n}.k_float", k_low, "k32", spread, "fp32"),
-        ops.cast(f"{n}.v_float", v_low, "v32", spread, "fp32"),
+        ops.cast(f"{n}.q_float", f"{q}.low", "q32", heads, to),
+        ops.cast(f"{n}.k_float", k_low, "k32", spread, to),
+        ops.cast(f"{n}.v_float", v_low, "v32", spread, to),
         *made,
         ops.scale(f"{n}.scale_q", "q32", "q.scaled", heads),
         *(
@@ -287,8 +290,8 @@ def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -
         ops.scale(f"{n}.scale_k", "k.all", "k.scaled", heads),
         ops.copy(f"{n}.q_flat", "q.scaled", "q.flat", heads),
         ops.matmul(f"{n}.scores", "q.flat", "k.scaled", "scores", scores)._replace(autocast=""),
-        *ops.softmax(f"{n}.softmax", "scores", "probs", scores, "fp32"),
-        Op(f"{n}.second", ("probs",), (Tensor("second", scores, f"={q}.low"),)),
+        *ops.softmax(f"{n}.softmax", "scores", "probs", scores, to),
+        ops.cast(f"{n}.second", "probs", "second", scores, f"={q}.low"),
         (ops.view if grouped else ops.copy)(f"{n}.v_flat", "v.all", "v.flat", heads),
         ops.matmul(f"{n}.product", "probs", "v.flat", "heads32", heads)._replace(autocast=""),
         ops.cast(f"{n}.cast", "heads32", "heads", heads, f"={q}.low"),

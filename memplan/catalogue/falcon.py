@@ -176,7 +176,7 @@ def _kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop:
     if wiring.backend == "eager":
         return _eager_with_alibi(name, drop) if alibi else _eager(name, shared, kv)
     if shared or wiring.masked == "math":
-        kernel = _math(name, shared, kv)
+        kernel = _math(name, shared, kv, "=q.low" if wiring.half_math else "fp32")
     else:
         always = wiring._replace(backend="efficient", masked="efficient", padded=True)
         kernel = attention(name, "q", "k", "v", "o", always, False)
@@ -235,21 +235,21 @@ def _eager_with_alibi(name: str, drop: bool) -> tuple[Op, ...]:
     )
 
 
-def _math(name: str, shared: bool, kv: str) -> tuple[Op, ...]:
-    """torch's reference with a mask: in fp32 also under autocast, the mask added in place."""
+def _math(name: str, shared: bool, kv: str, to: str) -> tuple[Op, ...]:
+    """torch's reference with a mask: in `to` also under autocast, the mask added in place."""
     low = ("q.low", "k.low", "v.low")
     return (
         *_lowered(name, ("q", "k", "v"), kv),
         Op(f"{name}.mask", ("mask",), (Tensor("bias", "b s s", "=q.low"),), source=ops.DERIVATIVES),
-        ops.cast(f"{name}.q_float", "q.low", "q32", _Q, "fp32"),
-        ops.cast(f"{name}.k_float", "k.low", "k32", kv, "fp32"),
-        ops.cast(f"{name}.v_float", "v.low", "v32", kv, "fp32"),
-        ops.cast(f"{name}.mask_float", "bias", "bias32", "b s s", "fp32"),
+        ops.cast(f"{name}.q_float", "q.low", "q32", _Q, to),
+        ops.cast(f"{name}.k_float", "k.low", "k32", kv, to),
+        ops.cast(f"{name}.v_float", "v.low", "v32", kv, to),
+        ops.cast(f"{name}.mask_float", "bias", "bias32", "b s s", to),
         ops.scale(f"{name}.scale_q", "q32", "q.scaled", _Q),
         ops.scale(f"{name}.scale_k", "k32", "k.scaled", kv),
         *_scores(name, "q.scaled", "k.scaled", shared, ""),
         ops.leave("k.scaled"),
-        *ops.softmax(f"{name}.softmax", "scores", "probs", _SCORES, "fp32"),
+        *ops.softmax(f"{name}.softmax", "scores", "probs", _SCORES, to),
         ops.cast(f"{name}.second", "probs", "second", _SCORES, "=q.low"),
         ops.copy(f"{name}.v_flat", "v32", "v.flat", _Q, gradient="new" if shared else "same"),
         ops.matmul(f"{name}.product", "probs", "v.flat", "product", _Q)._replace(autocast=""),

@@ -195,6 +195,8 @@ def _join(name: str, turned: str, x: str, y: str) -> Op:
 def _sdpa(wiring: Wiring) -> Iterable[Op]:
     """q is joined head by head, and a kernel lays out what it makes as it finds q: the heads are copied together."""
     plain = wiring._replace(copies="")
+    if wiring.backend == "math":
+        return kernel("attn.attention", "q", "k", "v", "o", plain, False)
     return (*kernel("attn.attention", "q", "k", "v", "heads", plain, False), ops.copy("attn.reshape", "heads", "o", _Q))
 
 

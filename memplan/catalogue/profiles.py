@@ -22,6 +22,7 @@ WORDS = {
     "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
     "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
     "triangles": "every layer holds a causal mask for all positions, used or not",
+    "half_math": "torch's plain attention stays in the dtype of what it is given",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
 }
 
@@ -63,6 +64,8 @@ _OWN_LOSS = (
     Row("logits", "model", "transformers 4.48.1 models/gptj/modeling_gptj.py", "", _OWN_CAST),
 )
 
+_BEFORE_2_5 = "torch before 2.5 attention.cpp, as intel-extension-for-pytorch 2.1 copied it: it casts nothing to fp32"
+
 PROFILES = (
     Profile(
         "transformers-5",
@@ -92,6 +95,7 @@ PROFILES = (
             Row("code", "transformers", "transformers 5.24"),
             Row("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
             Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
+            Row("half_math", False, "torch 2.13 aten/src/ATen/native/transformers/attention.cpp"),
             Row("lingers", False, "assumed: the step is a function of its own, as in transformers' Trainer"),
             Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
@@ -175,6 +179,7 @@ PROFILES = (
                 "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer: quantised weights are no floating ones",
                 "quantised",
             ),
+            Row("half_math", True, _BEFORE_2_5),
         ),
         (
             "generation: logits of every prompt token, in fp32 (transformers 4.38.2 models/qwen2/modeling_qwen2.py)",
@@ -375,7 +380,10 @@ PROFILES = (
         "lit-gpt of autumn 2023",
         "lit_gpt at 98898ca and alike, torch 2.1, bitsandbytes 0.41",
         "litgpt-2024",
-        (Row("lingers", False, "lit_gpt finetune/lora.py: the longest sample comes first, and once"),),
+        (
+            Row("lingers", False, "lit_gpt finetune/lora.py: the longest sample comes first, and once"),
+            Row("half_math", True, _BEFORE_2_5),
+        ),
     ),
 )
 
