@@ -78,9 +78,10 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     phases = [Phase("load", None, p.parameters + p.load_scratch, "")]
     moments = [(False, -1)]
     updates = fixed + workspace + p.gradients + sum(map(mul, p.held, numbers.values))
-    steps = (1, 2) if p.states or p.optimizer.first != p.optimizer.later else (None,)
+    made = p.states and not p.optimizer.at_once
+    steps = (1, 2) if made or p.optimizer.first != p.optimizer.later else (None,)
     for step in steps:
-        states = p.states if step == 2 else 0
+        states = p.states if step == 2 or p.optimizer.at_once else 0
         for (micro, moving, index), phase in zip(found, PHASES, strict=True):
             second = workspace if phase == "backward" or step == 2 else 0
             phases.append(Phase(phase, step, fixed + second + states + moving, p.where[micro][index]))

@@ -102,7 +102,7 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         workspace.basis,
     )
     stepping = phase.phase == "step" and phase.where == "optimizer"
-    if phase.step == 2 or stepping:
+    if phase.step == 2 or stepping or p.optimizer.at_once:
         counts: Counter[State] = Counter()  # the first of equal layers has a state of its own, before the others'
         for state in p.optimizer.states:
             if not state.host:

@@ -51,6 +51,8 @@ def segments(
     allocator = Allocator(expandable, capacity)
     for bytes_ in _loading(structure, numbers, allocator):
         allocator.alloc(bytes_)
+    if program.optimizer.at_once:
+        _make_states(program, allocator)
     handles = iter((workspace, workspace))
     waiting: list[Block] = []  # what the loop's names keep of the pass before
     for step in (1, 2):
@@ -172,11 +174,8 @@ def _free(blocks: list[Block], allocator: Allocator) -> None:
 def _update(program: Program, step: int, allocator: Allocator) -> None:
     if program.clipping:
         allocator.free(allocator.alloc(program.clipping))
-    if step == 1:
-        for state in program.optimizer.states:
-            if not state.host:
-                for _ in range(state.count):
-                    allocator.alloc(state.bytes)
+    if step == 1 and not program.optimizer.at_once:
+        _make_states(program, allocator)
     scratch = program.optimizer.first if step == 1 else program.optimizer.later
     listed = program.optimizer.listed
     together = sum(bytes_ * count for bytes_, count in listed)
@@ -185,3 +184,10 @@ def _update(program: Program, step: int, allocator: Allocator) -> None:
         made.append(allocator.alloc(scratch - together if made else scratch))
     for block in made:
         allocator.free(block)
+
+
+def _make_states(program: Program, allocator: Allocator) -> None:
+    for state in program.optimizer.states:
+        if not state.host:
+            for _ in range(state.count):
+                allocator.alloc(state.bytes)

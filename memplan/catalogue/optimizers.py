@@ -70,6 +70,7 @@ class Optimizer(NamedTuple):
     projector   of every projected parameter; `rank` is what it is projected to
     lists       how many lists of moments a foreach step makes, for the parameters the loop does not take
     since       the step from which on it makes them
+    at_once     its states are there before the first step
     loop        what the turn of a parameter does that the loop `takes`; `projected` that of a projected one
     alone       the loop that torch runs with foreach=False, where it takes that
     apex        whether mixed precision runs it as apex does: all at once, in fp32, with nothing of its own
@@ -85,6 +86,7 @@ class Optimizer(NamedTuple):
     rank: Rank | None = None
     lists: int = 0
     since: int = 1
+    at_once: bool = False
     loop: Loop = ()
     takes: Which = everything
     projected: Loop = ()
@@ -267,6 +269,7 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         "torch 2.13 optim/adagrad.py; accelerate 1.15 optimizer.py AcceleratedOptimizer",
         "two more copies of the sums, all at once",
         lists=2,
+        at_once=True,
         alone=loops.ROOT,
         apex=True,
     ),
@@ -312,6 +315,7 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         ),
         "lomo-optim 0.1 adalomo.py",
         "one parameter's gradient and updates in fp32",
+        at_once=True,
         loop=loops.ADALOMO,
         frees_gradients=True,
     ),

@@ -54,6 +54,7 @@ class OptimizerMemory(NamedTuple):
     first, later    bytes alive only inside the first step, and at most inside any other
     scratch         in words, what that is
     listed          of it, the lists with a tensor for every parameter: bytes of one, and how many like it
+    at_once         the states are there before the first step
     frees_gradients gradients go in backward, as they come, and step() does nothing
     backward        bytes alive inside backward because of that: one parameter's update, beside the gradient that
                     backward has just made
@@ -65,6 +66,7 @@ class OptimizerMemory(NamedTuple):
     later: int
     scratch: str
     listed: tuple[tuple[int, int], ...]
+    at_once: bool
     frees_gradients: bool
     backward: int
     source: str
@@ -141,6 +143,7 @@ def optimizer_memory(
         later=later,
         scratch=row.scratch if first or later or backward else "",
         listed=tuple(_listed(row, turns)) if first or later else (),
+        at_once=row.at_once,
         frees_gradients=row.frees_gradients,
         backward=backward,
         source=f"{row.source}; master weights as apex and Megatron-LM keep them" if master else row.source,
