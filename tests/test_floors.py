@@ -19,7 +19,7 @@ FLOORS = (
     {"catalogue", "engine"},
     {"graph", "program", "refusals", "resolve", "answer", "estimator", "ledger"},
     {"largest"},
-    {"report", "cli"},
+    {"report", "cli", "probe"},
     {"__main__"},
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
