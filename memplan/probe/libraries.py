@@ -13,7 +13,7 @@ from typing import Any
 from memplan.errors import ProbeError, nearest
 
 NAMES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-_QUIET = {
+QUIET = {
     "HF_HUB_OFFLINE": "1",  # a config says everything; nothing is to be looked for
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -34,7 +34,7 @@ def require(*names: str) -> None:
 def library(name: str) -> Any:
     """A module of an installed library. Raises ProbeError where it cannot be imported, with the library's reason."""
     require(name.partition(".")[0])
-    for variable, value in _QUIET.items():
+    for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     try:
         module: ModuleType = importlib.import_module(name)

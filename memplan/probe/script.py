@@ -55,6 +55,7 @@ class Script:
             self.model = build_model(run, device)
             training = run.task == "train"
             self.parameters = [p for p in self.model.parameters() if p.requires_grad] if training else []
+            self.optimizers: list[Any] = []  # all there are: one, or of every parameter its own
             self.optimizer = self._optimizer() if training else None
         scales = training and run.loop.grad_scaler
         self.scaler: Any = torch.amp.GradScaler(device.type) if scales else None  # pyright: ignore[reportPrivateImportUsage]
@@ -75,9 +76,14 @@ class Script:
         if run.loop.trainer:
             spare_embeddings(self.model, run.optimizer)
         if not run.optimizer.in_backward:
-            return make_optimizer(run.optimizer, self.parameters)
+            optimizer = make_optimizer(run.optimizer, self.parameters)
+            self.optimizers += [optimizer] if optimizer is not None else []
+            return optimizer
         for parameter in self.parameters:
-            _step_in_backward(parameter, make_optimizer(run.optimizer, [parameter]))
+            alone = make_optimizer(run.optimizer, [parameter])
+            if alone is not None:
+                _step_in_backward(parameter, alone)
+                self.optimizers.append(alone)
         return None
 
     def _train(self) -> None:

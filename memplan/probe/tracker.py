@@ -21,6 +21,7 @@ from memplan.probe.libraries import library
 
 _C: Any = library("torch._C")
 _aten: Any = torch.ops.aten
+_DEVICE: Any = torch.ops.prim.device.default
 _graph_task: Callable[[], int] = _C._current_graph_task_id
 _node: Callable[[], Any] = _C._current_autograd_node
 _subclass: Any = torch.Tensor._make_subclass  # pyright: ignore[reportPrivateUsage]
@@ -29,6 +30,8 @@ _subclass: Any = torch.Tensor._make_subclass  # pyright: ignore[reportPrivateUsa
 _NEVER_KEPT = frozenset(
     ("set_", "resize_", "resize_as_", "_local_scalar_dense", "lift_fresh", "equal", "nonzero", "_resize_output_")
 )
+
+_TWICE = -2
 
 # FunctionsManual.cpp writes into the gradient it has just made, unless a tensor subclass is about.
 _IN_PLACE = {
@@ -175,10 +178,12 @@ class Tracker(TorchDispatchMode):
     # Calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         if _graph_task() != -1 and not torch.is_grad_enabled():
             if func is _aten.add.Tensor:
                 if not kwargs and self._adds_in_place(args):
-                    _, func = self.out_of_place, _aten.add_.Tensor
+                    func = _aten.add_.Tensor
             elif func in _IN_PLACE and _called_by_the_engine():
                 func = _IN_PLACE[func]
         given: list[Any] = []
@@ -220,12 +225,13 @@ class Tracker(TorchDispatchMode):
         out = self._ask(func, args, kwargs)
         sequence = type(out) if isinstance(out, (tuple, list)) else None
         outputs: list[_Output | None] = []
-        fresh: set[int] = set()
+        same = {id(tensor): i for i, tensor in enumerate(given)}
+        lies_in = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(given)}
         for tensor in out if sequence is not None else (out,):
             if tensor is None:
                 outputs.append(None)
                 continue
-            described = _describe(tensor, given, fresh) if isinstance(tensor, FakeTensor) else None
+            described = _describe(tensor, same, lies_in) if isinstance(tensor, FakeTensor) else None
             if described is None:
                 self._kept[func] = self._kept[func] and isinstance(tensor, (FakeTensor, list))
                 return out
@@ -356,8 +362,11 @@ def _key_of_keywords(kwargs: Any, key: list[Any], given: list[Any]) -> bool:
     return True
 
 
-def _describe(tensor: Any, given: list[Any], fresh: set[int]) -> _Output | None:
-    """How to make `tensor` again from tensors like those `given`; None where that is not plain."""
+def _describe(tensor: Any, same: dict[int, int], lies_in: dict[int, int]) -> _Output | None:
+    """How to make `tensor` again; None where that is not plain.
+
+    `same` and `lies_in` say which of the tensors given it may be, by identity, and in whose storage it may lie.
+    """
     if tensor.constant is not None or tensor.dtype.is_complex or tensor.is_sparse:
         return None
     shape, stride = tuple(tensor.shape), tensor.stride()
@@ -365,20 +374,19 @@ def _describe(tensor: Any, given: list[Any], fresh: set[int]) -> _Output | None:
         return None
     storage = tensor.untyped_storage()
     offset = tensor.storage_offset()
-    state = dict(vars(tensor))
-    kind, index = "new", -1
-    for i, other in enumerate(given):
-        if other is tensor:
-            kind, index = "same", i
-            break
-        if other.untyped_storage()._cdata == storage._cdata:
-            kind, index = "view", i
-    if kind == "new":
-        if offset or storage._cdata in fresh:
-            return None
-        fresh.add(storage._cdata)
+    if id(tensor) in same:
+        kind, index = "same", same[id(tensor)]
+    elif storage._cdata in lies_in:
+        kind, index = "view", lies_in[storage._cdata]
+    elif offset:
+        return None
+    else:
+        kind, index = "new", -1
+        lies_in[storage._cdata] = _TWICE
+    if index == _TWICE:
+        return None  # two outputs in one new storage
     asked = storage.nbytes()
-    return _Output(kind, index, shape, stride, offset, tensor.dtype, tensor.fake_device, asked, state)
+    return _Output(kind, index, shape, stride, offset, tensor.dtype, tensor.fake_device, asked, dict(vars(tensor)))
 
 
 def _tensors(out: Any) -> Iterator[Any]:
