@@ -206,7 +206,20 @@ def _measured(given: Mapping[str, Any]) -> int:
 
 
 def _on(run: RunSpec, row: GPU | None) -> RunSpec:
-    return run.model_copy(update={"gpu": row.name if row else None})
+    """The run on a card; one of a config.json on this machine says the config itself, so that its line stands alone."""
+    from memplan.cards import find_config, find_model
+    from memplan.errors import UnsupportedModelError
+    from memplan.spec import InlineModel
+
+    update: dict[str, Any] = {"gpu": row.name if row else None}
+    if isinstance(run.model, str):
+        try:
+            bundled = bool(find_model(run.model).card)
+        except UnsupportedModelError:
+            bundled = False
+        if not bundled:
+            update["model"] = InlineModel(config=dict(find_config(run.model)))
+    return run.model_copy(update=update)
 
 
 def _short(answer: Estimate | None) -> dict[str, Any] | None:
@@ -305,7 +318,7 @@ def _planned(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
 
 
 def _measured_suite(runs: Sequence[RunSpec], machine: Here, given: Mapping[str, Any]) -> int:
-    from memplan.probe.process import RESULTS, measure
+    from memplan.probe.process import RESULTS, here, measure
     from memplan.probe.rows import row as line_of
     from memplan.report import probed
 
@@ -315,14 +328,17 @@ def _measured_suite(runs: Sequence[RunSpec], machine: Here, given: Mapping[str, 
         said = probed.progress(number, of, measured, answer)
         return line_of(measured, machine), said, measured.outcome in RESULTS
 
-    return _each(runs, given, one)
+    return _each(runs, given, one, here)
 
 
 One = Callable[[int, int, "RunSpec"], tuple[dict[str, Any], str, bool]]
 
 
-def _each(runs: Sequence[RunSpec], given: Mapping[str, Any], one: One) -> int:
-    """Run those that the output has no result of, and write each one's line when it has ended. 1 where one failed."""
+def _each(runs: Sequence[RunSpec], given: Mapping[str, Any], one: One, alive: Callable[[], object]) -> int:
+    """Run those that the output has no result of, and write each one's line when it has ended. 1 where one failed.
+
+    After one that failed `alive` raises where no other would do better.
+    """
     from memplan.probe.rows import append, done
 
     output = Path(given["output"]) if "output" in given else None
@@ -340,6 +356,8 @@ def _each(runs: Sequence[RunSpec], given: Mapping[str, Any], one: One) -> int:
         else:
             append(output, line)
             show(said + "\n")
+        if not good:
+            alive()
     return int(failed > 0)
 
 

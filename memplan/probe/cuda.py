@@ -11,10 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 from memplan.errors import MemplanError, printable
+from memplan.probe.driver import in_use
+from memplan.probe.libraries import library, versions
 from memplan.spec import RunSpec
 
 _LONGEST = 300  # letters of another library's error that are passed on
@@ -72,7 +74,7 @@ class Cuda(Protocol):
         ...
 
     def shown(self) -> int | None:
-        """The same as NVML counts it, which is what nvidia-smi shows; None where its library is not installed."""
+        """The same as nvidia-smi shows it; None where it does not answer."""
         ...
 
     def wait(self) -> None:
@@ -115,8 +117,11 @@ def watch(run: RunSpec, steps: int, cuda: Cuda, build: Build, emit: Emit) -> Non
         try:
             yield
             cuda.wait()
-        finally:
-            read(name, now["step"])
+        except BaseException:
+            with suppress(Exception):  # the first error says more than one of a device that no longer answers
+                read(name, now["step"])
+            raise
+        read(name, now["step"])
 
     try:
         emit({"event": "card", **cuda.card()._asdict()})
@@ -143,10 +148,8 @@ class TorchCuda:
     Source: torch 2.13 torch/cuda/__init__.py and memory.py.
     """
 
-    def __init__(self) -> None:
-        import torch
-
-        self._torch: Any = torch
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
 
     def card(self) -> Card:
         torch = self._torch
@@ -176,6 +179,10 @@ class TorchCuda:
         return total - free
 
     def shown(self) -> int | None:
+        """By nvidia-smi, or else by NVML through torch, which counts the driver's own reserve in on recent drivers."""
+        shown = in_use(self.card().uuid)
+        if shown is not None:
+            return shown
         try:
             return self._torch.cuda.device_memory_used(0)
         except Exception:  # ModuleNotFoundError without nvidia-ml-py, and whatever NVML raises where it may not look
@@ -198,8 +205,6 @@ OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Err
 
 def look(cuda: Cuda, emit: Emit) -> None:
     """Emit which card is here and which versions of the libraries, or why none can be used."""
-    from memplan.probe.libraries import versions
-
     try:
         emit({"event": "card", **cuda.card()._asdict()})
         emit({"event": "versions", **versions()})
@@ -221,8 +226,9 @@ def main() -> None:
         events.flush()
 
     request = json.load(sys.stdin)
+    cuda = TorchCuda(library("torch"))
     if "run" not in request:
-        look(TorchCuda(), emit)
+        look(cuda, emit)
         return
 
     def build(run: RunSpec, phase: Phase) -> Stepping:
@@ -230,4 +236,4 @@ def main() -> None:
 
         return built(run, "cuda", phase)
 
-    watch(RunSpec.model_validate(request["run"]), request["steps"], TorchCuda(), build, emit)
+    watch(RunSpec.model_validate(request["run"]), request["steps"], cuda, build, emit)

@@ -16,16 +16,15 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from time import monotonic
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from memplan.errors import MemplanError, printable
 from memplan.probe.cuda import OUT_OF_MEMORY, Card, Reading
+from memplan.probe.driver import Ask, in_use, nvidia_smi
 from memplan.spec import RunSpec
-from memplan.units import MIB
 
 TIMEOUT = 1800  # seconds for one run, where nothing else is said
 _LOOK = 180  # seconds to import torch and ask the driver for the card
-_SMI = 20  # seconds nvidia-smi may take
 _LAST_WORDS = 10  # seconds between the end of a process and of what it wrote
 _LONGEST = 300
 
@@ -50,7 +49,7 @@ class Measured(NamedTuple):
     """What came of one run. `outcome` is one of `OUTCOMES`, `said` what was said where it was not measured.
 
     `before` is what others held on the card when the process started; None where nvidia-smi did not tell. `shown` is
-    what NVML or nvidia-smi showed at the end, for the whole card. `phase` and `step` are where the run ended.
+    what nvidia-smi showed at the end, for the whole card. `phase` and `step` are where the run ended.
     """
 
     run: RunSpec
@@ -103,18 +102,14 @@ Start = Callable[[dict[str, Any], float], Ended]
 def start(request: dict[str, Any], timeout: float, command: Sequence[str] = COMMAND) -> Ended:
     """Run the command on one request, for at most `timeout` seconds, and keep every event it wrote until its end."""
     events: Events = []
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-        )
-        assert process.stdin is not None
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as errors:
+        asked.write(json.dumps(request).encode())
+        asked.seek(0)
+        process = subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         assert process.stdout is not None
         reader = Thread(target=_collect, args=(process.stdout, events), daemon=True)
         reader.start()
         try:
-            with suppress(BrokenPipeError):  # it is gone already: its exit code says more
-                process.stdin.write(json.dumps(request).encode())
-                process.stdin.close()
             code: int | None = process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = None
@@ -125,13 +120,14 @@ def start(request: dict[str, Any], timeout: float, command: Sequence[str] = COMM
 
 
 def _collect(lines: IO[bytes], events: Events) -> None:
-    for line in lines:
-        try:
-            event: object = json.loads(line)
-        except ValueError:  # the last one, cut where the process was killed
-            continue
-        if isinstance(event, dict):
-            events.append(event)  # pyright: ignore[reportUnknownArgumentType]
+    with lines:
+        for line in lines:
+            try:
+                event: object = json.loads(line)
+            except ValueError:  # the last one, cut where the process was killed
+                continue
+            if isinstance(event, dict):
+                events.append(cast(dict[str, Any], event))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -152,32 +148,6 @@ def _last_line(file: IO[bytes]) -> str:
     file.seek(max(0, size - 2**16))
     lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     return printable(lines[-1], _LONGEST) if lines else ""
-
-
-Ask = Callable[[str, str], str]
-
-
-def nvidia_smi(fields: str, uuid: str) -> str:
-    """What nvidia-smi says of a card, in its own units (MiB); empty where it does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            [*command, f"--id={uuid}"] if uuid else command,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=_SMI,
-        )
-    except (OSError, subprocess.TimeoutExpired, ValueError):
-        return ""
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return lines[0].strip() if lines else ""
-
-
-def in_use(uuid: str, ask: Ask = nvidia_smi) -> int | None:
-    """Bytes in use on the card, by nvidia-smi; None where it does not tell."""
-    said = ask("memory.used", uuid)
-    return int(said) * MIB if said.isdigit() else None
 
 
 def here(start: Start = start, ask: Ask = nvidia_smi) -> Here:

@@ -129,7 +129,7 @@ def notes(measured: Measured, machine: Here, row_usable: int | None) -> Iterator
     elif measured.before > 64 * MIB:
         yield f"{gib(measured.before)} on the card were in use before, by others; they are left out of what is used"
     if measured.shown is not None:
-        yield f"NVML showed {gib(measured.shown)} in use on the whole card at the end"
+        yield f"nvidia-smi showed {gib(measured.shown)} in use on the whole card at the end"
     total = machine.card.total
     if row_usable is None:
         yield f"memplan has no row of {machine.card.name!r}: estimated as on no particular card"
