@@ -86,15 +86,13 @@ def report(tracker: Tracker, known: Known) -> dict[str, Any]:
         if not module and 0 <= made.node < _NO_NODE and starts:
             module = names[max(0, bisect_right(starts, made.node) - 1)]
         size = rounded(made.asked) if made.asked else 0
-        storages.append(
-            [size, made.asked, made.shape, made.dtype, made.op, module, kind, born[number], died[number]]
-        )
+        storages.append([size, made.asked, made.shape, made.dtype, made.op, module, kind, born[number], died[number]])
     sizes = [storage[0] for storage in storages]
     allocated = list(accumulate(sizes[e] if e >= 0 else -sizes[~e] for e in tracker.events))
     return {
         "storages": storages,
         "events": tracker.events,
-        "phases": [list(_phase(interval, allocated)) for interval in intervals if interval.end > interval.start],
+        "phases": [list(_phase(interval, allocated)) for interval in intervals],
     }
 
 
@@ -119,10 +117,12 @@ def _with_loss(intervals: list[Interval]) -> Iterator[Interval]:
 
 
 def _phase(interval: Interval, allocated: list[int]) -> Iterator[Any]:
-    inside = allocated[interval.start : interval.end]
+    """What is there when a phase begins counts for its peak."""
+    start = max(interval.start - 1, 0)
+    inside = allocated[start : interval.end]
     peak = max(inside)
     yield from (interval.name, interval.step, interval.start, interval.end)
-    yield from (peak, interval.start + inside.index(peak), inside[-1])
+    yield from (peak, start + inside.index(peak), inside[-1])
 
 
 def _kind(born: int, died: int, intervals: list[Interval], recomputed: list[tuple[int, int]]) -> str:

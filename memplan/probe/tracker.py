@@ -130,6 +130,17 @@ class Tracker(TorchDispatchMode):
         self._kept: dict[Any, bool] = {}
         self._calibrating = False
 
+    def __enter__(self) -> Tracker:
+        """As fake tensors' own mode does: values from Python become tensors on the CPU, and are moved from there."""
+        super().__enter__()
+        self._lifts = _C._only_lift_cpu_tensors()
+        _C._set_only_lift_cpu_tensors(True)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _C._set_only_lift_cpu_tensors(self._lifts)
+        super().__exit__(*error)
+
     # Phases
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -259,9 +270,7 @@ class Tracker(TorchDispatchMode):
                 element = torch.empty(0, dtype=output.dtype, device="meta")
                 storage = given[output.index].untyped_storage()
                 element.set_(storage, output.offset, output.shape, output.stride)
-            tensor = _subclass(
-                FakeTensor, element, False, dispatch_device=True, device_for_backend_keys=output.device
-            )
+            tensor = _subclass(FakeTensor, element, False, dispatch_device=True, device_for_backend_keys=output.device)
             tensor.__dict__.update(output.state)
             made.append(tensor)
         if answer.scratch:
