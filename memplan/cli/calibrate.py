@@ -40,7 +40,7 @@ def calibrate(
 
     The profile of a card says what the CUDA context takes there, and how far memory in use is from its estimate.
     """
-    return answered(lambda: _calibrate(lines, output))
+    return answered(lambda: _calibrate(lines, output), () if output is None else ("output",))
 
 
 _MOST = 2**50  # bytes: what is more is no card's

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from memplan.cards import find_model
 from memplan.graph import adaptable
 from memplan.probe.libraries import library, require
+from memplan.resolve import decide
 from memplan.spec import RunSpec
 
 TOKENS = 16
@@ -60,12 +60,16 @@ class Compared(NamedTuple):
 
 
 def shapes(run: RunSpec) -> list[Shape]:
-    """The distinct shapes of the layers that the run's adapters are on, the largest first."""
-    model = find_model(run.model)
-    targets, found = run.method.targets, dict[tuple[int, int], list[str]]()
+    """The distinct shapes of the layers that the run's adapters are on, the largest first.
+
+    Raises as `memplan.estimate` does for what the run must not say.
+    """
+    graph = decide(run).structure.graph
+    model, targets = graph.model, graph.recipe.targets
+    found: dict[tuple[int, int], list[str]] = {}
     for path, (out, into) in adaptable(model).items():
         name = path.rpartition(".")[2]
-        wanted = model.vocab_size not in (out, into) if targets == "all-linear" else name in targets
+        wanted = model.vocab_size not in (out, into) if targets == ("all-linear",) else name in targets
         if wanted:
             found.setdefault((out, into), []).append(name)
     made = [Shape(out, into, tuple(dict.fromkeys(names))) for (out, into), names in found.items()]
