@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import memplan.errors
 from memplan.answer import KINDS
@@ -28,6 +28,9 @@ from memplan.errors import MemplanError, ProbeError
 from memplan.probe.libraries import QUIET, require
 from memplan.probe.refusals import refuse
 from memplan.spec import FrozenDict, RunSpec
+
+if TYPE_CHECKING:
+    from memplan.probe.difference import Line
 
 
 class Storage(NamedTuple):
@@ -125,6 +128,13 @@ class Traced:
         for storage in self.alive_at(event):
             out[storage.kind] += storage.bytes
         return FrozenDict(out)
+
+    def estimate_difference(self) -> tuple[Line, ...]:
+        """In which tensors the estimate of the same run differs, phase by phase. Raises where there is no estimate."""
+        from memplan.estimator import estimate
+        from memplan.probe.difference import difference
+
+        return difference(self, estimate(self.run))
 
     def peak_of(self, phase: str, step: int) -> int | None:
         """The peak of a phase in a step, over all its micro-batches; None where there was none."""
