@@ -62,12 +62,18 @@ def phases(traced: Traced, answer: Estimate) -> tuple[PhaseLine, ...]:
 
 
 def difference(traced: Traced, answer: Estimate) -> tuple[Line, ...]:
-    """Every tensor in which they differ, phase by phase, largest first. Empty where they are equal to the byte."""
+    """Every tensor in which they differ, phase by phase, largest first. Empty where they are equal to the byte.
+
+    Loading is left out unless it is the peak of either: before that, what is loaded first decides what is there.
+    """
     decided = decide(answer.asked)
     walked = walk(answer.asked, decided)
     found: list[Line] = []
+    loads = "load" in (traced.peak_phase, answer.peak.phase)
     for pair in _pairs(traced, answer):
-        lines = _lines(pair, traced, walked, decided)
+        if pair.line.phase == "load" and not loads:
+            continue
+        lines = (line for line in _lines(pair, traced, walked, decided) if line.bytes)
         found += sorted(lines, key=lambda line: (-abs(line.bytes), line.what))
     return tuple(found)
 

@@ -107,12 +107,15 @@ def _transformers() -> None:
         masking = library("transformers.masking_utils")
         masking.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportUnknownLambdaType]
         masking.fast_all = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
-    flash = library("transformers.modeling_flash_attention_utils")
-    model: Any = library("transformers.modeling_utils").PreTrainedModel
-    model._flash_attn_can_dispatch = lambda self, *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
+    flash, models = library("transformers.modeling_flash_attention_utils"), library("transformers.modeling_utils")
+    models.PreTrainedModel._flash_attn_can_dispatch = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
+    versions: Any = getattr(models, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", {})
+    for version in versions.values():
+        version["general_availability_check"] = lambda: True
     imported = (attention.flash_attn_func, attention.flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input)
     processed = flash._lazy_define_process_function(attention.flash_attn_varlen_func)
-    flash.lazy_import_flash_attention = lambda *_, **__: (imported, (processed, dict))  # pyright: ignore
+    for module in (flash, models):
+        module.lazy_import_flash_attention = lambda *_, **__: (imported, (processed, dict))  # pyright: ignore
     flash._get_unpad_data = _all_tokens
 
 
