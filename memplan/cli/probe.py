@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json as json_
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from typer.main import get_command
@@ -16,7 +16,7 @@ from memplan.cli import Grouped, answered, left_out, option, runs_of, show
 if TYPE_CHECKING:
     from memplan.answer import Estimate
     from memplan.gpus import GPU
-    from memplan.probe.process import Here, Measured
+    from memplan.probe.process import Here
     from memplan.report.text import Screen
     from memplan.spec import RunSpec
 
@@ -301,6 +301,7 @@ def _runs(suite: str, row: GPU | None) -> list[RunSpec]:
 def _planned(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
     """Print what would be run. The output that it would go to is only read."""
     from memplan.gpus import find_gpu
+    from memplan.probe.process import RESULTS
     from memplan.probe.rows import done
     from memplan.probe.suite import as_json, plan
     from memplan.report import probed
@@ -308,7 +309,11 @@ def _planned(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
 
     gpu = find_gpu(runs[0].gpu) if runs[0].gpu else None
     planned = plan(runs, gpu, given["steps"])
-    there = done(Path(given["output"]), mends=False) if "output" in given else set[Any]()
+    there = (
+        done(Path(given["output"]), ("traced",) if "trace" in given else RESULTS, mends=False)
+        if "output" in given
+        else set[Any]()
+    )
     have = [p.run in there for p in planned]
     if "json" in given:
         show(_json([{**as_json(p), "there": had} for p, had in zip(planned, have, strict=True)]), "json")
@@ -322,42 +327,49 @@ def _measured_suite(runs: Sequence[RunSpec], machine: Here, given: Mapping[str, 
     from memplan.probe.rows import row as line_of
     from memplan.report import probed
 
-    def one(number: int, of: int, run: RunSpec) -> tuple[dict[str, Any], str, bool]:
-        answer, _ = _estimated(run)
-        measured: Measured = measure(run, machine, given["steps"], given["timeout"])
-        said = probed.progress(number, of, measured, answer)
-        return line_of(measured, machine), said, measured.outcome in RESULTS
+    def results(left: Sequence[RunSpec]) -> Iterator[Result]:
+        for number, run in enumerate(left, 1):
+            answer, _ = _estimated(run)
+            measured = measure(run, machine, given["steps"], given["timeout"])
+            good = measured.outcome in RESULTS
+            yield Result(line_of(measured, machine), probed.progress(number, len(left), measured, answer), good)
+            if not good:
+                here()  # raises where no other run would do better
 
-    return _each(runs, given, one, here)
+    return _each(runs, given, RESULTS, results)
 
 
-One = Callable[[int, int, "RunSpec"], tuple[dict[str, Any], str, bool]]
+class Result(NamedTuple):
+    """A run of a suite that has ended: its line, what is said of it, and whether it says something about memory."""
+
+    line: dict[str, Any]
+    said: str
+    good: bool
 
 
-def _each(runs: Sequence[RunSpec], given: Mapping[str, Any], one: One, alive: Callable[[], object]) -> int:
-    """Run those that the output has no result of, and write each one's line when it has ended. 1 where one failed.
-
-    After one that failed `alive` raises where no other would do better.
-    """
+def _each(
+    runs: Sequence[RunSpec],
+    given: Mapping[str, Any],
+    outcomes: Sequence[str],
+    results: Callable[[Sequence[RunSpec]], Iterator[Result]],
+) -> int:
+    """Run those that the output has none of the `outcomes` of, and write each line as the run ends. 1 if one failed."""
     from memplan.probe.rows import append, done
 
     output = Path(given["output"]) if "output" in given else None
-    there = done(output) if output is not None else set[Any]()
+    there = done(output, outcomes) if output is not None else set[Any]()
     left = [run for run in runs if run not in there]
     if len(left) < len(runs):
         show(f"{len(runs) - len(left)} of {len(runs)} runs are in {given['output']} already\n")
     failed = 0
-    for number, run in enumerate(left, 1):
-        line, said, good = one(number, len(left), run)
-        failed += not good
+    for result in results(left):
+        failed += not result.good
         if output is None:
-            show(json_.dumps(line, ensure_ascii=False) + "\n", "json")
-            _tell(said)
+            show(json_.dumps(result.line, ensure_ascii=False) + "\n", "json")
+            _tell(result.said)
         else:
-            append(output, line)
-            show(said + "\n")
-        if not good:
-            alive()
+            append(output, result.line)
+            show(result.said + "\n")
     return int(failed > 0)
 
 
@@ -365,11 +377,33 @@ def _each(runs: Sequence[RunSpec], given: Mapping[str, Any], one: One, alive: Ca
 
 
 def _traced(given: Mapping[str, Any]) -> int:
-    raise NotImplementedError
+    from memplan.probe.libraries import require
+    from memplan.probe.trace import trace
+    from memplan.report import traced as report
+
+    require()
+    run = _one(given)
+    answer, why = _estimated(run)
+    traced = trace(run, given["steps"])
+    if "json" in given:
+        text = _json(report.compared(traced, answer))
+    else:
+        text = report.run(traced, answer, [*traced.notes, *([why] if why else [])], _to(given))
+    show(text, "json" if "json" in given else "table", given.get("output"))
+    return 0
 
 
 def _traced_suite(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
-    raise NotImplementedError
+    from memplan.probe.trace import traces
+    from memplan.report import traced as report
+
+    def results(left: Sequence[RunSpec]) -> Iterator[Result]:
+        for number, (run, traced) in enumerate(zip(left, traces(left, given["steps"]), strict=True), 1):
+            answer, _ = _estimated(run)
+            line = report.line(run, traced)
+            yield Result(line, report.progress(number, len(left), line, answer), line["outcome"] == "traced")
+
+    return _each(runs, given, ("traced",), results)
 
 
 # --- gradients ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from memplan.errors import MemplanError, SpecError, printable
-from memplan.probe.process import RESULTS, Here, Measured
+from memplan.probe.process import Here, Measured
 from memplan.spec import RunSpec
 
 SOURCE = "memplan probe --cuda"
@@ -82,17 +82,17 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         raise MemplanError(f"output: {str(path)!r:.200} cannot be written ({error.strerror})", "output") from None
 
 
-def done(path: Path, mends: bool = True) -> set[RunSpec]:
-    """The runs a file already has a result of. A last line that was cut off counts as not there, and is taken off the
-    file where it `mends`.
+def done(path: Path, outcomes: Sequence[str], mends: bool = True) -> set[RunSpec]:
+    """The runs that a file has a line of already, with one of the `outcomes`.
 
+    A last line that was cut off counts as not there, and is taken off the file where it `mends`.
     Raises SpecError where a line is no measured run.
     """
     if not path.exists():
         return set()
     if mends:
         mend(path)
-    return {run for run, line in read(path, "output", cut=True) if line.get("outcome") in RESULTS}
+    return {run for run, line in read(path, "output", cut=True) if line.get("outcome") in outcomes}
 
 
 def mend(path: Path) -> None:

@@ -79,7 +79,7 @@ RECIPES = (
     Recipe("full", "amp", "adamw_torch", "sdpa", "chunked", "full", 1, 1024),
     Recipe("qlora", "pure", "adamw_torch_fused", "sdpa", "chunked", "none", 1, 1024),
     Recipe("full", "pure", "adamw_8bit", "sdpa", "hf", "none", 2, 512),
-    Recipe("lora", "amp", "adafactor", "sdpa_efficient", "hf", "full", 2, 2048),
+    Recipe("lora", "amp", "adafactor", "sdpa_efficient", "hf", "full", 1, 1024),
     Recipe("full", "pure", "adamw_torch", "sdpa", "fused", "full", 1, 2048),
     Recipe("dora", "pure", "adamw_8bit", "sdpa_efficient", "chunked", "none", 1, 512),
     Recipe("lora", "pure", "adamw_torch_fused", "sdpa_math", "hf", "full", 1, 2048),
