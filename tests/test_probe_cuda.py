@@ -436,7 +436,7 @@ def test_two_runs_have_two_names() -> None:
     runs = [RUN, RUN.model_copy(update={"batch": RUN.batch.model_copy(update={"micro": 2})})]
     runs.append(RunSpec(model={"config": SMALLEST}, loop={"padded": True}))
     assert len({rows.identity(run) for run in runs}) == 3
-    assert rows.identity(RUN).startswith("llama-full-bf16-adamw_torch_fused-sdpa-hf-checkpointing-b1-s2048-")
+    assert rows.identity(RUN).startswith("llama-full-bf16-adamw_torch_fused-sdpa-hf-ckpt-b1-s2048-")
 
 
 # --- the command ---

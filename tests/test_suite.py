@@ -201,7 +201,7 @@ def test_a_suite_goes_on_where_it_left_off(
         file.write('{"id": "cut off he')
     planned = probe("--suite", suite, "--dry-run", "--gpu", "3090", "--output", str(output))
     assert planned.out.count("there already") == 2
-    assert "1 runs to do" in planned.out
+    assert "1 run to do" in planned.out
     again = on_card(monkeypatch, Card3090())
     ran = probe("--suite", suite, "--output", str(output))
     assert ran.code == 0
@@ -306,7 +306,7 @@ def test_what_a_suite_says_itself_is_not_typed_too(probe: Probing, typed: str) -
 def test_one_run_is_planned_too(probe: Probing) -> None:
     ran = probe("qwen2-7b", "--method", "qlora", "--gpu", "3090", "--dry-run")
     assert ran.code == 0
-    assert "1 runs to do (1 fits)" in ran.out
+    assert "1 run to do (1 fits)" in ran.out
 
 
 # --- tracing one ---

@@ -18,8 +18,8 @@ _MOST_BYTES = 2**26
 _LONGEST = 200
 
 
-def identity(run: RunSpec) -> str:
-    """A name for a run that says what it is, and that no other run has."""
+def described(run: RunSpec) -> str:
+    """A run in a few words; others may be described alike."""
     model = run.model if isinstance(run.model, str) else str(run.model.config.get("model_type", "config"))
     words = [
         printable(Path(model).name or model, 40),
@@ -28,11 +28,15 @@ def identity(run: RunSpec) -> str:
         run.optimizer.name,
         run.kernels.attention,
         run.kernels.loss,
-        "checkpointing" if run.kernels.checkpointing == "full" else "",
+        "ckpt" if run.kernels.checkpointing == "full" else "",
         f"b{run.batch.micro}-s{run.batch.sequence}",
-        sha256(run.model_dump_json().encode()).hexdigest()[:6],
     ]
     return "-".join(word for word in words if word)
+
+
+def identity(run: RunSpec) -> str:
+    """A name for a run that says what it is, and that no other run has."""
+    return f"{described(run)}-{sha256(run.model_dump_json().encode()).hexdigest()[:6]}"
 
 
 def row(measured: Measured, machine: Here) -> dict[str, Any]:

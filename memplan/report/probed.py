@@ -71,7 +71,7 @@ def run(measured: Measured, machine: Here, answer: Estimate | None, notes: Itera
     columns = (
         Column("phase"),
         Column("step", right=True),
-        Column("allocated", right=True),
+        Column("GiB allocated", right=True),
         Column("estimated", right=True),
         Column("difference", right=True),
         Column("reserved", right=True, optional=True),
@@ -154,19 +154,19 @@ def too_small(answer: Estimate) -> str:
 
 def plan(planned: Sequence[Planned], have: Sequence[bool], to: Screen) -> str:
     """A suite before it is started; `have` says which runs the output has a result of already."""
-    from memplan.probe.rows import identity
+    from memplan.probe.rows import described
     from memplan.probe.suite import minutes
 
     columns = (
         Column("run", wraps=True),
         Column("expected"),
-        Column("allocated", right=True),
-        Column("GiB used", right=True),
+        Column("GiB allocated", right=True),
+        Column("used", right=True),
         Column("minutes", right=True, optional=True),
     )
     rows = [
         (
-            identity(p.run),
+            described(p.run),
             "there already" if there else expected(p),
             tenths(p.answer.bytes.allocated) if p.answer else "",
             tenths(p.answer.bytes.used) if p.answer else "",
@@ -179,17 +179,24 @@ def plan(planned: Sequence[Planned], have: Sequence[bool], to: Screen) -> str:
     for p in left:
         counts[expected(p)] = counts.get(expected(p), 0) + 1
     words = ", ".join(f"{n} {word}" for word, n in counts.items())
+    to_do = f"{len(left)} {'run' if len(left) == 1 else 'runs'} to do" + (f" ({words})" if words else "")
     lines = [
         *table(columns, rows, to),
         "",
         *paragraph(
-            f"{len(left)} runs to do{f' ({words})' if words else ''}, about {max(1, round(minutes(left)))} minutes. "
+            f"{to_do}, about {_minutes(minutes(left))}. "
             "The minutes are assumed: a start of 40 seconds, half a billion parameters made a second, and a fifth of "
             "the card's 16-bit rate.",
             to,
         ),
+        *(line for p in left if p.refused for line in paragraph(f"- {described(p.run)}: {p.refused}", to, "  ")),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _minutes(minutes: float) -> str:
+    whole = max(1, round(minutes))
+    return "a minute" if whole == 1 else f"{whole} minutes"
 
 
 def expected(planned: Planned) -> str:

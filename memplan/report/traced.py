@@ -70,7 +70,7 @@ def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen
 
 
 def _traced_phases(traced: Traced, to: Screen) -> Iterator[str]:
-    columns = (Column("phase"), Column("step", right=True), Column("traced", right=True))
+    columns = (Column("phase"), Column("step", right=True), Column("GiB traced", right=True))
     yield from table(columns, [(p.phase, str(p.step or ""), hundredths(p.peak)) for p in traced.phases], to)
 
 
@@ -80,7 +80,7 @@ def _phases(traced: Traced, answer: Estimate, to: Screen) -> Iterator[str]:
     columns = (
         Column("phase"),
         Column("step", right=True),
-        Column("traced", right=True),
+        Column("GiB traced", right=True),
         Column("estimated", right=True),
         Column("difference", right=True),
         Column("largest at", optional=True, wraps=True),
@@ -136,20 +136,19 @@ def _differences(traced: Traced, answer: Estimate, to: Screen) -> Iterator[str]:
 
 
 def _categories(traced: Traced, answer: Estimate | None, to: Screen) -> Iterator[str]:
-    columns = (Column("at the peak"), Column("traced", right=True), Column("estimated", right=True))
+    columns = [Column("at the peak"), Column("GiB traced", right=True)]
+    if answer is not None:
+        columns.append(Column("estimated", right=True))
     rows: list[tuple[str, ...]] = []
     for kind, label in CATEGORIES.items():
-        mine = _estimated_kind(answer, kind)
+        mine = _estimated_kind(answer, kind) if answer is not None else 0
         if traced.categories[kind] or mine:
-            shown = hundredths(mine) if mine is not None else ""
-            rows.append((label, hundredths(traced.categories[kind]), shown))
+            rows.append((label, hundredths(traced.categories[kind]), hundredths(mine))[: len(columns)])
     yield from table(columns, rows, to)
 
 
-def _estimated_kind(answer: Estimate | None, kind: str) -> int | None:
+def _estimated_kind(answer: Estimate, kind: str) -> int:
     """Bytes of a category at the estimate's peak, without cuBLAS's workspaces."""
-    if answer is None:
-        return None
     return sum(line.bytes for line in answer.ledger if line.kind == kind and not _is_workspace(line))
 
 
