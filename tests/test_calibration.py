@@ -16,6 +16,7 @@ import memplan
 from memplan import RunSpec, calibration
 from memplan.calibration import FEWEST, Calibration, Measurement, Origin, calibrated
 from memplan.cli import app
+from memplan.cli.calibrate import profile_of
 from memplan.errors import MemplanError, SpecError
 
 COMMAND = get_command(app)
@@ -151,6 +152,21 @@ def test_a_profile_that_is_not_there_or_cannot_be_written_is_one_line(tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(MemplanError, match=r"output: .* cannot be written"):
         calibration.write(calibrated(measurements(19), ORIGIN), tmp_path / "file" / "below.json")
+
+
+def test_an_answer_takes_the_profile_of_its_card_and_of_its_version(home: Path) -> None:
+    profile = calibrated(measurements(19), ORIGIN)
+    assert profile_of("3090") == (None, "")
+    calibration.write(profile, calibration.file_of("rtx-3090"))
+    assert profile_of("3090") == (profile, profile.named())
+    assert profile_of("4090") == (None, "")
+    calibration.write(profile.model_copy(update={"memplan": "0.0.1"}), calibration.file_of("rtx-3090"))
+    found, said = profile_of("3090")
+    assert found is None
+    assert "memplan 0.0.1" in said
+    calibration.file_of("rtx-3090").write_text("{}")
+    with pytest.raises(SpecError, match="calibration: "):
+        profile_of("3090")
 
 
 # --- the command ---

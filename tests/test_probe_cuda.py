@@ -610,6 +610,18 @@ def test_probe_has_every_option_of_a_run_that_estimate_has() -> None:
     assert estimate - {p.name for p in mine.params} == {"online", "format", "explain", "strict"}
 
 
+def test_the_manual_has_probes_own_options_as_help_has_them() -> None:
+    manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split())
+    with COMMAND.make_context("memplan", ["probe"]) as context:
+        mine: Any = COMMAND.get_command(context, "probe")  # type: ignore[attr-defined]
+    own = [p for p in mine.params if getattr(p, "rich_help_panel", "") == "Probe"]
+    assert len(own) == 9
+    for parameter in own:
+        assert parameter.opts[0] in manual
+        assert " ".join(parameter.help.split()) in manual, parameter.opts
+        assert "Default " in parameter.help
+
+
 # --- what may make figures differ ---
 
 

@@ -43,6 +43,25 @@ def calibrate(
     return answered(lambda: _calibrate(lines, output), () if output is None else ("output",))
 
 
+def profile_of(gpu: str) -> tuple[Calibration | None, str]:
+    """This machine's profile of a card, and what an answer says of it: that it rests on it, or why it does not.
+
+    Raises SpecError where the card's file holds no profile.
+    """
+    from memplan import __version__
+    from memplan.calibration import local
+    from memplan.gpus import find_gpu
+
+    name = find_gpu(gpu).name
+    profile = local(name)
+    if profile is None:
+        return None, ""
+    if profile.memplan != __version__:
+        why = f"is of estimates by memplan {profile.memplan}; memplan calibrate makes it anew"
+        return None, f"this machine's profile of {name} is left out: it {why}"
+    return profile, profile.named()
+
+
 _MOST = 2**50  # bytes: what is more is no card's
 
 

@@ -226,7 +226,11 @@ def main() -> None:
         events.flush()
 
     request = json.load(sys.stdin)
-    cuda = TorchCuda(library("torch"))
+    try:
+        cuda = TorchCuda(library("torch"))
+    except MemplanError as error:
+        emit({"event": "refused", "message": str(error), "field": error.field})
+        return
     if "run" not in request:
         look(cuda, emit)
         return
