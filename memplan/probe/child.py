@@ -46,6 +46,8 @@ def _line_about(error: Exception) -> str:
     where = outside[-1] if outside else frames[-1]
     said = " ".join(str(error).split())
     place = os.sep.join(where.filename.split(os.sep)[-3:])
+    if type(error).__name__ in ("DynamicOutputShapeException", "DataDependentOutputException"):
+        return f"probe: the step cannot be traced: what it allocates depends on the data ({said:.100})"
     return f"probe: the step cannot be traced: {type(error).__name__}: {said:.300} ({place}:{where.lineno})"
 
 

@@ -17,7 +17,6 @@ from memplan.resolve import decide
 from memplan.spec import RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ATTENTION = {"eager": "eager", "flash_attention_2": "flash_attention_2"}  # the others are sdpa's
 # What a config says about a file or a program, and not about the model.
 _NOT_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
 _NEITHER = ("_name_or_path", "quantization_config", "_attn_implementation", "attn_implementation")
@@ -53,15 +52,14 @@ def _empty_model(run: RunSpec) -> Any:
     model_class(model_type)
     transformers = library("transformers")
     kept = {key: _plain(value) for key, value in given.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
-    attention = ATTENTION.get(run.kernels.attention, "sdpa")
-    weights = DTYPES[run.precision.weights]
+    options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights], "trust_remote_code": False}
+    if run.kernels.attention in ("eager", "flash_attention_2"):
+        options["attn_implementation"] = run.kernels.attention  # else sdpa's, or eager where a class has no other
     config: Any
     try:
         config = transformers.AutoConfig.for_model(model_type, **kept)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, dtype=weights, trust_remote_code=False
-            )
+            return transformers.AutoModelForCausalLM.from_config(config, **options)
     except MemplanError:
         raise
     except Exception as error:  # whatever a model class makes of a config that is not its own

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.probe import attention
+from memplan.probe import attention, experts
 from memplan.probe.kernels import Card
 from memplan.probe.libraries import library
 
@@ -65,6 +65,9 @@ def _torch() -> None:
 
     module_class: Any = nn.Module
     module_class._apply = _apply
+    functional: Any = F
+    if hasattr(F, "grouped_mm"):
+        functional.grouped_mm = experts.grouped_mm(functional.grouped_mm)
     # In a build without CUDA these two are composed of others above the modes; CUDA has a kernel for each.
     if not torch.backends.cuda.is_built():
         kernels = torch.library.Library("aten", "IMPL")
