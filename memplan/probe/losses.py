@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.probe.model import base_of
 
@@ -33,16 +34,29 @@ def compute(kind: str, model: Any, ids: torch.Tensor, labels: torch.Tensor, **op
     base = base_of(model)
     body = getattr(base, base.base_model_prefix)
     head = _head(base)
-    hidden = body(input_ids=ids, **options).last_hidden_state
     match kind:
         case "chunked":
-            return _chunked(hidden, labels, head)
+            return _chunked(_logits(body, head, ids, options, _into_eight), labels)
         case "chunked_lm_head":
-            return _chunked_lm_head(hidden, labels, head)
+            return _chunked_lm_head(_logits(body, head, ids, options, _by_tokens), labels)
         case "fused":
+            hidden = body(input_ids=ids, **options).last_hidden_state
             return Computed(_fused(hidden, labels, base.get_output_embeddings()), None)
         case other:
             raise AssertionError(other)
+
+
+def _logits(body: Any, head: Any, ids: Any, options: dict[str, Any], split: Callable[[Any], Any]) -> list[Any]:
+    """Logits of every chunk of the hidden states, which go when all are made, as they do where a model returns."""
+    return [head(chunk) for chunk in split(body(input_ids=ids, **options).last_hidden_state)]
+
+
+def _into_eight(hidden: Any) -> Any:
+    return hidden.chunk(_CHUNKS, dim=1)
+
+
+def _by_tokens(hidden: Any) -> Any:
+    return hidden.split(_TOKENS, dim=1)
 
 
 def _head(base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -72,27 +86,21 @@ def _shifted(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels, (0, 1), value=_IGNORED)[..., 1:].contiguous()
 
 
-def _chunked(hidden: torch.Tensor, labels: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]) -> Computed:
+def _chunked(chunks: list[Any], labels: torch.Tensor) -> Computed:
     """torchtune's: a head for every chunk of the sequence, then a loss of every chunk in fp32."""
-    logits = [head(chunk) for chunk in hidden.chunk(_CHUNKS, dim=1)]
-    del hidden
-    targets = [chunk.reshape(-1) for chunk in _shifted(labels).chunk(_CHUNKS, dim=1)]
-    logits = [chunk.reshape(-1, chunk.size(-1)) for chunk in logits]
+    targets: Any = [chunk.reshape(-1) for chunk in _into_eight(_shifted(labels))]
+    logits = [chunk.reshape(-1, chunk.size(-1)) for chunk in chunks]
     loss: Any = 0.0
     for chunk, target in zip(logits, targets, strict=True):
         loss = loss + F.cross_entropy(chunk.float(), target, ignore_index=_IGNORED, reduction="sum")
     return Computed(loss, None)
 
 
-def _chunked_lm_head(
-    hidden: torch.Tensor, labels: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
-) -> Computed:
+def _chunked_lm_head(kept: list[Any], labels: Any) -> Computed:
     """LitGPT's: logits 128 tokens at a time, kept by the training loop, their losses in their own dtype."""
-    kept = [head(chunk) for chunk in hidden.split(_TOKENS, dim=1)]
-    del hidden
     kept[-1] = kept[-1][..., :-1, :]
     logits = [chunk.reshape(-1, chunk.size(-1)) for chunk in kept]
-    targets = [chunk.reshape(-1) for chunk in labels[..., 1:].split(_TOKENS, dim=1)]
+    targets = [chunk.reshape(-1) for chunk in _by_tokens(labels[..., 1:])]
     losses = [
         F.cross_entropy(chunk, target, ignore_index=_IGNORED, reduction="none")
         for chunk, target in zip(logits, targets, strict=True)
@@ -119,6 +127,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden)
         weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
         losses = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
+        counted = target != _IGNORED
+        number = counted.sum().item()
         plain = hidden.dtype == weight.dtype and _uncast(hidden)
         buffer = torch.empty((size, vocabulary), dtype=hidden.dtype, device=hidden.device) if plain else None
         for start in range(0, tokens, size):
@@ -128,7 +138,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 torch.mm(part, weight.t(), out=logits)
             else:
                 logits = part @ weight.t()
-            _into_gradient(logits, target[start : start + size], losses[start : start + size], tokens)
+            if not isinstance(logits, FakeTensor):
+                _into_gradient(logits, target[start : start + size], losses[start : start + size], int(number))
             if buffer is not None:
                 torch.mm(logits, weight, out=hidden_gradient[start : start + size])
             else:
@@ -157,18 +168,21 @@ def _uncast(hidden: torch.Tensor) -> bool:
     return not on or torch.get_autocast_dtype("cuda") == hidden.dtype
 
 
-def _into_gradient(logits: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, tokens: int) -> None:
-    """Logits become the gradient of the mean cross entropy in place, a row at a time, as the kernel does it."""
+def _into_gradient(logits: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, number: int) -> None:
+    """Logits become the gradient of their mean cross entropy over `number` tokens in place.
+
+    One kernel of Liger's does it and allocates nothing; here numbers of a row are beside them for a while.
+    """
     ignored = target == _IGNORED
     rows = target.clamp(min=0).unsqueeze(1)
     logits.sub_(logits.amax(dim=1, keepdim=True))
     losses.sub_(logits.gather(1, rows).squeeze(1))
     logits.exp_()
     total = logits.sum(dim=1, keepdim=True, dtype=torch.float32)
-    losses.add_(total.squeeze(1).log()).masked_fill_(ignored, 0.0).div_(tokens)
+    losses.add_(total.squeeze(1).log()).masked_fill_(ignored, 0.0).div_(number)
     logits.div_(total)
     logits.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=logits.dtype))
-    logits.masked_fill_(ignored.unsqueeze(1), 0.0).div_(tokens)
+    logits.masked_fill_(ignored.unsqueeze(1), 0.0).div_(number)
 
 
 def _add_product(into: torch.Tensor, logits: torch.Tensor, part: torch.Tensor) -> None:
