@@ -401,6 +401,43 @@ def test_the_training_script_goes_through_its_phases_under_watch() -> None:
     assert phases == [("context", None), ("load", None), *((p, 1) for p in step), *((p, 2) for p in step)]
 
 
+# The probe's own process, but for a card of its own and the script on the CPU, that prints to standard output.
+PROCESS = """
+import memplan.probe.cuda as cuda
+import memplan.probe.script as script
+from tests.test_probe_cuda import FakeCuda
+
+real = script.build
+
+def build(run, device, phase):
+    print("a library prints this")
+    assert device == "cuda"
+    return real(run, "cpu", phase)
+
+script.build, cuda.TorchCuda = build, lambda torch: FakeCuda()
+cuda.main()
+"""
+
+
+@pytest.mark.torch
+@needs_torch
+def test_a_process_of_its_own_takes_the_steps_and_tells_them_all() -> None:
+    root = Path(memplan.__file__).parents[1]
+    command = (sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{PROCESS}")
+    run = measure(
+        RUN.model_copy(update={"batch": RUN.batch.model_copy(update={"sequence": 16})}),
+        MACHINE,
+        steps=1,
+        start=lambda request, timeout: start(request, timeout, command),
+        ask=lambda fields, uuid: "0",
+    )
+    assert (run.outcome, run.said) == ("measured", "")
+    assert [(r.phase, r.step) for r in run.readings] == [
+        *(("context", None), ("load", None)),
+        *((phase, 1) for phase in ("forward", "backward", "clip", "step")),
+    ]
+
+
 @pytest.mark.torch
 @needs_torch
 def test_the_real_process_answers_on_this_machine() -> None:
