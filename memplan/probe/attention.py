@@ -97,9 +97,9 @@ def _efficient(
         if last % 8:  # pad_bias<8>: rows of the mask start at multiples of 16 bytes
             mask = F.pad(mask, (0, -last % 8))[..., :last]
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    return _aten._scaled_dot_product_efficient_attention(
-        query, key, value, mask, wanted, dropout, causal, scale=scale
-    )[0]
+    return _aten._scaled_dot_product_efficient_attention(query, key, value, mask, wanted, dropout, causal, scale=scale)[
+        0
+    ]
 
 
 def _math(

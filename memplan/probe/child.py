@@ -27,7 +27,9 @@ def main() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            answer = _answer(RunSpec.model_validate(question["run"]), question["steps"])
+            answer = _answer(
+                RunSpec.model_validate(question["run"]), question["steps"], question["device"], question["data"]
+            )
         except MemplanError as error:
             answer = {"error": type(error).__name__, "message": str(error), "field": error.field}
         except Exception as error:  # of the libraries, on a run they do not take: its last line says where
@@ -51,14 +53,15 @@ def _line_about(error: Exception) -> str:
     return f"probe: the step cannot be traced: {type(error).__name__}: {said:.300} ({place}:{where.lineno})"
 
 
-def _answer(run: RunSpec, steps: int) -> dict[str, Any]:
+def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]:
+    """The trace of a run on `device`, of fake tensors or, with `data`, of real ones."""
     if "torch" not in sys.modules:
         fake_device.load()
     import torch
 
     from memplan.gpus import find_gpu
     from memplan.probe import patches, recording, script
-    from memplan.probe.kernels import card_of, scratch_of
+    from memplan.probe.kernels import card_of, scratch_of, without_data
     from memplan.probe.libraries import library, versions
     from memplan.probe.model import base_of, parameters_in
     from memplan.probe.modules import named
@@ -72,7 +75,7 @@ def _answer(run: RunSpec, steps: int) -> dict[str, Any]:
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     card = card_of(gpu.compute_capability if gpu is not None else None)
     patches.apply(card)
-    tracker = Tracker("cuda", scratch_of(card))
+    tracker = Tracker(device, scratch_of(card), without_data(), fake=not data)
     tracker.calibrate()
     known = recording.Known(tracker)
     built: list[Any] = []
@@ -88,7 +91,7 @@ def _answer(run: RunSpec, steps: int) -> dict[str, Any]:
     gc.disable()
     try:
         with tracker:
-            training = script.build(run, "cuda", phase)
+            training = script.build(run, device, phase)
             built.append(training)
             _note(training, known)
             with named(tracker, training.model, base_of(training.model).get_output_embeddings()):

@@ -60,6 +60,33 @@ def scratch_of(card: Card) -> dict[Any, Scratch]:
     return found
 
 
+def without_data() -> dict[Any, Callable[..., Any]]:
+    """What runs in place of operations whose outputs depend on the data: LLM.int8 finds no outliers."""
+    found = {"int8_vectorwise_quant": _quantise_rows, "int8_mixed_scaled_mm": _multiply_int8}
+    operations = ((_operation(f"bitsandbytes::{name}"), function) for name, function in found.items())
+    return {op: function for op, function in operations if op is not None}
+
+
+def _quantise_rows(values: Any, threshold: float = 0.0) -> Any:
+    """Source: bitsandbytes 0.50 backends/cuda/ops.py int8_vectorwise_quant."""
+    scales = torch.empty(values.numel() // values.shape[-1], device=values.device, dtype=torch.float32)
+    codes = torch.empty(values.shape, device=values.device, dtype=torch.int8)
+    if threshold == 0.0:
+        return codes, scales, None
+    outliers = values.abs() >= threshold
+    outliers.any()
+    return codes, scales, torch.empty(0, device=values.device, dtype=torch.int64)
+
+
+def _multiply_int8(
+    values: Any, codes: Any, weight: Any, scales: Any, weight_scales: Any, columns: Any = None, bias: Any = None
+) -> Any:
+    """Source: bitsandbytes 0.50 backends/default/ops.py int8_mixed_scaled_mm."""
+    taken_out = torch.empty(0, device=values.device, dtype=values.dtype)
+    multiply = torch.ops.bitsandbytes.int8_scaled_mm.default
+    return multiply(codes, weight, scales, weight_scales, bias=bias, dtype=values.dtype), taken_out
+
+
 def _bound(row: Row, card: Card) -> Scratch:
     def bytes_of(args: Any, kwargs: Any) -> list[tuple[str, int]]:
         return list(row.bytes_of(args, kwargs, card))
@@ -157,6 +184,15 @@ def _gemm_4bit(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
     yield "4-bit matrix dequantised", rows * columns * activations.element_size()
 
 
+def _int8_product(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
+    """The product in int32, and in fp16 where it is cast after it is scaled."""
+    codes, weight = args[0], args[1]
+    elements = codes.numel() // codes.shape[-1] * weight.shape[0]
+    yield "int32 product", 4 * elements
+    if kwargs.get("dtype", torch.float16) not in (None, torch.float16):
+        yield "fp16 product", 2 * elements
+
+
 @cache
 def _takes_fused_kernel(m: int, n: int, k: int, dtype: torch.dtype, card: Card) -> bool:
     """bitsandbytes' own heuristic, read from the installed file, asked about another card than the one at hand."""
@@ -206,5 +242,10 @@ ROWS = (
     ),
     Row("aten::_softmax_backward_data", _softmax_backward, f"{_ATEN}/cuda/SoftMax.cu softmax_backward_cuda_out"),
     Row("aten::_foreach_norm.Scalar", _foreach_norm, f"{_ATEN}/cuda/ForeachReduceOp.cu"),
+    Row(
+        "bitsandbytes::int8_scaled_mm",
+        _int8_product,
+        "bitsandbytes 0.50 backends/default/ops.py int8_scaled_mm, backends/cuda/ops.py int8_mm_dequant",
+    ),
     Row("bitsandbytes::gemm_4bit", _gemm_4bit, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
 )

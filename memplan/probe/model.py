@@ -196,10 +196,10 @@ def _module_lists(model: Any) -> Iterator[nn.ModuleList]:
 
 
 def parameters_in(model: Any) -> int:
-    """How many parameters the model has without adapters: packed ones as many as they stand for."""
+    """How many parameters the model has without adapters and copies that peft trains: packed ones as many as they stand for."""
     total = 0
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:
+        if "lora_" not in name and ".modules_to_save." not in name:
             state = getattr(parameter, "quant_state", None)
             total += math.prod(state.shape) if state is not None else parameter.numel()
     return total

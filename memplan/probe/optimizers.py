@@ -23,7 +23,8 @@ def make_optimizer(wanted: Optimizer, parameters: Iterable[nn.Parameter]) -> Any
         return None
     if name in BITSANDBYTES:
         kind, bits, paged = BITSANDBYTES[name]
-        return getattr(library("bitsandbytes.optim"), kind)(params, lr=_LR, optim_bits=bits, is_paged=paged)
+        options = {"is_paged": True} if paged else {}  # not every class can be
+        return getattr(library("bitsandbytes.optim"), kind)(params, lr=_LR, optim_bits=bits, **options)
     if name == "adafactor":
         adafactor = library("transformers.optimization").Adafactor
         return adafactor(params, lr=_LR, scale_parameter=False, relative_step=False)

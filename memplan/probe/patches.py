@@ -6,6 +6,7 @@ All of it changes modules of the process: it belongs into a child that ends with
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,10 @@ def apply(card: Card) -> None:
         _torch()
         _cuda(cuda)
         _transformers()
+        _peft()
         _bitsandbytes()
+    library("bitsandbytes.functional").name2qmap.clear()  # tables of the run before
+    library("bitsandbytes.optim").GlobalOptimManager._instance = None
 
 
 def _torch() -> None:
@@ -127,6 +131,27 @@ def _all_tokens(mask: Any) -> tuple[Any, Any, int]:
     batch, rows = mask.shape
     lengths = torch.arange(batch + 1, dtype=torch.int32, device=mask.device)
     return torch.arange(batch * rows, device=mask.device), lengths, rows
+
+
+def _peft() -> None:
+    """peft knows quantised weights by the name of bitsandbytes' classes, which hold no fake tensors."""
+    asked = library("peft.utils.integrations").dequantize_module_weight
+    functional = library("bitsandbytes.functional")
+
+    def dequantize_module_weight(module: Any) -> Any:
+        weight = module.weight
+        if getattr(weight, "quant_state", None) is not None:
+            return functional.dequantize_4bit(weight.data, weight.quant_state)
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        if scales is None:
+            scales = getattr(weight, "SCB", None)
+        if scales is not None:
+            return functional.int8_vectorwise_dequant(weight.data, scales)
+        return asked(module)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("peft.") and getattr(module, "dequantize_module_weight", None) is asked:
+            vars(module)["dequantize_module_weight"] = dequantize_module_weight
 
 
 def _bitsandbytes() -> None:

@@ -78,7 +78,7 @@ def _int8(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype
     """LLM.int8 with transformers' threshold for outliers, 6."""
     bnb = library("bitsandbytes")
     layer = _unmade(bnb.nn.Linear8bitLt, weight)
-    layer.state = bnb.MatmulLtState()
+    layer.state, layer.index = bnb.MatmulLtState(), None
     layer.state.threshold, layer.state.has_fp16_weights, layer.state.use_pool = 6.0, False, True
     if not isinstance(weight, FakeTensor):
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import memplan.errors
 from memplan.answer import KINDS
@@ -31,6 +31,9 @@ from memplan.spec import FrozenDict, RunSpec
 
 if TYPE_CHECKING:
     from memplan.probe.difference import Line
+
+
+Device = Literal["cuda", "cpu"]
 
 
 class Storage(NamedTuple):
@@ -141,29 +144,35 @@ class Traced:
         return max((p.peak for p in self.phases if (p.phase, p.step) == (phase, step)), default=None)
 
 
-def trace(run: RunSpec, steps: int = 2) -> Traced:
+def trace(run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> Traced:
     """Trace `steps` steps of a run: 2 show both the first, which makes the optimizer's states, and the later ones.
 
-    Takes the seconds of importing torch, transformers and peft, and 2 to 30 more. Raises ProbeError where a library,
+    `device` and `data` are for checks of the trace itself: a small step on the CPU, without data or with, allocates the
+    same. Takes the seconds of importing torch, transformers and peft, and 2 to 30 more. Raises ProbeError where a library,
     a compiler or a model class is missing or the script fails, SpecError for what the script does not run.
     """
-    (traced,) = traces([run], steps)
+    (traced,) = traces([run], steps, device=device, data=data)
     if isinstance(traced, MemplanError):
         raise traced
     return traced
 
 
-def traces(runs: Iterable[RunSpec], steps: int = 2) -> Iterator[Traced | MemplanError]:
+def traces(
+    runs: Iterable[RunSpec], steps: int = 2, *, device: Device = "cuda", data: bool = False
+) -> Iterator[Traced | MemplanError]:
     """Trace many runs in one child after another's trace: the libraries are imported once.
 
     An error is yielded in its place; the others go on. Raises ProbeError where no child can start.
     """
     require()
+    if data and device != "cpu":
+        raise ProbeError("probe: a trace with data is of the CPU; --cuda measures the GPU that is here")
+    asked: dict[str, Any] = {"steps": steps, "device": device, "data": data}
     with _Child() as child:
         for run in runs:
             try:
                 refuse(run)
-                yield _read(run, child.ask({"run": run.model_dump(mode="json"), "steps": steps}))
+                yield _read(run, child.ask({**asked, "run": run.model_dump(mode="json")}))
             except MemplanError as error:
                 yield error
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,13 @@ class _Answer(NamedTuple):
     scratch: tuple[tuple[str, int], ...]
 
 
+class _FakeMode(FakeTensorMode):
+    """torch's fake tensors; a tensor that is copied with its module stays one of this mode's."""
+
+    def __deepcopy__(self, memo: Any) -> _FakeMode:
+        return self
+
+
 class _Storage(weakref.ref[Any]):
     """A weak reference to a storage that knows its number."""
 
@@ -100,7 +107,10 @@ class Interval(NamedTuple):
 
 
 class Tracker(TorchDispatchMode):
-    """A dispatch mode over fake tensors that keeps the events of storages on `device`.
+    """A dispatch mode over fake tensors, or real ones, that keeps the events of storages on `device`.
+
+    `scratch` says what kernels allocate inside themselves, `instead` what is run in place of operations whose outputs
+    depend on the data.
 
     `events` holds n where storage n is made and ~n where it is freed; `made[n]` is what it is. `intervals` are the
     phases, `recomputed` the events between which a checkpointed block ran again.
@@ -110,10 +120,12 @@ class Tracker(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and the guard against it costs time in every call
 
-    def __init__(self, device: str, scratch: dict[Any, Scratch]) -> None:
+    def __init__(
+        self, device: str, scratch: Mapping[Any, Scratch], instead: Mapping[Any, Callable[..., Any]], fake: bool = True
+    ) -> None:
         super().__init__()
         self.device = device
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = _FakeMode(allow_non_fake_inputs=True) if fake else nullcontext()
         self.made: list[Made] = []
         self.events: list[int] = []
         self.intervals: list[Interval] = []
@@ -123,32 +135,30 @@ class Tracker(TorchDispatchMode):
         self.step = 0
         self.loss_at = -1
         self.out_of_place = 0
-        self._scratch = scratch
+        self._scratch, self._instead = scratch, instead
         self._answers: dict[Any, _Answer] = {}
         self._live: dict[int, _Storage] = {}
         self._last: tuple[int, int] | None = None
         self._kept: dict[Any, bool] = {}
         self._calibrating = False
+        self._lifted: list[bool] = []
 
     def __enter__(self) -> Tracker:
         """As fake tensors' own mode does: values from Python become tensors on the CPU, and are moved from there."""
         super().__enter__()
-        self._lifts = _C._only_lift_cpu_tensors()
+        self._lifted.append(_C._only_lift_cpu_tensors())
         _C._set_only_lift_cpu_tensors(True)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _C._set_only_lift_cpu_tensors(self._lifts)
+        _C._set_only_lift_cpu_tensors(self._lifted.pop())
         super().__exit__(*error)
 
     # Phases
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """The events inside are of this phase."""
-        return self._phase(name)
-
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
+        """The events inside are of this phase."""
         start, self.loss_at = len(self.events), -1
         yield
         self.intervals.append(Interval(name, self.step, start, len(self.events), self.loss_at))
@@ -201,7 +211,7 @@ class Tracker(TorchDispatchMode):
         key: list[Any] = [func]
         kept = self._kept.get(func)
         if kept is None:
-            kept = self._kept[func] = _is_kept(func)
+            kept = self._kept[func] = _is_kept(func) and func not in self._instead
         kept = kept and _key_of(args, key, given) and (not kwargs or _key_of_keywords(kwargs, key, given))
         if kept:
             call = tuple(key)
@@ -213,8 +223,11 @@ class Tracker(TorchDispatchMode):
 
     def _ask(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The call as torch's fake tensors answer it, its storages recorded."""
-        if func is _aten._local_scalar_dense.default:
+        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _no_value(args[0])
+        if func in self._instead:
+            with self:
+                return self._instead[func](*args, **kwargs)
         with self.fake:
             out = func(*args, **kwargs)
         for tensor in _tensors(out):
