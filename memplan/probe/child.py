@@ -11,8 +11,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from memplan.errors import MemplanError, ProbeError
@@ -47,7 +48,7 @@ def _line_about(error: Exception) -> str:
     outside = [frame for frame in frames if f"{os.sep}memplan{os.sep}" not in frame.filename]
     where = outside[-1] if outside else frames[-1]
     said = " ".join(str(error).split())
-    place = os.sep.join(where.filename.split(os.sep)[-3:])
+    place = "/".join(Path(where.filename).parts[-3:])
     if type(error).__name__ in ("DynamicOutputShapeException", "DataDependentOutputException"):
         return f"probe: the step cannot be traced: what it allocates depends on the data ({said:.100})"
     return f"probe: the step cannot be traced: {type(error).__name__}: {said:.300} ({place}:{where.lineno})"
@@ -81,7 +82,7 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
     built: list[Any] = []
 
     @contextmanager
-    def phase(name: str) -> Iterator[None]:
+    def phase(name: str) -> Generator[None]:
         with tracker.phase(name):
             yield
         if built:
@@ -94,7 +95,8 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
             training = script.build(run, device, phase)
             built.append(training)
             _note(training, known)
-            with named(tracker, training.model, base_of(training.model).get_output_embeddings()):
+            head = base_of(training.model).get_output_embeddings() if run.task == "train" else None
+            with named(tracker, training.model, head):
                 for step in range(1, steps + 1):
                     tracker.step = step
                     training.step()
@@ -110,7 +112,8 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
         "seconds": round(time.monotonic() - started, 3),
         "notes": _notes(run),
     }
-    del training, built
+    del training
+    built.clear()
     gc.collect()
     return answer
 

@@ -81,7 +81,7 @@ def difference(traced: Traced, answer: Estimate) -> tuple[Line, ...]:
 class _Pair(NamedTuple):
     line: PhaseLine
     traced: TracedPhase
-    index: int  # of the estimate's phase
+    number: int  # of the estimate's phase
 
 
 # Phases of an estimate, and those of a trace that they are compared with: clipping is part of an estimate's step.
@@ -135,7 +135,7 @@ def _lines(pair: _Pair, traced: Traced, walked: Walked, decided: Decided) -> Ite
         ours[storage.bytes].append(storage)
     theirs: dict[int, list[Estimated]] = defaultdict(list)
     lumps: list[Estimated] = []
-    for line in ledger.lines(walked._replace(peak=pair.index), decided):
+    for line in ledger.lines(walked._replace(peak=pair.number), decided):
         if line.what.startswith("cuBLAS"):
             continue
         if line.shape or line.dtype or line.kind != "temp":
@@ -143,7 +143,7 @@ def _lines(pair: _Pair, traced: Traced, walked: Walked, decided: Decided) -> Ite
         else:
             lumps.append(line)  # a step's scratch, in one number
     most_traced = _most_traced(traced, pair.traced)
-    most_estimated = _most_estimated(walked, decided, pair.index)
+    most_estimated = _most_estimated(walked, decided, pair.number)
     scratch: list[Storage] = []
     for bytes_ in {*ours, *theirs}:
         have, want = Counter[str](), Counter[str]()

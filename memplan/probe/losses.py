@@ -114,11 +114,17 @@ def _fused(hidden: torch.Tensor, labels: torch.Tensor, matrix: Any) -> torch.Ten
     return _FusedLinearCrossEntropy.apply(hidden.view(-1, hidden.shape[-1]), matrix.weight, target)  # pyright: ignore
 
 
+# As Liger's: products in forward are cast as autocast says, and backward runs in the mode forward ran in.
+_amp: Any = torch.amp
+_forward: Callable[[Any], Any] = _amp.custom_fwd(device_type="cuda")
+_backward: Callable[[Any], Any] = _amp.custom_bwd(device_type="cuda")
+
+
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     """What liger-kernel 0.8's function of that name allocates: chunks of logits become their gradients in place."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
+    @_forward
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         tokens, width = hidden.shape
         vocabulary = weight.shape[0]
@@ -153,7 +159,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
+    @_backward
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_gradient, weight_gradient = ctx.saved_tensors  # scaled in place by a kernel of Liger's
         hidden_gradient.mul_(gradient)

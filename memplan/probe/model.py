@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -72,9 +72,9 @@ def _empty_model(run: RunSpec) -> Any:
 def _plain(value: Any) -> Any:
     """Lists and dicts, as JSON has them, for what the spec keeps frozen."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _plain(inner) for key, inner in cast(Mapping[str, Any], value).items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner) for inner in cast(list[Any], value)]
     return value
 
 
@@ -101,7 +101,8 @@ def _materialise(model: Any, run: RunSpec, device: torch.device) -> None:
         buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
         for key, buffer in buffers.items():
             module._buffers[key] = real(buffer)
-        for key, value in list(vars(module).items()):
+        held = cast(dict[str, Any], vars(module))
+        for key, value in list(held.items()):
             if isinstance(value, torch.Tensor) and value.is_meta:
                 setattr(module, key, real(value))
         if buffers:
@@ -196,7 +197,10 @@ def _module_lists(model: Any) -> Iterator[nn.ModuleList]:
 
 
 def parameters_in(model: Any) -> int:
-    """How many parameters the model has without adapters and copies that peft trains: packed ones as many as they stand for."""
+    """How many parameters the model has, without adapters and copies that peft trains.
+
+    Packed ones are as many as they stand for.
+    """
     total = 0
     for name, parameter in model.named_parameters():
         if "lora_" not in name and ".modules_to_save." not in name:

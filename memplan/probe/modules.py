@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ _NAME = "_name_in_the_trace"
 
 
 @contextmanager
-def named(tracker: Tracker, model: Any, head: Any) -> Iterator[None]:
+def named(tracker: Tracker, model: Any, head: Any) -> Generator[None]:
     """While inside, every module's forward pass says so to the tracker, and checkpointed blocks that they run again.
 
     A forward pass's loss begins where the `head` is done.
@@ -46,15 +46,18 @@ def named(tracker: Tracker, model: Any, head: Any) -> Iterator[None]:
                 if self is head:
                     tracker.loss_at = len(tracker.events)
 
-    class Recomputation(recomputation):
+    class Recomputation:
         """torch's hooks of a block that runs again, which note where that begins and ends."""
+
+        def __init__(self, *args: Any) -> None:
+            self.hooks = recomputation(*args)
 
         def __enter__(self) -> Any:
             self.began = len(tracker.events)
-            return super().__enter__()
+            return self.hooks.__enter__()
 
         def __exit__(self, *args: Any) -> Any:
-            out = super().__exit__(*args)
+            out = self.hooks.__exit__(*args)
             tracker.recomputed.append((self.began, len(tracker.events)))
             return out
 

@@ -44,7 +44,8 @@ def _torch() -> None:
         types: Any = getattr(module, "_foreach_supported_types", None)
         if types is not None and FakeTensor not in types:
             types.append(FakeTensor)
-    moved: Any = nn.Module._apply  # pyright: ignore[reportPrivateUsage]
+    module_class: Any = nn.Module
+    moved: Callable[..., Any] = module_class._apply
 
     def _apply(self: Any, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
         if not any(isinstance(p, FakeTensor) for p in self.parameters(recurse=True)):
@@ -67,7 +68,6 @@ def _torch() -> None:
                 self._buffers[key] = fn(buffer)
         return self
 
-    module_class: Any = nn.Module
     module_class._apply = _apply
     functional: Any = F
     if hasattr(F, "grouped_mm"):

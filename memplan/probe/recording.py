@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -53,7 +53,8 @@ def buffers_of(model: Any) -> Iterator[torch.Tensor]:
     """Every buffer, and every other tensor a module holds."""
     yield from model.buffers()
     for module in model.modules():
-        for value in vars(module).values():
+        held = cast(dict[str, Any], vars(module))
+        for value in held.values():
             if isinstance(value, torch.Tensor):
                 yield value
 
@@ -67,10 +68,10 @@ def gradients_of(parameters: list[Any]) -> Iterator[torch.Tensor]:
 def states_of(optimizers: list[Any]) -> Iterator[torch.Tensor]:
     """What the optimizers keep of parameters, and the tables bitsandbytes' share."""
     for optimizer in optimizers:
-        for state in optimizer.state.values():
+        states: Iterable[dict[str, Any]] = optimizer.state.values()
+        for state in states:
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-        for table in getattr(optimizer, "name2qmap", {}).values():
-            yield table
+        yield from getattr(optimizer, "name2qmap", {}).values()
 
 
 def report(tracker: Tracker, known: Known) -> dict[str, Any]:

@@ -8,6 +8,7 @@ It is what transformers' users write: forward, backward, clipping, the optimizer
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -149,19 +150,28 @@ class Script:
             self.model(input_ids=ids, **options)
 
     def _generate(self) -> None:
-        """Greedy: the prompt at once, then a token at a time with the cache."""
+        """Greedy, as transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
+
+        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32.
+        """
+        model = self.model
+        keeps = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with torch.no_grad():
             with self.phase("prefill"):
-                ids, options = self._inputs()
-                options["use_cache"] = True
-                outputs = self.model(input_ids=ids, **options)
-                token = outputs.logits[:, -1:].argmax(-1)
+                ids, _ = self._inputs()
+                mask = torch.ones_like(ids)
+                outputs = model(input_ids=ids, attention_mask=mask, use_cache=True, **keeps)
+                token = _next(outputs)
             with self.phase("decode"):
                 for _ in range(self.run.batch.new_tokens - 1):
                     cache = outputs.past_key_values
                     del outputs
-                    outputs = self.model(input_ids=token, past_key_values=cache, use_cache=True)
-                    token = outputs.logits[:, -1:].argmax(-1)
+                    ids = torch.cat([ids, token], dim=-1)
+                    mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
+                    outputs = model(
+                        input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **keeps
+                    )
+                    token = _next(outputs)
                 del outputs, token
 
     def _attention(self) -> AbstractContextManager[None]:
@@ -175,6 +185,11 @@ class Script:
                 return attention.sdpa_kernel([backend.EFFICIENT_ATTENTION, backend.MATH])
             case _:
                 return nullcontext()
+
+
+def _next(outputs: Any) -> Any:
+    """The token with the largest logit [micro, 1]."""
+    return outputs.logits[:, -1, :].to(copy=True, dtype=torch.float32).argmax(-1, keepdim=True)
 
 
 def _step_in_backward(parameter: Any, optimizer: Any) -> None:

@@ -127,7 +127,7 @@ class Traced:
 
     def categories_at(self, event: int) -> Mapping[str, int]:
         """Bytes right after an event by kind."""
-        out = dict.fromkeys(KINDS, 0)
+        out: dict[str, int] = dict.fromkeys(KINDS, 0)
         for storage in self.alive_at(event):
             out[storage.kind] += storage.bytes
         return FrozenDict(out)
@@ -148,8 +148,8 @@ def trace(run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool =
     """Trace `steps` steps of a run: 2 show both the first, which makes the optimizer's states, and the later ones.
 
     `device` and `data` are for checks of the trace itself: a small step on the CPU, without data or with, allocates the
-    same. Takes the seconds of importing torch, transformers and peft, and 2 to 30 more. Raises ProbeError where a library,
-    a compiler or a model class is missing or the script fails, SpecError for what the script does not run.
+    same. It takes the seconds of importing torch, transformers and peft, and 2 to 30 more. Raises ProbeError where a
+    library, a compiler or a model class is missing or the script fails, SpecError for what the script does not run.
     """
     (traced,) = traces([run], steps, device=device, data=data)
     if isinstance(traced, MemplanError):
@@ -216,7 +216,7 @@ class _Child:
         here = str(Path(memplan.errors.__file__).parents[1])
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
         environment = {**os.environ, **QUIET, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed with it)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "memplan.probe.child"],
             stdin=subprocess.PIPE,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -63,7 +63,7 @@ class _Output(NamedTuple):
     """How one output is made again: a new storage, a view of the n-th tensor given, or that tensor itself."""
 
     kind: str
-    index: int
+    which: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -123,7 +123,7 @@ class Tracker(TorchDispatchMode):
     def __init__(
         self, device: str, scratch: Mapping[Any, Scratch], instead: Mapping[Any, Callable[..., Any]], fake: bool = True
     ) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.device = device
         self.fake = _FakeMode(allow_non_fake_inputs=True) if fake else nullcontext()
         self.made: list[Made] = []
@@ -152,12 +152,12 @@ class Tracker(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         _C._set_only_lift_cpu_tensors(self._lifted.pop())
-        super().__exit__(*error)
+        super().__exit__(*error)  # pyright: ignore[reportUnknownMemberType]
 
     # Phases
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """The events inside are of this phase."""
         start, self.loss_at = len(self.events), -1
         yield
@@ -246,8 +246,8 @@ class Tracker(TorchDispatchMode):
 
     def _first(self, call: tuple[Any, ...], func: Any, args: Any, kwargs: Any, given: list[Any]) -> Any:
         """The call for the first time: asked, and kept if it can be made again."""
-        out = self._ask(func, args, kwargs)
-        sequence = type(out) if isinstance(out, (tuple, list)) else None
+        out: Any = self._ask(func, args, kwargs)
+        sequence: type[Any] | None = type(out) if _is_sequence(out) else None
         outputs: list[_Output | None] = []
         same = {id(tensor): i for i, tensor in enumerate(given)}
         lies_in = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(given)}
@@ -273,7 +273,7 @@ class Tracker(TorchDispatchMode):
                 made.append(None)
                 continue
             if output.kind == "same":
-                made.append(given[output.index])
+                made.append(given[output.which])
                 continue
             if output.kind == "new":
                 element = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
@@ -281,7 +281,7 @@ class Tracker(TorchDispatchMode):
                     self._watch(element.untyped_storage(), output.asked, output.shape, output.dtype, _name(func))
             else:
                 element = torch.empty(0, dtype=output.dtype, device="meta")
-                storage = given[output.index].untyped_storage()
+                storage = given[output.which].untyped_storage()
                 element.set_(storage, output.offset, output.shape, output.stride)
             tensor = _subclass(FakeTensor, element, False, dispatch_device=True, device_for_backend_keys=output.device)
             tensor.__dict__.update(output.state)
@@ -350,7 +350,7 @@ def _is_kept(func: Any) -> bool:
 def _key_of(values: Any, key: list[Any], given: list[Any]) -> bool:
     """Append what `values` mean for the answer; False where that is not known. Tensors are appended to `given`."""
     for value in values:
-        kind = type(value)
+        kind = cast(type[Any], type(value))
         if kind is FakeTensor or isinstance(value, FakeTensor):
             if value.constant is not None:
                 return False
@@ -408,14 +408,18 @@ def _describe(tensor: Any, same: dict[int, int], lies_in: dict[int, int]) -> _Ou
     if index == _TWICE:
         return None  # two outputs in one new storage
     asked = storage.nbytes()
-    return _Output(kind, index, shape, stride, offset, tensor.dtype, tensor.fake_device, asked, dict(vars(tensor)))
+    return _Output(kind, index, shape, stride, offset, tensor.dtype, tensor.fake_device, asked, vars(tensor).copy())
+
+
+def _is_sequence(out: Any) -> bool:
+    return isinstance(out, (tuple, list))
 
 
 def _tensors(out: Any) -> Iterator[Any]:
     if isinstance(out, torch.Tensor):
         yield out
     elif isinstance(out, (list, tuple)):
-        for inner in out:  # pyright: ignore[reportUnknownVariableType]
+        for inner in cast(Iterable[Any], out):
             yield from _tensors(inner)
 
 
