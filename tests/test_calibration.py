@@ -253,7 +253,7 @@ def test_lines_of_no_use_are_counted_by_the_reason(calibrate: Calibrating, home:
     ran = calibrate(written(home / "lines.jsonl", [line(i) for i in range(19)] + others))
     assert ran.code == 0
     assert ran.out.splitlines()[-4:] == [
-        "left out: 1 without a measured peak",
+        "left out: 1 that memplan probe --cuda did not measure to the end",
         "left out: 3 without bytes of segments, process and context",
         "left out: 1 on a card that memplan has no row of",
         "left out: 1 that memplan does not estimate",

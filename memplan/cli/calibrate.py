@@ -121,7 +121,7 @@ def _line(run: RunSpec, line: Mapping[str, Any]) -> Line | str:
     context: object = line.get("context")
     last = cast(Mapping[str, object], context).get("last") if isinstance(context, Mapping) else None
     if line.get("outcome") != "measured":
-        return "without a measured peak"
+        return "that memplan probe --cuda did not measure to the end"
     counts = [n for n in (line.get("reserved"), line.get("process"), last) if type(n) is int and 0 <= n < _MOST]
     if len(counts) < 3:
         return "without bytes of segments, process and context"
