@@ -65,7 +65,7 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
     from memplan.probe.kernels import card_of, scratch_of, without_data
     from memplan.probe.libraries import library, versions
     from memplan.probe.model import base_of, parameters_in
-    from memplan.probe.modules import named
+    from memplan.probe.modules import loss_apart, named
     from memplan.probe.tracker import Tracker
 
     for name in ("peft", "bitsandbytes"):  # what their imports make is none of the run's
@@ -95,8 +95,8 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
             training = script.build(run, device, phase)
             built.append(training)
             _note(training, known)
-            head = base_of(training.model).get_output_embeddings() if run.task == "train" else None
-            with named(tracker, training.model, head):
+            loss_apart(tracker, base_of(training.model))
+            with named(tracker, training.model):
                 for step in range(1, steps + 1):
                     tracker.step = step
                     training.step()

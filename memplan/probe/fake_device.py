@@ -34,7 +34,7 @@ def load() -> None:
     """
     if "torch" in sys.modules:
         raise ProbeError("probe: torch is imported already; a trace must come first in its process")
-    library = ctypes.CDLL(str(_built(_torch_folder())), ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(shim()), ctypes.RTLD_GLOBAL)
     import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     library.memplan_register_guard()
@@ -62,8 +62,12 @@ def cache_folder() -> Path:
     return folder
 
 
-def _built(torch_folder: Path) -> Path:
-    """The compiled shim for this torch; compiled if it is not there, and put in place whole."""
+def shim() -> Path:
+    """The compiled library for the installed torch; compiled if it is not there, and put in place whole.
+
+    Raises ProbeError where there is no compiler, or it fails.
+    """
+    torch_folder = _torch_folder()
     source = _SOURCE.read_bytes()
     named = f"{importlib.metadata.version('torch')} {torch_folder}".encode()
     digest = hashlib.sha256(source + named).hexdigest()[:16]

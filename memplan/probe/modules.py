@@ -16,11 +16,8 @@ _NAME = "_name_in_the_trace"
 
 
 @contextmanager
-def named(tracker: Tracker, model: Any, head: Any) -> Generator[None]:
-    """While inside, every module's forward pass says so to the tracker, and checkpointed blocks that they run again.
-
-    A forward pass's loss begins where the `head` is done.
-    """
+def named(tracker: Tracker, model: Any) -> Generator[None]:
+    """While inside, every module's forward pass says so to the tracker, and checkpointed blocks that they run again."""
     for name, module in model.named_modules():
         vars(module)[_NAME] = name
     module_class: Any = nn.Module
@@ -43,8 +40,6 @@ def named(tracker: Tracker, model: Any, head: Any) -> Generator[None]:
             tracker.module = outer
             if forward:
                 tracker.modules.append((sequence_number(), outer))
-                if self is head:
-                    tracker.loss_at = len(tracker.events)
 
     class Recomputation:
         """torch's hooks of a block that runs again, which note where that begins and ends."""
@@ -66,3 +61,19 @@ def named(tracker: Tracker, model: Any, head: Any) -> Generator[None]:
         yield
     finally:
         module_class.__call__, checkpoint._recomputation_hook = called, recomputation
+
+
+def loss_apart(tracker: Tracker, base: Any) -> None:
+    """Have the model's loss function tell the tracker where a forward pass ends and the loss begins.
+
+    Models that compute their loss otherwise have no loss apart.
+    """
+    function: Any = getattr(base, "loss_function", None)
+    if function is None:
+        return
+
+    def loss_function(*args: Any, **kwargs: Any) -> Any:
+        tracker.loss_at = len(tracker.events)
+        return function(*args, **kwargs)
+
+    base.loss_function = loss_function

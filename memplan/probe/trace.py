@@ -9,6 +9,7 @@ there (`memplan.probe.fake_device`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -151,47 +152,52 @@ def trace(run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool =
     same. It takes the seconds of importing torch, transformers and peft, and 2 to 30 more. Raises ProbeError where a
     library, a compiler or a model class is missing or the script fails, SpecError for what the script does not run.
     """
-    (traced,) = traces([run], steps, device=device, data=data)
-    if isinstance(traced, MemplanError):
-        raise traced
-    return traced
+    with Tracer() as tracer:
+        return tracer.trace(run, steps, device=device, data=data)
 
 
 def traces(
     runs: Iterable[RunSpec], steps: int = 2, *, device: Device = "cuda", data: bool = False
 ) -> Iterator[Traced | MemplanError]:
-    """Trace many runs in one child after another's trace: the libraries are imported once.
+    """Trace many runs one after another: the libraries are imported once.
 
-    An error is yielded in its place; the others go on. Raises ProbeError where no child can start.
+    An error is yielded in its place; the others go on.
     """
-    require()
-    if data and device != "cpu":
-        raise ProbeError("probe: a trace with data is of the CPU; --cuda measures the GPU that is here")
-    asked: dict[str, Any] = {"steps": steps, "device": device, "data": data}
-    with _Child() as child:
+    with Tracer() as tracer:
         for run in runs:
             try:
-                refuse(run)
-                yield _read(run, child.ask({**asked, "run": run.model_dump(mode="json")}))
+                yield tracer.trace(run, steps, device=device, data=data)
             except MemplanError as error:
                 yield error
 
 
-class _Child:
-    """The process that traces: started when the first run is asked for, and again where one ended it."""
+class Tracer:
+    """The process that traces: started when the first run is asked for, and again where one ended it.
+
+    To be used in a `with` statement, at whose end it ends.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
 
-    def __enter__(self) -> _Child:
+    def __enter__(self) -> Tracer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The child's answer to one question. Raises the error it met, or ProbeError where it died."""
+    def trace(self, run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> Traced:
+        """As the function `trace`, without starting a process each time."""
+        require()
+        if data and device != "cpu":
+            raise ProbeError("probe: a trace with data is of the CPU; --cuda measures the GPU that is here")
+        refuse(run)
+        asked = {"run": run.model_dump(mode="json"), "steps": steps, "device": device, "data": data}
+        return _read(run, self._ask(asked))
+
+    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The process's answer to one question. Raises the error it met, or ProbeError where it died."""
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -237,10 +243,11 @@ class _Child:
 
     def _end(self) -> None:
         if self._process is not None:
+            self._process.kill()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    stream.close()
-            self._process.kill()
+                    with contextlib.suppress(BrokenPipeError):  # what it has not read is lost
+                        stream.close()
             self._process.wait()
             self._process = None
         if self._log is not None:

@@ -247,7 +247,7 @@ class Tracker(TorchDispatchMode):
     def _first(self, call: tuple[Any, ...], func: Any, args: Any, kwargs: Any, given: list[Any]) -> Any:
         """The call for the first time: asked, and kept if it can be made again."""
         out: Any = self._ask(func, args, kwargs)
-        sequence: type[Any] | None = type(out) if _is_sequence(out) else None
+        sequence = _sequence(out)
         outputs: list[_Output | None] = []
         same = {id(tensor): i for i, tensor in enumerate(given)}
         lies_in = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(given)}
@@ -408,11 +408,13 @@ def _describe(tensor: Any, same: dict[int, int], lies_in: dict[int, int]) -> _Ou
     if index == _TWICE:
         return None  # two outputs in one new storage
     asked = storage.nbytes()
-    return _Output(kind, index, shape, stride, offset, tensor.dtype, tensor.fake_device, asked, vars(tensor).copy())
+    state: dict[str, Any] = tensor.__dict__.copy()
+    return _Output(kind, index, shape, stride, offset, tensor.dtype, tensor.fake_device, asked, state)
 
 
-def _is_sequence(out: Any) -> bool:
-    return isinstance(out, (tuple, list))
+def _sequence(out: Any) -> Any:
+    """The kind of sequence of several outputs; None for one."""
+    return list if isinstance(out, list) else tuple if isinstance(out, tuple) else None
 
 
 def _tensors(out: Any) -> Iterator[Any]:
