@@ -65,8 +65,12 @@ RUNS = {
 # loss keeps, the rounding of eight chunks, a copy of the last chunk of 128 tokens without its last one, and the first
 # step's states where updates come in backward.
 NEAR = {
-    **{"qlora": 1024, "flash 2": 1536, "fused": 512, "chunked": 2048},
-    **{"by tokens": 2 * 127 * TINY["llama"]["vocab_size"] * 2, "in backward": 26 * 1024},
+    "qlora": 1024,
+    "flash 2": 1536,
+    "fused": 512,
+    "chunked": 2048,
+    "by tokens": 2 * 127 * TINY["llama"]["vocab_size"] * 2,
+    "in backward": 26 * 1024,
 }
 
 

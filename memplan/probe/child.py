@@ -20,6 +20,8 @@ from memplan.errors import MemplanError, ProbeError
 from memplan.probe import fake_device
 from memplan.spec import RunSpec
 
+_known: dict[Any, Any] = {}  # what traces before this one have learnt of operations, by card
+
 
 def main() -> None:
     """Answer until stdin ends. What the libraries print goes to stderr."""
@@ -62,11 +64,11 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
 
     from memplan.gpus import find_gpu
     from memplan.probe import patches, recording, script
-    from memplan.probe.kernels import card_of, scratch_of, without_data
+    from memplan.probe.kernels import card_of
     from memplan.probe.libraries import library, versions
     from memplan.probe.model import base_of, parameters_in
     from memplan.probe.modules import loss_apart, named
-    from memplan.probe.tracker import Tracker
+    from memplan.probe.tracker import Tracker, memory_of
 
     for name in ("peft", "bitsandbytes"):  # what their imports make is none of the run's
         library(name)
@@ -76,7 +78,9 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     card = card_of(gpu.compute_capability if gpu is not None else None)
     patches.apply(card)
-    tracker = Tracker(device, scratch_of(card), without_data(), fake=not data)
+    if (card, data) not in _known:
+        _known[card, data] = memory_of(card, fake=not data)
+    tracker = Tracker(device, _known[card, data])
     tracker.calibrate()
     known = recording.Known(tracker)
     built: list[Any] = []

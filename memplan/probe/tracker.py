@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memplan.probe.kernels import Scratch
+from memplan.probe.kernels import Card, Scratch, scratch_of, without_data
 from memplan.probe.libraries import library
 
 _C: Any = library("torch._C")
@@ -88,6 +88,26 @@ class _FakeMode(FakeTensorMode):
         return self
 
 
+class Memory(NamedTuple):
+    """What is known of operations on one kind of card, and stays known from run to run.
+
+    scratch     what kernels allocate inside themselves
+    instead     what is run in place of operations whose outputs depend on the data
+    """
+
+    fake: AbstractContextManager[Any]
+    scratch: Mapping[Any, Scratch]
+    instead: Mapping[Any, Callable[..., Any]]
+    answers: dict[Any, _Answer]
+    kept: dict[Any, bool]
+
+
+def memory_of(card: Card, fake: bool = True) -> Memory:
+    """Nothing known yet but the rows of a card; for tensors with data where `fake` is false."""
+    mode = _FakeMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    return Memory(mode, scratch_of(card), without_data(), {}, {})
+
+
 class _Storage(weakref.ref[Any]):
     """A weak reference to a storage that knows its number."""
 
@@ -109,9 +129,6 @@ class Interval(NamedTuple):
 class Tracker(TorchDispatchMode):
     """A dispatch mode over fake tensors, or real ones, that keeps the events of storages on `device`.
 
-    `scratch` says what kernels allocate inside themselves, `instead` what is run in place of operations whose outputs
-    depend on the data.
-
     `events` holds n where storage n is made and ~n where it is freed; `made[n]` is what it is. `intervals` are the
     phases, `recomputed` the events between which a checkpointed block ran again.
     """
@@ -120,12 +137,10 @@ class Tracker(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and the guard against it costs time in every call
 
-    def __init__(
-        self, device: str, scratch: Mapping[Any, Scratch], instead: Mapping[Any, Callable[..., Any]], fake: bool = True
-    ) -> None:
+    def __init__(self, device: str, memory: Memory) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.device = device
-        self.fake = _FakeMode(allow_non_fake_inputs=True) if fake else nullcontext()
+        self._fake, self._scratch, self._instead, self._answers, self._kept = memory
         self.made: list[Made] = []
         self.events: list[int] = []
         self.intervals: list[Interval] = []
@@ -135,11 +150,8 @@ class Tracker(TorchDispatchMode):
         self.step = 0
         self.loss_at = -1
         self.out_of_place = 0
-        self._scratch, self._instead = scratch, instead
-        self._answers: dict[Any, _Answer] = {}
         self._live: dict[int, _Storage] = {}
         self._last: tuple[int, int] | None = None
-        self._kept: dict[Any, bool] = {}
         self._calibrating = False
         self._lifted: list[bool] = []
 
@@ -214,6 +226,8 @@ class Tracker(TorchDispatchMode):
             kept = self._kept[func] = _is_kept(func) and func not in self._instead
         kept = kept and _key_of(args, key, given) and (not kwargs or _key_of_keywords(kwargs, key, given))
         if kept:
+            if not given:  # what is made of nothing has the dtype that is the default at the time
+                key.append(torch.get_default_dtype())
             call = tuple(key)
             answer = self._answers.get(call)
             if answer is None:
@@ -228,7 +242,7 @@ class Tracker(TorchDispatchMode):
         if func in self._instead:
             with self:
                 return self._instead[func](*args, **kwargs)
-        with self.fake:
+        with self._fake:
             out = func(*args, **kwargs)
         for tensor in _tensors(out):
             self._record(tensor, func)
