@@ -90,15 +90,14 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
         with tracker.phase(name):
             yield
         if built:
-            _note(built[0], known)
+            _note(built[0], known, name)
 
-    gc.collect()
-    gc.disable()
+    gc.disable()  # what lies in cycles stays: on a card it does until Python happens to look
     try:
         with tracker:
             training = script.build(run, device, phase)
             built.append(training)
-            _note(training, known)
+            _note(training, known, "load")
             loss_apart(tracker, base_of(training.model))
             with named(tracker, training.model):
                 for step in range(1, steps + 1):
@@ -122,14 +121,17 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
     return answer
 
 
-def _note(training: Any, known: Any) -> None:
-    """What is a parameter, a gradient, a state: looked up at the end of every phase."""
+def _note(training: Any, known: Any, phase: str) -> None:
+    """What is a parameter, a gradient, a state: looked up at the end of the phases that may make some."""
     from memplan.probe import recording
 
-    known.note("parameter", recording.parameters_of(training.model))
-    known.note("buffer", recording.buffers_of(training.model))
-    known.note("gradient", recording.gradients_of(training.parameters))
-    known.note("optstate", recording.states_of(training.optimizers))
+    if phase in ("load", "forward"):
+        known.note("parameter", recording.parameters_of(training.model))
+        known.note("buffer", recording.buffers_of(training.model))
+    if phase in ("forward", "backward"):
+        known.note("gradient", recording.gradients_of(training.parameters))
+    if phase in ("load", "backward", "step"):
+        known.note("optstate", recording.states_of(training.optimizers))
     if training.scaler is not None:
         tensors = (getattr(training.scaler, name, None) for name in ("_scale", "_growth_tracker"))
         known.note("other", (t for t in tensors if t is not None))
