@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memplan.spec import FrozenDict, RunSpec
 
 if TYPE_CHECKING:
+    from memplan.calibration import Calibration
     from memplan.estimator import Walked
     from memplan.resolve import Decided
     from memplan.usage import Usage
@@ -158,6 +159,7 @@ class Estimate:
     host_bytes: int
     unsupported: tuple[str, ...]
     notes: tuple[str, ...]
+    calibration: Calibration | None
     _decided: Decided
     _walked: Walked
     _usage: Usage
@@ -174,6 +176,7 @@ class Estimate:
         host_bytes: int,
         notes: tuple[str, ...],
         walked: Walked,
+        calibration: Calibration | None,
     ) -> None:
         vars(self).update(
             asked=asked,
@@ -186,6 +189,7 @@ class Estimate:
             host_bytes=host_bytes,
             unsupported=(),
             notes=notes,
+            calibration=calibration,
             _decided=decided,
             _walked=walked,
             _usage=usage,
@@ -256,7 +260,7 @@ class Estimate:
         return json.dumps(self.model_dump(), indent=indent, ensure_ascii=False)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Estimate) and self.asked == other.asked
+        return isinstance(other, Estimate) and (self.asked, self.calibration) == (other.asked, other.calibration)
 
     def __hash__(self) -> int:
         return hash(self.asked)

@@ -38,15 +38,32 @@ def find_model(model: str | InlineModel) -> ModelSpec:
     """
     if isinstance(model, InlineModel):
         return _inline(model)
+    found = _found(model)
+    return load_card(found) if isinstance(found, str) else ModelSpec(found, model)
+
+
+def find_config(model: str | InlineModel) -> Mapping[str, Any]:
+    """The config of the model a run names, in Hugging Face's keys as it was published, of any family.
+
+    Raises as `find_model` does, but for UnsupportedModelError: whether memplan has a stack is not asked.
+    """
+    if isinstance(model, InlineModel):
+        return model.config
+    found = _found(model)
+    return _card_config(_read_card(found)) if isinstance(found, str) else found
+
+
+def _found(model: str) -> str | Mapping[str, Any]:
+    """The card's name that a name means, or the config it leads to."""
     file = _file(model) if "/" in model or os.sep in model or model.endswith(".json") else None
     card = None if file is not None else _card_name(model)
     if card is not None:
-        return load_card(card)
+        return card
     file = file or _file(model)
     if file is not None:
-        return ModelSpec(_read_json(file), model)
+        return _read_json(file)
     if "/" in model:
-        return ModelSpec(_from_hub_cache(model), model)
+        return _from_hub_cache(model)
     raise UnknownNameError("model", model, (*card_names(), *_aliases()))
 
 
@@ -73,8 +90,11 @@ def load_card(name: str) -> ModelSpec:
     if name not in card_names():
         raise UnknownNameError("model", name, card_names())
     card = _read_card(name)
-    config = {**card["config"], **dict.fromkeys(card.get("nulls", ()))}
-    return ModelSpec(config, name, {k: v for k, v in card.items() if k != "config"})
+    return ModelSpec(_card_config(card), name, {k: v for k, v in card.items() if k != "config"})
+
+
+def _card_config(card: Mapping[str, Any]) -> dict[str, Any]:
+    return {**card["config"], **dict.fromkeys(card.get("nulls", ()))}
 
 
 @lru_cache(maxsize=1024)

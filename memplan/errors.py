@@ -5,6 +5,7 @@ MemplanError                2
   SpecError                 2   a run that contradicts itself or asks for what is not supported yet
   ConfigError               2   a config.json or card that cannot be read as a model
     UnsupportedModelError   2   a family of models that memplan has no stack for yet
+  ProbeError                2   a run or a machine that the probe cannot use: a library, a class or a GPU is missing
   FactsMissingError         3   the model's facts are not available (offline, gated)
 """
 
@@ -71,6 +72,10 @@ class ConfigError(MemplanError):
 
 class UnsupportedModelError(ConfigError):
     """A family of models that memplan has no stack for: refused, never guessed."""
+
+
+class ProbeError(MemplanError):
+    """A run or a machine that the probe cannot use: a library, a model class, a compiler or a GPU is missing."""
 
 
 class FactsMissingError(MemplanError):

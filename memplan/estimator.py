@@ -6,7 +6,7 @@ Pure: no network, no printing, no state but caches; the same run gives the same 
 from __future__ import annotations
 
 from operator import mul
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Card, Estimate, Parameters, Peak, Phase
 from memplan.catalogue.overhead import cublas_workspace, cuda_context
@@ -14,11 +14,16 @@ from memplan.engine.walk import largest, values
 from memplan.program import PHASES, Program, program, run_axes
 from memplan.resolve import Decided, check_batch, decide
 from memplan.spec import RunSpec
-from memplan.usage import Replay, Usage
+from memplan.usage import Replay, Usage, around
+
+if TYPE_CHECKING:
+    from memplan.calibration import Calibration
 
 
-def estimate(run: RunSpec) -> Estimate:
+def estimate(run: RunSpec, calibration: Calibration | None = None) -> Estimate:
     """How much memory the run takes, when, and whether it fits.
+
+    `calibration` is a machine's own profile, for runs on the card it is of; others are answered without it.
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError (all MemplanError) where the run cannot be
     answered. A run that does not fit is an answer, not an error.
@@ -30,17 +35,21 @@ def estimate(run: RunSpec) -> Estimate:
     top = walked.phases[walked.peak]
     replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
     context = cuda_context(decided.gpu.compute_capability if decided.gpu else None)
+    if calibration is not None and (decided.gpu is None or calibration.gpu != decided.gpu.name):
+        calibration = None
+    notes = [*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())]
     return Estimate(
         run,
         decided,
         Parameters(p.total_parameters, p.trainable_parameters, p.total_parameters),
-        Usage(replay, p, walked.phases[0].peak, top.peak, decided.gpu, context),
+        Usage(replay, p, walked.phases[0].peak, top.peak, decided.gpu, around(context, calibration)),
         Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
         p.host,
-        (*decided.notes, note) if note else decided.notes,
+        tuple(notes),
         walked,
+        calibration,
     )
 
 

@@ -101,7 +101,7 @@ def lowered(
         checkpoint=graph.checkpoint,
         reentrant=graph.reentrant,
         grads_exist=grads_exist,
-        input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
+        input_grad=graph.checkpoint and recipe.kind != "full",
         labelled=labelled,
         updates=dict(updates),
         lingers=graph.lingers and follows,

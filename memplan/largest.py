@@ -1,12 +1,13 @@
 """How far a run can go: the largest batch and sequence that fit, one change that makes it fit, the GPUs that hold it.
 
-Answers are found by asking `estimate` again; memory only grows with batch and sequence, so bisection is exact.
+Answers are found by asking `estimate` again, with the machine's own profile where there is one. What is allocated only
+grows with batch and sequence, so bisection finds where it ends; what torch reserves beyond may jump by a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.answer import Estimate
 from memplan.errors import MemplanError, SpecError
@@ -14,27 +15,30 @@ from memplan.estimator import estimate
 from memplan.gpus import GPU, all_gpus
 from memplan.spec import Method, Part, RunSpec
 
+if TYPE_CHECKING:
+    from memplan.calibration import Calibration
+
 FITS = ("fits",)
 MAY_FIT = ("fits", "tight")
 _MOST = 2**32  # no batch or sequence beyond is looked for: without it a run that takes no memory would have no end
 
 
-def largest_batch(run: RunSpec, accepted: tuple[str, ...] = FITS) -> int:
+def largest_batch(run: RunSpec, accepted: tuple[str, ...] = FITS, calibration: Calibration | None = None) -> int:
     """The largest `batch.micro` that the run's GPU holds, all else as it is; 0 where none does."""
-    return _largest(run, "micro", accepted)
+    return _largest(run, "micro", accepted, calibration)
 
 
-def largest_sequence(run: RunSpec, accepted: tuple[str, ...] = FITS) -> int:
+def largest_sequence(run: RunSpec, accepted: tuple[str, ...] = FITS, calibration: Calibration | None = None) -> int:
     """The largest `batch.sequence` that the run's GPU holds, all else as it is; 0 where none does."""
-    return _largest(run, "sequence", accepted)
+    return _largest(run, "sequence", accepted, calibration)
 
 
-def _largest(run: RunSpec, field: str, accepted: tuple[str, ...]) -> int:
+def _largest(run: RunSpec, field: str, accepted: tuple[str, ...], calibration: Calibration | None) -> int:
     if run.gpu is None:
         raise SpecError("gpu: what fits depends on it; name one", "gpu")
 
     def holds(n: int) -> bool:
-        return _verdict(changed(run, "batch", **{field: n})) in accepted
+        return _verdict(changed(run, "batch", **{field: n}), calibration) in accepted
 
     low, high = 0, 1
     while holds(high):
@@ -47,10 +51,10 @@ def _largest(run: RunSpec, field: str, accepted: tuple[str, ...]) -> int:
     return low
 
 
-def _verdict(run: RunSpec) -> str | None:
+def _verdict(run: RunSpec, calibration: Calibration | None) -> str | None:
     """The run's verdict; None where it cannot run at all (more tokens than learned positions, say)."""
     try:
-        return estimate(run).verdict.answer
+        return estimate(run, calibration).verdict.answer
     except MemplanError:
         return None
 
@@ -68,11 +72,11 @@ class Lever(NamedTuple):
     answer: Estimate
 
 
-def levers(run: RunSpec) -> Iterator[Lever]:
+def levers(run: RunSpec, calibration: Calibration | None = None) -> Iterator[Lever]:
     """What lowers the peak without changing batch or sequence, cheapest in what it costs first. Asked as needed."""
     for option, other in _changes(run):
         try:
-            yield Lever(option, estimate(other))
+            yield Lever(option, estimate(other, calibration))
         except MemplanError:  # not for this model, or not together with what else the run asks for
             continue
 
@@ -92,9 +96,9 @@ def _changes(run: RunSpec) -> Iterator[tuple[str, RunSpec]]:
         yield f"--method {kind}", RunSpec.model_validate({**dict(run), "method": method})
 
 
-def first_lever(run: RunSpec, accepted: tuple[str, ...] = FITS) -> Lever | None:
+def first_lever(run: RunSpec, accepted: tuple[str, ...] = FITS, calibration: Calibration | None = None) -> Lever | None:
     """The first of `levers` that alone makes the run fit."""
-    return next((lever for lever in levers(run) if lever.answer.verdict.answer in accepted), None)
+    return next((lever for lever in levers(run, calibration) if lever.answer.verdict.answer in accepted), None)
 
 
 class Holding(NamedTuple):
@@ -104,11 +108,11 @@ class Holding(NamedTuple):
     answer: str
 
 
-def holding(run: RunSpec, vendor: str = "") -> Iterator[Holding]:
+def holding(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:
     """Every catalogued GPU that holds the run, or of one vendor every one, least memory first. Asked as needed."""
     weights = estimate(run.model_copy(update={"gpu": None})).phases[0].peak  # loaded on any card
     for gpu in sorted(all_gpus(), key=lambda gpu: (gpu.usable, gpu.name)):
         if gpu.usable >= weights and vendor in ("", gpu.vendor):
-            answer = _verdict(run.model_copy(update={"gpu": gpu.name}))
+            answer = _verdict(run.model_copy(update={"gpu": gpu.name}), calibration)
             if answer in MAY_FIT:
                 yield Holding(gpu, answer)

@@ -63,6 +63,13 @@ def decide(run: RunSpec) -> Decided:
     )
 
 
+def filled(run: RunSpec) -> RunSpec:
+    """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
+    words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
+    method, optimizer, kernels = _filled(run.method, run.optimizer, run.kernels, run.precision, words)
+    return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
+
+
 def check_batch(run: RunSpec, model: ModelSpec) -> str | None:
     """A note where the sequence is longer than the model's positions; SpecError where positions are learned."""
     most = model.max_position_embeddings

@@ -32,7 +32,7 @@ def recorded(structure: Structure, later: bool) -> Recorded:
         checkpoint=graph.checkpoint,
         reentrant=graph.reentrant,
         grads_exist=later or structure.grads is not None or frees_gradients(structure),
-        input_grad=graph.checkpoint and recipe.kind not in ("full", "freeze"),
+        input_grad=graph.checkpoint and recipe.kind != "full",
         updates=dict(updates_of(structure)),
     )
 

@@ -7,7 +7,7 @@ microseconds. A verdict that is clear without one needs none.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Band
 from memplan.catalogue.overhead import COVERAGE, SHOWN, Overhead
@@ -16,6 +16,9 @@ from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
 from memplan.segments import cached_logits, segments
 from memplan.units import MIB
+
+if TYPE_CHECKING:
+    from memplan.calibration import Calibration
 
 
 class Replay(NamedTuple):
@@ -37,6 +40,29 @@ def reserved(replay: Replay, capacity: int | None = None) -> int | None:
         return None
 
 
+class Around(NamedTuple):
+    """What a process takes beside torch's segments, and how sure that is.
+
+    `context` in bytes; `low`, `usual` and `high` in millionths of segments and context together; `coverage` is the
+    share of runs between `low` and `high`.
+    """
+
+    context: int
+    low: int
+    usual: int
+    high: int
+    coverage: float
+
+
+def around(context: Overhead, calibration: Calibration | None = None) -> Around:
+    """By the catalogue's rows, or by a machine's own profile."""
+    if calibration is None:
+        return Around(context.usual, SHOWN.low * 1000, 0, SHOWN.high * 1000, COVERAGE)
+    error = calibration.used_error
+    low, usual, high = (round(1_000_000 * share) for share in (error.low, error.usual, error.high))
+    return Around(calibration.context.usual, low, usual, high, calibration.coverage)
+
+
 class Usage:
     """What a run takes of a card, in bytes.
 
@@ -44,13 +70,13 @@ class Usage:
     run may live in less than it would show elsewhere.
     """
 
-    def __init__(self, replay: Replay, p: Program, load: int, peak: int, gpu: GPU | None, around: Overhead) -> None:
+    def __init__(self, replay: Replay, p: Program, load: int, peak: int, gpu: GPU | None, beside: Around) -> None:
         self._replay = replay
         self._load = load
         self._resident = p.parameters + p.buffered + p.scaler + p.states
         self._gpu = gpu
+        self._beside = beside
         self.allocated = peak
-        self.context = around.usual
 
     @cached_property
     def answer(self) -> str | None:
@@ -58,32 +84,37 @@ class Usage:
         if self._gpu is None:
             return None
         usable = self._gpu.usable
-        if _less(self.allocated + self.context) > usable:
+        low, high = self._beside.low, self._beside.high
+        if self._shown(self.allocated, low) > usable:
             return "does not fit"
-        if _more(self.at_most + self.context) <= usable or _more(self._roomy + self.context) <= usable:
+        if self._shown(self.at_most, high) <= usable or self._shown(self._roomy, high) <= usable:
             return "fits"
-        if self._lives_in(_budget(usable, SHOWN.high) - self.context):
+        if self._lives_in(self._segments(usable, high)):
             return "fits"
-        return "tight" if self._lives_in(_budget(usable, SHOWN.low) - self.context) else "does not fit"
+        return "tight" if self._lives_in(self._segments(usable, low)) else "does not fit"
 
     @cached_property
     def used(self) -> int:
         """What the card shows for the process; for a run that does not fit, what a card with room would show."""
-        return self.reserved + self.context
+        used = self._shown(self.reserved, self._beside.usual)
+        if self._gpu is None or self.answer == "does not fit":
+            return max(used, self.reserved)
+        return max(min(used, self._gpu.usable), self.reserved)
 
     @cached_property
     def reserved(self) -> int:
         """What torch holds at its peak: all it ever asked for, or what the card has, if the run can live in that."""
         if self._gpu is None or self.answer == "does not fit":
             return self._roomy
-        capacity = self._gpu.usable - self.context
+        capacity = self._gpu.usable - self._beside.context
         if self._roomy <= capacity:
             return self._roomy
         return reserved(self._replay, capacity) or capacity
 
     @property
     def band(self) -> Band:
-        low, high = _less(self.used), _more(self.used)
+        low = min(self._shown(self.reserved, self._beside.low), self.used)
+        high = max(self._shown(self.reserved, self._beside.high), self.used)
         if self._gpu is not None:
             usable = self._gpu.usable
             match self.answer:
@@ -93,7 +124,7 @@ class Usage:
                     low, high = min(low, usable), max(high, usable + 1)
                 case _:
                     low = max(low, usable + 1)
-        return Band(low, high, COVERAGE)
+        return Band(low, high, self._beside.coverage)
 
     @property
     def at_most(self) -> int:
@@ -114,15 +145,10 @@ class Usage:
     def _lives_in(self, capacity: int) -> bool:
         return capacity >= self.allocated and reserved(self._replay, capacity) is not None
 
+    def _shown(self, segments: int, error: int) -> int:
+        """What the card shows where torch holds `segments`, off by `error` millionths."""
+        return (segments + self._beside.context) * (1_000_000 + error) // 1_000_000
 
-def _less(used: int) -> int:
-    return used * (1000 + SHOWN.low) // 1000
-
-
-def _more(used: int) -> int:
-    return -(-used * (1000 + SHOWN.high) // 1000)
-
-
-def _budget(usable: int, share: int) -> int:
-    """The most that can be used so that, more by `share` thousandths, it is usable."""
-    return usable * 1000 // (1000 + share)
+    def _segments(self, usable: int, error: int) -> int:
+        """The most that torch can hold so that, off by `error` millionths, what is shown is `usable`."""
+        return usable * 1_000_000 // (1_000_000 + error) - self._beside.context

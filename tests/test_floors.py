@@ -13,13 +13,13 @@ PACKAGE = Path(memplan.__file__).parent
 
 # Lowest first. The catalogue and the engine are two wings of one floor: neither imports the other.
 FLOORS = (
-    {"errors", "units"},
-    {"spec", "gpus", "gpu_table", "config_classes", "models", "layers", "cards"},
+    {"errors", "units", "folders"},
+    {"spec", "gpus", "gpu_table", "config_classes", "models", "layers", "cards", "calibration"},
     {"ir"},
     {"catalogue", "engine"},
     {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger"},
     {"largest"},
-    {"report", "cli"},
+    {"report", "cli", "probe"},
     {"__main__"},
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

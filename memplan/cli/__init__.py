@@ -12,8 +12,11 @@ from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from memplan.answer import Estimate
+    from memplan.calibration import Calibration
+    from memplan.spec import RunSpec
 
-LATER = ("plan", "check", "diff", "probe", "emit", "serve")  # commands that are not there yet, and no models either
+LATER = ("plan", "check", "diff", "emit", "serve")  # commands that are not there yet, and no models either
+APART = ("probe", "calibrate")  # commands with a file each, which is imported when one is asked for
 
 # click's error about wrong usage, wherever this typer keeps its click
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -26,10 +29,20 @@ class Memplan(TyperGroup):
         own = {option for param in self.get_params(ctx) for option in param.opts}
         first = args[0].partition("=")[0] if args else ""
         if first in LATER:
-            ctx.fail(f"{first} is not supported yet; commands are {', '.join(self.commands)}")
-        if first not in self.commands and first not in own and (args or not ctx.resilient_parsing):
+            ctx.fail(f"{first} is not supported yet; commands are {', '.join(self.list_commands(ctx))}")
+        if first not in self.list_commands(ctx) and first not in own and (args or not ctx.resilient_parsing):
             args = ["estimate", *args]
         return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *APART]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in APART:
+            return super().get_command(ctx, cmd_name)
+        from importlib import import_module
+
+        return import_module(f"memplan.cli.{cmd_name}").command(self.commands["estimate"].params)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Commands, and the models and options of `estimate`."""
@@ -102,6 +115,10 @@ def _fail(line: str, code: int) -> int:
     return code
 
 
+def _warn(line: str) -> None:
+    _fail(line, 0)
+
+
 def _unwritten(error: OSError) -> str:
     """One line for what kept standard output from being written; the exit's flush will not say it again."""
     with suppress(OSError, ValueError):
@@ -119,7 +136,7 @@ def _usage(error: Any) -> str:
     return " ".join(text.split())
 
 
-def _answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
+def answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
     """The exit code of `work`; what the user can mend becomes one line and its code."""
     from memplan.errors import MemplanError
 
@@ -143,7 +160,7 @@ def _answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
         return _fail(line_of(error, given), 2)
 
 
-def _show(text: str, format: str = "table", output: str | None = None) -> None:
+def show(text: str, format: str = "table", output: str | None = None) -> None:
     """Write to a file or standard output, which may be closed. A reader that has gone away is none of our business."""
     if output is not None:
         from pathlib import Path
@@ -186,7 +203,7 @@ def _in_ascii(text: str, format: str) -> str:
     return text.translate(ASCII).encode("ascii", "replace").decode()
 
 
-def _complete_model(incomplete: str) -> list[str]:
+def complete_model(incomplete: str) -> list[str]:
     from memplan.cards import card_names, load_card
 
     cards = [load_card(name).card for name in card_names()] if "/" in incomplete else []
@@ -194,7 +211,7 @@ def _complete_model(incomplete: str) -> list[str]:
     return [name for name in (*card_names(), *ids) if name.startswith(incomplete)]
 
 
-def _complete_gpu(incomplete: str) -> list[str]:
+def complete_gpu(incomplete: str) -> list[str]:
     from memplan.gpus import all_gpus
 
     names = [name for gpu in all_gpus() for name in (gpu.name, *gpu.aliases)]
@@ -221,10 +238,10 @@ def _version(asked: bool) -> None:
     if asked:
         from memplan import __version__
 
-        raise typer.Exit(_answered(lambda: _show(f"memplan {__version__}\n") or 0))
+        raise typer.Exit(answered(lambda: show(f"memplan {__version__}\n") or 0))
 
 
-def _option(help: str, *names: str, of: str, complete: Callable[[str], list[str]] | None = None, **more: Any) -> Any:
+def option(help: str, *names: str, of: str, complete: Callable[[str], list[str]] | None = None, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=of, autocompletion=complete, show_default=False, **more)
 
 
@@ -257,30 +274,30 @@ def estimate(
         typer.Argument(
             metavar="MODEL",
             help="A card's name (qwen2-7b), a Hugging Face id, or the path of a config.json or its folder.",
-            autocompletion=_complete_model,
+            autocompletion=complete_model,
             rich_help_panel="Model",
         ),
     ] = None,
     method: Annotated[
-        str | None, _option(f"{', '.join(METHODS)}. Default full.", of=TRAINING, complete=_choices(*METHODS))
+        str | None, option(f"{', '.join(METHODS)}. Default full.", of=TRAINING, complete=_choices(*METHODS))
     ] = None,
-    batch_size: Annotated[int | None, _option("Sequences per GPU and pass. Default 1.", of=TRAINING)] = None,
-    seq_len: Annotated[int | None, _option("Tokens per sequence. Default 2048.", of=TRAINING)] = None,
-    grad_accum: Annotated[int | None, _option("Passes per optimizer step. Default 1.", of=TRAINING)] = None,
+    batch_size: Annotated[int | None, option("Sequences per GPU and pass. Default 1.", of=TRAINING)] = None,
+    seq_len: Annotated[int | None, option("Tokens per sequence. Default 2048.", of=TRAINING)] = None,
+    grad_accum: Annotated[int | None, option("Passes per optimizer step. Default 1.", of=TRAINING)] = None,
     gradient_checkpointing: Annotated[
         bool | None,
-        _option(
+        option(
             "Keep only each layer's input and compute the rest again. Default on.",
             "--gradient-checkpointing/--no-gradient-checkpointing",
             of=TRAINING,
         ),
     ] = None,
     trainable_layers: Annotated[
-        int | None, _option("Layers at the end that --method freeze trains. Default 2.", of=TRAINING)
+        int | None, option("Layers at the end that --method freeze trains. Default 2.", of=TRAINING)
     ] = None,
     hold_outputs: Annotated[
         bool | None,
-        _option(
+        option(
             "The script keeps the model's outputs through the backward pass. Default off.",
             "--hold-outputs/--no-hold-outputs",
             of=TRAINING,
@@ -288,28 +305,36 @@ def estimate(
     ] = None,
     padded: Annotated[
         bool | None,
-        _option("Batches have padding, and so an attention mask. Default off.", "--padded/--no-padded", of=TRAINING),
+        option("Batches have padding, and so an attention mask. Default off.", "--padded/--no-padded", of=TRAINING),
     ] = None,
     trainer: Annotated[
         bool | None,
-        _option(
+        option(
             "transformers' Trainer drives the step: it keeps embeddings' states in fp32 under bitsandbytes' 8-bit "
             "optimizers. Default off.",
             "--trainer/--no-trainer",
             of=TRAINING,
         ),
     ] = None,
-    rank: Annotated[int | None, _option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
-    targets: Annotated[
-        str | None, _option("all-linear, or module names with commas between. Default all-linear.", of=ADAPTERS)
+    expandable_segments: Annotated[
+        bool | None,
+        option(
+            "torch's allocator has expandable segments (PYTORCH_CUDA_ALLOC_CONF). Default off.",
+            "--expandable-segments/--no-expandable-segments",
+            of=TRAINING,
+        ),
     ] = None,
-    lora_dropout: Annotated[float | None, _option("Dropout before adapters, 0 to 1. Default 0.", of=ADAPTERS)] = None,
+    rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
+    targets: Annotated[
+        str | None, option("all-linear, or module names with commas between. Default all-linear.", of=ADAPTERS)
+    ] = None,
+    lora_dropout: Annotated[float | None, option("Dropout before adapters, 0 to 1. Default 0.", of=ADAPTERS)] = None,
     modules_to_save: Annotated[
-        str | None, _option("Module names, with commas between, that train in full. Default none.", of=ADAPTERS)
+        str | None, option("Module names, with commas between, that train in full. Default none.", of=ADAPTERS)
     ] = None,
     quant_format: Annotated[
         str | None,
-        _option(
+        option(
             "Storage of quantised weights: nf4, fp4, int8, gptq-int4. Default nf4.",
             of=ADAPTERS,
             complete=_choices("nf4", "fp4", "int8", "gptq-int4"),
@@ -317,11 +342,11 @@ def estimate(
     ] = None,
     double_quant: Annotated[
         bool | None,
-        _option("Quantise the quantisation's scales too. Default on.", "--double-quant/--no-double-quant", of=ADAPTERS),
+        option("Quantise the quantisation's scales too. Default on.", "--double-quant/--no-double-quant", of=ADAPTERS),
     ] = None,
     kbit_preparation: Annotated[
         str | None,
-        _option(
+        option(
             "prepare_model_for_kbit_training's casts: true, false, or trl for those trl casts back. Default true.",
             of=ADAPTERS,
             complete=_choices("true", "false", "trl"),
@@ -329,11 +354,11 @@ def estimate(
     ] = None,
     dtype: Annotated[
         str | None,
-        _option("Weights: bf16, fp16, fp32. Default bf16.", of=DTYPES, complete=_choices("bf16", "fp16", "fp32")),
+        option("Weights: bf16, fp16, fp32. Default bf16.", of=DTYPES, complete=_choices("bf16", "fp16", "fp32")),
     ] = None,
     precision: Annotated[
         str | None,
-        _option(
+        option(
             "pure (all in --dtype), amp (fp32 weights, autocast to --dtype), "
             "mixed (weights and gradients in --dtype, fp32 masters and states). Default pure.",
             of=DTYPES,
@@ -342,7 +367,7 @@ def estimate(
     ] = None,
     optimizer: Annotated[
         str | None,
-        _option(
+        option(
             "A name of transformers' OptimizerNames, or none. Default adamw_torch_fused.",
             of=DTYPES,
             complete=_complete_optimizer,
@@ -350,7 +375,7 @@ def estimate(
     ] = None,
     attention: Annotated[
         str | None,
-        _option(
+        option(
             "sdpa, flash_attention_2, eager, sdpa_math, sdpa_efficient. Default sdpa.",
             of=KERNELS,
             complete=_choices("sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"),
@@ -358,7 +383,7 @@ def estimate(
     ] = None,
     loss: Annotated[
         str | None,
-        _option(
+        option(
             "hf, chunked, fused (with the head's product, as Liger and Cut Cross-Entropy do), chunked_lm_head. "
             "Default hf.",
             of=KERNELS,
@@ -367,7 +392,7 @@ def estimate(
     ] = None,
     fused: Annotated[
         str | None,
-        _option(
+        option(
             "Fused kernels, with commas between: rope, rms_norm, swiglu, cross_entropy, lora. Default none.",
             of=KERNELS,
             complete=_choices("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
@@ -375,7 +400,7 @@ def estimate(
     ] = None,
     profile: Annotated[
         str | None,
-        _option(
+        option(
             "Framework and version that decide what is left open; memplan profiles lists them. Default transformers-5.",
             of=KERNELS,
             complete=_complete_profile,
@@ -383,61 +408,69 @@ def estimate(
     ] = None,
     gpu: Annotated[
         list[str] | None,
-        _option(
+        option(
             "A card's name (3090, a800, h100); repeat it to compare. Default none: the estimate and every card that "
             "holds it.",
             of=GPUS,
-            complete=_complete_gpu,
+            complete=complete_gpu,
             metavar="NAME",
         ),
     ] = None,
-    gpus: Annotated[int | None, _option("How many GPUs, in all. Default 1.", of=SEVERAL)] = None,
-    zero: Annotated[int | None, _option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=SEVERAL)] = None,
+    gpus: Annotated[int | None, option("How many GPUs, in all. Default 1.", of=SEVERAL)] = None,
+    zero: Annotated[int | None, option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=SEVERAL)] = None,
     fsdp: Annotated[
         str | None,
-        _option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
+        option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
     ] = None,
-    tp: Annotated[int | None, _option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
-    pp: Annotated[int | None, _option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
-    cp: Annotated[int | None, _option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
-    ep: Annotated[int | None, _option("Expert-parallel GPUs. Default 1.", of=SEVERAL)] = None,
+    tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
+    pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
+    cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
+    ep: Annotated[int | None, option("Expert-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     offload: Annotated[
         str | None,
-        _option("What the host keeps: parameters, optimizer, activations, with commas. Default none.", of=SEVERAL),
+        option("What the host keeps: parameters, optimizer, activations, with commas. Default none.", of=SEVERAL),
     ] = None,
     spec: Annotated[
-        str | None, _option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
+        str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
     ] = None,
     online: Annotated[
         bool,
-        _option("Ask the Hugging Face Hub for a config (refused as yet). Default off.", "--online", of=OUTPUT),
+        option("Ask the Hugging Face Hub for a config (refused as yet). Default off.", "--online", of=OUTPUT),
     ] = False,
     format: Annotated[
         str | None,
-        _option(
+        option(
             "table, json, markdown, csv, html. Default table.",
             of=OUTPUT,
             complete=_choices("table", "json", "markdown", "csv", "html"),
         ),
     ] = None,
-    json: Annotated[bool, _option("Short for --format json.", "--json", of=OUTPUT)] = False,
-    output: Annotated[str | None, _option("Write to this file. Default standard output.", of=OUTPUT)] = None,
-    explain: Annotated[bool, _option("Every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)] = False,
+    json: Annotated[bool, option("Short for --format json.", "--json", of=OUTPUT)] = False,
+    output: Annotated[str | None, option("Write to this file. Default standard output.", of=OUTPUT)] = None,
+    explain: Annotated[bool, option("Every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)] = False,
     strict: Annotated[
         bool,
-        _option("Exit 1 if tight, and 4 if something unsupported was left out. Default off.", "--strict", of=OUTPUT),
+        option("Exit 1 if tight, and 4 if something unsupported was left out. Default off.", "--strict", of=OUTPUT),
     ] = False,
+    calibration: Annotated[
+        bool | None,
+        option(
+            "Use this machine's own profile of the card, where memplan calibrate has written one. Default on.",
+            "--calibration/--no-calibration",
+            of=OUTPUT,
+        ),
+    ] = None,
 ) -> int:
     """Whether a run fits, what takes the memory, and when.
 
     Exit codes: 0 fits, or no GPU asked; 1 does not fit; 2 wrong input; 3 the model's facts are not here; 4 with
     --strict, something unsupported was left out.
     """
-    given = {name: value for name, value in ctx.params.items() if not _left_out(name, value)}
-    return _answered(lambda: _estimate(given), given)
+    given = {name: value for name, value in ctx.params.items() if not left_out(name, value)}
+    return answered(lambda: _estimate(given), given)
 
 
-def _left_out(name: str, value: object) -> bool:
+def left_out(name: str, value: object) -> bool:
     """Whether an option was not given: its default stands for that, and for nothing else."""
     return value in (None, [], ()) or (value is False and name in _SWITCHES)
 
@@ -446,13 +479,51 @@ _SWITCHES = ("online", "json", "explain", "strict")
 
 
 def _estimate(given: Mapping[str, Any]) -> int:
-    from memplan.cli.request import idle, spec_of
-    from memplan.errors import FactsMissingError, SpecError, printable
+    from memplan.errors import FactsMissingError, SpecError
     from memplan.estimator import estimate
     from memplan.report import render
-    from memplan.spec import RunSpec
 
     format = _format(given)
+    runs = runs_of(given)
+    try:
+        answers = [estimate(run, _profile(run.gpu, given)) for run in runs]
+    except FactsMissingError as error:
+        if "online" in given:
+            raise SpecError(
+                "online: asking the Hub is not supported yet; give the path of a config.json", "online"
+            ) from error
+        raise
+    to = None
+    if "output" in given and format == "table":
+        from memplan.report.text import Screen
+
+        to = Screen()
+    show(render(format, answers, "explain" in given, to), format, given.get("output"))
+    return _exit_code(answers, "strict" in given)
+
+
+def _profile(gpu: str | None, given: Mapping[str, Any]) -> "Calibration | None":
+    """This machine's own profile of a card, unless there is none or it is not wanted."""
+    if gpu is None or given.get("calibration") is False:
+        return None
+    from memplan.folders import calibrations
+
+    if not calibrations().is_dir():
+        return None
+    from memplan.cli.calibrate import profile_of
+
+    profile, why_not = profile_of(gpu)
+    if profile is None and why_not:
+        _warn(why_not)
+    return profile
+
+
+def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
+    """The run that options and a spec file ask for, once for each GPU. Raises what says which field is wrong."""
+    from memplan.cli.request import idle, spec_of
+    from memplan.errors import SpecError, printable
+    from memplan.spec import RunSpec
+
     spec = None
     if "spec" in given:
         from memplan.cli.spec_file import read_spec
@@ -469,21 +540,7 @@ def _estimate(given: Mapping[str, Any]) -> int:
     unused = idle(given, runs[0].method)
     if unused is not None:
         raise unused
-    try:
-        answers = [estimate(run) for run in runs]
-    except FactsMissingError as error:
-        if "online" in given:
-            raise SpecError(
-                "online: asking the Hub is not supported yet; give the path of a config.json", "online"
-            ) from error
-        raise
-    to = None
-    if "output" in given and format == "table":
-        from memplan.report.text import Screen
-
-        to = Screen()
-    _show(render(format, answers, "explain" in given, to), format, given.get("output"))
-    return _exit_code(answers, "strict" in given)
+    return runs
 
 
 def _format(given: Mapping[str, Any]) -> str:
@@ -508,8 +565,8 @@ def _exit_code(answers: "Sequence[Estimate]", strict: bool) -> int:
 
 
 _TEXT = "What to look for in names, ids and kinds. Default everything."
-_MODEL = typer.Argument(help=_TEXT, autocompletion=_complete_model)
-_GPU = typer.Argument(help=_TEXT, autocompletion=_complete_gpu)
+_MODEL = typer.Argument(help=_TEXT, autocompletion=complete_model)
+_GPU = typer.Argument(help=_TEXT, autocompletion=complete_gpu)
 _PROFILE = typer.Argument(help=_TEXT, autocompletion=_complete_profile)
 _JSON = typer.Option("--json", help="As JSON.")
 
@@ -521,10 +578,10 @@ def models(text: Annotated[list[str] | None, _MODEL] = None, json: Annotated[boo
     def listed() -> int:
         from memplan.report.listing import models
 
-        _show(models(" ".join(text or ()), json), "json" if json else "table")
+        show(models(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
-    return _answered(listed)
+    return answered(listed)
 
 
 @app.command()
@@ -534,10 +591,10 @@ def gpus(text: Annotated[list[str] | None, _GPU] = None, json: Annotated[bool, _
     def listed() -> int:
         from memplan.report.listing import cards
 
-        _show(cards(" ".join(text or ()), json), "json" if json else "table")
+        show(cards(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
-    return _answered(listed)
+    return answered(listed)
 
 
 @app.command()
@@ -547,10 +604,10 @@ def profiles(text: Annotated[list[str] | None, _PROFILE] = None, json: Annotated
     def listed() -> int:
         from memplan.report.listing import profiles
 
-        _show(profiles(" ".join(text or ()), json), "json" if json else "table")
+        show(profiles(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
-    return _answered(listed)
+    return answered(listed)
 
 
 @app.command()
@@ -569,7 +626,7 @@ def schema(
 
         if of not in ("answer", "run"):
             raise UnknownNameError("schema", of, ("answer", "run"))
-        _show(json.dumps(answer_schema() if of == "answer" else run_schema(), indent=2) + "\n", "json")
+        show(json.dumps(answer_schema() if of == "answer" else run_schema(), indent=2) + "\n", "json")
         return 0
 
-    return _answered(printed)
+    return answered(printed)

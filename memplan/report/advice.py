@@ -15,7 +15,9 @@ def help_line(answer: Estimate) -> str:
     if answer.verdict.answer != "does not fit":
         return ""
     run = answer.asked
-    batch, sequence, lever = largest_batch(run), largest_sequence(run), first_lever(run)
+    own = answer.calibration
+    batch, sequence = largest_batch(run, calibration=own), largest_sequence(run, calibration=own)
+    lever = first_lever(run, calibration=own)
     ways: list[str] = []
     if batch:
         ways.append(f"batch {batch:,} at {run.batch.sequence:,} tokens")
@@ -23,7 +25,7 @@ def help_line(answer: Estimate) -> str:
         ways.append(f"{sequence:,} tokens at batch {run.batch.micro:,}")
     if lever:
         ways.append(f"{lever.option} (uses {tenths(lever.answer.bytes.used)} GiB)")
-    larger = next((gpu for gpu, held in holding(run, "NVIDIA") if held == "fits"), None)
+    larger = next((gpu for gpu, held in holding(run, "NVIDIA", own) if held == "fits"), None)
     if larger:
         ways.append(f"{larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it")
     return f"Would fit: {'; or '.join(ways)}." if ways else "No batch, sequence, single change or NVIDIA card would do."

@@ -1,0 +1,215 @@
+"""Attention as CUDA runs it: which kernel `scaled_dot_product_attention` takes, and the flash-attn package's function.
+
+A build of torch without CUDA would always take the plain product. Which kernel runs is decided here by torch's rules
+from what the script has enabled, and the kernel's own operation is called, whose fake tensors are torch's.
+
+Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from memplan.probe.libraries import library
+
+_aten: Any = torch.ops.aten
+_cuda: Any = library("torch.backends.cuda")
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def choose(query: Any, value: Any, mask: Any, capability: tuple[int, int]) -> str:
+    """flash, efficient or math. Flash takes 16 bits, no mask, heads up to 256 wide and compute capability 8; the
+    memory-efficient kernel heads of a multiple of 16 bytes."""
+    half = query.dtype in _HALF
+    same = query.shape[-1] == value.shape[-1] <= 256
+    if _cuda.flash_sdp_enabled() and half and mask is None and same and capability >= (8, 0):
+        return "flash"
+    aligned = not any(t.shape[-1] % (8 if half else 4) for t in (query, value))
+    return "efficient" if _cuda.mem_efficient_sdp_enabled() and aligned else "math"
+
+
+def sdpa(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
+    """`torch.nn.functional.scaled_dot_product_attention` as a card of that compute capability runs it."""
+
+    def scaled_dot_product_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        query, key, value, mask = (_lowered(t) for t in (query, key, value, attn_mask))
+        with torch.autocast("cuda", enabled=False):  # an operation's inside is not cast again
+            if mask is not None and mask.dtype == torch.bool:
+                mask = _additive(mask, query)
+            kernel = choose(query, value, mask, capability)
+            if kernel == "flash":
+                return _flash(query, key, value, dropout_p, is_causal, scale)
+            if kernel == "efficient":
+                return _efficient(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+            return _math(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+
+    return scaled_dot_product_attention
+
+
+def _lowered(t: Any) -> Any:
+    """What autocast makes of an argument."""
+    if t is None or not torch.is_autocast_enabled("cuda") or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype("cuda"))
+
+
+def _additive(mask: Any, query: Any) -> Any:
+    """convert_boolean_attn_mask: 0 where attended, minus infinity elsewhere."""
+    zero = torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device)
+    return torch.where(mask, zero, torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device))
+
+
+def _flash(query: Any, key: Any, value: Any, dropout: float, causal: bool, scale: float | None) -> Any:
+    width = query.shape[-1]
+    scale = 1.0 / math.sqrt(width) if scale is None else scale
+    q, k, v = (_padded(t) for t in (query, key, value))
+    out = _aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, False, scale=scale)[0]
+    return out[..., :width] if out.shape[-1] != width else out
+
+
+def _padded(t: Any) -> Any:
+    """pad_last_dim<8>: heads as wide as the next multiple of 8."""
+    missing = -t.shape[-1] % 8
+    return F.pad(t, (0, missing)) if missing else t
+
+
+def _efficient(
+    query: Any, key: Any, value: Any, mask: Any, dropout: float, causal: bool, scale: float | None, grouped: bool
+) -> Any:
+    key, value = _repeated(query, key, value, grouped)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if mask is not None:
+        last = mask.shape[-1]
+        if last % 8:  # pad_bias<8>: rows of the mask start at multiples of 16 bytes
+            mask = F.pad(mask, (0, -last % 8))[..., :last]
+        mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return _aten._scaled_dot_product_efficient_attention(query, key, value, mask, wanted, dropout, causal, scale=scale)[
+        0
+    ]
+
+
+def _math(
+    query: Any, key: Any, value: Any, mask: Any, dropout: float, causal: bool, scale: float | None, grouped: bool
+) -> Any:
+    """_scaled_dot_product_attention_math: in fp32, the mask added in place, and a second result nobody takes."""
+    asked = query.dtype
+    if asked in _HALF:
+        query, key, value = query.float(), key.float(), value.float()
+        mask = None if mask is None else mask.float()
+    if causal:
+        below = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = _additive(below, query)
+        del below
+    root = math.sqrt(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    query = query * root
+    key, value = _repeated(query, key, value, grouped)
+    scores = torch.matmul(query, key.transpose(-2, -1) * root)
+    if mask is None:
+        scores = torch.softmax(scores, -1)
+    else:
+        scores.add_(mask)
+        scores = _aten._safe_softmax(scores, -1)
+    if dropout > 0:
+        scores = F.dropout(scores, dropout)
+    second = scores.to(asked)
+    out = torch.matmul(scores, value).to(asked)
+    del second
+    return out
+
+
+def _repeated(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any]:
+    """Keys and values for every query head, where `enable_gqa` asks for it."""
+    if not grouped or key.shape[1] == query.shape[1]:
+        return key, value
+    times = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+
+
+# The flash-attn package
+
+
+def flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """flash-attn's function of that name, for q [batch, rows, heads, width] and k, v with their own heads."""
+    width = q.shape[-1]
+    out = _FlashAttention.apply(*(_padded(t) for t in (q, k, v)))  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    return out[..., :width]  # pyright: ignore[reportIndexIssue, reportUnknownVariableType, reportOptionalSubscript]
+
+
+def flash_attn_varlen_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Any = None,
+) -> Any:
+    """The same for sequences without padding between them: q, k, v [tokens, heads, width]."""
+    return flash_attn_func(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)).squeeze(0)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """What FlashAttnFunc keeps and allocates: q, k, v, the output, a row of fp32 sums and the generator's state.
+
+    Source: flash-attn 2.8 flash_attn_interface.py FlashAttnFunc, csrc/flash_attn/flash_api.cpp mha_fwd, mha_bwd.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+        batch, rows, heads, _ = q.shape
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        sums = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
+        state = torch.empty(2, dtype=torch.int64, device=q.device)
+        ctx.save_for_backward(q, k, v, out, sums, state)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v = ctx.saved_tensors[:3]
+        batch, rows, heads, width = q.shape
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        full = -(-rows // 128) * 128
+        wide = -(-width // (32 if width <= 128 else 64)) * (32 if width <= 128 else 64)
+        kept = [
+            torch.empty((batch, heads, full), dtype=torch.float32, device=q.device),
+            torch.empty((batch, full, heads, wide), dtype=torch.float32, device=q.device),
+        ]
+        if k.shape[2] != heads:  # gradients of k and v for every query head, then summed
+            kept += [torch.empty((batch, k.shape[1], heads, width), dtype=k.dtype, device=k.device) for _ in range(2)]
+        del kept
+        return dq, dk, dv

@@ -1,0 +1,67 @@
+"""The libraries a probe needs, asked for by name, so that a missing one is one clear line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+from memplan.errors import ProbeError, nearest
+
+NAMES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+QUIET = {
+    "HF_HUB_OFFLINE": "1",  # a config says everything; nothing is to be looked for
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "BITSANDBYTES_NOWELCOME": "1",
+}
+
+
+def require(*names: str) -> None:
+    """Raise ProbeError, one line that names what is missing and the extra, unless every library is installed."""
+    missing = [name for name in names or NAMES if name not in sys.modules and importlib.util.find_spec(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ProbeError(
+            f"probe: {', '.join(missing)} {verb} not installed; what a probe needs: pip install 'memplan[probe]'"
+        )
+
+
+def library(name: str) -> Any:
+    """A module of an installed library. Raises ProbeError where it cannot be imported, with the library's reason."""
+    require(name.partition(".")[0])
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    try:
+        module: ModuleType = importlib.import_module(name)
+    except Exception as error:  # a library broken in itself: of another version than its parts, or half installed
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ProbeError(f"probe: {name} cannot be imported ({reason[-1]})") from error
+    return module
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that are installed, by name."""
+    found: dict[str, str] = {}
+    for name in NAMES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def model_class(model_type: str) -> None:
+    """Raise ProbeError where the installed transformers builds no causal language model of this `model_type`."""
+    mapping = library("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if model_type not in mapping:
+        near = nearest(model_type, map(str, mapping), 1)
+        raise ProbeError(
+            f"model: transformers {versions().get('transformers', '?')} has no class for causal language models of "
+            f"model_type {model_type!r:.60}{f'; the nearest it has is {near[0]}' if near else ''}",
+            "model",
+        )

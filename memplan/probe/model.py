@@ -1,0 +1,225 @@
+"""The model of a run: built from its config with random weights, quantised, adapted, its layers frozen or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from memplan.cards import find_config
+from memplan.errors import MemplanError, ProbeError, SpecError
+from memplan.probe.libraries import library, model_class
+from memplan.probe.quantized import is_quantisable, quantise
+from memplan.resolve import decide
+from memplan.spec import RunSpec
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What a config says about a file or a program, and not about the model.
+_NOT_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
+_NEITHER = ("_name_or_path", "quantization_config", "_attn_implementation", "attn_implementation")
+_ADAPTERS = ("lora", "qlora", "dora", "qdora")
+
+
+def build_model(run: RunSpec, device: torch.device) -> Any:
+    """The model as it trains: on `device`, weights random, of the dtypes and with the adapters that the run asks for.
+
+    Built without memory, then made weight by weight, so that loading never holds the model in two dtypes.
+    Raises ProbeError where transformers lacks the class, ConfigError for a config that is none.
+    """
+    model = _empty_model(run)
+    task = run.task == "train"
+    _materialise(model, run, device)
+    kind = run.method.kind
+    if task and run.method.quantization is not None:
+        _prepare(model, run)
+    if task and kind in _ADAPTERS:
+        model = _adapt(model, run)
+    elif kind == "freeze":
+        _freeze(model, run.method.trainable_layers)
+    if task and run.kernels.checkpointing == "full":
+        _checkpoint(model, bool(run.kernels.reentrant))
+    model.train(task)
+    return model
+
+
+def _empty_model(run: RunSpec) -> Any:
+    """The model on the meta device: shapes and dtypes, no memory."""
+    given: Mapping[str, Any] = find_config(run.model)
+    model_type = str(given.get("model_type", ""))
+    model_class(model_type)
+    transformers = library("transformers")
+    kept = {key: _plain(value) for key, value in given.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
+    options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights], "trust_remote_code": False}
+    if run.kernels.attention in ("eager", "flash_attention_2"):
+        options["attn_implementation"] = run.kernels.attention  # else sdpa's, or eager where a class has no other
+    config: Any
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **kept)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, **options)
+    except MemplanError:
+        raise
+    except Exception as error:  # whatever a model class makes of a config that is not its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ProbeError(
+            f"model: transformers cannot build {model_type} from this config: {reason:.300}", "model"
+        ) from (error)
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts, as JSON has them, for what the spec keeps frozen."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(inner) for inner in cast(list[Any], value)]
+    return value
+
+
+def _materialise(model: Any, run: RunSpec, device: torch.device) -> None:
+    """Give every parameter and buffer memory on `device`, in the model's order; a shared one stays shared."""
+    made: dict[int, torch.Tensor] = {}
+    quantization = run.method.quantization
+    quantised = set(is_quantisable(model, quantization)) if quantization is not None else set[str]()
+    compute = DTYPES[str(run.precision.compute or run.precision.weights)]
+
+    def real(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in made:
+            new = _random(t, device)
+            made[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+        return made[id(t)]
+
+    for name, module in list(model.named_modules()):
+        if name in quantised and quantization is not None:
+            model.set_submodule(name, quantise(module, quantization, compute, device))
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[key] = real(parameter)
+        buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
+        for key, buffer in buffers.items():
+            module._buffers[key] = real(buffer)
+        held = cast(dict[str, Any], vars(module))
+        for key, value in list(held.items()):
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                setattr(module, key, real(value))
+        if buffers:
+            _compute_buffers(model, module)
+
+
+def _random(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Memory like `t`, filled so that a step computes numbers: matrices small and random, norms 1."""
+    new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    if not t.is_floating_point():
+        return new.zero_()
+    return new.normal_(std=0.02) if t.ndim > 1 else new.fill_(1.0)
+
+
+def _compute_buffers(model: Any, module: Any) -> None:
+    """What a module computes once (rotary frequencies) is no random number: transformers' own initialisation."""
+    initialise = getattr(model, "_init_weights", None)
+    if initialise is not None and not module._parameters:
+        with torch.no_grad():
+            initialise(module)
+
+
+def _prepare(model: Any, run: RunSpec) -> None:
+    """peft's `prepare_model_for_kbit_training`; `trl` casts embeddings and heads back, as trl's 0.12 did."""
+    quantization = run.method.quantization
+    preparation = quantization.kbit_preparation if quantization is not None else False
+    if preparation is False:
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        return
+    library("peft").prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if preparation == "trl":
+        for name, module in model.named_modules():
+            if any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")):
+                weight: Any = getattr(module, "weight", None)
+                if weight is not None:
+                    weight.data = weight.data.to(DTYPES[run.precision.weights])
+
+
+def _adapt(model: Any, run: RunSpec) -> Any:
+    """peft's adapters around the targets, in `adapter_dtype` (peft's own default is fp32)."""
+    peft, method = library("peft"), run.method
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.alpha or 8,
+        lora_dropout=method.dropout,
+        target_modules=_targets(run),
+        modules_to_save=list(method.modules_to_save) or None,
+        use_dora="dora" in method.kind,
+        use_rslora=bool(method.options.get("use_rslora", False)),
+    )
+    dtype = method.adapter_dtype or "fp32"
+    try:
+        adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "fp32")
+    except ValueError as error:  # targets that are not there, or that peft cannot adapt
+        raise ProbeError(
+            f"method.targets: peft refuses: {' '.join(str(error).split()):.300}", "method.targets"
+        ) from error
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and parameter.dtype != DTYPES[dtype]:
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    return adapted
+
+
+def _targets(run: RunSpec) -> str | list[str]:
+    """The modules to adapt, by the names they have in this model where memplan knows it (q_proj of a fused qkv)."""
+    named = run.method.targets
+    if named == "all-linear":
+        return "all-linear"
+    try:
+        known = decide(run).structure.graph.recipe.targets
+    except MemplanError:  # a family without a stack, or a field only the estimate refuses: the names as they are
+        known = named
+    return list(known)
+
+
+def _freeze(model: Any, trainable: int) -> None:
+    """Only the last `trainable` layers train, as LLaMA-Factory's freeze tuning has it."""
+    layers = max(_module_lists(model), key=len, default=None)
+    if layers is None:
+        raise SpecError("method.kind: freeze needs a model with a list of layers", "method.kind")
+    model.requires_grad_(False)
+    for layer in list(layers)[-trainable:]:
+        layer.requires_grad_(True)
+
+
+def _module_lists(model: Any) -> Iterator[nn.ModuleList]:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            yield module
+
+
+def parameters_in(model: Any) -> int:
+    """How many parameters the model has, without adapters and copies that peft trains.
+
+    Packed ones are as many as they stand for.
+    """
+    total = 0
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and ".modules_to_save." not in name:
+            state = getattr(parameter, "quant_state", None)
+            total += math.prod(state.shape) if state is not None else parameter.numel()
+    return total
+
+
+def base_of(model: Any) -> Any:
+    """transformers' model inside peft's, or the model itself."""
+    return model.base_model.model if hasattr(model, "peft_config") else model
+
+
+def _checkpoint(model: Any, reentrant: bool) -> None:
+    """transformers' gradient checkpointing of every layer."""
+    base = base_of(model)
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable({"use_reentrant": reentrant})
+        return
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})  # transformers before 5
+    if base is not model:
+        base.enable_input_require_grads()

@@ -1,0 +1,117 @@
+"""What the probe's training script does not run: refused in one line that names the field, never ignored."""
+
+from __future__ import annotations
+
+from memplan.catalogue.optimizers import OPTIMIZERS
+from memplan.errors import SpecError, UnknownNameError, nearest
+from memplan.resolve import filled
+from memplan.spec import Parallelism, RunSpec
+
+# What `memplan.probe.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
+TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+BITSANDBYTES = {
+    "adamw_bnb_8bit": ("AdamW", 8, False),
+    "adamw_8bit": ("AdamW", 8, False),
+    "paged_adamw_32bit": ("AdamW", 32, True),
+    "paged_adamw_8bit": ("AdamW", 8, True),
+    "lion_8bit": ("Lion", 8, False),
+    "lion_32bit": ("Lion", 32, False),
+    "paged_lion_32bit": ("Lion", 32, True),
+    "paged_lion_8bit": ("Lion", 8, True),
+    "ademamix": ("AdEMAMix", 32, False),
+    "ademamix_8bit": ("AdEMAMix", 8, False),
+    "paged_ademamix_32bit": ("AdEMAMix", 32, True),
+    "paged_ademamix_8bit": ("AdEMAMix", 8, True),
+    "rmsprop_bnb": ("RMSprop", 32, False),
+    "rmsprop_bnb_8bit": ("RMSprop", 8, False),
+    "rmsprop_bnb_32bit": ("RMSprop", 32, False),
+}
+OPTIMIZER_NAMES = (*TORCH, "adafactor", *BITSANDBYTES, "none")
+
+
+def settled(run: RunSpec) -> RunSpec:
+    """The run with nothing left open. Raises SpecError or UnknownNameError for what the script cannot run as asked."""
+    if not run.profile.startswith("transformers-"):
+        raise SpecError(
+            f"profile: a probe runs transformers' own step, with the libraries that are installed; {run.profile} is "
+            "another framework's",
+            "profile",
+        )
+    run = filled(run)
+    _refuse(run)
+    return run
+
+
+def _refuse(run: RunSpec) -> None:
+    if run.parallelism != Parallelism():
+        raise SpecError("parallelism: a probe runs on one GPU", "parallelism")
+    if run.task == "generate" and not run.batch.new_tokens:
+        raise SpecError("batch.new_tokens: how many tokens generate is to make; at least 1", "batch.new_tokens")
+    if run.task != "generate" and run.batch.new_tokens:
+        raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
+    _optimizer(run)
+    _kernels(run)
+    _precision(run)
+    q = run.method.quantization
+    if q is not None:
+        if q.format not in ("nf4", "fp4", "int8"):
+            raise _not_run("method.quantization.format", q.format, "nf4, fp4, int8")
+        if q.storage != "uint8":
+            raise _not_run("method.quantization.storage", q.storage, "uint8")
+        if run.method.kind in ("full", "freeze", "lora", "dora") and run.task == "train":
+            raise SpecError(
+                f"method.quantization: {run.method.kind} trains no quantised weights; use qlora or qdora",
+                "method.quantization",
+            )
+    for name, value in run.method.options.items():
+        if name != "use_rslora" or not isinstance(value, bool):
+            raise _not_run(f"method.options.{name}", value, "use_rslora")
+
+
+def _optimizer(run: RunSpec) -> None:
+    o = run.optimizer
+    if o.name not in OPTIMIZER_NAMES:
+        if o.name not in OPTIMIZERS:
+            raise UnknownNameError("optimizer.name", str(o.name), OPTIMIZER_NAMES)
+        near = " or ".join(nearest(str(o.name), OPTIMIZER_NAMES, 2))
+        raise SpecError(f"optimizer.name: a probe does not run {o.name}; it runs {near}, say", "optimizer.name")
+    if o.state_dtype is not None:
+        raise SpecError(
+            f"optimizer.state_dtype: {o.name} decides that itself; a probe does not set it", "optimizer.state_dtype"
+        )
+    if o.foreach is not None and o.name not in ("adamw_torch", "sgd", "adagrad", "rmsprop"):
+        raise SpecError(f"optimizer.foreach: {o.name} has no foreach step to turn on or off", "optimizer.foreach")
+    if o.momentum and o.name not in ("sgd", "rmsprop"):
+        raise SpecError(f"optimizer.momentum: {o.name} has none to set; sgd and rmsprop have", "optimizer.momentum")
+    if o.in_backward and run.batch.accumulation > 1:
+        raise SpecError("optimizer.in_backward: needs batch.accumulation 1", "optimizer.in_backward")
+    if o.in_backward and run.loop.grad_scaler:
+        raise SpecError("loop.grad_scaler: scales no gradients that are used up in backward", "loop.grad_scaler")
+
+
+def _kernels(run: RunSpec) -> None:
+    k = run.kernels
+    if k.checkpointing not in ("none", "full"):
+        raise _not_run("kernels.checkpointing", k.checkpointing, "none, full")
+    if k.fused:
+        raise _not_run("kernels.fused", ", ".join(k.fused), "none but a fused loss (kernels.loss)")
+    if k.compile:
+        raise _not_run("kernels.compile", "true", "false")
+
+
+def _precision(run: RunSpec) -> None:
+    p = run.precision
+    if p.compute in ("fp8", "float8"):
+        raise _not_run("precision.compute", p.compute, "bf16, fp16, fp32")
+    if p.autocast and p.compute == "fp32":
+        raise SpecError("precision.compute: autocast computes in bf16 or fp16, not fp32", "precision.compute")
+    for field in ("grads", "master"):
+        if getattr(p, field) not in (None, p.weights if field == "grads" else None):
+            raise SpecError(
+                f"precision.{field}: transformers' training step has none of its own; a probe runs pure and autocast",
+                f"precision.{field}",
+            )
+
+
+def _not_run(field: str, value: object, known: str) -> SpecError:
+    return SpecError(f"{field}: a probe does not run {value!r}; it runs {known}", field)

@@ -1,0 +1,203 @@
+"""The training script that is traced and measured: one, for tensors without data and for the GPU at hand.
+
+    script = build(run, torch.device("cuda"))
+    script.step()
+
+It is what transformers' users write: forward, backward, clipping, the optimizer's step, gradients set to None.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.probe.libraries import library
+from memplan.probe.losses import compute
+from memplan.probe.model import DTYPES, build_model
+from memplan.probe.optimizers import make_optimizer, spare_embeddings
+from memplan.probe.refusals import settled
+from memplan.spec import RunSpec
+
+Phase = Callable[[str], AbstractContextManager[None]]
+PHASES = ("load", "forward", "backward", "clip", "step")
+
+
+def no_phase(name: str) -> AbstractContextManager[None]:
+    """A phase that nobody watches."""
+    return nullcontext()
+
+
+def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> Script:
+    """The script of a run, its model loaded on `device` in the phase `load`.
+
+    Raises SpecError for what the script does not run, ProbeError where a library or a model class is missing.
+    """
+    return Script(settled(run), torch.device(device), phase)
+
+
+class Script:
+    """A run's model and optimizer, and its step.
+
+    `phase` is entered around every part of a step, by the names of `PHASES`; `micro` is called before the first
+    forward pass and every further one of an accumulated step. For the task `forward` a step is one forward pass, for
+    `generate` the phases are `prefill` and `decode`.
+    """
+
+    def __init__(self, run: RunSpec, device: torch.device, phase: Phase = no_phase) -> None:
+        self.run, self.device, self.phase = run, device, phase
+        self.model: Any
+        with phase("load"):
+            self.model = build_model(run, device)
+            training = run.task == "train"
+            self.parameters = [p for p in self.model.parameters() if p.requires_grad] if training else []
+            self.optimizers: list[Any] = []  # all there are: one, or of every parameter its own
+            self.optimizer = self._optimizer() if training else None
+        scales = training and run.loop.grad_scaler
+        self.scaler: Any = torch.amp.GradScaler(device.type) if scales else None  # pyright: ignore[reportPrivateImportUsage]
+
+    def step(self) -> None:
+        """One step of the task, all its phases; nothing of it is left but what training keeps."""
+        with self._attention():
+            match self.run.task:
+                case "train":
+                    self._train()
+                case "forward":
+                    self._forward()
+                case "generate":
+                    self._generate()
+
+    def _optimizer(self) -> Any:
+        run = self.run
+        if run.loop.trainer:
+            spare_embeddings(self.model, run.optimizer)
+        if not run.optimizer.in_backward:
+            optimizer = make_optimizer(run.optimizer, self.parameters)
+            self.optimizers += [optimizer] if optimizer is not None else []
+            return optimizer
+        for parameter in self.parameters:
+            alone = make_optimizer(run.optimizer, [parameter])
+            if alone is not None:
+                _step_in_backward(parameter, alone)
+                self.optimizers.append(alone)
+        return None
+
+    def _train(self) -> None:
+        run, phase = self.run, self.phase
+        for _ in range(run.batch.accumulation):
+            with phase("forward"):
+                loss, held = self._loss()
+            with phase("backward"):
+                loss.backward()
+                del loss
+                if run.loop.hold_outputs != "step":
+                    del held
+        with phase("clip"):
+            clips = run.loop.clip_grad_norm and not run.optimizer.in_backward
+            if self.scaler is not None and self.optimizer is not None and clips:
+                self.scaler.unscale_(self.optimizer)
+            if clips:
+                nn.utils.clip_grad_norm_(self.parameters, float(run.loop.clip_grad_norm or 0), foreach=True)
+        with phase("step"):
+            if self.optimizer is not None:
+                if self.scaler is not None:
+                    self.scaler.step(self.optimizer)
+                    self.scaler.update()
+                else:
+                    self.optimizer.step()
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def _loss(self) -> tuple[Any, Any]:
+        """The loss of one micro-batch as backward takes it, and what the script holds meanwhile."""
+        run = self.run
+        ids, options = self._inputs()
+        labels = ids.clone()
+        precision = run.precision
+        cast = nullcontext()
+        if precision.autocast:
+            lower = precision.compute or ("bf16" if precision.weights == "fp32" else precision.weights)
+            cast = torch.autocast(self.device.type, dtype=DTYPES[lower])
+        with cast:
+            loss, outputs = compute(str(run.kernels.loss), self.model, ids, labels, **options)
+        held = outputs if run.loop.hold_outputs or run.kernels.loss == "chunked_lm_head" else None
+        del outputs
+        if run.batch.accumulation > 1:
+            loss = loss / run.batch.accumulation
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        return loss, (held, ids, labels, options)
+
+    def _inputs(self) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Token ids [micro, sequence] int64, and the mask and cache options of the run."""
+        batch, loop = self.run.batch, self.run.loop
+        shape = (batch.micro, batch.sequence)
+        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        ids = torch.randint(min(vocabulary, 2**15), shape, device=self.device)
+        options: dict[str, Any] = {"use_cache": loop.use_cache}
+        if loop.padded:
+            mask = torch.ones(shape, dtype=torch.int64)
+            mask[0, -1] = 0
+            options["attention_mask"] = mask.to(self.device)
+        return ids, options
+
+    def _forward(self) -> None:
+        with self.phase("forward"), torch.no_grad():
+            ids, options = self._inputs()
+            self.model(input_ids=ids, **options)
+
+    def _generate(self) -> None:
+        """Greedy, as transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
+
+        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32.
+        """
+        model = self.model
+        keeps = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        with torch.no_grad():
+            with self.phase("prefill"):
+                ids, _ = self._inputs()
+                mask = torch.ones_like(ids)
+                outputs = model(input_ids=ids, attention_mask=mask, use_cache=True, **keeps)
+                token = _next(outputs)
+            with self.phase("decode"):
+                for _ in range(self.run.batch.new_tokens - 1):
+                    cache = outputs.past_key_values
+                    del outputs
+                    ids = torch.cat([ids, token], dim=-1)
+                    mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
+                    outputs = model(
+                        input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **keeps
+                    )
+                    token = _next(outputs)
+                del outputs, token
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """torch's choice of attention kernel, narrowed where the run names one."""
+        attention: Any = library("torch.nn.attention")
+        backend = attention.SDPBackend
+        match self.run.kernels.attention:
+            case "sdpa_math":
+                return attention.sdpa_kernel([backend.MATH])
+            case "sdpa_efficient":
+                return attention.sdpa_kernel([backend.EFFICIENT_ATTENTION, backend.MATH])
+            case _:
+                return nullcontext()
+
+
+def _next(outputs: Any) -> Any:
+    """The token with the largest logit [micro, 1]."""
+    return outputs.logits[:, -1, :].to(copy=True, dtype=torch.float32).argmax(-1, keepdim=True)
+
+
+def _step_in_backward(parameter: Any, optimizer: Any) -> None:
+    """The parameter is updated as soon as its gradient is whole, and the gradient goes."""
+
+    def update(updated: torch.Tensor) -> None:
+        optimizer.step()
+        updated.grad = None
+
+    parameter.register_post_accumulate_grad_hook(update)

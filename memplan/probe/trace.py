@@ -1,0 +1,269 @@
+"""A traced step: what the real libraries allocate and free, recorded on fake CUDA tensors in a process of its own.
+
+    traced = trace(RunSpec(model="llama-3.1-8b", method="lora"))
+    traced.peak, traced.peak_phase, traced.categories
+
+Nothing is imported into the caller's process: a child runs the script, as its torch is made to see a card that is not
+there (`memplan.probe.fake_device`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
+
+import memplan.errors
+from memplan.answer import KINDS
+from memplan.errors import MemplanError, ProbeError
+from memplan.probe.libraries import QUIET, require
+from memplan.probe.refusals import settled
+from memplan.spec import FrozenDict, RunSpec
+
+if TYPE_CHECKING:
+    from memplan.probe.difference import Line
+
+
+Device = Literal["cuda", "cpu"]
+
+
+class Storage(NamedTuple):
+    """One storage on the device, from the event it was made in to the one that freed it.
+
+    `bytes` are rounded up to 512 as the caching allocator does, `asked` as they were asked for; `shape` and `dtype`
+    are of the first tensor in it. `op` and `module` say which call made it, in whose forward or for whose gradient;
+    `kind` is one of `memplan.answer.KINDS`. `died` is the number of all events where it outlives them.
+    """
+
+    bytes: int
+    asked: int
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    module: str
+    kind: str
+    born: int
+    died: int
+
+
+class TracedPhase(NamedTuple):
+    """One phase of one step (0 is before the first): its events, peak and what is left at its end, in bytes.
+
+    `peak_at` is the event of the peak. `loss` is what follows the head in a forward pass, where the two can be told
+    apart; else it is in `forward`.
+    """
+
+    phase: str
+    step: int
+    start: int
+    end: int
+    peak: int
+    peak_at: int
+    left: int
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced run. `events` hold n where storage n is made and ~n where it is freed.
+
+    parameters, trainable   numbers of parameters of the model without adapters, and of those that train
+    seconds                 of the trace itself, after imports
+    notes                   what the trace had to assume
+    """
+
+    run: RunSpec
+    storages: tuple[Storage, ...]
+    events: tuple[int, ...]
+    phases: tuple[TracedPhase, ...]
+    parameters: int
+    trainable: int
+    versions: Mapping[str, str]
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def allocated(self) -> tuple[int, ...]:
+        """Bytes allocated after every event."""
+        changes = (self.storages[e].bytes if e >= 0 else -self.storages[~e].bytes for e in self.events)
+        return tuple(accumulate(changes))
+
+    @cached_property
+    def _top(self) -> TracedPhase:
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes allocated at any time, without cuBLAS's workspaces."""
+        return self._top.peak
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase of the peak, and its step: `backward 2`."""
+        return f"{self._top.phase} {self._top.step}".removesuffix(" 0")
+
+    @cached_property
+    def alive(self) -> tuple[Storage, ...]:
+        """What is allocated at the peak, largest first."""
+        return self.alive_at(self._top.peak_at)
+
+    def alive_at(self, event: int) -> tuple[Storage, ...]:
+        """What is allocated right after an event, largest first."""
+        found = [s for s in self.storages if s.born <= event < s.died]
+        return tuple(sorted(found, key=lambda s: (-s.bytes, s.born)))
+
+    @cached_property
+    def categories(self) -> Mapping[str, int]:
+        """Bytes at the peak by kind. Sums to `peak`."""
+        return self.categories_at(self._top.peak_at)
+
+    def categories_at(self, event: int) -> Mapping[str, int]:
+        """Bytes right after an event by kind."""
+        out: dict[str, int] = dict.fromkeys(KINDS, 0)
+        for storage in self.alive_at(event):
+            out[storage.kind] += storage.bytes
+        return FrozenDict(out)
+
+    def estimate_difference(self) -> tuple[Line, ...]:
+        """In which tensors the estimate of the same run differs, phase by phase. Raises where there is no estimate."""
+        from memplan.estimator import estimate
+        from memplan.probe.difference import difference
+
+        return difference(self, estimate(self.run))
+
+    def peak_of(self, phase: str, step: int) -> int | None:
+        """The peak of a phase in a step, over all its micro-batches; None where there was none."""
+        return max((p.peak for p in self.phases if (p.phase, p.step) == (phase, step)), default=None)
+
+
+def trace(run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> Traced:
+    """Trace `steps` steps of a run: 2 show both the first, which makes the optimizer's states, and the later ones.
+
+    `device` and `data` are for checks of the trace itself: a small step on the CPU, without data or with, allocates the
+    same. It takes the seconds of importing torch, transformers and peft, and 2 to 30 more. Raises ProbeError where a
+    library, a compiler or a model class is missing or the script fails, SpecError for what the script does not run.
+    """
+    with Tracer() as tracer:
+        return tracer.trace(run, steps, device=device, data=data)
+
+
+def traces(
+    runs: Iterable[RunSpec], steps: int = 2, *, device: Device = "cuda", data: bool = False
+) -> Iterator[Traced | MemplanError]:
+    """Trace many runs one after another: the libraries are imported once.
+
+    An error is yielded in its place; the others go on.
+    """
+    with Tracer() as tracer:
+        for run in runs:
+            try:
+                yield tracer.trace(run, steps, device=device, data=data)
+            except MemplanError as error:
+                yield error
+
+
+class Tracer:
+    """The process that traces: started when the first run is asked for, and again where one ended it.
+
+    To be used in a `with` statement, at whose end it ends.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._log: IO[str] | None = None
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def trace(self, run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> Traced:
+        """As the function `trace`, without starting a process each time."""
+        require()
+        if data and device != "cpu":
+            raise ProbeError("probe: a trace with data is of the CPU; --cuda measures the GPU that is here")
+        settled(run)
+        asked = {"run": run.model_dump(mode="json"), "steps": steps, "device": device, "data": data}
+        return _read(run, self._ask(asked))
+
+    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The process's answer to one question. Raises the error it met, or ProbeError where it died."""
+        process = self._process if self._process is not None and self._process.poll() is None else self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise self._died(process)
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            kind: type[MemplanError] = getattr(memplan.errors, answer["error"], ProbeError)
+            error = ProbeError.__new__(kind)
+            MemplanError.__init__(error, answer["message"], answer["field"])
+            raise error
+        return answer
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._end()
+        here = str(Path(memplan.errors.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
+        environment = {**os.environ, **QUIET, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed with it)
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "memplan.probe.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        return self._process
+
+    def _died(self, process: subprocess.Popen[str]) -> ProbeError:
+        code = process.wait()
+        assert self._log is not None
+        self._log.seek(0)
+        last = next((line for line in reversed(self._log.read().splitlines()) if line.strip()), "it said nothing")
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return ProbeError(f"probe: the process that traces {how}: {' '.join(last.split()):.300}")
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(BrokenPipeError):  # what it has not read is lost
+                        stream.close()
+            self._process.wait()
+            self._process = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+def _read(run: RunSpec, answer: Mapping[str, Any]) -> Traced:
+    return Traced(
+        run=run,
+        storages=tuple(Storage(s[0], s[1], tuple(s[2]), *s[3:]) for s in answer["storages"]),
+        events=tuple(answer["events"]),
+        phases=tuple(TracedPhase(*p) for p in answer["phases"]),
+        parameters=answer["parameters"],
+        trainable=answer["trainable"],
+        versions=FrozenDict(answer["versions"]),
+        seconds=answer["seconds"],
+        notes=tuple(answer["notes"]),
+    )
