@@ -84,7 +84,7 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
         later = [(True, *_best(p, True, phase, numbers)) for phase in PHASES]
         found = [max(a, (b[0], b[1] + p.gradients, b[2]), key=_bytes) for a, b in zip(found, later, strict=True)]
     fixed = p.parameters + p.buffered + p.scaler + workspace
-    phases = [Phase("load", None, p.parameters + p.load_scratch, "")]
+    phases = [Phase("load", None, p.loading, "")]
     moments = [(False, -1)]
     updates = fixed + workspace + p.gradients + sum(map(mul, p.held, numbers.values))
     made = p.states and not p.optimizer.at_once

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -183,9 +184,67 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 
 
-def load_scratch(graph: Graph) -> int:
-    """A weight that is quantised or cast after loading is there twice while that happens: the largest one's bytes."""
+def loading(graph: Graph) -> Iterator[tuple[int, int]]:
+    """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0.
+
+    A weight that is quantised is there in the dtype it is loaded in until that is done. One that is cast is, until all
+    are loaded and its turn comes; trl's preparation casts most of them twice. Adapters come last.
+    """
     _, axes = built(graph)
     loaded = graph.recipe.weights
-    changed = [w for w, _, _ in weights_of(graph) if (w.stored or w.dtype != loaded) and w.group != "adapter"]
-    return max((size(w.shape, loaded, axes)[1] for w in changed if w.group != "buffer"), default=0)
+    of: dict[int, tuple[int, tuple[int, ...]]] = {}  # the bytes a weight is loaded in, and those it ends in
+
+    def sizes(w: Weight) -> tuple[int, tuple[int, ...]]:
+        if id(w) not in of:
+            ends = tuple(size(t.shape, t.dtype, axes)[1] for t in w.stored or (Tensor("", w.shape, w.dtype),))
+            of[id(w)] = size(w.shape, loaded, axes)[1], ends
+        return of[id(w)]
+
+    numbers = itertools.count()
+    weights = list(_in_order(graph))
+    widened = "fp32" if graph.recipe.preparation else ""
+    waiting: list[tuple[int, Weight, str]] = []
+    for w in weights:
+        if w.group == "adapter":
+            continue
+        whole, ends = sizes(w)
+        first = next(numbers)
+        yield first, ends[0] if w.group == "buffer" else whole
+        if w.stored:
+            for bytes_ in ends:
+                yield next(numbers), bytes_
+            yield first, 0
+        elif w.group != "buffer":
+            waiting.append((first, w, loaded))
+    for target in (widened, ""):  # first all to fp32, where a preparation does that, then each to what it ends in
+        for i, (first, w, dtype) in enumerate(waiting):
+            to = target or w.dtype
+            if to != dtype:
+                number = next(numbers)
+                yield number, size(w.shape, to, axes)[1]
+                yield first, 0
+                waiting[i] = (number, w, to)
+    for w in weights:
+        if w.group == "adapter":
+            yield next(numbers), sizes(w)[1][0]
+
+
+def _in_order(graph: Graph) -> Iterator[Weight]:
+    """The model's weights: those before the layers, the layers one by one, the rest; each once."""
+    stack, axes = built(graph)
+    outside: set[str] = set()
+    yield from _weights(stack.before, outside)
+    for run in stack.runs:
+        blocks = [list(_weights(block.ops, set())) for block in run.blocks]
+        for _ in range(axes[run.times]):
+            for block in blocks:
+                yield from block
+    yield from _weights((*stack.after, *stack.loss), outside)
+
+
+def _weights(operations: Iterable[Op], seen: set[str]) -> Iterator[Weight]:
+    for op in operations:
+        for w in op.weights:
+            if w.name not in seen:
+                seen.add(w.name)
+                yield w

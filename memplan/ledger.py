@@ -81,9 +81,12 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
     for held in parameters_of(structure.graph):
         yield _held(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
     if phase.phase == "load":
-        if p.load_scratch:
+        if p.loading > p.parameters:
             yield _scratch(
-                "largest weight before it is converted", p.load_scratch, "conversion while loading", "assumed"
+                "weights before they are converted, less what comes after",
+                p.loading - p.parameters,
+                "loading",
+                "derived",
             )
         return
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None)

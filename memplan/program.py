@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.engine.step import Lowered
 from memplan.engine.walk import ONE, Term, Variable, chain, prune, rows, size
-from memplan.graph import Graph, Held, built, elements, load_scratch, lowered, matrix_shape, parameters_of, weights_of
+from memplan.graph import Graph, Held, built, elements, loading, lowered, matrix_shape, parameters_of, weights_of
 
 
 class Structure(NamedTuple):
@@ -41,7 +41,7 @@ class Program(NamedTuple):
     products        the chain of products that bounds moments, largest first
     first, later    the moments of a step's first micro-batch and of the others, by phase
     where           what the operations of those moments are called, by pass and moment
-    parameters      bytes of weights and buffers; `load_scratch` more while they are loaded
+    parameters      bytes of weights and buffers; `loading` at most while they are loaded
     gradients       bytes of all gradients together, when backward is done; `buffered` of those in a dtype of their own,
                     which have buffers throughout
     states          bytes of the optimizer's states on the GPU, `host` of those beside it
@@ -56,7 +56,7 @@ class Program(NamedTuple):
     later: dict[str, tuple[Term, ...]]
     where: tuple[dict[int, str], dict[int, str]]
     parameters: int
-    load_scratch: int
+    loading: int
     gradients: int
     buffered: int
     optimizer: OptimizerMemory
@@ -121,7 +121,7 @@ def program(structure: Structure) -> Program:
         later=by_pass[-1],
         where=(_where(passes[0], by_pass[0]), _where(passes[-1], by_pass[-1])),
         parameters=sum(h.bytes * h.copies for h in resident),
-        load_scratch=load_scratch(structure.graph),
+        loading=_most(loading(structure.graph)),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
         optimizer=optimizer,
@@ -132,6 +132,20 @@ def program(structure: Structure) -> Program:
         total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
         trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains),
     )
+
+
+def _most(events: Iterable[tuple[int, int]]) -> int:
+    """The most bytes alive at once of what is made and freed, see `memplan.graph.loading`."""
+    alive: dict[int, int] = {}
+    live = most = 0
+    for number, bytes_ in events:
+        if bytes_:
+            alive[number] = bytes_
+            live += bytes_
+            most = max(most, live)
+        else:
+            live -= alive.pop(number)
+    return most
 
 
 def _where(low: Lowered, terms: dict[str, tuple[Term, ...]]) -> dict[int, str]:

@@ -7,7 +7,7 @@ segments that loading and the first have left, and a third finds them as the sec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 
@@ -15,8 +15,7 @@ from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.record import FREED, Recorded, record
 from memplan.engine.walk import size
-from memplan.graph import built
-from memplan.ir import Op, Weight
+from memplan.graph import built, loading
 from memplan.program import Program, Structure, frees_gradients, gradients_of, updates_of
 
 
@@ -49,8 +48,7 @@ def segments(
     _, own = built(structure.graph)
     numbers = {**own, **axes}
     allocator = Allocator(expandable, capacity)
-    for bytes_ in _loading(structure, numbers, allocator):
-        allocator.alloc(bytes_)
+    _load(structure, allocator)
     if program.optimizer.at_once:
         _make_states(program, allocator)
     handles = iter((workspace, workspace))
@@ -71,6 +69,20 @@ def segments(
     return allocator.peak_reserved
 
 
+def _load(structure: Structure, allocator: Allocator) -> None:
+    """Load the model; gradients that have buffers of their own come with the optimizer."""
+    blocks: dict[int, Block] = {}
+    for number, bytes_ in loading(structure.graph):
+        if bytes_:
+            blocks[number] = allocator.alloc(bytes_)
+        else:
+            allocator.free(blocks.pop(number))
+    if structure.grads:
+        for held in gradients_of(structure):
+            for _ in range(held.copies):
+                allocator.alloc(held.bytes)
+
+
 def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
     """What no replay explains, in bytes: see `memplan.catalogue.overhead.COPIES_AGAIN`."""
     stack, own = built(structure.graph)
@@ -85,57 +97,6 @@ def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
 
 def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:
     return size(shape, dtype, axes)[1]
-
-
-def _loading(structure: Structure, axes: Mapping[str, int], allocator: Allocator) -> Iterator[int]:
-    """Weights in the model's order, adapters last, then gradients that have buffers of their own.
-
-    A weight that is quantised is there in the dtype it is loaded in until that is done; one that is cast, until all
-    are loaded.
-    """
-    loaded = structure.graph.recipe.weights
-    base: list[Weight] = []
-    adapters: list[Weight] = []
-    for w in _in_order(structure):
-        (adapters if w.group == "adapter" else base).append(w)
-    waiting: list[tuple[Block, Weight]] = []
-    for w in base:
-        if w.stored:
-            whole = allocator.alloc(_bytes(w.shape, loaded, axes))
-            yield from (_bytes(t.shape, t.dtype, axes) for t in w.stored)
-            allocator.free(whole)
-        elif w.dtype != loaded and w.group != "buffer":
-            waiting.append((allocator.alloc(_bytes(w.shape, loaded, axes)), w))
-        else:
-            yield _bytes(w.shape, w.dtype, axes)
-    for block, w in waiting:
-        yield _bytes(w.shape, w.dtype, axes)
-        allocator.free(block)
-    yield from (_bytes(w.shape, w.dtype, axes) for w in adapters)
-    if structure.grads:
-        for held in gradients_of(structure):
-            yield from (held.bytes,) * held.copies
-
-
-def _in_order(structure: Structure) -> Iterator[Weight]:
-    """The model's weights: those before the layers, the layers one by one, the rest; each once."""
-    stack, axes = built(structure.graph)
-    outside: set[str] = set()
-    yield from _weights(stack.before, outside)
-    for run in stack.runs:
-        blocks = [list(_weights(block.ops, set())) for block in run.blocks]
-        for _ in range(axes[run.times]):
-            for block in blocks:
-                yield from block
-    yield from _weights((*stack.after, *stack.loss), outside)
-
-
-def _weights(operations: Iterable[Op], seen: set[str]) -> Iterator[Weight]:
-    for op in operations:
-        for w in op.weights:
-            if w.name not in seen:
-                seen.add(w.name)
-                yield w
 
 
 def _pass(
