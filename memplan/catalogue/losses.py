@@ -211,13 +211,21 @@ def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
 
 
 def _chunk_of(op: Op, i: int) -> Op:
+    """The head's operation for chunk `i`: all its tensors are the chunk's own, but not its weights."""
+
     def rename(name: str) -> str:
         return name if any(name == w.name for w in op.weights) else f"{name}{i}"
 
+    def tensor(t: Tensor) -> Tensor:
+        dtype = f"={rename(t.dtype[1:])}" if t.dtype.startswith("=") else t.dtype
+        return Tensor(rename(t.name), t.shape.replace("b s ", "b lc ", 1), dtype)
+
     return op._replace(
         reads=tuple(map(rename, op.reads)),
-        writes=tuple(t._replace(name=rename(t.name), shape=t.shape.replace("b s ", "b lc ", 1)) for t in op.writes),
-        keeps=tuple(Keep(rename(k.what), rename(k.of)) for k in op.keeps),
+        writes=tuple(map(tensor, op.writes)),
+        keeps=tuple(k._replace(what=rename(k.what), of=rename(k.of)) for k in op.keeps),
+        scratch=tuple(map(tensor, op.scratch)),
+        scratch_back=tuple(s._replace(tensor=tensor(s.tensor), of=rename(s.of) if s.of else "") for s in op.scratch_back),
     )
 
 

@@ -50,8 +50,8 @@ def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
 
 
 def head_of(stack: Stack) -> Op:
-    """The output projection: the model's last linear layer. PEFT's `all-linear` and quantisation leave it alone."""
-    return next(op for op in reversed(stack.after) if matrix(op))
+    """The output projection: the last operation with a matrix. PEFT's `all-linear` and quantisation leave it alone."""
+    return next(op for op in reversed(stack.after) if any(w.rows for w in op.weights))
 
 
 def matrix(op: Op) -> Weight | None:

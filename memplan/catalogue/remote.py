@@ -117,10 +117,10 @@ def minicpm(m: ModelSpec, wiring: Wiring) -> Stack:
         ),
         (Run((block,), "L"),),
         (
-            *ops.rms_norm("model.norm", "x", "n", "b s h", "h"),
+            *ops.rms_norm("model.norm", "x", "unscaled", "b s h", "h"),
             ops.leave("x", "embeds", "positions", *(op.name for op in masks)),
-            ops.scale("dim_model_base", "n", "n.scaled", "b s h"),
-            lm_head("n.scaled", "model.embed_tokens.weight" if m.tie_word_embeddings else ""),
+            ops.scale("dim_model_base", "unscaled", "n", "b s h"),
+            lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else ""),
         ),
     )
 
