@@ -357,7 +357,7 @@ def test_the_command_lists_every_profile_and_what_it_sets() -> None:
 @pytest.mark.parametrize("row", TRACED, ids=lambda row: row["name"])
 def test_a_step_of_an_older_version_is_what_was_traced(row: dict[str, Any]) -> None:
     family = row["run"]["model"]["config"]["model_type"]
-    assert compared_with_trace(row).phase < (0.006 if family == "gemma2" else 0.001)
+    assert compared_with_trace(row).phase < (0.007 if family == "gemma2" else 0.001)
 
 
 @pytest.mark.parametrize(
