@@ -25,7 +25,8 @@ class Graph(NamedTuple):
     `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
     that stand in for several; `converts`: what the model returns is cast to fp32;
-    `code` whose model it is; `lingers`: what a pass held stays into the next one.
+    `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings' output asks
+    for a gradient, as checkpointing has it.
     """
 
     model: ModelSpec
@@ -44,6 +45,7 @@ class Graph(NamedTuple):
     converts: bool = False
     code: str = "transformers"
     lingers: bool = False
+    leaf: bool = False
 
 
 class Held(NamedTuple):
@@ -102,7 +104,7 @@ def lowered(
         checkpoint=graph.checkpoint,
         reentrant=graph.reentrant,
         grads_exist=grads_exist,
-        input_grad=graph.checkpoint and recipe.kind != "full",
+        input_grad=graph.leaf,
         labelled=labelled,
         updates=dict(updates),
         lingers=graph.lingers and follows,

@@ -124,24 +124,32 @@ def _decide(
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
     notes += more
+    attention, checkpoints, more = _had(model, kernels, profile, words)
+    notes += more
     capability = gpu.compute_capability if gpu else None
     seen = _attention_dtype(model, recipe)
     graph = Graph(
         model,
         recipe,
-        _wiring(model, kernels.attention, seen, recipe, capability, loop.padded, windowed)._replace(
+        _wiring(model, attention, seen, recipe, capability, loop.padded, windowed)._replace(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
             triangles=words["triangles"],
             half_math=words["half_math"],
+            whole_rotary=words["whole_rotary"],
+            uncapped=words["uncapped"],
+            one_mask=words["one_mask"],
+            scales_apart=words["scales_apart"],
         ),
-        checkpoint=kernels.checkpointing == "full",
+        checkpoint=checkpoints,
         loss=str(kernels.loss),
         hold_outputs=bool(loop.hold_outputs),
         adds_in_place=kernels.loss != "fused" or adds_in_place(capability),
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
-        reentrant=bool(kernels.reentrant) and kernels.checkpointing == "full",
+        reentrant=bool(kernels.reentrant) and checkpoints,
+        leaf=kernels.checkpointing == "full"
+        and (method.kind in ADAPTERS or (method.kind == "freeze" and words["frozen_inputs"])),
         logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
         single=single and kernels.loss in ("hf", "fused") and words["logits"] != "padded",
         fused=tuple(sorted(kernels.fused or ())),
@@ -183,6 +191,18 @@ def _decide(
         )
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
     return Decided(structure, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+
+
+def _had(model: ModelSpec, kernels: Kernels, profile: str, words: Mapping[str, Any]) -> tuple[str, bool, list[str]]:
+    """The attention and whether blocks are checkpointed, as the version has them for the model, and what it lacks."""
+    attention, checkpoints, notes = kernels.attention, kernels.checkpointing == "full", list[str]()
+    if words["no_sdpa"] and attention == "sdpa":
+        attention = "eager"
+        notes.append(f"{profile} has no sdpa for {model.model_type}: eager attention is counted")
+    if words["no_checkpoints"] and checkpoints:
+        checkpoints = False
+        notes.append(f"{profile} does not checkpoint {model.model_type}, though it is asked to: nothing is recomputed")
+    return attention, checkpoints, notes
 
 
 def _filled(

@@ -31,7 +31,7 @@ def recorded(structure: Structure, later: bool) -> Recorded:
         checkpoint=graph.checkpoint,
         reentrant=graph.reentrant,
         grads_exist=later or structure.grads is not None or frees_gradients(structure),
-        input_grad=graph.checkpoint and recipe.kind != "full",
+        input_grad=graph.leaf,
         updates=dict(updates_of(structure)),
     )
 

@@ -177,7 +177,7 @@ def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run:
             graph.checkpoint,
             graph.reentrant,
             frees_gradients(structure),
-            graph.checkpoint and recipe.kind != "full",
+            graph.leaf,
             dict(updates_of(structure)),
             copies,
         )

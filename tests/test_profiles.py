@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.accuracy import compared_with_trace
+from benchmarks.golden import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.profiles import PROFILES, WHEN, WORDS, Profile, Row, decided, find_profile
 from memplan.cli import app
@@ -29,6 +31,9 @@ LLAMA = {
     "num_hidden_layers": 4,
     "tie_word_embeddings": False,
 }
+
+
+TRACED = rows("traced_versions.jsonl")
 
 
 def model(**changes: Any) -> dict[str, Any]:
@@ -347,3 +352,44 @@ def test_the_command_lists_every_profile_and_what_it_sets() -> None:
     found = CliRunner().invoke(app, ["profiles", "litgpt"]).output
     assert "litgpt-2023" in found
     assert "torchtune" not in found
+
+
+@pytest.mark.parametrize("row", TRACED, ids=lambda row: row["name"])
+def test_a_step_of_an_older_version_is_what_was_traced(row: dict[str, Any]) -> None:
+    family = row["run"]["model"]["config"]["model_type"]
+    assert compared_with_trace(row).phase < (0.007 if family == "gemma2" else 0.001)
+
+
+@pytest.mark.parametrize(
+    ("profile", "family", "what"),
+    [
+        ("transformers-4.48", "starcoder2", "does not checkpoint"),
+        ("transformers-4.45", "opt", "no sdpa"),
+        ("transformers-4.35", "llama", "no sdpa"),
+    ],
+)
+def test_what_a_version_lacks_is_left_out_and_noted(profile: str, family: str, what: str) -> None:
+    config = {
+        **LLAMA,
+        "model_type": family,
+        "ffn_dim": 1408,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": 512,
+    }
+    run = {"model": {"config": config}, "method": "lora", "batch": {"micro": 2, "sequence": 512}}
+    lacking = estimate(RunSpec(profile=profile, **run))
+    assert any(what in note for note in lacking.notes)
+    without = {"attention": "eager"} if what == "no sdpa" else {"checkpointing": "none"}
+    having = estimate(RunSpec(profile=profile, kernels=without, **run))
+    assert not any(what in note for note in having.notes)
+    assert abs(having.bytes.allocated - lacking.bytes.allocated) <= (0 if what == "no sdpa" else 2 * 2 * 512 * 512 * 2)
+
+
+def test_torchs_plain_attention_keeps_its_scores_in_half_precision_before_2_5() -> None:
+    def kept(profile: str) -> int:
+        kernels = {"attention": "sdpa_math", "checkpointing": "none", "loss": "chunked"}
+        run = RunSpec(model=model(), method="lora", batch={"sequence": 2048}, kernels=kernels, profile=profile)
+        return peak(estimate(run), "forward")
+
+    scores = 4 * 8 * 2048 * 2048
+    assert kept("transformers-4.45") - kept("transformers-4.38") > 2 * scores

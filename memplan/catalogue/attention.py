@@ -20,7 +20,10 @@ class Wiring(NamedTuple):
     target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k
     and v repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
     every layer though it trains. triangles: every layer holds a causal mask for all positions, used or not.
-    half_math: the plain product stays in the dtype of what it is given.
+    half_math: the plain product stays in the dtype of what it is given. whole_rotary: Phi-3 rotates whole heads, and
+    joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model
+    scales the embeddings, not their module. uncapped: torch's attention is taken where scores should be capped, and
+    does not cap them.
     """
 
     backend: str
@@ -32,6 +35,10 @@ class Wiring(NamedTuple):
     caches: bool = False
     triangles: bool = False
     half_math: bool = False
+    whole_rotary: bool = False
+    uncapped: bool = False
+    one_mask: bool = False
+    scales_apart: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""
@@ -312,11 +319,12 @@ def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
     """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager."""
     eager = wiring.backend == "eager"
     boolean = Tensor("causal", "b s s" if wiring.padded else "s s", "bool")
+    shape = "s s" if wiring.one_mask and not wiring.padded else "b s s"
     return (
         Op(
             name,
             (),
-            (Tensor(name, "b s s", f"={x}" if eager else "bool"),),
+            (Tensor(name, shape if eager else "b s s", f"={x}" if eager else "bool"),),
             scratch=(boolean,) if eager else (Tensor("causal", "s s", "bool"),),
             source="transformers 5.24 masking_utils.py",
         ),

@@ -64,6 +64,19 @@ def scaled_embedding(name: str = "model.embed_tokens") -> Op:
     return lookup._replace(weights=(*lookup.weights, scale), scratch=(unscaled,))
 
 
+def scaled_apart(wiring: Wiring, made: Stack) -> Stack:
+    """Where the model scales what its embeddings return, that stays as long as the model runs."""
+    if not wiring.scales_apart:
+        return made
+    i = next(i for i, op in enumerate(made.before) if op.name == "model.embed_tokens")
+    plain = ops.embedding("model.embed_tokens", "ids", "looked_up", "v", "h")
+    scale = ops.scale("model.normalizer", "looked_up", "embeds", "b s h")
+    before = (*made.before[:i], plain, scale, *made.before[i + 1 :])
+    head = next(i for i, op in enumerate(made.after) if op.name == "lm_head")
+    after = (*made.after[:head], ops.leave("looked_up"), *made.after[head:])
+    return made._replace(before=before, after=after)
+
+
 def capped_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
     """`last` ends with the output projection; the tanh of every logit is kept."""
     head = last[-1]
@@ -87,11 +100,12 @@ def gemma(m: ModelSpec, wiring: Wiring) -> Stack:
     bias = m.get("attention_bias", False)
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias)
     block = decoder_block(heads, gated_mlp("n2", "mo"), norm=rms_norm, held=returned(wiring))
-    return Stack(
+    made = Stack(
         before(wiring, False, tables(), scaled_embedding()),
         runs(m, lambda _: block),
         after(m, wiring, False, rms_norm),
     )
+    return scaled_apart(wiring, made)
 
 
 def alternating(m: ModelSpec, wiring: Wiring, own_table: bool = False, capped: bool = False) -> Stack:
@@ -127,10 +141,11 @@ def alternating(m: ModelSpec, wiring: Wiring, own_table: bool = False, capped: b
 
 
 def gemma2(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Capped scores and logits. transformers has no sdpa for it: only flash attention 2 caps inside its kernel."""
-    inside = wiring.backend == "flash_2"
+    """Capped scores and logits. transformers has no sdpa for it, or one that does not cap: only flash attention 2 caps
+    inside its kernel."""
+    inside = wiring.backend == "flash_2" or (wiring.uncapped and wiring.backend != "eager")
     wiring = wiring if inside else wiring._replace(backend="eager", masked="eager")
-    return alternating(m, wiring, capped=not inside and m.get("attn_logit_softcapping", 0.0) > 0)
+    return scaled_apart(wiring, alternating(m, wiring, capped=not inside and m.get("attn_logit_softcapping", 0.0) > 0))
 
 
 BUILDERS = {"gemma": gemma, "gemma2": gemma2, "gemma3_text": partial(alternating, own_table=True)}

@@ -132,7 +132,7 @@ def with_triangle(m: ModelSpec, wiring: Wiring, operations: tuple[Op, ...], name
     """A triangle of booleans as large as the table of positions, in every layer, where the version has one."""
     if not wiring.triangles:
         return operations
-    longest = m.max_position_embeddings
+    longest = m.max_position_embeddings or 2048  # GPT-NeoX's own default
     held = (
         Weight(f"{name}.bias", f"{longest} {longest}", "buffer", "bool", False),
         Weight(f"{name}.masked_bias", "", "buffer", "fp32", False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, attention
-from memplan.catalogue.llama import after, before, decoder_block, mask_name, returned
+from memplan.catalogue.llama import after, before, decoder_block, mask_name, returned, rope
 from memplan.ir import Op, Run, Stack, Tensor
 from memplan.models import ModelSpec
 
@@ -27,6 +27,7 @@ def _dropped(name: str, x: str, y: str) -> tuple[Op, ...]:
 def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str, sliding: bool, name: str = "self_attn") -> tuple[Op, ...]:
     """The three slices of the projection give three gradients as wide as all of it, summed."""
     grouped, partial = m.num_key_value_heads != m.num_attention_heads, m.rotary_width < m.head_dim
+    kernel = attention if wiring.whole_rotary else heads_first
     return (
         ops.linear(f"{name}.qkv_proj", x, "qkv", "qkv", "h", "attention"),
         ops.view(f"{name}.q_slice", "qkv", "q0", "b s a d", gradient="new"),
@@ -34,9 +35,9 @@ def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str, sliding: bool, name
         ops.view(f"{name}.v_slice", "qkv", "v", "b s k d", gradient="new"),
         ops.view(f"{name}.q_heads", "q0", "q1", _Q, gradient="new"),
         ops.view(f"{name}.k_heads", "k0", "k1", _K, gradient="new"),
-        *rotate_part(f"{name}.rope", partial),
+        *(rope(name, "q1", "k1") if wiring.whole_rotary else rotate_part(f"{name}.rope", partial)),
         ops.leave("q1", "k1"),
-        *heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, sliding),
+        *kernel(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, sliding),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention"),
         ops.leave("qkv", "q", "k", "v", "o", x),
     )

@@ -22,6 +22,12 @@ WORDS = {
     "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
     "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
     "triangles": "every layer holds a causal mask for all positions, used or not",
+    "no_sdpa": "the version has no sdpa for the family, and takes eager attention",
+    "no_checkpoints": "the family's code has no checkpointing, and takes no notice of being asked",
+    "whole_rotary": "Phi-3 rotates whole heads and joins nothing",
+    "uncapped": "sdpa is taken where scores are to be capped, and does not cap them",
+    "one_mask": "eager's causal mask is one for the whole batch, unless there is padding",
+    "scales_apart": "Gemma's model scales the embeddings, not their module",
     "half_math": "torch's plain attention stays in the dtype of what it is given",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
 }
@@ -95,7 +101,14 @@ PROFILES = (
             Row("code", "transformers", "transformers 5.24"),
             Row("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
             Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
+            Row("no_sdpa", False, "transformers 5.24: families without one are written so in the catalogue"),
+            Row("no_checkpoints", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
+            Row("whole_rotary", False, "transformers 5.24 models/phi3/modeling_phi3.py apply_rotary_pos_emb"),
+            Row("uncapped", False, "transformers 5.24 models/gemma2/modeling_gemma2.py: no sdpa"),
+            Row("one_mask", False, "transformers 5.24 masking_utils.py eager_mask"),
+            Row("scales_apart", False, "transformers 5.24 models/gemma/modeling_gemma.py GemmaTextScaledWordEmbedding"),
             Row("half_math", False, "torch 2.13 aten/src/ATen/native/transformers/attention.cpp"),
+            Row("frozen_inputs", True, "transformers 5.24 modeling_utils.py _activation_checkpointing_enable"),
             Row("lingers", False, "assumed: the step is a function of its own, as in transformers' Trainer"),
             Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
@@ -111,7 +124,29 @@ PROFILES = (
                 "optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"
             ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
+            Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
             Row("sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"),
+            Row(
+                "no_checkpoints",
+                True,
+                "transformers 4.51.3 models/starcoder2/modeling_starcoder2.py: nothing calls a checkpoint",
+                "",
+                ("starcoder2",),
+            ),
+            Row(
+                "uncapped", True, "transformers 4.51.3 models/gemma2/modeling_gemma2.py _supports_sdpa", "", ("gemma2",)
+            ),
+            Row("one_mask", True, "transformers 4.51.3 models/llama/modeling_llama.py: expanded, and copied if padded"),
+            Row(
+                "one_mask", False, "transformers 4.51.3 models/bloom/modeling_bloom.py: its own, copied", "", ("bloom",)
+            ),
+            Row(
+                "scales_apart",
+                True,
+                "transformers 4.51.3 models/gemma/modeling_gemma.py normalizer",
+                "",
+                ("gemma", "gemma2"),
+            ),
             Row("triangles", True, "transformers 4.51.3 models/gpt2/modeling_gpt2.py GPT2Attention", "", ("gpt2",)),
             Row(
                 "caches",
@@ -129,6 +164,7 @@ PROFILES = (
         "transformers-4.51",
         (
             Row("logits", "shifted", "transformers 4.48.1 loss/loss_utils.py ForCausalLMLoss"),
+            Row("whole_rotary", True, "transformers 4.48.1 models/phi3/modeling_phi3.py", "", ("phi3",)),
             Row("dora_again", True, "peft 0.13.2 tuners/lora/dora.py DoraLinearLayer.forward"),
             Row(
                 "triangles",
@@ -146,6 +182,20 @@ PROFILES = (
         "transformers 4.46.3, peft 0.13.2",
         "transformers-4.48",
         (
+            Row(
+                "no_checkpoints",
+                False,
+                "transformers 4.46.3 models/starcoder2/modeling_starcoder2.py",
+                "",
+                ("starcoder2",),
+            ),
+            Row(
+                "uncapped",
+                False,
+                "transformers 4.46.3 models/gemma2/modeling_gemma2.py: eager instead",
+                "",
+                ("gemma2",),
+            ),
             Row("sdpa_copies", "heads", "transformers 4.46.3 models/llama/modeling_llama.py LlamaSdpaAttention"),
             Row(
                 "flash_2_copies",
@@ -162,9 +212,11 @@ PROFILES = (
         "transformers 4.45.2, peft 0.13.2",
         "transformers-4.46",
         (
+            Row("no_sdpa", True, "transformers 4.45.2 models/opt/modeling_opt.py OPT_ATTENTION_CLASSES", "", ("opt",)),
             Row("logits", "model", "transformers 4.45.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"),
             *_OWN_LOSS,
         ),
+        ("OPT's own eager attention clamps its scores to the lowest number, and keeps one more tensor of them",),
     ),
     Profile(
         "transformers-4.38",
@@ -179,6 +231,13 @@ PROFILES = (
                 "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer: quantised weights are no floating ones",
                 "quantised",
             ),
+            Row(
+                "no_sdpa",
+                True,
+                "transformers 4.38.2 models/phi/modeling_phi.py, and alike: no _supports_sdpa",
+                "",
+                ("gpt2", "gpt_neox", "opt", "phi", "stablelm"),
+            ),
             Row("half_math", True, _BEFORE_2_5),
         ),
         (
@@ -191,7 +250,15 @@ PROFILES = (
         "transformers 4.35",
         "transformers 4.35.2, peft 0.6.2",
         "transformers-4.38",
-        (),
+        (
+            Row(
+                "no_sdpa",
+                True,
+                "transformers 4.35.2 models/llama/modeling_llama.py, and alike: no _supports_sdpa",
+                "",
+                ("gpt2", "gpt_bigcode", "gpt_neox", "llama", "mistral", "opt", "phi"),
+            ),
+        ),
         (
             "generation: a cache that is copied whole for every token (transformers 4.35.2 "
             "models/llama/modeling_llama.py torch.cat), and logits of every prompt token in fp32",
@@ -247,6 +314,11 @@ PROFILES = (
         "transformers-4.51",
         (
             Row("kernels.reentrant", True, "llamafactory 0.9.3 hparams/model_args.py use_reentrant_gc"),
+            Row(
+                "frozen_inputs",
+                True,
+                "llamafactory 0.9.3 model/model_utils/checkpointing.py prepare_model_for_training",
+            ),
             Row("method.adapter_dtype", "fp32", "llamafactory 0.9.3 model/adapter.py cast_trainable_params_to_fp32"),
             Row(
                 "method.quantization.kbit_preparation",
