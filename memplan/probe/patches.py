@@ -120,9 +120,9 @@ def _transformers() -> None:
         setattr(models.PreTrainedModel, check, lambda *_, **__: True)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     versions: Any = getattr(models, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", {})
     for version in versions.values():
-        version["general_availability_check"] = lambda: True
+        version["general_availability_check"] = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
     for module in (flash, models):
-        module.is_flash_attn_2_available = lambda: True
+        module.is_flash_attn_2_available = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
     flash._get_unpad_data = _all_tokens
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
     vars(package).update(
@@ -131,7 +131,17 @@ def _transformers() -> None:
         flash_attn_with_kvcache=None,
     )
     vars(padding).update(pad_input=flash._pad_input, unpad_input=flash._unpad_input)
-    sys.modules.update({"flash_attn": package, "flash_attn.bert_padding": padding})
+    imports: Callable[..., Any] = flash._lazy_imports
+
+    def _lazy_imports(*args: Any, **kwargs: Any) -> Any:
+        """The package is there for those who import its functions, and not for those who look for its kernels."""
+        sys.modules.update({"flash_attn": package, "flash_attn.bert_padding": padding})
+        try:
+            return imports(*args, **kwargs)
+        finally:
+            del sys.modules["flash_attn"], sys.modules["flash_attn.bert_padding"]
+
+    flash._lazy_imports = _lazy_imports
 
 
 def _all_tokens(mask: Any) -> tuple[Any, Any, int]:
