@@ -22,9 +22,12 @@ _cuda: Any = library("torch.backends.cuda")
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def choose(query: Any, value: Any, mask: Any, capability: tuple[int, int]) -> str:
+def choose(query: Any, key: Any, value: Any, mask: Any, grouped: bool, capability: tuple[int, int]) -> str:
     """flash, efficient or math. Flash takes 16 bits, no mask, heads up to 256 wide and compute capability 8; the
-    memory-efficient kernel heads of a multiple of 16 bytes."""
+    memory-efficient kernel heads of a multiple of 16 bytes. Neither broadcasts one head of keys to many of queries
+    (check_batch_size_and_num_heads_dense)."""
+    if not grouped and not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return "math"
     half = query.dtype in _HALF
     same = query.shape[-1] == value.shape[-1] <= 256
     if _cuda.flash_sdp_enabled() and half and mask is None and same and capability >= (8, 0):
@@ -50,7 +53,7 @@ def sdpa(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
         with torch.autocast("cuda", enabled=False):  # an operation's inside is not cast again
             if mask is not None and mask.dtype == torch.bool:
                 mask = _additive(mask, query)
-            kernel = choose(query, value, mask, capability)
+            kernel = choose(query, key, value, mask, enable_gqa, capability)
             if kernel == "flash":
                 return _flash(query, key, value, dropout_p, is_causal, scale)
             if kernel == "efficient":

@@ -59,6 +59,8 @@ def cache_folder() -> Path:
         pass
     folder = Path(tempfile.gettempdir()) / f"memplan-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():  # what is loaded from there must be ours
+        raise ProbeError(f"probe: {folder} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     return folder
 
 
@@ -67,6 +69,8 @@ def shim() -> Path:
 
     Raises ProbeError where there is no compiler, or it fails.
     """
+    if sys.platform == "win32":
+        raise ProbeError("probe: a trace needs Linux or macOS; under Windows it runs in WSL")
     torch_folder = _torch_folder()
     source = _SOURCE.read_bytes()
     named = f"{importlib.metadata.version('torch')} {torch_folder}".encode()

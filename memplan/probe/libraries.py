@@ -39,8 +39,8 @@ def library(name: str) -> Any:
     try:
         module: ModuleType = importlib.import_module(name)
     except Exception as error:  # a library broken in itself: of another version than its parts, or half installed
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ProbeError(f"probe: {name} cannot be imported ({reason[-1]})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ProbeError(f"probe: {name} cannot be imported ({reason:.300})") from error
     return module
 
 

@@ -59,7 +59,9 @@ def _empty_model(run: RunSpec) -> Any:
     try:
         config = transformers.AutoConfig.for_model(model_type, **kept)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, **options)
+            model: Any = transformers.AutoModelForCausalLM.from_config(config, **options)
+        model.tie_weights()  # as loading does: not every version has done it by now
+        return model
     except MemplanError:
         raise
     except Exception as error:  # whatever a model class makes of a config that is not its own

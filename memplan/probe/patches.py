@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -115,15 +116,32 @@ def _transformers() -> None:
         masking.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportUnknownLambdaType]
         masking.fast_all = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
     flash, models = library("transformers.modeling_flash_attention_utils"), library("transformers.modeling_utils")
-    models.PreTrainedModel._flash_attn_can_dispatch = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
+    for check in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # of versions before 5.24 the second
+        setattr(models.PreTrainedModel, check, lambda *_, **__: True)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     versions: Any = getattr(models, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", {})
     for version in versions.values():
-        version["general_availability_check"] = lambda: True
-    imported = (attention.flash_attn_func, attention.flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input)
-    processed = flash._lazy_define_process_function(attention.flash_attn_varlen_func)
+        version["general_availability_check"] = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
     for module in (flash, models):
-        module.lazy_import_flash_attention = lambda *_, **__: (imported, (processed, dict))  # pyright: ignore
+        module.is_flash_attn_2_available = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
     flash._get_unpad_data = _all_tokens
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    vars(package).update(
+        flash_attn_func=attention.flash_attn_func,
+        flash_attn_varlen_func=attention.flash_attn_varlen_func,
+        flash_attn_with_kvcache=None,
+    )
+    vars(padding).update(pad_input=flash._pad_input, unpad_input=flash._unpad_input)
+    imports: Callable[..., Any] = flash._lazy_imports
+
+    def _lazy_imports(*args: Any, **kwargs: Any) -> Any:
+        """The package is there for those who import its functions, and not for those who look for its kernels."""
+        sys.modules.update({"flash_attn": package, "flash_attn.bert_padding": padding})
+        try:
+            return imports(*args, **kwargs)
+        finally:
+            del sys.modules["flash_attn"], sys.modules["flash_attn.bert_padding"]
+
+    flash._lazy_imports = _lazy_imports
 
 
 def _all_tokens(mask: Any) -> tuple[Any, Any, int]:

@@ -149,7 +149,6 @@ class Tracker(TorchDispatchMode):
         self.module = ""
         self.step = 0
         self.loss_at = -1
-        self.out_of_place = 0
         self._live: dict[int, _Storage] = {}
         self._last: tuple[int, int] | None = None
         self._calibrating = False
@@ -320,15 +319,9 @@ class Tracker(TorchDispatchMode):
         if self._calibrating:
             self._last = held
             return False
-        last = self._last or self._calibrated()
-        if held[0] <= last[0] and held[1] <= last[1] and _is_dense(old) and _called_by_the_engine():
-            return True
-        self.out_of_place += 1
-        return False
-
-    def _calibrated(self) -> tuple[int, int]:
-        """How many references a gradient has whose last owner is the engine: read off one."""
-        raise AssertionError("calibrate first")
+        last = self._last
+        assert last is not None, "calibrate first"
+        return held[0] <= last[0] and held[1] <= last[1] and _is_dense(old) and _called_by_the_engine()
 
     def calibrate(self) -> None:
         """Find out how many references the engine's last one is, with a sum of two gradients."""
