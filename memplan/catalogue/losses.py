@@ -225,7 +225,9 @@ def _chunk_of(op: Op, i: int) -> Op:
         writes=tuple(map(tensor, op.writes)),
         keeps=tuple(k._replace(what=rename(k.what), of=rename(k.of)) for k in op.keeps),
         scratch=tuple(map(tensor, op.scratch)),
-        scratch_back=tuple(s._replace(tensor=tensor(s.tensor), of=rename(s.of) if s.of else "") for s in op.scratch_back),
+        scratch_back=tuple(
+            s._replace(tensor=tensor(s.tensor), of=rename(s.of) if s.of else "") for s in op.scratch_back
+        ),
     )
 
 

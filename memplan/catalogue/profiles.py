@@ -21,6 +21,7 @@ WORDS = {
     "converts": "what the model returns is cast to fp32",
     "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
     "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
+    "frozen_inputs": "under checkpointing the embeddings' output asks for a gradient also where they are frozen",
     "triangles": "every layer holds a causal mask for all positions, used or not",
     "no_sdpa": "the version has no sdpa for the family, and takes eager attention",
     "no_checkpoints": "the family's code has no checkpointing, and takes no notice of being asked",

@@ -58,6 +58,8 @@ def _empty_model(run: RunSpec) -> Any:
     config: Any
     try:
         config = transformers.AutoConfig.for_model(model_type, **kept)
+        if not hasattr(config, "dtype"):  # as it was called before transformers 4.56
+            options["torch_dtype"] = options.pop("dtype")
         with torch.device("meta"):
             model: Any = transformers.AutoModelForCausalLM.from_config(config, **options)
         model.tie_weights()  # as loading does: not every version has done it by now

@@ -76,4 +76,10 @@ def loss_apart(tracker: Tracker, base: Any) -> None:
         tracker.loss_at = len(tracker.events)
         return function(*args, **kwargs)
 
-    base.loss_function = loss_function
+    kind: Any = type(base)  # pyright: ignore[reportUnknownVariableType]
+    named = getattr(kind, "loss_function", None)
+    if isinstance(named, property) and named.fset is None:  # transformers 4.46 to 4.48
+        apart = {"__module__": kind.__module__, "loss_function": property(lambda _: loss_function)}  # pyright: ignore[reportUnknownLambdaType]
+        base.__class__ = type(kind.__name__, (kind,), apart)
+    else:
+        base.loss_function = loss_function

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.probe import attention, experts
+from memplan.probe import attention, experts, older
 from memplan.probe.kernels import Card
 from memplan.probe.libraries import library
 
@@ -116,6 +116,9 @@ def _transformers() -> None:
         masking.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportUnknownLambdaType]
         masking.fast_all = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
     flash, models = library("transformers.modeling_flash_attention_utils"), library("transformers.modeling_utils")
+    if not hasattr(flash, "_lazy_imports"):
+        older.flash_attention()
+        return
     for check in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # of versions before 5.24 the second
         setattr(models.PreTrainedModel, check, lambda *_, **__: True)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     versions: Any = getattr(models, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", {})

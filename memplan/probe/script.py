@@ -124,6 +124,8 @@ class Script:
             cast = torch.autocast(self.device.type, dtype=DTYPES[lower])
         with cast:
             loss, outputs = compute(str(run.kernels.loss), self.model, ids, labels, **options)
+        if run.loop.trainer and precision.autocast and outputs is not None:  # as accelerate wraps the model's forward
+            outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
         held = outputs if run.loop.hold_outputs or run.kernels.loss == "chunked_lm_head" else None
         del outputs
         if run.batch.accumulation > 1:
