@@ -95,6 +95,10 @@ def _materialise(model: Any, run: RunSpec, device: torch.device) -> None:
             made[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
         return made[id(t)]
 
+    if quantised:  # as transformers' quantizers mark a model: flash attention 2 asks for it
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._is_quantized = True
     for name, module in list(model.named_modules()):
         if name in quantised and quantization is not None:
             model.set_submodule(name, quantise(module, quantization, compute, device))
