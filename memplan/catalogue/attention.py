@@ -68,9 +68,9 @@ def attention(
     match backend:
         case "flash" | "flash_2":
             heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
-            if backend == "flash_2" and wiring.target:
-                return (heads, *_flash_2(name, q, k, "v.heads", y, wiring.target))
-            return (heads, flash(name, q, k, "v.heads", y, grouped and backend == "flash"))
+            if backend == "flash_2":
+                return (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped))
+            return (heads, flash(name, q, k, "v.heads", y, grouped))
         case "efficient":
             return _efficient(name, q, k, v, y, grouped, mask if masked else "")
         case "math":
@@ -108,12 +108,33 @@ def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
     )
 
 
-def _flash_2(name: str, q: str, k: str, v: str, y: str, target: str) -> tuple[Op, ...]:
-    """fp32 heads are cast to half precision first."""
+def _flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool) -> tuple[Op, ...]:
+    """fp32 heads are cast to half precision first. Of a padded batch the tokens are gathered into one sequence, and
+    what comes out is put back among zeros.
+
+    Source: transformers 5.24 modeling_flash_attention_utils.py _upad_input, _pad_input.
+    """
     shapes = {q: "b s a d", k: "b s k d", v: "b s k d"}
-    casts = tuple(ops.cast(f"{name}.cast_{x}", x, f"{x}.target", shape, target) for x, shape in shapes.items())
-    kernel = flash(name, f"{q}.target", f"{k}.target", f"{v}.target", y, False)
-    return (*casts, kernel)
+    made: list[Op] = []
+    given = {x: x for x in shapes}
+    if wiring.target:
+        made += (ops.cast(f"{name}.cast_{x}", x, f"{x}.target", shape, wiring.target) for x, shape in shapes.items())
+        given = {x: f"{x}.target" for x in shapes}
+    if not wiring.padded:
+        return (*made, flash(name, *given.values(), y, grouped))
+    tokens, out = f"{y}.tokens", f"{y}.gathered"
+    made.append(Op(f"{name}.tokens", (), (Tensor(tokens, "b s", "int64"),), gradient="none"))
+    for x in (k, v, q):
+        made.append(_moved(f"{name}.gather_{x}", given[x], f"{x}.gathered", shapes[x], tokens))
+    made.append(flash(name, *(f"{x}.gathered" for x in shapes), out, grouped))
+    made.append(_moved(f"{name}.pad", out, y, shapes[q], tokens))
+    return (*made, ops.leave(tokens, *(f"{x}.gathered" for x in shapes), *(given[x] for x in shapes if given[x] != x)))
+
+
+def _moved(name: str, x: str, y: str, shape: str, tokens: str) -> Op:
+    return Op(
+        name, (x, tokens), (Tensor(y, shape, f"={x}"),), (), (Keep(tokens, x),), source=f"{ops.DERIVATIVES}: index"
+    )
 
 
 def _repeated(name: str, k: str, v: str, grouped: bool) -> tuple[Op, ...]:
