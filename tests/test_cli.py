@@ -546,7 +546,7 @@ def test_3_facts_missing(memplan_: Memplan, tmp_path: Path, monkeypatch: pytest.
 def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = memplan.estimate
 
-    def estimate(run: RunSpec) -> memplan.Estimate:
+    def estimate(run: RunSpec, calibration: object) -> memplan.Estimate:
         answer = asked(run)
         vars(answer)["unsupported"] = ("a kernel nobody has measured",)
         return answer
@@ -560,7 +560,7 @@ def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_no_mistake_of_the_user_is_not_hidden(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def estimate(run: RunSpec) -> None:
+    def estimate(run: RunSpec, calibration: object) -> None:
         raise ValueError("a bug")
 
     monkeypatch.setattr("memplan.estimator.estimate", estimate)
@@ -569,7 +569,7 @@ def test_what_is_no_mistake_of_the_user_is_not_hidden(memplan_: Memplan, monkeyp
 
 
 def test_an_interrupt_is_quiet(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def estimate(run: RunSpec) -> None:
+    def estimate(run: RunSpec, calibration: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("memplan.estimator.estimate", estimate)

@@ -271,7 +271,7 @@ def test_used_is_what_torch_reserves_and_the_context_on_top() -> None:
     assert answer.bytes.reserved > answer.bytes.allocated
     assert answer.bytes.used == answer.bytes.reserved + cuda_context((8, 0)).usual
     assert answer.band.low == answer.bytes.used * (1000 + SHOWN.low) // 1000
-    assert answer.band.high == -(-answer.bytes.used * (1000 + SHOWN.high) // 1000)
+    assert answer.band.high == answer.bytes.used * (1000 + SHOWN.high) // 1000
     assert answer.band.coverage == COVERAGE
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from memplan.errors import MemplanError, SpecError, printable
 from memplan.probe.process import Here, Measured
+from memplan.resolve import filled
 from memplan.spec import RunSpec
 
 SOURCE = "memplan probe --cuda"
@@ -19,15 +20,16 @@ _LONGEST = 200
 
 
 def described(run: RunSpec) -> str:
-    """A run in a few words; others may be described alike."""
+    """A run in a few words, with what its profile decides; others may be described alike."""
+    run = filled(run)
     model = run.model if isinstance(run.model, str) else str(run.model.config.get("model_type", "config"))
     words = [
         printable(Path(model).name or model, 40),
         run.method.kind,
         "amp" if run.precision.autocast else run.precision.weights,
-        run.optimizer.name,
+        str(run.optimizer.name),
         run.kernels.attention,
-        run.kernels.loss,
+        str(run.kernels.loss),
         "ckpt" if run.kernels.checkpointing == "full" else "",
         f"b{run.batch.micro}-s{run.batch.sequence}",
     ]
