@@ -267,14 +267,18 @@ def test_an_output_that_is_something_else_is_left_alone(probe: Probing, suite: s
     assert probe("--suite", suite, "--output", str(tmp_path)).code == 2
 
 
-def test_a_bare_suite_is_chosen_for_the_card_that_is_named(probe: Probing) -> None:
+def test_a_bare_suite_is_chosen_for_the_card_that_is_named(probe: Probing, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = chosen()[::12]
+    asked: list[str] = []
+    monkeypatch.setattr("memplan.probe.suite.default_suite", lambda gpu: asked.append(gpu.name) or few)
     ran = probe("--suite", "--dry-run", "--gpu", CARD)
     assert (ran.code, ran.err) == (0, "")
-    assert f"{len(chosen())} runs to do" in ran.out
+    assert f"{len(few)} runs to do" in ran.out
     listed = json.loads(probe("--suite", "--dry-run", "--gpu", CARD, "--json").out)
-    assert [RunSpec(**one["run"]) for one in listed] == chosen()
+    assert asked == [CARD, CARD]
+    assert [RunSpec(**one["run"]) for one in listed] == few
     assert {one["basis"] for one in listed} == {"assumed"}
-    assert [one["used"] for one in listed] == [memplan.estimate(run).bytes.used for run in chosen()]
+    assert [one["used"] for one in listed] == [memplan.estimate(run).bytes.used for run in few]
 
 
 def test_a_suite_for_no_card_asks_for_one(probe: Probing, monkeypatch: pytest.MonkeyPatch) -> None:
