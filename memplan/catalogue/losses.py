@@ -45,7 +45,7 @@ def attach(
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
-            head = tuple(_cast_by_chunk(_summed_by_chunk(op), autocast) for op in head)
+            head = tuple(_cast_by_chunk(_summed_by_chunk(op), autocast) for op in _through_by_chunk(head))
             loss_ops = _chunked_lm_head(last) if not converts else _converted_chunks(last)
             return stack._replace(after=(*body, *head), loss=loss_ops)
         case "fused":
@@ -229,6 +229,19 @@ def _chunk_of(op: Op, i: int) -> Op:
             s._replace(tensor=tensor(s.tensor), of=rename(s.of) if s.of else "") for s in op.scratch_back
         ),
     )
+
+
+def _through_by_chunk(head: tuple[Op, ...]) -> Iterator[Op]:
+    """What lies between the projection and the logits comes chunk by chunk, and so do its gradients; only what is kept
+    of it is there for all tokens."""
+    last = _last_writer(head)
+    inner = {t.name for op in head if op is not last for t in op.writes if t.shape == "b s v"}
+    kept = {k.what for op in head for k in op.keeps} & inner
+    for op in head:
+        made = tuple(t._replace(shape="b 128 v") if t.name in inner else t for t in op.writes)
+        whole = tuple(Tensor(f"{t.name}.kept", "b s v", f"={t.name}") for t in op.writes if t.name in kept)
+        keeps = tuple(k._replace(what=f"{k.what}.kept") if k.what in kept else k for k in op.keeps)
+        yield op._replace(writes=(*made, *whole), keeps=keeps)
 
 
 def _summed_by_chunk(op: Op) -> Op:
