@@ -210,6 +210,8 @@ class Tracker(TorchDispatchMode):
     # Calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _C._only_lift_cpu_tensors():  # autograd's own thread, which runs a checkpointed forward again
+            _C._set_only_lift_cpu_tensors(True)
         if func is _DEVICE and type(args[0]) is FakeTensor:
             return args[0].fake_device
         if _graph_task() != -1 and not torch.is_grad_enabled():
