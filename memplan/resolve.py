@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
-from memplan.catalogue.attention import Wiring, large_tiles
+from memplan.catalogue.attention import JOINED, Wiring, large_tiles
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
@@ -140,6 +140,7 @@ def _decide(
             uncapped=words["uncapped"],
             one_mask=words["one_mask"],
             scales_apart=words["scales_apart"],
+            flattens=single and model.model_type in JOINED,
         ),
         checkpoint=checkpoints,
         loss=str(kernels.loss),

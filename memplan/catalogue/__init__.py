@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from memplan.catalogue.attention import Wiring
+from memplan.catalogue.attention import Wiring, flattened
 from memplan.ir import Stack
 from memplan.models import ModelSpec
 
@@ -45,4 +45,9 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
     if code == "litgpt":
         return import_module("memplan.catalogue.litgpt").build(model, wiring)
     module = import_module(f"memplan.catalogue.{_MODULES[model.model_type]}")
-    return module.BUILDERS[model.model_type](model, wiring)
+    stack: Stack = module.BUILDERS[model.model_type](model, wiring)
+    if not wiring.flattens:
+        return stack
+    from memplan.catalogue.methods import rewrite
+
+    return rewrite(stack, lambda op: (flattened(op),))

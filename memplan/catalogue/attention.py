@@ -23,7 +23,8 @@ class Wiring(NamedTuple):
     half_math: the plain product stays in the dtype of what it is given. whole_rotary: Phi-3 rotates whole heads, and
     joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model
     scales the embeddings, not their module. uncapped: torch's attention is taken where scores should be capped, and
-    does not cap them.
+    does not cap them. flattens: heads of a single sequence are flattened without a copy, and what they are views of
+    stays whole.
     """
 
     backend: str
@@ -39,12 +40,22 @@ class Wiring(NamedTuple):
     uncapped: bool = False
     one_mask: bool = False
     scales_apart: bool = False
+    flattens: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""
         if self.backend == "flash_2":
             return False
         return self.backend == "eager" or self.padded or (sliding and self.windowed)
+
+
+# Families whose heads are views of one projection of all three: of a single sequence they can be flattened as views.
+JOINED = ("falcon", "gpt_bigcode", "gpt_neox")
+
+
+def flattened(op: Op) -> Op:
+    """Attention's copy of heads, made so that they lie one after another, as the view that a single sequence needs."""
+    return op._replace(view=True) if op.name.endswith("_flat") and not op.view else op
 
 
 def attention(
