@@ -50,7 +50,7 @@ def without_workspaces(answer: Estimate) -> dict[tuple[int, str], int]:
     for phase in answer.phases:
         if phase.phase in TRACED:
             for step in (phase.step,) if phase.step else (1, 2):
-                handles = 2 if phase.phase in ("backward", "step") or phase.step == 2 else 1
+                handles = 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1
                 key = (step, TRACED[phase.phase])
                 found[key] = max(found.get(key, 0), phase.peak - handles * workspace)
     return found

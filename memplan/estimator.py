@@ -92,7 +92,7 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     for step in steps:
         states = p.states if step == 2 or p.optimizer.at_once else 0
         for (micro, moving, index), phase in zip(found, PHASES, strict=True):
-            second = workspace if phase == "backward" or step == 2 else 0
+            second = workspace if phase == "backward" or step != 1 else 0
             phases.append(Phase(phase, step, fixed + second + states + moving, p.where[micro][index]))
             moments.append((micro, index))
         scratch = p.optimizer.first if step == 1 else p.optimizer.later

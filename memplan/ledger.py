@@ -90,7 +90,7 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
             )
         return
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None)
-    handles = 2 if phase.phase in ("backward", "step") or phase.step == 2 else 1
+    handles = 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1
     yield Line(
         workspace.what,
         "other",

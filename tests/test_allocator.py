@@ -155,7 +155,8 @@ def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradi
     for _, bytes_ in sizes_of(structure, walked.axes, sequence.events, sequence.sizes):
         live += bytes_
         highest = max(highest, live)
-    moments = [walked.phases[1 + i].peak - (i + 1 >= len(PHASES)) * walked.workspace for i in range(len(PHASES))]
+    passed = walked.phases[1 : 1 + len(PHASES)]
+    moments = [phase.peak - (phase.phase == "backward" or phase.step is None) * walked.workspace for phase in passed]
     fixed = p.parameters + p.buffered + p.scaler + walked.workspace
     if not structure.accumulates:
         assert highest == max(moments) - fixed

@@ -235,7 +235,8 @@ def _through_by_chunk(head: tuple[Op, ...]) -> Iterator[Op]:
     """What lies between the projection and the logits comes chunk by chunk, and so do its gradients; only what is kept
     of it is there for all tokens."""
     last = _last_writer(head)
-    inner = {t.name for op in head if op is not last for t in op.writes if t.shape == "b s v"}
+    same = {r for op in head if op.cast for r in op.reads}  # may be the logits themselves, in the dtype they have
+    inner = {t.name for op in head if op is not last for t in op.writes if t.shape == "b s v"} - same
     kept = {k.what for op in head for k in op.keeps} & inner
     for op in head:
         made = tuple(t._replace(shape="b 128 v") if t.name in inner else t for t in op.writes)

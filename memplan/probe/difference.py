@@ -107,7 +107,7 @@ def _pairs(traced: Traced, answer: Estimate) -> Iterator[_Pair]:
                 continue
             top = max(ours, key=lambda p: p.peak)
             phase = answer.phases[i]
-            handles = 0 if name == "load" else 2 if phase.phase in ("backward", "step") or phase.step == 2 else 1
+            handles = 0 if name == "load" else 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1
             yield _Pair(
                 PhaseLine(name, step, top.peak, phase.peak - handles * workspace, _place(traced, top), phase.where),
                 top,
