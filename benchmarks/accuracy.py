@@ -83,6 +83,13 @@ def traced_families() -> list[Compared]:
 
 
 @cache
+def traced_runs() -> list[Compared]:
+    """Every family at a real size, by method."""
+    by_method = sorted(rows("traced_runs.jsonl"), key=lambda row: row["run"].get("method", {}).get("kind", "full"))
+    return [compared_with_trace(row, row["run"].get("method", {}).get("kind", "full")) for row in by_method]
+
+
+@cache
 def traced_losses() -> list[Compared]:
     """Other losses than transformers', by loss."""
     return [compared_with_trace(row, row["run"]["kernels"]["loss"]) for row in rows("traced_losses.jsonl")]
@@ -243,13 +250,17 @@ def page() -> Iterable[str]:
     reserved = [m.answer.bytes.reserved / m.reserved - 1 for m in published if m.reserved]
     yield TRACED_STEPS
     yield from table("method", traced())
+    yield TRACED_RUNS
+    yield from table("method", traced_runs())
     yield TRACED_FAMILIES
     yield from table("family", families)
     yield TRACED_LOSSES
     yield from table("loss", traced_losses())
     yield ""
     yield from (
-        f"- {c.name} is missed by {percent(c.peak)}: {c.cause}." for c in (*families, *traced_losses()) if c.cause
+        f"- {c.name} is missed by {percent(c.peak)}: {c.cause}."
+        for c in (*traced_runs(), *families, *traced_losses())
+        if c.cause
     )
     yield f"""
 ## Against cards
@@ -301,7 +312,8 @@ def summary() -> Iterable[str]:
     ]
     for what, errors in (
         ("traced steps of the real libraries, common models", [c.peak for c in traced()]),
-        ("traced steps of every family, most of them drawn at random", [c.peak for c in traced_families()]),
+        ("traced steps of every family at real sizes, to 72 billion parameters", [c.peak for c in traced_runs()]),
+        ("traced steps of every family, small, most of them drawn at random", [c.peak for c in traced_families()]),
         *measured,
     ):
         if errors:
@@ -320,6 +332,12 @@ Written by `python -m benchmarks.accuracy`; a test holds it to what the program 
 
 Two whole training steps of the real libraries (transformers 5.24, PEFT 0.21, bitsandbytes 0.50 on torch 2.13), run on
 fake CUDA tensors, with every allocation recorded. Peaks are of live tensors, without cuBLAS's workspaces.
+"""
+
+TRACED_RUNS = """
+Every dense family at real sizes, 0.1 to 123 billion parameters, x full, LoRA, QLoRA, DoRA x checkpointing on and off, and
+sixty more; attention, loss, ten optimizers, bf16, fp16 and autocast over either or fp32, batch, padding and accumulation
+in turn (`tests/golden/trace_runs.py`). Traced by `memplan probe --trace`:
 """
 
 TRACED_FAMILIES = """

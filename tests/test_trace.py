@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import TRACED, compared_with_trace, rows, traced_families, without_workspaces
+from benchmarks.accuracy import TRACED, compared_with_trace, rows, traced_families, traced_runs, without_workspaces
 from memplan import RunSpec, estimate
 from tests.tiny import TINY
 
@@ -52,7 +52,10 @@ FAMILIES: list[dict[str, Any]] = rows("traced_families.jsonl")
 LOSSES: list[dict[str, Any]] = rows("traced_losses.jsonl")
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, *LOSSES], ids=label)
+RUNS: list[dict[str, Any]] = rows("traced_runs.jsonl")
+
+
+@pytest.mark.parametrize("case", [*RUNS, *FAMILIES, *LOSSES], ids=label)
 def test_every_family_and_loss_is_near_its_traces(case: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**case["run"]))
     assert answer.parameters.total == case["parameters"]
@@ -63,6 +66,12 @@ def test_every_family_and_loss_is_near_its_traces(case: dict[str, Any]) -> None:
     peak, phase = case.get("within", (1e-4, 1e-3))
     assert compared.peak <= peak, compared
     assert compared.phase <= phase, compared
+
+
+def test_runs_at_real_sizes_are_missed_by_a_thousandth_at_most_on_average() -> None:
+    assert len(RUNS) > 300
+    assert mean(c.peak for c in traced_runs()) < 1e-3
+    assert all(c.peak < 0.02 for c in traced_runs() if not c.cause)
 
 
 def test_every_loss_is_traced_with_every_method_that_takes_it() -> None:

@@ -286,7 +286,7 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
         add_mask(f"{name}.add_mask", "causal", "masked"),
     )
     kernel = (
-        attention(name, "q", "k", "v", "o", wiring, False)
+        (Op(f"{name}.bias", weights=(triangle,), gradient="none"), *attention(name, "q", "k", "v", "o", wiring, False))
         if wiring.backend == "flash_2"
         else written_out(name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"))
     )

@@ -144,7 +144,7 @@ def line(name: str, run: RunSpec, traced: Traced) -> dict[str, Any]:
         "parameters": traced.parameters,
         "trainable": traced.trainable,
         "peak": top.peak,
-        "phase": top.phase,
+        "phase": "step" if top.phase == "clip" else top.phase,
         "at": f"{storage.module} {storage.op}".strip(),
         "steps": steps,
     }
