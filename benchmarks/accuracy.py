@@ -335,9 +335,9 @@ fake CUDA tensors, with every allocation recorded. Peaks are of live tensors, wi
 """
 
 TRACED_RUNS = """
-Every dense family at real sizes, 0.1 to 123 billion parameters, x full, LoRA, QLoRA, DoRA x checkpointing on and off, and
-sixty more; attention, loss, ten optimizers, bf16, fp16 and autocast over either or fp32, batch, padding and accumulation
-in turn (`tests/golden/trace_runs.py`). Traced by `memplan probe --trace`:
+Every dense family at real sizes, 0.1 to 123 billion parameters, x full, LoRA, QLoRA, DoRA x checkpointing on and off,
+and sixty more; attention, loss, ten optimizers, bf16, fp16 and autocast over either or fp32, batch, padding and
+accumulation in turn (`tests/golden/trace_runs.py`). Traced by `memplan probe --trace`:
 """
 
 TRACED_FAMILIES = """
@@ -368,9 +368,9 @@ wrong.
 BANDS = """
 ## `used` and its band
 
-Against what `nvidia-smi` showed (A100), or what reserved and context add up to (T4). The band is the shortest range with
-94 of 100 of these runs in it; leaving a configuration's runs out of what sets it, it still holds 93 of 100 of them
-(tests/test_band.py):
+Against what `nvidia-smi` showed (A100), or what reserved and context add up to (T4). The band is the shortest range
+with 94 of 100 of these runs in it; leaving a configuration's runs out of what sets it, it still holds 93 of 100 of
+them (tests/test_band.py):
 """
 
 OTHERS = """

@@ -50,6 +50,8 @@ def attach(
             return stack._replace(after=(*body, *head), loss=loss_ops)
         case "fused":
             matrix = next(w for op in head for w in op.weights if w.rows)
+            unused = tuple(w for op in head for w in op.weights if w is not matrix)  # a bias, which Liger leaves out
+            body = (*body, Op("loss.unused", weights=unused, gradient="none")) if unused else body
             return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place, logits != "padded", single))
         case other:
             raise AssertionError(other)
