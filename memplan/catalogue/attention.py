@@ -132,12 +132,12 @@ def _flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped:
         made += (ops.cast(f"{name}.cast_{x}", x, f"{x}.target", shape, wiring.target) for x, shape in shapes.items())
         given = {x: f"{x}.target" for x in shapes}
     if not wiring.padded:
-        return (*made, flash(name, *given.values(), y, grouped))
+        return (*made, flash(name, given[q], given[k], given[v], y, grouped))
     tokens, out = f"{y}.tokens", f"{y}.gathered"
     made.append(Op(f"{name}.tokens", (), (Tensor(tokens, "b s", "int64"),), gradient="none"))
     for x in (k, v, q):
         made.append(_moved(f"{name}.gather_{x}", given[x], f"{x}.gathered", shapes[x], tokens))
-    made.append(flash(name, *(f"{x}.gathered" for x in shapes), out, grouped))
+    made.append(flash(name, f"{q}.gathered", f"{k}.gathered", f"{v}.gathered", out, grouped))
     made.append(_moved(f"{name}.pad", out, y, shapes[q], tokens))
     return (*made, ops.leave(tokens, *(f"{x}.gathered" for x in shapes), *(given[x] for x in shapes if given[x] != x)))
 
