@@ -1,8 +1,9 @@
 """What torch's allocator reserves for a run: its allocations, in order, replayed through the allocator's model.
 
 A run loads its weights, then makes steps: each a recorded forward and backward pass, the clipping of gradients and
-the optimizer's update, which makes its states in the first step. Two steps are replayed: the second starts with the
-segments that loading and the first have left, and a third finds them as the second did.
+the optimizer's update, which makes its states in the first step. The first and the second are replayed: a third finds
+segments as the second did. Where the states are few beside the weights, as with adapters, the second alone is: the first
+would hardly leave it other segments.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from memplan.engine.record import FREED, Recorded, record
 from memplan.engine.walk import size
 from memplan.graph import built, loading
 from memplan.program import Program, Structure, frees_gradients, gradients_of, updates_of
+
+
+FEW = 16  # states are few where so many times their bytes are fewer than the weights'
 
 
 @lru_cache(maxsize=64)
@@ -49,11 +53,12 @@ def segments(
     numbers = {**own, **axes}
     allocator = Allocator(expandable, capacity)
     _load(structure, allocator)
-    if program.optimizer.at_once:
+    alike = program.states * FEW < program.parameters
+    if program.optimizer.at_once or alike:
         _make_states(program, allocator)
     handles = iter((workspace, workspace))
     waiting: list[Block] = []  # what the loop's names keep of the pass before
-    for step in (1, 2):
+    for step in (2,) if alike else (1, 2):
         gradients: list[Block] = []
         for later in (False, True)[: 1 + structure.accumulates]:
             made, held = _pass(recorded(structure, later), numbers, allocator, handles, waiting)
