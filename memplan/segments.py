@@ -2,8 +2,8 @@
 
 A run loads its weights, then makes steps: each a recorded forward and backward pass, the clipping of gradients and
 the optimizer's update, which makes its states in the first step. The first and the second are replayed: a third finds
-segments as the second did. Where the states are few beside the weights, as with adapters, the second alone is: the first
-would hardly leave it other segments.
+segments as the second did. Where the states are few beside the weights, as with adapters, the second alone is: the
+first would hardly leave it other segments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from memplan.engine.record import FREED, Recorded, record
 from memplan.engine.walk import size
 from memplan.graph import built, loading
 from memplan.program import Program, Structure, frees_gradients, gradients_of, updates_of
-
 
 FEW = 16  # states are few where so many times their bytes are fewer than the weights'
 

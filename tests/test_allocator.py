@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
@@ -163,7 +163,7 @@ def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradi
     assert live == p.gradients
 
 
-@laws
+@settings(laws, max_examples=5)
 @given(runs())
 def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run: dict[str, Any]) -> None:
     structure = decide(RunSpec(**run)).structure
@@ -207,7 +207,7 @@ def test_torch_never_reserves_more_than_the_bound_that_spares_a_replay(run: dict
     assert answer.bytes.allocated <= answer.bytes.reserved <= answer._usage.at_most
 
 
-@laws
+@settings(laws, max_examples=6)
 @given(runs())
 def test_a_card_with_room_is_no_limit_and_one_below_the_tensors_does_not_suffice(run: dict[str, Any]) -> None:
     decided = decide(RunSpec(**run))

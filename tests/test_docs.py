@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks import accuracy
+from tests.sampling import ALL
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,11 +119,13 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@ALL
 def test_the_readme_says_how_right_the_program_is() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert "\n".join(accuracy.summary()) in text
 
 
+@ALL
 def test_the_accuracy_page_is_what_the_program_answers() -> None:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -18,6 +18,7 @@ from memplan.errors import MemplanError, UnknownNameError
 from memplan.graph import built, lowered
 from memplan.resolve import decide
 from memplan.units import rounded
+from tests.sampling import sampled
 
 NAMES = [profile.name for profile in PROFILES]
 PARTS = ("kernels", "optimizer", "method", "quantization")
@@ -33,7 +34,7 @@ LLAMA = {
 }
 
 
-TRACED = rows("traced_versions.jsonl")
+TRACED = sampled(rows("traced_versions.jsonl"))
 
 
 def model(**changes: Any) -> dict[str, Any]:

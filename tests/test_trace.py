@@ -12,9 +12,10 @@ import pytest
 
 from benchmarks.accuracy import TRACED, compared_with_trace, rows, traced_families, traced_runs, without_workspaces
 from memplan import RunSpec, estimate
+from tests.sampling import ALL, sampled
 from tests.tiny import TINY
 
-CASES: list[dict[str, Any]] = rows("traced.jsonl")
+CASES: list[dict[str, Any]] = sampled(rows("traced.jsonl"))
 
 
 def label(case: dict[str, Any]) -> str:
@@ -39,6 +40,7 @@ def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
     assert TRACED[answer.peak.phase] == TRACED[case["phase"]]
 
 
+@ALL
 def test_the_mean_error_of_all_peaks_is_below_a_hundredth_of_a_percent() -> None:
     errors = [
         abs(max(without_workspaces(estimate(RunSpec(**case["run"]))).values()) / case["peak"] - 1) for case in CASES
@@ -48,11 +50,11 @@ def test_the_mean_error_of_all_peaks_is_below_a_hundredth_of_a_percent() -> None
 
 
 LOSS_KINDS = ("fused", "chunked", "chunked_lm_head")
-FAMILIES: list[dict[str, Any]] = rows("traced_families.jsonl")
+FAMILIES: list[dict[str, Any]] = sampled(rows("traced_families.jsonl"))
 LOSSES: list[dict[str, Any]] = rows("traced_losses.jsonl")
 
 
-RUNS: list[dict[str, Any]] = rows("traced_runs.jsonl")
+RUNS: list[dict[str, Any]] = sampled(rows("traced_runs.jsonl"))
 
 
 @pytest.mark.parametrize("case", [*RUNS, *FAMILIES, *LOSSES], ids=label)
@@ -68,6 +70,7 @@ def test_every_family_and_loss_is_near_its_traces(case: dict[str, Any]) -> None:
     assert compared.phase <= phase, compared
 
 
+@ALL
 def test_runs_at_real_sizes_are_missed_by_a_thousandth_at_most_on_average() -> None:
     assert len(RUNS) > 300
     assert mean(c.peak for c in traced_runs()) < 1e-3
@@ -79,6 +82,7 @@ def test_every_loss_is_traced_with_every_method_that_takes_it() -> None:
     assert traced == {(loss, kind) for loss in LOSS_KINDS for kind in ("full", "lora", "qlora")}
 
 
+@ALL
 def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:
     compared = traced_families()
     assert {row["run"]["model"]["config"]["model_type"] for row in FAMILIES} == set(TINY)
