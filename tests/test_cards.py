@@ -213,7 +213,7 @@ def test_no_value_in_any_config_makes_anything_but_one_clear_line(model_type: st
     base = {**config, "model_type": model_type}
     broken = (None, -3, 2.5, True, 10**30, [[]], {"a": None})
     for i, key in enumerate(base):
-        for bad in (broken[(i + n) % len(broken)] for n in (0, 2, 5)):
+        for bad in (broken[(i + n) % len(broken)] for n in (0, 3)):
             changed = {**copy.deepcopy(base), key: bad}
             try:
                 answer = estimate(RunSpec(model={"config": changed}, batch={"sequence": 64}))

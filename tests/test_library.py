@@ -46,7 +46,7 @@ def test_an_answer_has_what_the_contract_says() -> None:
     assert max(p.peak for p in answer.phases) == b.allocated
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(runs)
 def test_a_run_and_its_answer_round_trip_as_json(run: RunSpec) -> None:
     again = RunSpec.model_validate_json(run.model_dump_json())

@@ -597,7 +597,7 @@ def test_the_formats_are_those_of_the_contract() -> None:
 # --- what would fit ---
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     model=st.sampled_from(["qwen2-0.5b", "llama-3.2-1b", "qwen2-7b"]),
     method=st.sampled_from(["full", "lora", "qlora"]),

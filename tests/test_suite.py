@@ -17,6 +17,7 @@ from memplan.probe import process, trace
 from memplan.probe.process import Measured
 from memplan.probe.suite import MODELS, RECIPES, default_suite, minutes, plan, read_suite
 from memplan.spec import MethodKind
+from tests.sampling import ALL
 from tests.test_probe_cuda import (
     MACHINE,
     Card3090,
@@ -38,6 +39,7 @@ def chosen() -> list[RunSpec]:
 # --- the suite that is chosen for a card ---
 
 
+@ALL
 def test_a_card_gets_sixty_runs_of_every_method_loss_and_kind_of_checkpointing() -> None:
     runs = chosen()
     assert len(runs) >= 60
@@ -51,6 +53,7 @@ def test_a_card_gets_sixty_runs_of_every_method_loss_and_kind_of_checkpointing()
     assert {run.precision.autocast for run in runs} == {True, False}
 
 
+@ALL
 def test_most_fit_and_a_few_are_at_the_limit() -> None:
     answers = Counter(memplan.estimate(run).verdict.answer for run in chosen())
     assert answers["fits"] >= 60
@@ -61,6 +64,7 @@ def test_most_fit_and_a_few_are_at_the_limit() -> None:
             assert memplan.estimate(run.model_copy(update={"batch": fewer})).verdict.answer in ("fits", "tight")
 
 
+@ALL
 def test_models_reach_from_half_a_billion_parameters_to_what_the_card_holds() -> None:
     sizes = [memplan.load_card(name).card["parameters"] for name in MODELS]
     assert sizes[0] < 0.6e9
@@ -267,6 +271,7 @@ def test_an_output_that_is_something_else_is_left_alone(probe: Probing, suite: s
     assert probe("--suite", suite, "--output", str(tmp_path)).code == 2
 
 
+@ALL
 def test_a_bare_suite_is_chosen_for_the_card_that_is_named(probe: Probing, monkeypatch: pytest.MonkeyPatch) -> None:
     few = chosen()[::12]
     asked: list[str] = []
