@@ -314,3 +314,25 @@ def test_a_file_that_makes_no_profile_is_one_line(calibrate: Calibrating, home: 
 def test_a_profile_is_json_both_ways() -> None:
     profile = calibrated(measurements(30), ORIGIN)
     assert Calibration.model_validate_json(profile.model_dump_json()) == profile
+
+
+def test_an_answer_rests_on_the_machines_own_profile_and_names_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = calibrated(measurements(30), ORIGIN._replace(memplan=memplan.__version__))
+    run = RunSpec(model="qwen2-0.5b", method="lora", gpu="3090")
+    plain, own = memplan.estimate(run), memplan.estimate(run, profile)
+    around = profile.around(plain.bytes.reserved)
+    assert own.bytes.reserved == plain.bytes.reserved
+    assert abs(own.bytes.used - around.usual) <= 1
+    assert abs(own.band.low - around.low) <= 1
+    assert abs(own.band.high - around.high) <= 1
+    assert own.band.coverage == profile.coverage
+    assert own.notes == (*plain.notes, profile.named())
+    assert memplan.estimate(run.model_copy(update={"gpu": "rtx-4090"}), profile).band.coverage != profile.coverage
+
+    calibration.write(profile, calibration.file_of("rtx-3090"))
+    for options, used in ((), own), (("--no-calibration",), plain):
+        with pytest.raises(SystemExit):
+            COMMAND.main(["qwen2-0.5b", "--method", "lora", "--gpu", "3090", "--json", *options])
+        assert json.loads(capsys.readouterr().out)["bytes"] == used.bytes.as_dict()

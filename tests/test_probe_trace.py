@@ -86,6 +86,13 @@ def test_a_traced_peak_is_the_estimated_one(name: str, traced: Mapping[str, Trac
         assert [line for line in difference(trace, answer) if line.phase != "step"] == []  # whose scratch is one line
 
 
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_traced_and_recorded_allocations_fill_the_same_segments(name: str, traced: Mapping[str, Traced]) -> None:
+    reserved = estimate(RUNS[name]).bytes.reserved
+    assert traced[name].peak < traced[name].reserved
+    assert abs(traced[name].reserved - reserved) <= 20 * 2**20  # the trace's loading is in another order
+
+
 def test_what_an_estimate_lacks_and_what_it_has_too_many_sums_to_the_difference_of_every_phase(
     traced: Mapping[str, Traced],
 ) -> None:

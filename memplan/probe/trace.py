@@ -25,7 +25,10 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import memplan.errors
 from memplan.answer import KINDS
+from memplan.catalogue.overhead import cublas_workspace
+from memplan.engine.allocator import Allocator, Block
 from memplan.errors import MemplanError, ProbeError
+from memplan.gpus import find_gpu
 from memplan.probe.libraries import QUIET, require
 from memplan.probe.refusals import settled
 from memplan.spec import FrozenDict, RunSpec
@@ -139,6 +142,23 @@ class Traced:
         from memplan.probe.difference import difference
 
         return difference(self, estimate(self.run))
+
+    @cached_property
+    def reserved(self) -> int:
+        """The most bytes torch's caching allocator would hold in segments: the events replayed through its model, with
+        a workspace of cuBLAS's where forward and backward first need one."""
+        allocator, blocks = Allocator(), dict[int, Block]()
+        capability = find_gpu(self.run.gpu).compute_capability if self.run.gpu else None
+        workspace = cublas_workspace(capability).usual
+        starts = {p.phase: p.start for p in reversed(self.phases) if p.phase in ("forward", "backward")}
+        for at, event in enumerate(self.events):
+            if at in starts.values():
+                allocator.alloc(workspace)
+            if event >= 0:
+                blocks[event] = allocator.alloc(self.storages[event].bytes)
+            else:
+                allocator.free(blocks.pop(~event))
+        return allocator.peak_reserved
 
     def peak_of(self, phase: str, step: int) -> int | None:
         """The peak of a phase in a step, over all its micro-batches; None where there was none."""

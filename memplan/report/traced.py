@@ -28,6 +28,7 @@ def run(traced: Traced, answer: Estimate | None, notes: Iterable[str], to: Scree
     lines = [
         *paragraph(
             f"traced: {hundredths(traced.peak)} GiB at the peak, in {traced.peak_phase}; "
+            f"{hundredths(traced.reserved)} GiB in torch's segments, by a model of its allocator; "
             f"{len(traced.events):,} allocations and frees, in {traced.seconds:.1f} seconds after imports",
             to,
         ),
@@ -202,6 +203,7 @@ def line(run: RunSpec, traced: Traced | MemplanError) -> dict[str, Any]:
         "trainable": traced.trainable,
         "loaded": max((p.left for p in traced.phases if p.phase == "load"), default=0),
         "peak": traced.peak,
+        "reserved": traced.reserved,
         "phase": traced.peak_phase.partition(" ")[0],
         "steps": steps,
         "notes": list(traced.notes),
