@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
 from memplan.catalogue.quantization import storage_of
+from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
 from memplan.ir import Op, Stack, Tensor, Weight
@@ -96,19 +97,47 @@ def lowered(
     """The graph's moments. `grads_exist`: no gradient is left behind that was not there, because all are there already,
     or each is used up as it comes, by an update that takes `updates` bytes beside it. `labelled` counts every tensor by
     its name, for explanations. `follows`: another pass has been before, and the loop may still have names for it."""
-    (stack, axes), recipe = built(graph), graph.recipe
+    stack, depth = _stack(graph)
     return lower(
         stack,
-        {run.times: axes[run.times] for run in stack.runs},
-        autocast=recipe.compute if recipe.autocast else None,
-        checkpoint=graph.checkpoint,
-        reentrant=graph.reentrant,
+        depth,
+        **_ways(graph),
         grads_exist=grads_exist,
-        input_grad=graph.leaf,
         labelled=labelled,
         updates=dict(updates),
         lingers=graph.lingers and follows,
     )
+
+
+@lru_cache(maxsize=64)
+def recorded(graph: Graph, grads_exist: bool = False, updates: tuple[tuple[str, int], ...] = ()) -> Recorded:
+    """The graph's allocations and frees in order. The arguments are those of `lowered`."""
+    stack, depth = _stack(graph)
+    return record(stack, depth, **_ways(graph), grads_exist=grads_exist, updates=dict(updates))
+
+
+class _Ways(TypedDict):
+    """How a graph's passes are run, in the engine's words."""
+
+    autocast: str | None
+    checkpoint: bool
+    reentrant: bool
+    input_grad: bool
+
+
+def _ways(graph: Graph) -> _Ways:
+    return {
+        "autocast": graph.recipe.compute if graph.recipe.autocast else None,
+        "checkpoint": graph.checkpoint,
+        "reentrant": graph.reentrant,
+        "input_grad": graph.leaf,
+    }
+
+
+def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
+    """The graph's operations, and how many copies each run of blocks has."""
+    stack, axes = built(graph)
+    return stack, {run.times: axes[run.times] for run in stack.runs}
 
 
 @lru_cache(maxsize=256)

@@ -9,34 +9,22 @@ first would hardly leave it other segments.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from itertools import islice
 
 from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.engine.allocator import Allocator, Block
-from memplan.engine.record import FREED, Recorded, record
+from memplan.engine.record import FREED, Recorded
 from memplan.engine.walk import size
-from memplan.graph import built, loading
+from memplan.graph import built, loading, recorded
 from memplan.program import Program, Structure, frees_gradients, gradients_of, updates_of
 
 FEW = 16  # states are few where so many times their bytes are fewer than the weights'
 
 
-@lru_cache(maxsize=64)
-def recorded(structure: Structure, later: bool) -> Recorded:
+def pass_of(structure: Structure, later: bool) -> Recorded:
     """A pass of the structure: the first of a step, or a `later` micro-batch's."""
-    graph = structure.graph
-    (stack, axes), recipe = built(graph), graph.recipe
-    return record(
-        stack,
-        {run.times: axes[run.times] for run in stack.runs},
-        autocast=recipe.compute if recipe.autocast else None,
-        checkpoint=graph.checkpoint,
-        reentrant=graph.reentrant,
-        grads_exist=later or structure.grads is not None or frees_gradients(structure),
-        input_grad=graph.leaf,
-        updates=dict(updates_of(structure)),
-    )
+    grads_exist = later or structure.grads is not None or frees_gradients(structure)
+    return recorded(structure.graph, grads_exist, updates_of(structure))
 
 
 def segments(
@@ -60,7 +48,7 @@ def segments(
     for step in (2,) if alike else (1, 2):
         gradients: list[Block] = []
         for later in (False, True)[: 1 + structure.accumulates]:
-            made, held = _pass(recorded(structure, later), numbers, allocator, handles, waiting)
+            made, held = _pass(pass_of(structure, later), numbers, allocator, handles, waiting)
             gradients += made
             if structure.graph.lingers or (structure.holds_outputs and later == structure.accumulates):
                 waiting = held
@@ -94,7 +82,7 @@ def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
     if "cross_entropy" not in structure.graph.fused or len(heads) != 1:
         return 0
     numbers = {**own, **axes}
-    shifted = [key for key in recorded(structure, later=False).sizes if key[0] == "shifted_rows v"]
+    shifted = [key for key in pass_of(structure, later=False).sizes if key[0] == "shifted_rows v"]
     copy = max((_bytes(key[0], key[1], numbers) for key in shifted), default=_bytes("b s v", "fp32", numbers))
     return COPIES_AGAIN * copy
 
@@ -104,7 +92,7 @@ def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:
 
 
 def _pass(
-    recorded: Recorded,
+    recording: Recorded,
     axes: Mapping[str, int],
     allocator: Allocator,
     handles: Iterator[int],
@@ -115,19 +103,19 @@ def _pass(
     `handles` are the workspaces not there yet: one comes with the first product forward, one with the first backward,
     which is the head's. `waiting` goes when forward is over.
     """
-    bytes_ = [_bytes(key[0], key[1], axes) for key in recorded.sizes]
+    bytes_ = [_bytes(key[0], key[1], axes) for key in recording.sizes]
     blocks: dict[int, Block] = {}
     alloc, free = allocator.alloc, allocator.free
-    for start, end in ((0, recorded.head), (recorded.head, recorded.over)):
+    for start, end in ((0, recording.head), (recording.head, recording.over)):
         for handle in islice(handles, 1):
             alloc(handle)
-        for number, key in recorded.events[start:end]:
+        for number, key in recording.events[start:end]:
             if key == FREED:
                 free(blocks.pop(number))
             else:
                 blocks[number] = alloc(bytes_[key])
         _free(waiting, allocator)
-    held = [blocks.pop(number) for number, _ in recorded.events[recorded.over :]]
+    held = [blocks.pop(number) for number, _ in recording.events[recording.over :]]
     return list(blocks.values()), held
 
 

@@ -10,12 +10,11 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Band
-from memplan.catalogue.overhead import COVERAGE, SHOWN, Overhead
+from memplan.catalogue.overhead import COVERAGE, SEGMENTS, SHOWN, Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
 from memplan.segments import cached_logits, segments
-from memplan.units import MIB
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -130,7 +129,8 @@ class Usage:
     def at_most(self) -> int:
         """More than torch ever reserves: what comes and goes twice, and the rest of its segments."""
         moving = max(0, self.allocated - self._resident)
-        return max(self._load, self.allocated + moving) * 21 // 20 + 256 * MIB + self._again
+        held = max(self._load, self.allocated + moving)
+        return held + held * SEGMENTS.share // 1000 + SEGMENTS.bytes + self._again
 
     @cached_property
     def _roomy(self) -> int:

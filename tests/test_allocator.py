@@ -17,7 +17,7 @@ from memplan.estimator import walk
 from memplan.graph import built
 from memplan.program import PHASES, Structure, frees_gradients, updates_of
 from memplan.resolve import decide
-from memplan.segments import recorded, segments
+from memplan.segments import pass_of, segments
 from tests.test_laws import laws, runs
 
 MIB = 2**20
@@ -150,7 +150,7 @@ def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradi
     decided = decide(RunSpec(**run))
     walked = walk(RunSpec(**run), decided)
     structure, p = decided.structure, walked.program
-    sequence = recorded(structure, later=False)
+    sequence = pass_of(structure, later=False)
     live = highest = 0
     for _, bytes_ in sizes_of(structure, walked.axes, sequence.events, sequence.sizes):
         live += bytes_

@@ -51,6 +51,20 @@ SHOWN = Share(-34, 73, "measured", "86 runs on T4 and A100 in tests/golden/publi
 COPIES_AGAIN = 1
 
 
+class Spare(NamedTuple):
+    """What is added to a figure so that it is a bound: a share in thousandths of it, and bytes."""
+
+    share: int
+    bytes: int
+    basis: str
+    source: str
+
+
+# Segments hold no more than the tensors at the peak, what comes and goes once more, and this. Of 1,038 replayed runs
+# (tests/golden/*.jsonl) two hold more than the first two: by 2.2 % at most.
+SEGMENTS = Spare(50, 256 * MIB, "assumed", "twice the most seen; tests/test_allocator.py looks for a run beyond")
+
+
 def cuda_context(capability: tuple[int, int] | None) -> Overhead:
     """What the driver holds for a process before torch's first tensor, and the kernels loaded since."""
     name = "CUDA context and loaded kernels"
@@ -72,5 +86,5 @@ def cuda_context(capability: tuple[int, int] | None) -> Overhead:
             )
             return Overhead(name, 455 * MIB, 750 * MIB, 1428 * MIB, "measured", source)
         case _:
-            source = "no published reading for this architecture: the range seen on T4 and A100"
-            return Overhead(name, 141 * MIB, 500 * MIB, 942 * MIB, "assumed", source)
+            source = "no published reading for this architecture: the range seen on T4 and A100, and a value between"
+            return Overhead(name, 141 * MIB, 500 * MIB, 1428 * MIB, "assumed", source)
