@@ -20,6 +20,7 @@ from memplan.engine.walk import largest, values
 from memplan.estimator import Numbers, walk
 from memplan.program import PHASES, run_axes
 from memplan.resolve import decide
+from memplan.sizes import ONE_RUN
 from memplan.usage import reserved
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -46,7 +47,7 @@ def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
     program = walk(run, decided).program
 
     def walked(run: RunSpec) -> object:
-        axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles)
+        axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
         numbers = Numbers(values(program.variables, axes), values(program.products, axes))
         return [largest(program.first[phase], *numbers) for phase in PHASES]
 

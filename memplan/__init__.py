@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from memplan.gpus import find_gpu as find_gpu
     from memplan.models import ModelSpec as ModelSpec
     from memplan.spec import RunSpec as RunSpec
+    from memplan.sweep import Grid as Grid
+    from memplan.sweep import grid as grid
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,8 @@ _NAMES = {
     "all_gpus": "gpus",
     "ModelSpec": "models",
     "RunSpec": "spec",
+    "Grid": "sweep",
+    "grid": "sweep",
 }
 
 

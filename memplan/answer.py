@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memplan.usage import Usage
 
 SCHEMA_VERSION = 1
+ANSWERS = ("fits", "tight", "does not fit")
 
 
 class Parameters(NamedTuple):

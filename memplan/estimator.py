@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from memplan.answer import Card, Estimate, Parameters, Peak, Phase
 from memplan.catalogue.overhead import cublas_workspace, cuda_context
 from memplan.engine.walk import largest, values
-from memplan.program import PHASES, Program, program, run_axes
+from memplan.program import PHASES, Program, phase_peaks, program, run_axes, step_where
 from memplan.resolve import Decided, check_batch, decide
+from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
-from memplan.usage import Replay, Usage, around
+from memplan.usage import Around, Replay, Usage, around
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -34,15 +35,13 @@ def estimate(run: RunSpec, calibration: Calibration | None = None) -> Estimate:
     note = check_batch(run, p.structure.graph.model)
     top = walked.phases[walked.peak]
     replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
-    context = cuda_context(decided.gpu.compute_capability if decided.gpu else None)
-    if calibration is not None and (decided.gpu is None or calibration.gpu != decided.gpu.name):
-        calibration = None
+    calibration = calibration_of(decided, calibration)
     notes = [*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())]
     return Estimate(
         run,
         decided,
         Parameters(p.total_parameters, p.trainable_parameters, p.total_parameters),
-        Usage(replay, p, walked.phases[0].peak, top.peak, decided.gpu, around(context, calibration)),
+        Usage(replay, p, walked.phases[0].peak, top.peak, decided.gpu, around_of(decided, calibration)),
         Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
@@ -75,32 +74,44 @@ class Walked(NamedTuple):
 def walk(run: RunSpec, decided: Decided) -> Walked:
     """Put batch and sequence into the run's program: the peak of every phase of the first and of later steps."""
     p = program(decided.structure)
-    axes = run_axes(p, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles)
+    axes = run_axes(p, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
     numbers = Numbers(values(p.variables, axes), values(p.products, axes))
-    capability = decided.gpu.compute_capability if decided.gpu else None
-    workspace = cublas_workspace(capability).usual
+    workspace = workspace_of(decided)
     found = [(False, *_best(p, False, phase, numbers)) for phase in PHASES]
     if p.structure.accumulates:
         later = [(True, *_best(p, True, phase, numbers)) for phase in PHASES]
         found = [max(a, (b[0], b[1] + p.gradients, b[2]), key=_bytes) for a, b in zip(found, later, strict=True)]
-    fixed = p.parameters + p.buffered + p.scaler + workspace
+    moving = [size for _, size, _ in found]
+    held = sum(map(mul, p.held, numbers.values))
     phases = [Phase("load", None, p.loading, "")]
     moments = [(False, -1)]
-    updates = fixed + workspace + p.gradients + sum(map(mul, p.held, numbers.values))
-    made = p.states and not p.optimizer.at_once
-    steps = (1, 2) if made or p.optimizer.first != p.optimizer.later else (None,)
-    for step in steps:
-        states = p.states if step == 2 or p.optimizer.at_once else 0
-        for (micro, moving, index), phase in zip(found, PHASES, strict=True):
-            second = workspace if phase == "backward" or step != 1 else 0
-            phases.append(Phase(phase, step, fixed + second + states + moving, p.where[micro][index]))
+    for phase, step, bytes_ in phase_peaks(p, workspace, moving, held):
+        if phase == "step":
+            phases.append(Phase(phase, step, bytes_, step_where(p, step)))
+            moments.append((False, -1))
+        else:
+            micro, _, index = found[PHASES.index(phase)]
+            phases.append(Phase(phase, step, bytes_, p.where[micro][index]))
             moments.append((micro, index))
-        scratch = p.optimizer.first if step == 1 else p.optimizer.later
-        stepping, clipped = updates + p.states + scratch, updates + states + p.clipping
-        phases.append(Phase("step", step, max(stepping, clipped), "optimizer" if stepping >= clipped else "clipping"))
-        moments.append((False, -1))
     peak = max(range(len(phases)), key=lambda i: (phases[i].peak, i))
     return Walked(p, axes, numbers, workspace, phases, moments, peak)
+
+
+def workspace_of(decided: Decided) -> int:
+    """Bytes of one of cuBLAS's workspaces on the run's card."""
+    return cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
+
+
+def calibration_of(decided: Decided, calibration: Calibration | None) -> Calibration | None:
+    """The machine's own profile, where it is of the run's card."""
+    if calibration is None or decided.gpu is None or calibration.gpu != decided.gpu.name:
+        return None
+    return calibration
+
+
+def around_of(decided: Decided, calibration: Calibration | None) -> Around:
+    """What a process takes on the run's card beside torch's segments."""
+    return around(cuda_context(decided.gpu.compute_capability if decided.gpu else None), calibration)
 
 
 def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, int]:

@@ -7,13 +7,13 @@ grows with batch and sequence, so bisection finds where it ends; what torch rese
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Estimate
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
 from memplan.gpus import GPU, all_gpus
-from memplan.spec import Method, Part, RunSpec
+from memplan.spec import Method, RunSpec, changed
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -57,12 +57,6 @@ def _verdict(run: RunSpec, calibration: Calibration | None) -> str | None:
         return estimate(run, calibration).verdict.answer
     except MemplanError:
         return None
-
-
-def changed(run: RunSpec, part: str, **values: Any) -> RunSpec:
-    """The run with some values of one part changed."""
-    old: Part = getattr(run, part)
-    return RunSpec.model_validate({**dict(run), part: old.model_copy(update=values)})
 
 
 class Lever(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, cl
 from memplan.engine.step import Lowered
 from memplan.engine.walk import ONE, Term, Variable, chain, prune, rows, size
 from memplan.graph import Graph, Held, built, elements, loading, lowered, matrix_shape, parameters_of, weights_of
+from memplan.sizes import Arithmetic, Size
 
 
 class Structure(NamedTuple):
@@ -206,36 +207,77 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
     )
 
 
-def run_axes(program: Program, micro: int, sequence: int, half: bool, large_tiles: bool) -> dict[str, int]:
-    """The axes that belong to the run, and those derived from them."""
+def run_axes(
+    program: Program, micro: Size, sequence: Size, half: bool, large_tiles: bool, by: Arithmetic[Size]
+) -> dict[str, Size]:
+    """The axes that belong to the run, and those derived from them; `by` is how one run's are counted, or many's."""
     b, s = micro, sequence
     tokens = b * s
     m = program.structure.graph.model
+    many, sorts = b > 1, tokens > 3072
     axes = {
         "b": b,
         "s": s,
         "s8": -(-s // 8) * 8,
         "s32": -(-s // 32) * 32,
         "s128": -(-s // 128) * 128,
-        "targets": tokens if b > 1 else s + 1,
-        "padded_labels": b * (s + 1) if b > 1 else 0,
+        "targets": by.choose(many, tokens, s + 1),
+        "padded_labels": by.choose(many, b * (s + 1), 0),
         "shifted_rows": b * (s - 1),
         "further_chunks": (s - 1) // 128,
-        "shifted_labels": b * (s - 1) if b > 1 else 0,
-        "sorted_ids": 0,
-        "segments": 0,
+        "shifted_labels": by.choose(many, b * (s - 1), 0),
+        "sorted_ids": by.choose(sorts, tokens, 0),
+        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, m.vocab_size), 0),
     }
     needs = program.needs
-    if tokens > 3072:
-        axes["sorted_ids"], axes["segments"] = tokens, tokens // 10 + min(tokens, m.vocab_size)
     if "efficient_workspace" in needs or "efficient_fp32" in needs:
-        axes["efficient_fp32"] = 0 if half else m.head_dim + 1
+        axes["efficient_fp32"] = by.choose(half, 0, m.head_dim + 1)
         axes["efficient_workspace"] = efficient_workspace_bytes(
-            s, m.head_dim, b * m.num_attention_heads, half, large_tiles
+            s, m.head_dim, b * m.num_attention_heads, half, large_tiles, by
         )
     if "lc" in needs:
         axes["lc"] = -(-s // 8)
     if "fc" in needs:
         chunk = -(-tokens // -(-m.vocab_size // m.hidden_size))
-        axes["fc"] = min(tokens, 1 << (chunk - 1).bit_length())
+        axes["fc"] = by.least(tokens, by.power_of_two(chunk))
     return axes
+
+
+def phase_peaks(
+    program: Program, workspace: int, moving: Sequence[Size], held: Size
+) -> Iterator[tuple[str, int | None, Size]]:
+    """The peak of every phase after loading, in order, with its step where the first differs from later ones.
+
+    `moving` is the most that the forward pass, the loss and the backward pass hold beside what is there throughout;
+    `held`, what the script holds of them into the optimizer's step; `workspace` is cuBLAS's for one handle.
+    """
+    p = program
+    fixed = p.parameters + p.buffered + p.scaler + workspace
+    for step in steps(p):
+        states = _states(p, step)
+        for phase, most in zip(PHASES, moving, strict=True):
+            second = workspace if phase == "backward" or step != 1 else 0
+            yield phase, step, fixed + second + states + most
+        yield "step", step, fixed + workspace + p.gradients + held + max(_stepping(p, step), states + p.clipping)
+
+
+def steps(program: Program) -> tuple[int | None, ...]:
+    """1 and 2 where the first step is not as the later ones; else None, for any."""
+    made = program.states and not program.optimizer.at_once
+    return (1, 2) if made or program.optimizer.first != program.optimizer.later else (None,)
+
+
+def step_where(program: Program, step: int | None) -> str:
+    """What of a step's end takes the most: the update, or the clipping before it."""
+    clipped = _states(program, step) + program.clipping
+    return "optimizer" if _stepping(program, step) >= clipped else "clipping"
+
+
+def _states(program: Program, step: int | None) -> int:
+    """The states there are before the update."""
+    return program.states if step == 2 or program.optimizer.at_once else 0
+
+
+def _stepping(program: Program, step: int | None) -> int:
+    optimizer = program.optimizer
+    return program.states + (optimizer.first if step == 1 else optimizer.later)

@@ -14,9 +14,11 @@ from itertools import islice
 from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.record import FREED, Recorded
-from memplan.engine.walk import size
+from memplan.engine.walk import Variable, size, values
 from memplan.graph import built, loading, recorded
 from memplan.program import Program, Structure, frees_gradients, gradients_of, updates_of
+from memplan.sizes import Size
+from memplan.units import ITEMSIZE
 
 FEW = 16  # states are few where so many times their bytes are fewer than the weights'
 
@@ -75,16 +77,16 @@ def _load(structure: Structure, allocator: Allocator) -> None:
                 allocator.alloc(held.bytes)
 
 
-def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
-    """What no replay explains, in bytes: see `memplan.catalogue.overhead.COPIES_AGAIN`."""
+def cached_logits(structure: Structure, axes: Mapping[str, Size]) -> Size | int:
+    """What no replay explains, in bytes of a run, or of many: see `memplan.catalogue.overhead.COPIES_AGAIN`."""
     stack, own = built(structure.graph)
     heads = [op for op in stack.after if any("v" in t.shape.split() for t in op.writes)]
     if "cross_entropy" not in structure.graph.fused or len(heads) != 1:
         return 0
-    numbers = {**own, **axes}
-    shifted = [key for key in pass_of(structure, later=False).sizes if key[0] == "shifted_rows v"]
-    copy = max((_bytes(key[0], key[1], numbers) for key in shifted), default=_bytes("b s v", "fp32", numbers))
-    return COPIES_AGAIN * copy
+    shifted = [key[1] for key in pass_of(structure, later=False).sizes if key[0] == "shifted_rows v"]
+    dtype = max(shifted, key=lambda name: ITEMSIZE[name], default="fp32")
+    copy = Variable(("shifted_rows", "v") if shifted else ("b", "s", "v"), 1, ITEMSIZE[dtype])
+    return COPIES_AGAIN * values([copy], {**axes, "v": own["v"]})[0]
 
 
 def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:

@@ -305,3 +305,9 @@ class RunSpec(Part, frozen=True):
     parallelism: Parallelism = Parallelism()
     profile: str = "transformers-5"
     gpu: str | None = None
+
+
+def changed(run: RunSpec, part: str, **values: Any) -> RunSpec:
+    """The run with some values of one part changed. Raises SpecError or pydantic's ValidationError for a bad one."""
+    old: Part = getattr(run, part)
+    return RunSpec.model_validate({**dict(run), part: {**dict(old), **values}})

@@ -15,6 +15,7 @@ from memplan.engine.allocator import OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
 from memplan.segments import cached_logits, segments
+from memplan.sizes import ONE_RUN, Arithmetic, Size
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -62,6 +63,37 @@ def around(context: Overhead, calibration: Calibration | None = None) -> Around:
     return Around(calibration.context.usual, low, usual, high, calibration.coverage)
 
 
+class Room(NamedTuple):
+    """The most bytes torch may hold on a card: for a run that surely fits, and for one that possibly does."""
+
+    sure: int
+    possible: int
+
+
+def room(usable: int, beside: Around) -> Room:
+    """What of a card's usable bytes is left for torch's segments."""
+
+    def left(error: int) -> int:
+        return usable * 1_000_000 // (1_000_000 + error) - beside.context
+
+    return Room(left(beside.high), left(beside.low))
+
+
+def resident(p: Program) -> int:
+    """Bytes that are there throughout, once the optimizer has made its states."""
+    return p.parameters + p.buffered + p.scaler + p.states
+
+
+def at_most(allocated: Size, resident: int, load: int, again: Size | int, by: Arithmetic[Size]) -> Size:
+    """More than torch ever reserves: what comes and goes twice, and the rest of its segments.
+
+    `load` is the peak of loading, `again` what no replay explains (see `memplan.segments.cached_logits`).
+    """
+    moving = by.most(0, allocated - resident)
+    held = by.most(load, allocated + moving)
+    return held + held * SEGMENTS.share // 1000 + SEGMENTS.bytes + again
+
+
 class Usage:
     """What a run takes of a card, in bytes.
 
@@ -72,7 +104,7 @@ class Usage:
     def __init__(self, replay: Replay, p: Program, load: int, peak: int, gpu: GPU | None, beside: Around) -> None:
         self._replay = replay
         self._load = load
-        self._resident = p.parameters + p.buffered + p.scaler + p.states
+        self._resident = resident(p)
         self._gpu = gpu
         self._beside = beside
         self.allocated = peak
@@ -82,15 +114,12 @@ class Usage:
         """fits, tight or does not fit; None without a card."""
         if self._gpu is None:
             return None
-        usable = self._gpu.usable
-        low, high = self._beside.low, self._beside.high
-        if self._shown(self.allocated, low) > usable:
+        sure, possible = room(self._gpu.usable, self._beside)
+        if self.allocated > possible:
             return "does not fit"
-        if self._shown(self.at_most, high) <= usable or self._shown(self._roomy, high) <= usable:
+        if self.at_most <= sure or self._roomy <= sure or self._lives_in(sure):
             return "fits"
-        if self._lives_in(self._segments(usable, high)):
-            return "fits"
-        return "tight" if self._lives_in(self._segments(usable, low)) else "does not fit"
+        return "tight" if self._lives_in(possible) else "does not fit"
 
     @cached_property
     def used(self) -> int:
@@ -127,10 +156,8 @@ class Usage:
 
     @property
     def at_most(self) -> int:
-        """More than torch ever reserves: what comes and goes twice, and the rest of its segments."""
-        moving = max(0, self.allocated - self._resident)
-        held = max(self._load, self.allocated + moving)
-        return held + held * SEGMENTS.share // 1000 + SEGMENTS.bytes + self._again
+        """More than torch ever reserves."""
+        return at_most(self.allocated, self._resident, self._load, self._again, ONE_RUN)
 
     @cached_property
     def _roomy(self) -> int:
@@ -148,7 +175,3 @@ class Usage:
     def _shown(self, segments: int, error: int) -> int:
         """What the card shows where torch holds `segments`, off by `error` millionths."""
         return (segments + self._beside.context) * (1_000_000 + error) // 1_000_000
-
-    def _segments(self, usable: int, error: int) -> int:
-        """The most that torch can hold so that, off by `error` millionths, what is shown is `usable`."""
-        return usable * 1_000_000 // (1_000_000 + error) - self._beside.context

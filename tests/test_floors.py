@@ -13,12 +13,12 @@ PACKAGE = Path(memplan.__file__).parent
 
 # Lowest first. The catalogue and the engine are two wings of one floor: neither imports the other.
 FLOORS = (
-    {"errors", "units", "folders"},
+    {"errors", "units", "folders", "sizes"},
     {"spec", "gpus", "gpu_table", "config_classes", "models", "layers", "cards", "calibration"},
     {"ir"},
     {"catalogue", "engine"},
     {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger"},
-    {"largest"},
+    {"largest", "sweep"},
     {"report", "cli", "probe"},
     {"__main__"},
 )

@@ -14,6 +14,7 @@ from memplan.engine.walk import alive, largest, moment_bytes, size, values
 from memplan.graph import built
 from memplan.program import PHASES, pass_of, program, run_axes
 from memplan.resolve import decide
+from memplan.sizes import ONE_RUN
 
 laws = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -144,7 +145,7 @@ def test_checkpointing_never_raises_kept_bytes(run: dict[str, Any]) -> None:
         structure = decide(spec).structure
         low, axes = pass_of(structure, labelled=True), built(structure.graph)[1]
         p = program(structure)
-        numbers = run_axes(p, run["batch"]["micro"], run["batch"]["sequence"], True, True)
+        numbers = run_axes(p, run["batch"]["micro"], run["batch"]["sequence"], True, True, ONE_RUN)
         total = 0
         for key, count in alive(low.kept, low.runs, axes).items():
             shape, dtype, _, _, _, name, _ = low.sizes[key]
@@ -198,7 +199,10 @@ def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, seq
     spec = RunSpec(**{**run, "batch": {**run["batch"], "micro": micro, "sequence": sequence}})
     decided = decide(spec)
     p = program(decided.structure)
-    axes = {**built(decided.structure.graph)[1], **run_axes(p, micro, sequence, decided.half, decided.large_tiles)}
+    axes = {
+        **built(decided.structure.graph)[1],
+        **run_axes(p, micro, sequence, decided.half, decided.large_tiles, ONE_RUN),
+    }
     low = pass_of(decided.structure)
     sizes = [size(k[0], k[1], built(decided.structure.graph)[1]) for k in low.sizes]
     numbers, products = values(p.variables, axes), values(p.products, axes)

@@ -21,7 +21,7 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.answer import KINDS
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import all_gpus, find_gpu
-from memplan.largest import changed, first_lever, holding, largest_batch, largest_sequence, levers
+from memplan.largest import first_lever, holding, largest_batch, largest_sequence, levers
 from memplan.report import FORMATS, render, table
 from memplan.report.advice import cards, help_line
 from memplan.report.bar import bar
@@ -29,6 +29,7 @@ from memplan.report.schema import answer_model, answer_schema, run_schema
 from memplan.report.text import ASCII, Column, Screen, paragraph, screen
 from memplan.report.text import table as text_table
 from memplan.report.words import assumptions, dtype, hundredths, moment, parts, shape, share, verdict
+from memplan.spec import changed
 from memplan.units import GIB
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from memplan.catalogue import ops
 from memplan.ir import Keep, Op, Scratch, Tensor
+from memplan.sizes import Arithmetic, Size
 
 _ATEN = "torch 2.13 aten/src/ATen/native/transformers"
 
@@ -371,10 +372,12 @@ def large_tiles(capability: tuple[int, int] | None) -> bool:
     return capability is None or capability == (8, 0) or capability[0] in (9, 10)
 
 
-def efficient_workspace_bytes(s: int, d: int, pairs: int, half: bool, large_tiles: bool) -> int:
+def efficient_workspace_bytes(
+    s: Size, d: int, pairs: Size, half: bool, large_tiles: bool, by: Arithmetic[Size]
+) -> Size:
     """Bytes of workspace that memory-efficient attention's backward takes for one head of one sequence.
 
-    `pairs` is batch x heads.
+    `pairs` is batch x heads; `by` is how one run's are counted, or many's.
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h.
     """
     if d <= 64:
@@ -387,7 +390,7 @@ def efficient_workspace_bytes(s: int, d: int, pairs: int, half: bool, large_tile
         rows, columns, widest = 64, 64, 128 if d <= 128 else 65536
     size = -(-s // rows) * -(-d // columns) * (rows * columns * 4 + 16)
     if half and widest > rows:  # dk and dv do not stay in registers: fp32, once per split of the keys
-        splits = max(1, min(-(-s // columns), 200 // pairs))
+        splits = by.most(1, by.least(-(-s // columns), 200 // pairs))
         padded = -(-d // rows) * rows
         size += 4 * splits * (-(-s // columns) * columns) * 2 * padded
     return size

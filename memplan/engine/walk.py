@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import ge, mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memplan.engine.lower import Moment
 from memplan.ir import AT_LEAST
+from memplan.sizes import Size
 from memplan.units import ITEMSIZE, rounded
 
 
@@ -172,20 +173,23 @@ def _at_most(small: tuple[str, ...], large: tuple[str, ...]) -> bool:
     return True
 
 
-def values(variables: Sequence[Variable], axes: Mapping[str, int]) -> list[int]:
-    """The variables' values for one run. Sorted by axes, as they are, each product is made once."""
-    out: list[int] = []
+def values(variables: Sequence[Variable], axes: Mapping[str, Size]) -> list[Size]:
+    """The variables' values for a run, or for many. Sorted by axes, as they are, each product is made once.
+
+    What stands for no axis is the number 1, also for many runs.
+    """
+    out: list[Any] = []
     known: tuple[str, ...] = ()
-    product = 1
+    product: Any = 1
     for names, factor, itemsize, per in variables:
         if names != known:
             known, product = names, 1
             for name in names:
-                product *= axes[name]
+                product = product * axes[name]
         if not itemsize:
             out.append(product)
         elif per == 1:
-            out.append(-(-product * factor * itemsize // 512) * 512)
+            out.append((product * factor * itemsize + 511) & -512)
         else:
             out.append(rounded(-(-product * factor // per) * itemsize))
     return out

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from pydantic import BaseModel, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
-from memplan.answer import KINDS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
+from memplan.answer import ANSWERS, KINDS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
 from memplan.spec import PRECISIONS, MethodKind, RunSpec
 
 
@@ -47,7 +47,7 @@ def answer_model() -> type[BaseModel]:
         "bytes": _made(Bytes),
         "band": _of(Band),
         "gpu": _of(Card) | None,
-        "verdict": _made(Verdict, answer=Literal["fits", "tight", "does not fit"] | None),
+        "verdict": _made(Verdict, answer=Literal[(*ANSWERS, None)]),
         "peak": _of(Peak),
         "phases": list[_of(Phase)],
         "categories": categories,
