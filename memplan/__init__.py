@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from memplan.cards import card_names as card_names
     from memplan.cards import find_model as find_model
     from memplan.cards import load_card as load_card
+    from memplan.comparison import Comparison as Comparison
+    from memplan.comparison import compare as compare
     from memplan.errors import MemplanError as MemplanError
     from memplan.estimator import estimate as estimate
     from memplan.gpus import GPU as GPU
@@ -35,6 +37,8 @@ _NAMES = {
     "card_names": "cards",
     "find_model": "cards",
     "load_card": "cards",
+    "Comparison": "comparison",
+    "compare": "comparison",
     "MemplanError": "errors",
     "estimate": "estimator",
     "GPU": "gpus",

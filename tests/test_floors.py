@@ -18,7 +18,7 @@ FLOORS = (
     {"ir"},
     {"catalogue", "engine"},
     {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger"},
-    {"largest", "sweep"},
+    {"largest", "sweep", "comparison"},
     {"report", "cli", "probe"},
     {"__main__"},
 )

@@ -515,6 +515,8 @@ def conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> None:
         "maximum",
         "exclusiveMinimum",
         "exclusiveMaximum",
+        "minItems",
+        "maxItems",
     }
     assert set(schema) <= known, schema
     for part in schema.get("allOf", ()):
@@ -531,6 +533,7 @@ def conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> None:
     assert "minimum" not in schema or value >= schema["minimum"]
     assert "maximum" not in schema or value <= schema["maximum"]
     if isinstance(value, list):
+        assert schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)), value
         for item in value:
             conforms(item, schema.get("items", {}), root)
     if isinstance(value, dict):
@@ -539,7 +542,8 @@ def conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> None:
         if schema.get("additionalProperties") is False:
             assert set(value) <= set(properties), (value, properties)
         for key, item in value.items():
-            conforms(item, properties.get(key, {}), root)
+            others = schema.get("additionalProperties", {})
+            conforms(item, properties.get(key, others if isinstance(others, dict) else {}), root)
     return None
 
 

@@ -1,13 +1,14 @@
-"""The published JSON Schema: of a run, as `--spec` takes it, and of an answer, as `--format json` gives it."""
+"""The published JSON Schema: of a run, as `--spec` takes it, of an answer and of a comparison, as JSON gives them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, Field, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
 from memplan.answer import ANSWERS, KINDS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
+from memplan.comparison import Comparison, Difference
 from memplan.spec import PRECISIONS, MethodKind, RunSpec
 
 
@@ -57,6 +58,32 @@ def answer_model() -> type[BaseModel]:
         "notes": list[str],
     }
     return _model("Estimate", "One run's answer. Every number of bytes is per GPU, of the worst rank.", fields)
+
+
+def comparison_schema() -> dict[str, Any]:
+    """What `memplan compare` holds as JSON: the answers, and the difference of each but the first from the first."""
+    schema = comparison_model().model_json_schema(mode="serialization", schema_generator=_Schema)
+    return {"$schema": DRAFT, **schema}
+
+
+def comparison_model() -> type[BaseModel]:
+    """A model that reads a comparison back from its JSON."""
+    difference = _of(
+        Difference,
+        fields=dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]],
+        bytes=_model("Differences", "Bytes of one answer less those of another.", dict.fromkeys(_COUNTS, int)),
+        categories=_model("CategoryDifferences", "The same of allocated, by kind.", dict.fromkeys(KINDS, int)),
+    )
+    fields = {
+        "schema_version": Literal[1],
+        "memplan_version": str,
+        "answers": list[answer_model()],
+        "differences": list[difference],
+    }
+    return _model("Comparison", Comparison.__doc__ or "", fields)
+
+
+_COUNTS = ("allocated", "reserved", "used", "host")
 
 
 def _of(fact: type[tuple[Any, ...]], **narrower: Any) -> Any:
