@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memplan.spec import RunSpec
 
 LATER = ("plan", "check", "diff", "emit", "serve")  # commands that are not there yet, and no models either
-APART = ("probe", "calibrate")  # commands with a file each, which is imported when one is asked for
+APART = ("compare", "probe", "calibrate")  # commands with a file each, which is imported when one is asked for
 
 # click's error about wrong usage, wherever this typer keeps its click
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -66,7 +66,7 @@ class Memplan(TyperGroup):
         try:
             code = super().main(args, prog_name or "memplan", complete_var, False, windows_expand_args, **extra)
         except UsageError as error:
-            code = _fail(_usage(error), error.exit_code)
+            code = _fail(usage(error), error.exit_code)
         except (typer.Abort, KeyboardInterrupt):
             code = 130
         except OSError as error:  # in writing help or the version: what else is written answers for itself
@@ -126,7 +126,7 @@ def _unwritten(error: OSError) -> str:
     return f"standard output cannot be written ({error.strerror or error})"
 
 
-def _usage(error: Any) -> str:
+def usage(error: Any) -> str:
     """One line for what typer found wrong with the arguments."""
     param, text = getattr(error, "param", None), error.format_message()
     if param is not None and error.__cause__ is not None:
@@ -483,10 +483,10 @@ def _estimate(given: Mapping[str, Any]) -> int:
     from memplan.estimator import estimate
     from memplan.report import render
 
-    format = _format(given)
+    format = format_of(given)
     runs = runs_of(given)
     try:
-        answers = [estimate(run, _profile(run.gpu, given)) for run in runs]
+        answers = [estimate(run, own_profile(run.gpu, given)) for run in runs]
     except FactsMissingError as error:
         if "online" in given:
             raise SpecError(
@@ -499,10 +499,10 @@ def _estimate(given: Mapping[str, Any]) -> int:
 
         to = Screen()
     show(render(format, answers, "explain" in given, to), format, given.get("output"))
-    return _exit_code(answers, "strict" in given)
+    return exit_code(answers, "strict" in given)
 
 
-def _profile(gpu: str | None, given: Mapping[str, Any]) -> "Calibration | None":
+def own_profile(gpu: str | None, given: Mapping[str, Any]) -> "Calibration | None":
     """This machine's own profile of a card, unless there is none or it is not wanted."""
     if gpu is None or given.get("calibration") is False:
         return None
@@ -543,7 +543,8 @@ def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
     return runs
 
 
-def _format(given: Mapping[str, Any]) -> str:
+def format_of(given: Mapping[str, Any]) -> str:
+    """The format that is asked for, or that the output's name says."""
     from memplan.errors import SpecError, UnknownNameError
     from memplan.report import FORMATS
 
@@ -557,7 +558,8 @@ def _format(given: Mapping[str, Any]) -> str:
     return format
 
 
-def _exit_code(answers: "Sequence[Estimate]", strict: bool) -> int:
+def exit_code(answers: "Sequence[Estimate]", strict: bool) -> int:
+    """The command's, of several answers together."""
     if strict and any(answer.unsupported for answer in answers):
         return 4
     refused = ("does not fit", "tight") if strict else ("does not fit",)
@@ -610,23 +612,28 @@ def profiles(text: Annotated[list[str] | None, _PROFILE] = None, json: Annotated
     return answered(listed)
 
 
+_SCHEMAS = ("answer", "run", "comparison")
+
+
 @app.command()
 def schema(
     of: Annotated[
-        str, typer.Argument(help="answer (with the run in it), or run.", autocompletion=_choices("answer", "run"))
+        str,
+        typer.Argument(help="answer (with the run in it), run or comparison.", autocompletion=_choices(*_SCHEMAS)),
     ] = "answer",
 ) -> int:
-    """Print the JSON Schema of an answer, or of a run."""
+    """Print the JSON Schema of an answer, of a run, or of a comparison."""
 
     def printed() -> int:
         import json
 
         from memplan.errors import UnknownNameError
-        from memplan.report.schema import answer_schema, run_schema
+        from memplan.report.schema import answer_schema, comparison_schema, run_schema
 
-        if of not in ("answer", "run"):
-            raise UnknownNameError("schema", of, ("answer", "run"))
-        show(json.dumps(answer_schema() if of == "answer" else run_schema(), indent=2) + "\n", "json")
+        if of not in _SCHEMAS:
+            raise UnknownNameError("schema", of, _SCHEMAS)
+        made = {"answer": answer_schema, "run": run_schema, "comparison": comparison_schema}[of]()
+        show(json.dumps(made, indent=2) + "\n", "json")
         return 0
 
     return answered(printed)

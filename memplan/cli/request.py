@@ -118,6 +118,23 @@ def _leave(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
         leave("precision", [field for field in ("compute", "grads") if spec["precision"].get(field) == weights])
 
 
+def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """One run's options over those that several share. Another method leaves behind what only the shared one has."""
+    left: set[str] = set()
+    if "method" in shared and own.get("method", shared["method"]) != shared["method"]:
+        kept = _OWN.get(own["method"], ())
+        for name, path in {**FIELDS, **WORDS}.items():
+            part, _, field = path.partition(".")
+            if part == "method" and field != "kind" and field.partition(".")[0] not in kept:
+                left.add(name)
+    if own.get("precision") in _DTYPES:
+        left.add("dtype")
+    if "dtype" in own and shared.get("precision") in _DTYPES:
+        left.add("precision")
+    left.update(other for name, other in (("zero", "fsdp"), ("fsdp", "zero")) if name in own)
+    return {**{name: value for name, value in shared.items() if name not in left}, **own}
+
+
 def _put(spec: dict[str, Any], path: str, value: Any) -> None:
     """Set one field, with what lies around it; a word that stood for the whole part is spelled out."""
     part, _, rest = path.partition(".")

@@ -11,7 +11,7 @@ from memplan.report.words import CATEGORIES, PhaseRow, model, notes, peak_phase,
 
 
 def render(answers: Sequence[Estimate], explain: bool = False) -> str:
-    rows = [row for answer in answers for row in (_ledger(answer) if explain else [_row(answer)])]
+    rows = [row for answer in answers for row in (_ledger(answer) if explain else [facts(answer)])]
     out = StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -19,7 +19,8 @@ def render(answers: Sequence[Estimate], explain: bool = False) -> str:
     return out.getvalue()
 
 
-def _row(answer: Estimate) -> dict[str, object]:
+def facts(answer: Estimate) -> dict[str, object]:
+    """One answer, flat."""
     run, phase = answer.run, peak_phase(answer)
     return {
         "model": model(answer),

@@ -15,11 +15,11 @@ def render(answers: Sequence[Estimate], explain: bool = False) -> str:
 def _lines(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
     first = answers[0]
     if len(answers) == 1:
-        yield f"**{_plain(words.verdict(first))}**"
+        yield f"**{plain(words.verdict(first))}**"
         yield ""
-        yield f"The peak is {_plain(words.moment(first))}. {words.headroom(first)} {words.host(first)}".rstrip()
+        yield f"The peak is {plain(words.moment(first))}. {words.headroom(first)} {words.host(first)}".rstrip()
     else:
-        yield from _table(
+        yield from table(
             ("GPU", "answer", "used, GiB", "usable, GiB", "free, GiB", f"{first.band.coverage:.0%} of runs, GiB"),
             [
                 (
@@ -50,11 +50,11 @@ def _lines(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
             yield from _ledger(answer)
     yield from _advice(answers)
     yield ""
-    yield from _table(("assumed", ""), words.assumptions(first), "ll")
+    yield from table(("assumed", ""), words.assumptions(first), "ll")
     notes = words.notes(answers)
     if notes:
         yield ""
-        yield from (f"- {_plain(note)}" for note in notes)
+        yield from (f"- {plain(note)}" for note in notes)
 
 
 def _advice(answers: Sequence[Estimate]) -> Iterator[str]:
@@ -64,23 +64,23 @@ def _advice(answers: Sequence[Estimate]) -> Iterator[str]:
         line = help_line(answer)
         if line:
             yield ""
-            yield _plain(f"{answer.run.gpu}: {line}" if len(answers) > 1 else line)
+            yield plain(f"{answer.run.gpu}: {line}" if len(answers) > 1 else line)
         for title, by_size in cards(answer):
             yield ""
-            yield _plain(f"{title}:" if by_size else title)
+            yield plain(f"{title}:" if by_size else title)
             yield ""
-            yield from (f"- {size}: {_plain(', '.join(names))}" for size, names in by_size.items())
+            yield from (f"- {size}: {plain(', '.join(names))}" for size, names in by_size.items())
 
 
 def _categories(answer: Estimate) -> Iterator[str]:
     used = answer.bytes.used
     rows = [(p.label, words.hundredths(p.bytes), words.share(p.bytes, used), p.largest) for p in words.parts(answer)]
     rows.append(("**used**", f"**{words.hundredths(used)}**", "**100.0%**", "as nvidia-smi shows it"))
-    return _table(("at the peak", "GiB", "share", "largest"), rows, "lrrl")
+    return table(("at the peak", "GiB", "share", "largest"), rows, "lrrl")
 
 
 def _phases(answer: Estimate) -> Iterator[str]:
-    return _table(("phase", "step 1, GiB", "later, GiB", "largest at"), words.phase_cells(answer), "lrrl")
+    return table(("phase", "step 1, GiB", "later, GiB", "largest at"), words.phase_cells(answer), "lrrl")
 
 
 def _ledger(answer: Estimate) -> Iterator[str]:
@@ -94,17 +94,17 @@ def _ledger(answer: Estimate) -> Iterator[str]:
     total = f"**{sum(x.bytes for x in answer.ledger):,}**"
     rows.append((total, "", "**allocated**", "", "", "", "", "", "", ""))
     titles = ("bytes", "n", "tensor", "kind", "where", "shape", "dtype", "why", "source", "basis")
-    return _table(titles, rows, "rrllllllll")
+    return table(titles, rows, "rrllllllll")
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Iterator[str]:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Iterator[str]:
     yield f"| {' | '.join(titles)} |"
     yield "|" + "|".join("---:" if side == "r" else "---" for side in align.replace(" ", "")) + "|"
     for row in rows:
-        yield f"| {' | '.join(map(_plain, row))} |"
+        yield f"| {' | '.join(map(plain, row))} |"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that ends no cell and starts no emphasis by accident."""
     for sign in "\\`[|_":
         text = text.replace(sign, f"\\{sign}")

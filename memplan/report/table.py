@@ -9,7 +9,7 @@ from memplan.report import words
 from memplan.report.bar import MARKS, bar, mark
 from memplan.report.text import Column, Screen, hanging, paragraph, screen, table
 
-_COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None) -> str:
@@ -20,7 +20,7 @@ def render(answers: Sequence[Estimate], explain: bool = False, to: Screen | None
 
 
 def _answer(answer: Estimate, explain: bool, to: Screen) -> Iterator[str]:
-    style = f"bold {_COLOURS.get(answer.verdict.answer or '', '')}".strip()
+    style = f"bold {COLOURS.get(answer.verdict.answer or '', '')}".strip()
     yield from (to.paint(line, style) for line in paragraph(words.verdict(answer), to, "  "))
     yield ""
     yield from bar(answer, to)
@@ -90,7 +90,7 @@ def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen) -> Itera
         )
         for answer in answers
     ]
-    yield from table(columns, rows, to, [f"|{_COLOURS[row[1]]}||||" for row in rows])
+    yield from table(columns, rows, to, [f"|{COLOURS[row[1]]}||||" for row in rows])
     yield ""
     yield from _moments(answers, to)
     yield from paragraph(words.host(answers[0]), to)
