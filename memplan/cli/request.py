@@ -120,10 +120,12 @@ def _leave(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """One run's options over those that several share. Another method leaves behind what only the shared one has."""
-    left: set[str] = set()
+    paths = {**FIELDS, **WORDS}
+    said = {paths[name] for name in own if name in paths}
+    left = {name for name in shared if paths.get(name) in said}
     if "method" in shared and own.get("method", shared["method"]) != shared["method"]:
         kept = _OWN.get(own["method"], ())
-        for name, path in {**FIELDS, **WORDS}.items():
+        for name, path in paths.items():
             part, _, field = path.partition(".")
             if part == "method" and field != "kind" and field.partition(".")[0] not in kept:
                 left.add(name)
@@ -131,7 +133,6 @@ def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         left.add("dtype")
     if "dtype" in own and shared.get("precision") in _DTYPES:
         left.add("precision")
-    left.update(other for name, other in (("zero", "fsdp"), ("fsdp", "zero")) if name in own)
     return {**{name: value for name, value in shared.items() if name not in left}, **own}
 
 

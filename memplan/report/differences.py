@@ -45,7 +45,7 @@ def headings(answers: Sequence[Estimate]) -> list[Heading]:
     paths = dict.fromkeys(path for leaves in asked for path in leaves)
     found = [
         Heading(_title(path), cells)
-        for path in ("model", *sorted(paths.keys() - {"model"}, key=_rank))
+        for path in sorted(paths, key=_rank)
         if _differs(path, asked, answers) and _differs(path, decided, answers)
         for cells in [tuple(_cell(path, *both) for both in zip(answers, decided, strict=True))]
         if len(set(cells)) > 1
@@ -57,6 +57,7 @@ def headings(answers: Sequence[Estimate]) -> list[Heading]:
 
 
 def _rank(path: str) -> int:
+    """What is usually compared comes first, the rest in the order of a run's fields."""
     known = list(_TITLES)
     return known.index(path) if path in known else len(known)
 
