@@ -105,6 +105,11 @@ OPTIONS = {
     "--precision amp --dtype fp32": ("precision.compute", "bf16"),
     "--precision mixed": ("precision.master", "fp32"),
     "--optimizer sgd": ("optimizer.name", "sgd"),
+    "--optimizer adamw_torch --no-foreach": ("optimizer.foreach", False),
+    "--in-backward": ("optimizer.in_backward", True),
+    "--checkpointing none": ("kernels.checkpointing", "none"),
+    "--checkpointing full --gradient-checkpointing": ("kernels.checkpointing", "full"),
+    "--reentrant": ("kernels.reentrant", True),
     "--attention eager": ("kernels.attention", "eager"),
     "--loss chunked": ("kernels.loss", "chunked"),
     "--no-gradient-checkpointing": ("kernels.checkpointing", "none"),
@@ -170,6 +175,20 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
     assert fields["parallelism"] == expected
     run = RunSpec.model_validate(fields).parallelism
     assert run.world == run.dp * run.tp * run.pp * run.cp or "gpus" not in typed
+
+
+@pytest.mark.parametrize(
+    "options", ["--gradient-checkpointing --checkpointing none", "--no-gradient-checkpointing --checkpointing full"]
+)
+def test_checkpointing_is_not_both_on_and_off(memplan_: Memplan, options: str) -> None:
+    fails(memplan_("qwen2-7b", *options.split()), 2, "kernels.checkpointing", "exclude each other")
+
+
+def test_what_a_file_offloads_can_be_taken_back() -> None:
+    spec = {"model": "qwen2-7b", "parallelism": {"offload": {"parameters": True, "optimizer": True}}}
+    assert spec_of({"offload": "none"}, spec)["parallelism"]["offload"] == {}
+    assert spec_of({"offload": "none,activations"}, spec)["parallelism"]["offload"] == {"activations": True}
+    assert spec["parallelism"] == {"offload": {"parameters": True, "optimizer": True}}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ FLOORS = (
     {"catalogue", "engine"},
     {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger"},
     {"largest", "sweep", "comparison"},
+    {"frameworks"},
     {"report", "cli", "probe"},
     {"__main__"},
 )

@@ -292,6 +292,14 @@ def estimate(
             of=TRAINING,
         ),
     ] = None,
+    checkpointing: Annotated[
+        str | None,
+        option(
+            "The same as a word: none, full, or offload, with the layers' inputs in host memory. Default full.",
+            of=TRAINING,
+            complete=_choices("none", "full", "offload"),
+        ),
+    ] = None,
     trainable_layers: Annotated[
         int | None, option("Layers at the end that --method freeze trains. Default 2.", of=TRAINING)
     ] = None,
@@ -373,6 +381,23 @@ def estimate(
             complete=_complete_optimizer,
         ),
     ] = None,
+    foreach: Annotated[
+        bool | None,
+        option(
+            "torch's optimizers step with lists of all parameters, not one at a time. Default on where torch has both.",
+            "--foreach/--no-foreach",
+            of=DTYPES,
+        ),
+    ] = None,
+    in_backward: Annotated[
+        bool | None,
+        option(
+            "Each parameter is stepped in backward, as its gradient comes. Nothing is clipped, and --grad-accum is 1. "
+            "Default off.",
+            "--in-backward/--no-in-backward",
+            of=DTYPES,
+        ),
+    ] = None,
     attention: Annotated[
         str | None,
         option(
@@ -396,6 +421,14 @@ def estimate(
             "Fused kernels, with commas between: rope, rms_norm, swiglu, cross_entropy, lora. Default none.",
             of=KERNELS,
             complete=_choices("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
+        ),
+    ] = None,
+    reentrant: Annotated[
+        bool | None,
+        option(
+            "torch's reentrant kind of checkpointing. Default as the profile has it.",
+            "--reentrant/--no-reentrant",
+            of=KERNELS,
         ),
     ] = None,
     profile: Annotated[
@@ -428,7 +461,11 @@ def estimate(
     ep: Annotated[int | None, option("Expert-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     offload: Annotated[
         str | None,
-        option("What the host keeps: parameters, optimizer, activations, with commas. Default none.", of=SEVERAL),
+        option(
+            "What the host keeps: parameters, optimizer, activations, with commas; none takes back what a file says. "
+            "Default none.",
+            of=SEVERAL,
+        ),
     ] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)

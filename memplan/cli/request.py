@@ -23,7 +23,10 @@ FIELDS = {
     "quant_format": "method.quantization.format",
     "double_quant": "method.quantization.double_quant",
     "optimizer": "optimizer.name",
+    "foreach": "optimizer.foreach",
+    "in_backward": "optimizer.in_backward",
     "attention": "kernels.attention",
+    "reentrant": "kernels.reentrant",
     "loss": "kernels.loss",
     "hold_outputs": "loop.hold_outputs",
     "padded": "loop.padded",
@@ -45,6 +48,7 @@ WORDS = {
     "dtype": "precision.weights",
     "precision": "precision",
     "gradient_checkpointing": "kernels.checkpointing",
+    "checkpointing": "kernels.checkpointing",
     "fused": "kernels.fused",
     "zero": "parallelism.strategy",
     "fsdp": "parallelism.strategy",
@@ -172,16 +176,31 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     if "kbit_preparation" in given:
         word = given["kbit_preparation"].lower()
         yield "method.quantization.kbit_preparation", {"true": True, "false": False}.get(word, word)
-    if "gradient_checkpointing" in given:
-        yield "kernels.checkpointing", "full" if given["gradient_checkpointing"] else "none"
+    if "checkpointing" in given or "gradient_checkpointing" in given:
+        yield "kernels.checkpointing", _checkpointing(given.get("checkpointing"), given.get("gradient_checkpointing"))
     if "precision" in given:
         yield "precision", _precision(given["precision"], given.get("dtype"))
     elif "dtype" in given:
         yield "precision.weights", given["dtype"]
     for word in _listed(given.get("offload", "")):
+        if word == "none":  # takes back what a file says
+            yield "parallelism.offload", {}
+            continue
         if word not in ("parameters", "optimizer", "activations"):
-            raise UnknownNameError("parallelism.offload", word, ("parameters", "optimizer", "activations"))
+            raise UnknownNameError("parallelism.offload", word, ("parameters", "optimizer", "activations", "none"))
         yield f"parallelism.offload.{word}", True
+
+
+def _checkpointing(word: str | None, on: bool | None) -> str:
+    """`--checkpointing`'s word, which `--gradient-checkpointing` and `--no-gradient-checkpointing` may repeat."""
+    if word is None:
+        return "full" if on else "none"
+    if on is not None and on == (word == "none"):
+        flag = "--gradient-checkpointing" if on else "--no-gradient-checkpointing"
+        raise SpecError(
+            f"kernels.checkpointing: {flag} and --checkpointing {word} exclude each other", "kernels.checkpointing"
+        )
+    return word
 
 
 def _listed(text: str) -> list[str]:

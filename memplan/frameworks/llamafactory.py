@@ -1,0 +1,139 @@
+"""LLaMA-Factory's keys."""
+
+from __future__ import annotations
+
+from memplan.frameworks import words
+from memplan.frameworks.table import Framework, Key, Remark, Value, is_
+from memplan.frameworks.words import FORMAT, HOST, KIND, PARALLEL, PRECISION, of_4_bits, of_adapters
+from memplan.spec import RunSpec
+
+_LIGER = {"rope", "rms_norm", "swiglu"}  # with the fused loss, all at once
+
+
+def _trains_in(run: RunSpec) -> str:
+    """The dtype of what trains: adapters are cast to fp32 unless the run says otherwise."""
+    return (run.method.adapter_dtype or "fp32") if words.adapted(run) else run.precision.weights
+
+
+def _pure(run: RunSpec) -> bool:
+    return not run.precision.autocast and words.computes(run) == "bf16" and _trains_in(run) == "bf16"
+
+
+def _casts(run: RunSpec) -> bool:
+    return words.computes(run) == "bf16" and not _pure(run)
+
+
+def _computes_in_fp16(run: RunSpec) -> bool:
+    return words.computes(run) == "fp16"
+
+
+def _kind(run: RunSpec) -> str:
+    return "lora" if words.adapted(run) else run.method.kind
+
+
+def _saved(run: RunSpec) -> Value:
+    return ",".join(run.method.modules_to_save) or None
+
+
+def _attention(run: RunSpec) -> str:
+    return {"eager": "disabled", "flash_attention_2": "fa2"}.get(run.kernels.attention, "sdpa")
+
+
+def _norms(run: RunSpec) -> str:
+    return "LLaMA-Factory casts nothing of a quantised model but norms, under upcast_layernorm"
+
+
+def _lora_kernels(run: RunSpec) -> str:
+    return "fused LoRA kernels are Unsloth's, under use_unsloth" if "lora" in (run.kernels.fused or ()) else ""
+
+
+def _targets(run: RunSpec) -> Value:
+    return "all" if run.method.targets == "all-linear" else ",".join(run.method.targets)
+
+
+def _frozen(run: RunSpec) -> Value:
+    return run.method.trainable_layers if run.method.kind == "freeze" else None
+
+
+def _disabled(run: RunSpec) -> Value:
+    on = words.checkpoints(run)
+    return None if on is None else not on
+
+
+def _launch(run: RunSpec) -> Value:
+    world, version = run.parallelism.world, words.fsdp(run)
+    if version is not None:
+        offload = str(run.parallelism.offload.parameters).lower()
+        return (
+            f"accelerate launch --num_processes {world} --use_fsdp --fsdp_version {version} "
+            f"--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_offload_params {offload} src/train.py run.yaml"
+        )
+    several = f"FORCE_TORCHRUN=1 NPROC_PER_NODE={world} " if world > 1 else ""
+    return f"{several}llamafactory-cli train run.yaml"
+
+
+def _cast(run: RunSpec) -> str:
+    p = run.precision
+    if p.weights == "fp16" and not p.autocast and _trains_in(run) == "fp16":
+        return "LLaMA-Factory has no pure fp16: what trains is cast to fp32"
+    if _pure(run) and words.stage(run) == 3:
+        return "pure_bf16 is refused beside DeepSpeed's stage 3"
+    if p.weights == "fp32" and words.adapted(run):
+        return "what is frozen is loaded in the checkpoint's own dtype"
+    return ""
+
+
+def _all_at_once(run: RunSpec) -> str:
+    if run.kernels.loss == "chunked":
+        return "LLaMA-Factory has no chunked loss"
+    on = set(run.kernels.fused or ()) - {"lora"}
+    if not words.liger(run) or (on == _LIGER and run.kernels.loss == "fused"):
+        return ""
+    return "enable_liger_kernel turns on RoPE, RMSNorm, SwiGLU and the fused loss together"
+
+
+LLAMAFACTORY = Framework(
+    "llamafactory",
+    "LLaMA-Factory",
+    "llamafactory 0.9.5 hparams/model_args.py, finetuning_args.py, data_args.py, model/adapter.py, "
+    "model/model_utils/quantization.py, attention.py, launcher.py",
+    (
+        Key("model_name_or_path", ("model",), words.model),
+        Key("bf16", PRECISION, _casts),
+        Key("pure_bf16", (*PRECISION, "method.adapter_dtype"), _pure),
+        Key("fp16", (*PRECISION, "loop.grad_scaler"), _computes_in_fp16),
+        Key("finetuning_type", (KIND,), _kind),
+        Key("freeze_trainable_layers", (KIND, "method.trainable_layers"), _frozen),
+        Key("quantization_bit", (KIND, FORMAT), words.bits),
+        Key("quantization_type", (FORMAT,), of_4_bits("format")),
+        Key("double_quantization", ("method.quantization.double_quant",), of_4_bits("double_quant")),
+        Key("lora_rank", ("method.rank",), words.RANK),
+        Key("lora_alpha", ("method.alpha",), of_adapters(words.alpha)),
+        Key("lora_dropout", ("method.dropout",), words.DROPOUT),
+        Key("lora_target", ("method.targets",), of_adapters(_targets)),
+        Key("additional_target", ("method.modules_to_save",), of_adapters(_saved)),
+        Key("use_dora", (KIND,), words.dora),
+        Key("use_rslora", ("method.options",), of_adapters(words.rslora)),
+        Key("per_device_train_batch_size", ("batch.micro",)),
+        Key("gradient_accumulation_steps", ("batch.accumulation",)),
+        Key("cutoff_len", ("batch.sequence",)),
+        Key("disable_gradient_checkpointing", ("kernels.checkpointing",), _disabled),
+        Key("use_unsloth_gc", ("kernels.checkpointing",), is_("kernels.checkpointing", "offload")),
+        Key("use_reentrant_gc", ("kernels.reentrant",)),
+        Key("flash_attn", ("kernels.attention",), _attention),
+        words.SDPA,
+        Key("enable_liger_kernel", ("kernels.loss", "kernels.fused"), words.liger),
+        Key("optim", ("optimizer.name",), words.optimizer),
+        Key("use_muon", ("optimizer.name",), is_("optimizer.name", "muon")),
+        *words.TRAINER_KEYS,
+        Key("train", (*PARALLEL, *HOST), _launch, "shell"),
+        words.SEGMENTS,
+    ),
+    (
+        *words.REMARKS,
+        Remark((*PRECISION[::2], "parallelism.strategy"), _cast),
+        Remark(("kernels.loss", "kernels.fused"), _all_at_once),
+        Remark(("method.quantization.kbit_preparation",), _norms),
+        Remark(("kernels.fused",), _lora_kernels),
+    ),
+)

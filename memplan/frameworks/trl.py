@@ -1,0 +1,153 @@
+"""TRL's keys, as `trl sft --config` takes them; most are transformers' TrainingArguments'."""
+
+from __future__ import annotations
+
+from memplan.frameworks import words
+from memplan.frameworks.table import Framework, Key, Remark, Value
+from memplan.frameworks.words import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, of_4_bits, of_adapters
+from memplan.spec import RunSpec
+
+
+def _dtype(run: RunSpec) -> Value:
+    return DTYPES[run.precision.weights]
+
+
+def _momentum(run: RunSpec) -> Value:
+    return f"momentum={run.optimizer.momentum}" if run.optimizer.momentum else None
+
+
+def _sharded(run: RunSpec) -> Value:
+    return words.fsdp(run) is not None
+
+
+def _checkpointing(run: RunSpec) -> Value:
+    kernels = run.kernels
+    kwargs: dict[str, Value] = {} if kernels.reentrant is None else {"use_reentrant": kernels.reentrant}
+    if kernels.checkpointing == "offload":
+        kwargs["offload"] = True
+    if kernels.checkpointing == "selective":
+        kwargs["selective"] = True
+    return kwargs if kwargs and words.checkpoints(run) is not False else None
+
+
+def _liger(run: RunSpec) -> Value:
+    """Which of Liger's kernels. The loss is on by default, and TRL 1.16 refuses to hear it named."""
+    if not words.liger(run):
+        return None
+    fused = run.kernels.fused or ()
+    kinds: dict[str, Value] = {name: name in fused for name in ("rope", "rms_norm", "swiglu")}
+    if run.kernels.loss != "fused":
+        kinds |= {"fused_linear_cross_entropy": False, "cross_entropy": "cross_entropy" in fused}
+    return kinds
+
+
+def _fsdp(run: RunSpec) -> Value:
+    version = words.fsdp(run)
+    if version is None:
+        return None
+    offload = run.parallelism.offload.parameters
+    return {"version": version, "reshard_after_forward": True if version == 2 else "full_shard", "cpu_offload": offload}
+
+
+def _skip(run: RunSpec) -> Value:
+    q = run.method.quantization
+    return None if q is None or q.skip is None else f"BitsAndBytesConfig(..., llm_int8_skip_modules={list(q.skip)})"
+
+
+def _preparation(run: RunSpec) -> Value:
+    q = run.method.quantization
+    prepared = q is not None and q.kbit_preparation is True
+    return "model = peft.prepare_model_for_kbit_training(model)" if prepared else None
+
+
+def _not_prepared(run: RunSpec) -> str:
+    q = run.method.quantization
+    if q is None or q.kbit_preparation in (None, True):
+        return ""
+    if q.kbit_preparation == "trl":
+        return "SFTTrainer prepares a quantised model so by itself up to TRL 0.24"
+    return "hand the model over without prepare_model_for_kbit_training"
+
+
+def _adapter_dtype(run: RunSpec) -> Value:
+    if not words.adapted(run) or run.method.adapter_dtype in (None, "fp32"):
+        return None
+    return "get_peft_model(model, config, autocast_adapter_dtype=False)"
+
+
+def _freeze(run: RunSpec) -> Value:
+    if run.method.kind != "freeze":
+        return None
+    last = f"model.model.layers[-{run.method.trainable_layers}:]"
+    return f"model.requires_grad_(False); {last}.requires_grad_(True)"
+
+
+def _loss(run: RunSpec) -> str:
+    return {
+        "fused": "SFTTrainer of TRL 1.16 never makes whole logits and needs no key for that; Trainer and older TRL do",
+        "chunked": "SFTTrainer of TRL 1.16 takes its loss in chunks without a key; Trainer and older TRL have none",
+        "hf": "whole logits are the Trainer's and older TRL's: SFTTrainer of TRL 1.16 never makes them",
+    }.get(str(run.kernels.loss), "")
+
+
+def _deprecated(run: RunSpec) -> str:
+    return "transformers deprecates FSDP 1" if words.fsdp(run) == 1 else ""
+
+
+def _lora_kernels(run: RunSpec) -> str:
+    return "fused LoRA kernels are Unsloth's" if "lora" in (run.kernels.fused or ()) else ""
+
+
+TRL = Framework(
+    "trl",
+    "Hugging Face / TRL",
+    "trl 1.16.0 trainer/sft_config.py, trainer/model_config.py, scripts/sft.py; transformers 5.24.0 training_args.py; "
+    "peft 0.21.2",
+    (
+        Key("model_name_or_path", ("model",), words.model),
+        Key("dtype", ("precision.weights",), _dtype),
+        Key("bf16", PRECISION, words.casts_to("bf16")),
+        Key("fp16", (*PRECISION, "loop.grad_scaler"), words.casts_to("fp16")),
+        Key("load_in_4bit", (KIND, FORMAT), words.quantised_to(4)),
+        Key("load_in_8bit", (KIND, FORMAT), words.quantised_to(8)),
+        Key("bnb_4bit_quant_type", (FORMAT,), of_4_bits("format")),
+        Key("use_bnb_nested_quant", ("method.quantization.double_quant",), of_4_bits("double_quant")),
+        Key("bnb_4bit_quant_storage", ("method.quantization.storage",), words.storage),
+        Key("llm_int8_skip_modules", ("method.quantization.skip",), _skip, "Python"),
+        Key("prepare_model_for_kbit_training", ("method.quantization.kbit_preparation",), _preparation, "Python"),
+        Key("use_peft", (KIND,), words.adapted),
+        Key("lora_r", ("method.rank",), words.RANK),
+        Key("lora_alpha", ("method.alpha",), of_adapters(words.alpha)),
+        Key("lora_dropout", ("method.dropout",), words.DROPOUT),
+        Key("lora_target_modules", ("method.targets",), words.TARGETS),
+        Key("lora_modules_to_save", ("method.modules_to_save",), of_adapters(words.saved)),
+        Key("use_dora", (KIND,), words.dora),
+        Key("use_rslora", ("method.options",), of_adapters(words.rslora)),
+        Key("autocast_adapter_dtype", ("method.adapter_dtype",), _adapter_dtype, "Python"),
+        Key("requires_grad_", (KIND, "method.trainable_layers"), _freeze, "Python"),
+        Key("per_device_train_batch_size", ("batch.micro",)),
+        Key("gradient_accumulation_steps", ("batch.accumulation",)),
+        Key("max_length", ("batch.sequence",)),
+        Key("gradient_checkpointing", ("kernels.checkpointing",), words.checkpoints),
+        Key("gradient_checkpointing_kwargs", ("kernels.checkpointing", "kernels.reentrant"), _checkpointing),
+        Key("activation_offloading", ("parallelism.offload.activations",)),
+        Key("attn_implementation", ("kernels.attention",), words.attention),
+        words.SDPA,
+        Key("use_liger_kernel", ("kernels.loss", "kernels.fused"), words.liger),
+        Key("liger_kernel_config", ("kernels.loss", "kernels.fused"), _liger),
+        Key("optim", ("optimizer.name",), words.optimizer),
+        Key("optim_args", ("optimizer.momentum",), _momentum),
+        *words.TRAINER_KEYS,
+        Key("fsdp", PARALLEL, _sharded),
+        Key("fsdp_config", (*PARALLEL, *HOST), _fsdp),
+        Key("num_processes", PARALLEL),
+        words.SEGMENTS,
+    ),
+    (
+        *words.REMARKS,
+        Remark(("kernels.loss",), _loss),
+        Remark(("method.quantization.kbit_preparation",), _not_prepared),
+        Remark(("parallelism.strategy",), _deprecated),
+        Remark(("kernels.fused",), _lora_kernels),
+    ),
+)
