@@ -228,12 +228,23 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fused kernels": ({}, {"kernels": {"fused": ["rope", "swiglu"]}}),
     "pure bf16": ({"precision": "amp"}, {}),
     "amp": ({}, {"precision": "amp"}),
+    "mixed": ({}, {"precision": "mixed"}),
     "fp16": ({"precision": "amp"}, {"precision": {"weights": "fp32", "compute": "fp16", "autocast": True}}),
     "8-bit states": ({}, {"optimizer": "paged_adamw_8bit"}),
     "segments": ({}, {"loop": {"expandable_segments": True}}),
     "ZeRO": ({}, {"parallelism": {"world": 8, "dp": 8, "strategy": "zero2", "offload": {"optimizer": True}}}),
     "FSDP": ({}, {"parallelism": {"world": 8, "dp": 8, "strategy": "fsdp2"}}),
     "model": ({}, {"model": "llama-3.1-8b"}),
+    "Muon": ({"optimizer": "adamw_torch"}, {"optimizer": "muon"}),
+    "clipping": ({}, {"loop": {"clip_grad_norm": None}}),
+    "efficient": ({}, {"kernels": {"attention": "sdpa_efficient"}}),
+    "freeze": ({}, {"method": {"kind": "freeze", "trainable_layers": 3}}),
+    "preparation": (
+        {"method": "qlora"},
+        {"method": {"kind": "qlora", "quantization": {"kbit_preparation": True, "skip": ["lm_head"]}}},
+    ),
+    "adapters in bf16": ({"method": "lora"}, {"method": {"kind": "lora", "adapter_dtype": "bf16"}}),
+    "all activations": ({}, {"parallelism": {"offload": {"activations": True}}}),
 }
 _DEEPSPEED = (
     "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}, bf16: {enabled: auto}, "
@@ -242,6 +253,9 @@ _DEEPSPEED = (
 )
 _EXPORT = "# shell: export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 _TORCHRUN = "# shell: axolotl train run.yaml --launcher torchrun -- --nproc_per_node=8"
+_EFFICIENT = (
+    "# Python: with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION): trainer.train()"
+)
 _LIGER = "plugins: [axolotl.integrations.liger.LigerPlugin]"
 GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "qlora": (
@@ -338,6 +352,7 @@ GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "pure bf16": (("dtype: bfloat16", "bf16: false"), ("bf16: true",), ("bf16: false", "pure_bf16: true")),
     "amp": (("dtype: float32", "bf16: true"), ("bf16: false",), ("bf16: true", "pure_bf16: false")),
+    "mixed": (("bf16: true",), (), ("bf16: true", "pure_bf16: false")),
     "fp16": (("bf16: false", "fp16: true"), (), ("bf16: false", "fp16: true")),
     "8-bit states": (("optim: paged_adamw_8bit",), ("optimizer: paged_adamw_8bit",), ("optim: paged_adamw_8bit",)),
     "segments": ((_EXPORT,), ("# shell: unset PYTORCH_ALLOC_CONF",), (_EXPORT,)),
@@ -363,6 +378,28 @@ GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
             "TRANSFORMER_BASED_WRAP --fsdp_offload_params false src/train.py run.yaml",
         ),
     ),
+    "Muon": (("# remove: optim",), ("optimizer: muon",), ("use_muon: true", "# remove: optim")),
+    "clipping": (("max_grad_norm: 0.0",), ("max_grad_norm: 0.0",), ("max_grad_norm: 0.0",)),
+    "efficient": ((_EFFICIENT,), (_EFFICIENT,), (_EFFICIENT,)),
+    "freeze": (
+        ("# Python: model.requires_grad_(False); model.model.layers[-3:].requires_grad_(True)",),
+        (),
+        ("finetuning_type: freeze", "freeze_trainable_layers: 3"),
+    ),
+    "preparation": (
+        (
+            "# Python: BitsAndBytesConfig(..., llm_int8_skip_modules=['lm_head'])",
+            "# Python: model = peft.prepare_model_for_kbit_training(model)",
+        ),
+        ("bnb_config_kwargs: {llm_int8_skip_modules: [lm_head]}",),
+        (),
+    ),
+    "adapters in bf16": (
+        ("# Python: get_peft_model(model, config, autocast_adapter_dtype=False)",),
+        ("peft_autocast_adapter_dtype: false",),
+        ("bf16: false", "pure_bf16: true"),
+    ),
+    "all activations": (("activation_offloading: true",), ("activation_offloading: true",), ()),
     "model": (
         ("model_name_or_path: meta-llama/Llama-3.1-8B",),
         ("base_model: meta-llama/Llama-3.1-8B",),
@@ -388,6 +425,8 @@ NOTES: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "profile": ({"profile": "trl-0.24"}, ("trl-0.24 is a version of the framework",) * 3),
     "masters": ({"precision": "mixed"}, ("fp32 masters beside bf16 weights are DeepSpeed's",) * 3),
     "GaLore": ({"optimizer": "galore_adamw"}, ("optim_target_modules",) * 3),
+    "no optimizer": ({"optimizer": "none"}, ("no key trains without an optimizer",) * 3),
+    "Muon": ({"optimizer": "muon"}, ("transformers has no muon", "", "")),
     "GPTQ": ({"method": {"kind": "qlora", "quantization": {"format": "gptq-int4"}}}, ("gptq-int4 is the check",) * 3),
     "amp": ({"precision": "amp"}, ("", "fp32 weights under autocast have no key", "")),
     "fused": (

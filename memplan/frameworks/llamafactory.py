@@ -16,7 +16,9 @@ def _trains_in(run: RunSpec) -> str:
 
 
 def _pure(run: RunSpec) -> bool:
-    return not run.precision.autocast and words.computes(run) == "bf16" and _trains_in(run) == "bf16"
+    p = run.precision
+    mixed = p.autocast or p.master is not None
+    return not mixed and words.computes(run) == "bf16" and _trains_in(run) == "bf16"
 
 
 def _casts(run: RunSpec) -> bool:

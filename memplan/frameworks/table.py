@@ -60,8 +60,8 @@ class Lines(NamedTuple):
 
 def read_off(framework: Framework, asked: RunSpec, changed: RunSpec) -> Lines:
     """What turns `asked` into `changed` in the framework's words. Every field that differs has a line or is noted."""
-    differ = frozenset(differing(asked, changed))
     unsaid = dict.fromkeys(differing(asked, changed))
+    differ = frozenset(unsaid)
     written: list[str] = []
     removed: list[str] = []
     notes: list[str] = []

@@ -94,6 +94,10 @@ def _deprecated(run: RunSpec) -> str:
     return "transformers deprecates FSDP 1" if words.fsdp(run) == 1 else ""
 
 
+def _muon(run: RunSpec) -> str:
+    return "transformers has no muon: hand torch.optim.Muon over as optimizers" if run.optimizer.name == "muon" else ""
+
+
 def _lora_kernels(run: RunSpec) -> str:
     return "fused LoRA kernels are Unsloth's" if "lora" in (run.kernels.fused or ()) else ""
 
@@ -149,5 +153,6 @@ TRL = Framework(
         Remark(("method.quantization.kbit_preparation",), _not_prepared),
         Remark(("parallelism.strategy",), _deprecated),
         Remark(("kernels.fused",), _lora_kernels),
+        Remark(("optimizer.name",), _muon),
     ),
 )

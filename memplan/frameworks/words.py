@@ -88,8 +88,8 @@ def storage(run: RunSpec) -> Value:
 
 
 def casts_to(dtype: str) -> Callable[[RunSpec], bool]:
-    """Whether autocast computes in the dtype."""
-    return lambda run: run.precision.autocast and computes(run) == dtype
+    """Whether mixed precision computes in the dtype: autocast does, or DeepSpeed, which keeps fp32 masters."""
+    return lambda run: (run.precision.autocast or run.precision.master is not None) and computes(run) == dtype
 
 
 def checkpoints(run: RunSpec) -> bool | None:
@@ -212,6 +212,10 @@ def _ready_quantised(run: RunSpec) -> str:
     return f"{q.format} is the checkpoint's own: name a model that was published so"
 
 
+def _untrained(run: RunSpec) -> str:
+    return "no key trains without an optimizer" if run.optimizer.name == "none" else ""
+
+
 def _others_alone(run: RunSpec) -> str:
     """Kernels that are one tool's own."""
     if run.kernels.loss == "chunked_lm_head":
@@ -238,6 +242,7 @@ REMARKS = (
     Remark(("optimizer.in_backward",), _in_backward),
     Remark(("optimizer.foreach",), _foreach),
     Remark(("optimizer.name",), _layers),
+    Remark(("optimizer.name",), _untrained),
     Remark(("precision.master", "precision.grads"), _master),
     Remark(("kernels.loss",), _others_alone),
     Remark((FORMAT,), _ready_quantised),
