@@ -178,6 +178,18 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
 
 
 @pytest.mark.parametrize(
+    "options", ["--gpus 2", "--tp 2", "--zero 2 --gpus 2", "--offload optimizer", "--ep 2 --gpus 2"]
+)
+def test_what_is_not_supported_yet_says_so(memplan_: Memplan, options: str) -> None:
+    fails(memplan_("qwen2-7b", *options.split()), 2, "parallelism", "not supported yet")
+
+
+@pytest.mark.parametrize("method", ["generate", "forward"])
+def test_inference_is_a_task(memplan_: Memplan, method: str) -> None:
+    assert spec_of({"model": "qwen2-7b", "method": method}) == {"model": "qwen2-7b", "task": method}
+
+
+@pytest.mark.parametrize(
     "options", ["--gradient-checkpointing --checkpointing none", "--no-gradient-checkpointing --checkpointing full"]
 )
 def test_checkpointing_is_not_both_on_and_off(memplan_: Memplan, options: str) -> None:
@@ -189,18 +201,6 @@ def test_what_a_file_offloads_can_be_taken_back() -> None:
     assert spec_of({"offload": "none"}, spec)["parallelism"]["offload"] == {}
     assert spec_of({"offload": "none,activations"}, spec)["parallelism"]["offload"] == {"activations": True}
     assert spec["parallelism"] == {"offload": {"parameters": True, "optimizer": True}}
-
-
-@pytest.mark.parametrize(
-    "options", ["--gpus 2", "--tp 2", "--zero 2 --gpus 2", "--offload optimizer", "--ep 2 --gpus 2"]
-)
-def test_what_is_not_supported_yet_says_so(memplan_: Memplan, options: str) -> None:
-    fails(memplan_("qwen2-7b", *options.split()), 2, "parallelism", "not supported yet")
-
-
-@pytest.mark.parametrize("method", ["generate", "forward"])
-def test_inference_is_a_task(memplan_: Memplan, method: str) -> None:
-    assert spec_of({"model": "qwen2-7b", "method": method}) == {"model": "qwen2-7b", "task": method}
 
 
 # --- spec files ---
