@@ -89,6 +89,11 @@ class Verdict:
         return self._usage.answer
 
     @property
+    def fits(self) -> bool:
+        """Whether `answer` is fits, which is sooner known than what else it is."""
+        return self._usage.fits
+
+    @property
     def headroom(self) -> int | None:
         return None if self._usable is None else self._usable - self._usage.used
 

@@ -62,7 +62,10 @@ class Held(NamedTuple):
     source: str
 
 
-@lru_cache(maxsize=64)
+_ANY_RANK = 0  # of a graph whose structure is asked for: adapters of every rank run the same operations
+
+
+@lru_cache(maxsize=128)
 def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
     recipe, model = graph.recipe, graph.model
@@ -86,7 +89,6 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     return stack, axes
 
 
-@lru_cache(maxsize=64)
 def lowered(
     graph: Graph,
     grads_exist: bool = False,
@@ -97,6 +99,13 @@ def lowered(
     """The graph's moments. `grads_exist`: no gradient is left behind that was not there, because all are there already,
     or each is used up as it comes, by an update that takes `updates` bytes beside it. `labelled` counts every tensor by
     its name, for explanations. `follows`: another pass has been before, and the loop may still have names for it."""
+    return _lowered(graph._replace(rank=_ANY_RANK), grads_exist, labelled, updates, graph.lingers and follows)
+
+
+@lru_cache(maxsize=128)
+def _lowered(
+    graph: Graph, grads_exist: bool, labelled: bool, updates: tuple[tuple[str, int], ...], lingers: bool
+) -> Lowered:
     stack, depth = _stack(graph)
     return lower(
         stack,
@@ -105,13 +114,17 @@ def lowered(
         grads_exist=grads_exist,
         labelled=labelled,
         updates=dict(updates),
-        lingers=graph.lingers and follows,
+        lingers=lingers,
     )
 
 
-@lru_cache(maxsize=64)
 def recorded(graph: Graph, grads_exist: bool = False, updates: tuple[tuple[str, int], ...] = ()) -> Recorded:
     """The graph's allocations and frees in order. The arguments are those of `lowered`."""
+    return _recorded(graph._replace(rank=_ANY_RANK), grads_exist, updates)
+
+
+@lru_cache(maxsize=64)
+def _recorded(graph: Graph, grads_exist: bool, updates: tuple[tuple[str, int], ...]) -> Recorded:
     stack, depth = _stack(graph)
     return record(stack, depth, **_ways(graph), grads_exist=grads_exist, updates=dict(updates))
 

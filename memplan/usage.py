@@ -109,17 +109,27 @@ class Usage:
         self._beside = beside
         self.allocated = peak
 
-    @cached_property
+    @property
     def answer(self) -> str | None:
         """fits, tight or does not fit; None without a card."""
         if self._gpu is None:
             return None
-        sure, possible = room(self._gpu.usable, self._beside)
-        if self.allocated > possible:
-            return "does not fit"
-        if self.at_most <= sure or self._roomy <= sure or self._lives_in(sure):
+        if self.fits:
             return "fits"
-        return "tight" if self._lives_in(possible) else "does not fit"
+        return "tight" if self._possible else "does not fit"
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the run surely lives on its card: half of the answer, for half of the replays."""
+        if self._gpu is None:
+            return False
+        sure, possible = room(self._gpu.usable, self._beside)
+        return self.allocated <= possible and (self.at_most <= sure or self._lives_in(sure))
+
+    @cached_property
+    def _possible(self) -> bool:
+        assert self._gpu is not None
+        return self._lives_in(room(self._gpu.usable, self._beside).possible)
 
     @cached_property
     def used(self) -> int:

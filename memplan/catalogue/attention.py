@@ -392,5 +392,5 @@ def efficient_workspace_bytes(
     if half and widest > rows:  # dk and dv do not stay in registers: fp32, once per split of the keys
         splits = by.most(1, by.least(-(-s // columns), 200 // pairs))
         padded = -(-d // rows) * rows
-        size += 4 * splits * (-(-s // columns) * columns) * 2 * padded
+        size = size + 4 * splits * (-(-s // columns) * columns) * 2 * padded
     return size
