@@ -89,11 +89,6 @@ class Verdict:
         return self._usage.answer
 
     @property
-    def fits(self) -> bool:
-        """Whether `answer` is fits, which is sooner known than what else it is."""
-        return self._usage.fits
-
-    @property
     def headroom(self) -> int | None:
         return None if self._usable is None else self._usable - self._usage.used
 
@@ -212,6 +207,11 @@ class Estimate:
         """The run with every null filled in as its profile decides."""
         gpu = self.gpu.name if self.gpu else None
         return self.asked.model_copy(update={**self._decided.parts, "gpu": gpu})
+
+    @property
+    def fits(self) -> bool:
+        """Whether the verdict is fits, which is sooner known than what else it is."""
+        return self._usage.fits
 
     @property
     def band(self) -> Band:
