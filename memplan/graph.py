@@ -27,7 +27,7 @@ class Graph(NamedTuple):
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
     that stand in for several; `converts`: what the model returns is cast to fp32;
     `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings' output asks
-    for a gradient, as checkpointing has it.
+    for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory.
     """
 
     model: ModelSpec
@@ -47,6 +47,7 @@ class Graph(NamedTuple):
     code: str = "transformers"
     lingers: bool = False
     leaf: bool = False
+    to_host: bool = False
 
 
 class Held(NamedTuple):
@@ -136,6 +137,7 @@ class _Ways(TypedDict):
     checkpoint: bool
     reentrant: bool
     input_grad: bool
+    to_host: bool
 
 
 def _ways(graph: Graph) -> _Ways:
@@ -144,6 +146,7 @@ def _ways(graph: Graph) -> _Ways:
         "checkpoint": graph.checkpoint,
         "reentrant": graph.reentrant,
         "input_grad": graph.leaf,
+        "to_host": graph.to_host,
     }
 
 

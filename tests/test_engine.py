@@ -122,6 +122,25 @@ def test_a_recomputation_stops_at_the_last_tensor_that_is_kept() -> None:
     assert peak(low, "backward", {"q": 1}) == 1
 
 
+def test_an_input_in_host_memory_is_kept_there_alone_and_comes_back_to_be_computed_from() -> None:
+    ops = (op("a", "x", "p", Keep("p", "x")), op("b", "p", "q"), op("c", "q", "y"))
+    here, away = (run(ops, copies="L", checkpoint=True, to_host=to_host) for to_host in (False, True))
+    assert kept(here)["y"] == AXES["L"] - 1  # each block's output is the next one's input
+    assert "y" not in kept(away)
+    assert here.host.counts == {}
+    counts = alive(away.host, away.runs, AXES)
+    assert {away.sizes[key][0]: n for key, n in counts.items()} == {"x": 1, "y": AXES["L"] - 1}
+
+
+def test_an_input_that_came_back_goes_after_the_recomputation_or_after_the_whole_block() -> None:
+    ops = (op("a", "x", "p", Keep("p", "x")), op("b", "p", "q"), op("c", "q", "y", Keep("q", "q")))
+    for reentrant, expected in ((False, 0), (True, 1)):
+        low = run(ops, checkpoint=True, reentrant=reentrant, to_host=True)
+        at_b = [i for i, m in enumerate(low.moments) if (m.phase, m.where) == ("backward", "layers.0.b")]
+        # in b's backward: its gradient beside q's, and what a keeps
+        assert max(total(low, i, {"x": 1}) for i in at_b) == expected
+
+
 def test_captured_tensors_outlive_checkpointing() -> None:
     ops = (op("a", "x", "p"), op("b", "p", "y", captures=("p",)))
     assert kept(run(ops, checkpoint=True))["p"] == 1

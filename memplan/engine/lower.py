@@ -87,6 +87,7 @@ class Frame:
         self.recomputed = False
         self.exported: Container[str] = ()
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
+        self.to_host = False  # but for `x`, which it keeps in host memory
 
     def __getitem__(self, name: str) -> Storage:
         return self.names[name] if name in self.names else self.outer[name]
@@ -121,6 +122,7 @@ class Tape:
         self._in_run: int | None = None
         self._born: set[Storage] = set()  # storages alive that were born in the current run
         self._held: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
+        self.host = Moment("forward", "", {}, {})  # what is in host memory when forward is done
         self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
         self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
 
@@ -186,7 +188,25 @@ class Tape:
         left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
         if not any(node.pins for node in frame.nodes):  # nothing will ask for a recomputation
             self._release_checkpoint(frame)
+        elif frame.to_host:
+            self._put_away(frame.scope["x"])
         return left
+
+    def _put_away(self, tensor: Tensor) -> None:
+        """A copy of `tensor` is in host memory from here on; in a run, one for each of its copies."""
+        key = self.sizes.setdefault((tensor.shape, tensor.dtype), len(self.sizes))
+        per_copy = [] if self._in_run is None else [self.host.per_copy.setdefault(self._in_run, {})]
+        for counts in (self.host.counts, *per_copy):
+            counts[key] = counts.get(key, 0) + 1
+
+    def _fetch(self, frame: Frame) -> list[Storage]:
+        """What a checkpoint kept in host memory comes back, as a copy that goes once it has been used."""
+        if not frame.to_host:
+            return []
+        self._where, self._block, self._op = f"{frame.where}checkpoint", frame.block, Op("checkpoint")
+        copy = self.alloc(frame.scope["x"], "activation")
+        frame.outer = {**frame.outer, "x": copy}
+        return [copy]
 
     def _graph(self, frame: Frame, grad: bool) -> list[Node]:
         nodes: list[Node] = []
@@ -306,9 +326,10 @@ class Tape:
         frame.checkpointed = False
         frame.recomputed = True
         frame.names = {}
+        fetched = self._fetch(frame)
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         self._run(frame, end, (), {}, keep=True, holds=holds)
-        for storage in (*holds["forward"], *holds["step"], *holds["nodes"]):
+        for storage in (*holds["forward"], *holds["step"], *holds["nodes"], *fetched):
             self.drop(storage)
 
     def _reenter(self, frame: Frame, grads: dict[str, Storage]) -> None:
@@ -319,7 +340,7 @@ class Tape:
             return
         frame.checkpointed = False
         frame.names = {}
-        gradients, inputs = list(grads.values()), frame.checkpoint
+        gradients, inputs = list(grads.values()), [*self._fetch(frame), *frame.checkpoint]
         frame.checkpoint = []
         for storage in gradients:
             storage.refs += 1

@@ -88,11 +88,12 @@ def record(
     grads_exist: bool = False,
     input_grad: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
+    to_host: bool = False,
     copies: int = RUN,
 ) -> Recorded:
     """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`."""
     tape = Recorder(grads_exist, updates)
-    run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, copies)
+    run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
     every = _Expansion(tape)
     return Recorded(tuple(every.events), tuple(tape.sizes), every.head, every.over)
 

@@ -32,6 +32,7 @@ class Lowered(NamedTuple):
     moments   their counts index `sizes`
     kept      what is alive when forward is done; `left`, when backward is
     held      what names of the script and the graph's nodes would keep after backward
+    host      what checkpoints keep in host memory
     sizes     shape and dtype of a storage; if labelled, also its kind, block, operation, name and source
     runs      the axis that counts a run's copies, and how many of them were split off or run already
     """
@@ -40,6 +41,7 @@ class Lowered(NamedTuple):
     kept: Moment
     left: Moment
     held: Moment
+    host: Moment
     sizes: tuple[tuple[str, ...], ...]
     runs: tuple[tuple[str, int], ...]
 
@@ -146,6 +148,7 @@ def lower(
     labelled: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
     lingers: bool = False,
+    to_host: bool = False,
 ) -> Lowered:
     """The moments of one forward and backward pass.
 
@@ -154,15 +157,17 @@ def lower(
     for a gradient though nothing before it trains, as checkpointing makes it. `updates`: bytes that updating a weight
     takes in backward, once its gradient is there, by the weight's path. `lingers`: the loop's names for outputs and
     loss keep those of the pass before until they are taken again: what was held, and what the graph's nodes refer to.
+    `to_host`: what a checkpoint keeps of the block before lies in host memory, and a copy of it comes back when the
+    block is computed again.
     """
     tape = Tape(grads_exist, labelled, updates)
-    passed = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad)
+    passed = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host)
     held = passed.held.plus(passed.nodes)
     moments = tape.moments
     if lingers:
         before = {"forward": held, "loss": passed.nodes}
         moments = [m.plus(before[m.phase]) if m.phase in before else m for m in moments]
-    return Lowered(tuple(moments), passed.kept, tape.snapshot(), held, tuple(tape.sizes), passed.runs)
+    return Lowered(tuple(moments), passed.kept, tape.snapshot(), held, tape.host, tuple(tape.sizes), passed.runs)
 
 
 def run_pass(
@@ -173,6 +178,7 @@ def run_pass(
     checkpoint: bool,
     reentrant: bool,
     input_grad: bool,
+    to_host: bool = False,
     one_by_one: int = 0,
 ) -> Passed:
     """Run the stack on the tape, forward and backward; see `lower`. With `one_by_one` there are no runs of equal
@@ -235,7 +241,8 @@ def run_pass(
             if checkpoint:
                 frame.reentrant = reentrant
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
-                frame.checkpoint = [stream, *(own[r] for r in reads if r in own)]
+                frame.to_host = to_host
+                frame.checkpoint = [*([] if to_host else [stream]), *(own[r] for r in reads if r in own)]
                 for storage in frame.checkpoint:
                     storage.refs += 1
             made = tape.forward(frame, ("y", *returned.values()), checkpoint=checkpoint)
