@@ -355,6 +355,10 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     ),
 }
 
+# torch's own, whose update the host can compute as well. Source: torchao 0.18 optim/cpu_offload.py, which takes classes
+# of torch.optim.
+ON_HOST = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
 # Names that stand for nothing that could run, and why.
 REFUSED: Mapping[str, str] = {
     "galore_adafactor_layerwise": (

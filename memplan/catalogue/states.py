@@ -99,6 +99,7 @@ def optimizer_memory(
     momentum: float | None = None,
     master: str | None = None,
     in_backward: bool = False,
+    on_host: bool = False,
 ) -> OptimizerMemory:
     """What the optimizer `name` holds for `parameters`: one group, in order, without weight decay.
 
@@ -108,6 +109,7 @@ def optimizer_memory(
     master      mixed precision: parameters of another dtype have a copy in this one, and the optimizer works on that.
                 torch's optimizers then run as apex's multi-tensor kernels do, without a step of each parameter's own
     in_backward every parameter has an optimizer of its own, which steps in a hook as soon as the gradient is there
+    on_host     all it holds is in host memory, and the update is computed there (see `moved`)
 
     Raises UnknownNameError, and SpecError for a name of OptimizerNames that cannot run.
     """
@@ -137,7 +139,7 @@ def optimizer_memory(
     first, later = (0, 0) if row.frees_gradients else _step(row, turns, states)
     backward = _largest_alone(row, [turn for _, turn in cache.values()]) if row.frees_gradients else 0
     exact = not state_dtype and (not master or row.apex)
-    return OptimizerMemory(
+    memory = OptimizerMemory(
         states=(*masters, *states),
         first=first,
         later=later,
@@ -148,6 +150,34 @@ def optimizer_memory(
         backward=backward,
         source=f"{row.source}; master weights as apex and Megatron-LM keep them" if master else row.source,
         basis=row.basis if exact else "assumed",
+    )
+    return moved(memory, parameters, master) if on_host else memory
+
+
+def moved(memory: OptimizerMemory, parameters: Sequence[Parameter], master: str | None = None) -> OptimizerMemory:
+    """The same in host memory, which then has a copy of every parameter, or its master, and of its gradient too.
+
+    Gradients are copied there and parameters back, each over the tensor that is there, so that the step needs nothing
+    on the GPU. Stepping in backward, a gradient goes as soon as it has been copied. Left out: parameters of fewer than
+    4096 elements stay with torchao where they are.
+
+    Source: torchao 0.18 optim/cpu_offload.py CPUOffloadOptimizer; masters as for a GPU.
+    """
+    copies: list[State] = []
+    for p in parameters:
+        dtype = master or p.dtype
+        if dtype == p.dtype:
+            copies.append(State("copy", p.name, p.shape, dtype, 0, p.copies))
+        copies.append(State("gradient", p.name, p.shape, dtype, 0, p.copies))
+    states = (s._replace(bytes=prod(s.shape) * ITEMSIZE[s.dtype], host=True) for s in (*memory.states, *copies))
+    return memory._replace(
+        states=tuple(states),
+        first=0,
+        later=0,
+        scratch="",
+        listed=(),
+        backward=0,
+        source=f"{memory.source}; moved to the host as torchao 0.18 optim/cpu_offload.py does",
     )
 
 
