@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from memplan.answer import Card, Estimate, Parameters, Peak, Phase
 from memplan.catalogue.overhead import cublas_workspace, cuda_context
 from memplan.engine.walk import largest, values
-from memplan.program import PHASES, Program, phase_peaks, program, run_axes, step_where
+from memplan.program import PHASES, Program, host_bytes, phase_peaks, program, run_axes, step_where
 from memplan.resolve import Decided, check_batch, decide
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
@@ -45,7 +45,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None) -> Estimate:
         Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
-        p.host,
+        host_bytes(p, walked.axes),
         tuple(notes),
         walked,
         calibration,

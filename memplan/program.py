@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.engine.step import Lowered
-from memplan.engine.walk import ONE, Term, Variable, chain, prune, rows, size
+from memplan.engine.walk import ONE, Term, Variable, alive, chain, prune, rows, size
 from memplan.graph import Graph, Held, built, elements, loading, lowered, matrix_shape, parameters_of, weights_of
 from memplan.sizes import Arithmetic, Size
+from memplan.units import ITEMSIZE
 
 
 class Structure(NamedTuple):
     """Everything of a run but its batch and sequence: what decides which tensors exist and when they are alive.
 
-    `holds_outputs`: what the script holds of a pass is there in the optimizer's step too.
+    `holds_outputs`: what the script holds of a pass is there in the optimizer's step too. `on_host`: the optimizer and
+    its step are in host memory.
     """
 
     graph: Graph
@@ -33,6 +36,7 @@ class Structure(NamedTuple):
     scales: bool = False
     trainer: bool = False
     holds_outputs: bool = False
+    on_host: bool = False
 
 
 class Program(NamedTuple):
@@ -46,6 +50,7 @@ class Program(NamedTuple):
     gradients       bytes of all gradients together, when backward is done; `buffered` of those in a dtype of their own,
                     which have buffers throughout
     states          bytes of the optimizer's states on the GPU, `host` of those beside it
+    away            what checkpoints keep in host memory: shape, dtype and how many
     """
 
     structure: Structure
@@ -64,6 +69,7 @@ class Program(NamedTuple):
     states: int
     scaler: int
     host: int
+    away: tuple[tuple[str, str, int], ...]
     clipping: int
     total_parameters: int
     trainable_parameters: int
@@ -129,6 +135,7 @@ def program(structure: Structure) -> Program:
         states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
         host=sum(s.bytes * s.count for s in optimizer.states if s.host),
+        away=tuple(_away(passes[0], axes)),
         clipping=clipping(trained) if structure.clips and not frees_gradients(structure) else 0,
         total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
         trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains),
@@ -147,6 +154,22 @@ def _most(events: Iterable[tuple[int, int]]) -> int:
         else:
             live -= alive.pop(number)
     return most
+
+
+def _away(low: Lowered, axes: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
+    for key, count in alive(low.host, low.runs, axes).items():
+        shape, dtype, *_ = low.sizes[key]
+        yield shape, dtype, count
+
+
+def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
+    """Bytes in host memory for a run with these `axes`: of the optimizer, and of checkpoints; not rounded."""
+    numbers = {**built(program.structure.graph)[1], **axes}
+
+    def one(shape: str, dtype: str) -> int:
+        return ITEMSIZE[dtype] * prod(int(t) if t.isdigit() else numbers[t] for t in shape.split())
+
+    return program.host + sum(one(shape, dtype) * count for shape, dtype, count in program.away)
 
 
 def _where(low: Lowered, terms: dict[str, tuple[Term, ...]]) -> dict[int, str]:
@@ -204,6 +227,7 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
         momentum=structure.momentum,
         master=structure.master,
         in_backward=structure.in_backward,
+        on_host=structure.on_host,
     )
 
 

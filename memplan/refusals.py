@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.methods import ADAPTERS
-from memplan.catalogue.optimizers import OPTIMIZERS
+from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
 from memplan.errors import SpecError
 from memplan.spec import Kernels, Method, Offload, Optimizer, Parallelism, Precision, Quantization, RunSpec
 
@@ -24,18 +24,32 @@ def refuse(run: RunSpec) -> None:
         raise SpecError(
             "batch.new_tokens: training generates none, and only training is supported yet", "batch.new_tokens"
         )
-    if run.parallelism != _ONE_GPU:
+    offload = run.parallelism.offload
+    if run.parallelism.model_copy(update={"offload": Offload()}) != _ONE_GPU:
         raise _divided(run.parallelism)
+    if offload.parameters:
+        raise _later("parallelism.offload", "parameters", "optimizer")
+    if offload.activations:
+        raise _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
 
 
 def refuse_parts(method: Method, precision: Precision, optimizer: Optimizer, kernels: Kernels) -> None:
     """Raise SpecError for what the parts of a run must not say, each as it was asked."""
-    if kernels.checkpointing not in ("none", "full"):
-        raise _later("kernels.checkpointing", kernels.checkpointing, "none, full")
+    if kernels.checkpointing == "selective":
+        raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
     for refused in (*_method(method), *_precision(precision, method.quantization), *_optimizer(optimizer)):
         raise refused
+
+
+def refuse_on_host(optimizer: str) -> None:
+    """Raise SpecError for an optimizer whose update the host does not compute."""
+    if optimizer in OPTIMIZERS and optimizer not in ON_HOST:
+        raise SpecError(
+            f"parallelism.offload: optimizer.name {optimizer} does not step on the host; {', '.join(ON_HOST)} do",
+            "parallelism.offload",
+        )
 
 
 def _later(field: str, value: object, supported: str) -> SpecError:
@@ -47,10 +61,7 @@ def _divided(p: Parallelism) -> SpecError:
     """Several GPUs, named by what divides the work among them where something does."""
     usual = ("world", "dp", "strategy")  # follow from other fields, so named last
     fields = sorted(Parallelism.model_fields, key=lambda field: field in usual)
-    field = next(field for field in fields if getattr(p, field) != getattr(_ONE_GPU, field))
-    if field == "offload":
-        kept = ", ".join(name for name in Offload.model_fields if getattr(p.offload, name))
-        return _later("parallelism.offload", kept, "none")
+    field = next(f for f in fields if f != "offload" and getattr(p, f) != getattr(_ONE_GPU, f))
     return _later(f"parallelism.{field}", getattr(p, field), str(getattr(_ONE_GPU, field)).lower())
 
 

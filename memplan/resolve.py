@@ -22,7 +22,7 @@ from memplan.gpus import GPU, ambiguous_with, find_gpu
 from memplan.graph import Graph, adaptable, attention_dtype, fusible_kernels, modules
 from memplan.models import ModelSpec
 from memplan.program import Structure
-from memplan.refusals import refuse, refuse_parts
+from memplan.refusals import refuse, refuse_on_host, refuse_parts
 from memplan.spec import Kernels, Loop, Method, Optimizer, Part, Precision, RunSpec
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
@@ -60,6 +60,7 @@ def decide(run: RunSpec) -> Decided:
         run.batch.accumulation > 1,
         window is not None and run.batch.sequence >= window,
         run.batch.micro == 1,
+        run.parallelism.offload.optimizer,
     )
 
 
@@ -97,6 +98,7 @@ def _decide(
     accumulates: bool,
     windowed: bool,
     single: bool,
+    on_host: bool,
 ) -> Decided:
     asked = kernels.fused is not None
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
@@ -104,6 +106,8 @@ def _decide(
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels)
+    if on_host:
+        refuse_on_host(str(optimizer.name))
     _check_head(model, method, kernels)
     if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
         raise SpecError(
@@ -149,7 +153,8 @@ def _decide(
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
         reentrant=bool(kernels.reentrant) and checkpoints,
-        leaf=kernels.checkpointing == "full"
+        to_host=kernels.checkpointing == "offload" and checkpoints,
+        leaf=kernels.checkpointing != "none"
         and (method.kind in ADAPTERS or (method.kind == "freeze" and words["frozen_inputs"])),
         logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
         single=single and kernels.loss in ("hf", "fused") and words["logits"] != "padded",
@@ -173,6 +178,7 @@ def _decide(
         scales=loop.grad_scaler,
         trainer=loop.trainer,
         holds_outputs=loop.hold_outputs == "step",
+        on_host=on_host,
     )
     if (
         spares_embeddings(str(optimizer.name))
@@ -196,7 +202,7 @@ def _decide(
 
 def _had(model: ModelSpec, kernels: Kernels, profile: str, words: Mapping[str, Any]) -> tuple[str, bool, list[str]]:
     """The attention and whether blocks are checkpointed, as the version has them for the model, and what it lacks."""
-    attention, checkpoints, notes = kernels.attention, kernels.checkpointing == "full", list[str]()
+    attention, checkpoints, notes = kernels.attention, kernels.checkpointing != "none", list[str]()
     if words["no_sdpa"] and attention == "sdpa":
         attention = "eager"
         notes.append(f"{profile} has no sdpa for {model.model_type}: eager attention is counted")

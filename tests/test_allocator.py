@@ -180,6 +180,7 @@ def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run:
             frees_gradients(structure),
             graph.leaf,
             dict(updates_of(structure)),
+            graph.to_host,
             copies,
         )
 

@@ -178,7 +178,7 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
 
 
 @pytest.mark.parametrize(
-    "options", ["--gpus 2", "--tp 2", "--zero 2 --gpus 2", "--offload optimizer", "--ep 2 --gpus 2"]
+    "options", ["--gpus 2", "--tp 2", "--zero 2 --gpus 2", "--offload optimizer,parameters", "--ep 2 --gpus 2"]
 )
 def test_what_is_not_supported_yet_says_so(memplan_: Memplan, options: str) -> None:
     fails(memplan_("qwen2-7b", *options.split()), 2, "parallelism", "not supported yet")
@@ -465,7 +465,13 @@ MISTAKES = {
     "qwen2-7b --gpus 4 --zero 3": ("parallelism.world (--gpus)", "4 is not supported yet; supported: 1"),
     "qwen2-7b --zero 2": ("parallelism.strategy (--zero)", "'zero2' is not supported yet"),
     "qwen2-7b --fsdp hybrid_shard": ("parallelism.strategy (--fsdp)", "not supported yet"),
-    "qwen2-7b --offload optimizer": ("parallelism.offload (--offload)", "'optimizer' is not supported yet"),
+    "qwen2-7b --offload activations": ("parallelism.offload (--offload)", "kernels.checkpointing offload"),
+    "qwen2-7b --offload optimizer,parameters": ("parallelism.offload (--offload)", "'parameters' is not supported yet"),
+    "qwen2-7b --offload optimizer --optimizer adamw_8bit": ("parallelism.offload (--offload)", "adamw_torch"),
+    "qwen2-7b --checkpointing offlaod": ("kernels.checkpointing (--checkpointing)", "did you mean offload"),
+    "qwen2-7b --checkpointing selective": ("kernels.checkpointing (--checkpointing)", "none, full, offload"),
+    "qwen2-7b --checkpointing none --gradient-checkpointing": ("kernels.checkpointing", "exclude each other"),
+    "qwen2-7b --checkpointing offload --no-gradient-checkpointing": ("kernels.checkpointing", "exclude each other"),
     "run.yaml --gpu 3090": ("model", "run.yaml", "--spec"),
     "qwen2-7b --output ": ("output (--output)", "''"),
     "qwen2-7b --output a\0b": ("output (--output)", r"'a\x00b'", "null byte"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.accuracy import without_workspaces
 from memplan import RunSpec, estimate
 from memplan.errors import MemplanError, ProbeError, SpecError, UnknownNameError, UnsupportedModelError
 from memplan.probe import fake_device
 from memplan.probe.difference import difference, phases
 from memplan.probe.libraries import require
 from memplan.probe.trace import Traced, Tracer, traces
+from memplan.spec import Kernels
 from tests.tiny import TINY
 
 pytestmark = pytest.mark.torch
@@ -58,6 +61,10 @@ RUNS = {
     "fused": tiny("llama", kernels={**PLAIN, "loss": "fused"}),
     "chunked": tiny("llama", kernels={**PLAIN, "loss": "chunked"}),
     "by tokens": tiny("llama", batch={"micro": 2, "sequence": 256}, kernels={**PLAIN, "loss": "chunked_lm_head"}),
+    "offload": tiny("llama", kernels={"checkpointing": "offload"}),
+    "offload, reentrant": tiny("qwen2", kernels={"checkpointing": "offload", "reentrant": True}),
+    "offload, autocast": tiny("llama", precision="amp", kernels={"checkpointing": "offload", "reentrant": True}),
+    "offload, adapters": tiny("llama", method={"kind": "lora", "rank": 4}, kernels={"checkpointing": "offload"}),
     "in backward": tiny("gpt2", optimizer={"name": "adafactor", "in_backward": True}),
 }
 # What the estimate is known to differ in, by at most so many bytes of any phase: a table of bitsandbytes', what
@@ -353,3 +360,35 @@ def test_a_process_that_dies_is_one_line_and_the_next_run_is_traced(
 def test_a_caller_imports_nothing_heavy() -> None:
     code = "import memplan.probe.trace, memplan.probe.difference, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# --- checkpoints whose inputs are on the host
+
+OFFLOADED = {
+    "full": tiny("llama"),
+    "adapters": tiny("gpt2", method={"kind": "lora", "rank": 4}, optimizer="sgd"),
+    "frozen": tiny("qwen3", method={"kind": "freeze", "trainable_layers": 1}),
+    "accumulated": tiny("mistral", batch={"micro": 2, "sequence": 24, "accumulation": 2}),
+}
+
+
+def test_a_function_that_keeps_inputs_on_the_host_has_the_estimated_peaks() -> None:
+    def checkpointed(run: RunSpec, how: str) -> RunSpec:
+        return run.model_copy(update={"kernels": Kernels(checkpointing=how, reentrant=True)})
+
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.offloaded_child"],
+        input="\n".join(checkpointed(run, "full").model_dump_json() for run in OFFLOADED.values()),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    traced = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("[[")]
+    for (name, run), phases_ in zip(OFFLOADED.items(), traced, strict=True):
+        peaks: dict[tuple[int, str], int] = {}
+        for phase, step, peak in phases_:
+            key = (step, {"forward": "fwd", "loss": "fwd", "backward": "bwd"}.get(phase, "opt"))
+            peaks[key] = max(peak, peaks.get(key, 0))
+        estimated = without_workspaces(estimate(checkpointed(run, "offload")))
+        assert estimated == {key: peaks[key] for key in estimated}, name

@@ -26,7 +26,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"task": "forward"}, "task"),
     ({"batch": {"new_tokens": 1}}, "batch.new_tokens"),
     ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
-    ({"kernels": {"checkpointing": "offload"}}, "kernels.checkpointing"),
     ({"kernels": {"compile": True}}, "kernels.compile"),
     ({"precision": {"compute": "fp8"}}, "precision.compute"),
     ({"precision": {"compute": "float8"}}, "precision.compute"),
@@ -40,7 +39,9 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"parallelism": {"world": 2, "tp": 2}}, "parallelism.tp"),
     ({"parallelism": {"strategy": "zero1"}}, "parallelism.strategy"),
     ({"parallelism": {"stage": 0}}, "parallelism.stage"),
-    ({"parallelism": {"offload": {"optimizer": True}}}, "parallelism.offload"),
+    ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
+    ({"parallelism": {"offload": {"activations": True}}}, "parallelism.offload"),
+    ({"parallelism": {"world": 2, "offload": {"optimizer": True}}}, "parallelism.world"),
 ]
 
 

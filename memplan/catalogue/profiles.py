@@ -350,7 +350,7 @@ PROFILES = (
                 "unsloth 2025.1.5 models/_utils.py prepare_model_for_kbit_training: casts adapters only",
             ),
         ),
-        ('use_gradient_checkpointing="unsloth", which moves the inputs of layers to the host',),
+        ('what use_gradient_checkpointing="unsloth" leaves on the GPU (kernels.checkpointing offload is the rest)',),
     ),
     Profile(
         "torchtune",

@@ -303,6 +303,15 @@ def estimate(
     trainable_layers: Annotated[
         int | None, option("Layers at the end that --method freeze trains. Default 2.", of=TRAINING)
     ] = None,
+    offload: Annotated[
+        str | None,
+        option(
+            "What the host keeps: optimizer, and its step; none takes back what a file says; parameters and activations "
+            "are refused as yet. Default none.",
+            of=TRAINING,
+            complete=_choices("optimizer", "none"),
+        ),
+    ] = None,
     hold_outputs: Annotated[
         bool | None,
         option(
@@ -459,14 +468,6 @@ def estimate(
     pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     ep: Annotated[int | None, option("Expert-parallel GPUs. Default 1.", of=SEVERAL)] = None,
-    offload: Annotated[
-        str | None,
-        option(
-            "What the host keeps: parameters, optimizer, activations, with commas; none takes back what a file says. "
-            "Default none.",
-            of=SEVERAL,
-        ),
-    ] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
     ] = None,

@@ -39,8 +39,8 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
         model = _adapt(model, run)
     elif kind == "freeze":
         _freeze(model, run.method.trainable_layers)
-    if task and run.kernels.checkpointing == "full":
-        _checkpoint(model, bool(run.kernels.reentrant))
+    if task and run.kernels.checkpointing != "none":
+        _checkpoint(model, bool(run.kernels.reentrant), run.kernels.checkpointing == "offload")
     model.train(task)
     return model
 
@@ -222,12 +222,14 @@ def base_of(model: Any) -> Any:
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 
-def _checkpoint(model: Any, reentrant: bool) -> None:
-    """transformers' gradient checkpointing of every layer."""
+def _checkpoint(model: Any, reentrant: bool, offload: bool) -> None:
+    """transformers' gradient checkpointing of every layer, its inputs in host memory with `offload`."""
     base = base_of(model)
     if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable({"use_reentrant": reentrant})
+        base.activation_checkpointing_enable({"use_reentrant": reentrant}, **({"offload": True} if offload else {}))
         return
+    if offload:
+        raise ProbeError("kernels.checkpointing: offload needs transformers 5.24 or later", "kernels.checkpointing")
     base.gradient_checkpointing_enable({"use_reentrant": reentrant})  # transformers before 5
     if base is not model:
         base.enable_input_require_grads()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from memplan.catalogue.optimizers import OPTIMIZERS
 from memplan.errors import SpecError, UnknownNameError, nearest
 from memplan.resolve import filled
-from memplan.spec import Parallelism, RunSpec
+from memplan.spec import Offload, Parallelism, RunSpec
 
 # What `memplan.probe.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -43,6 +43,10 @@ def settled(run: RunSpec) -> RunSpec:
 
 
 def _refuse(run: RunSpec) -> None:
+    if run.parallelism.offload != Offload():
+        raise SpecError(
+            "parallelism.offload: a probe moves only the inputs of blocks to the host", "parallelism.offload"
+        )
     if run.parallelism != Parallelism():
         raise SpecError("parallelism: a probe runs on one GPU", "parallelism")
     if run.task == "generate" and not run.batch.new_tokens:
@@ -91,8 +95,8 @@ def _optimizer(run: RunSpec) -> None:
 
 def _kernels(run: RunSpec) -> None:
     k = run.kernels
-    if k.checkpointing not in ("none", "full"):
-        raise _not_run("kernels.checkpointing", k.checkpointing, "none, full")
+    if k.checkpointing == "selective":
+        raise _not_run("kernels.checkpointing", k.checkpointing, "none, full, offload")
     if k.fused:
         raise _not_run("kernels.fused", ", ".join(k.fused), "none but a fused loss (kernels.loss)")
     if k.compile:

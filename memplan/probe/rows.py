@@ -30,7 +30,7 @@ def described(run: RunSpec) -> str:
         str(run.optimizer.name),
         run.kernels.attention,
         str(run.kernels.loss),
-        "ckpt" if run.kernels.checkpointing == "full" else "",
+        {"none": "", "full": "ckpt"}.get(str(run.kernels.checkpointing), f"ckpt-{run.kernels.checkpointing}"),
         f"b{run.batch.micro}-s{run.batch.sequence}",
     ]
     return "-".join(word for word in words if word)

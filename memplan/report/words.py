@@ -263,7 +263,7 @@ def _held_outputs(loop: Loop) -> str:
 
 
 def _reenters(kernels: Kernels) -> bool:
-    return bool(kernels.reentrant) and kernels.checkpointing == "full"
+    return bool(kernels.reentrant) and kernels.checkpointing != "none"
 
 
 def _method(answer: Estimate) -> Iterator[str]:
@@ -316,6 +316,8 @@ def _optimizer(answer: Estimate) -> Iterator[str]:
         yield f"momentum {o.momentum:g}"
     if o.in_backward:
         yield "steps in backward"
+    if answer.run.parallelism.offload.optimizer:
+        yield "states, masters and the update in host memory"
     clip = answer.run.loop.clip_grad_norm
     yield f"gradients clipped at {clip:g}" if clip and not o.in_backward else "no clipping"
     if answer.run.loop.trainer:
