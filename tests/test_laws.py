@@ -24,6 +24,7 @@ KERNELS = st.fixed_dictionaries(
     {
         "attention": st.sampled_from(["sdpa", "eager", "sdpa_efficient", "sdpa_math"]),
         "checkpointing": st.sampled_from(["none", "full", "offload"]),
+        "reentrant": st.booleans(),
         "loss": st.sampled_from(["hf", "chunked", "fused", "chunked_lm_head"]),
     }
 )
@@ -76,6 +77,7 @@ def allocated(run: dict[str, Any], **changes: Any) -> int:
 def test_the_ledger_sums_to_the_peak_and_the_categories_too(run: dict[str, Any]) -> None:
     a = answer(run)
     assert sum(line.bytes for line in a.ledger) == a.bytes.allocated
+    assert all(line.count > 0 and line.bytes >= 0 for line in a.ledger)
     assert sum(a.categories.values()) == a.bytes.allocated
     assert a.bytes.allocated == max(p.peak for p in a.phases)
     assert a.bytes.allocated <= a.bytes.reserved <= a.bytes.used

@@ -468,13 +468,14 @@ class Tape:
         left = {k: n - self._before.get(k, 0) for k, n in self._counts.items() if n != self._before.get(k, 0)}
         old = self._per_copy.get(run, {})
         new = {k: old.get(k, 0) + left.get(k, 0) for k in {*old, *left}}
-        moments = self.moments[self._first_moment :]
-        for m in moments:
-            if self.phase != "backward":  # each copy leaves more alive, so the last one peaks
-                m.per_copy[run] = new
-        if self.phase == "backward":
-            for m in moments:
-                self.moments.append(m._replace(where=self._first_copy(m.where), per_copy={**m.per_copy, run: new}))
+        renamed = self._renamed(new, passed_on)
+        for i in range(self._first_moment, len(self.moments)):
+            m = self.moments[i]
+            last = m._replace(counts=self._as_last(m.counts, renamed), per_copy={**m.per_copy, run: new})
+            if self.phase == "backward":
+                self.moments.append(last._replace(where=self._first_copy(m.where)))
+            else:  # each copy leaves more alive, so the last one peaks
+                self.moments[i] = last
         self._per_copy[run] = new
         for storage in self._born:
             if storage not in passed_on:
@@ -483,6 +484,32 @@ class Tape:
         for storage in self._deferred:
             storage.refs += 1
             self.drop(storage)
+
+    def _renamed(self, left: Counts, passed_on: Iterable[Storage]) -> dict[int, int]:
+        """Labels of what the run was handed, by those of what it hands on, where they differ: from the second copy on
+        the one stands for the other. Taken out of what each copy `left`."""
+        out: dict[int, int] = {}
+        if min(left.values(), default=0) >= 0:
+            return out
+        keys = list(self.sizes)
+        for storage in passed_on:
+            handed = next((k for k, n in left.items() if n < 0 and keys[k][:2] == keys[storage.size][:2]), None)
+            if handed is not None and storage in self._born:
+                out[handed] = storage.size
+                left[handed] += 1
+                left[storage.size] -= 1
+        return out
+
+    def _as_last(self, counts: Counts, renamed: Mapping[int, int]) -> Counts:
+        """What is alive in the run's one copy, as the last of several has it."""
+        if not renamed:
+            return counts
+        out = dict(counts)
+        for handed, name in renamed.items():
+            alive = out.get(handed, 0) - self._counts.get(handed, 0)
+            out[handed] = out.get(handed, 0) - alive
+            out[name] = out.get(name, 0) + alive
+        return out
 
 
 def _kind(op: Op, target: str) -> str:
