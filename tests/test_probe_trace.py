@@ -47,6 +47,7 @@ def traced(tracer: Tracer) -> Mapping[str, Traced]:
 
 LONG = {"micro": 1, "sequence": 3200}  # more tokens than an embedding's backward takes without sorting them
 PLAIN = {"checkpointing": "none"}
+HOST = {"offload": {"optimizer": True}}
 INT8 = {"kind": "qlora", "rank": 4, "quantization": {"format": "int8"}}
 RUNS = {
     "full": tiny("llama", optimizer="adamw_torch", kernels={"attention": "sdpa"}),
@@ -65,6 +66,9 @@ RUNS = {
     "offload, reentrant": tiny("qwen2", kernels={"checkpointing": "offload", "reentrant": True}),
     "offload, autocast": tiny("llama", precision="amp", kernels={"checkpointing": "offload", "reentrant": True}),
     "offload, adapters": tiny("llama", method={"kind": "lora", "rank": 4}, kernels={"checkpointing": "offload"}),
+    "host": tiny("llama", optimizer="adamw_torch", parallelism=HOST),
+    "host, adapters": tiny("gpt2", method={"kind": "lora", "rank": 4}, optimizer="adagrad", parallelism=HOST),
+    "host, in backward": tiny("llama", optimizer={"name": "sgd", "in_backward": True}, parallelism=HOST),
     "in backward": tiny("gpt2", optimizer={"name": "adafactor", "in_backward": True}),
 }
 # What the estimate is known to differ in, by at most so many bytes of any phase: a table of bitsandbytes', what
@@ -290,8 +294,11 @@ REFUSED = [
     ({"precision": "mixed"}, SpecError, "precision.master"),
     ({"optimizer": {"state_dtype": "bf16"}}, SpecError, "optimizer.state_dtype"),
     ({"kernels": {"compile": True}}, SpecError, "kernels.compile: a probe does not run 'true'"),
-    ({"kernels": {"checkpointing": "selective"}}, SpecError, "it runs none, full"),
+    ({"kernels": {"checkpointing": "selective"}}, SpecError, "it runs none, full, offload"),
     ({"parallelism": {"world": 2}}, SpecError, "parallelism: a probe runs on one GPU"),
+    ({"parallelism": {"offload": {"activations": True}}}, SpecError, "parallelism.offload: a probe does not run"),
+    ({"parallelism": HOST, "optimizer": "adamw_8bit"}, SpecError, "parallelism.offload: optimizer.name adamw_8bit"),
+    ({"parallelism": HOST, "loop": {"grad_scaler": True}}, SpecError, "loop.grad_scaler: a probe scales no losses"),
     ({"task": "generate"}, SpecError, "batch.new_tokens"),
     ({"model": {"config": CHATGLM}}, ProbeError, "no class for causal language models of model_type 'chatglm'"),
     ({"method": {"kind": "lora", "targets": ["w_pack"]}}, ProbeError, "method.targets: peft refuses"),

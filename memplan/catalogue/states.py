@@ -109,7 +109,7 @@ def optimizer_memory(
     master      mixed precision: parameters of another dtype have a copy in this one, and the optimizer works on that.
                 torch's optimizers then run as apex's multi-tensor kernels do, without a step of each parameter's own
     in_backward every parameter has an optimizer of its own, which steps in a hook as soon as the gradient is there
-    on_host     all it holds is in host memory, and the update is computed there (see `moved`)
+    on_host     all it holds is in host memory, and the update is computed there (see `_moved`)
 
     Raises UnknownNameError, and SpecError for a name of OptimizerNames that cannot run.
     """
@@ -151,17 +151,17 @@ def optimizer_memory(
         source=f"{row.source}; master weights as apex and Megatron-LM keep them" if master else row.source,
         basis=row.basis if exact else "assumed",
     )
-    return moved(memory, parameters, master) if on_host else memory
+    return _moved(memory, parameters, master) if on_host else memory
 
 
-def moved(memory: OptimizerMemory, parameters: Sequence[Parameter], master: str | None = None) -> OptimizerMemory:
+def _moved(memory: OptimizerMemory, parameters: Sequence[Parameter], master: str | None = None) -> OptimizerMemory:
     """The same in host memory, which then has a copy of every parameter, or its master, and of its gradient too.
 
     Gradients are copied there and parameters back, each over the tensor that is there, so that the step needs nothing
-    on the GPU. Stepping in backward, a gradient goes as soon as it has been copied. Left out: parameters of fewer than
-    4096 elements stay with torchao where they are.
+    on the GPU: where dtypes differ the host converts, as in torch's blocking copies. Stepping in backward, a gradient
+    goes as soon as it has been copied. Left out: torchao leaves parameters of fewer than 4096 elements where they are.
 
-    Source: torchao 0.18 optim/cpu_offload.py CPUOffloadOptimizer; masters as for a GPU.
+    Source: torchao 0.18 optim/cpu_offload.py CPUOffloadOptimizer; torch 2.13 aten/src/ATen/native/cuda/Copy.cu.
     """
     copies: list[State] = []
     for p in parameters:

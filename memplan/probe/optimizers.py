@@ -45,6 +45,23 @@ def make_optimizer(wanted: Optimizer, parameters: Iterable[nn.Parameter]) -> Any
             raise AssertionError(other)
 
 
+class OnHost:
+    """An optimizer whose states and step are on the host, as torchao's CPUOffloadOptimizer has them."""
+
+    def __init__(self, wanted: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        self.pairs = [(p, nn.Parameter(p.detach().to("cpu", copy=True))) for p in parameters]
+        self.inner = make_optimizer(wanted, [host for _, host in self.pairs])
+        self.state = self.inner.state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, host in self.pairs:
+            host.grad = None if parameter.grad is None else parameter.grad.to("cpu", copy=True)
+        self.inner.step()
+        for parameter, host in self.pairs:
+            parameter.copy_(host)
+
+
 def _on_the_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Move every state beside its parameter, as accelerate 1.15 does with what exists before the first step."""
     for parameter, state in optimizer.state.items():

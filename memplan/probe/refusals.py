@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue.optimizers import OPTIMIZERS
 from memplan.errors import SpecError, UnknownNameError, nearest
+from memplan.refusals import refuse_on_host
 from memplan.resolve import filled
 from memplan.spec import Offload, Parallelism, RunSpec
 
@@ -43,12 +44,17 @@ def settled(run: RunSpec) -> RunSpec:
 
 
 def _refuse(run: RunSpec) -> None:
-    if run.parallelism.offload != Offload():
-        raise SpecError(
-            "parallelism.offload: a probe moves only the inputs of blocks to the host", "parallelism.offload"
-        )
-    if run.parallelism != Parallelism():
+    offload = run.parallelism.offload
+    if offload != Offload(optimizer=offload.optimizer):
+        raise _not_run("parallelism.offload", "parameters or activations", "optimizer")
+    if run.parallelism != Parallelism(offload=offload):
         raise SpecError("parallelism: a probe runs on one GPU", "parallelism")
+    if offload.optimizer:
+        refuse_on_host(str(run.optimizer.name))
+        if run.loop.grad_scaler:
+            raise SpecError(
+                "loop.grad_scaler: a probe scales no losses for an optimizer on the host", "loop.grad_scaler"
+            )
     if run.task == "generate" and not run.batch.new_tokens:
         raise SpecError("batch.new_tokens: how many tokens generate is to make; at least 1", "batch.new_tokens")
     if run.task != "generate" and run.batch.new_tokens:

@@ -19,7 +19,7 @@ from torch import nn
 from memplan.probe.libraries import library
 from memplan.probe.losses import compute
 from memplan.probe.model import DTYPES, build_model
-from memplan.probe.optimizers import make_optimizer, spare_embeddings
+from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.refusals import settled
 from memplan.spec import RunSpec
 
@@ -75,12 +75,13 @@ class Script:
         run = self.run
         if run.loop.trainer:
             spare_embeddings(self.model, run.optimizer)
+        make = OnHost if run.parallelism.offload.optimizer else make_optimizer
         if not run.optimizer.in_backward:
-            optimizer = make_optimizer(run.optimizer, self.parameters)
+            optimizer = make(run.optimizer, self.parameters)
             self.optimizers += [optimizer] if optimizer is not None else []
             return optimizer
         for parameter in self.parameters:
-            alone = make_optimizer(run.optimizer, [parameter])
+            alone = make(run.optimizer, [parameter])
             if alone is not None:
                 _step_in_backward(parameter, alone)
                 self.optimizers.append(alone)
