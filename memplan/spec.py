@@ -210,7 +210,8 @@ class Batch(Part, frozen=True):
 
 class Kernels(Part, frozen=True):
     """Which implementations run. `reentrant`: torch's reentrant kind of checkpointing, which recomputes a whole block
-    before any of its backward; a block's gradient and output stay until that is done."""
+    before any of its backward; a block's gradient and output stay until that is done. Checkpointing `offload` is `full`
+    with the blocks' inputs in host memory."""
 
     attention: Literal["sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"] = "sdpa"
     checkpointing: Literal["none", "full", "selective", "offload"] | None = None
