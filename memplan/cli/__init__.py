@@ -306,8 +306,8 @@ def estimate(
     offload: Annotated[
         str | None,
         option(
-            "What the host keeps: optimizer, and its step; none takes back what a file says; parameters and activations "
-            "are refused as yet. Default none.",
+            "What the host keeps: optimizer, and its step; none takes back what a file says; parameters and "
+            "activations are refused as yet. Default none.",
             of=TRAINING,
             complete=_choices("optimizer", "none"),
         ),
