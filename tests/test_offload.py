@@ -156,13 +156,14 @@ def test_both_add_up_on_the_host() -> None:
 
 # what is said, and how
 
-ABOUT = "states, masters and the update in host memory"
+ABOUT = "states and step in host memory"
 
 
 def test_the_assumptions_say_what_is_on_the_host() -> None:
     told = dict(assumptions(moved(kernels={"checkpointing": "offload", "reentrant": True})))
     assert told["checkpointing"] == "offload, reentrant"
     assert ABOUT in told["optimizer"]
+    assert f"masters, {ABOUT}" in dict(assumptions(moved(precision="mixed")))["optimizer"]
     assert ABOUT not in dict(assumptions(asked("full")))["optimizer"]
 
 

@@ -317,7 +317,7 @@ def _optimizer(answer: Estimate) -> Iterator[str]:
     if o.in_backward:
         yield "steps in backward"
     if answer.run.parallelism.offload.optimizer:
-        yield "states, masters and the update in host memory"
+        yield f"{'masters, ' if answer.run.precision.master else ''}states and step in host memory"
     clip = answer.run.loop.clip_grad_norm
     yield f"gradients clipped at {clip:g}" if clip and not o.in_backward else "no clipping"
     if answer.run.loop.trainer:
