@@ -16,6 +16,7 @@ from memplan.catalogue.quantization import storage_of
 from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
+from memplan.engine.work import Call, work
 from memplan.ir import Op, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
@@ -128,6 +129,13 @@ def recorded(graph: Graph, grads_exist: bool = False, updates: tuple[tuple[str, 
 def _recorded(graph: Graph, grads_exist: bool, updates: tuple[tuple[str, int], ...]) -> Recorded:
     stack, depth = _stack(graph)
     return record(stack, depth, **_ways(graph), grads_exist=grads_exist, updates=dict(updates))
+
+
+@lru_cache(maxsize=64)
+def worked(graph: Graph) -> tuple[Call, ...]:
+    """What one forward and backward pass of the graph computes, in order."""
+    stack, depth = _stack(graph)
+    return work(stack, depth, **_ways(graph))
 
 
 class _Ways(TypedDict):

@@ -100,6 +100,9 @@ class Op(NamedTuple):
                     step, so that checkpointing does not let go of them.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
+    product         `matrix` where it multiplies a read by its matrices or by another read; `attention` where it is both
+                    products of attention in one kernel, which leaves out what a causal mask hides; empty where it goes
+                    element by element.
     source          where the facts come from.
     """
 
@@ -119,6 +122,7 @@ class Op(NamedTuple):
     captures: tuple[str, ...] = ()
     recorded: bool = False
     unit: str = ""
+    product: str = ""
     source: str = ""
 
 

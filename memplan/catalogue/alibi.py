@@ -71,6 +71,7 @@ def _bloom_attention(m: ModelSpec, name: str = "self_attention") -> tuple[Op, ..
             (Keep("k", "q"), Keep("q", "k")),
             scratch_back=(Scratch(Tensor("unscaled gradient", _Q, "=q")),),
             autocast="lower",
+            product="matrix",
             source=f"{ops.DERIVATIVES}: baddbmm",
         ),
         Op(f"{name}.add_mask", ("scores", "mask"), (Tensor("masked", _SCORES),), gradient="same"),

@@ -116,6 +116,7 @@ def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
         tuple(Keep(what, of) for of in (q, k, v) for what in (q, k, v, y, lse, seed, offset)),
         scratch_back=tuple(Scratch(t) for t in scratch),
         autocast="lower",
+        product="attention",
         source=f"{_ATEN}/cuda/flash_attn/flash_api.cpp mha_bwd",
     )
 
@@ -247,6 +248,7 @@ def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: s
                 Scratch(Tensor("output product", "b s a efficient_fp32", "fp32")),
             ),
             autocast="lower",
+            product="attention",
             source=f"{_ATEN}/cuda/attention_backward.cu",
         ),
         ops.leave("k.heads", "v.heads"),

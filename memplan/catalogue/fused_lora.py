@@ -119,6 +119,7 @@ def _together(layers: list[Layer], compute: str, dropout: bool) -> Iterator[Op]:
         _keeps(targets, kept, x),
         scratch=(Tensor("product", layers[0].op.writes[0].shape, compute),),
         scratch_back=_back(x, shape, dropout, layers, compute),
+        product="matrix",
         source=_SOURCE,
     )
 
@@ -136,6 +137,7 @@ def _alone(layer: Layer, compute: str, dropout: bool) -> Iterator[Op]:
         scratch=(Tensor("product", y.shape, compute),),
         scratch_back=_back(x, f"b s {layer.into}", dropout, [layer], compute),
         gradient="view",
+        product="matrix",
         source=_SOURCE,
     )
 
@@ -159,6 +161,7 @@ def _gated(layers: list[Layer], compute: str, dropout: bool) -> Iterator[Op]:
             Scratch(Tensor("gradient of product", "b s f", compute)),
             *_back(x, f"b s {layers[0].into}", dropout, layers, compute),
         ),
+        product="matrix",
         source=_SOURCE,
     )
     yield ops.leave(x)

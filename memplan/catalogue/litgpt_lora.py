@@ -96,6 +96,7 @@ def _joined(op: Op, x: str, roles: tuple[str, ...], dtype: str) -> Iterator[Op]:
         made,
         b,
         (*(Keep(w.name, f"{p}.a") for w in b), *(Keep(f"{p}.a", w.name) for w in b)),
+        product="matrix",
         source=f"{ops.DERIVATIVES}: convolution",
     )
     names = tuple(t.name for t in made)

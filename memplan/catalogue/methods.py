@@ -147,6 +147,7 @@ def _lora_embedding(op: Op, dtype: str) -> Iterator[Op]:
         (Keep(b.name, f"{p}.a"), Keep(f"{p}.a", b.name)),
         gradient="view",
         autocast="lower",
+        product="matrix",
         source=f"{ops.DERIVATIVES}: mm",
     )
     yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
@@ -177,7 +178,8 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
         (ops.linear(f"{op.name}.lora_B", "", "", out, "r", "adapter"), f"{p}.eye_a", f"{p}.eye_b", full),
     ):
         name = f"{n}.eye_{half.name[-1]}"
-        yield Op(name, (read,), (Tensor(made, shape),), half.weights, gradient="none", autocast="lower")
+        write = Tensor(made, shape)
+        yield Op(name, (read,), (write,), half.weights, gradient="none", autocast="lower", product="matrix")
     yield ops.leave(f"{p}.eye")
     yield ops.cast(f"{n}.product", f"{p}.eye_b", f"{p}.product", full, like)
     if w.stored:
@@ -209,6 +211,7 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
             (Keep(f"{p}.w", x),),
             gradient="view",
             autocast="lower",
+            product="matrix",
             source="peft 0.21 tuners/lora/dora.py",
         )
     elif bias := tuple(v._replace(trains=False) for v in op.weights if not v.matrix):

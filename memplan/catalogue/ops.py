@@ -25,6 +25,7 @@ def linear(name: str, x: str, y: str, out: str, into: str, group: str, bias: boo
         (Keep(w.name, x), Keep(x, w.name)),
         gradient="view",
         autocast="lower",
+        product="matrix",
         source=f"{DERIVATIVES}: mm, addmm",
     )
 
@@ -93,6 +94,7 @@ def matmul(name: str, a: str, b: str, y: str, shape: str) -> Op:
         (Keep(b, a), Keep(a, b)),
         gradient="view",
         autocast="lower",
+        product="matrix",
         source=f"{DERIVATIVES}: bmm",
     )
 

@@ -97,6 +97,7 @@ def _linear_int8(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op
         scratch_back=(Scratch(Tensor("dequantised", w.shape, f"={x}")),),
         gradient="view",
         captures=(x,),
+        product="matrix",
         source=f"{_BNB} MatMul8bitLt",
     )
 
@@ -123,6 +124,7 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str, 
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient="view",
         captures=(f"{y}.in",) if older else (),
+        product="matrix",
         source=f"{_BNB} MatMul4Bit",
     )
     yield ops.cast(f"{name}.cast_back", f"{y}.out", y, shape, f"={x}")

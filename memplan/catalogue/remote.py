@@ -263,6 +263,7 @@ def _norm_head(x: str) -> tuple[Op, ...]:
             (Keep("normalised", x), Keep(x, "normalised")),
             gradient="view",
             autocast="lower",
+            product="matrix",
             source=f"{ops.DERIVATIVES}: mm",
         ),
     )

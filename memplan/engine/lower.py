@@ -168,6 +168,14 @@ class Tape:
     def _enter(self, frame: Frame, op: Op) -> None:
         self._where, self._block, self._op = f"{frame.where}{op.name}", frame.block, op
 
+    # what is computed
+
+    def computed(self, frame: Frame, op: Op) -> None:
+        """The operation is about to compute what it writes, in forward or, recomputed, in backward."""
+
+    def differentiated(self, frame: Frame, node: Node, of: tuple[Tensor, ...]) -> None:
+        """The node is about to make its targets' gradients from those `of` its outputs."""
+
     # forward
 
     def forward(
@@ -252,6 +260,7 @@ class Tape:
             node = frame.nodes[i]
             written = {t.name for t in op.writes}
             if not (cut and i == end - 1 and written.isdisjoint(node.pins)):
+                self.computed(frame, op)
                 for t in op.writes:
                     if op.view:
                         names[t.name] = frame[op.reads[0]]
@@ -357,6 +366,7 @@ class Tape:
         incoming = [(t, grads.pop(t.name)) for t in op.writes if t.name in grads]
         made: list[tuple[str, Storage]] = []
         if incoming:
+            self.differentiated(frame, node, tuple(t for t, _ in incoming))
             scratch = [s for s in op.scratch_back if not s.of or s.of in node.targets]
             early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
             beside = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
