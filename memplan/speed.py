@@ -6,14 +6,16 @@ matrices) or does twice (a checkpoint's blocks) shows. Counting is derived; seco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from memplan.catalogue import flops
+from memplan.catalogue import flops, rates
 from memplan.catalogue.flops import Moved, Points
+from memplan.catalogue.rates import Rate
 from memplan.engine.work import Call
+from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
 from memplan.program import Structure, gradients_of, program, run_axes, trained_parameters
@@ -45,7 +47,7 @@ class _Pass(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Equal products of a step: what one computes in, its floating-point operations and bytes, and how many they are."""
+    """Equal products of a step: the dtype, floating-point operations and bytes of one, and how many there are."""
 
     dtype: str
     operations: int
@@ -92,7 +94,7 @@ def work(run: RunSpec) -> Work:
     b = run.batch
     axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles)
     passed = _passed(decided.structure.graph)
-    parts = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     products: list[Product] = []
     values = _Values(axes)
     for q in passed.products:
@@ -219,3 +221,199 @@ def _update(structure: Structure) -> int:
 def _added(structure: Structure) -> int:
     """Bytes that adding a later pass's gradients moves."""
     return flops.ADDING * sum(h.bytes * h.copies for h in gradients_of(structure))
+
+
+class Range(NamedTuple):
+    """A figure as low, usual and high. Never certain: each rests on rates that are measured elsewhere or assumed."""
+
+    low: float
+    usual: float
+    high: float
+
+    def times(self, factor: float) -> Range:
+        return Range(*(factor * n for n in self))
+
+
+class Pace(NamedTuple):
+    """How long a step takes on one device of a card.
+
+    seconds     of an optimizer step; tokens are those of the step
+    products, bandwidth, launch   the rates it rests on, each with its basis and source; the short time is at high ones
+    bound       what most of the usual time goes to: products, bytes or the host
+    note        what stands in for a rate that the card does not have
+    """
+
+    seconds: Range
+    tokens: int
+    products: Rate
+    bandwidth: Rate
+    launch: Rate
+    bound: str
+    note: str
+
+    @property
+    def tokens_per_second(self) -> Range:
+        return Range(*(self.tokens / seconds for seconds in reversed(self.seconds)))
+
+    @property
+    def basis(self) -> str:
+        """measured, or assumed where a rate is."""
+        bases = {rate.basis for rate in (self.products, self.bandwidth, self.launch)}
+        return "assumed" if "assumed" in bases else "measured"
+
+
+class _Card(NamedTuple):
+    """What one device of a card does at most, a second: operations by dtype, bytes."""
+
+    operations: dict[str, float]
+    bytes: float
+    note: str
+
+
+class _Shares(NamedTuple):
+    """One choice of rates: shares of the card's most, and seconds a kernel."""
+
+    products: float
+    bandwidth: float
+    launch: float
+
+
+def pace(work: Work, gpu: GPU) -> Pace | None:
+    """How long the work takes on one device of the card; None where the catalogue has no rate for its products."""
+    card = _card(gpu, frozenset(p.dtype for p in work.products))
+    if card is None:
+        return None
+    products, bandwidth, launch = rates.products(gpu.compute_capability), rates.BANDWIDTH, rates.LAUNCH
+    low, usual, high = (
+        _Shares(p / 100, b / 100, us / 1e6)
+        for p, b, us in (
+            (products.high, bandwidth.high, launch.low),
+            (products.usual, bandwidth.usual, launch.usual),
+            (products.low, bandwidth.low, launch.high),
+        )
+    )
+    seconds = Range(*(max(_busy(work, card, s), work.calls * s.launch) for s in (low, usual, high)))
+    multiplying, moving = _parts(work, card, usual)
+    bound = "products" if multiplying >= moving else "bytes"
+    if work.calls * usual.launch > multiplying + moving:
+        bound = "host"
+    return Pace(seconds, work.tokens, products, bandwidth, launch, bound, card.note)
+
+
+def ratio(before: Work, after: Work, gpu: GPU) -> tuple[float, float] | None:
+    """How many times longer `after` takes for the same number of tokens, at least and at most.
+
+    Both are timed at the same rates, all that a card may have, so that most of what is unsure about each falls away.
+    None where the catalogue has no rate for the products of one.
+    """
+    cards = [_card(gpu, frozenset(p.dtype for p in w.products)) for w in (before, after)]
+    products, bandwidth, launch = rates.products(gpu.compute_capability), rates.BANDWIDTH, rates.LAUNCH
+    found: list[float] = []
+    for p in (products.low, products.high):
+        for b in (bandwidth.low, bandwidth.high):
+            for us in (launch.low, launch.high):
+                shares = _Shares(p / 100, b / 100, us / 1e6)
+                each: list[float] = []
+                for w, card in zip((before, after), cards, strict=True):
+                    if card is None:
+                        return None
+                    each.append(max(_busy(w, card, shares), w.calls * shares.launch) / w.tokens)
+                found.append(each[1] / each[0])
+    return min(found), max(found)
+
+
+def _busy(work: Work, card: _Card, shares: _Shares) -> float:
+    """Seconds that the card is busy."""
+    return sum(_parts(work, card, shares))
+
+
+def _parts(work: Work, card: _Card, shares: _Shares) -> tuple[float, float]:
+    """Seconds of products that operations bound, and of all else that bytes bound."""
+    per_byte = 1 / (card.bytes * shares.bandwidth)
+    multiplying, moving = 0.0, (work.moved + work.update) * per_byte
+    for dtype, operations, bytes_, times in work.products:
+        computing, reading = operations / (card.operations[dtype] * shares.products), bytes_ * per_byte
+        if computing >= reading:
+            multiplying += times * computing
+        else:
+            moving += times * reading
+    return multiplying, moving
+
+
+@lru_cache(maxsize=4096)
+def _card(gpu: GPU, dtypes: frozenset[str]) -> _Card | None:
+    """The card's rates for products in those dtypes; None where one is not known."""
+    if gpu.bandwidth_gbps is None:
+        return None
+    found: dict[str, float] = {}
+    notes: list[str] = []
+    for dtype in sorted(dtypes):
+        tera, note = _tera(gpu, dtype)
+        if tera is None:
+            return None
+        found[dtype] = tera * 1e12 / gpu.devices
+        notes += [note] if note else []
+    return _Card(found, gpu.bandwidth_gbps * 1e9 / gpu.devices, "; ".join(dict.fromkeys(notes)))
+
+
+def _tera(gpu: GPU, dtype: str) -> tuple[float | None, str]:
+    """10**12 operations a second in that dtype, and what stands in for a rate that the card does not have."""
+    match dtype:
+        case "bf16" if gpu.bf16_tflops is not None:
+            return gpu.bf16_tflops, ""
+        case "bf16":  # the product is made by the units for fp32
+            fp32, _ = _tera(gpu, "fp32")
+            return fp32, f"{gpu.title} has no units for bf16: its products take as long as in fp32"
+        case "fp16":
+            return gpu.fp16_tflops, ""
+        case "int8":
+            return gpu.int8_tops, ""
+        case _:
+            half = gpu.fp16_tflops or gpu.bf16_tflops
+            units = rates.fp32_units(gpu.compute_capability)
+            halved = gpu.vendor == "NVIDIA" and gpu.market in ("consumer", "laptop")
+            note = "" if units.basis == "derived" else f"fp32 is taken as 1/{units.per} of the rate in 16 bits, assumed"
+            return (None if half is None else half * (2 if halved else 1) / units.per), note
+
+
+class Hourly(NamedTuple):
+    """What one GPU is asked for an hour, in US dollars: the least and the most of the prices found, and the latest day
+    on which one of them was (ISO 8601)."""
+
+    low: float
+    high: float
+    date: str
+
+
+def hourly(gpu: GPU) -> Hourly | None:
+    """The range of the card's dated prices; None where there is none."""
+    dated = [price for price in gpu.prices if price.date]
+    if not dated:
+        return None
+    asked = [price.usd_per_hour for price in dated]
+    return Hourly(min(asked), max(asked), max(price.date for price in dated))
+
+
+class Cost(NamedTuple):
+    """What so many tokens take: seconds of one GPU, and US dollars where a price is known."""
+
+    tokens: int
+    seconds: Range
+    usd: Range | None
+
+
+MILLION = 1_000_000
+
+
+def cost(pace: Pace, usd_per_hour: Hourly | float | None = None, tokens: int = MILLION) -> Cost:
+    """What `tokens` take at that pace, by default a million.
+
+    `usd_per_hour` is a price or the range of `hourly`: the least is paid for the short time, the most for the long one,
+    and what is usual lies in the middle of the range.
+    """
+    seconds = pace.seconds.times(tokens / pace.tokens)
+    if usd_per_hour is None:
+        return Cost(tokens, seconds, None)
+    low, high = (usd_per_hour, usd_per_hour) if isinstance(usd_per_hour, (int, float)) else usd_per_hour[:2]
+    prices = (low, (low + high) / 2, high)
+    return Cost(tokens, seconds, Range(*(s / 3600 * usd for s, usd in zip(seconds, prices, strict=True))))

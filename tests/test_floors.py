@@ -17,7 +17,7 @@ FLOORS = (
     {"spec", "gpus", "gpu_table", "config_classes", "models", "layers", "cards", "calibration"},
     {"ir"},
     {"catalogue", "engine"},
-    {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger"},
+    {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger", "speed"},
     {"largest", "sweep", "comparison"},
     {"frameworks"},
     {"report", "cli", "probe"},

@@ -30,7 +30,7 @@ class Moved(NamedTuple):
 
 # Products of one kernel of attention, each of them 2 operations at every point of queries, keys and width: forward two,
 # scores and outputs; backward five, because the scores are made again before the gradients of v, of the probabilities,
-# of q and of k. Source: arXiv:2205.14135, algorithms 1 and 4; torch 2.13 utils/flop_counter.py sdpa_backward_flop_count.
+# of q and of k. Source: arXiv:2205.14135, algorithms 1 and 4; torch 2.13 utils/flop_counter.py, sdpa_backward.
 _FORWARD, _BACKWARD = 2, 5
 
 
@@ -131,10 +131,10 @@ class Passes(NamedTuple):
 
 
 # One kernel reads gradient, states and parameter and writes the last two.
-AT_ONCE = Passes(2, 1, 2, "torch 2.13 aten/src/ATen/native/cuda/fused_adam_utils.cuh; taken for every other one-pass step")
+AT_ONCE = Passes(2, 1, 2, "torch 2.13 aten/src/ATen/native/cuda/fused_adam_utils.cuh; assumed of other steps")
 # One kernel a line: lerp (exp_avg 3 with addcdiv), mul, addcmul and sqrt (exp_avg_sq 5), and 6 of the list between
 # them: 14 for two states.
-IN_LISTS = Passes(7, 2, 2, "torch 2.13 torch/optim/adam.py _multi_tensor_adam; taken for every other step with lists")
+IN_LISTS = Passes(7, 2, 2, "torch 2.13 torch/optim/adam.py _multi_tensor_adam; assumed of other steps with lists")
 CLIPPING = 3  # times every gradient: the norm reads it, scaling reads and writes it. torch 2.13 nn/utils/clip_grad.py
 UNSCALING = 2  # torch 2.13 amp/grad_scaler.py _unscale_grads_
 ADDING = 3  # two tensors read and one written, where gradients add up

@@ -1,0 +1,100 @@
+"""How much of what a card can do a training step gets: rows, each with its basis and source. None is derived.
+
+What is measured was measured on those cards with those libraries; elsewhere a row is assumed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Rate(NamedTuple):
+    """A range, in the unit that `what` says; `basis` is measured or assumed."""
+
+    what: str
+    low: int
+    usual: int
+    high: int
+    basis: str
+    source: str
+
+
+_SHARE = "products of matrices and attention: hundredths of the card's dense peak"
+_FMS = "foundation-model-stack/fms-acceleration scripts/benchmarks/refs"
+_FOUNDRY = "mosaicml/llm-foundry scripts/train/benchmarking/README.md at 061f2c7"
+
+# By compute capability: what is left of a measured step when all other bytes are moved at BANDWIDTH's usual share.
+# `python -m benchmarks.speed` prints it for every run.
+_PRODUCTS = {
+    (8, 0): Rate(_SHARE, 62, 75, 83, "measured", f"30 runs on one A100, transformers 4.45 and 4.48: {_FMS}"),
+    (9, 0): Rate(
+        _SHARE,
+        42,
+        56,
+        68,
+        "measured",
+        f"17 runs on eight H100, sharded, so that what they tell each other is in it: {_FOUNDRY} (2023)",
+    ),
+}
+ANY_PRODUCTS = Rate(
+    _SHARE,
+    40,
+    62,
+    83,
+    "assumed",
+    "from the least measured on an H100 to the most on an A100; published of whole steps: 38 to 43 % (Llama 3, H100, "
+    "arXiv:2407.21783), 46 % (PaLM, TPU v4, arXiv:2204.02311), 51 to 61 % (A100, torchtitan docs/performance.md)",
+)
+
+
+def products(capability: tuple[int, int] | None) -> Rate:
+    """The share of the peak that products get on a card of that compute capability."""
+    return ANY_PRODUCTS if capability is None else _PRODUCTS.get(capability, ANY_PRODUCTS)
+
+
+BANDWIDTH = Rate(
+    "everything else: hundredths of the memory's bandwidth",
+    50,
+    63,
+    80,
+    "measured",
+    "63 is what two pairs of runs agree at that differ in their kernels for everything but products (Mistral-7B LoRA "
+    f"and PowerLM-3B full, batch 8, one A100, with and without fused ones): {_FMS}; the range around it is assumed",
+)
+
+LAUNCH = Rate(
+    "the host: microseconds for every kernel of forward and backward, or so",
+    8,
+    25,
+    60,
+    "measured",
+    "24 to 26 for steps of 256 tokens (QwenLM/Qwen README.md, LoRA of 1.8B, 7B and 14B, transformers), 60 for one "
+    "sequence (Lightning-AI/litgpt tutorials/resource-tables.md), both A100, 2023; the low end is assumed",
+)
+
+
+class Units(NamedTuple):
+    """One fp32 operation takes the time of `per` in 16 bits; of half as many where the 16-bit rate is halved."""
+
+    per: int
+    basis: str
+    source: str
+
+
+# fp32 results a clock and multiprocessor against those of tensor cores, without TF32, which torch leaves off.
+_GUIDE = "NVIDIA CUDA C++ programming guide, arithmetic instructions; the architectures' whitepapers for tensor cores"
+_FP32 = {
+    (7, 0): Units(8, "derived", _GUIDE),
+    (7, 5): Units(8, "derived", _GUIDE),
+    (8, 0): Units(16, "derived", _GUIDE),
+    (8, 6): Units(4, "derived", _GUIDE),
+    (8, 9): Units(4, "derived", _GUIDE),
+    (9, 0): Units(16, "derived", _GUIDE),
+    (12, 0): Units(4, "derived", _GUIDE),
+}
+_FP32_ANY = Units(16, "assumed", "as on an A100 and an H100")
+
+
+def fp32_units(capability: tuple[int, int] | None) -> Units:
+    """How many times longer an fp32 operation takes than one in 16 bits."""
+    return _FP32_ANY if capability is None else _FP32.get(capability, _FP32_ANY)
