@@ -2,10 +2,10 @@
 
     python -m benchmarks.speed
 
-Each line of `tests/golden/speeds.jsonl` is a run on one card, or on one of several that share its weights: where it was
-published, the tokens a second of one card, and the run as a RunSpec, or the id of one in `published.jsonl`. `gives`
-names the row of `memplan.catalogue.rates` that was read from it: those runs say how wide the row is, the others whether
-it holds. `cause` says why a run is missed, if that is known.
+Each line of `tests/golden/speeds.jsonl` is a run on one card, or on so many `cards` that each updates a part of the
+weights: where it was published, the tokens a second of one card, and the run as a RunSpec, or the id of one in
+`published.jsonl`. `gives` names the row of `memplan.catalogue.rates` that was read from it: those runs say how wide the
+row is, the others whether it holds. `cause` says why a run is missed, if that is known.
 """
 
 from __future__ import annotations
@@ -61,41 +61,38 @@ class Timed(NamedTuple):
 
 
 @cache
-def timed() -> list[Timed]:
-    """Every published run, timed."""
-    published = {row["id"]: row["run"] for row in rows("published.jsonl")}
-    lines = (GOLDEN / "speeds.jsonl").read_text("utf-8").splitlines()
-    return [_timed(json.loads(line), published) for line in lines]
+def published() -> dict[str, dict[str, Any]]:
+    """Every published speed by its id, with its run."""
+    runs = {row["id"]: row["run"] for row in rows("published.jsonl")}
+    found = map(json.loads, (GOLDEN / "speeds.jsonl").read_text("utf-8").splitlines())
+    return {row.get("id") or row["golden"]: {**row, "run": row.get("run") or runs[row["golden"]]} for row in found}
 
 
-def _timed(row: dict[str, Any], published: dict[str, Any]) -> Timed:
-    run = RunSpec(**(row["run"] if "run" in row else published[row["golden"]]))
+@cache
+def timed(id: str) -> Timed:
+    """One of them beside memplan's pace."""
+    row = published()[id]
+    run = RunSpec(**row["run"])
     gpu, counted = find_gpu(str(run.gpu)), work(run)
+    counted = counted._replace(update=counted.update // row.get("cards", 1))
     found = pace(counted, gpu)
     assert found is not None
-    name = row.get("id") or row["golden"]
-    return Timed(
-        name,
-        row.get("gives", ""),
-        row.get("cause", ""),
-        gpu,
-        counted,
-        found,
-        counted.tokens / row["tokens_per_second"],
-    )
+    seconds = counted.tokens / row["tokens_per_second"]
+    return Timed(id, row.get("gives", ""), row.get("cause", ""), gpu, counted, found, seconds)
 
 
 def main() -> None:
     print(f"{'run':78} {'card':10} {'seconds':>8} {'low':>8} {'usual':>8} {'high':>8} inside  share  gives")
-    for t in timed():
+    every = [timed(id) for id in published()]
+    for t in every:
         s, inside = t.pace.seconds, "yes" if t.inside else "no"
         print(
             f"{t.id:78} {t.gpu.name[:10]:10} {t.seconds:8.2f} {s.low:8.2f} {s.usual:8.2f} {s.high:8.2f} {inside:6} "
             f"{t.share:6.2f}  {t.gives}"
         )
     for title, those in (
-        ("runs a rate was read from", [t for t in timed() if t.gives]),
-        ("other runs", [t for t in timed() if not t.gives]),
+        ("runs a rate was read from", [t for t in every if t.gives]),
+        ("other runs", [t for t in every if not t.gives]),
     ):
         off = sorted(abs(t.error) for t in those)
         print(

@@ -31,7 +31,7 @@ _PRODUCTS = {
         _SHARE,
         42,
         56,
-        68,
+        67,
         "measured",
         f"17 runs on eight H100, sharded, so that what they tell each other is in it: {_FOUNDRY} (2023)",
     ),
