@@ -4,8 +4,8 @@
 
 Each line of `tests/golden/speeds.jsonl` is a run on one card, or on so many `cards` that each updates a part of the
 weights: where it was published, the tokens a second of one card, and the run as a RunSpec, or the id of one in
-`published.jsonl`. `gives` names the row of `memplan.catalogue.rates` that was read from it: those runs say how wide the
-row is, the others whether it holds. `cause` says why a run is missed, if that is known.
+`published.jsonl`. `gives` says which rates of `memplan.catalogue.rates` were read from it, a card's or the host's
+(launch): those runs say how wide the rows are, the others whether they hold. `cause` says why a run is missed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.golden import GOLDEN, rows
 from memplan import RunSpec, find_gpu
-from memplan.catalogue import rates
 from memplan.gpus import GPU
-from memplan.speed import Pace, Work, pace, work
+from memplan.speed import Pace, Shares, Work, busy, limits, pace, shares, work
 
 
 class Timed(NamedTuple):
@@ -43,21 +42,19 @@ class Timed(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The share of the peak that products had, if all other bytes moved at the usual share of the bandwidth."""
-        return self.share_at(rates.BANDWIDTH.usual)
+        """The share of the peak that products of matrices had, if all else was at its usual rate."""
+        return self.share_at(shares(self.gpu)[1])
 
-    def share_at(self, bandwidth: int) -> float:
-        per_byte = 1 / (self.gpu.bandwidth_gbps * 1e9 * bandwidth / 100)
-        peak = {"bf16": self.gpu.bf16_tflops, "fp16": self.gpu.fp16_tflops}
-        peak["fp32"] = peak["bf16"] / rates.fp32_units(self.gpu.compute_capability).per
-        left, busy = self.seconds - (self.work.moved + self.work.update) * per_byte, 0.0
-        for p in self.work.products:
-            computing, reading = p.operations / peak[p.dtype] / 1e12, p.bytes * per_byte
-            if computing >= reading:
-                busy += p.times * computing
-            else:
-                left -= p.times * reading
-        return busy / left
+    def share_at(self, choice: Shares) -> float:
+        """The same where all else had those rates."""
+        card = limits(self.gpu, frozenset(p.dtype for p in self.work.products))
+        assert card is not None
+        low, high = 0.001, 100.0
+        while high / low > 1.0001:  # a product is bound by its bytes or not, according to the share
+            middle = (low * high) ** 0.5
+            longer = sum(busy(self.work, card, choice._replace(products=middle))) > self.seconds
+            low, high = (middle, high) if longer else (low, middle)
+        return low
 
 
 @cache

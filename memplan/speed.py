@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
 from memplan.program import Structure, gradients_of, program, run_axes, trained_parameters
-from memplan.resolve import decide
+from memplan.resolve import check_batch, decide
 from memplan.spec import RunSpec
 from memplan.units import ITEMSIZE
 
@@ -33,6 +34,7 @@ class _Product(NamedTuple):
 
     part: str
     dtype: str
+    attention: bool
     operations: _Amount
     bytes: _Amount
     times: int
@@ -47,9 +49,13 @@ class _Pass(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Equal products of a step: the dtype, floating-point operations and bytes of one, and how many there are."""
+    """Equal products of a step: the dtype, floating-point operations and bytes of one, and how many there are.
+
+    `attention`: both products of attention in one kernel.
+    """
 
     dtype: str
+    attention: bool
     operations: int
     bytes: int
     times: int
@@ -91,6 +97,7 @@ def work(run: RunSpec) -> Work:
     """What one optimizer step of the run does on one GPU. Raises MemplanError where the run cannot be answered."""
     decided = decide(run)
     p = program(decided.structure)
+    check_batch(run, p.structure.graph.model)
     b = run.batch
     axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles)
     passed = _passed(decided.structure.graph)
@@ -100,7 +107,7 @@ def work(run: RunSpec) -> Work:
     for q in passed.products:
         operations, times = values.of(q.operations), q.times * b.accumulation
         parts[q.part] += operations * times
-        products.append(Product(q.dtype, operations, values.of(q.bytes), times))
+        products.append(Product(q.dtype, q.attention, operations, values.of(q.bytes), times))
     return Work(
         tokens=b.micro * b.sequence * b.accumulation,
         **parts,
@@ -132,7 +139,7 @@ def _passed(graph: Graph) -> _Pass:
     """The graph's calls as numbers."""
     _, axes = built(graph)
     sizes = _Sizes(axes)
-    products: dict[tuple[str, str, _Amount, _Amount], int] = {}
+    products: dict[tuple[str, str, bool, _Amount, _Amount], int] = {}
     rest: dict[tuple[str, ...], int] = {}
     calls = 0
 
@@ -140,7 +147,8 @@ def _passed(graph: Graph) -> _Pass:
         nonlocal calls
         operations = sizes.operations(points)
         if operations:
-            key = (part, flops.computes_in(call.op, call.part == "backward"), operations, sizes.bytes(own))
+            dtype, attends = flops.computes_in(call.op, call.part == "backward"), call.op.product == "attention"
+            key = (part, dtype, attends, operations, sizes.bytes(own))
             products[key] = products.get(key, 0) + call.copies
         for names, factor in (*sizes.bytes(beside), *(() if operations else sizes.bytes(own))):
             rest[names] = rest.get(names, 0) + factor * call.copies
@@ -238,7 +246,8 @@ class Pace(NamedTuple):
     """How long a step takes on one device of a card.
 
     seconds     of an optimizer step; tokens are those of the step
-    products, bandwidth, launch   the rates it rests on, each with its basis and source; the short time is at high ones
+    products, attention, bandwidth, launch   the rates it rests on, each with its basis and source; the short time is at
+                high ones
     bound       what most of the usual time goes to: products, bytes or the host
     note        what stands in for a rate that the card does not have
     """
@@ -246,6 +255,7 @@ class Pace(NamedTuple):
     seconds: Range
     tokens: int
     products: Rate
+    attention: Rate
     bandwidth: Rate
     launch: Rate
     bound: str
@@ -258,46 +268,51 @@ class Pace(NamedTuple):
     @property
     def basis(self) -> str:
         """measured, or assumed where a rate is."""
-        bases = {rate.basis for rate in (self.products, self.bandwidth, self.launch)}
+        bases = {rate.basis for rate in (self.products, self.attention, self.bandwidth, self.launch)}
         return "assumed" if "assumed" in bases else "measured"
 
 
-class _Card(NamedTuple):
-    """What one device of a card does at most, a second: operations by dtype, bytes."""
+class Limits(NamedTuple):
+    """What one device of a card does at most in a second: operations by dtype, and bytes; `note` as in `Pace`."""
 
     operations: dict[str, float]
     bytes: float
     note: str
 
 
-class _Shares(NamedTuple):
+class Shares(NamedTuple):
     """One choice of rates: shares of the card's most, and seconds a kernel."""
 
     products: float
+    attention: float
     bandwidth: float
     launch: float
 
 
 def pace(work: Work, gpu: GPU) -> Pace | None:
     """How long the work takes on one device of the card; None where the catalogue has no rate for its products."""
-    card = _card(gpu, frozenset(p.dtype for p in work.products))
+    card = limits(gpu, frozenset(p.dtype for p in work.products))
     if card is None:
         return None
-    products, bandwidth, launch = rates.products(gpu.compute_capability), rates.BANDWIDTH, rates.LAUNCH
-    low, usual, high = (
-        _Shares(p / 100, b / 100, us / 1e6)
-        for p, b, us in (
-            (products.high, bandwidth.high, launch.low),
-            (products.usual, bandwidth.usual, launch.usual),
-            (products.low, bandwidth.low, launch.high),
-        )
-    )
-    seconds = Range(*(max(_busy(work, card, s), work.calls * s.launch) for s in (low, usual, high)))
-    multiplying, moving = _parts(work, card, usual)
+    own = rates.products(gpu.compute_capability), rates.attention(gpu.compute_capability)
+    high, usual, low = shares(gpu)
+    seconds = Range(*(_seconds(work, card, choice) for choice in (high, usual, low)))
+    multiplying, moving = busy(work, card, usual)
     bound = "products" if multiplying >= moving else "bytes"
     if work.calls * usual.launch > multiplying + moving:
         bound = "host"
-    return Pace(seconds, work.tokens, products, bandwidth, launch, bound, card.note)
+    return Pace(seconds, work.tokens, *own, rates.BANDWIDTH, rates.LAUNCH, bound, card.note)
+
+
+def shares(gpu: GPU) -> tuple[Shares, Shares, Shares]:
+    """The rates of a card, all at their high, usual and low figures; the host is as fast."""
+    p, a = rates.products(gpu.compute_capability), rates.attention(gpu.compute_capability)
+    b, launch = rates.BANDWIDTH, rates.LAUNCH
+    return (
+        Shares(p.high / 100, a.high / 100, b.high / 100, launch.low / 1e6),
+        Shares(p.usual / 100, a.usual / 100, b.usual / 100, launch.usual / 1e6),
+        Shares(p.low / 100, a.low / 100, b.low / 100, launch.high / 1e6),
+    )
 
 
 def ratio(before: Work, after: Work, gpu: GPU) -> tuple[float, float] | None:
@@ -306,33 +321,29 @@ def ratio(before: Work, after: Work, gpu: GPU) -> tuple[float, float] | None:
     Both are timed at the same rates, all that a card may have, so that most of what is unsure about each falls away.
     None where the catalogue has no rate for the products of one.
     """
-    cards = [_card(gpu, frozenset(p.dtype for p in w.products)) for w in (before, after)]
-    products, bandwidth, launch = rates.products(gpu.compute_capability), rates.BANDWIDTH, rates.LAUNCH
+    card = limits(gpu, frozenset(p.dtype for w in (before, after) for p in w.products))
+    if card is None:
+        return None
+    high, _, low = shares(gpu)
     found: list[float] = []
-    for p in (products.low, products.high):
-        for b in (bandwidth.low, bandwidth.high):
-            for us in (launch.low, launch.high):
-                shares = _Shares(p / 100, b / 100, us / 1e6)
-                each: list[float] = []
-                for w, card in zip((before, after), cards, strict=True):
-                    if card is None:
-                        return None
-                    each.append(max(_busy(w, card, shares), w.calls * shares.launch) / w.tokens)
-                found.append(each[1] / each[0])
+    for choice in map(Shares._make, product(*zip(high, low, strict=True))):
+        first, second = (_seconds(w, card, choice) / w.tokens for w in (before, after))
+        found.append(second / first)
     return min(found), max(found)
 
 
-def _busy(work: Work, card: _Card, shares: _Shares) -> float:
-    """Seconds that the card is busy."""
-    return sum(_parts(work, card, shares))
+def _seconds(work: Work, card: Limits, shares: Shares) -> float:
+    """How long the card is busy, or the host if that takes longer."""
+    return max(sum(busy(work, card, shares)), work.calls * shares.launch)
 
 
-def _parts(work: Work, card: _Card, shares: _Shares) -> tuple[float, float]:
+def busy(work: Work, card: Limits, shares: Shares) -> tuple[float, float]:
     """Seconds of products that operations bound, and of all else that bytes bound."""
     per_byte = 1 / (card.bytes * shares.bandwidth)
     multiplying, moving = 0.0, (work.moved + work.update) * per_byte
-    for dtype, operations, bytes_, times in work.products:
-        computing, reading = operations / (card.operations[dtype] * shares.products), bytes_ * per_byte
+    for dtype, attention, operations, bytes_, times in work.products:
+        share = shares.attention if attention else shares.products
+        computing, reading = operations / (card.operations[dtype] * share), bytes_ * per_byte
         if computing >= reading:
             multiplying += times * computing
         else:
@@ -341,8 +352,8 @@ def _parts(work: Work, card: _Card, shares: _Shares) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=4096)
-def _card(gpu: GPU, dtypes: frozenset[str]) -> _Card | None:
-    """The card's rates for products in those dtypes; None where one is not known."""
+def limits(gpu: GPU, dtypes: frozenset[str]) -> Limits | None:
+    """What one device of the card does at most, with products in those dtypes; None where a rate is not known."""
     if gpu.bandwidth_gbps is None:
         return None
     found: dict[str, float] = {}
@@ -353,7 +364,7 @@ def _card(gpu: GPU, dtypes: frozenset[str]) -> _Card | None:
             return None
         found[dtype] = tera * 1e12 / gpu.devices
         notes += [note] if note else []
-    return _Card(found, gpu.bandwidth_gbps * 1e9 / gpu.devices, "; ".join(dict.fromkeys(notes)))
+    return Limits(found, gpu.bandwidth_gbps * 1e9 / gpu.devices, "; ".join(dict.fromkeys(notes)))
 
 
 def _tera(gpu: GPU, dtype: str) -> tuple[float | None, str]:
