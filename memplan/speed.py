@@ -21,6 +21,7 @@ from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
 from memplan.program import Structure, gradients_of, program, run_axes, trained_parameters
 from memplan.resolve import check_batch, decide
+from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
 from memplan.units import ITEMSIZE
 
@@ -99,7 +100,7 @@ def work(run: RunSpec) -> Work:
     p = program(decided.structure)
     check_batch(run, p.structure.graph.model)
     b = run.batch
-    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles)
+    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN)
     passed = _passed(decided.structure.graph)
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     products: list[Product] = []
