@@ -295,20 +295,20 @@ def pace(work: Work, gpu: GPU) -> Pace | None:
     card = limits(gpu, frozenset(p.dtype for p in work.products))
     if card is None:
         return None
-    own = rates.products(gpu.compute_capability), rates.attention(gpu.compute_capability)
+    own = (rate(gpu.compute_capability) for rate in (rates.products, rates.attention, rates.bandwidth))
     high, usual, low = shares(gpu)
     seconds = Range(*(_seconds(work, card, choice) for choice in (high, usual, low)))
     multiplying, moving = busy(work, card, usual)
     bound = "products" if multiplying >= moving else "bytes"
     if work.calls * usual.launch > multiplying + moving:
         bound = "host"
-    return Pace(seconds, work.tokens, *own, rates.BANDWIDTH, rates.LAUNCH, bound, card.note)
+    return Pace(seconds, work.tokens, *own, rates.LAUNCH, bound, card.note)
 
 
 def shares(gpu: GPU) -> tuple[Shares, Shares, Shares]:
     """The rates of a card, all at their high, usual and low figures; the host is as fast."""
-    p, a = rates.products(gpu.compute_capability), rates.attention(gpu.compute_capability)
-    b, launch = rates.BANDWIDTH, rates.LAUNCH
+    p, a, b = (rate(gpu.compute_capability) for rate in (rates.products, rates.attention, rates.bandwidth))
+    launch = rates.LAUNCH
     return (
         Shares(p.high / 100, a.high / 100, b.high / 100, launch.low / 1e6),
         Shares(p.usual / 100, a.usual / 100, b.usual / 100, launch.usual / 1e6),

@@ -354,6 +354,8 @@ def test_every_rate_says_how_it_is_known() -> None:
         assert rate.basis in ("measured", "assumed")
         assert rate.source
     assert rates.products((8, 9)) is rates.products(None) is rates.ANY_PRODUCTS
+    assert rates.bandwidth((8, 0)).basis == "measured"
+    assert rates.bandwidth((9, 0)).basis == "assumed"
     assert rates.attention((12, 0)) is rates.attention(None) is rates.ANY_ATTENTION
 
 

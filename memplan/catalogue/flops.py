@@ -38,7 +38,8 @@ def causal_half(op: Op) -> bool:
     """Whether a kernel of attention leaves out what the causal mask hides, half of every product.
 
     Flash attention and the memory-efficient kernel do, tile by tile, where they are told `is_causal`; given a mask as a
-    tensor they do not, and a plain product of q and k never does. torch's counter counts the whole.
+    tensor they do not, and a plain product of q and k never does. torch's counter counts the whole. What flash attention
+    2 leaves out besides, beyond a sliding window, is not taken off.
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/flash_attn/src/flash_fwd_kernel.h (n_block_max),
     mem_eff_attention/kernel_forward.h (num_keys).
     """
@@ -75,11 +76,11 @@ def backward(op: Op, tensors: Mapping[str, Tensor], target: Tensor) -> Iterator[
             yield _attention(op, tensors, _BACKWARD)
     elif op.product == "matrix" and target.name not in _ahead(op):
         several = _products(op, tensors)
-        for i, (shape, w) in enumerate(several):
-            if target.name == w.name if w and target.name not in op.reads else _is_factor(op, target):
-                yield Points(shape, 2)
-            if w and w.name == target.name and len(several) > len(op.writes) and several[i - 1].is_adapter:
-                yield Points(several[i - 1].shape, 2)
+        for before, product in zip((None, *several), several, strict=False):
+            if _is_factor(op, product, target):
+                yield Points(product.shape, 2)
+            if before and before.is_adapter and product.name == target.name and len(several) > len(op.writes):
+                yield Points(before.shape, 2)
 
 
 def forward_bytes(op: Op, tensors: Mapping[str, Tensor]) -> tuple[list[Moved], list[Moved]]:
@@ -99,7 +100,7 @@ def forward_bytes(op: Op, tensors: Mapping[str, Tensor]) -> tuple[list[Moved], l
 def backward_bytes(
     op: Op, tensors: Mapping[str, Tensor], of: Sequence[Tensor], target: Tensor
 ) -> tuple[list[Moved], list[Moved]]:
-    """The same for the gradient of `target`, from those `of` the outputs; scratch goes with the first target's."""
+    """The same for the gradient of `target`, from those `of` the outputs, but for what `scratch_back` counts."""
     kept = [tensors[name] for name in dict.fromkeys(k.what for k in op.keeps if k.of == target.name)]
     if op.product == "attention" and target.name != op.reads[0]:
         return [Moved(target)], []
@@ -147,6 +148,10 @@ class _Product(NamedTuple):
     matrix: Weight | None
 
     @property
+    def name(self) -> str:
+        return self.matrix.name if self.matrix else ""
+
+    @property
     def is_adapter(self) -> bool:
         return self.matrix is not None and self.matrix.group == "adapter"
 
@@ -170,9 +175,11 @@ def _products(op: Op, tensors: Mapping[str, Tensor]) -> list[_Product]:
     return [_Product(f"{rows} {w.shape}", w) for w in matrices]
 
 
-def _is_factor(op: Op, target: Tensor) -> bool:
-    """Whether the gradient of a read takes a product: not a bias's, which autocast makes a read, by its cast."""
-    return target.name in op.reads and not op.writes[0].shape.endswith(f" {target.shape}")
+def _is_factor(op: Op, product: _Product, target: Tensor) -> bool:
+    """Whether the target is what a product multiplies: its matrix, or a read, but for a bias that autocast has cast."""
+    if target.name in op.reads:
+        return not op.writes[0].shape.endswith(f" {target.shape}")
+    return target.name == product.name
 
 
 def _columns(w: Weight) -> str:
