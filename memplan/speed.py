@@ -295,19 +295,25 @@ def pace(work: Work, gpu: GPU) -> Pace | None:
     card = limits(gpu, frozenset(p.dtype for p in work.products))
     if card is None:
         return None
-    own = (rate(gpu.compute_capability) for rate in (rates.products, rates.attention, rates.bandwidth))
     high, usual, low = shares(gpu)
     seconds = Range(*(_seconds(work, card, choice) for choice in (high, usual, low)))
     multiplying, moving = busy(work, card, usual)
     bound = "products" if multiplying >= moving else "bytes"
     if work.calls * usual.launch > multiplying + moving:
         bound = "host"
-    return Pace(seconds, work.tokens, *own, rates.LAUNCH, bound, card.note)
+    products, attention, bandwidth = _own(gpu)
+    return Pace(seconds, work.tokens, products, attention, bandwidth, rates.LAUNCH, bound, card.note)
+
+
+def _own(gpu: GPU) -> tuple[Rate, Rate, Rate]:
+    """The card's rates of products, attention and bandwidth."""
+    capability = gpu.compute_capability
+    return rates.products(capability), rates.attention(capability), rates.bandwidth(capability)
 
 
 def shares(gpu: GPU) -> tuple[Shares, Shares, Shares]:
     """The rates of a card, all at their high, usual and low figures; the host is as fast."""
-    p, a, b = (rate(gpu.compute_capability) for rate in (rates.products, rates.attention, rates.bandwidth))
+    p, a, b = _own(gpu)
     launch = rates.LAUNCH
     return (
         Shares(p.high / 100, a.high / 100, b.high / 100, launch.low / 1e6),

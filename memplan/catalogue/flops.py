@@ -38,8 +38,8 @@ def causal_half(op: Op) -> bool:
     """Whether a kernel of attention leaves out what the causal mask hides, half of every product.
 
     Flash attention and the memory-efficient kernel do, tile by tile, where they are told `is_causal`; given a mask as a
-    tensor they do not, and a plain product of q and k never does. torch's counter counts the whole. What flash attention
-    2 leaves out besides, beyond a sliding window, is not taken off.
+    tensor they do not, and a plain product of q and k never does. torch's counter counts the whole. What else flash
+    attention 2 leaves out, beyond a sliding window, is not taken off.
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/flash_attn/src/flash_fwd_kernel.h (n_block_max),
     mem_eff_attention/kernel_forward.h (num_keys).
     """
