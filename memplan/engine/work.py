@@ -75,9 +75,10 @@ def work(
     checkpoint: bool = False,
     reentrant: bool = False,
     input_grad: bool = False,
+    to_host: bool = False,
 ) -> tuple[Call, ...]:
     """What one forward and backward pass computes, in order. The arguments are those of `lower`."""
     tape = Worker()
-    runs = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad).runs
+    runs = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host).runs
     copies = [depth[axis] - counted + 1 for axis, counted in runs]
     return tuple(call._replace(copies=1 if run is None else copies[run]) for call, run in tape.noted)
