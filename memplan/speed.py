@@ -19,7 +19,7 @@ from memplan.engine.work import Call
 from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
-from memplan.program import Structure, gradients_of, program, run_axes, trained_parameters
+from memplan.program import Structure, gradients_of, host_bytes, program, run_axes, trained_parameters
 from memplan.resolve import check_batch, decide
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
@@ -71,6 +71,8 @@ class Work(NamedTuple):
     products    those of each size, for a roofline
     moved       bytes that everything else reads and writes
     update      bytes that the optimizer's step, clipping and adding up gradients read and write
+    copied      bytes between the card and host memory: checkpoints, or an optimizer's gradients and parameters
+    on_host     bytes that an update on the host reads and writes in its own memory
     calls       kernels or so that are launched, but for the optimizer's
     """
 
@@ -82,6 +84,8 @@ class Work(NamedTuple):
     products: tuple[Product, ...]
     moved: int
     update: int
+    copied: int
+    on_host: int
     calls: int
 
     @property
@@ -115,6 +119,8 @@ def work(run: RunSpec) -> Work:
         products=tuple(products),
         moved=values.of(passed.rest) * b.accumulation,
         update=_update(decided.structure) + _added(decided.structure) * (b.accumulation - 1),
+        copied=_copied(decided.structure) + 2 * (host_bytes(p, axes) - p.host) * b.accumulation,
+        on_host=2 * p.host if decided.structure.on_host else 0,
         calls=passed.calls * b.accumulation,
     )
 
@@ -216,20 +222,35 @@ def _summed(terms: Iterable[tuple[tuple[str, ...], int, int]]) -> _Amount:
 
 @lru_cache(maxsize=2048)
 def _update(structure: Structure) -> int:
-    """Bytes that clipping and the optimizer's step move. States in the host's memory are counted as if on the card."""
+    """Bytes that clipping and the optimizer's step move on the card. Paged states are counted as if they were there."""
     p = program(structure)
-    gradients = sum(h.bytes * h.copies for h in gradients_of(structure))
-    weights = sum(prod(t.shape) * ITEMSIZE[t.dtype] * t.copies for t in trained_parameters(structure))
-    passes = flops.IN_LISTS if p.optimizer.listed else flops.AT_ONCE
-    stepped = passes.states * (p.states + p.host) + passes.gradients * gradients + passes.parameters * weights
+    gradients = _gradients(structure)
     before = (flops.CLIPPING if structure.clips else 0) + (flops.UNSCALING if structure.scales else 0)
-    return stepped + before * gradients
+    if structure.on_host:
+        return before * gradients
+    passes = flops.IN_LISTS if p.optimizer.listed else flops.AT_ONCE
+    stepped = passes.states * (p.states + p.host) + passes.gradients * gradients
+    return stepped + passes.parameters * _weights(structure) + before * gradients
+
+
+def _copied(structure: Structure) -> int:
+    """Bytes that an update on the host takes and gives back: gradients and parameters."""
+    return _gradients(structure) + _weights(structure) if structure.on_host else 0
+
+
+def _gradients(structure: Structure) -> int:
+    return sum(h.bytes * h.copies for h in gradients_of(structure))
+
+
+def _weights(structure: Structure) -> int:
+    """Bytes of the parameters that train."""
+    return sum(prod(t.shape) * ITEMSIZE[t.dtype] * t.copies for t in trained_parameters(structure))
 
 
 @lru_cache(maxsize=2048)
 def _added(structure: Structure) -> int:
     """Bytes that adding a later pass's gradients moves."""
-    return flops.ADDING * sum(h.bytes * h.copies for h in gradients_of(structure))
+    return flops.ADDING * _gradients(structure)
 
 
 class Range(NamedTuple):
@@ -249,7 +270,8 @@ class Pace(NamedTuple):
     seconds     of an optimizer step; tokens are those of the step
     products, attention, bandwidth, launch   the rates it rests on, each with its basis and source; the short time is at
                 high ones
-    bound       what most of the usual time goes to: products, bytes or the host
+    bus, host   those of copies to and from host memory, and of an update there; None where there is nothing of the kind
+    bound       what most of the usual time goes to: products, bytes, the host or copies
     note        what stands in for a rate that the card does not have
     """
 
@@ -259,6 +281,8 @@ class Pace(NamedTuple):
     attention: Rate
     bandwidth: Rate
     launch: Rate
+    bus: Rate | None
+    host: Rate | None
     bound: str
     note: str
 
@@ -269,25 +293,31 @@ class Pace(NamedTuple):
     @property
     def basis(self) -> str:
         """measured, or assumed where a rate is."""
-        bases = {rate.basis for rate in (self.products, self.attention, self.bandwidth, self.launch)}
-        return "assumed" if "assumed" in bases else "measured"
+        every = (self.products, self.attention, self.bandwidth, self.launch, self.bus, self.host)
+        return "assumed" if any(rate is not None and rate.basis == "assumed" for rate in every) else "measured"
 
 
 class Limits(NamedTuple):
-    """What one device of a card does at most in a second: operations by dtype, and bytes; `note` as in `Pace`."""
+    """What one device of a card does at most in a second: operations by dtype, bytes of its memory and over its bus.
+
+    `note` as in `Pace`.
+    """
 
     operations: dict[str, float]
     bytes: float
+    bus: float
     note: str
 
 
 class Shares(NamedTuple):
-    """One choice of rates: shares of the card's most, and seconds a kernel."""
+    """One choice of rates: shares of the card's most and of its bus, seconds a kernel, bytes a second of the host."""
 
     products: float
     attention: float
     bandwidth: float
     launch: float
+    bus: float
+    host: float
 
 
 def pace(work: Work, gpu: GPU) -> Pace | None:
@@ -298,11 +328,12 @@ def pace(work: Work, gpu: GPU) -> Pace | None:
     high, usual, low = shares(gpu)
     seconds = Range(*(_seconds(work, card, choice) for choice in (high, usual, low)))
     multiplying, moving = busy(work, card, usual)
-    bound = "products" if multiplying >= moving else "bytes"
-    if work.calls * usual.launch > multiplying + moving:
-        bound = "host"
-    products, attention, bandwidth = _own(gpu)
-    return Pace(seconds, work.tokens, products, attention, bandwidth, rates.LAUNCH, bound, card.note)
+    parts = {"products": multiplying, "bytes": moving, "copies": _away(work, card, usual)}
+    launching = work.calls * usual.launch
+    if launching > multiplying + moving:  # which then goes on beside it
+        parts["host"] = launching
+    bus, host = (rates.BUS if work.copied else None), (rates.HOST_MEMORY if work.on_host else None)
+    return Pace(seconds, work.tokens, *_own(gpu), rates.LAUNCH, bus, host, max(parts, key=parts.__getitem__), card.note)
 
 
 def _own(gpu: GPU) -> tuple[Rate, Rate, Rate]:
@@ -314,11 +345,11 @@ def _own(gpu: GPU) -> tuple[Rate, Rate, Rate]:
 def shares(gpu: GPU) -> tuple[Shares, Shares, Shares]:
     """The rates of a card, all at their high, usual and low figures; the host is as fast."""
     p, a, b = _own(gpu)
-    launch = rates.LAUNCH
+    launch, bus, host = rates.LAUNCH, rates.BUS, rates.HOST_MEMORY
     return (
-        Shares(p.high / 100, a.high / 100, b.high / 100, launch.low / 1e6),
-        Shares(p.usual / 100, a.usual / 100, b.usual / 100, launch.usual / 1e6),
-        Shares(p.low / 100, a.low / 100, b.low / 100, launch.high / 1e6),
+        Shares(p.high / 100, a.high / 100, b.high / 100, launch.low / 1e6, bus.high / 100, host.high * 1e9),
+        Shares(p.usual / 100, a.usual / 100, b.usual / 100, launch.usual / 1e6, bus.usual / 100, host.usual * 1e9),
+        Shares(p.low / 100, a.low / 100, b.low / 100, launch.high / 1e6, bus.low / 100, host.low * 1e9),
     )
 
 
@@ -340,8 +371,13 @@ def ratio(before: Work, after: Work, gpu: GPU) -> tuple[float, float] | None:
 
 
 def _seconds(work: Work, card: Limits, shares: Shares) -> float:
-    """How long the card is busy, or the host if that takes longer."""
-    return max(sum(busy(work, card, shares)), work.calls * shares.launch)
+    """How long the card is busy, or the host with launching if that takes longer; then what is done off the card."""
+    return max(sum(busy(work, card, shares)), work.calls * shares.launch) + _away(work, card, shares)
+
+
+def _away(work: Work, card: Limits, shares: Shares) -> float:
+    """Seconds of copies to and from host memory, and of an update there, one after the other."""
+    return work.copied / (card.bus * shares.bus) + work.on_host / shares.host
 
 
 def busy(work: Work, card: Limits, shares: Shares) -> tuple[float, float]:
@@ -371,7 +407,8 @@ def limits(gpu: GPU, dtypes: frozenset[str]) -> Limits | None:
             return None
         found[dtype] = tera * 1e12 / gpu.devices
         notes += [note] if note else []
-    return Limits(found, gpu.bandwidth_gbps * 1e9 / gpu.devices, "; ".join(dict.fromkeys(notes)))
+    bus = rates.bus_gbps(gpu.pcie) * 1e9 / gpu.devices
+    return Limits(found, gpu.bandwidth_gbps * 1e9 / gpu.devices, bus, "; ".join(dict.fromkeys(notes)))
 
 
 def _tera(gpu: GPU, dtype: str) -> tuple[float | None, str]:

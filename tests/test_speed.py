@@ -168,6 +168,21 @@ def test_the_optimizer_reads_and_writes_states_parameters_and_gradients() -> Non
     assert 2 * PARAMETERS <= clipping < 2 * PARAMETERS + 512 * TENSORS
 
 
+def test_checkpoints_in_host_memory_go_there_and_come_back() -> None:
+    """The input of every layer, in bf16."""
+    away, here = (counted(kernels={"checkpointing": how}) for how in ("offload", "full"))
+    assert away.copied == 2 * L * 2 * N * H
+    assert away._replace(copied=0) == here
+
+
+def test_an_optimizer_on_the_host_gets_gradients_and_gives_parameters_back() -> None:
+    offload = {"offload": {"optimizer": True}}
+    w = counted(optimizer="adamw_torch_fused", parallelism=offload, loop={"clip_grad_norm": None})
+    assert 2 * 2 * PARAMETERS <= w.copied < 2 * 2 * PARAMETERS + 512 * TENSORS
+    assert w.update == 0
+    assert w.on_host > 2 * 2 * 2 * PARAMETERS  # two moments, read and written
+
+
 def test_bytes_fall_where_kernels_are_fused() -> None:
     stock, fused = counted(), counted(kernels={"fused": ("rms_norm", "rope", "swiglu", "cross_entropy")})
     assert fused.moved < stock.moved
@@ -190,7 +205,7 @@ CARD = find_gpu("a100-80gb")
 SHARE, WIDTH, HOST = rates.products((8, 0)), rates.BANDWIDTH, rates.LAUNCH
 LIMITS = limits(CARD, frozenset(("bf16", "fp16", "fp32")))
 assert LIMITS is not None
-ONE = Work(1000, 10**15, 0, 0, 0, (Product("bf16", False, 10**15, 1, 1),), 10**12, 10**11, 1)
+ONE = Work(1000, 10**15, 0, 0, 0, (Product("bf16", False, 10**15, 1, 1),), 10**12, 10**11, 0, 0, 1)
 
 
 def test_a_step_takes_what_its_products_and_its_bytes_take_one_after_the_other() -> None:
@@ -223,11 +238,32 @@ def test_a_product_of_few_rows_is_bound_by_its_bytes() -> None:
 
 
 def test_many_small_kernels_are_bound_by_the_host() -> None:
-    many = Work(10, 10, 0, 0, 0, (Product("bf16", False, 10, 10, 1),), 10, 10, 10**6)
+    many = Work(10, 10, 0, 0, 0, (Product("bf16", False, 10, 10, 1),), 10, 10, 0, 0, 10**6)
     found = pace(many, CARD)
     assert found is not None
     assert found.seconds == pytest.approx((HOST.low, HOST.usual, HOST.high))
     assert found.bound == "host"
+
+
+def test_what_goes_over_the_bus_comes_on_top() -> None:
+    """An A100 with 16 lanes of PCIe 4.0, each of 1.969 GB a second."""
+    here = pace(ONE, CARD)
+    away = pace(ONE._replace(copied=10**12, on_host=10**11), CARD)
+    assert here is not None
+    assert away is not None
+    bus, host = rates.BUS, rates.HOST_MEMORY
+    more = [
+        10**12 / (16 * 1.969e9 * b / 100) + 10**11 / (h * 1e9)
+        for b, h in ((bus.high, host.high), (bus.usual, host.usual), (bus.low, host.low))
+    ]
+    assert [a - b for a, b in zip(away.seconds, here.seconds, strict=True)] == pytest.approx(more)
+    assert (away.bound, away.basis) == ("copies", "assumed")
+    assert (here.bus, here.host) == (None, None)
+
+
+def test_every_cards_bus_is_known_or_taken_as_16_lanes_of_pcie_4() -> None:
+    assert all(0 < rates.bus_gbps(gpu.pcie) < 200 for gpu in all_gpus())
+    assert rates.bus_gbps(None) == rates.bus_gbps("PCIe 4.0 x16")
 
 
 def test_a_card_of_two_devices_is_halved() -> None:
@@ -349,7 +385,7 @@ def test_a_million_tokens_cost_their_seconds_at_the_hours_price() -> None:
 
 def test_every_rate_says_how_it_is_known() -> None:
     own = (rate(card) for rate in (rates.products, rates.attention) for card in ((8, 0), (9, 0), None))
-    for rate in (*own, rates.BANDWIDTH, rates.LAUNCH):
+    for rate in (*own, rates.BANDWIDTH, rates.LAUNCH, rates.BUS, rates.HOST_MEMORY):
         assert 0 < rate.low <= rate.usual <= rate.high
         assert rate.basis in ("measured", "assumed")
         assert rate.source
@@ -390,7 +426,7 @@ def test_an_a100s_usual_rates_meet_the_runs_they_were_read_from() -> None:
     best = off(usual)
     assert best < 0.08
     for step in product((-0.05, 0, 0.05), repeat=3):
-        other = Shares(*(rate + d for rate, d in zip(usual, step, strict=False)), usual.launch)
+        other = Shares(*(rate + d for rate, d in zip(usual, step, strict=False)), *usual[3:])
         assert off(other) > best - 0.01
 
 

@@ -101,6 +101,37 @@ LAUNCH = Rate(
 )
 
 
+BUS = Rate(
+    "copies between the card and host memory: hundredths of what its PCIe lanes carry",
+    35,
+    70,
+    85,
+    "assumed",
+    "pinned memory gets most of it, pageable memory about half; that a copy may overlap with computing is left out",
+)
+HOST_MEMORY = Rate(
+    "an update on the host: GB a second that it reads and writes",
+    15,
+    50,
+    150,
+    "assumed",
+    "from two channels of DDR4, on one core, to a server's eight of DDR5 with all of them",
+)
+
+# GB a second of one lane, one way, after encoding. Source: PCI-SIG, PCI Express base specifications 3.0 to 6.0.
+_LANE = {"3.0": 0.985, "4.0": 1.969, "5.0": 3.938, "6.0": 7.563}
+
+
+def bus_gbps(pcie: str | None) -> float:
+    """GB a second that a card's PCIe lanes carry one way; 16 lanes of PCIe 4.0 where that is not known.
+
+    >>> round(bus_gbps("PCIe 5.0 x8"), 1), round(bus_gbps(None), 1)
+    (31.5, 31.5)
+    """
+    _, generation, *lanes = (pcie or "PCIe 4.0").split()
+    return _LANE[generation] * int(lanes[0].removeprefix("x") if lanes else 16)
+
+
 class Units(NamedTuple):
     """One fp32 operation takes the time of `per` in 16 bits; of half as many where the 16-bit rate is halved."""
 
