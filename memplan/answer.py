@@ -214,6 +214,15 @@ class Estimate:
         return self._usage.fits
 
     @property
+    def least(self) -> int:
+        """No card with fewer usable bytes holds the run."""
+        return self._usage.least
+
+    def told(self, usable: int) -> bool | None:
+        """Whether a card of the same kind with so many usable bytes holds the run, as far as bounds tell that."""
+        return self._usage.told(usable)
+
+    @property
     def band(self) -> Band:
         """Where `bytes.used` lies in most runs."""
         return self._usage.band

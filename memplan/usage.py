@@ -123,8 +123,20 @@ class Usage:
         """Whether the run surely lives on its card: half of the answer, for half of the replays."""
         if self._gpu is None:
             return False
-        sure, possible = room(self._gpu.usable, self._beside)
-        return self.allocated <= possible and (self.at_most <= sure or self._lives_in(sure))
+        told = self.told(self._gpu.usable)
+        return self._lives_in(room(self._gpu.usable, self._beside).sure) if told is None else told
+
+    def told(self, usable: int) -> bool | None:
+        """Whether the run fits a card with so many usable bytes, as far as bounds tell; None where a replay has to."""
+        sure, possible = room(usable, self._beside)
+        if self.allocated > possible:
+            return False
+        return True if self.at_most <= sure else None
+
+    @property
+    def least(self) -> int:
+        """No card with fewer usable bytes holds the run."""
+        return self._shown(self.allocated, self._beside.low)
 
     @cached_property
     def _possible(self) -> bool:

@@ -798,6 +798,6 @@ def test_json_imports_neither_rich_nor_yaml_nor_another_format() -> None:
         "from memplan.cli import main\nmain()"
     )
     ran = subprocess.run([sys.executable, "-c", code, *QLORA, "--json"], capture_output=True, text=True, check=True)
-    unwanted = {"rich", "yaml", "huggingface_hub", "torch", "memplan.report.table", "memplan.largest"}
+    unwanted = {"rich", "yaml", "huggingface_hub", "torch", "memplan.report.table", "memplan.planning"}
     assert unwanted.isdisjoint(ran.stderr.split())
     assert "memplan.report.json" in ran.stderr.split()

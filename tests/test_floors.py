@@ -18,7 +18,7 @@ FLOORS = (
     {"ir"},
     {"catalogue", "engine"},
     {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger", "speed"},
-    {"largest", "sweep", "comparison"},
+    {"sweep", "comparison", "planning"},
     {"frameworks"},
     {"report", "cli", "probe"},
     {"__main__"},

@@ -21,7 +21,7 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.answer import KINDS
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import all_gpus, find_gpu
-from memplan.largest import first_lever, holding, largest_batch, largest_sequence, levers
+from memplan.planning.reach import holding, largest_batch, largest_sequence
 from memplan.report import FORMATS, render, table
 from memplan.report.advice import cards, help_line
 from memplan.report.bar import bar
@@ -634,23 +634,9 @@ def test_what_fits_depends_on_a_gpu() -> None:
         largest_batch(BARE.asked)
 
 
-def test_the_first_lever_is_the_first_that_alone_makes_it_fit() -> None:
-    lever = first_lever(REFUSED.asked)
-    assert lever is not None
-    assert lever.option == "--method qlora"
-    assert lever.answer.verdict.answer == "fits"
-    tried = [other.option for other in levers(REFUSED.asked)]
-    assert tried == ["--loss fused", "--optimizer adamw_8bit", "--optimizer paged_adamw_8bit", "--method qlora"]
-    earlier = ask(
-        method="lora", gpu="3090", batch={"sequence": 1024}, kernels={"checkpointing": "none"}, precision="fp32"
-    )
-    assert next(lever.option for lever in levers(earlier.asked)) == "--gradient-checkpointing"
-    assert first_lever(ask(model="qwen2-72b", gpu="t4").asked) is None
-
-
 def test_help_names_what_fits() -> None:
     line = help_line(REFUSED)
-    assert "--method qlora" in line
+    assert "--method lora" in line
     smallest = next(h.gpu for h in holding(REFUSED.asked, "NVIDIA") if h.answer == "fits")
     assert smallest.title in line
     long = ask(method="qlora", gpu="3090", batch={"micro": 4, "sequence": 4096})

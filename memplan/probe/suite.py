@@ -10,7 +10,8 @@ from memplan.answer import Estimate
 from memplan.errors import MemplanError, SpecError, printable
 from memplan.estimator import estimate
 from memplan.gpus import GPU
-from memplan.largest import largest_batch
+from memplan.planning.reach import largest_batch
+from memplan.planning.search import MAY_FIT
 from memplan.probe.refusals import settled
 from memplan.probe.rows import identity, lines_of, run_of
 from memplan.spec import RunSpec
@@ -146,7 +147,7 @@ def _at_the_limit(runs: Sequence[RunSpec]) -> Iterator[RunSpec]:
         run = next((run for run in reversed(_by_size(runs)) if run.method.kind == kind), None)
         if run is not None:
             yield _with_batch(run, largest_batch(run))
-            yield _with_batch(run, largest_batch(run, ("fits", "tight")) + 1)
+            yield _with_batch(run, largest_batch(run, MAY_FIT) + 1)
 
 
 def _by_size(runs: Sequence[RunSpec]) -> list[RunSpec]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from memplan.answer import Estimate
-from memplan.largest import first_lever, holding, largest_batch, largest_sequence
+from memplan.frameworks import options
+from memplan.planning.reach import holding, largest_batch, largest_sequence
+from memplan.planning.search import alone
 from memplan.report.words import tenths
 from memplan.units import GIB
 
@@ -17,14 +19,14 @@ def help_line(answer: Estimate) -> str:
     run = answer.asked
     own = answer.calibration
     batch, sequence = largest_batch(run, calibration=own), largest_sequence(run, calibration=own)
-    lever = first_lever(run, calibration=own)
+    lever = alone(run, ("batch", "sequence", "gpus"), own)
     ways: list[str] = []
     if batch:
         ways.append(f"batch {batch:,} at {run.batch.sequence:,} tokens")
     if sequence:
         ways.append(f"{sequence:,} tokens at batch {run.batch.micro:,}")
     if lever:
-        ways.append(f"{lever.option} (uses {tenths(lever.answer.bytes.used)} GiB)")
+        ways.append(f"{options(run, lever.asked)} (uses {tenths(lever.bytes.used)} GiB)")
     larger = next((gpu for gpu, held in holding(run, "NVIDIA", own) if held == "fits"), None)
     if larger:
         ways.append(f"{larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it")

@@ -1,0 +1,208 @@
+"""How far a run goes: the largest batch, sequence, rank or model that its GPU holds, what binds there, the frontier of
+batch and sequence, and the GPUs that hold it.
+
+Answers are found by asking `estimate` again, with the machine's own profile where there is one. What is allocated only
+grows with batch, sequence and rank, so bisection finds where it ends; what torch reserves beyond may jump by a block,
+so that a few values beyond are looked at too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.answer import Estimate
+from memplan.cards import card_names, find_model, load_card
+from memplan.catalogue.methods import ADAPTERS
+from memplan.errors import MemplanError, SpecError, UnknownNameError
+from memplan.estimator import estimate
+from memplan.gpus import GPU, all_gpus
+from memplan.planning.search import FITS, Demand
+from memplan.spec import RunSpec, changed
+from memplan.sweep import Grid, grid
+from memplan.units import ITEMSIZE
+
+if TYPE_CHECKING:
+    from memplan.calibration import Calibration
+
+AXES = ("batch", "sequence", "rank", "model")
+_FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
+_MOST = 2**32  # nothing beyond is looked for: without it a run that takes no memory would have no end
+_AHEAD = 8  # values beyond the first that does not fit: what is reserved may jump up and down again
+
+
+class Reach(NamedTuple):
+    """The largest value of an axis that fits.
+
+    value    0, or an empty name, where none does
+    answer   the run with it; None where none fits
+    beyond   the run with the next value; None where there is none, or it cannot run at all
+    binds    what ends it: `memory`; `positions`, the model's; `rank`, the sides of its matrices; `models`, for there is
+             none larger; `nothing`
+    """
+
+    axis: str
+    value: int | str
+    answer: Estimate | None
+    beyond: Estimate | None
+    binds: str
+
+
+def largest_batch(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
+    """The largest `batch.micro` that the run's GPU holds, all else as it is; 0 where none does."""
+    return _largest(_tried(run, "batch", calibration), demand)
+
+
+def largest_sequence(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
+    """The largest `batch.sequence` that the run's GPU holds, all else as it is; 0 where none does."""
+    return _largest(_tried(run, "sequence", calibration), demand)
+
+
+def reach(run: RunSpec, axis: str, demand: Demand = FITS, calibration: Calibration | None = None) -> Reach:
+    """The largest value of the axis that the run's GPU holds, all else as it is.
+
+    Raises UnknownNameError for another axis, SpecError where the run names no GPU, or has no adapters whose rank could
+    be asked, and what `estimate` raises where the run cannot be answered whatever the value.
+    """
+    if axis not in AXES:
+        raise UnknownNameError("max", axis, AXES)
+    estimate(run, calibration)
+    if axis == "model":
+        return _largest_model(run, demand, calibration)
+    if axis == "rank" and run.method.kind not in ADAPTERS:
+        raise SpecError(f"method.rank: method.kind {run.method.kind} has no adapters", "method.rank")
+    tried = _tried(run, axis, calibration)
+    value = _largest(tried, demand, _AHEAD)
+    beyond = tried(value + 1) if value < _MOST else None
+    ends = {"batch": "nothing", "sequence": "positions", "rank": "rank"}
+    return Reach(axis, value, tried(value) if value else None, beyond, "memory" if beyond else ends[axis])
+
+
+def _tried(run: RunSpec, axis: str, calibration: Calibration | None) -> Callable[[int], Estimate | None]:
+    """The run with another value of the axis; None where it cannot run (more tokens than learned positions, say)."""
+    if run.gpu is None:
+        raise SpecError("gpu: what fits depends on it; name one", "gpu")
+    part, field = _FIELDS[axis]
+
+    def tried(value: int) -> Estimate | None:
+        try:
+            return estimate(changed(run, part, **{field: value}), calibration)
+        except MemplanError:
+            return None
+
+    return tried
+
+
+def _largest(tried: Callable[[int], Estimate | None], demand: Demand, ahead: int = 0) -> int:
+    def holds(n: int) -> bool:
+        answer = tried(n)
+        return answer is not None and demand.met(answer)
+
+    low, high = 0, 1
+    while holds(high):
+        if high >= _MOST:
+            return high
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    further = next((n for n in range(low + ahead + 1, low + 1, -1) if holds(n)), None) if low else None
+    return low if further is None else further
+
+
+def _largest_model(run: RunSpec, demand: Demand, calibration: Calibration | None) -> Reach:
+    """Of the bundled models, by the number of parameters."""
+    usable = _usable(run)
+    beyond: Estimate | None = None
+    for name in by_size():
+        other = run.model_copy(update={"model": name})
+        if _least_weights(other) > usable:
+            continue
+        try:
+            answer = estimate(other, calibration)
+        except MemplanError:
+            continue
+        if demand.met(answer):
+            return Reach("model", name, answer, beyond, "memory" if beyond or name != by_size()[0] else "models")
+        beyond = answer
+    return Reach("model", "", None, beyond, "memory")
+
+
+def by_size() -> list[str]:
+    """The names of the bundled models, the largest first."""
+    return sorted(card_names(), key=lambda name: (-int(load_card(name).card["parameters"]), name))
+
+
+def smaller_models(run: RunSpec) -> Iterator[str]:
+    """The bundled models with fewer parameters than the run's, the largest first, those of its family before others."""
+    own = find_model(run.model)
+    total = estimate(run.model_copy(update={"gpu": None})).parameters.total
+    less = [name for name in by_size() if int(load_card(name).card["parameters"]) < total]
+    family = [name for name in less if load_card(name).model_type == own.model_type]
+    yield from family
+    yield from (name for name in less if name not in family)
+
+
+def _usable(run: RunSpec) -> int:
+    answer = estimate(run)
+    if answer.gpu is None:
+        raise SpecError("gpu: what fits depends on it; name one", "gpu")
+    return answer.gpu.usable
+
+
+def _least_weights(run: RunSpec) -> int:
+    """Fewer bytes than the model's weights take in any case: four bits each where they are quantised."""
+    parameters = int(find_model(run.model).card["parameters"])
+    return parameters // 2 if run.method.quantization else parameters * ITEMSIZE[run.precision.weights] * 9 // 10
+
+
+class Frontier(NamedTuple):
+    """Where batch and sequence end: the longest sequence for every batch, and the answers around it.
+
+    longest  batch and the longest sequence that fits with it, while there is one
+    around   the runs of those batches and of round sequences
+    """
+
+    longest: tuple[tuple[int, int], ...]
+    around: Grid
+
+
+def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Frontier:
+    """For batches of one, two, four and so on. Raises as `reach` does."""
+    longest: list[tuple[int, int]] = []
+    batch = 1
+    while batch <= _MOST:
+        tokens = largest_sequence(changed(run, "batch", micro=batch), demand, calibration)
+        if tokens < _SHORTEST and longest:
+            break
+        longest.append((batch, tokens))
+        batch *= 2
+        if not tokens:
+            break
+    widest = max(tokens for _, tokens in longest)
+    sequences = [1 << n for n in range(_SHORTEST.bit_length() - 1, max(widest, _SHORTEST).bit_length() + 1)]
+    around = grid(run, batch=[b for b, _ in longest], sequence=sequences, calibration=calibration)
+    return Frontier(tuple(longest), around)
+
+
+_SHORTEST = 128  # tokens: what only fits with shorter sequences is not worth a row
+
+
+class Holding(NamedTuple):
+    """A GPU that holds the run, and how: fits or tight."""
+
+    gpu: GPU
+    answer: str
+
+
+def holding(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:
+    """Every catalogued GPU that holds the run, or of one vendor every one, least memory first. Asked as needed."""
+    weights = estimate(run.model_copy(update={"gpu": None})).phases[0].peak  # loaded on any card
+    for gpu in sorted(all_gpus(), key=lambda gpu: (gpu.usable, gpu.name)):
+        if gpu.usable >= weights and vendor in ("", gpu.vendor):
+            try:
+                answer = estimate(run.model_copy(update={"gpu": gpu.name}), calibration)
+            except MemplanError:  # flash attention on a card that is too old, say
+                continue
+            if answer.verdict.answer in ("fits", "tight"):
+                yield Holding(gpu, str(answer.verdict.answer))
