@@ -242,22 +242,23 @@ COSTS = (
     ),
     Cost(
         "offload_activations",
-        1.0,
-        1.3,
+        None,
+        None,
         "assumed",
-        "about 1 % published for checkpoints that are copied beside the computation (Unsloth's README); the high end "
-        "is assumed, for a slow bus or short sequences",
+        "counted: the bytes that pass over the bus, at a rate that is assumed, none of it hidden by the computation. "
+        "Published: about 1 %, copied beside it (Unsloth's README)",
         "none: the same numbers, copied there and back",
         f"{_TORCHTUNE}: activation offloading; Unsloth blog 2024, Unsloth Gradient Checkpointing",
         0,
     ),
     Cost(
         "offload_optimizer",
-        1.05,
-        3.0,
+        None,
+        None,
         "assumed",
-        "assumed: gradients and weights pass over the bus and the host computes the step, once however many passes are "
-        "accumulated. Published: 40 TFLOPS for 10B parameters on a V100 (Ren et al. 2021, arXiv:2101.06840)",
+        "counted: gradients and weights pass over the bus and the host reads and writes the states, at rates that are "
+        "assumed, once however many passes are accumulated. Published: 40 TFLOPS for 10B parameters on a V100 (Ren et "
+        "al. 2021, arXiv:2101.06840)",
         "none: the same update, computed by the host",
         "Ren et al. 2021, ZeRO-Offload, arXiv:2101.06840",
         0,

@@ -222,14 +222,14 @@ def _rank(run: RunSpec) -> Iterator[Lever]:
             yield Lever(("rank",), f"rank {rank:,}", "rank", (("method.rank", rank),))
 
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_FIRST = ("q_proj", "v_proj")  # those of the paper (Hu et al. 2021), and peft's default for most families
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FIRST = ("q_proj", "v_proj")  # those of the paper (Hu et al. 2021), and peft's default for most families
 
 
 def _targets(run: RunSpec) -> Iterator[Lever]:
     if run.method.kind not in ADAPTERS:
         return
-    for targets in (_ATTENTION, _FIRST):
+    for targets in (ATTENTION, FIRST):
         if run.method.targets == "all-linear" or set(targets) < set(run.method.targets):
             yield Lever(
                 ("targets",), f"adapters on {', '.join(targets)} alone", "targets", (("method.targets", targets),)

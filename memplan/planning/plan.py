@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Estimate
+from memplan.catalogue.costs import Cost
 from memplan.errors import SpecError
 from memplan.estimator import estimate
 from memplan.gpus import find_gpu
@@ -65,16 +67,23 @@ def _phase_peaks(answer: Estimate) -> dict[str, int]:
 
 
 def time_of(before: Estimate, after: Estimate, levers: Set) -> Time | None:
-    """Counted operations and bytes at the card's rates, times what the levers' rows say of what is not counted."""
+    """How many times longer a step takes with the levers; None where the catalogue has no rate for the card."""
+    return time_between(before, after, [cost for lever in levers for cost in lever.costs])
+
+
+def time_between(before: Estimate, after: Estimate, costs: Iterable[Cost]) -> Time | None:
+    """Counted operations and bytes at the card's rates, times what rows say of what is not counted."""
     card = after.gpu or before.gpu
     found = ratio(work(before.asked), work(after.asked), find_gpu(card.name)) if card else None
     if found is None:
         return None
     low, high = found
     basis = "derived"
-    for cost in (cost for lever in levers for cost in lever.costs):
+    for cost in costs:
         if cost.low is not None and cost.high is not None:
-            low, high, basis = low * cost.low, high * cost.high, cost.basis
+            low, high = low * cost.low, high * cost.high
+        if cost.basis != "derived":
+            basis = cost.basis
     return Time(low, high, basis)
 
 
