@@ -20,10 +20,9 @@ from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
 from memplan.program import PHASES, Program, phase_peaks, program, run_axes
 from memplan.resolve import Decided, check_batch, decide
-from memplan.segments import cached_logits
 from memplan.sizes import ONE_RUN, Arithmetic
 from memplan.spec import RunSpec, changed
-from memplan.usage import at_most, resident, room
+from memplan.usage import enough, resident, room
 
 if TYPE_CHECKING:
     import numpy as np
@@ -299,11 +298,10 @@ class _Walk:
             np.maximum(allocated, peak, out=allocated)
         out.allocated[...] = allocated
         if self._room is not None:
-            # The verdicts that the least and the most that torch may reserve tell; see memplan.usage.Usage.answer.
-            again = cached_logits(p.structure, axes)
-            most = at_most(out.allocated, resident(p), p.loading, again, _many())
+            # The verdicts that bounds tell; see memplan.usage.Usage.told.
+            lives = enough(out.allocated, resident(p), p.loading, _many()) <= self._room.sure
             out.clear[...] = UNCLEAR
-            np.copyto(out.clear, FITS, where=most <= self._room.sure)
+            np.copyto(out.clear, FITS, where=lives)
             np.copyto(out.clear, DOES_NOT_FIT, where=out.allocated > self._room.possible)
 
 

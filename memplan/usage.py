@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Band
-from memplan.catalogue.overhead import COVERAGE, SEGMENTS, SHOWN, Overhead
+from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
@@ -84,14 +84,10 @@ def resident(p: Program) -> int:
     return p.parameters + p.buffered + p.scaler + p.states
 
 
-def at_most(allocated: Size, resident: int, load: int, again: Size | int, by: Arithmetic[Size]) -> Size:
-    """More than torch ever reserves: what comes and goes twice, and the rest of its segments.
-
-    `load` is the peak of loading, `again` what no replay explains (see `memplan.segments.cached_logits`).
-    """
-    moving = by.most(0, allocated - resident)
-    held = by.most(load, allocated + moving)
-    return held + held * SEGMENTS.share // 1000 + SEGMENTS.bytes + again
+def enough(allocated: Size, resident: int, load: int, by: Arithmetic[Size]) -> Size:
+    """Bytes for segments that a run lives in on a full card, however its tensors lie; `load` is the peak of loading."""
+    held = by.most(load, allocated)
+    return held + by.most(0, held - resident) * LIVING.share // 1000 + LIVING.bytes
 
 
 class Usage:
@@ -131,7 +127,7 @@ class Usage:
         sure, possible = room(usable, self._beside)
         if self.allocated > possible:
             return False
-        return True if self.at_most <= sure else None
+        return True if self.enough <= sure else None
 
     @property
     def least(self) -> int:
@@ -177,9 +173,9 @@ class Usage:
         return Band(low, high, self._beside.coverage)
 
     @property
-    def at_most(self) -> int:
-        """More than torch ever reserves."""
-        return at_most(self.allocated, self._resident, self._load, self._again, ONE_RUN)
+    def enough(self) -> int:
+        """Bytes for segments that the run lives in on a full card."""
+        return enough(self.allocated, self._resident, self._load, ONE_RUN)
 
     @cached_property
     def _roomy(self) -> int:

@@ -25,7 +25,7 @@ from memplan.spec import changed
 from memplan.speed import cost, pace, work
 from memplan.units import GIB
 
-few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 RUNS = st.fixed_dictionaries(
     {

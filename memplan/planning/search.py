@@ -33,10 +33,12 @@ class Demand(NamedTuple):
     headroom: int = 0
 
     def met(self, answer: Estimate) -> bool:
-        verdict = answer.verdict
-        if not answer.fits and (not self.tight or verdict.answer != "tight"):
+        if answer.gpu is None or not (answer.fits or (self.tight and answer.verdict.answer == "tight")):
             return False
-        return not self.headroom or (verdict.headroom is not None and verdict.headroom >= self.headroom)
+        if not self.headroom:
+            return True
+        told = answer.told(answer.gpu.usable - self.headroom)  # spares a replay where bounds suffice
+        return (answer.verdict.headroom or 0) >= self.headroom if told is None else told
 
 
 FITS = Demand()
