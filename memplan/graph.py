@@ -17,7 +17,7 @@ from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
 from memplan.engine.work import Call, work
-from memplan.ir import Op, Stack, Tensor, Weight
+from memplan.ir import Division, Op, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
 
@@ -97,16 +97,23 @@ def lowered(
     labelled: bool = False,
     updates: tuple[tuple[str, int], ...] = (),
     follows: bool = False,
+    division: Division | None = None,
 ) -> Lowered:
     """The graph's moments. `grads_exist`: no gradient is left behind that was not there, because all are there already,
     or each is used up as it comes, by an update that takes `updates` bytes beside it. `labelled` counts every tensor by
-    its name, for explanations. `follows`: another pass has been before, and the loop may still have names for it."""
-    return _lowered(graph._replace(rank=_ANY_RANK), grads_exist, labelled, updates, graph.lingers and follows)
+    its name, for explanations. `follows`: another pass has been before, and the loop may still have names for it.
+    `division`: the weights are divided among ranks."""
+    return _lowered(graph._replace(rank=_ANY_RANK), grads_exist, labelled, updates, graph.lingers and follows, division)
 
 
 @lru_cache(maxsize=128)
 def _lowered(
-    graph: Graph, grads_exist: bool, labelled: bool, updates: tuple[tuple[str, int], ...], lingers: bool
+    graph: Graph,
+    grads_exist: bool,
+    labelled: bool,
+    updates: tuple[tuple[str, int], ...],
+    lingers: bool,
+    division: Division | None,
 ) -> Lowered:
     stack, depth = _stack(graph)
     return lower(
@@ -117,18 +124,26 @@ def _lowered(
         labelled=labelled,
         updates=dict(updates),
         lingers=lingers,
+        division=division,
     )
 
 
-def recorded(graph: Graph, grads_exist: bool = False, updates: tuple[tuple[str, int], ...] = ()) -> Recorded:
+def recorded(
+    graph: Graph,
+    grads_exist: bool = False,
+    updates: tuple[tuple[str, int], ...] = (),
+    division: Division | None = None,
+) -> Recorded:
     """The graph's allocations and frees in order. The arguments are those of `lowered`."""
-    return _recorded(graph._replace(rank=_ANY_RANK), grads_exist, updates)
+    return _recorded(graph._replace(rank=_ANY_RANK), grads_exist, updates, division)
 
 
 @lru_cache(maxsize=64)
-def _recorded(graph: Graph, grads_exist: bool, updates: tuple[tuple[str, int], ...]) -> Recorded:
+def _recorded(
+    graph: Graph, grads_exist: bool, updates: tuple[tuple[str, int], ...], division: Division | None
+) -> Recorded:
     stack, depth = _stack(graph)
-    return record(stack, depth, **_ways(graph), grads_exist=grads_exist, updates=dict(updates))
+    return record(stack, depth, **_ways(graph), grads_exist=grads_exist, updates=dict(updates), division=division)
 
 
 @lru_cache(maxsize=64)

@@ -154,3 +154,38 @@ class Stack(NamedTuple):
     runs: tuple[Run, ...]
     after: tuple[Op, ...]
     loss: tuple[Op, ...] = ()
+
+
+class Unit(NamedTuple):
+    """Weights of which every rank holds a part, and which are gathered together for as long as they are used.
+
+    whole     the weights gathered
+    message   what the all-gather writes, where the weights are copied out of that
+    cast      the rank's part in the dtype that is sent, where it is kept in another
+    joined    the gradients of those that train as the reduce-scatter reads them
+    received  the rank's part of those, where it is cast to the dtype of its weights afterwards
+    parts     the rank's part of the gradients, which stays
+    """
+
+    whole: tuple[Tensor, ...]
+    message: tuple[Tensor, ...] = ()
+    cast: tuple[Tensor, ...] = ()
+    joined: tuple[Tensor, ...] = ()
+    received: tuple[Tensor, ...] = ()
+    parts: tuple[Tensor, ...] = ()
+
+
+class Division(NamedTuple):
+    """How the weights of a stack are divided among ranks: its units by name.
+
+    A block's weights are a unit by the block's place in the stack (`memplan.engine.gather.unit_of`). Those outside of
+    blocks are the units `before` and `after`, or one, `root`, which is whole from the first operation to the last.
+
+    lingers  what a collective wrote or read stays until the next of its kind is over
+    late     on the way back a unit is asked for when the backward of the one after it is over, not when that begins
+    """
+
+    units: tuple[tuple[str, Unit], ...]
+    lingers: bool
+    late: bool
+    source: str

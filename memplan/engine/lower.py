@@ -125,6 +125,7 @@ class Tape:
         self.host = Moment("forward", "", {}, {})  # what is in host memory when forward is done
         self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
         self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
+        self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
 
     # storages
 
@@ -165,7 +166,8 @@ class Tape:
         """What is alive now."""
         return Moment(self.phase, self._where, dict(self._counts), dict(self._per_copy))
 
-    def _enter(self, frame: Frame, op: Op) -> None:
+    def enter(self, frame: Frame, op: Op) -> None:
+        """What follows is the operation's."""
         self._where, self._block, self._op = f"{frame.where}{op.name}", frame.block, op
 
     # what is computed
@@ -256,7 +258,7 @@ class Tape:
         cut = end < len(ops)
         mine = dict(owned)  # Python's references
         for i, op in enumerate(ops[:end]):
-            self._enter(frame, op)
+            self.enter(frame, op)
             node = frame.nodes[i]
             written = {t.name for t in op.writes}
             if not (cut and i == end - 1 and written.isdisjoint(node.pins)):
@@ -321,7 +323,7 @@ class Tape:
                 continue
             if frame.checkpointed and node.pins:
                 self._recompute(frame, savers[-1] + 1)
-            self._enter(frame, node.op)
+            self.enter(frame, node.op)
             self._backward(frame, node, grads)
             if savers and i == savers[0]:
                 self._release_checkpoint(frame)
@@ -444,7 +446,9 @@ class Tape:
         update = self._updates.get(f"{frame.block}.{name}" if frame.block else name)
         if update:
             self.drop(self.alloc(Tensor(f"update of {name}", str(update), "uint8"), "temp"))
-        if self._grads_exist:
+        if self.waiting is not None:
+            self.waiting.append(total)
+        elif self._grads_exist:
             self.drop(total)
 
     # copies of equal blocks, and runs of them

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from memplan.engine.gather import Gatherer
 from memplan.engine.lower import Frame, Moment, Storage, Tape
 from memplan.engine.step import run_pass
-from memplan.ir import Stack, Tensor
+from memplan.ir import Division, Stack, Tensor
 
 FREED = -1
 RUN = 3  # copies of a run that are run: its first, its last, and the one between that all others are like
@@ -90,10 +91,12 @@ def record(
     updates: Mapping[str, int] = MappingProxyType({}),
     to_host: bool = False,
     copies: int = RUN,
+    division: Division | None = None,
 ) -> Recorded:
     """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`."""
     tape = Recorder(grads_exist, updates)
-    run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
+    gatherer = Gatherer(tape, division, grads_exist)
+    run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
     every = _Expansion(tape)
     return Recorded(tuple(every.events), tuple(tape.sizes), every.head, every.over)
 

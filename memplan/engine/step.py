@@ -8,14 +8,16 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.dtypes import Scope
+from memplan.engine.gather import AFTER, BEFORE, ROOT, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape
-from memplan.ir import Block, Op, Stack
+from memplan.ir import Block, Division, Op, Stack
 
 
 class Copies(NamedTuple):
-    """Equal blocks with literal dtypes: as many as the axis `times` says, `less` those split off before.
+    """Equal blocks with literal dtypes: as many as the axis `times` says, `less` those split off before and `after`.
 
-    `skipped` is for recording, where every copy stands for itself: how many like it are left out after it.
+    `units` are the names of what their weights are gathered in, see `memplan.ir.Division`. `skipped` is for recording,
+    where every copy stands for itself: how many like it are left out after it.
     """
 
     blocks: tuple[Block, ...]
@@ -23,7 +25,13 @@ class Copies(NamedTuple):
     times: str
     less: int
     alone: bool  # one copy only, unlike those after it
+    units: tuple[str, ...]
+    after: int = 0
     skipped: int = 0
+
+    def count(self, depth: Mapping[str, int]) -> int:
+        """How many copies it stands for."""
+        return 1 if self.alone else depth[self.times] - self.less - self.after
 
 
 class Lowered(NamedTuple):
@@ -63,7 +71,8 @@ def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth
     """
     out: list[Copies] = []
     x = scope["x"]
-    for run in stack.runs:
+    for number, run in enumerate(stack.runs):
+        units = tuple(unit_of(number, i) for i in range(len(run.blocks)))
         less = 0
         while less < depth[run.times]:
             entered = (x.dtype, flows)
@@ -77,7 +86,7 @@ def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth
                 blocks.append(Block(block.name, ops))
                 scopes.append(inner)
             alone = not out or (x.dtype, flows) != entered
-            out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone))
+            out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units))
             less += 1
             if not alone:
                 break
@@ -126,11 +135,20 @@ def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]
     return (*before[:i], op._replace(holds="step"), *before[i + 1 :]), (op.writes[0].name,)
 
 
+def _last_apart(copies: list[Copies], depth: Mapping[str, int]) -> list[Copies]:
+    """The last copy by itself: on the way back it finds what the head left of its gathering, and leaves its own."""
+    *rest, last = copies
+    if last.count(depth) < 2:
+        return copies
+    less = depth[last.times] - 1
+    return [*rest, last._replace(after=1), last._replace(less=less, alone=True)]
+
+
 def _apart(copies: list[Copies], depth: Mapping[str, int], most: int) -> list[Copies]:
     """Every copy by itself, but of each run `most`: those in the middle are left out."""
     out: list[Copies] = []
     for c in copies:
-        count = 1 if c.alone else depth[c.times] - c.less
+        count = c.count(depth)
         for i in range(min(count, most)):
             left_out = max(0, count - most) if i == most // 2 else 0
             out.append(c._replace(alone=True, less=c.less + i, skipped=left_out))
@@ -149,6 +167,7 @@ def lower(
     updates: Mapping[str, int] = MappingProxyType({}),
     lingers: bool = False,
     to_host: bool = False,
+    division: Division | None = None,
 ) -> Lowered:
     """The moments of one forward and backward pass.
 
@@ -158,10 +177,11 @@ def lower(
     takes in backward, once its gradient is there, by the weight's path. `lingers`: the loop's names for outputs and
     loss keep those of the pass before until they are taken again: what was held, and what the graph's nodes refer to.
     `to_host`: what a checkpoint keeps of the block before lies in host memory, and a copy of it comes back when the
-    block is computed again.
+    block is computed again. `division`: the weights are divided among ranks, and gathered.
     """
     tape = Tape(grads_exist, labelled, updates)
-    passed = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host)
+    gatherer = Gatherer(tape, division, grads_exist)
+    passed = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host)
     held = passed.held.plus(passed.nodes)
     moments = tape.moments
     if lingers:
@@ -172,6 +192,7 @@ def lower(
 
 def run_pass(
     tape: Tape,
+    gatherer: Gatherer,
     stack: Stack,
     depth: Mapping[str, int],
     autocast: str | None,
@@ -190,6 +211,8 @@ def run_pass(
         before, leaf = _input_leaf(before)
     x_flows = bool(leaf) or any(w.trains for op in before for w in op.weights)
     copies = _copies(stack, Scope(scope, {"x": scope["embeds"]._replace(name="x")}), x_flows, autocast, depth)
+    if gatherer.divides:
+        copies = _last_apart(copies, depth)
     if one_by_one:
         copies = _apart(copies, depth, one_by_one)
     last = copies[-1].scopes[-1]
@@ -206,7 +229,11 @@ def run_pass(
     # forward
     first = Frame(before, scope, {}, leaf)
     embeds = scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
+    outer = gatherer.outside(BEFORE)
+    gatherer.gather(outer, first)
     own = tape.forward(first, read | {embeds})
+    if outer != ROOT:
+        gatherer.release(outer)
     flows = frozenset(first.flows)
     for storage in own.values():
         storage.shared = True
@@ -224,18 +251,18 @@ def run_pass(
     for c in copies:
         number = None
         first_layer, period = layer, len(c.blocks)
-        layer += period * (1 + c.skipped if c.alone else depth[c.times] - c.less)
+        layer += period * (c.count(depth) + c.skipped)
         last_layer = layer - period
         if not c.alone:
             number = len(runs)
-            runs.append((c.times, c.less + 1))
+            runs.append((c.times, c.less + 1 + c.after))
             firsts.append(
                 {f"{b.name}.{last_layer + i}.": f"{b.name}.{first_layer + i}." for i, b in enumerate(c.blocks)}
             )
             tape.enter_run(number, firsts[number])
         tape.enter_copy(c.skipped)
         frames: list[Frame] = []
-        for i, (block, inner) in enumerate(zip(c.blocks, c.scopes, strict=True)):
+        for i, (block, inner, unit) in enumerate(zip(c.blocks, c.scopes, c.units, strict=True)):
             enters = flows | _x(x_flows)
             frame = Frame(block.ops, inner, {**own, "x": stream}, enters, block.name, last_layer + i)
             if checkpoint:
@@ -245,7 +272,9 @@ def run_pass(
                 frame.checkpoint = [*([] if to_host else [stream]), *(own[r] for r in reads if r in own)]
                 for storage in frame.checkpoint:
                     storage.refs += 1
+            gatherer.gather(unit, frame)
             made = tape.forward(frame, ("y", *returned.values()), checkpoint=checkpoint)
+            gatherer.release(unit)
             for storage in (stream, *carried.values()):  # the caller's names now mean what the block returned
                 tape.drop(storage)
             stream = made["y"]
@@ -253,17 +282,19 @@ def run_pass(
             x_flows = "y" in frame.flows
             frames.append(frame)
         if number is not None:
-            tape.leave_run(stream, *carried.values())
+            tape.leave_run(stream, *carried.values(), *gatherer.handed)
         tape.leave_copy()
         ran.append((number, frames))
     own |= {"x": stream, **carried}
     tail = Frame(after, tail_scope, own, flows | _x(x_flows))
+    gatherer.gather(gatherer.outside(AFTER), tail)
     own = tape.forward(tail, {r for op in loss for r in op.reads}, own)
     tape.note()
     tape.phase = "loss"
     criterion = Frame(loss, tail_scope, own, tail.flows)
     left = tape.forward(criterion, ("loss",), own)
     tape.end_forward()
+    gatherer.end_forward()
     tape.note()
     kept = tape.snapshot()
 
@@ -272,8 +303,12 @@ def run_pass(
     root = tape.alloc(tail_scope["loss"], "temp")
     root.refs += 1  # backward() holds the gradient it started from
     grads = {"loss": root}
+    head = gatherer.outside(AFTER)
+    gatherer.backward(head, tail, copies[-1].units[-1])
     tape.backward(criterion, grads)
     tape.backward(tail, grads)
+    if head != ROOT:
+        gatherer.reduce(head, tail)
     if "x" in grads:
         grads["y"] = grads.pop("x")
     for i in reversed(range(len(ran))):
@@ -281,16 +316,28 @@ def run_pass(
         if number is not None:
             tape.enter_run(number, firsts[number])
         tape.enter_copy(copies[i].skipped)
-        for frame in reversed(frames):
+        units = copies[i].units
+        several = number is not None or copies[i].skipped
+        earlier = units[-1] if several else copies[i - 1].units[-1] if i else outer
+        for frame, unit, following in zip(reversed(frames), units[::-1], (*units[-2::-1], earlier), strict=True):
+            used = any(node.targets for node in frame.nodes)
+            if used:
+                gatherer.backward(unit, frame, following)
             tape.backward(frame, grads)
+            if used:
+                gatherer.reduce(unit, frame)
             if "x" in grads:
                 grads["y"] = grads.pop("x")
         if number is not None:
-            tape.leave_run(*grads.values())
+            tape.leave_run(*grads.values(), *gatherer.handed)
         tape.leave_copy()
     if "y" in grads:
         grads[embeds] = grads.pop("y")
+    if any(node.targets for node in first.nodes):
+        gatherer.backward(outer, first, "")
     tape.backward(first, grads)
+    gatherer.reduce(outer, first)
+    gatherer.end()
     for name in [n for n in grads if n not in leaf]:
         tape.drop(grads.pop(name))
     for storage in (root, *left.values()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from memplan.engine.gather import Gatherer
 from memplan.engine.lower import Frame, Node, Storage, Tape
 from memplan.engine.step import run_pass
 from memplan.ir import Op, Stack, Tensor
@@ -79,6 +80,7 @@ def work(
 ) -> tuple[Call, ...]:
     """What one forward and backward pass computes, in order. The arguments are those of `lower`."""
     tape = Worker()
-    runs = run_pass(tape, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host).runs
+    gatherer = Gatherer(tape, None, grads_exist=False)
+    runs = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host).runs
     copies = [depth[axis] - counted + 1 for axis, counted in runs]
     return tuple(call._replace(copies=1 if run is None else copies[run]) for call, run in tape.noted)
