@@ -9,7 +9,7 @@ from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Card, Estimate, Parameters, Peak, Phase
-from memplan.catalogue.overhead import cublas_workspace, cuda_context
+from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
 from memplan.program import PHASES, Program, host_bytes, phase_peaks, program, run_axes, step_where
 from memplan.resolve import Decided, check_batch, decide
@@ -42,7 +42,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None) -> Estimate:
         decided,
         Parameters(p.total_parameters, p.trainable_parameters, p.total_parameters),
         Usage(replay, p, walked.phases[0].peak, top.peak, decided.gpu, around_of(decided, calibration)),
-        Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
+        Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
         host_bytes(p, walked.axes),
@@ -80,7 +80,7 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     found = [(False, *_best(p, False, phase, numbers)) for phase in PHASES]
     if p.structure.accumulates:
         later = [(True, *_best(p, True, phase, numbers)) for phase in PHASES]
-        found = [max(a, (b[0], b[1] + p.gradients, b[2]), key=_bytes) for a, b in zip(found, later, strict=True)]
+        found = [max(a, (b[0], b[1] + p.accumulated, b[2]), key=_bytes) for a, b in zip(found, later, strict=True)]
     moving = [size for _, size, _ in found]
     held = sum(map(mul, p.held, numbers.values))
     phases = [Phase("load", None, p.loading, "")]
@@ -111,7 +111,8 @@ def calibration_of(decided: Decided, calibration: Calibration | None) -> Calibra
 
 def around_of(decided: Decided, calibration: Calibration | None) -> Around:
     """What a process takes on the run's card beside torch's segments."""
-    return around(cuda_context(decided.gpu.compute_capability if decided.gpu else None), calibration)
+    capability = decided.gpu.compute_capability if decided.gpu else None
+    return around(cuda_context(capability), calibration, nccl(decided.structure.ranks.world).usual)
 
 
 def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, int]:

@@ -10,9 +10,18 @@ from memplan.answer import Line, Phase
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.states import State
 from memplan.engine.walk import alive, moment_bytes, size, values
-from memplan.graph import Held, built, parameters_of
+from memplan.graph import Held, built
 from memplan.ir import Stack
-from memplan.program import gradients_of, pass_of
+from memplan.program import (
+    PHASES,
+    accumulated_of,
+    converting_of,
+    gradients_of,
+    pass_of,
+    passing_of,
+    reducing_of,
+    resident_of,
+)
 
 if TYPE_CHECKING:
     from memplan.estimator import Walked
@@ -65,11 +74,12 @@ def timeline(walked: Walked) -> Iterator[Phase]:
     _, axes = built(p.structure.graph)
     sizes = [size(key[0], key[1], axes) for key in low.sizes]
     numbers = dict(zip(p.variables, walked.numbers.values, strict=True))
-    base = p.parameters + p.buffered + p.scaler + p.states + 2 * walked.workspace + (p.gradients if later else 0)
+    base = p.parameters + p.buffered + p.reducing + p.scaler + p.states + 2 * walked.workspace
+    base += p.accumulated if later else 0
     for moment in low.moments:
         combination = moment_bytes(alive(moment, low.runs, axes), sizes)
         live = sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
-        yield Phase(moment.phase, None, base + live, moment.where)
+        yield Phase(moment.phase, None, base + p.passing[moment.phase] + live, moment.where)
     yield walked.phases[-1]
 
 
@@ -78,7 +88,7 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
     p, structure = walked.program, decided.structure
     phase = walked.phases[walked.peak]
     later, _ = walked.moments[walked.peak]
-    for held in parameters_of(structure.graph):
+    for held in resident_of(structure):
         yield _held(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
     if phase.phase == "load":
         if p.loading > p.parameters:
@@ -128,15 +138,22 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         yield Line(
             "GradScaler", "other", "torch", "", (), "fp32", 3, p.scaler, "scale of fp16 losses", "torch 2.13 amp"
         )
+    for held in reducing_of(structure):
+        yield _held(held, axes, "where gradients are summed over ranks")
     if p.buffered or ((phase.phase == "step" or later) and p.gradients):
-        for held in gradients_of(structure):
+        for held in accumulated_of(structure) if later else gradients_of(structure):
             yield _held(held, axes, "needed by the optimizer")
     if phase.phase == "step":
         scratch = p.optimizer.first if phase.step == 1 else p.optimizer.later
         if stepping and scratch:
             yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
         if not stepping:
-            yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
+            made = converting_of(structure)
+            yield from (_held(held, axes, "made into the fp32 gradient of the partition") for held in made)
+            if not made:
+                yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
+    for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
+        yield _held(held, axes, "between ranks")
 
 
 def _held(held: Held, axes: Mapping[str, int], why: str) -> Line:

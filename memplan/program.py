@@ -7,11 +7,25 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+from memplan import zero
 from memplan.catalogue.attention import efficient_workspace_bytes
+from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
+from memplan.engine import walk
 from memplan.engine.step import Lowered
-from memplan.engine.walk import ONE, Term, Variable, alive, chain, prune, rows, size
-from memplan.graph import Graph, Held, built, elements, loading, lowered, matrix_shape, parameters_of, weights_of
+from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
+from memplan.graph import Graph, Held, built, elements, loading, lowered, matrix_shape, weights_of
+from memplan.ir import Division
+from memplan.ranks import (
+    ONE,
+    Ranks,
+    division,
+    gradients_held,
+    loading_events,
+    parameters_held,
+    trained_parts,
+    whole_gradients,
+)
 from memplan.sizes import Arithmetic, Size
 from memplan.units import ITEMSIZE
 
@@ -37,6 +51,7 @@ class Structure(NamedTuple):
     trainer: bool = False
     holds_outputs: bool = False
     on_host: bool = False
+    ranks: Ranks = ONE
 
 
 class Program(NamedTuple):
@@ -48,7 +63,9 @@ class Program(NamedTuple):
     where           what the operations of those moments are called, by pass and moment
     parameters      bytes of weights and buffers; `loading` at most while they are loaded
     gradients       bytes of all gradients together, when backward is done; `buffered` of those in a dtype of their own,
-                    which have buffers throughout
+                    which have buffers throughout; `accumulated` of those that a later micro-batch finds
+    reducing        bytes of what ranks have throughout to reduce gradients; `passing` of what they have in a phase of a
+                    pass
     states          bytes of the optimizer's states on the GPU, `host` of those beside it
     away            what checkpoints keep in host memory: shape, dtype and how many
     """
@@ -65,6 +82,9 @@ class Program(NamedTuple):
     loading: int
     gradients: int
     buffered: int
+    accumulated: int
+    reducing: int
+    passing: dict[str, int]
     optimizer: OptimizerMemory
     states: int
     scaler: int
@@ -80,9 +100,19 @@ PHASES = ("forward", "loss", "backward")
 
 def pass_of(structure: Structure, later: bool = False, labelled: bool = False) -> Lowered:
     """The moments of the first forward and backward pass of a step, or of a `later` one."""
-    exist = later or structure.grads is not None or frees_gradients(structure)
+    exist = later or spends_gradients(structure)
     follows = later or not structure.accumulates  # without accumulation, of every step but the first
-    return lowered(structure.graph, exist, labelled, updates_of(structure), follows)
+    return lowered(structure.graph, exist, labelled, updates_of(structure), follows, division_of(structure))
+
+
+def division_of(structure: Structure) -> Division | None:
+    """The units of weights that a pass gathers, where ranks hold parts of them."""
+    return division(structure.graph, structure.ranks)
+
+
+def spends_gradients(structure: Structure) -> bool:
+    """Whether a pass leaves no gradient: each is used up as it comes, or added to what is there, or sent away."""
+    return structure.grads is not None or frees_gradients(structure) or zero.stage(structure.ranks) > 1
 
 
 def updates_of(structure: Structure) -> tuple[tuple[str, int], ...]:
@@ -102,7 +132,7 @@ def program(structure: Structure) -> Program:
     if structure.accumulates:
         passes.append(pass_of(structure, later=True))
     sizes = [[size(key[0], key[1], axes) for key in low.sizes] for low in passes]
-    variables = (ONE, *sorted({v for of_pass in sizes for v, _ in of_pass} - {ONE}))
+    variables = (walk.ONE, *sorted({v for of_pass in sizes for v, _ in of_pass} - {walk.ONE}))
 
     def pruned(low: Lowered, of_pass: list[tuple[Variable, int]]) -> dict[str, tuple[Term, ...]]:
         every = rows(low.moments, low.runs, axes, of_pass, variables)
@@ -114,10 +144,11 @@ def program(structure: Structure) -> Program:
         (held_row,) = rows((passes[-1].held,), passes[-1].runs, axes, sizes[-1], variables)
     by_pass = [pruned(low, of_pass) for low, of_pass in zip(passes, sizes, strict=True)]
     weights = tuple(weights_of(structure.graph))
-    resident = tuple(parameters_of(structure.graph))
+    resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
-    optimizer = optimizer_of(structure, trained)
+    optimizer = _optimizer(structure, trained)
     gradients = 0 if frees_gradients(structure) else sum(h.bytes * h.copies for h in gradients_of(structure))
+    accumulated = sum(h.bytes * h.copies for h in accumulated_of(structure)) if structure.accumulates else 0
     return Program(
         structure=structure,
         variables=variables,
@@ -128,15 +159,18 @@ def program(structure: Structure) -> Program:
         later=by_pass[-1],
         where=(_where(passes[0], by_pass[0]), _where(passes[-1], by_pass[-1])),
         parameters=sum(h.bytes * h.copies for h in resident),
-        loading=_most(loading(structure.graph)),
+        loading=_loading(structure),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
+        accumulated=0 if structure.grads else accumulated,
+        reducing=sum(h.bytes * h.copies for h in reducing_of(structure)),
+        passing={phase: sum(h.bytes * h.copies for h in passing_of(structure, phase)) for phase in PHASES},
         optimizer=optimizer,
         states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
         host=sum(s.bytes * s.count for s in optimizer.states if s.host),
         away=tuple(_away(passes[0], axes)),
-        clipping=clipping(trained) if structure.clips and not frees_gradients(structure) else 0,
+        clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
         trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains),
     )
@@ -172,12 +206,86 @@ def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
     return program.host + sum(one(shape, dtype) * count for shape, dtype, count in program.away)
 
 
+def _optimizer(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
+    """The optimizer's memory; at ZeRO's stage 3 it steps one sub-group after the other, with that one's scratch."""
+    found = optimizer_of(structure, trained)
+    if zero.stage(structure.ranks) < 3:
+        return found
+    sub_group = Parameter("", (zero.in_sub_group(structure.graph, structure.ranks),), "fp32")
+    one = optimizer_of(structure, [sub_group])
+    return found._replace(first=one.first, later=one.later, listed=one.listed)
+
+
+def _clipping(structure: Structure, trained: list[Parameter]) -> int:
+    """Bytes between backward and the update: norms of gradients, or what DeepSpeed makes the update's of."""
+    if zero.stage(structure.ranks):
+        return sum(h.bytes for h in converting_of(structure))
+    return clipping(trained) if structure.clips and not frees_gradients(structure) else 0
+
+
+def converting_of(structure: Structure) -> tuple[Held, ...]:
+    """What DeepSpeed makes the partition's gradient of, beside it."""
+    return tuple(zero.converting(structure.graph, structure.ranks)) if zero.stage(structure.ranks) else ()
+
+
+def passing_of(structure: Structure, phase: str) -> tuple[Held, ...]:
+    """What ranks have in a phase of a pass beside the moments' tensors."""
+    return tuple(zero.passing(structure.graph, structure.ranks, phase)) if zero.stage(structure.ranks) else ()
+
+
+def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
+    """What loading allocates and frees, in order, see `memplan.graph.loading`."""
+    if zero.stage(structure.ranks):
+        return zero.loading_events(structure.graph, structure.ranks)
+    if division_of(structure) is not None:
+        return loading_events(structure.graph, structure.ranks)
+    return loading(structure.graph)
+
+
+def _loading(structure: Structure) -> int:
+    """The most bytes at once until the first step. DDP sends the first rank's weights to the others."""
+    most = _most(loading_of(structure))
+    if structure.ranks.strategy != "ddp" or structure.ranks.world == 1:
+        return most
+    resident = sum(h.bytes * h.copies for h in resident_of(structure))
+    return max(most, resident + min(resident, BROADCASTS * BROADCAST))
+
+
+def resident_of(structure: Structure) -> Iterator[Held]:
+    """The weights and buffers that a rank holds."""
+    if zero.stage(structure.ranks):
+        return zero.parameters(structure.graph, structure.ranks)
+    return parameters_held(structure.graph, structure.ranks)
+
+
+def reducing_of(structure: Structure) -> tuple[Held, ...]:
+    """The buckets that gradients are copied into, to be summed over ranks, and at ZeRO's stage 3 where the sums go."""
+    if zero.stage(structure.ranks):
+        return tuple(zero.reducing(structure.graph, structure.ranks))
+    if structure.ranks.world == 1 or structure.ranks.strategy != "ddp":
+        return ()
+    return tuple(
+        Held("other", "bucket of gradients", "", str(bytes_), "uint8", count, bytes_, BUCKETS_SOURCE)
+        for bytes_, count in buckets(trained_parameters(structure))
+    )
+
+
 def _where(low: Lowered, terms: dict[str, tuple[Term, ...]]) -> dict[int, str]:
     return {t.moment: low.moments[t.moment].where for phase in terms.values() for t in phase}
 
 
 def gradients_of(structure: Structure) -> Iterator[Held]:
-    """The gradient of every weight that trains."""
+    """The gradient of every weight that trains, or the rank's part of it, as the optimizer reads it."""
+    if zero.stage(structure.ranks):
+        yield from zero.stepping(structure.graph, structure.ranks)
+        return
+    if division_of(structure) is not None:
+        yield from gradients_held(structure.graph, structure.ranks)
+        return
+    yield from _whole_gradients(structure)
+
+
+def _whole_gradients(structure: Structure) -> Iterator[Held]:
     _, axes = built(structure.graph)
     for w, count, where in weights_of(structure.graph):
         if w.trains:
@@ -186,8 +294,26 @@ def gradients_of(structure: Structure) -> Iterator[Held]:
             yield Held("gradient", f"{w.name}.grad", where.rstrip("."), w.shape, dtype, count, bytes_, "autograd")
 
 
+def accumulated_of(structure: Structure) -> Iterator[Held]:
+    """The gradients that a later micro-batch finds."""
+    match zero.stage(structure.ranks):
+        case 1:
+            return _whole_gradients(structure)
+        case 2 | 3:
+            return zero.accumulated(structure.graph, structure.ranks)
+        case _:
+            pass
+    if structure.ranks.delayed and division_of(structure) is not None:
+        return whole_gradients(structure.graph, structure.ranks)
+    return gradients_of(structure)
+
+
 def trained_parameters(structure: Structure) -> list[Parameter]:
     """The parameters the optimizer is given, in the model's order; a run of layers as its first and the others."""
+    if zero.stage(structure.ranks):
+        return zero.trained(structure.graph, structure.ranks)
+    if division_of(structure) is not None:
+        return trained_parts(structure.graph, structure.ranks)
     _, axes = built(structure.graph)
     out: list[Parameter] = []
     blocks: dict[str, list[tuple[Parameter, int]]] = {}
@@ -276,12 +402,12 @@ def phase_peaks(
     `held`, what the script holds of them into the optimizer's step; `workspace` is cuBLAS's for one handle.
     """
     p = program
-    fixed = p.parameters + p.buffered + p.scaler + workspace
+    fixed = p.parameters + p.buffered + p.reducing + p.scaler + workspace
     for step in steps(p):
         states = _states(p, step)
         for phase, most in zip(PHASES, moving, strict=True):
             second = workspace if phase == "backward" or step != 1 else 0
-            yield phase, step, fixed + second + states + most
+            yield phase, step, fixed + second + states + p.passing[phase] + most
         yield "step", step, fixed + workspace + p.gradients + held + max(_stepping(p, step), states + p.clipping)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
+from memplan.catalogue.parallel import ELEMENTWISE, STRATEGIES
 from memplan.errors import SpecError
-from memplan.spec import Kernels, Method, Offload, Optimizer, Parallelism, Precision, Quantization, RunSpec
+from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
 
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
@@ -24,22 +25,20 @@ def refuse(run: RunSpec) -> None:
         raise SpecError(
             "batch.new_tokens: training generates none, and only training is supported yet", "batch.new_tokens"
         )
-    offload = run.parallelism.offload
-    if run.parallelism.model_copy(update={"offload": Offload()}) != _ONE_GPU:
-        raise _divided(run.parallelism)
-    if offload.parameters:
-        raise _later("parallelism.offload", "parameters", "optimizer")
-    if offload.activations:
-        raise _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
+    for refused in _parallelism(run.parallelism):
+        raise refused
 
 
-def refuse_parts(method: Method, precision: Precision, optimizer: Optimizer, kernels: Kernels) -> None:
-    """Raise SpecError for what the parts of a run must not say, each as it was asked."""
+def refuse_parts(
+    method: Method, precision: Precision, optimizer: Optimizer, kernels: Kernels, sharded: bool = False
+) -> None:
+    """Raise SpecError for what the parts of a run must not say, each as it was asked. `sharded`: ranks hold parts of
+    the weights."""
     if kernels.checkpointing == "selective":
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
-    for refused in (*_method(method), *_precision(precision, method.quantization), *_optimizer(optimizer)):
+    for refused in (*_method(method, sharded), *_precision(precision, method.quantization), *_optimizer(optimizer)):
         raise refused
 
 
@@ -57,15 +56,73 @@ def _later(field: str, value: object, supported: str) -> SpecError:
     return SpecError(f"{field}: {shown} is not supported yet; supported: {supported}", field)
 
 
-def _divided(p: Parallelism) -> SpecError:
-    """Several GPUs, named by what divides the work among them where something does."""
-    usual = ("world", "dp", "strategy")  # follow from other fields, so named last
-    fields = sorted(Parallelism.model_fields, key=lambda field: field in usual)
-    field = next(f for f in fields if f != "offload" and getattr(p, f) != getattr(_ONE_GPU, f))
-    return _later(f"parallelism.{field}", getattr(p, field), str(getattr(_ONE_GPU, field)).lower())
+def _parallelism(p: Parallelism) -> Iterator[SpecError]:
+    """Several GPUs, named by what divides the work among them where something else than data does."""
+    for field in ("tp", "pp", "cp", "ep", "etp", "virtual_stages", "sequence_parallel", "stage"):
+        if getattr(p, field) != getattr(_ONE_GPU, field):
+            only = str(getattr(_ONE_GPU, field)).lower()
+            yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
+    if p.offload.parameters:
+        yield _later("parallelism.offload", "parameters", "optimizer")
+    if p.offload.activations:
+        yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
+    if p.offload.optimizer and p.world > 1:
+        yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs")
+    if p.world != p.dp:
+        field = "parallelism.world" if p.world > 1 else "parallelism.dp"
+        yield SpecError(f"{field}: data parallel alone is supported yet: world {p.world} needs dp {p.world}", field)
+    if p.strategy not in ("none", *STRATEGIES):
+        yield _later("parallelism.strategy", p.strategy, ", ".join(STRATEGIES))
+    if p.world > 1 and p.strategy == "none":
+        yield SpecError(
+            f"parallelism.strategy: says how {p.world} GPUs divide the run: {', '.join(STRATEGIES)}",
+            "parallelism.strategy",
+        )
 
 
-def _method(m: Method) -> Iterator[SpecError]:
+# What FSDP and DeepSpeed divide rightly.
+FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
+ZERO = ("zero1", "zero2", "zero3")
+_METHODS = {**dict.fromkeys(FSDP, ("full", "lora", "qlora")), **dict.fromkeys(ZERO, ("full", "lora"))}
+_FLOATS = ("bf16", "fp16", "fp32")
+
+
+def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimizer: Optimizer, loop: Loop) -> None:
+    """Raise SpecError for what several GPUs cannot do with the parts of a run, or memplan not yet."""
+    row = OPTIMIZERS.get(str(optimizer.name))
+    if optimizer.in_backward:
+        raise _later("optimizer.in_backward", True, f"false with {p.strategy}")
+    if row is not None and row.frees_gradients:
+        raise SpecError(
+            f"optimizer.name: {optimizer.name} steps in backward, which is not supported yet with {p.strategy}",
+            "optimizer.name",
+        )
+    if p.strategy not in _METHODS:
+        return
+    if method.kind not in _METHODS[p.strategy]:
+        raise _later("method.kind", method.kind, f"{', '.join(_METHODS[p.strategy])} with {p.strategy}")
+    if method.modules_to_save:
+        raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
+    if row is not None and optimizer.name not in ELEMENTWISE:
+        raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with {p.strategy}")
+    if precision.grads not in (None, precision.weights):
+        raise _later("precision.grads", precision.grads, f"{precision.weights}, as the weights, with {p.strategy}")
+    if p.strategy in ZERO:
+        if precision.autocast:
+            raise SpecError(
+                "precision.autocast: DeepSpeed casts the model itself, with fp32 masters; say precision mixed",
+                "precision.autocast",
+            )
+        if loop.grad_scaler:
+            raise SpecError("loop.grad_scaler: DeepSpeed scales the loss itself", "loop.grad_scaler")
+    elif precision.master is not None:
+        raise SpecError("precision.master: FSDP's mixed precision is autocast's; say precision amp", "precision.master")
+    q = method.quantization
+    if q is not None and q.format not in ("nf4", "fp4"):
+        raise _later("method.quantization.format", q.format, f"nf4, fp4 with {p.strategy}")
+
+
+def _method(m: Method, sharded: bool) -> Iterator[SpecError]:
     if m.kind not in ADAPTERS:
         for field in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options"):
             if getattr(m, field) != getattr(_PLAIN, field):
@@ -79,7 +136,7 @@ def _method(m: Method) -> Iterator[SpecError]:
         elif name != "use_rslora" or not isinstance(value, bool):
             yield _later(field, value, "use_rslora true or false, which changes no memory")
     if m.quantization is not None:
-        yield from _quantization(m.quantization)
+        yield from _quantization(m.quantization, sharded)
 
 
 def no_adapters(kind: str, field: str) -> SpecError:
@@ -93,12 +150,13 @@ def only_freeze(kind: str) -> SpecError:
     return SpecError(f"{field}: is for method.kind freeze, not {kind}", field)
 
 
-def _quantization(q: Quantization) -> Iterator[SpecError]:
+def _quantization(q: Quantization, sharded: bool) -> Iterator[SpecError]:
     field = "method.quantization"
     if q.format not in ("nf4", "fp4", "int8", "gptq-int4"):
         yield _later(f"{field}.format", q.format, "nf4, fp4, int8, gptq-int4")
-    if q.storage != "uint8":
-        yield _later(f"{field}.storage", q.storage, "uint8")
+    if q.storage not in (_FLOATS if sharded else ("uint8",)):
+        those = "bf16, fp16, fp32: FSDP divides no integers" if sharded else f"uint8; {', '.join(_FLOATS)} under FSDP"
+        yield _later(f"{field}.storage", q.storage, those)
     if q.format == "int8" and q.block_size != Quantization().block_size:
         yield SpecError(f"{field}.block_size: int8 has no blocks; nf4 and fp4 have", f"{field}.block_size")
 

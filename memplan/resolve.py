@@ -19,11 +19,12 @@ from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
-from memplan.graph import Graph, adaptable, attention_dtype, fusible_kernels, modules
+from memplan.graph import Graph, adaptable, attention_dtype, built, fusible_kernels, modules
 from memplan.models import ModelSpec
 from memplan.program import Structure
-from memplan.refusals import refuse, refuse_on_host, refuse_parts
-from memplan.spec import Kernels, Loop, Method, Optimizer, Part, Precision, RunSpec
+from memplan.ranks import ONE, Ranks, mixed
+from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts
+from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
@@ -60,7 +61,7 @@ def decide(run: RunSpec) -> Decided:
         run.batch.accumulation > 1,
         window is not None and run.batch.sequence >= window,
         run.batch.micro == 1,
-        run.parallelism.offload.optimizer,
+        run.parallelism,
     )
 
 
@@ -98,16 +99,21 @@ def _decide(
     accumulates: bool,
     windowed: bool,
     single: bool,
-    on_host: bool,
+    parallelism: Parallelism,
 ) -> Decided:
     asked = kernels.fused is not None
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
+    sharded = parallelism.world > 1 and parallelism.strategy in FSDP
+    if sharded:
+        method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
-    refuse_parts(method, precision, optimizer, kernels)
-    if on_host:
+    refuse_parts(method, precision, optimizer, kernels, sharded)
+    if parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
+    if parallelism.world > 1:
+        refuse_divided(parallelism, method, precision, optimizer, loop)
     _check_head(model, method, kernels)
     if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
         raise SpecError(
@@ -119,6 +125,9 @@ def _decide(
     if gpu is not None and gpu_name is not None:
         notes += _gpu_notes(gpu, gpu_name)
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
+    if parallelism.world > 1 and parallelism.strategy in ZERO:
+        precision, method = _under_deepspeed(precision, method)
+        notes.append(_DEEPSPEED)
     compute = str(precision.compute)
     if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
@@ -127,6 +136,8 @@ def _decide(
     kernels, idle = _fusing(model, method, kernels, words["code"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
+    recipe, ranks = _ranks(parallelism, recipe, method, accumulates and loop.trainer)
+    ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = _had(model, kernels, profile, words)
     notes += more
@@ -173,13 +184,16 @@ def _decide(
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
         grads=precision.grads if precision.grads != precision.weights else None,
-        master=precision.master,
+        master=None if ranks.strategy in ZERO else precision.master,
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
         holds_outputs=loop.hold_outputs == "step",
-        on_host=on_host,
+        on_host=parallelism.offload.optimizer,
+        ranks=ranks,
     )
+    if ranks.world > 1 and ranks.row.flat:
+        _check_flat(graph, ranks)
     if (
         spares_embeddings(str(optimizer.name))
         and not loop.trainer
@@ -198,6 +212,82 @@ def _decide(
         )
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
     return Decided(structure, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+
+
+_DEEPSPEED = (
+    "DeepSpeed: fp32 masters, and its own defaults (reduce_bucket_size and sub_group_size 5e8 and 1e9, overlap_comm as "
+    "the stage has it, stage3_prefetch_bucket_size 5e7, stage3_max_reuse_distance 1e9), not transformers' auto"
+)
+
+
+def _under_deepspeed(precision: Precision, method: Method) -> tuple[Precision, Method]:
+    """The model, adapters too, is in one dtype, with an fp32 copy of what trains.
+
+    Source: DeepSpeed 0.19.8 runtime/engine.py _configure_distributed_model.
+    """
+    master = None if precision.weights == "fp32" else "fp32"
+    if method.kind in ADAPTERS:
+        method = method.model_copy(update={"adapter_dtype": precision.weights})
+    return precision.model_copy(update={"master": master}), method
+
+
+def _unprepared(method: Method) -> Method:
+    """Weights that are divided are not prepared for training in 4 bits, unless that is said.
+
+    Source: trl 0.25 models/utils.py, trainer/sft_trainer.py is_sharded_qlora.
+    """
+    q = method.quantization
+    if q is None or q.kbit_preparation is not None:
+        return method
+    return method.model_copy(update={"quantization": q.model_copy(update={"kbit_preparation": False})})
+
+
+def _ranks(parallelism: Parallelism, recipe: Recipe, method: Method, delayed: bool) -> tuple[Recipe, Ranks]:
+    """How ranks divide the run, and the recipe of what they compute.
+
+    Under autocast FSDP's mixed precision is on: weights are gathered in the dtype that is computed in, and what trains
+    is kept in fp32. Source: accelerate 1.15 accelerator.py prepare_model, utils/fsdp_utils.py fsdp2_prepare_model.
+    """
+    if parallelism.world == 1:
+        return recipe, ONE
+    ranks = Ranks(parallelism.strategy, parallelism.world)
+    if parallelism.strategy not in FSDP:
+        return recipe, ranks
+    ranks = ranks._replace(delayed=delayed)
+    if method.quantization is not None:
+        ranks = ranks._replace(storage=method.quantization.storage)
+    if not recipe.autocast:
+        return recipe, ranks
+    kept = recipe.weights if recipe.weights != recipe.compute else ""
+    return recipe._replace(weights=recipe.compute, adapter_dtype=recipe.compute), ranks._replace(
+        trained="fp32", frozen=kept
+    )
+
+
+def _check_flat(graph: Graph, ranks: Ranks) -> None:
+    """Raise SpecError where FSDP1 would lay weights of several dtypes together, or keeps what is not modelled.
+
+    Where transformers until 4.52 has a frozen block checkpointed by the reentrant kind, together with its FSDP wrapper,
+    the hook on the recomputation's input keeps that and its gradient alive: published LoRA and QLoRA runs of Llama and
+    Mistral hold a copy of hidden states more for all blocks but two. Those of Granite and GPT-BigCode, whose embeddings
+    are scaled or added to, do not.
+    """
+    before = built(graph)[0].before
+    bare = any(w.group == "embedding" for op in before for w in op.weights if op.writes[0].name == "embeds")
+    if ranks.inside and graph.reentrant and graph.leaf and bare:
+        raise SpecError(
+            "kernels.reentrant: true is not supported yet for adapters under fsdp with this profile; supported: false, "
+            "or profile transformers-5",
+            "kernels.reentrant",
+        )
+    dtypes = mixed(graph, ranks)
+    if dtypes:
+        field = "parallelism.strategy"
+        raise SpecError(
+            f"{field}: fsdp lays the weights of a unit together in one dtype, and these are {' and '.join(dtypes)}; "
+            "fsdp2 does not, or say one dtype for weights and quantised storage, and kbit_preparation false",
+            field,
+        )
 
 
 def _had(model: ModelSpec, kernels: Kernels, profile: str, words: Mapping[str, Any]) -> tuple[str, bool, list[str]]:

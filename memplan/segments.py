@@ -10,13 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Literal
 
+from memplan import zero
 from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.walk import Variable, size, values
-from memplan.graph import built, loading, recorded
-from memplan.program import Program, Structure, frees_gradients, gradients_of, updates_of
+from memplan.graph import built, recorded
+from memplan.program import (
+    Program,
+    Structure,
+    division_of,
+    gradients_of,
+    loading_of,
+    passing_of,
+    reducing_of,
+    spends_gradients,
+    updates_of,
+)
 from memplan.sizes import Size
 from memplan.units import ITEMSIZE
 
@@ -25,8 +37,8 @@ FEW = 16  # states are few where so many times their bytes are fewer than the we
 
 def pass_of(structure: Structure, later: bool) -> Recorded:
     """A pass of the structure: the first of a step, or a `later` micro-batch's."""
-    grads_exist = later or structure.grads is not None or frees_gradients(structure)
-    return recorded(structure.graph, grads_exist, updates_of(structure))
+    grads_exist = later or spends_gradients(structure)
+    return recorded(structure.graph, grads_exist, updates_of(structure), division_of(structure))
 
 
 def segments(
@@ -50,12 +62,17 @@ def segments(
     for step in (2,) if alike else (1, 2):
         gradients: list[Block] = []
         for later in (False, True)[: 1 + structure.accumulates]:
+            between = [allocator.alloc(held.bytes) for held in passing_of(structure, "backward")]
             made, held = _pass(pass_of(structure, later), numbers, allocator, handles, waiting)
             gradients += made
             if structure.graph.lingers or (structure.holds_outputs and later == structure.accumulates):
                 waiting = held
             else:
                 _free(held, allocator)
+            _free(between, allocator)
+        if zero.stage(structure.ranks):  # the update's gradients are made of these
+            _free(gradients, allocator)
+            gradients = [allocator.alloc(program.gradients)]
         _update(program, step, allocator)
         if not structure.graph.lingers:
             _free(waiting, allocator)
@@ -66,15 +83,14 @@ def segments(
 def _load(structure: Structure, allocator: Allocator) -> None:
     """Load the model; gradients that have buffers of their own come with the optimizer."""
     blocks: dict[int, Block] = {}
-    for number, bytes_ in loading(structure.graph):
+    for number, bytes_ in loading_of(structure):
         if bytes_:
             blocks[number] = allocator.alloc(bytes_)
         else:
             allocator.free(blocks.pop(number))
-    if structure.grads:
-        for held in gradients_of(structure):
-            for _ in range(held.copies):
-                allocator.alloc(held.bytes)
+    for held in (*(gradients_of(structure) if structure.grads else ()), *reducing_of(structure)):
+        for _ in range(held.copies):
+            allocator.alloc(held.bytes)
 
 
 def cached_logits(structure: Structure, axes: Mapping[str, Size]) -> Size | int:
@@ -87,6 +103,26 @@ def cached_logits(structure: Structure, axes: Mapping[str, Size]) -> Size | int:
     dtype = max(shifted, key=lambda name: ITEMSIZE[name], default="fp32")
     copy = Variable(("shifted_rows", "v") if shifted else ("b", "s", "v"), 1, ITEMSIZE[dtype])
     return COPIES_AGAIN * values([copy], {**axes, "v": own["v"]})[0]
+
+
+def unexplained(structure: Structure, axes: Mapping[str, Size]) -> Size | int:
+    """Bytes that segments hold beside a replay's, of a run or of many."""
+    return cached_logits(structure, axes) + streams_apart(structure)
+
+
+def streams_apart(structure: Structure) -> int:
+    """What segments of other streams may hold of collectives beside the replay's, in bytes.
+
+    torch's allocator has pools for each stream, and FSDP gathers on streams of its own; the replay has them all in one.
+    At most two units are gathered and one reduced at once.
+    """
+    found = division_of(structure)
+    units = [unit for _, unit in found.units] if found else []
+
+    def most(name: Literal["whole", "message", "joined"]) -> int:
+        return max((sum(_bytes(t.shape, t.dtype, {}) for t in getattr(unit, name)) for unit in units), default=0)
+
+    return 2 * max(most("whole"), most("message")) + most("joined")
 
 
 def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:

@@ -247,7 +247,7 @@ class _Walk:
 
         p = program(decided.structure)
         self._program, self._decided = p, decided
-        passes = [(p.first, 0)] + ([(p.later, p.gradients)] if p.structure.accumulates else [])
+        passes = [(p.first, 0)] + ([(p.later, p.accumulated)] if p.structure.accumulates else [])
         self._terms: list[tuple[str, slice, int]] = []  # of a phase and pass: the moments' rows, bytes beside them
         rows: list[tuple[int, ...]] = []
         for phase in PHASES:

@@ -14,7 +14,7 @@ from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
-from memplan.segments import cached_logits, segments
+from memplan.segments import segments, unexplained
 from memplan.sizes import ONE_RUN, Arithmetic, Size
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ class Around(NamedTuple):
     coverage: float
 
 
-def around(context: Overhead, calibration: Calibration | None = None) -> Around:
-    """By the catalogue's rows, or by a machine's own profile."""
+def around(context: Overhead, calibration: Calibration | None = None, nccl: int = 0) -> Around:
+    """By the catalogue's rows, or by a machine's own profile, which is of one GPU: NCCL's bytes come beside it."""
     if calibration is None:
-        return Around(context.usual, SHOWN.low * 1000, 0, SHOWN.high * 1000, COVERAGE)
+        return Around(context.usual + nccl, SHOWN.low * 1000, 0, SHOWN.high * 1000, COVERAGE)
     error = calibration.used_error
     low, usual, high = (round(1_000_000 * share) for share in (error.low, error.usual, error.high))
-    return Around(calibration.context.usual, low, usual, high, calibration.coverage)
+    return Around(calibration.context.usual + nccl, low, usual, high, calibration.coverage)
 
 
 class Room(NamedTuple):
@@ -81,7 +81,7 @@ def room(usable: int, beside: Around) -> Room:
 
 def resident(p: Program) -> int:
     """Bytes that are there throughout, once the optimizer has made its states."""
-    return p.parameters + p.buffered + p.scaler + p.states
+    return p.parameters + p.buffered + p.reducing + p.scaler + p.states
 
 
 def enough(allocated: Size, resident: int, load: int, by: Arithmetic[Size]) -> Size:
@@ -185,7 +185,7 @@ class Usage:
 
     @cached_property
     def _again(self) -> int:
-        return cached_logits(self._replay.structure, dict(self._replay.axes))
+        return unexplained(self._replay.structure, dict(self._replay.axes))
 
     def _lives_in(self, capacity: int) -> bool:
         return capacity >= self.allocated and reserved(self._replay, capacity) is not None

@@ -17,7 +17,10 @@ FLOORS = (
     {"spec", "gpus", "gpu_table", "config_classes", "models", "layers", "cards", "calibration"},
     {"ir"},
     {"catalogue", "engine"},
-    {"graph", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator", "ledger", "speed"},
+    {
+        *("graph", "ranks", "zero", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator"),
+        *("ledger", "speed"),
+    },
     {"sweep", "comparison", "planning"},
     {"frameworks"},
     {"report", "cli", "probe"},

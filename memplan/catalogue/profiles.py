@@ -31,6 +31,7 @@ WORDS = {
     "scales_apart": "Gemma's model scales the embeddings, not their module",
     "half_math": "torch's plain attention stays in the dtype of what it is given",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
+    "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
 # Rows that hold only for some runs.
@@ -113,6 +114,7 @@ PROFILES = (
             Row("lingers", False, "assumed: the step is a function of its own, as in transformers' Trainer"),
             Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
+            Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
         ),
     ),
     Profile(
@@ -136,6 +138,11 @@ PROFILES = (
             ),
             Row(
                 "uncapped", True, "transformers 4.51.3 models/gemma2/modeling_gemma2.py _supports_sdpa", "", ("gemma2",)
+            ),
+            Row(
+                "gathers_again",
+                True,
+                "transformers 4.51.3 models/llama/modeling_llama.py: the model checkpoints blocks",
             ),
             Row("one_mask", True, "transformers 4.51.3 models/llama/modeling_llama.py: expanded, and copied if padded"),
             Row(

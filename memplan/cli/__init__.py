@@ -252,7 +252,7 @@ TRAINING, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Precision and optimizer",
     "Kernels",
     "GPUs",
-    "Several GPUs (refused as yet)",
+    "Several GPUs",
     "Input and output",
 )
 
@@ -361,6 +361,14 @@ def estimate(
         bool | None,
         option("Quantise the quantisation's scales too. Default on.", "--double-quant/--no-double-quant", of=ADAPTERS),
     ] = None,
+    quant_storage: Annotated[
+        str | None,
+        option(
+            "The dtype 4-bit weights are stored in: uint8, or bf16, fp16, fp32 for FSDP. Default uint8.",
+            of=ADAPTERS,
+            complete=_choices("uint8", "bf16", "fp16", "fp32"),
+        ),
+    ] = None,
     kbit_preparation: Annotated[
         str | None,
         option(
@@ -458,16 +466,18 @@ def estimate(
             metavar="NAME",
         ),
     ] = None,
-    gpus: Annotated[int | None, option("How many GPUs, in all. Default 1.", of=SEVERAL)] = None,
+    gpus: Annotated[
+        int | None, option("How many GPUs, in all, each with a part of the batch. Default 1.", of=SEVERAL)
+    ] = None,
     zero: Annotated[int | None, option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=SEVERAL)] = None,
     fsdp: Annotated[
         str | None,
         option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
     ] = None,
-    tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
-    pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
-    cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
-    ep: Annotated[int | None, option("Expert-parallel GPUs. Default 1.", of=SEVERAL)] = None,
+    tp: Annotated[int | None, option("Tensor-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
+    pp: Annotated[int | None, option("Pipeline stages (refused as yet). Default 1.", of=SEVERAL)] = None,
+    cp: Annotated[int | None, option("Context-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
+    ep: Annotated[int | None, option("Expert-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
     ] = None,

@@ -22,6 +22,7 @@ FIELDS = {
     "trainable_layers": "method.trainable_layers",
     "quant_format": "method.quantization.format",
     "double_quant": "method.quantization.double_quant",
+    "quant_storage": "method.quantization.storage",
     "optimizer": "optimizer.name",
     "foreach": "optimizer.foreach",
     "in_backward": "optimizer.in_backward",

@@ -1,0 +1,112 @@
+"""How libraries divide a run among ranks: rows, each with its source.
+
+What is a formula in the literature (16 bytes a parameter by the number of ranks) is here which tensors are divided,
+how they are padded, and which ones come beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+from memplan.catalogue.parameters import Parameter
+from memplan.units import ITEMSIZE, MIB, rounded
+
+
+class Strategy(NamedTuple):
+    """What a strategy divides among the ranks, and how.
+
+    parameters, gradients, states   whether a rank holds only its part of them
+    flat     of a unit's weights together, one after the other; otherwise every weight by its first axis
+    gathers  units are gathered by FSDP's hooks
+    """
+
+    name: str
+    parameters: bool
+    gradients: bool
+    states: bool
+    flat: bool
+    gathers: bool
+    source: str
+
+
+STRATEGIES = {
+    row.name: row
+    for row in (
+        Strategy("ddp", False, False, False, False, False, "torch 2.13 csrc/distributed/c10d/reducer.cpp"),
+        Strategy("fsdp", True, True, True, True, True, "torch 2.13 distributed/fsdp/_flat_param.py, _runtime_utils.py"),
+        Strategy("zero1", False, False, True, True, False, "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py"),
+        Strategy("zero2", False, True, True, True, False, "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py"),
+        Strategy("zero3", True, True, True, False, False, "DeepSpeed 0.19.8 runtime/zero/stage3.py"),
+        Strategy("fsdp2", True, True, True, False, True, "torch 2.13 distributed/fsdp/_fully_shard/"),
+    )
+}
+
+# A rank's part of a weight has another shape than the weight, so only an optimizer that takes every number by itself
+# has the same states of it. bitsandbytes' kernels do not take FSDP2's parts.
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "none")
+
+# The bytes of gradients that DDP's reducer gathers for one all-reduce, after the first step. The buckets hold all
+# gradients again (gradient_as_bucket_view is off, in torch and in transformers' Trainer).
+FIRST_BUCKET, BUCKET = MIB, 25 * MIB
+BUCKETS_SOURCE = "torch 2.13 nn/parallel/distributed.py, csrc/distributed/c10d/reducer.cpp"
+
+# What DDP broadcasts at once when it is made: weights are flattened into buffers of so many bytes, two at a time.
+BROADCAST, BROADCASTS = 250 * MIB, 2
+
+# DeepSpeed's defaults, in numbers: what is copied into a bucket before it is reduced; what is fetched ahead of its use;
+# weights so small that they are not divided; how soon a weight is used again that stays whole (as many as are live at
+# most); how many the optimizer takes at once. Source: DeepSpeed 0.19.8 runtime/zero/config.py.
+REDUCE_BUCKET, PREFETCH, PERSISTENT, REUSE, SUB_GROUP = 500_000_000, 50_000_000, 100_000, 1_000_000_000, 1_000_000_000
+ALIGNMENT = 2  # numbers of a flat group that every rank's partition is a multiple of: nccl_start_alignment_factor
+
+ALIGNED = 16  # bytes that FSDP1 aligns every weight of a flat parameter to, under use_orig_params
+
+
+def part(numbers: int, world: int) -> int:
+    """What the rank that has most holds of so many numbers."""
+    return -(-numbers // world)
+
+
+def rows_of(shape: tuple[int, ...], world: int) -> tuple[int, ...]:
+    """The part of a weight that the rank with most holds: so many rows of its first axis."""
+    return (part(shape[0], world), *shape[1:]) if shape else (1,)
+
+
+def aligned(numbers: int, dtype: str) -> int:
+    """How many numbers a weight takes in a flat parameter."""
+    step = ALIGNED // ITEMSIZE[dtype]
+    return -(-numbers // step) * step
+
+
+def buckets(parameters: Sequence[Parameter]) -> Iterator[tuple[int, int]]:
+    """DDP's buckets: bytes of one and how many such, for parameters in the model's order.
+
+    Gradients come last parameter first, each goes into the open bucket of its dtype, and a bucket that has reached
+    its size is closed. Source: `compute_bucket_assignment_by_size` in reducer.cpp.
+    """
+    sizes: dict[str, list[int]] = {}
+    for p in _one_by_one(parameters):
+        sizes.setdefault(p.dtype, []).append(prod(p.shape) * ITEMSIZE[p.dtype])
+    for each in sizes.values():
+        closed: list[int] = []
+        filled = 0
+        for bytes_ in reversed(each):
+            filled += bytes_
+            if filled >= (BUCKET if closed else FIRST_BUCKET):
+                closed.append(filled)
+                filled = 0
+        if filled:
+            closed.append(filled)
+        for bytes_, alike in groupby(sorted(closed, reverse=True)):
+            yield rounded(bytes_), len(list(alike))
+
+
+def _one_by_one(parameters: Sequence[Parameter]) -> Iterator[Parameter]:
+    """Every parameter by itself: those in a row with the same number of copies are blocks, one after the other."""
+    for copies, group in groupby(parameters, key=lambda p: p.copies):
+        block = list(group)
+        for _ in range(copies):
+            yield from block

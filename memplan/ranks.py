@@ -1,0 +1,250 @@
+"""What a rank of several GPUs holds: the graph's weights divided, and the units they are gathered in.
+
+Bytes are those of the rank that holds most, which is the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+from memplan.catalogue.methods import ADAPTERS
+from memplan.catalogue.parallel import STRATEGIES, Strategy, aligned, part, rows_of
+from memplan.catalogue.parameters import Parameter
+from memplan.engine.gather import AFTER, BEFORE, ROOT, unit_of
+from memplan.engine.walk import size
+from memplan.graph import Graph, Held, built, elements, matrix_shape, parameters_of
+from memplan.ir import Division, Op, Tensor, Unit, Weight
+from memplan.units import ITEMSIZE
+
+
+class Ranks(NamedTuple):
+    """How many ranks there are, and how they divide a run: see `memplan.catalogue.parallel`.
+
+    trained   the dtype of a rank's part of the weights that train, where it is not the one they are gathered in;
+              `frozen` of the others
+    storage   the dtype that 4-bit weights are stored in
+    delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
+    inside    a block is checkpointed with its gathering, which is so done again in backward
+    """
+
+    strategy: str = "none"
+    world: int = 1
+    trained: str = ""
+    frozen: str = ""
+    storage: str = "uint8"
+    delayed: bool = False
+    inside: bool = False
+
+    @property
+    def row(self) -> Strategy:
+        return STRATEGIES[self.strategy]
+
+
+ONE = Ranks()
+
+
+class Piece(NamedTuple):
+    """Weights that are divided as one: a single one, or all of a unit that FSDP1 lays one after the other.
+
+    unit, where, copies  the unit they are gathered in, the block that is (empty outside of blocks), how many such
+    shape, dtype         of the rank's part
+    whole, sent          how many numbers they are gathered, and their dtype then; `own` of those are no padding
+    pads                 the gradients, laid together, are copied to be padded
+    """
+
+    name: str
+    unit: str
+    where: str
+    copies: int
+    shape: tuple[int, ...]
+    dtype: str
+    whole: int
+    own: int
+    sent: str
+    trains: bool
+    pads: bool
+
+
+@lru_cache(maxsize=256)
+def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
+    """Everything that is divided, in the model's order.
+
+    Under FSDP1 adapters are units of their own, each gathered in its turn; small as they are, they are counted as
+    gathered with their block. Source: peft 0.21 utils/other.py fsdp_auto_wrap_policy, which transformers' Trainer uses.
+    """
+    found: list[Piece] = []
+    for unit, where, copies, weights in _units(graph, ranks.row.flat):
+        together = [w for w in weights if w.group != "adapter"] if ranks.row.flat else []
+        if together:
+            found.append(_piece(graph, ranks, unit, where, copies, "flat parameter", together))
+        alone = [w for w in weights if w not in together]
+        found += [_piece(graph, ranks, unit, where, copies, w.name, [w]) for w in alone]
+    return tuple(found)
+
+
+def _units(graph: Graph, one_outside: bool) -> Iterator[tuple[str, str, int, list[Weight]]]:
+    """The weights of every unit, with the unit's name, its block's and how many such there are.
+
+    The weights outside of blocks are one unit where the head's are the embeddings', or are asked to be (`one_outside`).
+    """
+    stack, axes = built(graph)
+    before, after = _weights(stack.before), _weights((*stack.after, *stack.loss))
+    root = one_outside or bool(before.keys() & after.keys())
+    after = {name: w for name, w in after.items() if name not in before}
+    if root:
+        yield ROOT, "", 1, [*before.values(), *after.values()]
+    else:
+        yield BEFORE, "", 1, [*before.values()]
+    for i, run in enumerate(stack.runs):
+        for j, block in enumerate(run.blocks):
+            if axes[run.times]:
+                yield unit_of(i, j), block.name, axes[run.times], [*_weights(block.ops).values()]
+    if not root:
+        yield AFTER, "", 1, [*after.values()]
+
+
+def _weights(ops: tuple[Op, ...]) -> dict[str, Weight]:
+    return {w.name: w for op in ops for w in op.weights if w.group != "buffer"}
+
+
+def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name: str, weights: list[Weight]) -> Piece:
+    _, axes = built(graph)
+    first = weights[0]
+    sent = ranks.storage if first.stored else first.dtype
+    shapes = [_shape(w, axes, ranks.storage) for w in weights]
+    own = laid = sum(map(prod, shapes))
+    if ranks.row.flat:
+        laid = sum(aligned(prod(shape), sent) for shape in shapes)
+        shape = (part(laid, ranks.world),)
+    else:
+        shape = rows_of(shapes[0], ranks.world)
+    kept = sent if first.stored else (ranks.trained if first.trains else ranks.frozen) or sent
+    whole = prod(shape) * ranks.world
+    return Piece(name, unit, where, copies, shape, kept, whole, own, sent, first.trains, whole != laid)
+
+
+def _shape(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...]:
+    """A weight's axes as the library sees them; of a 4-bit one, of the column it is packed into."""
+    if w.stored:
+        return (-(-elements(w, axes) // (2 * ITEMSIZE[storage])), 1)
+    return matrix_shape(w, axes) if w.rows else (elements(w, axes),)
+
+
+def mixed(graph: Graph, ranks: Ranks) -> tuple[str, ...]:
+    """The dtypes of a unit's weights that FSDP1 would lay together, where they are several: it cannot."""
+    for _, _, _, weights in _units(graph, one_outside=True):
+        found = {ranks.storage if w.stored else w.dtype for w in weights if w.group != "adapter"}
+        if len(found) > 1:
+            return tuple(sorted(found))
+    return ()
+
+
+def division(graph: Graph, ranks: Ranks) -> Division | None:
+    """The units that a pass gathers; None where weights are not divided.
+
+    FSDP1 asks for the unit that returned before: under adapters that is one of the block's own, and a block is asked
+    for by the first of the next one's. Gathering again within a recomputation has it ask as late.
+    """
+    if ranks.world == 1 or not ranks.row.gathers:
+        return None
+    by_unit = groupby(pieces(graph, ranks), key=lambda piece: piece.unit)
+    units = tuple((name, _unit(list(group), ranks)) for name, group in by_unit)
+    late = ranks.row.flat and (ranks.inside or graph.recipe.kind in ADAPTERS)
+    return Division(units, lingers=not ranks.row.flat, late=late, source=ranks.row.source)
+
+
+def _unit(group: list[Piece], ranks: Ranks) -> Unit:
+    trained = [p for p in group if p.trains]
+    whole = tuple(Tensor(f"gathered {p.name}", str(p.whole), p.sent) for p in group)
+    cast = tuple(Tensor(f"{p.name} as sent", str(prod(p.shape)), p.sent) for p in group if p.dtype != p.sent)
+    if ranks.row.flat:
+        joined = tuple(Tensor(f"gradient of {p.name}", str(p.whole), p.sent) for p in trained)
+        padded = tuple(Tensor(f"padded gradient of {p.name}", str(p.whole), p.sent) for p in trained if p.pads)
+        parts = tuple(Tensor(f"{p.name}.grad", str(prod(p.shape)), p.dtype) for p in trained)
+        received = tuple(t._replace(dtype=p.sent) for t, p in zip(parts, trained, strict=True) if p.dtype != p.sent)
+        return Unit(whole, (), cast, (*joined, *padded), received, parts)
+    sent = sum(p.whole * ITEMSIZE[p.sent] for p in group)
+    message = (Tensor("all-gather's output", str(sent), "uint8"),)
+    if not trained:
+        return Unit(whole, message, cast)
+    joined = (Tensor("reduce-scatter's input", str(sum(p.whole for p in trained)), trained[0].sent),)
+    parts = (Tensor("gradients", str(sum(prod(p.shape) for p in trained)), trained[0].dtype),)
+    received = tuple(t._replace(dtype=trained[0].sent) for t in parts if trained[0].dtype != trained[0].sent)
+    return Unit(whole, message, cast, joined, received, parts)
+
+
+def parameters_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
+    """The stored tensors of a rank: its parts, and what is not divided."""
+    if ranks.world == 1 or not ranks.row.parameters:
+        yield from parameters_of(graph)
+        return
+    for p in pieces(graph, ranks):
+        what = f"{p.name}, one of {ranks.world} parts"
+        yield _held("parameter", what, p.where, p.shape, p.dtype, p.copies, ranks.row.source)
+    for held in parameters_of(graph):
+        if held.kind == "buffer" or _beside(held):
+            yield held
+
+
+def _beside(held: Held) -> bool:
+    """What a 4-bit weight has beside its numbers, the scales of its blocks: no parameters, so never divided."""
+    return "(" in held.what and not held.what.endswith("(packed)")
+
+
+def gradients_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
+    """What a rank keeps of the gradients after backward, where they are divided."""
+    of = {p.unit: p for p in pieces(graph, ranks)}
+    found = division(graph, ranks)
+    for name, unit in found.units if found else ():
+        for t in unit.parts:
+            where, copies = of[name].where, of[name].copies
+            yield _held("gradient", t.name, where, (int(t.shape),), t.dtype, copies, ranks.row.source)
+
+
+def whole_gradients(graph: Graph, ranks: Ranks) -> Iterator[Held]:
+    """The gradients as a micro-batch leaves them that reduces none: whole."""
+    for p in pieces(graph, ranks):
+        if p.trains:
+            yield _held("gradient", f"{p.name}.grad, whole", p.where, (p.whole,), p.sent, p.copies, ranks.row.source)
+
+
+def _held(kind: str, what: str, where: str, shape: tuple[int, ...], dtype: str, copies: int, source: str) -> Held:
+    words = " ".join(map(str, shape))
+    return Held(kind, what, where, words, dtype, copies, size(words, dtype, {})[1], source)
+
+
+def trained_parts(graph: Graph, ranks: Ranks) -> list[Parameter]:
+    """A rank's parts of the parameters that train, as the optimizer is given them."""
+    out: list[Parameter] = []
+    for _, group in groupby(pieces(graph, ranks), key=lambda piece: piece.unit):
+        own = [p for p in group if p.trains]
+        found = [Parameter(f"{p.where}.{p.name}".lstrip("."), p.shape, p.dtype) for p in own]
+        out += found
+        out += [p._replace(copies=q.copies - 1) for p, q in zip(found, own, strict=True) if q.copies > 1]
+    return out
+
+
+def loading_events(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
+    """What loading allocates and frees, in order, see `memplan.graph.loading`: a unit is brought whole from the host,
+    copied into one tensor, and the rank's part of it copied out.
+
+    Source: torch 2.13 distributed/fsdp/_init_utils.py; accelerate 1.15 utils/fsdp_utils.py, which goes by parameter.
+    """
+    number = 0
+    for p in pieces(graph, ranks):
+        whole, mine = size(str(p.whole), p.dtype, {})[1], size(str(prod(p.shape)), p.dtype, {})[1]
+        for _ in range(p.copies):
+            for i, bytes_ in enumerate((whole, whole, mine)):
+                yield number + i, bytes_
+            yield number, 0
+            yield number + 1, 0
+            number += 3
+    for held in parameters_held(graph, ranks):
+        if held.kind == "buffer" or _beside(held):
+            for _ in range(held.copies):
+                yield number, held.bytes
+                number += 1

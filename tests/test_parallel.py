@@ -1,0 +1,274 @@
+"""Several GPUs: what each rank holds of what is divided, what comes beside it, and runs that others measured."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+from statistics import mean
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.golden import SLACK, rows
+from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue.parallel import BUCKET, ELEMENTWISE, FIRST_BUCKET, STRATEGIES, buckets
+from memplan.catalogue.parameters import Parameter
+from memplan.errors import SpecError
+from memplan.graph import weights_of
+from memplan.program import accumulated_of, division_of, gradients_of, program, reducing_of, resident_of
+from memplan.ranks import pieces
+from memplan.resolve import decide
+from memplan.units import MIB
+from memplan.zero import partition
+
+laws = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+MODELS = ("llama-3.2-1b", "qwen2-0.5b", "qwen3-0.6b", "phi-4-mini", "gemma-3-1b")
+SHARDED = ("fsdp", "fsdp2")
+ZERO = ("zero1", "zero2", "zero3")
+
+
+@st.composite
+def runs(draw: st.DrawFn, kinds: tuple[str, ...] = ("full", "lora", "qlora")) -> dict[str, Any]:
+    """A run on one GPU as the fields of a RunSpec, which every strategy divides."""
+    kind = draw(st.sampled_from(kinds))
+    return {
+        "model": draw(st.sampled_from(MODELS)),
+        "method": kind,
+        "precision": draw(st.sampled_from(["pure", "amp", "fp16", "fp32"])) if kind != "qlora" else "pure",
+        "optimizer": draw(st.sampled_from(ELEMENTWISE)),
+        "batch": {
+            "micro": draw(st.integers(1, 3)),
+            "sequence": draw(st.integers(1, 256)),
+            "accumulation": draw(st.sampled_from([1, 3])),
+        },
+        "kernels": {"checkpointing": draw(st.sampled_from(["none", "full"]))},
+        "loop": {"trainer": draw(st.booleans())},
+    }
+
+
+def divided(run: dict[str, Any], strategy: str, world: int) -> dict[str, Any]:
+    """The run on so many GPUs, as the strategy takes it."""
+    if strategy in ZERO and world > 1:
+        run = {**run, "method": "lora" if run.get("method") == "qlora" else run.get("method", "full")}
+        run["precision"] = "mixed" if run.get("precision") == "amp" else run.get("precision", "pure")
+    run = {**run, "parallelism": {"world": world, "dp": world, "strategy": strategy}}
+    if run.get("method") == "qlora" and strategy in SHARDED and world > 1:
+        run["method"] = {"kind": "qlora", "quantization": {"storage": "bf16"}}
+    return run
+
+
+def answer(run: dict[str, Any], strategy: str, world: int) -> Estimate:
+    return estimate(RunSpec(**divided(run, strategy, world)))
+
+
+def persistent(run: dict[str, Any], strategy: str, world: int) -> int:
+    """Bytes of a rank's weights, gradients when backward is over, and optimizer states; of ZeRO's stage 3 and of DDP
+    without the buckets that others have too while gradients come."""
+    structure = decide(RunSpec(**divided(run, strategy, world))).structure
+    gradients = [*accumulated_of(structure)] if strategy in ZERO else [*gradients_of(structure)]
+    gradients += [h for h in reducing_of(structure) if h.kind == "gradient"]
+    states = program(structure).states
+    return sum(h.bytes * h.copies for h in (*resident_of(structure), *gradients)) + states
+
+
+@laws
+@given(runs(), st.sampled_from(sorted(STRATEGIES)))
+def test_one_gpu_is_the_plain_estimate_whatever_the_strategy(run: dict[str, Any], strategy: str) -> None:
+    plain, one = answer(run, "none", 1), answer(run, strategy, 1)
+    assert one.bytes == plain.bytes
+    assert (one.ledger, one.phases, one.band) == (plain.ledger, plain.phases, plain.band)
+
+
+@laws
+@given(runs(), st.sampled_from(sorted(STRATEGIES)), st.integers(2, 9))
+def test_the_ledger_of_a_rank_sums_to_its_peak(run: dict[str, Any], strategy: str, world: int) -> None:
+    a = answer(run, strategy, world)
+    assert sum(line.bytes for line in a.ledger) == a.bytes.allocated == max(p.peak for p in a.phases)
+    assert a.bytes.allocated <= a.bytes.reserved <= a.bytes.used
+    assert max(p.peak for p in a.timeline) <= a.bytes.allocated
+
+
+@laws
+@given(runs(), st.sampled_from((*SHARDED, *ZERO)), st.integers(2, 6), st.integers(1, 4))
+def test_more_ranks_never_hold_more_each(run: dict[str, Any], strategy: str, world: int, times: int) -> None:
+    assert persistent(run, strategy, world * times) <= persistent(run, strategy, world)
+
+
+@laws
+@given(runs(kinds=("full",)), st.sampled_from(["mixed", "fp32"]), st.integers(2, 64))
+def test_every_stage_of_zero_holds_no_more_than_the_one_before(run: dict[str, Any], precision: str, world: int) -> None:
+    """Stage 0 is DDP: with fp32 masters, as DeepSpeed has them, or with fp32 weights, of which it keeps a copy too."""
+    run = {**run, "precision": precision}
+    stages = [persistent(run, strategy, world) for strategy in ("ddp", *ZERO)]
+    small = 2 * 4 * 100_000 * 200  # at stage 3 small weights are whole beside their part
+    copied = 4 * answer(run, "none", 1).parameters.total if precision == "fp32" else 0
+    assert stages[3] <= stages[2] + small
+    assert stages[2] <= stages[1]
+    assert stages[1] <= stages[0] + copied
+    if precision == "mixed" and run["optimizer"] != "none":
+        assert stages[1] < stages[0]
+
+
+@laws
+@given(runs(kinds=("full", "lora")), st.integers(2, 64))
+def test_the_partitions_of_zero_are_what_trains_and_the_padding(run: dict[str, Any], world: int) -> None:
+    """A flat group is padded to two numbers for every rank; at stage 3 each weight to one."""
+    for strategy in ZERO:
+        structure = decide(RunSpec(**divided(run, strategy, world))).structure
+        trained = program(structure).trainable_parameters
+        padding = world * partition(structure.graph, structure.ranks) - trained
+        weights = sum(n for w, n, _ in weights_of(structure.graph) if w.trains)
+        assert 0 <= padding < (world * weights if strategy == "zero3" else 2 * world)
+
+
+def test_zero_divides_sixteen_bytes_a_parameter_as_the_paper_has_it() -> None:
+    """ZeRO (arXiv:1910.02054), figure 1: 2, 2 and 12 bytes a parameter; here Adam's 12 are master, and two moments."""
+    run = {"model": "llama-3.1-8b", "precision": "mixed"}
+    n, world = 8_030_261_248, 64
+    expected = {"zero1": 4 * n + 12 * n / world, "zero2": 2 * n + 14 * n / world, "zero3": 16 * n / world}
+    for strategy, bytes_ in expected.items():
+        assert persistent(run, strategy, world) == pytest.approx(bytes_, rel=2e-3)
+
+
+@laws
+@given(runs(), st.sampled_from(SHARDED), st.integers(2, 9))
+def test_the_parts_of_all_ranks_are_the_whole_and_the_padding(run: dict[str, Any], strategy: str, world: int) -> None:
+    """Padding is at most a row of each weight for every rank but one, and 16 bytes for each that is laid together."""
+    structure = decide(RunSpec(**divided(run, strategy, world))).structure
+    for p in pieces(structure.graph, structure.ranks):
+        assert p.whole == world * prod(p.shape)
+        row = 1 if len(p.shape) == 1 else prod(p.shape[1:])
+        assert 0 <= p.whole - p.own < world * row + (8 * 64 if strategy == "fsdp" else 0)
+
+
+@laws
+@given(runs(kinds=("full", "lora")), st.integers(2, 64))
+def test_ddp_adds_its_buckets_and_nothing_else(run: dict[str, Any], world: int) -> None:
+    """The buckets hold all gradients again, whatever the number of ranks."""
+    plain, ranks = answer(run, "none", 1), answer(run, "ddp", world)
+    added = {p.peak - q.peak for p, q in zip(ranks.phases, plain.phases, strict=True) if p.phase != "load"}
+    program = plain._walked.program  # pyright: ignore[reportPrivateUsage]
+    assert len(added) == 1
+    assert 0 <= program.gradients - added.pop() < 512 * 2000
+
+
+def test_a_bucket_is_closed_by_the_gradient_that_fills_it() -> None:
+    """compute_bucket_assignment_by_size: 1 MiB first, then 25, in the order gradients come, dtypes apart."""
+    blocks = (Parameter("w", (MIB,), "bf16", 30), Parameter("b", (100,), "bf16", 30))
+    model = [Parameter("embed", (20 * MIB,), "bf16"), *blocks, Parameter("head", (64,), "fp32")]
+    pair = 2 * MIB + 200
+    first, others = 1, -(-BUCKET // pair)
+    assert first * pair >= FIRST_BUCKET
+    assert sum(bytes_ * n for bytes_, n in buckets(model)) == pytest.approx(256 + 30 * pair + 40 * MIB, abs=5 * 512)
+    sizes = sorted(bytes_ for bytes_, n in buckets(model) for _ in range(n))
+    left = 30 - first - others * ((30 - first) // others)
+    assert sizes[0] == 512
+    assert sizes[1] == pytest.approx(pair, abs=512)
+    assert sizes[-1] == pytest.approx(40 * MIB + left * pair, abs=512)
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_two_units_are_whole_at_once_on_the_way_back(strategy: str) -> None:
+    run = {"model": "llama-3.1-8b", "optimizer": "none", "batch": {"sequence": 16384}, "kernels": {"loss": "fused"}}
+    a = answer(run, strategy, 8)
+    assert a.peak.phase == "backward"
+    block = 218_112_000  # numbers of a layer: 2 x 4096^2 + 2 x 4096 x 1024 + 3 x 4096 x 14336 + 2 x 4096
+    outside = (2 * 128_256 + 1) * 4096 if strategy == "fsdp" else 0  # FSDP1 has them whole throughout
+    gathered = sum(line.bytes for line in a.ledger if line.what.startswith(("gathered", "all-gather")))
+    assert gathered == pytest.approx(2 * (2 * block + outside), abs=20 * 512)
+
+
+def test_gradients_that_wait_for_the_last_micro_batch_are_whole() -> None:
+    run: dict[str, Any] = {"model": "llama-3.2-1b", "batch": {"accumulation": 4, "sequence": 64}}
+    plain = answer(run, "fsdp2", 8)
+    waiting = answer({**run, "loop": {"trainer": True}}, "fsdp2", 8)
+    parameters = plain.parameters.total
+    assert waiting.bytes.allocated - plain.bytes.allocated > 2 * parameters * 6 / 8
+    assert any(line.what.endswith(".grad, whole") for line in waiting.ledger)
+
+
+def test_under_autocast_fsdp_keeps_what_trains_in_fp32_and_gathers_in_half() -> None:
+    run = {"model": "llama-3.2-1b", "precision": {"weights": "bf16", "autocast": True}, "batch": {"sequence": 64}}
+    a = answer(run, "fsdp2", 4)
+    dtypes = {line.kind: line.dtype for line in a.ledger if "one of 4 parts" in line.what or line.kind == "optstate"}
+    assert dtypes == {"parameter": "fp32", "optstate": "fp32"}
+
+
+REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("none", {}, "parallelism.strategy", "ddp"),
+    ("fsdp2", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
+    ("fsdp", {"optimizer": "adamw_bnb_8bit"}, "optimizer.name", "adamw_torch"),
+    ("fsdp", {"method": "dora"}, "method.kind", "full, lora, qlora"),
+    ("fsdp2", {"method": "qlora"}, "method.quantization.storage", "bf16, fp16, fp32"),
+    ("fsdp2", {"precision": "mixed"}, "precision.master", "amp"),
+    ("zero3", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
+    ("zero2", {"method": "qlora"}, "method.kind", "full, lora"),
+    ("zero2", {"precision": "amp"}, "precision.autocast", "mixed"),
+    ("zero1", {"loop": {"grad_scaler": True}}, "loop.grad_scaler", "itself"),
+    ("zero1", {"precision": {"weights": "bf16", "grads": "fp32"}}, "precision.grads", "bf16"),
+    ("ddp", {"optimizer": "lomo"}, "optimizer.name", "ddp"),
+    ("ddp", {"optimizer": {"name": "sgd", "in_backward": True}}, "optimizer.in_backward", "false"),
+    (
+        "fsdp",
+        {"method": {"kind": "qlora", "quantization": {"storage": "bf16", "kbit_preparation": True}}},
+        "parallelism.strategy",
+        "fsdp2",
+    ),
+    ("fsdp", {"method": "lora", "profile": "transformers-4.48"}, "kernels.reentrant", "transformers-5"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "fields", "field", "word"), REFUSED)
+def test_what_cannot_be_divided_rightly_is_refused(
+    strategy: str, fields: dict[str, Any], field: str, word: str
+) -> None:
+    parallelism = {"world": 2, "dp": 2, "strategy": strategy}
+    with pytest.raises(SpecError) as caught:
+        estimate(RunSpec(**{"model": "llama-3.2-1b", "parallelism": parallelism, **fields}))
+    assert caught.value.field == field
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_3090s_hold_what_one_does_not() -> None:
+    run = {"model": "qwen2.5-3b", "gpu": "rtx-3090", "batch": {"sequence": 512}}
+    assert answer(run, "none", 1).verdict.answer == "does not fit"
+    two = answer(run, "fsdp2", 2)
+    assert two.verdict.answer == "fits"
+    assert two.gpu is not None
+    assert two.gpu.count == 2
+
+
+def test_every_strategy_divides_the_layers_of_every_family_that_checkpoints() -> None:
+    structure = decide(RunSpec(**divided({"model": "gemma-3-1b"}, "fsdp2", 2))).structure
+    found = division_of(structure)
+    assert found is not None
+    assert {name for name, _ in found.units} >= {"root", "0.0"}
+
+
+MEASURED: list[dict[str, Any]] = rows("ranks.jsonl")
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["id"])
+def test_a_rank_of_a_published_run_is_met(row: dict[str, Any]) -> None:
+    a = estimate(RunSpec(**row["run"]))
+    assert row["source"].startswith("https://")
+    assert abs(a.bytes.allocated - row["allocated"]) <= SLACK
+    kept = sum(a.categories[kind] for kind in ("parameter", "optstate", "buffer", "other", "gradient"))
+    assert kept > 0
+
+
+def test_published_runs_on_two_and_four_gpus_are_met_within_a_thousandth_on_average() -> None:
+    errors = [abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1) for row in MEASURED]
+    assert len(errors) > 20
+    assert mean(errors) < 1e-3
+
+
+def test_more_gpus_are_never_said_to_hold_less() -> None:
+    run = {"model": "llama-3.1-8b", "gpu": "a100-80gb", "batch": {"sequence": 2048}}
+    for strategy in SHARDED:
+        peaks = [answer(run, strategy, world).bytes.allocated for world in (2, 4, 8, 16)]
+        assert all(more < fewer for fewer, more in pairwise(peaks))
