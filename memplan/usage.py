@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Band
-from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, Overhead
+from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, SHOWN_OF_RANKS, Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
@@ -55,12 +55,16 @@ class Around(NamedTuple):
 
 
 def around(context: Overhead, calibration: Calibration | None = None, nccl: int = 0) -> Around:
-    """By the catalogue's rows, or by a machine's own profile, which is of one GPU: NCCL's bytes come beside it."""
+    """By the catalogue's rows, or by a machine's own profile. With `nccl` bytes there are several ranks, about whose
+    errors a profile of one says nothing."""
+    held = (calibration.context if calibration else context).usual + nccl
+    if nccl:
+        return Around(held, SHOWN_OF_RANKS.low * 1000, 0, SHOWN_OF_RANKS.high * 1000, COVERAGE)
     if calibration is None:
-        return Around(context.usual + nccl, SHOWN.low * 1000, 0, SHOWN.high * 1000, COVERAGE)
+        return Around(held, SHOWN.low * 1000, 0, SHOWN.high * 1000, COVERAGE)
     error = calibration.used_error
     low, usual, high = (round(1_000_000 * share) for share in (error.low, error.usual, error.high))
-    return Around(calibration.context.usual + nccl, low, usual, high, calibration.coverage)
+    return Around(held, low, usual, high, calibration.coverage)
 
 
 class Room(NamedTuple):
