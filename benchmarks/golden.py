@@ -1,9 +1,9 @@
 """The golden runs: what others measured on their cards, beside what memplan answers for the same run.
 
 Each line of `tests/golden/published.jsonl` is a run: where it was published, the libraries, the card, the metric, its
-bytes, and the run as a RunSpec. `oom.jsonl` has runs that died for want of memory, `not_expressed.jsonl` the published
-measurements that no RunSpec says yet, with the reason. `other_tools.jsonl` in this folder has what other estimators
-answer for the same runs.
+bytes, and the run as a RunSpec; `ranks.jsonl` has those on several GPUs, `oom.jsonl` and `ranks_oom.jsonl` runs that
+died for want of memory, `not_expressed.jsonl` the published measurements that no RunSpec says yet, with the reason.
+`other_tools.jsonl` in this folder has what other estimators answer for the same runs.
 """
 
 from __future__ import annotations
@@ -106,33 +106,42 @@ def answered(run: dict[str, Any]) -> Estimate | MemplanError:
         return refusal
 
 
+def _measured(row: dict[str, Any], answer: Estimate) -> Measured:
+    run = row["run"]
+    return Measured(
+        row["id"],
+        row["family"],
+        run["method"] if isinstance(run["method"], str) else run["method"]["kind"],
+        row["measured"],
+        row["allocated"],
+        row.get("process"),
+        answer,
+        row.get("cause", ""),
+        row.get("reserved"),
+        row.get("phases", {}),
+        row.get("after"),
+        SLACK + row.get("digits", 0) // 2,
+    )
+
+
 @cache
 def published() -> tuple[list[Measured], list[Refused]]:
-    """Every published run: those that memplan answers, and those that it refuses."""
+    """Every published run on one GPU: those that memplan answers, and those that it refuses."""
     found: list[Measured] = []
     refused: list[Refused] = []
     for row in rows("published.jsonl"):
-        run, answer = row["run"], answered(row["run"])
+        answer = answered(row["run"])
         if isinstance(answer, MemplanError):
             refused.append(Refused(row["id"], row["family"], answer.field or "", str(answer)))
-            continue
-        found.append(
-            Measured(
-                row["id"],
-                row["family"],
-                run["method"] if isinstance(run["method"], str) else run["method"]["kind"],
-                row["measured"],
-                row["allocated"],
-                row.get("process"),
-                answer,
-                row.get("cause", ""),
-                row.get("reserved"),
-                row.get("phases", {}),
-                row.get("after"),
-                SLACK + row.get("digits", 0) // 2,
-            )
-        )
+        else:
+            found.append(_measured(row, answer))
     return found, refused
+
+
+@cache
+def ranks() -> list[Measured]:
+    """Every published run on several GPUs, what one of them took."""
+    return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("ranks.jsonl")]
 
 
 class Replayed(NamedTuple):

@@ -62,12 +62,6 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
         if getattr(p, field) != getattr(_ONE_GPU, field):
             only = str(getattr(_ONE_GPU, field)).lower()
             yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
-    if p.offload.parameters:
-        yield _later("parallelism.offload", "parameters", "optimizer")
-    if p.offload.activations:
-        yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
-    if p.offload.optimizer and p.world > 1:
-        yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs")
     if p.world != p.dp:
         field = "parallelism.world" if p.world > 1 else "parallelism.dp"
         yield SpecError(f"{field}: data parallel alone is supported yet: world {p.world} needs dp {p.world}", field)
@@ -78,6 +72,12 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             f"parallelism.strategy: says how {p.world} GPUs divide the run: {', '.join(STRATEGIES)}",
             "parallelism.strategy",
         )
+    if p.offload.parameters:
+        yield _later("parallelism.offload", "parameters", "optimizer")
+    if p.offload.activations:
+        yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
+    if p.offload.optimizer and p.world > 1:
+        yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs")
 
 
 # What FSDP and DeepSpeed divide rightly.

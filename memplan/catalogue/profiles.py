@@ -399,7 +399,7 @@ PROFILES = (
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
         ),
         (
-            "FSDP2 with fp32 shards and bf16 computation, tensor and pipeline parallelism: several GPUs",
+            "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor and pipeline parallelism",
             "selective checkpointing of operations, and compiled blocks and loss",
         ),
     ),
@@ -415,7 +415,7 @@ PROFILES = (
         (
             "gradients and masters in fp32: say precision mixed with grads fp32",
             "Megatron's own layers (fused norms, rotary positions, biases with dropout) and megatron_gpt configs",
-            "tensor, sequence, context and pipeline parallelism and the distributed optimizer: several GPUs",
+            "tensor, sequence, context and pipeline parallelism and the distributed optimizer",
         ),
     ),
     Profile(
@@ -428,10 +428,7 @@ PROFILES = (
             Row("optimizer.name", "adamw_torch", "fsdp_qlora train.py torch.optim.AdamW"),
             Row("method.quantization.kbit_preparation", False, "fsdp_qlora train.py: model.to(torch_dtype)"),
         ),
-        (
-            "quantised weights sharded by FSDP in bf16 storage, and offloaded to the host: several GPUs",
-            "blocks' scales, which are not sharded",
-        ),
+        ("quantised weights that FSDP divides are in bf16 storage: say quantization.storage; offloaded parameters",),
     ),
     Profile(
         "litgpt-2024",
@@ -452,7 +449,7 @@ PROFILES = (
         ),
         (
             "of quantised weights: bitsandbytes' StableEmbedding, if it is there (in 0.5.3 it is)",
-            "several GPUs: every block is checkpointed under FSDP",
+            "every block is checkpointed under FSDP: say kernels.checkpointing full",
         ),
     ),
     Profile(

@@ -42,7 +42,9 @@ def parts(answer: Estimate) -> list[Part]:
             )
     held = answer.bytes
     out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
-    out.append(Part("context", "CUDA context", held.used - held.reserved, "the driver's, and loaded kernels"))
+    several = answer.run.parallelism.world > 1
+    beside = "the driver's, loaded kernels and NCCL's" if several else "the driver's, and loaded kernels"
+    out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
 
 

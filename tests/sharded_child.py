@@ -1,0 +1,130 @@
+"""Trains small Llamas as one rank of several, on the CPU with a process group that sends nothing, and reports peaks.
+
+FSDP2 is wrapped as accelerate 1.15 wraps it (blocks; embeddings; norm and head together), FSDP1 as the Trainer of
+transformers does. A process of its own: a run a line on stdin, what `peaks` takes, and its peaks a line on stdout.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import warnings
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+warnings.simplefilter("ignore")
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of all storages alive, each rounded up to 512, after every operation. FSDP resizes storages to
+    nothing and back without an operation, so that all are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, weakref.ref[Any]] = {}
+        self.peak = 0
+
+    def watch(self, tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor):
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+            self.alive[storage._cdata] = weakref.ref(storage)
+
+    def look(self) -> None:
+        found = {key: ref() for key, ref in self.alive.items()}
+        self.alive = {key: ref for key, ref in self.alive.items() if found[key] is not None}
+        self.peak = max(self.peak, sum(-(-s.nbytes() // 512) * 512 for s in found.values() if s is not None))
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            self.watch(tensor)
+        self.look()
+        return out
+
+
+def model(config: dict[str, Any], lora: bool, checkpoint: bool) -> Any:
+    found = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    found.train()
+    if checkpoint:
+        found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora:
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        found = get_peft_model(found, LoraConfig(r=4, target_modules=targets))
+        if checkpoint:
+            found.enable_input_require_grads()
+    return found
+
+
+def sharded(found: Any, strategy: str, lora: bool) -> Any:
+    if strategy == "fsdp2":
+        base = found.base_model.model if lora else found
+        for layer in base.model.layers:
+            fully_shard(layer, reshard_after_forward=True)
+        tail = [base.model.norm, base.lm_head]
+        if base.config.tie_word_embeddings:
+            tail.insert(1, base.model.embed_tokens)
+        else:
+            fully_shard(base.model.embed_tokens, reshard_after_forward=True)
+        fully_shard(tail, reshard_after_forward=False)
+        fully_shard(found)
+        return found
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"
+    blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+    return FullyShardedDataParallel(
+        found,
+        auto_wrap_policy=fsdp_auto_wrap_policy(found) if lora else blocks,
+        use_orig_params=True,
+        backward_prefetch=BackwardPrefetch.BACKWARD_PRE,
+        limit_all_gathers=True,
+        device_id=torch.device("cpu"),
+    )
+
+
+def peaks(
+    strategy: str, world: int, config: dict[str, Any], lora: bool, checkpoint: bool, tokens: int
+) -> dict[str, int]:
+    """Of each phase of the second step."""
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    trained = sharded(model(config, lora, checkpoint), strategy, lora)
+    counted = Bytes()
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], foreach=True)
+    ids = torch.zeros((1, tokens), dtype=torch.int64)
+    found: dict[str, int] = {}
+    with counted:
+        for tensor in (*trained.parameters(), *trained.buffers()):
+            counted.watch(tensor)
+        for _ in range(2):
+            for phase in ("forward", "backward", "step"):
+                counted.peak = 0
+                if phase == "forward":
+                    loss = trained(input_ids=ids, labels=ids, use_cache=False).loss
+                elif phase == "backward":
+                    loss.backward()
+                    del loss
+                else:
+                    optimizer.step()
+                found[phase] = counted.peak
+            optimizer.zero_grad()
+    dist.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(peaks(**json.loads(line))) + "\n")
+        sys.stdout.flush()
