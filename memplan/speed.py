@@ -16,7 +16,6 @@ from memplan.catalogue import flops, rates
 from memplan.catalogue.flops import Moved, Points
 from memplan.catalogue.rates import Rate
 from memplan.engine.work import Call
-from memplan.errors import SpecError
 from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
@@ -100,13 +99,8 @@ class Work(NamedTuple):
 
 
 def work(run: RunSpec) -> Work:
-    """What one optimizer step of the run does on one GPU. Raises MemplanError where the run cannot be answered, or
-    several GPUs do it: what they send each other is not counted."""
-    if run.parallelism.world > 1:
-        raise SpecError(
-            f"parallelism.world: speed and cost with {run.parallelism.world} GPUs are not supported yet; supported: 1",
-            "parallelism.world",
-        )
+    """What one optimizer step of the run does on one GPU. Raises MemplanError where the run cannot be answered. What
+    several GPUs send each other is not counted."""
     decided = decide(run)
     p = program(decided.structure)
     check_batch(run, p.structure.graph.model)

@@ -81,7 +81,6 @@ def work(
     """What one forward and backward pass computes, in order. The arguments are those of `lower`."""
     tape = Worker()
     gatherer = Gatherer(tape, None, grads_exist=False)
-    gatherer = Gatherer(tape, None, grads_exist=False)
     runs = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host).runs
     copies = [depth[axis] - counted + 1 for axis, counted in runs]
     return tuple(call._replace(copies=1 if run is None else copies[run]) for call, run in tape.noted)
