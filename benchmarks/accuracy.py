@@ -363,8 +363,8 @@ SEVERAL = """
 What one of 2 or 4 A100 took under FSDP1 (`full_shard`), as published; the sources are in `tests/golden/ranks.jsonl`.
 The band of several GPUs is the range of these runs. Llama's and Mistral's adapters under transformers until 4.52 are
 refused there: with reentrant checkpoints they hold more than is modelled, by a copy of hidden states for all blocks but
-two. FSDP1 and FSDP2 are compared with what torch's own code allocates on the CPU (`tests/test_ranks_trace.py`, within
-2 %). DDP's buckets and DeepSpeed's partitions were read in their code. No published peak of theirs says all it rests
+two. DDP, FSDP1 and FSDP2 are compared with what torch's own code allocates on the CPU (`tests/test_ranks_trace.py`,
+within 2 %). DeepSpeed's partitions were read in its code. No published peak of it says all it rests
 on; of two of ZeRO-2 in whole GiB of reserved memory (ml-engineering, Llama 3.1 8B on 8 H200), memplan answers 93.8 for
 99 with transformers' loss, and for 80 with Liger 69.1 to 84.4, by which of Liger's kernels are on.
 """

@@ -84,8 +84,9 @@ def room(usable: int, beside: Around) -> Room:
 
 
 def resident(p: Program) -> int:
-    """Bytes that are there throughout, once the optimizer has made its states."""
-    return p.parameters + p.buffered + p.reducing + p.scaler + p.states
+    """Bytes that are there throughout, once the optimizer has made its states; buckets of gradients, which may come to
+    lie anywhere, are not among them."""
+    return p.parameters + p.buffered + p.scaler + p.states
 
 
 def enough(allocated: Size, resident: int, load: int, by: Arithmetic[Size]) -> Size:

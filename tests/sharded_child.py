@@ -1,7 +1,9 @@
-"""Trains small Llamas as one rank of several, on the CPU with a process group that sends nothing, and reports peaks.
+"""Trains small Llamas as one rank of several, on the CPU, and reports peaks.
+
+FSDP runs with a process group that sends nothing, DDP, whose reducer waits for an answer, with a second process.
 
 FSDP2 is wrapped as accelerate 1.15 wraps it (blocks; embeddings; norm and head together), FSDP1 as the Trainer of
-transformers does. A process of its own: a run a line on stdin, what `peaks` takes, and its peaks a line on stdout.
+transformers does. A process of its own: a run a line on stdin, and its peaks a line on stdout.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,8 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -94,12 +100,8 @@ def sharded(found: Any, strategy: str, lora: bool) -> Any:
     )
 
 
-def peaks(
-    strategy: str, world: int, config: dict[str, Any], lora: bool, checkpoint: bool, tokens: int
-) -> dict[str, int]:
-    """Of each phase of the second step."""
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    trained = sharded(model(config, lora, checkpoint), strategy, lora)
+def peaks(trained: Any, tokens: int) -> dict[str, int]:
+    """Of each phase of the third step: DDP makes its buckets anew in the second."""
     counted = Bytes()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], foreach=True)
     ids = torch.zeros((1, tokens), dtype=torch.int64)
@@ -107,7 +109,7 @@ def peaks(
     with counted:
         for tensor in (*trained.parameters(), *trained.buffers()):
             counted.watch(tensor)
-        for _ in range(2):
+        for _ in range(3):
             for phase in ("forward", "backward", "step"):
                 counted.peak = 0
                 if phase == "forward":
@@ -119,12 +121,39 @@ def peaks(
                     optimizer.step()
                 found[phase] = counted.peak
             optimizer.zero_grad()
+    return found
+
+
+def alone(asked: dict[str, Any]) -> dict[str, int]:
+    """Of a rank of FSDP."""
+    dist.init_process_group("fake", rank=0, world_size=asked["world"], store=FakeStore())
+    trained = sharded(model(asked["config"], asked["lora"], asked["checkpoint"]), asked["strategy"], asked["lora"])
+    found = peaks(trained, asked["tokens"])
     dist.destroy_process_group()
     return found
 
 
+def replica(rank: int, asked: dict[str, Any], folder: str) -> None:
+    """One of two ranks of DDP; the first one writes its peaks into the folder."""
+    store = Path(folder) / "store"
+    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=asked["world"])
+    trained = DistributedDataParallel(model(asked["config"], asked["lora"], asked["checkpoint"]))
+    found = peaks(trained, asked["tokens"])
+    if rank == 0:
+        (Path(folder) / "peaks.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def together(asked: dict[str, Any]) -> dict[str, int]:
+    """Of the first rank of DDP."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(replica, args=(asked, folder), nprocs=asked["world"])
+        return json.loads((Path(folder) / "peaks.json").read_text())
+
+
 if __name__ == "__main__":
-    torch.manual_seed(0)
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(peaks(**json.loads(line))) + "\n")
+        asked = json.loads(line)
+        found = together(asked) if asked["strategy"] == "ddp" else alone(asked)
+        sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()

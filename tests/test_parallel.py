@@ -218,6 +218,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         "parallelism.strategy",
         "fsdp2",
     ),
+    ("fsdp", {"model": "llama-2-7b", "method": "lora", "profile": "litgpt-2024"}, "method.kind", "full"),
     ("fsdp", {"method": "lora", "profile": "transformers-4.48"}, "kernels.reentrant", "transformers-5"),
 ]
 
