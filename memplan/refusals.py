@@ -117,6 +117,14 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
             raise SpecError("loop.grad_scaler: DeepSpeed scales the loss itself", "loop.grad_scaler")
     elif precision.master is not None:
         raise SpecError("precision.master: FSDP's mixed precision is autocast's; say precision amp", "precision.master")
+    if p.strategy == "fsdp2" and loop.trainer and method.kind in ADAPTERS:
+        # Its wrapping policy for adapters (peft 0.21 fsdp_auto_wrap_policy) is none that accelerate 1.15 takes
+        # (utils/fsdp_utils.py fsdp2_prepare_auto_wrap_policy): no block is then a unit of its own.
+        raise SpecError(
+            "loop.trainer: transformers' Trainer has FSDP2 gather all weights of a model with adapters at once, which "
+            "is not supported yet; supported: false, or strategy fsdp",
+            "loop.trainer",
+        )
     q = method.quantization
     if q is not None and q.format not in ("nf4", "fp4"):
         raise _later("method.quantization.format", q.format, f"nf4, fp4 with {p.strategy}")

@@ -136,7 +136,7 @@ def _decide(
     kernels, idle = _fusing(model, method, kernels, words["code"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
-    recipe, ranks = _ranks(parallelism, recipe, method, accumulates and loop.trainer)
+    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates)
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = _had(model, kernels, profile, words)
@@ -242,21 +242,28 @@ def _unprepared(method: Method) -> Method:
     return method.model_copy(update={"quantization": q.model_copy(update={"kbit_preparation": False})})
 
 
-def _ranks(parallelism: Parallelism, recipe: Recipe, method: Method, delayed: bool) -> tuple[Recipe, Ranks]:
+def _ranks(
+    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool
+) -> tuple[Recipe, Ranks]:
     """How ranks divide the run, and the recipe of what they compute.
 
     Under autocast FSDP's mixed precision is on: weights are gathered in the dtype that is computed in, and what trains
-    is kept in fp32. Source: accelerate 1.15 accelerator.py prepare_model, utils/fsdp_utils.py fsdp2_prepare_model.
+    is kept in fp32. With 4-bit weights transformers' Trainer has it on in their storage's dtype in any case.
+    Source: accelerate 1.15 accelerator.py prepare_model, utils/fsdp_utils.py fsdp2_prepare_model; transformers 5.24
+    distributed/fsdp.py update_fsdp_plugin_peft.
     """
     if parallelism.world == 1:
         return recipe, ONE
     ranks = Ranks(parallelism.strategy, parallelism.world)
     if parallelism.strategy not in FSDP:
         return recipe, ranks
-    ranks = ranks._replace(delayed=delayed)
-    if method.quantization is not None:
-        ranks = ranks._replace(storage=method.quantization.storage)
+    ranks = ranks._replace(delayed=trainer and accumulates)
+    q = method.quantization
+    if q is not None:
+        ranks = ranks._replace(storage=q.storage)
     if not recipe.autocast:
+        if q is not None and trainer:
+            return recipe._replace(adapter_dtype=q.storage), ranks._replace(trained=recipe.adapter_dtype)
         return recipe, ranks
     kept = recipe.weights if recipe.weights != recipe.compute else ""
     return recipe._replace(weights=recipe.compute, adapter_dtype=recipe.compute), ranks._replace(

@@ -56,6 +56,8 @@ def divided(run: dict[str, Any], strategy: str, world: int) -> dict[str, Any]:
         run = {**run, "method": "lora" if run.get("method") == "qlora" else run.get("method", "full")}
         run["precision"] = "mixed" if run.get("precision") == "amp" else run.get("precision", "pure")
     run = {**run, "parallelism": {"world": world, "dp": world, "strategy": strategy}}
+    if strategy == "fsdp2" and world > 1 and run.get("method", "full") != "full":
+        run["loop"] = {}
     if run.get("method") == "qlora" and strategy in SHARDED and world > 1:
         run["method"] = {"kind": "qlora", "quantization": {"storage": "bf16"}}
     return run
@@ -198,12 +200,28 @@ def test_under_autocast_fsdp_keeps_what_trains_in_fp32_and_gathers_in_half() -> 
     assert dtypes == {"parameter": "fp32", "optstate": "fp32"}
 
 
+def test_the_trainer_gathers_adapters_of_4_bit_weights_in_the_storages_dtype() -> None:
+    run = {
+        "model": "llama-3.2-1b",
+        "method": {"kind": "qlora", "quantization": {"storage": "bf16"}},
+        "kernels": {"loss": "fused"},
+    }
+    own, trainer = answer(run, "fsdp", 2), answer({**run, "loop": {"trainer": True}}, "fsdp", 2)
+    for a, dtype in ((own, "fp32"), (trainer, "bf16")):
+        parts = {line.dtype for line in a.ledger if "lora" in line.what and "one of 2 parts" in line.what}
+        assert parts == {"fp32"}
+        gathered = {line.dtype for line in a.ledger if "lora" in line.what and "gathered" in line.what}
+        assert gathered <= {dtype}
+    assert trainer.bytes.allocated < own.bytes.allocated
+
+
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("none", {}, "parallelism.strategy", "ddp"),
     ("fsdp2", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
     ("fsdp", {"optimizer": "adamw_bnb_8bit"}, "optimizer.name", "adamw_torch"),
     ("fsdp", {"method": "dora"}, "method.kind", "full, lora, qlora"),
     ("fsdp2", {"method": "qlora"}, "method.quantization.storage", "bf16, fp16, fp32"),
+    ("fsdp2", {"method": "lora", "loop": {"trainer": True}}, "loop.trainer", "fsdp"),
     ("fsdp2", {"precision": "mixed"}, "precision.master", "amp"),
     ("zero3", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
     ("zero2", {"method": "qlora"}, "method.kind", "full, lora"),
