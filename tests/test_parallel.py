@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.golden import SLACK, rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.overhead import COVERAGE, SHOWN_OF_RANKS
-from memplan.catalogue.parallel import BUCKET, ELEMENTWISE, FIRST_BUCKET, STRATEGIES, buckets
+from memplan.catalogue.parallel import BUCKET, ELEMENTWISE, FIRST_BUCKET, STRATEGIES, Strategy, buckets
 from memplan.catalogue.parameters import Parameter
 from memplan.errors import SpecError
 from memplan.graph import weights_of
@@ -98,6 +98,25 @@ def test_the_ledger_of_a_rank_sums_to_its_peak(run: dict[str, Any], strategy: st
 @given(runs(), st.sampled_from((*SHARDED, *ZERO)), st.integers(2, 6), st.integers(1, 4))
 def test_more_ranks_never_hold_more_each(run: dict[str, Any], strategy: str, world: int, times: int) -> None:
     assert persistent(run, strategy, world * times) <= persistent(run, strategy, world)
+
+
+@pytest.mark.parametrize("row", STRATEGIES.values(), ids=lambda row: row.name)
+def test_what_a_row_says_is_divided_is(row: Strategy) -> None:
+    """On four ranks: weights of 2 bytes a parameter, gradients of 2, and Adam's two moments with a master, if any."""
+    run = {"model": "llama-3.1-8b", "precision": "pure" if row.gathers else "mixed"}
+    structure = decide(RunSpec(**divided(run, row.name, 4))).structure
+    parameters = program(structure).total_parameters
+    gradients = [*accumulated_of(structure)] if row.name in ZERO else [*gradients_of(structure)]
+    gradients += [h for h in reducing_of(structure) if h.kind == "gradient"]
+    weights = sum(h.bytes * h.copies for h in resident_of(structure) if "fp32 partition" not in h.what)
+    masters = sum(h.bytes for h in resident_of(structure) if "fp32 partition" in h.what)
+    whole = 4 if row.gathers else 12
+    for divides, found, each in (
+        (row.parameters, weights, 2),
+        (row.gradients, sum(h.bytes * h.copies for h in gradients), 2),
+        (row.states, masters + program(structure).states, whole),
+    ):
+        assert found == pytest.approx(parameters * each / (4 if divides else 1), rel=2e-3)
 
 
 @laws
