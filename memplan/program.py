@@ -100,9 +100,26 @@ PHASES = ("forward", "loss", "backward")
 
 def pass_of(structure: Structure, later: bool = False, labelled: bool = False) -> Lowered:
     """The moments of the first forward and backward pass of a step, or of a `later` one."""
+    return _lowered(structure.graph, _way(structure, later), labelled)
+
+
+class _Way(NamedTuple):
+    """How a graph's pass is run, see `memplan.graph.lowered`."""
+
+    grads_exist: bool
+    updates: tuple[tuple[str, int], ...]
+    follows: bool
+    division: Division | None
+
+
+def _way(structure: Structure, later: bool) -> _Way:
     exist = later or spends_gradients(structure)
     follows = later or not structure.accumulates  # without accumulation, of every step but the first
-    return lowered(structure.graph, exist, labelled, updates_of(structure), follows, division_of(structure))
+    return _Way(exist, updates_of(structure), follows, division_of(structure))
+
+
+def _lowered(graph: Graph, way: _Way, labelled: bool = False) -> Lowered:
+    return lowered(graph, way.grads_exist, labelled, way.updates, way.follows, way.division)
 
 
 def division_of(structure: Structure) -> Division | None:
@@ -124,13 +141,23 @@ def updates_of(structure: Structure) -> tuple[tuple[str, int], ...]:
     return tuple((name, bytes_) for name, bytes_ in found if bytes_)
 
 
-@lru_cache(maxsize=2048)
-def program(structure: Structure) -> Program:
-    """Lower the structure and put its model's numbers in: milliseconds, and then kept."""
-    _, axes = built(structure.graph)
-    passes = [pass_of(structure)]
-    if structure.accumulates:
-        passes.append(pass_of(structure, later=True))
+class _Moments(NamedTuple):
+    """A structure's moments with its model's numbers put in: see `Program`."""
+
+    variables: tuple[Variable, ...]
+    held: tuple[int, ...]
+    products: tuple[Variable, ...]
+    needs: frozenset[str]
+    first: dict[str, tuple[Term, ...]]
+    later: dict[str, tuple[Term, ...]]
+    where: tuple[dict[int, str], dict[int, str]]
+
+
+@lru_cache(maxsize=512)
+def _moments(graph: Graph, ways: tuple[_Way, ...], holds_outputs: bool) -> _Moments:
+    """The moments of a step's passes. Optimizers that leave the passes as they are share them."""
+    _, axes = built(graph)
+    passes = [_lowered(graph, way) for way in ways]
     sizes = [[size(key[0], key[1], axes) for key in low.sizes] for low in passes]
     variables = (walk.ONE, *sorted({v for of_pass in sizes for v, _ in of_pass} - {walk.ONE}))
 
@@ -139,10 +166,27 @@ def program(structure: Structure) -> Program:
         found = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
         return {phase: prune(((every[i], i) for i in moments), variables) for phase, moments in found.items()}
 
-    held_row: tuple[int, ...] = ()
-    if structure.holds_outputs:
-        (held_row,) = rows((passes[-1].held,), passes[-1].runs, axes, sizes[-1], variables)
+    held: tuple[int, ...] = ()
+    if holds_outputs:
+        (held,) = rows((passes[-1].held,), passes[-1].runs, axes, sizes[-1], variables)
     by_pass = [pruned(low, of_pass) for low, of_pass in zip(passes, sizes, strict=True)]
+    return _Moments(
+        variables=variables,
+        held=held,
+        products=tuple(map(Variable, chain(variables))),
+        needs=frozenset(axis for v in variables for axis in v.axes),
+        first=by_pass[0],
+        later=by_pass[-1],
+        where=(_where(passes[0], by_pass[0]), _where(passes[-1], by_pass[-1])),
+    )
+
+
+@lru_cache(maxsize=2048)
+def program(structure: Structure) -> Program:
+    """Lower the structure and put its model's numbers in: milliseconds, and then kept."""
+    _, axes = built(structure.graph)
+    ways = tuple(_way(structure, later) for later in (False, True)[: 1 + structure.accumulates])
+    moments = _moments(structure.graph, ways, structure.holds_outputs)
     weights = tuple(weights_of(structure.graph))
     resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
@@ -151,13 +195,7 @@ def program(structure: Structure) -> Program:
     accumulated = sum(h.bytes * h.copies for h in accumulated_of(structure)) if structure.accumulates else 0
     return Program(
         structure=structure,
-        variables=variables,
-        held=held_row,
-        products=tuple(map(Variable, chain(variables))),
-        needs=frozenset(axis for v in variables for axis in v.axes),
-        first=by_pass[0],
-        later=by_pass[-1],
-        where=(_where(passes[0], by_pass[0]), _where(passes[-1], by_pass[-1])),
+        **moments._asdict(),
         parameters=sum(h.bytes * h.copies for h in resident),
         loading=_loading(structure),
         gradients=0 if structure.grads else gradients,
@@ -169,7 +207,7 @@ def program(structure: Structure) -> Program:
         states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
         host=sum(s.bytes * s.count for s in optimizer.states if s.host),
-        away=tuple(_away(passes[0], axes)),
+        away=tuple(_away(_lowered(structure.graph, ways[0]), axes)),
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
         trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains),

@@ -134,23 +134,21 @@ def offers(
         for some in [(n,) for n in counts] if each else [counts]:
             queued(_choices(kinds, gpu, some, wanted, tokens))
     found: list[Offer] = []
-    nearest: Miss | None = None
+    missed: list[tuple[_Choice, Estimate]] = []
     while queue and len(found) < most:
         _, _, choice, more = heapq.heappop(queue)
         answer = _on(bare, choice.gpu, choice.count, choice.strategy, calibration)
         if answer is not None and demand.met(answer):
             found.append(Offer(*choice[:3], answer, *choice[3:]))
             continue
-        if answer is not None and answer.verdict.headroom is not None:
-            lacks = demand.headroom - answer.verdict.headroom
-            if nearest is None or lacks < nearest.lacks:
-                nearest = Miss(*choice[:3], lacks)
+        if answer is not None:
+            missed.append((choice, answer))
         queued(more)
-    if not found:
-        nearest = min(
-            (miss for miss in (nearest, kinds.nearest) if miss is not None), key=lambda m: m.lacks, default=None
-        )
-    return Offers(tuple(found), kinds.considered, None if found else nearest)
+    if found:
+        return Offers(tuple(found), kinds.considered, None)
+    misses = [_miss(choice, answer, demand) for choice, answer in missed]
+    misses += [kinds.nearest] if kinds.nearest is not None else []
+    return Offers((), kinds.considered, min(misses, key=lambda miss: miss.lacks, default=None))
 
 
 class _Choice(NamedTuple):
@@ -198,6 +196,12 @@ class _Kinds:
             except MemplanError:
                 self._works[key] = None
         return self._works[key]
+
+
+def _miss(choice: _Choice, answer: Estimate, demand: Demand) -> Miss:
+    """What a choice lacks that bounds did not rule out: of the bytes it shows, or a byte where those would do."""
+    lacks = demand.headroom - (answer.verdict.headroom or 0)
+    return Miss(choice.gpu, choice.count, choice.strategy, max(lacks, 1))
 
 
 def _on(run: RunSpec, gpu: GPU, count: int, strategy: str, calibration: Calibration | None) -> Estimate | None:
