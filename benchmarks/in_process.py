@@ -5,6 +5,10 @@
 The reference for the whole estimate is pydantic validating the same run; for the depth, the same model with one layer.
 `verdict` is the median with what it takes to tell: nothing more where it is clear, a replay of the run's allocations
 where it is not. `used` is with that replay.
+
+A plan and the offers of the whole catalogue are timed for runs of models that nothing was asked of before, and again:
+milliseconds, and how many estimates of the same run, asked again, go into as much. What a fresh process pays for its
+imports besides is in `benchmarks/planners.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from memplan import RunSpec, estimate
 from memplan.cards import load_card
 from memplan.engine.walk import largest, values
 from memplan.estimator import Numbers, walk
+from memplan.planning.offers import offers
+from memplan.planning.plan import plan
 from memplan.program import PHASES, run_axes
 from memplan.resolve import decide
 from memplan.sizes import ONE_RUN
@@ -27,6 +33,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora"},
     "full": {"method": "full"},
     "lora, nothing checkpointed": {"method": "lora", "kernels": {"checkpointing": "none"}},
+}
+PLANNED: dict[str, tuple[Callable[[RunSpec], object], RunSpec]] = {
+    "plan, full": (plan, RunSpec(model="llama-3.1-8b", gpu="rtx-4090")),
+    "plan, qlora": (plan, RunSpec(model="mistral-7b-v0.1", gpu="rtx-3090", method="qlora", batch={"micro": 16})),
+    "plan, nothing fits": (plan, RunSpec(model="qwen2.5-72b", gpu="t4", precision="fp16")),
+    "offers, full": (offers, RunSpec(model="qwen3-8b")),
+    "offers, qlora": (offers, RunSpec(model="llama-3.1-70b", method="qlora")),
 }
 BATCHES = [{"micro": micro, "sequence": sequence} for micro in range(1, 9) for sequence in range(512, 4096, 64)]
 
@@ -70,6 +83,15 @@ def main() -> None:
         print(
             f"{name:30s} {validate:6.1f} us {answered:6.1f} us {both:6.1f} us {walked:6.1f} us   {both / validate:.1f}"
             f"   verdict {decided:6.1f} us   used {used / 1000:5.1f} ms"
+        )
+
+    for name, (function, run) in PLANNED.items():
+        first = median_us(function, [run], 1)
+        later = median_us(function, [run], 9)
+        single = median_us(estimate, [run], 99)
+        print(
+            f"{name:30s} first {first / 1000:7.1f} ms   later {later / 1000:7.1f} ms"
+            f"   {first / single:,.0f} and {later / single:,.0f} of one estimate"
         )
 
     config = dict(load_card("qwen2-7b").config)
