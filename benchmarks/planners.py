@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -741,11 +742,18 @@ for proposal in plan.proposals or (plan.nearest,):
 
 
 def _commands(name: str, folder: Path, venvs: Path | None) -> dict[str, list[str]]:
-    """What answers the question from a shell: memplan's plan and its proposals printed, and the tools' commands."""
+    """What answers the question from a shell: memplan's plan and its proposals printed, its command where this version
+    has one, and the tools' commands."""
+    told = asked_of(name)
     found = {"memplan.plan, printed": [sys.executable, "-c", MEMPLAN.format(question=QUESTIONS[name])]}
+    if find_spec("memplan.cli.plan"):
+        found["memplan plan"] = [
+            *(sys.executable, "-m", "memplan", "plan", QUESTIONS[name]["model"], "--gpu", told.gpu),
+            *("--method", told.method, "--precision", "pure", "--dtype", told.dtype),
+            *("--batch-size", str(told.micro), "--seq-len", str(told.sequence)),
+        ]
     if venvs is None:
         return found
-    told = asked_of(name)
     snapshot = folder / "hub" / f"models--asked--{name}" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
