@@ -160,7 +160,7 @@ class Usage:
         capacity = self._gpu.usable - self._beside.context
         if self._roomy <= capacity:
             return self._roomy
-        return reserved(self._replay, capacity) or capacity
+        return max(reserved(self._replay, capacity) or capacity, self.allocated)
 
     @property
     def band(self) -> Band:

@@ -15,6 +15,9 @@ from memplan.spec import Method, Offload, Precision, Quantization, RunSpec, chan
 Fields = tuple[tuple[str, Any], ...]  # paths of a run's fields, and what they are set to
 
 
+_BOUGHT = 4  # above every severity
+
+
 class Lever(NamedTuple):
     """One change.
 
@@ -38,6 +41,11 @@ class Lever(NamedTuple):
         """How far the result differs, 0 to 3: see `memplan.catalogue.costs`."""
         return max(cost.severity for cost in self.costs)
 
+    @property
+    def tier(self) -> int:
+        """How dear the lever is, for ranking: by its severity, and what has to be bought after all of that."""
+        return _BOUGHT if self.group == "gpus" else self.severity
+
 
 def pull(run: RunSpec, levers: Iterable[Lever]) -> RunSpec:
     """The run with the levers' fields set. Raises SpecError where a run cannot have them."""
@@ -56,9 +64,10 @@ def with_fields(run: RunSpec, fields: Iterable[tuple[str, Any]]) -> RunSpec:
 
 
 def levers_of(run: RunSpec) -> tuple[Lever, ...]:
-    """Every lever that changes the run, whose fields must be decided (`Estimate.run`), the mildest first: by how much
-    the result differs, then as they stand here, which is by the time they usually take."""
+    """Every lever that changes the run, whose fields must be decided (`Estimate.run`), the mildest first: by how far
+    the result differs, then as they stand here, which is by the time they usually take; more GPUs last."""
     found = [
+        *_segments(run),
         *_optimizer(run),
         *_loss(run),
         *_attention(run),
@@ -73,7 +82,13 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
         *_targets(run),
         *_sequence(run),
     ]
-    return tuple(sorted(found, key=lambda lever: lever.severity))
+    return tuple(sorted(found, key=lambda lever: lever.tier))
+
+
+def _segments(run: RunSpec) -> Iterator[Lever]:
+    if not run.loop.expandable_segments:
+        fields = (("loop.expandable_segments", True),)
+        yield Lever(("expandable_segments",), "expandable segments", "allocator", fields)
 
 
 def _optimizer(run: RunSpec) -> Iterator[Lever]:
@@ -89,6 +104,7 @@ def _optimizer(run: RunSpec) -> Iterator[Lever]:
         yield other("optimizer_8bit", "8-bit optimizer states", "adamw_8bit")
         yield other("optimizer_paged", "paged 8-bit optimizer states", "paged_adamw_8bit")
         yield other("optimizer_adafactor", "Adafactor", "adafactor")
+        yield other("optimizer_sgd", "SGD without momentum", "sgd")
     elif name == "adamw_8bit":
         yield other("optimizer_paged", "paged 8-bit optimizer states", "paged_adamw_8bit")
     if run.batch.accumulation == 1 and not run.optimizer.in_backward:

@@ -207,13 +207,13 @@ def plan(
 
 
 def ranked(sets: list[Set], levers: tuple[Lever, ...]) -> list[Set]:
-    """By how far the result differs, how many levers there are, and how strong they are."""
+    """By how far the result differs, more GPUs last; how many levers there are, and how strong they are."""
     places = {lever: i for i, lever in enumerate(levers)}
     last = len(levers)
 
     def cost(pulled: Set) -> tuple[int, int, int]:
         return (
-            max(lever.severity for lever in pulled),
+            max(lever.tier for lever in pulled),
             len(pulled),
             sum(places.get(lever, last) for lever in pulled),
         )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memplan.calibration import Calibration
 
 Set = tuple[Lever, ...]
-_TRIES = 20  # sets of one severity that are tried
+_TRIES = 20  # sets of one tier that are tried
 _STEP = 64  # tokens: a sequence that fits is a multiple of so many
 
 
@@ -70,25 +70,34 @@ class Trials:
         answer = self.answer(levers)
         return answer is not None and self.demand.met(answer)
 
+    def needs(self, levers: Set) -> bool:
+        """Whether the set fits, and does not without one of its levers."""
+        fewer = (levers[:i] + levers[i + 1 :] for i in range(len(levers)))
+        return self.fits(levers) and not any(map(self.fits, fewer))
+
+    def known(self, levers: Iterable[Lever]) -> bool:
+        """Whether the set was tried, and fits."""
+        return frozenset(levers) in self._answers and self.fits(levers)
+
 
 def cheapest(trials: Trials, levers: Sequence[Lever], most: int) -> list[Set]:
-    """The sets of levers that meet the demand: of every group the mildest lever that does alone, and of every severity
-    up to `most` sets of several.
+    """The sets of levers that meet the demand: of every group the mildest lever that does alone, and of every tier up to
+    `most` sets of several.
 
     No set holds another one, or is one with a lever of the same group made stronger.
     """
     singles = [(lever,) for lever in levers if trials.fits((lever,))]
     found = [single for single in singles if not _stronger(single, [s for s in singles if s != single], levers)]
-    severities = sorted({lever.severity for lever in levers})
-    for severity in severities:
+    tiers = sorted({lever.tier for lever in levers})
+    for tier in tiers:
         sets: list[Set] = []
-        for tried, candidate in enumerate(_by_cost(trials, levers, severity)):
+        for tried, candidate in enumerate(_by_cost(trials, levers, tier)):
             if tried >= _TRIES or len(sets) >= most:
                 break
-            if not _stronger(candidate, [*found, *sets], levers) and trials.fits(candidate):
+            if not _stronger(candidate, [*found, *sets], levers) and trials.needs(candidate):
                 sets.append(candidate)
-        if not any(max(lever.severity for lever in s) == severity for s in (*found, *sets)):
-            pulled = _let_go(trials, [lever for lever in levers if lever.severity <= severity])
+        if not any(max(lever.tier for lever in s) == tier for s in (*found, *sets)):
+            pulled = _let_go(trials, [lever for lever in levers if lever.tier <= tier])
             sets += [pulled] if pulled and not _stronger(pulled, found, levers) else []
         found += sets
     return [_longest(trials, pulled) for pulled in found]
@@ -121,11 +130,11 @@ def alone(run: RunSpec, without: Sequence[str] = (), calibration: Calibration | 
     return next((trials.answer((lever,)) for lever in levers if trials.fits((lever,))), None)
 
 
-def _by_cost(trials: Trials, levers: Sequence[Lever], severity: int) -> Iterator[Set]:
-    """Sets of two levers and more, none of which meets the demand alone, of that severity: fewest levers and mildest
+def _by_cost(trials: Trials, levers: Sequence[Lever], tier: int) -> Iterator[Set]:
+    """Sets of two levers and more, none of which meets the demand alone, of that tier: fewest levers and mildest
     first."""
     order = {lever: i for i, lever in enumerate(levers)}
-    weak = [lever for lever in levers if lever.severity <= severity and trials.answer((lever,)) is not None]
+    weak = [lever for lever in levers if lever.tier <= tier and trials.answer((lever,)) is not None]
     weak = [lever for lever in weak if not trials.fits((lever,))]
 
     def pushed(taken: Set) -> None:
@@ -138,9 +147,9 @@ def _by_cost(trials: Trials, levers: Sequence[Lever], severity: int) -> Iterator
     while queue:
         *_, taken = heapq.heappop(queue)
         if len(taken) > 1:
-            if max(lever.severity for lever in taken) == severity:
+            if max(lever.tier for lever in taken) == tier:
                 yield taken
-            if trials.fits(taken):
+            if trials.known(taken):
                 continue
         groups = {lever.group for lever in taken}
         for lever in weak:
