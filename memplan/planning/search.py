@@ -81,8 +81,8 @@ class Trials:
 
 
 def cheapest(trials: Trials, levers: Sequence[Lever], most: int) -> list[Set]:
-    """The sets of levers that meet the demand: of every group the mildest lever that does alone, and of every tier up to
-    `most` sets of several.
+    """The sets of levers that meet the demand: of every group the mildest lever that does alone, and of every tier up
+    to `most` sets of several.
 
     No set holds another one, or is one with a lever of the same group made stronger.
     """
