@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
+
+from memplan.errors import SpecError, printable
+
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 # Bytes of one element.
@@ -37,3 +42,39 @@ def rounded(n: int) -> int:
     Source: torch 2.13 c10/cuda/CUDACachingAllocator.cpp round_size.
     """
     return -(-n // 512) * 512
+
+
+_NUMBER = re.compile(r"(\d{1,20}(?:\.\d{1,20})?(?:e\+?\d{1,2})?)\s*([a-z]*)", re.IGNORECASE)
+_BINARY = {"kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40}
+_SIZES = {"": 1, "b": 1, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, **_BINARY}
+_AMOUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def size_of(text: str, field: str) -> int:
+    """Bytes that a text says: `2GiB`, `2048 MiB`, `2GB` (10**9 each), `2e9` or a plain number, rounded down.
+
+    Raises SpecError that names `field` where it says none.
+
+    >>> size_of("2GiB", "headroom"), size_of("1.5 mib", "headroom"), size_of("2e9", "headroom")
+    (2147483648, 1572864, 2000000000)
+    """
+    return _whole(text, field, _SIZES, "no size; write 2GiB, 2048MiB, 2GB or bytes")
+
+
+def amount_of(text: str, field: str) -> int:
+    """A whole number that a text says: `1e9`, `100M`, `2B` (10**9) or plain.
+
+    Raises SpecError that names `field` where it says none.
+
+    >>> amount_of("1e9", "tokens"), amount_of("2.5B", "tokens"), amount_of("100M", "tokens")
+    (1000000000, 2500000000, 100000000)
+    """
+    return _whole(text, field, _AMOUNTS, "no number; write 1e9, 100M, 2B or plain digits")
+
+
+def _whole(text: str, field: str, units: dict[str, int], otherwise: str) -> int:
+    found = _NUMBER.fullmatch(text.strip().replace(",", "").replace("_", ""))
+    unit = units.get(found[2].lower()) if found else None
+    if found is None or unit is None:
+        raise SpecError(f"{field}: {printable(text, 40)!r} is {otherwise}", field)
+    return int(Fraction(found[1]) * unit)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from memplan.calibration import Calibration
     from memplan.spec import RunSpec
 
-LATER = ("plan", "check", "diff", "emit", "serve")  # commands that are not there yet, and no models either
-APART = ("compare", "probe", "calibrate")  # commands with a file each, which is imported when one is asked for
+LATER = ("check", "diff", "emit", "serve")  # commands that are not there yet, and no models either
+APART = ("compare", "plan", "probe", "calibrate")  # commands with a file each, which is imported when one is asked for
 
 # click's error about wrong usage, wherever this typer keeps its click
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

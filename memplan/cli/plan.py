@@ -1,0 +1,291 @@
+"""`memplan plan`: what makes a run fit, how far it goes, and what to buy for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from memplan.cli import Grouped, answered, complete_gpu, format_of, left_out, option, own_profile, runs_of, show
+
+if TYPE_CHECKING:
+    from memplan.answer import Estimate
+    from memplan.calibration import Calibration
+    from memplan.planning.offers import Wanted
+    from memplan.planning.search import Demand
+    from memplan.report.plans import Planned
+    from memplan.spec import RunSpec
+
+_NONE = ("explain", "online")  # of `estimate` alone, or with a meaning of their own here
+_MODES = ("max", "ladder", "buy", "advice")
+_SWITCHES = ("tight", "ladder", "buy", "advice", "each")
+_OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count", "most", "each")
+_AXES = ("batch", "sequence", "rank", "model")
+_MARKETS = ("consumer", "workstation", "data centre", "laptop", "integrated")
+PLAN, BUYING = "Plan", "What to buy"
+
+
+class PlanCommand(Grouped):
+    """The run, and what is asked of it; what was typed is read off the context."""
+
+    def invoke(self, ctx: Any) -> int:
+        params: Mapping[str, Any] = ctx.params
+        given = {
+            name: value
+            for name, value in params.items()
+            if not left_out(name, value) and not (name in _SWITCHES and value is False)
+        }
+        return answered(lambda: _plan(given), given)
+
+
+def command(estimate: Sequence[Any]) -> Any:
+    """The command, with the options in `estimate` that say what a run is, and how the answer is shown."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command("plan", cls=PlanCommand)(plan)
+    made: Any = get_command(app)
+    [model, *others] = [param for param in estimate if param.name not in _NONE]
+    made.params = [model, *made.params, *others]
+    return made
+
+
+def _words(*words: str) -> Any:
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]  # pyright: ignore
+
+
+def plan(
+    headroom: Annotated[str | None, option("Bytes to leave free, as in 2GiB or 2e9. Default 0.", of=PLAN)] = None,
+    tight: Annotated[bool, option("What is tight counts as fitting. Default off.", "--tight", of=PLAN)] = False,
+    max: Annotated[
+        str | None,
+        option(
+            "How far it goes: the largest batch, sequence, rank or model that fits. Default the changes that make it "
+            "fit.",
+            of=PLAN,
+            complete=_words(*_AXES),
+        ),
+    ] = None,
+    ladder: Annotated[
+        bool, option("From the plain run, what each change brings. Default off.", "--ladder", of=PLAN)
+    ] = False,
+    advice: Annotated[
+        bool, option("Which method, step by step, with figures for each. Default off.", "--advice", of=PLAN)
+    ] = False,
+    buy: Annotated[
+        bool,
+        option("Cards that run it, cheapest first. Default where no --gpu is asked.", "--buy", of=PLAN),
+    ] = False,
+    explain: Annotated[
+        bool,
+        option("Sources, and every framework's lines for every proposal. Default off.", "--explain", of=PLAN),
+    ] = False,
+    tokens: Annotated[
+        str | None, option("Tokens of the whole run, as in 100M or 2e9: their time and cost too.", of=BUYING)
+    ] = None,
+    vendor: Annotated[
+        list[str] | None, option("NVIDIA, AMD, Intel, Apple; repeat it for several. Default all.", of=BUYING)
+    ] = None,
+    market: Annotated[
+        list[str] | None,
+        option(
+            "consumer, workstation, datacenter, laptop, integrated; repeat it for several. Default all.",
+            of=BUYING,
+            complete=_words("consumer", "workstation", "datacenter", "laptop", "integrated"),
+        ),
+    ] = None,
+    min_memory: Annotated[
+        str | None, option("Usable bytes of one card at least, as in 20GiB. Default 0.", of=BUYING)
+    ] = None,
+    max_memory: Annotated[str | None, option("Usable bytes of one card at most. Default no limit.", of=BUYING)] = None,
+    max_price: Annotated[
+        float | None, option("US dollars an hour at most, of all cards together. Default no limit.", of=BUYING)
+    ] = None,
+    have: Annotated[
+        str | None,
+        option("Only cards that are there, as in 2x3090,1xa100. Default any.", of=BUYING, complete=complete_gpu),
+    ] = None,
+    count: Annotated[
+        list[int] | None, option("How many of a card; repeat it for several. Default 1 to 8, 16, 32, 64.", of=BUYING)
+    ] = None,
+    most: Annotated[int | None, option("Offers at most. Default 20.", of=BUYING)] = None,
+    each: Annotated[
+        bool, option("Every count of a card, not only the smallest that runs it. Default off.", "--each", of=BUYING)
+    ] = False,
+) -> None:
+    """What makes a run fit, and what each change saves and costs; how far it goes; what to buy for it.
+
+    Exit codes: 0 the run fits, or something proposed does; 1 nothing does; 2 wrong input; 3 the model's facts are not
+    here; 4 with --strict, something unsupported was left out.
+    """
+
+
+def _plan(given: Mapping[str, Any]) -> int:
+    from memplan.errors import SpecError
+    from memplan.report.plans import render
+    from memplan.report.text import Screen, screen
+
+    mode = _mode(given)
+    runs = runs_of(given)
+    if len(runs) > 1:
+        raise SpecError("gpu: a plan is for one card; --buy --have compares several", "gpu")
+    run = runs[0]
+    mode = mode or ("levers" if run.gpu else "buy")
+    if mode != "buy":
+        for name in _OF_BUYING:
+            if name in given:
+                said = name.replace("_", "-")
+                raise SpecError(f"{said}: --{said} is of --buy", name)
+    format = _format(given, mode)
+    demand = _demand(given, run, mode)
+    planned = _planned(mode, run, demand, given)
+    to = Screen() if "output" in given else screen()
+    show(render(format, planned, "explain" in given, to), format, given.get("output"))
+    return _exit_code(planned.found, "strict" in given)
+
+
+def _mode(given: Mapping[str, Any]) -> str:
+    """The one that is typed; empty where none is."""
+    from memplan.errors import SpecError, UnknownNameError
+
+    first, *others = [mode for mode in _MODES if mode in given] or [""]
+    if others:
+        raise SpecError(f"{first}: --{first} and --{others[0]} exclude each other", first)
+    if first == "max" and given["max"] not in _AXES:
+        raise UnknownNameError("max", given["max"], _AXES)
+    return first
+
+
+def _format(given: Mapping[str, Any], mode: str) -> str:
+    from memplan.errors import SpecError
+    from memplan.report.plans import FORMATS, IN_ROWS
+
+    format = format_of(given)
+    there = (*FORMATS, "csv") if mode in IN_ROWS else FORMATS
+    if format not in there:
+        also = "" if mode in IN_ROWS else f", and csv with {', '.join(f'--{name}' for name in IN_ROWS)}"
+        raise SpecError(f"format: {format!r} is not there for a plan; there are {', '.join(there)}{also}", "format")
+    return format
+
+
+def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
+    """What counts as fitting. Raises SpecError where that asks for what no run can have."""
+    from memplan.errors import SpecError
+    from memplan.gpus import find_gpu
+    from memplan.planning.search import Demand
+    from memplan.units import gib, size_of
+
+    demand = Demand("tight" in given, size_of(given["headroom"], "headroom") if "headroom" in given else 0)
+    if mode == "buy":
+        return demand
+    if run.gpu is None:
+        if mode == "ladder" and demand == Demand():
+            return demand
+        raise SpecError("gpu: what fits depends on it; name one", "gpu")
+    gpu = find_gpu(run.gpu)
+    if demand.headroom >= gpu.usable:
+        has = f"{gpu.title} has {gib(gpu.usable)} usable"
+        raise SpecError(f"headroom: {gib(demand.headroom)} cannot be left free, {has}", "headroom")
+    return demand
+
+
+def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) -> Planned:
+    from memplan.estimator import estimate
+
+    own = own_profile(run.gpu, given)
+    if mode == "levers":
+        return _levers(run, demand, own)
+    answer = estimate(run, own)
+    match mode:
+        case "max":
+            from memplan.planning.reach import frontier, reach
+            from memplan.report.plans.reach import Far
+
+            found = reach(run, given["max"], demand, own)
+            both = given["max"] in ("batch", "sequence") and found.answer is not None
+            return Far(answer, demand, found, frontier(run, demand, own) if both else None)
+        case "ladder":
+            from memplan.planning.ladder import ladder
+            from memplan.report.plans.ladder import Rungs
+
+            return Rungs(answer, demand, ladder(run, own))
+        case _:
+            return _bought(run, answer, demand, given)
+
+
+def _levers(run: RunSpec, demand: Demand, own: Calibration | None) -> Planned:
+    from memplan.catalogue.methods import ADAPTERS
+    from memplan.planning.plan import plan
+    from memplan.planning.reach import reach
+    from memplan.report.plans.levers import Levers
+
+    found = plan(run, headroom=demand.headroom, tight=demand.tight, calibration=own)
+    axes = ("batch", "sequence", *(("rank",) if run.method.kind in ADAPTERS else ()))
+    return Levers(found, tuple(reach(run, axis, demand, own) for axis in axes))
+
+
+def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, Any]) -> Planned:
+    from memplan.errors import SpecError
+    from memplan.planning.offers import offers
+    from memplan.report.plans.offers import Bought
+    from memplan.units import amount_of
+
+    most = given.get("most", 20)
+    tokens = amount_of(given["tokens"], "tokens") if "tokens" in given else None
+    for name, n in (("most", most), ("tokens", tokens)):
+        if n is not None and n < 1:
+            raise SpecError(f"{name}: must be at least 1, not {n}", name)
+    found = offers(run, _wanted(given), tokens=tokens, most=most, each="each" in given, demand=demand)
+    return Bought(answer, demand, found, tokens)
+
+
+def _wanted(given: Mapping[str, Any]) -> Wanted:
+    from memplan.errors import SpecError
+    from memplan.gpus import all_gpus
+    from memplan.planning.offers import ANY, COUNTS, owned
+    from memplan.units import gib, size_of
+
+    if "have" in given and "count" in given:
+        raise SpecError("count: --count and --have exclude each other", "count")
+    counts = tuple(dict.fromkeys(given.get("count", COUNTS)))
+    for n in counts:
+        if not 1 <= n <= _MOST:
+            raise SpecError(f"count: must be at least 1 and at most {_MOST:,}, not {n:,}", "count")
+    least, most = (size_of(given[name], name) if name in given else None for name in ("min_memory", "max_memory"))
+    if least is not None and most is not None and least > most:
+        raise SpecError(f"min_memory: {gib(least)} is above --max-memory {gib(most)}", "min_memory")
+    price: float | None = given.get("max_price")
+    if price is not None and not (isfinite(price) and price > 0):
+        raise SpecError(f"max_price: must be more than 0, not {price:g}", "max_price")
+    vendors = tuple(dict.fromkeys(gpu.vendor for gpu in all_gpus()))
+    return ANY._replace(
+        vendors=tuple(_named("vendor", word, vendors) for word in given.get("vendor", ())),
+        markets=tuple(_named("market", word, _MARKETS) for word in given.get("market", ())),
+        memory=(least, most),
+        usd_per_hour=price,
+        owned=owned(given["have"]) if "have" in given else (),
+        counts=tuple(sorted(counts)),
+    )
+
+
+_MOST = 4096  # of one card
+
+
+def _named(field: str, word: str, choices: Sequence[str]) -> str:
+    """The choice that is meant, whatever its case and spaces; `datacenter` too."""
+    from memplan.errors import UnknownNameError
+
+    meant = "".join(word.lower().split()).replace("-", "").replace("datacenter", "datacentre")
+    for choice in choices:
+        if meant == choice.lower().replace(" ", ""):
+            return choice
+    raise UnknownNameError(field, word, choices)
+
+
+def _exit_code(found: Sequence[Estimate], strict: bool) -> int:
+    """0 where something does what is asked; with `strict` it must fit, and have nothing left out."""
+    if strict and any(answer.unsupported for answer in found):
+        return 4
+    good = [answer for answer in found if not (strict and answer.verdict.answer == "tight")]
+    return 0 if good else 1

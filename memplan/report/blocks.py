@@ -1,0 +1,116 @@
+"""Reports made of blocks, each written once and shown in a terminal or as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+from memplan.report import markdown
+from memplan.report.text import Column, Screen, paragraph, table
+
+
+class Text(NamedTuple):
+    """A paragraph; `style` is in words of `memplan.report.text.STYLES`."""
+
+    text: str
+    style: str = ""
+
+
+class Heading(NamedTuple):
+    text: str
+    style: str = "bold"
+
+
+class Pairs(NamedTuple):
+    """Names, and what is said of each. An empty name goes on with the one above."""
+
+    rows: Sequence[tuple[str, str]]
+
+
+class Table(NamedTuple):
+    """Rows below titles; `styles` as `memplan.report.text.table` takes them."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+    styles: Sequence[str] = ()
+
+
+class Paste(NamedTuple):
+    """Lines to paste somewhere, and what must be known beside them."""
+
+    title: str
+    lines: Sequence[str]
+    note: str = ""
+    language: str = "yaml"
+
+
+class Drawing(NamedTuple):
+    """What only a terminal can show: its lines on a screen."""
+
+    draw: Callable[[Screen], Iterable[str]]
+
+
+Block: TypeAlias = Text | Heading | Pairs | Table | Paste | Drawing
+
+
+def terminal(blocks: Iterable[Block], to: Screen) -> Iterator[str]:
+    """The lines on a screen: a blank one between blocks, but none below a heading or inside a run of texts."""
+    before: Block | None = None
+    for block in blocks:
+        run_on = type(before) is type(block) and isinstance(block, (Text, Paste))
+        if before is not None and not isinstance(before, Heading) and not run_on:
+            yield ""
+        yield from _on_screen(block, to)
+        before = block
+
+
+def _on_screen(block: Block, to: Screen) -> Iterator[str]:
+    match block:
+        case Text() | Heading():
+            yield from (to.paint(line, block.style) for line in paragraph(block.text, to, "  "))
+        case Pairs():
+            rows = [("", *row) for row in block.rows]
+            yield from table([Column(""), Column(""), Column("", wraps=True)], rows, to, ["|dim|"] * len(rows))
+        case Table():
+            yield from table(block.columns, block.rows, to, block.styles)
+        case Paste():
+            yield from (to.paint(line, "dim") for line in paragraph(f"  {block.title}", to, "  "))
+            for text in (*block.lines, *([f"({block.note})"] if block.note else [])):
+                yield from paragraph(f"    {text}", to, "      ")
+        case Drawing():
+            yield from block.draw(to)
+
+
+def page(blocks: Iterable[Block]) -> Iterator[str]:
+    """The lines of a page in markdown."""
+    before: Block | None = None
+    for block in blocks:
+        lines = list(_on_page(block))
+        if lines and before is not None:
+            yield ""
+        yield from lines
+        before = block if lines else before
+
+
+def _on_page(block: Block) -> Iterator[str]:
+    plain = markdown.plain
+    match block:
+        case Text():
+            yield f"**{plain(block.text)}**" if "bold" in block.style else plain(block.text)
+        case Heading():
+            yield f"**{plain(block.text)}**"
+        case Pairs():
+            for name, text in block.rows:
+                yield f"- {plain(name)}: {plain(text)}" if name else f"  - {plain(text)}"
+        case Table():
+            shown = [n for n, column in enumerate(block.columns) if column.title]
+            titles = [plain(block.columns[n].title) for n in shown]
+            align = "".join("r" if block.columns[n].right else "l" for n in shown)
+            yield from markdown.table(titles, [[row[n] for n in shown] for row in block.rows], align)
+        case Paste():
+            yield f"{plain(block.title)}:{f' {plain(block.note)}' if block.note else ''}"
+            if block.lines:
+                yield ""
+                yield from (f"```{block.language}", *block.lines, "```")
+        case Drawing():
+            return

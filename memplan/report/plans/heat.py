@@ -1,0 +1,80 @@
+"""A map of batch and sequence: how much of the card each run takes, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.answer import ANSWERS
+from memplan.report.table import COLOURS
+from memplan.report.text import Screen, paragraph
+from memplan.sweep import Grid
+
+_SHADES = "░▒▓█"  # of four equal shares of the card
+_SIGNS = {"tight": "?", "does not fit": "x"}  # instead of a shade, where there is no colour
+_WIDE = 5  # columns of a cell, with the gap before it
+_CANNOT = "-"
+
+
+def heat(around: Grid, to: Screen) -> Iterator[str]:
+    """A row for each batch and a column for each sequence, as many beside one another as there is room for."""
+    answers, card = around.answers, _usable(around)
+    assert answers is not None  # there is a GPU
+    batches, sequences = around.axes["batch"], around.axes["sequence"]
+    label = max(len("batch"), *(len(short(b)) for b in batches))
+    beside = max(1, (to.width - label) // _WIDE)
+    for start in range(0, len(sequences), beside):
+        if start:
+            yield ""
+        columns = range(start, min(start + beside, len(sequences)))
+        heads = "".join(short(sequences[n]).rjust(_WIDE) for n in columns)
+        yield to.paint(f"{'batch':>{label}}{heads}", "bold")
+        for i, batch in enumerate(batches):
+            cells = [(int(answers[i, j]), int(around.allocated[i, j])) for j in columns]
+            painted = "".join(_cell(code, bytes_ / card, to) for code, bytes_ in cells)
+            yield f"{short(batch):>{label}}{painted}".rstrip()
+    yield ""
+    yield from _legend(to)
+
+
+def _cell(code: int, share: float, to: Screen) -> str:
+    if code < 0:
+        return _CANNOT.rjust(_WIDE)
+    answer = ANSWERS[code]
+    return " " + to.paint(_sign(answer, share, to) * (_WIDE - 1), COLOURS[answer])
+
+
+def _sign(answer: str, share: float, to: Screen) -> str:
+    shade = _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
+    return shade if to.colour else _SIGNS.get(answer, shade)
+
+
+def _legend(to: Screen) -> Iterator[str]:
+    shades = ", ".join(
+        f"{sign} {'below ' if n < 3 else 'from '}{25 * (n + 1) if n < 3 else 75} %" for n, sign in enumerate(_SHADES)
+    )
+    if to.colour:
+        verdicts = ", ".join(f"{to.paint('█', COLOURS[answer])} {answer}" for answer in ANSWERS)
+        yield verdicts
+        yield from paragraph(f"of the card allocated: {shades}; {_CANNOT} cannot run; sequences in tokens", to, "  ")
+        return
+    signs = ", ".join(f"{sign} {answer}" for answer, sign in _SIGNS.items())
+    text = f"fits with {shades} of the card allocated; {signs}; {_CANNOT} cannot run; sequences in tokens"
+    yield from paragraph(text, to, "  ")
+
+
+def short(n: int) -> str:
+    """A number in four letters where a power of two is meant.
+
+    >>> short(512), short(2048), short(131072), short(2**20), short(1000)
+    ('512', '2k', '128k', '1M', '1000')
+    """
+    for size, letter in ((2**30, "G"), (2**20, "M"), (2**10, "k")):
+        if n >= size and n % size == 0:
+            return f"{n // size}{letter}"
+    return str(n)
+
+
+def _usable(around: Grid) -> int:
+    from memplan.gpus import find_gpu
+
+    return find_gpu(str(around.run.gpu)).usable

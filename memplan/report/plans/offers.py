@@ -1,0 +1,241 @@
+"""What to buy or rent: cards that run it, cheapest first, with what they cost and on what that rests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from memplan.answer import Estimate
+from memplan.catalogue.rates import Rate
+from memplan.planning.offers import Miss, Offer, Offers
+from memplan.planning.search import Demand
+from memplan.report import words
+from memplan.report.blocks import Block, Heading, Pairs, Table, Text
+from memplan.report.plans.words import duration, figures, span, wish
+from memplan.report.table import COLOURS
+from memplan.report.text import Column
+from memplan.speed import Cost, Range
+from memplan.units import gib
+
+
+class Bought(NamedTuple):
+    """The answer as asked, what is offered for it, and the tokens whose time and price are asked."""
+
+    answer: Estimate
+    demand: Demand
+    offers: Offers
+    tokens: int | None
+
+    @property
+    def found(self) -> list[Estimate]:
+        return [offer.answer for offer in self.offers.offers]
+
+
+def blocks(bought: Bought, explain: bool = False) -> Iterator[Block]:
+    offers, considered = bought.offers.offers, bought.offers.considered
+    if bought.answer.gpu is not None:
+        yield Text(f"As asked: {words.verdict(bought.answer)}.")
+    asked = wish(bought.demand)
+    if not offers:
+        yield Text(
+            f"Nothing offered runs it{f' ({asked})' if asked else ''}: {considered:,} choices of card, count and "
+            "strategy.",
+            "bold red",
+        )
+        if bought.offers.nearest is not None:
+            yield Text(missed(bought.offers.nearest))
+        return
+    best = offers[0]
+    price = f", {span(best.million.usd)} US dollars a million tokens" if best.million and best.million.usd else ""
+    yield Text(f"Cheapest of {len(offers):,}{f' ({asked})' if asked else ''}: {_named(best)}{price}.", "bold green")
+    yield _table(bought)
+    yield Text(_basis(offers))
+    yield Text(_prices(offers))
+    for note in dict.fromkeys(offer.pace.note for offer in offers if offer.pace and offer.pace.note):
+        yield Text(f"{note[:1].upper()}{note[1:]}.")
+    if explain:
+        yield Heading("Sources")
+        yield Pairs(list(_sources(offers)))
+
+
+def missed(miss: Miss) -> str:
+    """What comes nearest, and by how much it misses."""
+    name = _card(miss.gpu.name, miss.count, miss.strategy)
+    if miss.lacks > 0:
+        return f"The nearest: {name}, which lacks {gib(miss.lacks)}{' on each' if miss.count > 1 else ''}."
+    return f"The nearest: {name}, which is only tight (--tight would take it)."
+
+
+def _named(offer: Offer) -> str:
+    return _card(offer.gpu.name, offer.count, offer.strategy)
+
+
+def _card(name: str, count: int, strategy: str) -> str:
+    return name if count == 1 else f"{count} × {name}, {strategy}"
+
+
+def _table(bought: Bought) -> Table:
+    offers, asked = bought.offers.offers, bought.tokens is not None
+    whole = (Column("USD in all", right=True), Column("time in all", right=True, optional=True))
+    columns = [
+        Column("card", wraps=True),
+        Column("GiB used", right=True),
+        Column("free", right=True, optional=asked),
+        *(whole if asked else ()),
+        Column("USD/M tokens", right=True, optional=asked),
+        Column("time/M", right=True, optional=True),
+        Column("USD/h", right=True, optional=True),
+        Column("a step", right=True, optional=True),
+        Column("priced", optional=True),
+    ]
+    colours = [COLOURS[str(offer.answer.verdict.answer)] for offer in offers]
+    styles = ["|".join(("", colour, colour, *[""] * (len(columns) - 3))) for colour in colours]
+    return Table(columns, [tuple(_cells(offer, asked)) for offer in offers], styles)
+
+
+def _cells(offer: Offer, asked: bool) -> Iterator[str]:
+    yield _named(offer)
+    yield words.tenths(offer.answer.bytes.used)
+    yield words.tenths(offer.answer.verdict.headroom or 0)
+    for cost in (offer.whole, offer.million) if asked else (offer.million,):
+        yield span(cost.usd) if cost and cost.usd else ""
+        yield duration(cost.seconds) if cost else ""
+    yield span((offer.price.low, offer.price.high)) if offer.price else ""
+    yield duration(offer.pace.seconds) if offer.pace else ""
+    yield offer.price.date if offer.price else ""
+
+
+def _basis(offers: Sequence[Offer]) -> str:
+    """The shares that all times rest on, in a sentence."""
+    paced = [(offer.gpu.name, offer.pace) for offer in offers if offer.pace]
+    if not paced:
+        return "The catalogue has no rate for these cards, so no time and no cost a token."
+    paces = [pace for _, pace in paced]
+    measured = dict.fromkeys(name for name, pace in paced if pace.products.basis != "assumed")
+    known = f"; that of products was measured on {', '.join(measured)}" if measured else ""
+    products, attention = _share([p.products for p in paces]), _share([p.attention for p in paces])
+    launch = paces[0].launch
+    return (
+        f"Times are counted operations and bytes at assumed rates: {products} of the card's peak for products, "
+        f"{attention} for attention, {_share([p.bandwidth for p in paces])} of its bandwidth for all else, "
+        f"{launch.low} to {launch.high} µs of the host for a kernel{known}."
+    )
+
+
+def _share(rates: Sequence[Rate]) -> str:
+    return f"{min(r.low for r in rates)} to {max(r.high for r in rates)} %"
+
+
+def _prices(offers: Sequence[Offer]) -> str:
+    dates = sorted(offer.price.date for offer in offers if offer.price)
+    if not dates:
+        return "The catalogue has no dated price for these cards."
+    when = f"on {dates[0]}" if dates[0] == dates[-1] else f"from {dates[0]} to {dates[-1]}"
+    return f"Prices are list prices as they stood {when}, in US dollars, and change: ask before you rent."
+
+
+def _sources(offers: Sequence[Offer]) -> Iterator[tuple[str, str]]:
+    """Every rate with its basis, and every price."""
+    for name in ("products", "attention", "bandwidth", "launch", "bus", "host"):
+        every: list[Rate | None] = [getattr(offer.pace, name) for offer in offers if offer.pace]
+        rates = dict.fromkeys(rate for rate in every if rate is not None)
+        for n, rate in enumerate(rates):
+            yield "" if n else name, f"{rate.low} to {rate.high} ({rate.what}); {rate.basis}: {rate.source}"
+    for offer in dict.fromkeys(offer.gpu for offer in offers):
+        for n, price in enumerate(p for p in offer.prices if p.date):
+            yield (
+                "" if n else offer.name,
+                f"{price.usd_per_hour:g} an hour, {price.provider}, {price.date}; {price.source}",
+            )
+
+
+# --- JSON and CSV ------------------------------------------------------------------------------------------
+
+
+def dump(bought: Bought) -> dict[str, Any]:
+    miss = bought.offers.nearest
+    return {
+        "offers": [_offer(offer) for offer in bought.offers.offers],
+        "considered": bought.offers.considered,
+        "nearest": None
+        if miss is None
+        else {"gpu": miss.gpu.name, "count": miss.count, "strategy": miss.strategy, "lacks": miss.lacks},
+        "tokens": bought.tokens,
+    }
+
+
+def _offer(offer: Offer) -> dict[str, Any]:
+    pace = offer.pace
+    return {
+        "gpu": offer.gpu.name,
+        "count": offer.count,
+        "strategy": offer.strategy,
+        **figures(offer.answer),
+        "price": offer.price._asdict() if offer.price else None,
+        "step": None
+        if pace is None
+        else {
+            "seconds": pace.seconds._asdict(),
+            "tokens": pace.tokens,
+            "bound": pace.bound,
+            "basis": pace.basis,
+            "note": pace.note,
+        },
+        "million": _cost(offer.million),
+        "whole": _cost(offer.whole),
+    }
+
+
+def _cost(cost: Cost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    return {
+        "tokens": cost.tokens,
+        "seconds": cost.seconds._asdict(),
+        "usd": cost.usd._asdict() if cost.usd else None,
+    }
+
+
+def rows(bought: Bought) -> list[dict[str, object]]:
+    """For CSV: a row an offer; where there is none, what comes nearest."""
+    offers, miss = bought.offers.offers, bought.offers.nearest
+    asked = bought.tokens is not None
+    if not offers and miss is not None:
+        row = _row(miss.gpu.name, miss.count, miss.strategy, "does not fit" if miss.lacks > 0 else "tight")
+        return [{**row, "headroom": -miss.lacks, **_costs("million", None), **(_costs("whole", None) if asked else {})}]
+    return [
+        {
+            **_row(offer.gpu.name, offer.count, offer.strategy, str(offer.answer.verdict.answer)),
+            "used": offer.answer.bytes.used,
+            "headroom": offer.answer.verdict.headroom or 0,
+            **_range("usd_per_hour", (offer.price.low, offer.price.high) if offer.price else None),
+            "priced": offer.price.date if offer.price else "",
+            **_range("step_seconds", _ends(offer.pace.seconds) if offer.pace else None),
+            **_costs("million", offer.million),
+            **(_costs("whole", offer.whole) if asked else {}),
+        }
+        for offer in offers
+    ]
+
+
+def _row(gpu: str, count: int, strategy: str, verdict: str) -> dict[str, object]:
+    """The start of a row; what the rest of it is called."""
+    start: dict[str, object] = {"gpu": gpu, "count": count, "strategy": strategy, "verdict": verdict}
+    rest = ("used", "headroom", "usd_per_hour_low", "usd_per_hour_high", "priced", "step_seconds_low")
+    return {**start, **dict.fromkeys((*rest, "step_seconds_high"), "")}
+
+
+def _costs(name: str, cost: Cost | None) -> dict[str, object]:
+    return {
+        **_range(f"{name}_seconds", _ends(cost.seconds) if cost else None),
+        **_range(f"{name}_usd", _ends(cost.usd) if cost and cost.usd else None),
+    }
+
+
+def _ends(of: Range) -> tuple[float, float]:
+    return of.low, of.high
+
+
+def _range(name: str, of: tuple[float, float] | None) -> dict[str, object]:
+    low, high = of or ("", "")
+    return {f"{name}_low": low, f"{name}_high": high}
