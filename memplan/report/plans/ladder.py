@@ -72,7 +72,7 @@ def _table(rungs: Rungs) -> Table:
         Column("saves", right=True),
         Column("GiB", right=True),
         *([Column("answer")] if plain.gpu else []),
-        Column("× time", right=True),
+        Column("× time", right=True, optional=True),
         Column("", optional=True),
         Column("most saved in", optional=True),
         Column("result", optional=True),

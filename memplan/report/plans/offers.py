@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from memplan.answer import Estimate
 from memplan.catalogue.rates import Rate
-from memplan.planning.offers import Miss, Offer, Offers
+from memplan.planning.offers import Offer, Offers
 from memplan.planning.search import Demand
 from memplan.report import words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
@@ -42,24 +42,30 @@ def blocks(bought: Bought, explain: bool = False) -> Iterator[Block]:
             "strategy.",
             "bold red",
         )
-        if bought.offers.nearest is not None:
-            yield Text(missed(bought.offers.nearest))
+        yield Text(missed(bought.offers))
         return
     best = offers[0]
-    price = f", {span(best.million.usd)} US dollars a million tokens" if best.million and best.million.usd else ""
-    yield Text(f"Cheapest of {len(offers):,}{f' ({asked})' if asked else ''}: {_named(best)}{price}.", "bold green")
+    cost, tokens = (best.whole, f"{bought.tokens:,}") if bought.tokens is not None else (best.million, "a million")
+    price = f", {span(cost.usd)} US dollars for {tokens} tokens" if cost and cost.usd else ""
+    which = f"Cheapest of {len(offers):,}" if len(offers) > 1 else "The only one"
+    yield Text(f"{which}{f' ({asked})' if asked else ''}: {_named(best)}{price}.", "bold green")
     yield _table(bought)
     yield Text(_basis(offers))
     yield Text(_prices(offers))
     for note in dict.fromkeys(offer.pace.note for offer in offers if offer.pace and offer.pace.note):
-        yield Text(f"{note[:1].upper()}{note[1:]}.")
+        yield Text(f"Note: {note}.")
     if explain:
         yield Heading("Sources")
         yield Pairs(list(_sources(offers)))
 
 
-def missed(miss: Miss) -> str:
+def missed(offers: Offers) -> str:
     """What comes nearest, and by how much it misses."""
+    miss = offers.nearest
+    if miss is None and not offers.considered:
+        return "No such card has a dated price that low; raise --max-price or leave it out."
+    if miss is None:
+        return "None of them can run it, whatever memory they have."
     name = _card(miss.gpu.name, miss.count, miss.strategy)
     if miss.lacks > 0:
         return f"The nearest: {name}, which lacks {gib(miss.lacks)}{' on each' if miss.count > 1 else ''}."
@@ -112,7 +118,7 @@ def _basis(offers: Sequence[Offer]) -> str:
         return "The catalogue has no rate for these cards, so no time and no cost a token."
     paces = [pace for _, pace in paced]
     measured = dict.fromkeys(name for name, pace in paced if pace.products.basis != "assumed")
-    known = f"; that of products was measured on {', '.join(measured)}" if measured else ""
+    known = f"; that of products was measured on cards like {', '.join(measured)}" if measured else ""
     products, attention = _share([p.products for p in paces]), _share([p.attention for p in paces])
     launch = paces[0].launch
     return (
