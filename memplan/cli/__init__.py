@@ -660,27 +660,29 @@ def profiles(text: Annotated[list[str] | None, _PROFILE] = None, json: Annotated
     return answered(listed)
 
 
-_SCHEMAS = ("answer", "run", "comparison")
+_SCHEMAS = ("answer", "run", "comparison", "plan")
 
 
 @app.command()
 def schema(
     of: Annotated[
         str,
-        typer.Argument(help="answer (with the run in it), run or comparison.", autocompletion=_choices(*_SCHEMAS)),
+        typer.Argument(
+            help="answer (with the run in it), run, comparison or plan.", autocompletion=_choices(*_SCHEMAS)
+        ),
     ] = "answer",
 ) -> int:
-    """Print the JSON Schema of an answer, of a run, or of a comparison."""
+    """Print the JSON Schema of an answer, a run, a comparison or a plan."""
 
     def printed() -> int:
         import json
 
         from memplan.errors import UnknownNameError
-        from memplan.report.schema import answer_schema, comparison_schema, run_schema
+        from memplan.report.schema import answer_schema, comparison_schema, plan_schema, run_schema
 
         if of not in _SCHEMAS:
             raise UnknownNameError("schema", of, _SCHEMAS)
-        made = {"answer": answer_schema, "run": run_schema, "comparison": comparison_schema}[of]()
+        made = {"answer": answer_schema, "run": run_schema, "comparison": comparison_schema, "plan": plan_schema}[of]()
         show(json.dumps(made, indent=2) + "\n", "json")
         return 0
 

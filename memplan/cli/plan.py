@@ -210,6 +210,11 @@ def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) 
             from memplan.report.plans.ladder import Rungs
 
             return Rungs(answer, demand, ladder(run, own))
+        case "advice":
+            from memplan.planning.advice import advise
+            from memplan.report.plans.advice import Advised
+
+            return Advised(answer, demand, advise(run, demand, own))
         case _:
             return _bought(run, answer, demand, given)
 

@@ -1,15 +1,23 @@
-"""The published JSON Schema: of a run, as `--spec` takes it, of an answer and of a comparison, as JSON gives them."""
+"""The published JSON Schema: of a run, as `--spec` takes it; of an answer, a comparison and a plan, as JSON has them."""
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, Field, TypeAdapter, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
 from memplan.answer import ANSWERS, KINDS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
 from memplan.comparison import Comparison, Difference
+from memplan.frameworks import FRAMEWORKS
+from memplan.planning.offers import Miss
+from memplan.planning.plan import SEVERITIES, Time
+from memplan.planning.reach import AXES
+from memplan.planning.search import Demand
 from memplan.spec import PRECISIONS, MethodKind, RunSpec
+from memplan.speed import Hourly, Range
 
 
 class _Schema(GenerateJsonSchema):
@@ -84,6 +92,81 @@ def comparison_model() -> type[BaseModel]:
 
 
 _COUNTS = ("allocated", "reserved", "used", "host")
+
+
+def plan_schema() -> dict[str, Any]:
+    """What `memplan plan` holds as JSON: one of five kinds, which `mode` tells apart."""
+    return {"$schema": DRAFT, **plan_model().json_schema(mode="serialization", schema_generator=_Schema)}
+
+
+def plan_model() -> TypeAdapter[BaseModel]:
+    """A model that reads a plan back from its JSON."""
+    verdict = _made(Verdict, answer=Literal[(*ANSWERS, None)])
+    figures = {"run": RunSpec, "bytes": _made(Bytes), "verdict": verdict}
+    at = _model("Figures", "A run as it was decided, its bytes and its verdict.", figures)
+    lines = _model("Lines", "What to write in each framework.", {f.name: list[str] for f in FRAMEWORKS})
+    change = {"options": str, "lines": lines, "notes": dict[str, str]}
+    severity = Annotated[int, Field(ge=0, lt=len(SEVERITIES))]
+    time = _of(Time, basis=Literal["derived", "measured", "assumed"])
+    costs = {"time": time | None, "severity": severity}
+    effect = {"keys": list[str], "title": str, "saves": int, "phases": dict[str, int], **costs}
+    effect |= {"quality": str, "quality_source": str}
+    lever = _model("Lever", "A change, and the bytes that it saves of what is allocated.", effect)
+    several = {"levers": list[lever], **change, **figures, "saves": int, **costs}
+    proposal = _model("Proposal", "Changes that make the run fit, or come nearest.", several)
+    axes = {"axis": Literal[AXES], "value": int | str | None, "at": at | None, "beyond": at | None}
+    ends = Literal["memory", "positions", "rank", "models", "nothing"]
+    reached = list[_model("Reach", "The largest value that fits, and the run with the next.", {**axes, "binds": ends})]
+    longest = _model("Longest", "The longest sequence of a batch; 0 where none fits.", {"batch": int, "sequence": int})
+    shown = {"batch": list[int], "sequence": list[int], "allocated": list[list[int]]}
+    shown |= {"verdict": list[list[Literal[(*ANSWERS, None)]]]}
+    map_ = _model("Map", "Runs by batch, then sequence. -1 and null: it cannot run.", shown)
+    rung = _model("Rung", "A change over all those before it.", {**effect, **change, **figures})
+    choice = {"title": str, "fits": bool, "time": time | None, "quality": str, "quality_source": str}
+    way = _model("Choice", "One way to run it.", {**choice, **change, **figures})
+    step = {"title": str, "question": str, "answer": Literal["yes", "no", "not needed"], "reason": str}
+    kinds: dict[str, dict[str, Any]] = {
+        "levers": {
+            "fits": bool,
+            "proposals": list[proposal],
+            "nearest": proposal | None,
+            "tried": int,
+            "levers": list[lever],
+            "reach": reached,
+        },
+        "max": {"reach": reached, "frontier": list[longest], "map": map_ | None},
+        "ladder": {"plain": _model("Plain", "The run without a change.", {**change, **figures}), "rungs": list[rung]},
+        "buy": _offered(figures),
+        "advice": {
+            "steps": list[_model("Step", "A question and its answer.", {**step, "choices": list[way]})],
+            "best": way | None,
+        },
+    }
+    common = {"schema_version": Literal[1], "memplan_version": str, **figures}
+    common |= {"gpu": _of(Card) | None, "demand": _of(Demand)}
+    made = [
+        _model(f"{mode.capitalize()}Plan", f"A plan of mode {mode}.", {"mode": Literal[mode], **common, **kind})
+        for mode, kind in kinds.items()
+    ]
+    return TypeAdapter(reduce(or_, made))
+
+
+def _offered(figures: dict[str, Any]) -> dict[str, Any]:
+    """What to buy."""
+    range_ = _of(Range)
+    amounts = {"tokens": int, "seconds": range_, "usd": range_ | None}
+    cost = _model("Cost", "What so many tokens take: seconds of all cards together, and US dollars.", amounts)
+    paced = {"seconds": range_, "tokens": int, "bound": str, "basis": Literal["measured", "assumed"], "note": str}
+    step = _model("Pace", "A step of all cards together.", paced)
+    cards = {"gpu": str, "count": int, "strategy": str}
+    offer = {"price": _of(Hourly) | None, "step": step | None, "million": cost | None, "whole": cost | None}
+    miss = _model("Miss", Miss.__doc__ or "", {**cards, "lacks": int})
+    return {
+        "offers": list[_model("Offer", "Cards that run it.", {**cards, **figures, **offer})],
+        "considered": int,
+        "nearest": miss | None,
+        "tokens": int | None,
+    }
 
 
 def _of(fact: type[tuple[Any, ...]], **narrower: Any) -> Any:

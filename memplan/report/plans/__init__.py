@@ -11,14 +11,15 @@ from typing import Any, TypeAlias
 from memplan.answer import SCHEMA_VERSION, Estimate
 from memplan.planning.search import Demand
 from memplan.report.blocks import Block, page, terminal
-from memplan.report.plans import ladder, levers, offers, reach
+from memplan.report.plans import advice, ladder, levers, offers, reach
+from memplan.report.plans.advice import Advised
 from memplan.report.plans.ladder import Rungs
 from memplan.report.plans.levers import Levers
 from memplan.report.plans.offers import Bought
 from memplan.report.plans.reach import Far
 from memplan.report.text import Screen
 
-Planned: TypeAlias = Levers | Far | Rungs | Bought
+Planned: TypeAlias = Levers | Far | Rungs | Bought | Advised
 
 FORMATS = ("table", "json", "markdown")
 IN_ROWS = ("max", "ladder", "buy")  # modes that are there as CSV too
@@ -47,6 +48,8 @@ def _blocks(planned: Planned, explain: bool) -> Iterator[Block]:
             return ladder.blocks(planned, explain)
         case Bought():
             return offers.blocks(planned, explain)
+        case Advised():
+            return advice.blocks(planned, explain)
 
 
 def dump(planned: Planned) -> dict[str, Any]:
@@ -60,6 +63,8 @@ def dump(planned: Planned) -> dict[str, Any]:
             return {**_common("ladder", planned.answer, planned.demand), **ladder.dump(planned)}
         case Bought():
             return {**_common("buy", planned.answer, planned.demand), **offers.dump(planned)}
+        case Advised():
+            return {**_common("advice", planned.answer, planned.demand), **advice.dump(planned)}
 
 
 def _common(mode: str, answer: Estimate, demand: Demand) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def _rows(planned: Planned) -> list[dict[str, object]]:
             return ladder.rows(planned)
         case Bought():
             return offers.rows(planned)
-        case Levers():
+        case Levers() | Advised():
             raise AssertionError("changes have parts, and are no rows")
 
 
