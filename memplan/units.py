@@ -44,7 +44,7 @@ def rounded(n: int) -> int:
     return -(-n // 512) * 512
 
 
-_NUMBER = re.compile(r"(\d{1,20}(?:\.\d{1,20})?(?:e\+?\d{1,2})?)\s*([a-z]*)", re.IGNORECASE)
+_NUMBER = re.compile(r"(\d{1,20}(?:\.\d{1,20})?(?:e\+?\d{1,2})?)\s*([a-z]*)", re.ASCII | re.IGNORECASE)
 _BINARY = {"kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40}
 _SIZES = {"": 1, "b": 1, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, **_BINARY}
 _AMOUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}

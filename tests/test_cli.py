@@ -498,7 +498,7 @@ def test_a_mistake_is_one_line_that_names_the_field_and_the_way_out(
     fails(memplan_(*(typed.split(" ") if typed else ())), 2, *expected)
 
 
-@pytest.mark.parametrize("command", ["plan", "check", "diff", "emit", "serve"])
+@pytest.mark.parametrize("command", ["check", "diff", "emit", "serve"])
 def test_a_command_that_is_not_there_yet_is_no_model(memplan_: Memplan, command: str) -> None:
     for rest in ((), ("qwen2-7b",), ("--help",)):
         fails(memplan_(command, *rest), 2, f"{command} is not supported yet; commands are estimate, models, gpus")

@@ -14,7 +14,7 @@ from memplan.cli import Grouped, answered, complete_gpu, format_of, left_out, op
 if TYPE_CHECKING:
     from memplan.answer import Estimate
     from memplan.calibration import Calibration
-    from memplan.planning.offers import Wanted
+    from memplan.planning.offers import Owned, Wanted
     from memplan.planning.search import Demand
     from memplan.report.plans import Planned
     from memplan.spec import RunSpec
@@ -135,8 +135,7 @@ def _plan(given: Mapping[str, Any]) -> int:
     if mode != "buy":
         for name in _OF_BUYING:
             if name in given:
-                said = name.replace("_", "-")
-                raise SpecError(f"{said}: --{said} is of --buy", name)
+                raise SpecError(f"{name}: is of --buy alone", name)
     format = _format(given, mode)
     demand = _demand(given, run, mode)
     planned = _planned(mode, run, demand, given)
@@ -151,7 +150,7 @@ def _mode(given: Mapping[str, Any]) -> str:
 
     first, *others = [mode for mode in _MODES if mode in given] or [""]
     if others:
-        raise SpecError(f"{first}: --{first} and --{others[0]} exclude each other", first)
+        raise SpecError(f"{first}: excludes --{others[0]}", first)
     if first == "max" and given["max"] not in _AXES:
         raise UnknownNameError("max", given["max"], _AXES)
     return first
@@ -170,7 +169,8 @@ def _format(given: Mapping[str, Any], mode: str) -> str:
 
 
 def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
-    """What counts as fitting. Raises SpecError where that asks for what no run can have."""
+    """What counts as fitting. Raises SpecError where the mode or that asks for what the run cannot have."""
+    from memplan.catalogue.methods import ADAPTERS
     from memplan.errors import SpecError
     from memplan.gpus import find_gpu
     from memplan.planning.search import Demand
@@ -182,7 +182,10 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
     if run.gpu is None:
         if mode == "ladder" and demand == Demand():
             return demand
-        raise SpecError("gpu: what fits depends on it; name one", "gpu")
+        asks = mode if mode != "ladder" else ("headroom" if demand.headroom else "tight")
+        raise SpecError(f"{asks}: what fits depends on the card; name one with --gpu", asks)
+    if given.get("max") == "rank" and run.method.kind not in ADAPTERS:
+        raise SpecError(f"max: method.kind {run.method.kind} has no rank; {', '.join(ADAPTERS)} have", "max")
     gpu = find_gpu(run.gpu)
     if demand.headroom >= gpu.usable:
         has = f"{gpu.title} has {gib(gpu.usable)} usable"
@@ -248,7 +251,7 @@ def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, 
 def _wanted(given: Mapping[str, Any]) -> Wanted:
     from memplan.errors import SpecError
     from memplan.gpus import all_gpus
-    from memplan.planning.offers import ANY, COUNTS, owned
+    from memplan.planning.offers import ANY, COUNTS
     from memplan.units import gib, size_of
 
     if "have" in given and "count" in given:
@@ -269,12 +272,22 @@ def _wanted(given: Mapping[str, Any]) -> Wanted:
         markets=tuple(_named("market", word, _MARKETS) for word in given.get("market", ())),
         memory=(least, most),
         usd_per_hour=price,
-        owned=owned(given["have"]) if "have" in given else (),
+        owned=_owned(given["have"]) if "have" in given else (),
         counts=tuple(sorted(counts)),
     )
 
 
 _MOST = 4096  # of one card
+
+
+def _owned(text: str) -> tuple[Owned, ...]:
+    from memplan.errors import UnknownNameError
+    from memplan.planning.offers import owned
+
+    try:
+        return owned(text)
+    except UnknownNameError as error:
+        raise UnknownNameError("have", error.value, error.nearest, ranked=True) from None
 
 
 def _named(field: str, word: str, choices: Sequence[str]) -> str:
@@ -285,7 +298,7 @@ def _named(field: str, word: str, choices: Sequence[str]) -> str:
     for choice in choices:
         if meant == choice.lower().replace(" ", ""):
             return choice
-    raise UnknownNameError(field, word, choices)
+    raise UnknownNameError(field, word, [choice.lower() for choice in choices])
 
 
 def _exit_code(found: Sequence[Estimate], strict: bool) -> int:

@@ -1,9 +1,8 @@
-"""The published JSON Schema: of a run, as `--spec` takes it; of an answer, a comparison and a plan, as JSON has them."""
+"""The published JSON Schema: of a run, as `--spec` takes it; of answers, comparisons and plans, as JSON has them."""
 
 from __future__ import annotations
 
 from functools import reduce
-from operator import or_
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, TypeAdapter, create_model
@@ -148,7 +147,8 @@ def plan_model() -> TypeAdapter[BaseModel]:
         _model(f"{mode.capitalize()}Plan", f"A plan of mode {mode}.", {"mode": Literal[mode], **common, **kind})
         for mode, kind in kinds.items()
     ]
-    return TypeAdapter(reduce(or_, made))
+    any_of: Any = reduce(lambda one, other: one | other, made)
+    return TypeAdapter(any_of)
 
 
 def _offered(figures: dict[str, Any]) -> dict[str, Any]:

@@ -122,4 +122,20 @@ def hanging(label: str, words: Iterable[str], to: Screen, width: int) -> list[st
 
 
 # What an encoding without these characters shows instead; each is as wide as what it stands for.
-ASCII = str.maketrans({"█": "#", "│": "|", "├": "[", "┤": "]", "─": "-", "·": ".", "×": "x", "←": "<", "–": "-"})
+ASCII = str.maketrans(
+    {
+        "█": "#",
+        "▓": "+",
+        "▒": ":",
+        "░": ".",
+        "µ": "u",
+        "│": "|",
+        "├": "[",
+        "┤": "]",
+        "─": "-",
+        "·": ".",
+        "×": "x",
+        "←": "<",
+        "–": "-",
+    }
+)

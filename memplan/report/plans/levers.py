@@ -34,7 +34,7 @@ def blocks(levers: Levers, explain: bool = False) -> Iterator[Block]:
     yield Text(words.verdict(plan.answer), f"bold {COLOURS[plan.answer.verdict.answer or '']}")
     asked = wish(plan.demand)
     if plan.fits:
-        yield Text(f"Nothing has to change{f' for {asked}' if asked else ''}. What each change alone would free:")
+        yield Text(f"Nothing has to change{f' ({asked})' if asked else ''}. What each change alone would free:")
         yield _singles(plan, explain)
     elif plan.proposals:
         yield from _ways(plan, asked, explain)
