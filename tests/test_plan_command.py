@@ -27,7 +27,7 @@ from memplan.errors import SpecError
 from memplan.gpus import all_gpus, find_gpu
 from memplan.planning.advice import advise
 from memplan.planning.ladder import ladder
-from memplan.planning.offers import Wanted, offers
+from memplan.planning.offers import Wanted, offers, owned
 from memplan.planning.plan import SEVERITIES, plan
 from memplan.planning.reach import frontier, reach
 from memplan.planning.search import Demand
@@ -70,7 +70,9 @@ WIDE = run(gpu="3060", batch={"micro": 4})
 LADDER = Rungs(estimate(WIDE), FITS, ladder(WIDE))
 BARE = Rungs(estimate(run()), FITS, ladder(run()))
 RENTED = Bought(ANSWER, FITS, offers(SMALL, tokens=10**9, most=6), 10**9)
-OWNED = Bought(estimate(run(model="qwen2-72b")), FITS, offers(run(model="qwen2-72b"), Wanted(vendors=("Intel",))), None)
+BIG = run(model="qwen2-72b")
+THERE = estimate(run(model="qwen2-72b", gpu="rtx-3090"))
+OWNED = Bought(estimate(BIG), FITS, offers(BIG, Wanted(owned=owned("3090"))), None, THERE)
 ADVICE = Advised(ANSWER, FITS, advise(SMALL))
 CASES: dict[str, Planned] = {
     "ways": WAYS,
@@ -366,13 +368,13 @@ def test_offers_say_what_their_times_and_prices_rest_on() -> None:
     assert all(pace.bandwidth.source in explained for pace in paces if pace)
 
 
-def test_nothing_offered_is_said_with_the_nearest() -> None:
+def test_nothing_offered_is_said_with_the_nearest_and_by_how_much_it_misses() -> None:
     text = words_of(render("table", OWNED, False, Screen()))
-    miss = OWNED.offers.nearest
-    assert miss is not None
+    missing = THERE.bytes.used - find_gpu("3090").usable
     assert text.startswith("Nothing offered runs it: ")
-    assert f"The nearest: {miss.gpu.name}, which lacks {miss.lacks / GIB:.2f} GiB" in text
-    assert dump(OWNED)["nearest"]["lacks"] == miss.lacks
+    assert "The nearest is rtx-3090: does not fit, " in text
+    assert f"{missing / GIB:.1f} too much." in text
+    assert dump(OWNED)["nearest"]["lacks"] == missing
 
 
 # --- advice ---
@@ -436,7 +438,7 @@ MODES: dict[tuple[str, ...], Planned] = {
     (*CARD, "--max", "batch", "--headroom", "11.5GiB"): NO_BATCH,
     ("pythia-70m", "--gpu", "3060", "--batch-size", "4", "--ladder"): LADDER,
     (*CARD, "--buy", "--tokens", "1B", "--most", "6"): RENTED,
-    ("qwen2-72b", "--vendor", "intel"): OWNED,
+    ("qwen2-72b", "--have", "3090"): OWNED,
     (*CARD, "--advice"): ADVICE,
 }
 

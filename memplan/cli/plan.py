@@ -14,7 +14,7 @@ from memplan.cli import Grouped, answered, complete_gpu, format_of, left_out, op
 if TYPE_CHECKING:
     from memplan.answer import Estimate
     from memplan.calibration import Calibration
-    from memplan.planning.offers import Owned, Wanted
+    from memplan.planning.offers import Offers, Owned, Wanted
     from memplan.planning.search import Demand
     from memplan.report.plans import Planned
     from memplan.spec import RunSpec
@@ -245,7 +245,19 @@ def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, 
         if n is not None and n < 1:
             raise SpecError(f"{name}: must be at least 1, not {n}", name)
     found = offers(run, _wanted(given), tokens=tokens, most=most, each="each" in given, demand=demand)
-    return Bought(answer, demand, found, tokens)
+    return Bought(answer, demand, found, tokens, _nearest(run, found))
+
+
+def _nearest(run: RunSpec, found: Offers) -> Estimate | None:
+    """The run on what comes nearest, where nothing is offered."""
+    from memplan.estimator import estimate
+    from memplan.planning.levers import spread, with_fields
+
+    miss = found.nearest
+    if miss is None:
+        return None
+    alone = with_fields(run.model_copy(update={"gpu": miss.gpu.name}), spread(run, 1, "none"))
+    return estimate(with_fields(alone, spread(alone, miss.count, miss.strategy)) if miss.count > 1 else alone)
 
 
 def _wanted(given: Mapping[str, Any]) -> Wanted:

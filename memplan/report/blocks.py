@@ -70,7 +70,9 @@ def _on_screen(block: Block, to: Screen) -> Iterator[str]:
             yield from (to.paint(line, block.style) for line in paragraph(block.text, to, "  "))
         case Pairs():
             rows = [("", *row) for row in block.rows]
-            yield from table([Column(""), Column("", wraps=True), Column("", wraps=True)], rows, to, ["|dim|"] * len(rows))
+            yield from table(
+                [Column(""), Column("", wraps=True), Column("", wraps=True)], rows, to, ["|dim|"] * len(rows)
+            )
         case Table():
             yield from table(block.columns, block.rows, to, block.styles)
         case Paste():

@@ -160,7 +160,7 @@ def _offered(figures: dict[str, Any]) -> dict[str, Any]:
     step = _model("Pace", "A step of all cards together.", paced)
     cards = {"gpu": str, "count": int, "strategy": str}
     offer = {"price": _of(Hourly) | None, "step": step | None, "million": cost | None, "whole": cost | None}
-    miss = _model("Miss", Miss.__doc__ or "", {**cards, "lacks": int})
+    miss = _model("Miss", Miss.__doc__ or "", {**cards, **figures, "lacks": int})
     return {
         "offers": list[_model("Offer", "Cards that run it.", {**cards, **figures, **offer})],
         "considered": int,

@@ -88,7 +88,7 @@ def _beyond(choice: Choice, above: Sequence[Choice]) -> str:
     """What it does to the result beyond what one above does."""
     for other in reversed(above):
         if choice.quality == other.quality and choice.quality != _NOTHING:
-            return "as above"
+            return f"as {other.title}"
         if choice.quality.startswith(f"{other.quality}; "):
             return f"as {other.title}; {choice.quality.removeprefix(f'{other.quality}; ')}"
     return choice.quality

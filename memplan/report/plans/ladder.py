@@ -96,9 +96,9 @@ def _table(rungs: Rungs) -> Table:
 
 
 def _most(rung: Effect) -> str:
-    """The phase whose peak falls most."""
-    fallen = {phase: n for phase, n in rung.phases.items() if n > 0}
-    return max(fallen, key=fallen.__getitem__) if fallen else ""
+    """The phase whose peak falls most; of several that of the peak before."""
+    fallen = {(n, phase == rung.before.peak.phase): phase for phase, n in rung.phases.items() if n > 0}
+    return fallen[max(fallen)] if fallen else ""
 
 
 def _bar(answer: Estimate, full: int) -> str:

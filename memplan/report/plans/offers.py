@@ -11,7 +11,7 @@ from memplan.planning.offers import Offer, Offers
 from memplan.planning.search import Demand
 from memplan.report import words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.words import duration, figures, span, wish
+from memplan.report.plans.words import duration, figures, span, state, wish
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
 from memplan.speed import Cost, Range
@@ -19,12 +19,16 @@ from memplan.units import gib
 
 
 class Bought(NamedTuple):
-    """The answer as asked, what is offered for it, and the tokens whose time and price are asked."""
+    """The answer as asked, what is offered for it, and the tokens whose time and price are asked.
+
+    Where nothing is offered, `nearest` is the run on what comes nearest, estimated.
+    """
 
     answer: Estimate
     demand: Demand
     offers: Offers
     tokens: int | None
+    nearest: Estimate | None = None
 
     @property
     def found(self) -> list[Estimate]:
@@ -42,7 +46,7 @@ def blocks(bought: Bought, explain: bool = False) -> Iterator[Block]:
             "strategy.",
             "bold red",
         )
-        yield Text(missed(bought.offers))
+        yield Text(missed(bought))
         return
     best = offers[0]
     cost, tokens = (best.whole, f"{bought.tokens:,}") if bought.tokens is not None else (best.million, "a million")
@@ -50,6 +54,8 @@ def blocks(bought: Bought, explain: bool = False) -> Iterator[Block]:
     which = f"Cheapest of {len(offers):,}" if len(offers) > 1 else "The only one"
     yield Text(f"{which}{f' ({asked})' if asked else ''}: {_named(best)}{price}.", "bold green")
     yield _table(bought)
+    if any(offer.count > 1 for offer in offers):
+        yield Text("Of several cards, GiB are of each, prices and times of all together.")
     yield Text(_basis(offers))
     yield Text(_prices(offers))
     for note in dict.fromkeys(offer.pace.note for offer in offers if offer.pace and offer.pace.note):
@@ -59,17 +65,23 @@ def blocks(bought: Bought, explain: bool = False) -> Iterator[Block]:
         yield Pairs(list(_sources(offers)))
 
 
-def missed(offers: Offers) -> str:
+def missed(bought: Bought) -> str:
     """What comes nearest, and by how much it misses."""
-    miss = offers.nearest
-    if miss is None and not offers.considered:
+    miss, answer = bought.offers.nearest, bought.nearest
+    if miss is not None and answer is not None:
+        text = f"The nearest is {_card(miss.gpu.name, miss.count, miss.strategy)}: {state(answer)}"
+        if not lacks(bought):
+            return f"{text}; --tight would take it."
+        return f"{text}; {gib(lacks(bought))} too few." if bought.demand.headroom else f"{text}."
+    if not bought.offers.considered:
         return "No such card has a dated price that low; raise --max-price or leave it out."
-    if miss is None:
-        return "None of them can run it, whatever memory they have."
-    name = _card(miss.gpu.name, miss.count, miss.strategy)
-    if miss.lacks > 0:
-        return f"The nearest: {name}, which lacks {gib(miss.lacks)}{' on each' if miss.count > 1 else ''}."
-    return f"The nearest: {name}, which is only tight (--tight would take it)."
+    return "None of them can run it, whatever memory they have."
+
+
+def lacks(bought: Bought) -> int:
+    """The bytes by which the nearest misses, on each card."""
+    headroom = bought.nearest.verdict.headroom if bought.nearest else None
+    return max(0, bought.demand.headroom - (headroom or 0))
 
 
 def _named(offer: Offer) -> str:
@@ -117,14 +129,15 @@ def _basis(offers: Sequence[Offer]) -> str:
     if not paced:
         return "The catalogue has no rate for these cards, so no time and no cost a token."
     paces = [pace for _, pace in paced]
-    measured = dict.fromkeys(name for name, pace in paced if pace.products.basis != "assumed")
-    known = f"; that of products was measured on cards like {', '.join(measured)}" if measured else ""
+    measured = list(dict.fromkeys(name for name, pace in paced if pace.basis == "measured"))
+    every = len(measured) == len({name for name, _ in paced})
+    basis = "measured" if every else (f"assumed ({', '.join(measured)}: measured)" if measured else "assumed")
     products, attention = _share([p.products for p in paces]), _share([p.attention for p in paces])
     launch = paces[0].launch
     return (
-        f"Times are counted operations and bytes at assumed rates: {products} of the card's peak for products, "
+        f"Times are counted operations and bytes at {basis} rates: {products} of the card's peak for products, "
         f"{attention} for attention, {_share([p.bandwidth for p in paces])} of its bandwidth for all else, "
-        f"{launch.low} to {launch.high} µs of the host for a kernel{known}."
+        f"{launch.low} to {launch.high} µs of the host for a kernel."
     )
 
 
@@ -164,8 +177,14 @@ def dump(bought: Bought) -> dict[str, Any]:
         "offers": [_offer(offer) for offer in bought.offers.offers],
         "considered": bought.offers.considered,
         "nearest": None
-        if miss is None
-        else {"gpu": miss.gpu.name, "count": miss.count, "strategy": miss.strategy, "lacks": miss.lacks},
+        if miss is None or bought.nearest is None
+        else {
+            "gpu": miss.gpu.name,
+            "count": miss.count,
+            "strategy": miss.strategy,
+            **figures(bought.nearest),
+            "lacks": lacks(bought),
+        },
         "tokens": bought.tokens,
     }
 
@@ -206,9 +225,11 @@ def rows(bought: Bought) -> list[dict[str, object]]:
     """For CSV: a row an offer; where there is none, what comes nearest."""
     offers, miss = bought.offers.offers, bought.offers.nearest
     asked = bought.tokens is not None
-    if not offers and miss is not None:
-        row = _row(miss.gpu.name, miss.count, miss.strategy, "does not fit" if miss.lacks > 0 else "tight")
-        return [{**row, "headroom": -miss.lacks, **_costs("million", None), **(_costs("whole", None) if asked else {})}]
+    if not offers and miss is not None and bought.nearest is not None:
+        answer = bought.nearest
+        row = _row(miss.gpu.name, miss.count, miss.strategy, str(answer.verdict.answer))
+        row |= {"used": answer.bytes.used, "headroom": answer.verdict.headroom or 0}
+        return [{**row, **_costs("million", None), **(_costs("whole", None) if asked else {})}]
     return [
         {
             **_row(offer.gpu.name, offer.count, offer.strategy, str(offer.answer.verdict.answer)),

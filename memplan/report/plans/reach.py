@@ -31,7 +31,6 @@ class Far(NamedTuple):
         return [] if self.reach.answer is None else [self.reach.answer]
 
 
-_NAMES = {"batch": "batch", "sequence": "tokens", "rank": "rank", "model": "model"}
 _NONE = {"batch": "no batch", "sequence": "no sequence", "rank": "no rank", "model": "no bundled model"}
 _ENDS = {
     "positions": "the model has no more positions",
@@ -51,7 +50,9 @@ def value(reach: Reach) -> str:
 def _called(axis: str, value: int | str) -> str:
     if isinstance(value, str):
         return value
-    return f"{value:,} tokens" if axis == "sequence" else f"{_NAMES[axis]} {value:,}"
+    if axis == "sequence":
+        return f"{value:,} token{'s' if value > 1 else ''}"
+    return f"{axis} {value:,}"
 
 
 def ends(reach: Reach) -> str:

@@ -26,7 +26,8 @@ def state(answer: Estimate) -> str:
     if answer.gpu is None or headroom is None:
         return f"{used} GiB used"
     left = f"{tenths(headroom)} free" if headroom >= 0 else f"{tenths(-headroom)} too much"
-    return f"{answer.verdict.answer}, {used} of {tenths(answer.gpu.usable)} GiB used, {left}"
+    each = " on each" if answer.gpu.count > 1 else ""
+    return f"{answer.verdict.answer}, {used} of {tenths(answer.gpu.usable)} GiB used, {left}{each}"
 
 
 def wish(demand: Demand) -> str:
