@@ -146,6 +146,7 @@ def test_markdown_tables_are_whole(case: Planned) -> None:
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in block.splitlines()}) == 1, block
     assert text.count("```") % 2 == 0
+    assert ("```text\nbatch " in text) == (case is BATCH)
 
 
 @pytest.mark.parametrize("case", ROWS.values(), ids=ROWS.keys())
@@ -157,6 +158,8 @@ def test_csv_has_a_row_for_each_and_never_none(case: Planned) -> None:
         assert [(int(row["batch"]), int(row["sequence"])) for row in rows] == list(case.frontier.longest)
     elif isinstance(case, Bought) and case.found:
         assert [int(row["headroom"]) for row in rows] == [a.verdict.headroom for a in case.found]
+        told = dump(case)["offers"]
+        assert [float(row["whole_usd_high"]) for row in rows] == [offer["whole"]["usd"]["high"] for offer in told]
     else:
         assert len(rows) == 1
 
@@ -491,6 +494,9 @@ def test_a_price_that_nothing_has_is_said(plan_: Command) -> None:
     ran = plan_("pythia-70m", "--max-price", "0.0001")
     assert ran.code == 1
     assert "No such card has a dated price that low" in ran.out
+    titles = plan_("pythia-70m", "--max-price", "0.0001", "--format", "csv").out
+    assert titles.startswith("gpu,count,strategy,verdict,used,headroom,priced,usd_per_hour_low,")
+    assert titles.count("\n") == 1
 
 
 MISTAKES: dict[tuple[str, ...], str] = {

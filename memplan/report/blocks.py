@@ -45,7 +45,7 @@ class Paste(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """What only a terminal can show: its lines on a screen."""
+    """What is drawn with letters: its lines on a screen."""
 
     draw: Callable[[Screen], Iterable[str]]
 
@@ -115,4 +115,4 @@ def _on_page(block: Block) -> Iterator[str]:
                 yield ""
                 yield from (f"```{block.language}", *block.lines, "```")
         case Drawing():
-            return
+            yield from ("```text", *block.draw(Screen()), "```")

@@ -31,7 +31,7 @@ def render(format: str, planned: Planned, explain: bool, to: Screen) -> str:
         case "json":
             return json.dumps(dump(planned), indent=2, ensure_ascii=False) + "\n"
         case "csv":
-            return _csv(_rows(planned))
+            return _csv(*_rows(planned))
         case "markdown":
             return "\n".join(page(_blocks(planned, explain))) + "\n"
         case _:
@@ -82,21 +82,23 @@ def _common(mode: str, answer: Estimate, demand: Demand) -> dict[str, Any]:
     }
 
 
-def _rows(planned: Planned) -> list[dict[str, object]]:
+def _rows(planned: Planned) -> tuple[list[str], list[dict[str, object]]]:
+    """Titles, and rows under them."""
     match planned:
         case Far():
-            return reach.rows(planned)
+            rows = reach.rows(planned)
         case Rungs():
-            return ladder.rows(planned)
+            rows = ladder.rows(planned)
         case Bought():
             return offers.rows(planned)
         case Levers() | Advised():
             raise AssertionError("changes have parts, and are no rows")
+    return list(rows[0]), rows
 
 
-def _csv(rows: list[dict[str, object]]) -> str:
+def _csv(titles: list[str], rows: list[dict[str, object]]) -> str:
     out = StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(out, titles, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()

@@ -14,7 +14,7 @@ from memplan.report.blocks import Block, Heading, Pairs, Table, Text
 from memplan.report.plans.words import duration, figures, span, state, wish
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
-from memplan.speed import Cost, Range
+from memplan.speed import Cost, Hourly, Range
 from memplan.units import gib
 
 
@@ -221,48 +221,37 @@ def _cost(cost: Cost | None) -> dict[str, Any] | None:
     }
 
 
-def rows(bought: Bought) -> list[dict[str, object]]:
-    """For CSV: a row an offer; where there is none, what comes nearest."""
+def rows(bought: Bought) -> tuple[list[str], list[dict[str, object]]]:
+    """For CSV: titles, and a row an offer; where there is none, what comes nearest."""
     offers, miss = bought.offers.offers, bought.offers.nearest
-    asked = bought.tokens is not None
     if not offers and miss is not None and bought.nearest is not None:
-        answer = bought.nearest
-        row = _row(miss.gpu.name, miss.count, miss.strategy, str(answer.verdict.answer))
-        row |= {"used": answer.bytes.used, "headroom": answer.verdict.headroom or 0}
-        return [{**row, **_costs("million", None), **(_costs("whole", None) if asked else {})}]
-    return [
-        {
-            **_row(offer.gpu.name, offer.count, offer.strategy, str(offer.answer.verdict.answer)),
-            "used": offer.answer.bytes.used,
-            "headroom": offer.answer.verdict.headroom or 0,
-            **_range("usd_per_hour", (offer.price.low, offer.price.high) if offer.price else None),
-            "priced": offer.price.date if offer.price else "",
-            **_range("step_seconds", _ends(offer.pace.seconds) if offer.pace else None),
-            **_costs("million", offer.million),
-            **(_costs("whole", offer.whole) if asked else {}),
-        }
-        for offer in offers
-    ]
+        offers = (Offer(miss.gpu, miss.count, miss.strategy, bought.nearest, None, None, None, None),)
+    whole = ("whole_seconds", "whole_usd") if bought.tokens is not None else ()
+    ranges = ("usd_per_hour", "step_seconds", "million_seconds", "million_usd", *whole)
+    titles = ["gpu", "count", "strategy", "verdict", "used", "headroom", "priced"]
+    titles += [f"{name}_{end}" for name in ranges for end in ("low", "high")]
+    return titles, [_row(offer, ranges) for offer in offers]
 
 
-def _row(gpu: str, count: int, strategy: str, verdict: str) -> dict[str, object]:
-    """The start of a row; what the rest of it is called."""
-    start: dict[str, object] = {"gpu": gpu, "count": count, "strategy": strategy, "verdict": verdict}
-    rest = ("used", "headroom", "usd_per_hour_low", "usd_per_hour_high", "priced", "step_seconds_low")
-    return {**start, **dict.fromkeys((*rest, "step_seconds_high"), "")}
-
-
-def _costs(name: str, cost: Cost | None) -> dict[str, object]:
-    return {
-        **_range(f"{name}_seconds", _ends(cost.seconds) if cost else None),
-        **_range(f"{name}_usd", _ends(cost.usd) if cost and cost.usd else None),
+def _row(offer: Offer, ranges: Sequence[str]) -> dict[str, object]:
+    """One offer, flat. What is not known is left out."""
+    found: dict[str, Hourly | Range | None] = {
+        "usd_per_hour": offer.price,
+        "step_seconds": offer.pace.seconds if offer.pace else None,
+        "million_seconds": offer.million.seconds if offer.million else None,
+        "million_usd": offer.million.usd if offer.million else None,
+        "whole_seconds": offer.whole.seconds if offer.whole else None,
+        "whole_usd": offer.whole.usd if offer.whole else None,
     }
-
-
-def _ends(of: Range) -> tuple[float, float]:
-    return of.low, of.high
-
-
-def _range(name: str, of: tuple[float, float] | None) -> dict[str, object]:
-    low, high = of or ("", "")
-    return {f"{name}_low": low, f"{name}_high": high}
+    known = {name: of for name in ranges if (of := found[name]) is not None}
+    return {
+        "gpu": offer.gpu.name,
+        "count": offer.count,
+        "strategy": offer.strategy,
+        "verdict": offer.answer.verdict.answer,
+        "used": offer.answer.bytes.used,
+        "headroom": offer.answer.verdict.headroom,
+        "priced": offer.price.date if offer.price else "",
+        **{f"{name}_low": of.low for name, of in known.items()},
+        **{f"{name}_high": of.high for name, of in known.items()},
+    }
