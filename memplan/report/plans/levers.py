@@ -47,7 +47,7 @@ def blocks(levers: Levers, explain: bool = False) -> Iterator[Block]:
 def _ways(plan: Plan, asked: str, explain: bool) -> Iterator[Block]:
     many = len(plan.proposals)
     ways = f"{many} ways to make it fit" if many > 1 else "One way to make it fit"
-    first = ", those that change the result least first" if many > 1 else ""
+    first = ", those that change the result least first, more GPUs last" if many > 1 else ""
     yield Text(f"{ways}{f' ({asked})' if asked else ''}{first}.")
     for n, proposal in enumerate(plan.proposals):
         number = f"{n + 1}. " if many > 1 else ""
