@@ -219,7 +219,7 @@ class Estimate:
         return self._usage.least
 
     def told(self, usable: int) -> bool | None:
-        """Whether a card of the same kind with so many usable bytes holds the run, as far as bounds tell that."""
+        """Whether a card of the same kind with so many usable bytes surely holds the run, as far as bounds tell."""
         return self._usage.told(usable)
 
     @property

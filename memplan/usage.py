@@ -128,9 +128,10 @@ class Usage:
         return self._lives_in(room(self._gpu.usable, self._beside).sure) if told is None else told
 
     def told(self, usable: int) -> bool | None:
-        """Whether the run fits a card with so many usable bytes, as far as bounds tell; None where a replay has to."""
-        sure, possible = room(usable, self._beside)
-        if self.allocated > possible:
+        """Whether the run surely fits a card with so many usable bytes, as far as bounds tell; None where a replay has
+        to."""
+        sure = room(usable, self._beside).sure
+        if self.allocated > sure:
             return False
         return True if self.enough <= sure else None
 
@@ -141,8 +142,7 @@ class Usage:
 
     @cached_property
     def _possible(self) -> bool:
-        assert self._gpu is not None
-        return self._lives_in(room(self._gpu.usable, self._beside).possible)
+        return self._gpu is not None and self._lives_in(room(self._gpu.usable, self._beside).possible)
 
     @cached_property
     def used(self) -> int:

@@ -174,7 +174,7 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
     from memplan.errors import SpecError
     from memplan.gpus import find_gpu
     from memplan.planning.search import Demand
-    from memplan.units import gib, size_of
+    from memplan.units import size_of
 
     demand = Demand("tight" in given, size_of(given["headroom"], "headroom") if "headroom" in given else 0)
     if mode == "buy":
@@ -186,10 +186,7 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
         raise SpecError(f"{asks}: what fits depends on the card; name one with --gpu", asks)
     if given.get("max") == "rank" and run.method.kind not in ADAPTERS:
         raise SpecError(f"max: method.kind {run.method.kind} has no rank; {', '.join(ADAPTERS)} have", "max")
-    gpu = find_gpu(run.gpu)
-    if demand.headroom >= gpu.usable:
-        has = f"{gpu.title} has {gib(gpu.usable)} usable"
-        raise SpecError(f"headroom: {gib(demand.headroom)} cannot be left free, {has}", "headroom")
+    demand.check(find_gpu(run.gpu))
     return demand
 
 

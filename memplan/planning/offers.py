@@ -121,7 +121,7 @@ def offers(
     """
     bare = with_fields(run.model_copy(update={"gpu": None}), spread(run, 1, _ALONE))
     estimate(bare)
-    kinds = _Kinds(bare)
+    kinds = _Kinds(bare, demand)
     queue: list[tuple[tuple[float, float, float, str], int, _Choice, Iterator[_Choice]]] = []
     numbers = itertools.count()
 
@@ -166,15 +166,16 @@ class _Choice(NamedTuple):
 class _Kinds:
     """The run on cards of each kind: those that share a compute capability share its kernels, and so its tensors."""
 
-    def __init__(self, run: RunSpec) -> None:
+    def __init__(self, run: RunSpec, demand: Demand) -> None:
         self._run = run
+        self._demand = demand
         self._answers: dict[tuple[tuple[int, int] | None, int, str], Estimate | None] = {}
         self._works: dict[tuple[int, int] | None, Work | None] = {}
         self.considered = 0
         self.nearest: Miss | None = None
 
     def told(self, gpu: GPU, count: int, strategy: str) -> bool | None:
-        """Whether bounds tell that the run fits; None where they do not."""
+        """Whether bounds tell that the demand is met; None where they do not."""
         self.considered += 1
         key = (gpu.compute_capability, count, strategy)
         if key not in self._answers:
@@ -182,8 +183,8 @@ class _Kinds:
         answer = self._answers[key]
         if answer is None:
             return False
-        told = answer.told(gpu.usable)
-        lacks = answer.least - gpu.usable
+        told = self._demand.told(answer, gpu.usable)
+        lacks = answer.least + self._demand.headroom - gpu.usable
         if told is False and (self.nearest is None or lacks < self.nearest.lacks):
             self.nearest = Miss(gpu, count, strategy, lacks)
         return told

@@ -197,10 +197,9 @@ def plan(
     answer = estimate(run, calibration)
     if answer.gpu is None:
         raise SpecError("gpu: what fits depends on it; name one", "gpu")
-    if not 0 <= headroom < answer.gpu.usable:
-        has = f"{answer.gpu.name} has {answer.gpu.usable:,} usable bytes"
-        raise SpecError(f"headroom: {headroom:,} bytes cannot be left free, {has}", "headroom")
-    trials = Trials(run, Demand(tight, headroom), calibration)
+    demand = Demand(tight, headroom)
+    demand.check(find_gpu(answer.gpu.name))
+    trials = Trials(run, demand, calibration)
     levers = levers_of(answer.run)
     found: list[Set] = [] if trials.fits(()) else cheapest(trials, levers, most)
     return Plan(trials, levers, tuple(Proposal(trials, pulled) for pulled in ranked(found, levers)))

@@ -3,7 +3,7 @@ batch and sequence, and the GPUs that hold it.
 
 Answers are found by asking `estimate` again, with the machine's own profile where there is one. What is allocated only
 grows with batch, sequence and rank, so bisection finds where it ends; what torch reserves beyond may jump by a block,
-so that a few values beyond are looked at too.
+so that values beyond are looked at too, up to where the tensors alone are too many.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 AXES = ("batch", "sequence", "rank", "model")
 _FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
 _MOST = 2**32  # nothing beyond is looked for: without it a run that takes no memory would have no end
-_AHEAD = 8  # values beyond the first that does not fit: what is reserved may jump up and down again
+_LOOKS = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1)}
+# Values looked at beyond the first that does not fit, for what is reserved may jump up and down again: so many at most,
+# and where there are more, multiples of so many.
 
 
 class Reach(NamedTuple):
@@ -50,12 +52,12 @@ class Reach(NamedTuple):
 
 def largest_batch(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
     """The largest `batch.micro` that the run's GPU holds, all else as it is; 0 where none does."""
-    return _largest(_tried(run, "batch", calibration), demand)
+    return _largest(_tried(run, "batch", calibration), demand, *_LOOKS["batch"])
 
 
 def largest_sequence(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
     """The largest `batch.sequence` that the run's GPU holds, all else as it is; 0 where none does."""
-    return _largest(_tried(run, "sequence", calibration), demand)
+    return _largest(_tried(run, "sequence", calibration), demand, *_LOOKS["sequence"])
 
 
 def reach(run: RunSpec, axis: str, demand: Demand = FITS, calibration: Calibration | None = None) -> Reach:
@@ -72,7 +74,7 @@ def reach(run: RunSpec, axis: str, demand: Demand = FITS, calibration: Calibrati
     if axis == "rank" and run.method.kind not in ADAPTERS:
         raise SpecError(f"method.rank: method.kind {run.method.kind} has no adapters", "method.rank")
     tried = _tried(run, axis, calibration)
-    value = _largest(tried, demand, _AHEAD)
+    value = _largest(tried, demand, *_LOOKS[axis])
     beyond = tried(value + 1) if value < _MOST else None
     ends = {"batch": "nothing", "sequence": "positions", "rank": "rank"}
     return Reach(axis, value, tried(value) if value else None, beyond, "memory" if beyond else ends[axis])
@@ -93,12 +95,30 @@ def _tried(run: RunSpec, axis: str, calibration: Calibration | None) -> Callable
     return tried
 
 
-def _largest(tried: Callable[[int], Estimate | None], demand: Demand, ahead: int = 0) -> int:
+def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int, multiple: int) -> int:
+    """The largest value that meets the demand, see `_LOOKS`."""
+
     def holds(n: int) -> bool:
         answer = tried(n)
         return answer is not None and demand.met(answer)
 
-    low, high = 0, 1
+    def may(n: int) -> bool:
+        answer = tried(n)
+        return answer is not None and answer.gpu is not None and demand.told(answer, answer.gpu.usable) is not False
+
+    low = _last(holds, 0)
+    if not low or low >= _MOST:
+        return low
+    end = _last(may, low)  # allocated bytes rule out everything beyond
+    step = max(1, -(-(end - low) // looks))
+    step = -(-step // multiple) * multiple if step > 1 else 1
+    further = next((n for n in range(end // step * step, low, -step) if holds(n)), low)
+    return low if further == low else _last(holds, further)
+
+
+def _last(holds: Callable[[int], bool], low: int) -> int:
+    """From a value that holds, or 0, the last before one that does not, found by doubling and halving."""
+    high = 2 * low or 1
     while holds(high):
         if high >= _MOST:
             return high
@@ -106,8 +126,7 @@ def _largest(tried: Callable[[int], Estimate | None], demand: Demand, ahead: int
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
-    further = next((n for n in range(low + ahead + 1, low + 1, -1) if holds(n)), None) if low else None
-    return low if further is None else further
+    return low
 
 
 def _largest_model(run: RunSpec, demand: Demand, calibration: Calibration | None) -> Reach:

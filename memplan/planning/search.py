@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Estimate
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
+from memplan.gpus import GPU
 from memplan.planning.levers import Lever, levers_of, pull, sequence_of
 from memplan.spec import RunSpec
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -37,8 +39,21 @@ class Demand(NamedTuple):
             return False
         if not self.headroom:
             return True
-        told = answer.told(answer.gpu.usable - self.headroom)  # spares a replay where bounds suffice
-        return (answer.verdict.headroom or 0) >= self.headroom if told is None else told
+        left = answer.gpu.usable - self.headroom
+        return answer.least <= left and (answer.verdict.headroom or 0) >= self.headroom  # spares replays
+
+    def told(self, answer: Estimate, usable: int) -> bool | None:
+        """Whether the demand is met on a card of the answer's kind with so many usable bytes, as far as bounds tell."""
+        left = usable - self.headroom
+        if self.tight or self.headroom:  # a run may live in less than it shows, and show less than it might
+            return False if answer.least > left else None
+        return answer.told(left)
+
+    def check(self, gpu: GPU) -> None:
+        """Raise SpecError where the headroom is more than the card has."""
+        if not 0 <= self.headroom < gpu.usable:
+            has = f"{gpu.title} has {gib(gpu.usable)} usable"
+            raise SpecError(f"headroom: {gib(self.headroom)} cannot be left free, {has}", "headroom")
 
 
 FITS = Demand()
