@@ -107,6 +107,8 @@ def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int
         return answer is not None and answer.gpu is not None and demand.told(answer, answer.gpu.usable) is not False
 
     low = _last(holds, 0)
+    if multiple > 1 and low:  # halving among round values alone may end elsewhere
+        low = max(low, multiple * _last(lambda n: holds(multiple * n), low // multiple))
     if not low or low >= _MOST:
         return low
     end = _last(may, low)  # allocated bytes rule out everything beyond
