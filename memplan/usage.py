@@ -128,12 +128,13 @@ class Usage:
         return self._lives_in(room(self._gpu.usable, self._beside).sure) if told is None else told
 
     def told(self, usable: int) -> bool | None:
-        """Whether the run surely fits a card with so many usable bytes, as far as bounds tell; None where a replay has
-        to."""
+        """Whether the run surely fits a card with so many usable bytes, as far as bounds tell, and a replay if one was
+        made; None where another has to."""
         sure = room(usable, self._beside).sure
         if self.allocated > sure:
             return False
-        return True if self.enough <= sure else None
+        held: int = vars(self).get("_roomy", self.enough)
+        return True if min(held, self.enough) <= sure else None
 
     @property
     def least(self) -> int:

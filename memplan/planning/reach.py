@@ -9,6 +9,7 @@ so that values beyond are looked at too, up to where the tensors alone are too m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Estimate
@@ -219,11 +220,23 @@ class Holding(NamedTuple):
 def holding(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:
     """Every catalogued GPU that holds the run, or of one vendor every one, least memory first. Asked as needed."""
     weights = estimate(run.model_copy(update={"gpu": None})).phases[0].peak  # loaded on any card
-    for gpu in sorted(all_gpus(), key=lambda gpu: (gpu.usable, gpu.name)):
-        if gpu.usable >= weights and vendor in ("", gpu.vendor):
-            try:
-                answer = estimate(run.model_copy(update={"gpu": gpu.name}), calibration)
-            except MemplanError:  # flash attention on a card that is too old, say
-                continue
-            if answer.verdict.answer in ("fits", "tight"):
-                yield Holding(gpu, str(answer.verdict.answer))
+    cards = sorted(all_gpus(), key=lambda gpu: (gpu.usable, gpu.name))
+    largest = {gpu.compute_capability: gpu for gpu in cards}  # cards of one kind run the same kernels
+
+    @cache
+    def on(gpu: GPU) -> Estimate | None:
+        try:
+            return estimate(run.model_copy(update={"gpu": gpu.name}), calibration)
+        except MemplanError:  # flash attention on a card that is too old, say
+            return None
+
+    for gpu in cards:
+        kind = on(largest[gpu.compute_capability])
+        if kind is None or gpu.usable < weights or vendor not in ("", gpu.vendor):
+            continue
+        if calibration is None and kind.bytes.used and kind.told(gpu.usable):  # its replay tells of the others
+            yield Holding(gpu, "fits")
+            continue
+        answer = on(gpu)
+        if answer is not None and answer.verdict.answer in ("fits", "tight"):
+            yield Holding(gpu, str(answer.verdict.answer))
