@@ -1,6 +1,7 @@
-"""How much is compared: all golden traces, and the suite of a card, where the libraries that trace are installed.
+"""How much is compared: everything where the libraries that trace are installed.
 
-Without them every sixteenth trace is, so that the tests stay short where torch is not.
+Without them every sixteenth golden trace is, and of other lists and of drawn examples a few, so that the tests stay
+short where torch is not.
 """
 
 from __future__ import annotations
@@ -16,5 +17,10 @@ ALL = pytest.mark.skipif(not COMPLETE, reason="takes long, and is done where tor
 Row = TypeVar("Row")
 
 
-def sampled(rows: Sequence[Row]) -> list[Row]:
-    return list(rows if COMPLETE else rows[::16])
+def sampled(rows: Sequence[Row], every: int = 16) -> list[Row]:
+    return list(rows if COMPLETE else rows[::every])
+
+
+def examples(most: int) -> int:
+    """How many examples hypothesis draws."""
+    return most if COMPLETE else max(1, most // 4)

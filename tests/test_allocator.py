@@ -19,6 +19,7 @@ from memplan.program import PHASES, Structure, frees_gradients, updates_of
 from memplan.resolve import decide
 from memplan.segments import pass_of, segments
 from memplan.usage import reserved
+from tests.sampling import examples
 from tests.test_laws import laws, runs
 
 MIB = 2**20
@@ -164,7 +165,7 @@ def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradi
     assert live == p.gradients
 
 
-@settings(laws, max_examples=5)
+@settings(laws, max_examples=examples(5))
 @given(runs())
 def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run: dict[str, Any]) -> None:
     structure = decide(RunSpec(**run)).structure
@@ -212,7 +213,7 @@ def test_a_run_lives_in_the_bound_that_spares_a_replay(run: dict[str, Any]) -> N
     assert reserved(usage._replay, usage.enough) is not None
 
 
-@settings(laws, max_examples=6)
+@settings(laws, max_examples=examples(6))
 @given(runs())
 def test_a_card_with_room_is_no_limit_and_one_below_the_tensors_does_not_suffice(run: dict[str, Any]) -> None:
     decided = decide(RunSpec(**run))

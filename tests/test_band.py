@@ -16,6 +16,7 @@ from memplan.estimator import walk
 from memplan.resolve import decide
 from memplan.segments import cached_logits, segments
 from memplan.units import MIB
+from tests.sampling import ALL
 
 PUBLISHED = Path(__file__).parent / "golden" / "published.jsonl"
 
@@ -36,6 +37,9 @@ def shortest(errors: list[float]) -> tuple[float, float]:
     inside = min(len(ordered), ceil(COVERAGE * (len(ordered) + 1)))
     ranges = zip(ordered, ordered[inside - 1 :], strict=False)
     return min(ranges, key=lambda ends: ends[1] - ends[0])
+
+
+pytestmark = ALL
 
 
 @pytest.fixture(scope="module")

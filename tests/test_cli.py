@@ -21,6 +21,7 @@ from memplan.cli import METHODS, app
 from memplan.cli.request import FIELDS, spec_of
 from memplan.report.schema import run_schema
 from memplan.spec import Kernels, MethodKind, RunSpec
+from tests.sampling import sampled
 
 COMMAND = get_command(app)
 QLORA = ("qwen2-7b", "--method", "qlora", "--gpu", "3090")
@@ -272,7 +273,7 @@ def test_a_mistake_in_a_file_is_not_left_behind(memplan_: Memplan, tmp_path: Pat
     fails(memplan_("--spec", str(spec), "--method", "full"), 2, "method.rank: method.kind full has no adapters")
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora", "freeze"])
+@pytest.mark.parametrize("method", sampled(["qlora", "full", "lora", "freeze"]))
 def test_an_answers_run_can_be_asked_again_another_way(memplan_: Memplan, tmp_path: Path, method: str) -> None:
     spec = tmp_path / "again.json"
     spec.write_text(json.dumps(run_of(memplan_("qwen2-0.5b", "--method", method, "--json"))))
@@ -744,10 +745,13 @@ def test_a_pipe_gets_no_colour_and_an_encoding_what_it_can_show() -> None:
     assert json.loads(exact.stdout)["ledger"][0]["shape"] == "v·h"
 
 
+LINES = sampled(["qwen2-0.5b", "--version", "--help", "models", "schema", "qwen2-0.5b --json"])
 CLOSED = "import sys\nsys.{0} = None\nfrom memplan.cli import main\nmain()"  # as Python has it after `>&-`
 
 
-@pytest.mark.parametrize("line", ["--version", "--help", "models", "schema", "qwen2-0.5b", "qwen2-0.5b --json"])
+@pytest.mark.parametrize(
+    "line", sampled(["qwen2-0.5b", "--version", "--help", "models", "schema", "qwen2-0.5b --json"])
+)
 def test_a_closed_standard_output_is_nobodys_loss(line: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", CLOSED.format("stdout"), *line.split()], capture_output=True, check=False
@@ -761,7 +765,9 @@ def test_an_error_that_cannot_be_told_has_its_code() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
-@pytest.mark.parametrize("line", ["--version", "--help", "models", "schema", "qwen2-0.5b", "qwen2-0.5b --json"])
+@pytest.mark.parametrize(
+    "line", sampled(["qwen2-0.5b", "--version", "--help", "models", "schema", "qwen2-0.5b --json"])
+)
 def test_a_full_disk_is_one_line(line: str) -> None:
     code = "from memplan.cli import main; main()"
     with Path("/dev/full").open("wb") as full:

@@ -29,6 +29,7 @@ from memplan.report.schema import comparison_model, comparison_schema
 from memplan.report.text import Screen
 from memplan.report.words import times
 from memplan.units import GIB, gib
+from tests.sampling import examples
 from tests.test_calibration import ORIGIN, measurements
 from tests.test_report import conforms
 
@@ -87,7 +88,7 @@ RUNS = st.builds(
 )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(RUNS, RUNS)
 def test_differences_of_categories_and_of_tensors_sum_to_that_of_what_is_allocated(
     one: RunSpec, other: RunSpec

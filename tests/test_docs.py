@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks import accuracy
-from tests.sampling import ALL
+from tests.sampling import ALL, sampled
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,7 +46,8 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-COMMANDS = [b for page in PAGES for b in blocks(page) if b.language == "sh"]
+SHELL = [b for page in PAGES for b in blocks(page) if b.language == "sh"]
+COMMANDS = [b for b in SHELL if b.page == "README.md"] + sampled([b for b in SHELL if b.page != "README.md"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -23,6 +23,7 @@ from memplan.frameworks.command import OPTIONS
 from memplan.frameworks.table import differing
 from memplan.frameworks.table import yaml as in_yaml
 from memplan.spec import RunSpec
+from tests.sampling import examples
 
 ESTIMATE = get_command(app).commands["estimate"]  # type: ignore[attr-defined]
 
@@ -116,13 +117,13 @@ def runs(draw: st.DrawFn) -> RunSpec:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(runs(), runs())
 def test_options_typed_over_a_run_make_it_the_changed_one(asked: RunSpec, changed: RunSpec) -> None:
     assert typed_over(asked, options(asked, changed)) == changed
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(runs())
 def test_no_change_is_nothing_to_write(asked: RunSpec) -> None:
     assert options(asked, asked) == ""
@@ -451,7 +452,7 @@ def test_what_has_no_key_is_said(fields: dict[str, Any], expected: tuple[str, ..
         assert words or not each.note
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(runs(), runs())
 def test_what_is_written_is_yaml_and_says_every_field(asked: RunSpec, changed: RunSpec) -> None:
     for framework, each in zip(FRAMEWORKS, lines(asked, changed)[1:], strict=True):

@@ -15,8 +15,9 @@ from memplan.graph import built
 from memplan.program import PHASES, pass_of, program, run_axes
 from memplan.resolve import decide
 from memplan.sizes import ONE_RUN
+from tests.sampling import examples
 
-laws = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+laws = settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 MODELS = ("llama-3.2-1b", "qwen2-0.5b", "qwen3-0.6b", "phi-4-mini", "granite-3.3-2b")
 KINDS = ("full", "freeze", "lora", "qlora", "dora", "qdora")

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.catalogue.overhead import COVERAGE, SHOWN, cuda_context
 from memplan.gpus import all_gpus
+from tests.sampling import examples
 from tests.tiny import SMALLEST
 
 RUN = RunSpec(model="qwen2-7b", method="qlora", gpu="3090")
@@ -46,7 +47,7 @@ def test_an_answer_has_what_the_contract_says() -> None:
     assert max(p.peak for p in answer.phases) == b.allocated
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 @given(runs)
 def test_a_run_and_its_answer_round_trip_as_json(run: RunSpec) -> None:
     again = RunSpec.model_validate_json(run.model_dump_json())

@@ -23,8 +23,9 @@ from memplan.ranks import pieces
 from memplan.resolve import decide
 from memplan.units import MIB
 from memplan.zero import partition
+from tests.sampling import examples
 
-laws = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+laws = settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 MODELS = ("llama-3.2-1b", "qwen2-0.5b", "qwen3-0.6b", "phi-4-mini", "gemma-3-1b")
 SHARDED = ("fsdp", "fsdp2")

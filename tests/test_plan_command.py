@@ -42,6 +42,7 @@ from memplan.report.plans.words import freed, signed
 from memplan.report.schema import plan_model, plan_schema
 from memplan.report.text import Screen
 from memplan.units import GIB, MIB, amount_of, size_of
+from tests.sampling import examples
 from tests.test_report import conforms
 
 COMMAND = get_command(app)
@@ -608,7 +609,7 @@ def test_the_shell_completes_a_plans_model(capsys: pytest.CaptureFixture[str], m
 # --- sizes ---
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([("", 1), ("KiB", 2**10), ("MiB", MIB), ("GiB", GIB), ("GB", 10**9)]))
 def test_a_size_is_its_number_times_its_unit(n: int, unit: tuple[str, int]) -> None:
     name, size = unit

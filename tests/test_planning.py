@@ -24,8 +24,9 @@ from memplan.planning.reach import AXES, frontier, largest_batch, largest_sequen
 from memplan.spec import changed
 from memplan.speed import cost, pace, work
 from memplan.units import GIB
+from tests.sampling import ALL, examples
 
-few = settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 RUNS = st.fixed_dictionaries(
     {
@@ -131,6 +132,7 @@ def test_the_mildest_of_a_kind_is_proposed_and_sequences_are_as_long_as_they_may
     assert not fits(changed(run, "batch", sequence=tokens + 64))
 
 
+@ALL
 def test_headroom_is_left_free_and_tight_counts_where_it_is_asked() -> None:
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4", batch={"sequence": 512})
     assert plan(run).fits
@@ -235,6 +237,7 @@ def test_reach_says_what_binds() -> None:
     assert rank.value == 128  # k_proj and v_proj of Qwen2-0.5B are 128 x 896
 
 
+@ALL
 def test_the_largest_model_is_the_largest_of_those_that_fit() -> None:
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="gtx-1070-ti")
     found = reach(run, "model")
@@ -261,6 +264,7 @@ def test_reach_refuses_what_cannot_be_asked() -> None:
     assert reach(RunSpec(model="qwen2-72b", gpu="t4"), "batch")[1:3] == (0, None)
 
 
+@ALL
 def test_the_frontier_is_the_longest_sequence_of_every_batch() -> None:
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4")
     found = frontier(run)
@@ -394,6 +398,7 @@ def test_advice_takes_the_first_step_that_fits_and_hides_no_other() -> None:
     assert not fits(changed(found.best.run, "method", rank=2 * largest))
 
 
+@ALL
 def test_where_no_method_does_the_least_other_change_is_looked_for() -> None:
     found = advise(RunSpec(model="qwen2-72b", gpu="t4"))
     assert [step.answer for step in found.steps[:3]] == ["no", "no", "no"]

@@ -22,6 +22,7 @@ from memplan.probe.cuda import Card, Cuda, Phase, Reading, TorchCuda, look, watc
 from memplan.probe.driver import in_use
 from memplan.probe.process import Ended, Here, Measured, here, measure, start
 from memplan.report import probed
+from tests.sampling import ALL
 from tests.tiny import SMALLEST
 
 MIB = 2**20
@@ -232,6 +233,7 @@ def test_a_killed_process_leaves_what_it_had_said() -> None:
     assert [r.phase for r in run.readings] == ["load"]
 
 
+@ALL
 def test_a_process_that_does_not_answer_is_ended_with_what_it_started() -> None:
     run = ended("import subprocess\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])", 2)
     assert (run.outcome, run.phase, run.said) == ("no answer", "forward", "no answer in 2 seconds")

@@ -83,7 +83,7 @@ def test_an_unknown_profile_is_an_error_that_names_near_ones(name: str) -> None:
     assert "transformers-" in str(caught.value) or "litgpt-" in str(caught.value) or "trl-" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES, 4))
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_an_answer_holds_what_was_decided_and_answers_the_same_again(name: str, method: str) -> None:
     answer = estimate(RunSpec(model=model(), method=method, profile=name))

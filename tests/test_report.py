@@ -31,6 +31,7 @@ from memplan.report.text import table as text_table
 from memplan.report.words import assumptions, dtype, hundredths, moment, parts, shape, share, verdict
 from memplan.spec import changed
 from memplan.units import GIB
+from tests.sampling import examples
 
 
 def ask(**fields: Any) -> Estimate:
@@ -602,7 +603,7 @@ def test_the_formats_are_those_of_the_contract() -> None:
 # --- what would fit ---
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=examples(4), deadline=None)
 @given(
     model=st.sampled_from(["qwen2-0.5b", "llama-3.2-1b", "qwen2-7b"]),
     method=st.sampled_from(["full", "lora", "qlora"]),

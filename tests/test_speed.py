@@ -16,7 +16,7 @@ from memplan.catalogue import rates
 from memplan.catalogue.flops import ADDING, CLIPPING
 from memplan.gpus import Price
 from memplan.speed import Hourly, Product, Range, Shares, Work, busy, cost, hourly, limits, pace, ratio, shares, work
-from tests.sampling import ALL, sampled
+from tests.sampling import ALL, examples, sampled
 
 B, S, H, F, V, A, K, D, L = 2, 96, 64, 176, 300, 4, 2, 16, 3
 N = B * S
@@ -316,7 +316,7 @@ def test_every_card_answers_in_order_or_not_at_all(kind: str) -> None:
         assert p.basis in ("measured", "assumed")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.integers(1, 4), st.integers(1, 600), st.integers(1, 64), st.sampled_from(["full", "lora", "qlora"]))
 def test_more_tokens_never_take_less(micro: int, sequence: int, more: int, kind: str) -> None:
     def seconds(b: int, s: int) -> float:

@@ -13,6 +13,7 @@ import memplan
 from memplan import RunSpec, estimate
 from memplan.errors import SpecError
 from memplan.sweep import STEP_PHASES, Grid
+from tests.sampling import examples
 from tests.test_laws import runs
 
 CARDS = ("rtx-3060-12gb", "rtx-4090", "a100-sxm4-80gb", "mi300x", "t4")
@@ -28,7 +29,7 @@ def assert_each_as_estimated(swept: Grid) -> None:
             assert swept.verdict[place] == answer.verdict.answer
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(runs(), st.sampled_from((None, *CARDS)), st.lists(st.integers(1, 40), min_size=1, max_size=3), VALUES)
 def test_a_grid_is_every_run_estimated_alone(
     run: dict[str, Any], gpu: str | None, batches: list[int], sequences: list[int]
