@@ -282,3 +282,11 @@ class Estimate:
 
     def __repr__(self) -> str:
         return f"Estimate({self.asked.model!r}, allocated={self.bytes.allocated}, verdict={self.verdict.answer!r})"
+
+
+def phase_peaks(answer: Estimate) -> dict[str, int]:
+    """The peak of every phase, of all steps."""
+    out: dict[str, int] = {}
+    for phase in answer.phases:
+        out[phase.phase] = max(out.get(phase.phase, 0), phase.peak)
+    return out

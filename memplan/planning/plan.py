@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from memplan.answer import Estimate
+from memplan.answer import Estimate, phase_peaks
 from memplan.catalogue.costs import Cost
 from memplan.errors import SpecError
 from memplan.estimator import estimate
@@ -50,20 +50,13 @@ class Effect(NamedTuple):
 
     @property
     def phases(self) -> dict[str, int]:
-        before, after = (_phase_peaks(answer) for answer in (self.before, self.after))
+        before, after = (phase_peaks(answer) for answer in (self.before, self.after))
         return {phase: n - after[phase] for phase, n in before.items() if n != after[phase]}
 
     @property
     def time(self) -> Time | None:
         """None where the catalogue has no rate for the card."""
         return time_of(self.before, self.after, (self.lever,))
-
-
-def _phase_peaks(answer: Estimate) -> dict[str, int]:
-    out: dict[str, int] = {}
-    for phase in answer.phases:
-        out[phase.phase] = max(out.get(phase.phase, 0), phase.peak)
-    return out
 
 
 def time_of(before: Estimate, after: Estimate, levers: Set) -> Time | None:

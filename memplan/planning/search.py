@@ -9,10 +9,11 @@ first.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from memplan.answer import Estimate
+from memplan.answer import Estimate, phase_peaks
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
 from memplan.gpus import GPU
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from memplan.calibration import Calibration
 
 Set = tuple[Lever, ...]
-_TRIES = 20  # sets of one tier that are tried
+_SETS = 600  # sets of one tier that are thought of
+_TRIES = 20  # and tried
+_SLACK = 110  # hundredths of a card's usable bytes: how far a forecast may be above them
 _STEP = 64  # tokens: a sequence that fits is a multiple of so many
 
 
@@ -106,8 +109,9 @@ def cheapest(trials: Trials, levers: Sequence[Lever], most: int) -> list[Set]:
     tiers = sorted({lever.tier for lever in levers})
     for tier in tiers:
         sets: list[Set] = []
-        for tried, candidate in enumerate(_by_cost(trials, levers, tier)):
-            if tried >= _TRIES or len(sets) >= most:
+        likely = filter(_forecast(trials, levers), islice(_by_cost(trials, levers, tier), _SETS))
+        for candidate in islice(likely, _TRIES):
+            if len(sets) >= most:
                 break
             if not _stronger(candidate, [*found, *sets], levers) and trials.needs(candidate):
                 sets.append(candidate)
@@ -143,6 +147,29 @@ def alone(run: RunSpec, without: Sequence[str] = (), calibration: Calibration | 
         return None
     levers = (lever for lever in levers_of(answer.run) if lever.group not in without)
     return next((trials.answer((lever,)) for lever in levers if trials.fits((lever,))), None)
+
+
+def _forecast(trials: Trials, levers: Iterable[Lever]) -> Callable[[Set], bool]:
+    """Whether a set is worth a try: if its levers save together what they save alone, phase by phase.
+
+    They seldom save more, so that a set which is then still too large is passed over.
+    """
+    base = trials.answer(())
+    assert base is not None
+    assert base.gpu is not None
+    peaks = phase_peaks(base)
+    most = (base.gpu.usable - trials.demand.headroom) * _SLACK // 100
+    answers = {lever: trials.answer((lever,)) for lever in levers}
+    saved = {
+        lever: {phase: peaks[phase] - peak for phase, peak in phase_peaks(answer).items()}
+        for lever, answer in answers.items()
+        if answer is not None
+    }
+
+    def likely(pulled: Set) -> bool:
+        return all(peak - sum(saved[lever][phase] for lever in pulled) <= most for phase, peak in peaks.items())
+
+    return likely
 
 
 def _by_cost(trials: Trials, levers: Sequence[Lever], tier: int) -> Iterator[Set]:
