@@ -16,7 +16,7 @@ from memplan import zero
 from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.record import FREED, Recorded
-from memplan.engine.walk import Variable, size, values
+from memplan.engine.walk import size
 from memplan.graph import built, recorded
 from memplan.program import (
     Program,
@@ -29,7 +29,6 @@ from memplan.program import (
     spends_gradients,
     updates_of,
 )
-from memplan.sizes import Size
 from memplan.units import ITEMSIZE
 
 FEW = 16  # states are few where so many times their bytes are fewer than the weights'
@@ -93,20 +92,19 @@ def _load(structure: Structure, allocator: Allocator) -> None:
             allocator.alloc(held.bytes)
 
 
-def cached_logits(structure: Structure, axes: Mapping[str, Size]) -> Size | int:
-    """What no replay explains, in bytes of a run, or of many: see `memplan.catalogue.overhead.COPIES_AGAIN`."""
+def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
+    """What no replay explains, in bytes: see `memplan.catalogue.overhead.COPIES_AGAIN`."""
     stack, own = built(structure.graph)
     heads = [op for op in stack.after if any("v" in t.shape.split() for t in op.writes)]
     if "cross_entropy" not in structure.graph.fused or len(heads) != 1:
         return 0
     shifted = [key[1] for key in pass_of(structure, later=False).sizes if key[0] == "shifted_rows v"]
     dtype = max(shifted, key=lambda name: ITEMSIZE[name], default="fp32")
-    copy = Variable(("shifted_rows", "v") if shifted else ("b", "s", "v"), 1, ITEMSIZE[dtype])
-    return COPIES_AGAIN * values([copy], {**axes, "v": own["v"]})[0]
+    return COPIES_AGAIN * _bytes("shifted_rows v" if shifted else "b s v", dtype, {**own, **axes})
 
 
-def unexplained(structure: Structure, axes: Mapping[str, Size]) -> Size | int:
-    """Bytes that segments hold beside a replay's, of a run or of many."""
+def unexplained(structure: Structure, axes: Mapping[str, int]) -> int:
+    """Bytes that segments hold beside a replay's."""
     return cached_logits(structure, axes) + streams_apart(structure)
 
 

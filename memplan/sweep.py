@@ -20,9 +20,10 @@ from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
 from memplan.program import PHASES, Program, phase_peaks, program, run_axes
 from memplan.resolve import Decided, check_batch, decide
+from memplan.segments import streams_apart
 from memplan.sizes import ONE_RUN, Arithmetic
 from memplan.spec import RunSpec, changed
-from memplan.usage import enough, resident, room
+from memplan.usage import Room, enough, resident, room
 
 if TYPE_CHECKING:
     import numpy as np
@@ -267,7 +268,10 @@ class _Walk:
             found[phase] = max(found.get(phase, (0, 0)), (bytes_, i))
         self._beside = [(phase, found[phase][0]) for phase in sorted(found, key=lambda phase: found[phase][1])]
         gpu = decided.gpu
-        self._room = None if gpu is None else room(gpu.usable, around_of(decided, calibration))
+        self._room: Room | None = None
+        if gpu is not None:
+            left = room(gpu.usable, around_of(decided, calibration))
+            self._room = left._replace(sure=left.sure - streams_apart(decided.structure))
 
     def over(self, b: NDArray[np.int64], s: NDArray[np.int64], out: _Found) -> None:
         """The runs of a column of batches and a row of sequences."""

@@ -14,7 +14,7 @@ from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, SHOWN_OF_RANKS, 
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
-from memplan.segments import segments, unexplained
+from memplan.segments import segments, streams_apart, unexplained
 from memplan.sizes import ONE_RUN, Arithmetic, Size
 
 if TYPE_CHECKING:
@@ -125,12 +125,12 @@ class Usage:
         if self._gpu is None:
             return False
         told = self.told(self._gpu.usable)
-        return self._lives_in(room(self._gpu.usable, self._beside).sure) if told is None else told
+        return self._lives_in(self._sure(self._gpu.usable)) if told is None else told
 
     def told(self, usable: int) -> bool | None:
         """Whether the run surely fits a card with so many usable bytes, as far as bounds tell, and a replay if one was
         made; None where another has to."""
-        sure = room(usable, self._beside).sure
+        sure = self._sure(usable)
         if self.allocated > sure:
             return False
         held: int = vars(self).get("_roomy", self.enough)
@@ -140,6 +140,10 @@ class Usage:
     def least(self) -> int:
         """No card with fewer usable bytes holds the run."""
         return self._shown(self.allocated, self._beside.low)
+
+    def _sure(self, usable: int) -> int:
+        """What is left for the segments that a replay has, of which other streams' are no part."""
+        return room(usable, self._beside).sure - streams_apart(self._replay.structure)
 
     @cached_property
     def _possible(self) -> bool:

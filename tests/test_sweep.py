@@ -69,6 +69,12 @@ def test_kernels_with_sizes_of_their_own(loss: str, attention: str) -> None:
     assert_each_as_estimated(memplan.grid(run, batch=[2, 3], sequence=[7]))
 
 
+def test_ranks_of_several_gpus_are_answered_too() -> None:
+    parallelism = {"world": 2, "dp": 2, "strategy": "fsdp2"}
+    run = RunSpec(model="llama-3.2-1b", parallelism=parallelism, gpu="rtx-3060-12gb")
+    assert_each_as_estimated(memplan.grid(run, batch=[1, 2, 4], sequence=[512, 2048]))
+
+
 def test_where_a_run_cannot_be_the_arrays_say_so() -> None:
     swept = memplan.grid(RunSpec(model="gpt2", gpu="t4"), sequence=[1024, 1025])
     assert list(swept.allocated) == [estimate(RunSpec(model="gpt2", batch={"sequence": 1024})).bytes.allocated, -1]
