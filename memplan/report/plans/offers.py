@@ -35,23 +35,26 @@ class Bought(NamedTuple):
         return [offer.answer for offer in self.offers.offers]
 
 
+def _choices(bought: Bought) -> str:
+    """How many were looked at."""
+    n = bought.offers.considered
+    return f"{n:,} choices of card, count and strategy" if n > 1 else "one choice of card, count and strategy"
+
+
 def blocks(bought: Bought, explain: bool = False) -> Iterator[Block]:
-    offers, considered = bought.offers.offers, bought.offers.considered
+    offers = bought.offers.offers
     if bought.answer.gpu is not None:
         yield Text(f"As asked: {words.verdict(bought.answer)}.")
     asked = wish(bought.demand)
     if not offers:
-        yield Text(
-            f"Nothing offered runs it{f' ({asked})' if asked else ''}: {considered:,} choices of card, count and "
-            "strategy.",
-            "bold red",
-        )
+        nothing = f"Nothing offered runs it{f' ({asked})' if asked else ''}: {_choices(bought)}."
+        yield Text(nothing, "bold red")
         yield Text(missed(bought))
         return
     best = offers[0]
     cost, tokens = (best.whole, f"{bought.tokens:,}") if bought.tokens is not None else (best.million, "a million")
     price = f", {span(cost.usd)} US dollars for {tokens} tokens" if cost and cost.usd else ""
-    which = f"Cheapest of {len(offers):,}" if len(offers) > 1 else "The only one"
+    which = f"{'Cheapest' if price else 'Fastest'} of {_choices(bought)}"
     yield Text(f"{which}{f' ({asked})' if asked else ''}: {_named(best)}{price}.", "bold green")
     yield _table(bought)
     if any(offer.count > 1 for offer in offers):
