@@ -115,9 +115,13 @@ class Proposal:
     @cached_property
     def effects(self) -> tuple[Effect, ...]:
         """What each lever brings when they are pulled one after another."""
-        answers = [self._trials.answer(self.levers[:n]) for n in range(len(self.levers) + 1)]
-        pairs = zip(self.levers, answers, answers[1:], strict=False)
-        return tuple(Effect(lever, before or self.before, after or self.answer) for lever, before, after in pairs)
+        found: list[Effect] = []
+        before = self.before
+        for n, lever in enumerate(self.levers, 1):
+            after = self._trials.answer(self.levers[:n]) or before  # a lever may need one that follows
+            found.append(Effect(lever, before, after))
+            before = after
+        return tuple(found)
 
     @cached_property
     def time(self) -> Time | None:
@@ -181,9 +185,8 @@ def plan(
 ) -> Plan:
     """The cheapest changes that make the run fit its GPU, with `headroom` bytes free.
 
-    Of every kind of change the mildest that does alone, and for every degree of difference up to `most`
-    sets of several. `tight` counts as fitting
-    where it is asked for. Each proposal was estimated as it stands.
+    Of every kind of change the mildest that does alone, and for every degree of difference in the result up to `most`
+    sets of several. `tight` counts as fitting where it is asked for. Each proposal was estimated as it stands.
 
     Raises SpecError where the run names no GPU, or the headroom is more than the GPU has, and what `estimate` raises.
     """
