@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from memplan.planning.ladder import RUNGS, ladder
 from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, Offer, Wanted, offers, owned
 from memplan.planning.plan import plan, time_of
-from memplan.planning.reach import AXES, frontier, largest_batch, largest_sequence, reach
+from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
+from memplan.planning.search import Demand
 from memplan.spec import changed
 from memplan.speed import cost, pace, work
 from memplan.units import GIB
@@ -86,6 +88,15 @@ def test_every_proposal_fits_and_no_cheaper_single_lever_is_missing(fields: dict
 def test_a_set_needs_every_one_of_its_levers(fields: dict[str, Any]) -> None:
     run = RunSpec(**fields)
     for proposal in plan(run).proposals:
+        for lever in proposal.levers:
+            rest = tuple(other for other in proposal.levers if other is not lever)
+            assert not alone(run, rest), [other.title for other in proposal.levers]
+
+
+def test_no_set_holds_one_that_was_left_out_for_there_were_enough() -> None:
+    batch, kernels = {"micro": 16, "sequence": 1024}, {"checkpointing": "none"}
+    run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4", batch=batch, kernels=kernels)
+    for proposal in plan(run, most=1).proposals:
         for lever in proposal.levers:
             rest = tuple(other for other in proposal.levers if other is not lever)
             assert not alone(run, rest), [other.title for other in proposal.levers]
@@ -218,6 +229,27 @@ def test_the_largest_batch_is_what_an_exhaustive_search_finds(fields: dict[str, 
     assert isinstance(most, int)
     held = [n for n in range(1, 41) if fits(changed(run, "batch", micro=n))]
     assert most > 40 or most == max(held, default=0)
+
+
+@pytest.mark.parametrize(
+    ("held", "looks", "multiple", "most"),
+    [
+        ({*range(1, 11)}, 64, 1, 10),
+        ({*range(1, 11), 13, 17}, 64, 1, 17),  # beyond the first that does not fit
+        ({*range(1, 11), 30}, 64, 1, 10),  # there the tensors alone are too many
+        ({*range(1, 11), 13, 14}, 2, 1, 10),  # two looks: at 20 and 15
+        ({*range(1, 11), 12, 13}, 4, 4, 13),  # looks at multiples of four: at 12, and on from there
+        (set[int](), 64, 1, 0),
+    ],
+)
+def test_what_fits_beyond_the_first_that_does_not_is_found(
+    held: set[int], looks: int, multiple: int, most: int
+) -> None:
+    def tried(n: int) -> Any:
+        gpu = SimpleNamespace(usable=20)
+        return SimpleNamespace(gpu=gpu, fits=n in held, told=lambda usable: False if n > usable else None)
+
+    assert _largest(tried, Demand(), looks, multiple) == most
 
 
 def test_reach_says_what_binds() -> None:
@@ -380,6 +412,14 @@ def test_several_cards_run_what_one_does_not() -> None:
     assert several
     assert all(offer.count in COUNTS and offer.strategy != "none" and offer.answer.fits for offer in several)
     assert all(offer.answer.run.parallelism.world == offer.count for offer in several)
+    row = cost_of("more_gpus")
+    for offer in several:  # each does its part, and all wait for what they send
+        one = pace(work(run.model_copy(update={"gpu": offer.gpu.name})), offer.gpu)
+        assert one is not None
+        assert offer.million is not None
+        assert row.low is not None
+        share = 1_000_000 / (one.tokens * offer.count)
+        assert offer.million.seconds.low == pytest.approx(one.seconds.low * row.low * share)
 
 
 # --- advice ---
