@@ -21,7 +21,9 @@ from memplan.graph import weights_of
 from memplan.program import accumulated_of, division_of, gradients_of, program, reducing_of, resident_of
 from memplan.ranks import pieces
 from memplan.resolve import decide
+from memplan.segments import streams_apart
 from memplan.units import MIB
+from memplan.usage import room
 from memplan.zero import partition
 from tests.sampling import examples
 
@@ -331,3 +333,13 @@ def test_more_gpus_are_never_said_to_hold_less() -> None:
     for strategy in SHARDED:
         peaks = [answer(run, strategy, world).bytes.allocated for world in (2, 4, 8, 16)]
         assert all(more < fewer for fewer, more in pairwise(peaks))
+
+
+def test_what_other_streams_hold_is_kept_free_before_a_run_is_said_to_fit() -> None:
+    parallelism = {"world": 2, "dp": 2, "strategy": "fsdp2"}
+    answer = estimate(RunSpec(model="llama-3.2-1b", parallelism=parallelism, gpu="rtx-3090"))
+    usage = answer._usage
+    apart = streams_apart(usage._replay.structure)
+    assert apart > 0
+    least = next(n for n in range(usage.enough, 2 * usage.enough, 2**20) if answer.told(n))
+    assert room(least - 2**20, usage._beside).sure < usage.enough + apart <= room(least, usage._beside).sure
