@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from memplan.gpus import all_gpus as all_gpus
     from memplan.gpus import find_gpu as find_gpu
     from memplan.models import ModelSpec as ModelSpec
-    from memplan.planning import Plan as Plan
-    from memplan.planning import plan as plan
+    from memplan.planning.plan import Plan as Plan
+    from memplan.planning.plan import plan as plan
     from memplan.spec import RunSpec as RunSpec
     from memplan.sweep import Grid as Grid
     from memplan.sweep import grid as grid
@@ -47,8 +47,8 @@ _NAMES = {
     "find_gpu": "gpus",
     "all_gpus": "gpus",
     "ModelSpec": "models",
-    "Plan": "planning",
-    "plan": "planning",
+    "Plan": "planning.plan",
+    "plan": "planning.plan",
     "RunSpec": "spec",
     "Grid": "sweep",
     "grid": "sweep",

@@ -236,6 +236,8 @@ def _away(low: Lowered, axes: Mapping[str, int]) -> Iterator[tuple[str, str, int
 
 def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
     """Bytes in host memory for a run with these `axes`: of the optimizer, and of checkpoints; not rounded."""
+    if not program.away:
+        return program.host
     numbers = {**built(program.structure.graph)[1], **axes}
 
     def one(shape: str, dtype: str) -> int:

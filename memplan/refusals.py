@@ -25,8 +25,9 @@ def refuse(run: RunSpec) -> None:
         raise SpecError(
             "batch.new_tokens: training generates none, and only training is supported yet", "batch.new_tokens"
         )
-    for refused in _parallelism(run.parallelism):
-        raise refused
+    if run.parallelism != _ONE_GPU:
+        for refused in _parallelism(run.parallelism):
+            raise refused
 
 
 def refuse_parts(

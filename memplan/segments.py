@@ -9,6 +9,7 @@ first would hardly leave it other segments.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from typing import Literal
 
@@ -114,6 +115,11 @@ def streams_apart(structure: Structure) -> int:
     torch's allocator has pools for each stream, and FSDP gathers on streams of its own; the replay has them all in one.
     At most two units are gathered and one reduced at once.
     """
+    return _of_streams(structure) if structure.ranks.world > 1 else 0
+
+
+@lru_cache(maxsize=1024)
+def _of_streams(structure: Structure) -> int:
     found = division_of(structure)
     units = [unit for _, unit in found.units] if found else []
 

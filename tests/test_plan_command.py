@@ -26,11 +26,11 @@ from memplan.cli import app
 from memplan.errors import SpecError
 from memplan.gpus import all_gpus, find_gpu
 from memplan.planning.advice import advise
+from memplan.planning.demand import Demand
 from memplan.planning.ladder import ladder
 from memplan.planning.offers import Wanted, offers, owned
 from memplan.planning.plan import SEVERITIES, plan
 from memplan.planning.reach import frontier, reach
-from memplan.planning.search import Demand
 from memplan.report.plans import Planned, dump, render
 from memplan.report.plans.advice import Advised, least
 from memplan.report.plans.heat import short

@@ -17,12 +17,12 @@ from memplan.catalogue.costs import cost_of
 from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.gpus import all_gpus, find_gpu
 from memplan.planning.advice import advise
+from memplan.planning.demand import Demand
 from memplan.planning.ladder import RUNGS, ladder
 from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, Offer, Wanted, offers, owned
 from memplan.planning.plan import plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
-from memplan.planning.search import Demand
 from memplan.spec import changed
 from memplan.speed import cost, pace, work
 from memplan.units import GIB

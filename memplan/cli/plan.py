@@ -14,8 +14,8 @@ from memplan.cli import Grouped, answered, complete_gpu, format_of, left_out, op
 if TYPE_CHECKING:
     from memplan.answer import Estimate
     from memplan.calibration import Calibration
+    from memplan.planning.demand import Demand
     from memplan.planning.offers import Offers, Owned, Wanted
-    from memplan.planning.search import Demand
     from memplan.report.plans import Planned
     from memplan.spec import RunSpec
 
@@ -173,7 +173,7 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
     from memplan.catalogue.methods import ADAPTERS
     from memplan.errors import SpecError
     from memplan.gpus import find_gpu
-    from memplan.planning.search import Demand
+    from memplan.planning.demand import Demand
     from memplan.units import size_of
 
     demand = Demand("tight" in given, size_of(given["headroom"], "headroom") if "headroom" in given else 0)

@@ -11,11 +11,11 @@ from memplan.answer import Estimate
 from memplan.catalogue.costs import cost_of
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
+from memplan.planning.demand import FITS, Demand
 from memplan.planning.levers import ATTENTION, FIRST, sequence_of, spread, with_fields
 from memplan.planning.offers import Offer, Wanted, offers
 from memplan.planning.plan import Time, time_between
 from memplan.planning.reach import largest_sequence, smaller_models
-from memplan.planning.search import FITS, Demand
 from memplan.spec import Method, RunSpec, changed
 from memplan.units import gib
 

@@ -18,8 +18,8 @@ from memplan.catalogue.costs import cost_of
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
 from memplan.gpus import GPU, all_gpus, find_gpu
+from memplan.planning.demand import FITS, Demand
 from memplan.planning.levers import STRATEGIES, spread, with_fields
-from memplan.planning.search import FITS, Demand
 from memplan.spec import RunSpec
 from memplan.speed import Cost, Hourly, Pace, Range, Work, cost, hourly, pace, work
 

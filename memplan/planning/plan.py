@@ -11,8 +11,9 @@ from memplan.catalogue.costs import Cost
 from memplan.errors import SpecError
 from memplan.estimator import estimate
 from memplan.gpus import find_gpu
+from memplan.planning.demand import Demand
 from memplan.planning.levers import Lever, levers_of
-from memplan.planning.search import Demand, Set, Trials, cheapest, strongest
+from memplan.planning.search import Set, Trials, cheapest, strongest
 from memplan.spec import RunSpec
 from memplan.speed import ratio, work
 

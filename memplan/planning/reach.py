@@ -18,13 +18,13 @@ from memplan.catalogue.methods import ADAPTERS
 from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.estimator import estimate
 from memplan.gpus import GPU, all_gpus
-from memplan.planning.search import FITS, Demand
+from memplan.planning.demand import FITS, Demand
 from memplan.spec import RunSpec, changed
-from memplan.sweep import Grid, grid
 from memplan.units import ITEMSIZE
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
+    from memplan.sweep import Grid
 
 AXES = ("batch", "sequence", "rank", "model")
 _FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
@@ -191,6 +191,8 @@ class Frontier(NamedTuple):
 
 def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Frontier:
     """For batches of one, two, four and so on. Raises as `reach` does."""
+    from memplan.sweep import grid
+
     longest: list[tuple[int, int]] = []
     batch = 1
     while batch <= _MOST:

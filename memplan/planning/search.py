@@ -11,15 +11,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.answer import Estimate, phase_peaks
-from memplan.errors import MemplanError, SpecError
+from memplan.errors import MemplanError
 from memplan.estimator import estimate
-from memplan.gpus import GPU
+from memplan.planning.demand import Demand
 from memplan.planning.levers import Lever, levers_of, pull, sequence_of
 from memplan.spec import RunSpec
-from memplan.units import gib
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -29,38 +28,6 @@ _SETS = 600  # sets of one tier that are thought of
 _TRIES = 20  # and tried
 _SLACK = 110  # hundredths of a card's usable bytes: how far a forecast may be above them
 _STEP = 64  # tokens: a sequence that fits is a multiple of so many
-
-
-class Demand(NamedTuple):
-    """What a plan is to reach: that the run fits, or is no more than `tight`, with `headroom` bytes free."""
-
-    tight: bool = False
-    headroom: int = 0
-
-    def met(self, answer: Estimate) -> bool:
-        if answer.gpu is None or not (answer.fits or (self.tight and answer.verdict.answer == "tight")):
-            return False
-        if not self.headroom:
-            return True
-        left = answer.gpu.usable - self.headroom
-        return answer.least <= left and (answer.verdict.headroom or 0) >= self.headroom  # spares replays
-
-    def told(self, answer: Estimate, usable: int) -> bool | None:
-        """Whether the demand is met on a card of the answer's kind with so many usable bytes, as far as bounds tell."""
-        left = usable - self.headroom
-        if self.tight or self.headroom:  # a run may live in less than it shows, and show less than it might
-            return False if answer.least > left else None
-        return answer.told(left)
-
-    def check(self, gpu: GPU) -> None:
-        """Raise SpecError where the headroom is more than the card has."""
-        if not 0 <= self.headroom < gpu.usable:
-            has = f"{gpu.title} has {gib(gpu.usable)} usable"
-            raise SpecError(f"headroom: {gib(self.headroom)} cannot be left free, {has}", "headroom")
-
-
-FITS = Demand()
-MAY_FIT = Demand(tight=True)
 
 
 class Trials:

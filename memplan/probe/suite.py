@@ -10,8 +10,8 @@ from memplan.answer import Estimate
 from memplan.errors import MemplanError, SpecError, printable
 from memplan.estimator import estimate
 from memplan.gpus import GPU
+from memplan.planning.demand import MAY_FIT
 from memplan.planning.reach import largest_batch
-from memplan.planning.search import MAY_FIT
 from memplan.probe.refusals import settled
 from memplan.probe.rows import identity, lines_of, run_of
 from memplan.spec import RunSpec

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from memplan.answer import Estimate
-from memplan.frameworks import options
 from memplan.planning.reach import holding, largest_batch, largest_sequence
-from memplan.planning.search import alone
 from memplan.report.words import tenths
 from memplan.units import GIB
 
@@ -16,6 +14,9 @@ def help_line(answer: Estimate) -> str:
     """One line on what would make the run fit; empty where it fits, or nearly, or no GPU is asked."""
     if answer.verdict.answer != "does not fit":
         return ""
+    from memplan.frameworks.command import options
+    from memplan.planning.search import alone
+
     run = answer.asked
     own = answer.calibration
     batch, sequence = largest_batch(run, calibration=own), largest_sequence(run, calibration=own)

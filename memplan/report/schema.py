@@ -11,10 +11,10 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 from memplan.answer import ANSWERS, KINDS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
 from memplan.comparison import Comparison, Difference
 from memplan.frameworks import FRAMEWORKS
+from memplan.planning.demand import Demand
 from memplan.planning.offers import Miss
 from memplan.planning.plan import SEVERITIES, Time
 from memplan.planning.reach import AXES
-from memplan.planning.search import Demand
 from memplan.spec import PRECISIONS, MethodKind, RunSpec
 from memplan.speed import Hourly, Range
 

@@ -9,7 +9,7 @@ from io import StringIO
 from typing import Any, TypeAlias
 
 from memplan.answer import SCHEMA_VERSION, Estimate
-from memplan.planning.search import Demand
+from memplan.planning.demand import Demand
 from memplan.report.blocks import Block, page, terminal
 from memplan.report.plans import advice, ladder, levers, offers, reach
 from memplan.report.plans.advice import Advised

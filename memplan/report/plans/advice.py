@@ -9,7 +9,7 @@ from memplan.answer import Estimate
 from memplan.estimator import estimate
 from memplan.frameworks import lines
 from memplan.planning.advice import Advice, Choice, Step
-from memplan.planning.search import Demand
+from memplan.planning.demand import Demand
 from memplan.report import words
 from memplan.report.blocks import Block, Heading, Pairs, Paste, Table, Text
 from memplan.report.plans.words import change_dump, factors, figures, state, time_dump, wish

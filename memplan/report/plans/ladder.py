@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from memplan.answer import Estimate
+from memplan.planning.demand import Demand
 from memplan.planning.ladder import Ladder
 from memplan.planning.plan import SEVERITIES, Effect
-from memplan.planning.search import Demand
 from memplan.report import words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
 from memplan.report.plans.words import change_dump, factors, figures, freed, lever_dump, qualities, signed, state, wish

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from memplan.answer import Estimate
 from memplan.catalogue.rates import Rate
+from memplan.planning.demand import Demand
 from memplan.planning.offers import Offer, Offers
-from memplan.planning.search import Demand
 from memplan.report import words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
 from memplan.report.plans.words import duration, figures, span, state, wish

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from memplan.answer import ANSWERS, Estimate
+from memplan.planning.demand import Demand
 from memplan.planning.reach import Frontier, Reach
-from memplan.planning.search import Demand
 from memplan.report import words
 from memplan.report.blocks import Block, Drawing, Heading, Table, Text
 from memplan.report.plans.heat import heat

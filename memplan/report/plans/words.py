@@ -8,9 +8,9 @@ from typing import Any
 
 from memplan.answer import Estimate
 from memplan.frameworks import lines
+from memplan.planning.demand import Demand
 from memplan.planning.levers import Lever
 from memplan.planning.plan import SEVERITIES, Effect, Proposal, Time
-from memplan.planning.search import Demand
 from memplan.report.blocks import Block, Heading, Pairs, Paste
 from memplan.report.words import hundredths, tenths
 from memplan.spec import RunSpec
