@@ -83,7 +83,7 @@ def together(levers: Sequence[Lever]) -> str:
 
 
 def proposed(proposal: Proposal, asked: RunSpec, number: str, *, explain: bool, full: bool) -> Iterator[Block]:
-    """What one proposal changes, saves and costs; `full` with each framework's lines, `explain` with sources."""
+    """What one proposal changes, saves and costs; `full` with lines to paste for frameworks, `explain` with sources."""
     yield Heading(f"{number}{together(proposal.levers)}: {state(proposal.answer)}")
     several = len(proposal.levers) > 1
     rows: list[tuple[str, str]] = []
@@ -98,6 +98,8 @@ def proposed(proposal: Proposal, asked: RunSpec, number: str, *, explain: bool, 
     rows.append(("options", " ".join(own.lines) if own.lines else own.note))
     if own.lines and own.note:
         rows.append(("", own.note))
+    if not full:
+        rows += [(of.framework, "; ".join(filter(None, (*of.lines, of.note)))) for of in frameworks]
     yield Pairs(rows)
     if full:
         yield from (Paste(of.title, of.lines, of.note) for of in frameworks)
