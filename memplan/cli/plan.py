@@ -79,7 +79,7 @@ def plan(
     ] = False,
     explain: Annotated[
         bool,
-        option("Sources, and every framework's lines for every proposal. Default off.", "--explain", of=PLAN),
+        option("Sources, and lines to paste for every proposal. Default off.", "--explain", of=PLAN),
     ] = False,
     tokens: Annotated[
         str | None, option("Tokens of the whole run, as in 100M or 2e9: their time and cost too.", of=BUYING)
