@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -214,13 +214,17 @@ def _on(run: RunSpec, gpu: GPU, count: int, strategy: str, calibration: Calibrat
         return None
 
 
-def _choices(kinds: _Kinds, gpu: GPU, counts: Iterable[int], wanted: Wanted, tokens: int | None) -> Iterator[_Choice]:
+def _choices(kinds: _Kinds, gpu: GPU, counts: Sequence[int], wanted: Wanted, tokens: int | None) -> Iterator[_Choice]:
     """The counts and strategies that bounds do not rule out, the fewest cards and the least sent first."""
+    most = max(counts)
     for count in counts:
         price = _of_all(hourly(gpu), count)
         if wanted.usd_per_hour is not None and (price is None or price.low > wanted.usd_per_hour):
             continue
         for strategy in STRATEGIES if count > 1 else (_ALONE,):
+            # More ranks never hold more each: what as many as there may be do not hold, fewer do not.
+            if count > 1 and kinds.told(gpu, most, strategy) is False:
+                continue
             if kinds.told(gpu, count, strategy) is not False:
                 yield _choice(kinds.work(gpu), gpu, count, strategy, price, tokens)
                 break
