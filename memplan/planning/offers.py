@@ -171,12 +171,17 @@ class _Kinds:
         self._demand = demand
         self._answers: dict[tuple[tuple[int, int] | None, int, str], Estimate | None] = {}
         self._works: dict[tuple[int, int] | None, Work | None] = {}
-        self.considered = 0
+        self._considered: set[tuple[str, int, str]] = set()
         self.nearest: Miss | None = None
+
+    @property
+    def considered(self) -> int:
+        """How many choices of card, count and strategy were looked at."""
+        return len(self._considered)
 
     def told(self, gpu: GPU, count: int, strategy: str) -> bool | None:
         """Whether bounds tell that the demand is met; None where they do not."""
-        self.considered += 1
+        self._considered.add((gpu.name, count, strategy))
         key = (gpu.compute_capability, count, strategy)
         if key not in self._answers:
             self._answers[key] = _on(self._run, gpu, count, strategy, None)
