@@ -18,6 +18,7 @@ from memplan.catalogue.attention import Wiring
 from memplan.config_classes import BUILT_AS, MODEL_TYPES
 from memplan.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, UnsupportedModelError
 from memplan.models import ModelSpec
+from tests.sampling import sampled
 from tests.tiny import TINY
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "parameters.json").read_text("utf-8"))
@@ -60,7 +61,7 @@ def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
     return kinds, runs
 
 
-@pytest.mark.parametrize("name", sorted(GOLDEN))
+@pytest.mark.parametrize("name", sampled(sorted(GOLDEN), 4))
 def test_a_card_has_exactly_the_parameters_the_model_builds(name: str) -> None:
     golden = GOLDEN[name]
     kinds, layers = counts(load_card(name))
@@ -204,7 +205,7 @@ def is_one_line(text: str, *case: object) -> None:
     assert "\n" not in text, case
 
 
-@pytest.mark.parametrize("model_type", sorted(MODEL_TYPES))
+@pytest.mark.parametrize("model_type", sampled(sorted(MODEL_TYPES), 4))
 def test_no_value_in_any_config_makes_anything_but_one_clear_line(model_type: str) -> None:
     """Each key in turn takes broken values: an answer in whole bytes or a MemplanError, whatever they are."""
     named = (read_card(n)["config"] for n in card_names())

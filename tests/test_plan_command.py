@@ -42,7 +42,7 @@ from memplan.report.plans.words import freed, signed
 from memplan.report.schema import plan_model, plan_schema
 from memplan.report.text import Screen
 from memplan.units import GIB, MIB, amount_of, size_of
-from tests.sampling import examples
+from tests.sampling import examples, sampled
 from tests.test_report import conforms
 
 COMMAND = get_command(app)
@@ -101,7 +101,7 @@ def words_of(text: str) -> str:
 
 
 @every_case
-@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("width", sampled([40, 80, 120], 3))
 @pytest.mark.parametrize("explain", [False, True])
 def test_every_line_fits_the_screen(case: Planned, width: int, explain: bool) -> None:
     text = render("table", case, explain, Screen(width))
