@@ -218,9 +218,10 @@ class Estimate:
         """No card with fewer usable bytes holds the run."""
         return self._usage.least
 
-    def told(self, usable: int) -> bool | None:
-        """Whether a card of the same kind with so many usable bytes surely holds the run, as far as bounds tell."""
-        return self._usage.told(usable)
+    def told(self, usable: int, replayed: bool = False) -> bool | None:
+        """Whether a card of the same kind with so many usable bytes surely holds the run, as far as bounds tell, or
+        with `replayed` one replay for all such cards; None where they do not."""
+        return self._usage.told(usable, replayed)
 
     @property
     def band(self) -> Band:

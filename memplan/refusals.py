@@ -83,7 +83,7 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
 
 # What FSDP and DeepSpeed divide rightly.
 FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
-ZERO = ("zero1", "zero2", "zero3")
+ZERO = tuple(name for name, row in STRATEGIES.items() if row.states and not row.gathers)
 _METHODS = {**dict.fromkeys(FSDP, ("full", "lora", "qlora")), **dict.fromkeys(ZERO, ("full", "lora"))}
 _FLOATS = ("bf16", "fp16", "fp32")
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 STEP_PHASES = ("load", *PHASES, "step")
 FITS, TIGHT, DOES_NOT_FIT = range(len(ANSWERS))
 UNCLEAR, CANNOT_RUN = 3, 4
-_FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
+FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
 _CHUNK = 16384  # runs at a time: what they take stays near the core, and a call is worth its while
 _ONE_CORE = (
     2**17
@@ -144,7 +144,7 @@ def grid(
                 refused = refused or error
     if refused is not None and not (out.allocated >= 0).any():
         raise refused
-    places = [[bisect_left(whole[name], value) for value in axes.get(name) or whole[name]] for name in _FIELDS]
+    places = [[bisect_left(whole[name], value) for value in axes.get(name) or whole[name]] for name in FIELDS]
     swept = tuple(map(len, axes.values()))
 
     def asked(array: NDArray[Any]) -> NDArray[Any]:
@@ -173,13 +173,13 @@ class _Found(NamedTuple):
 
 def _changed(run: RunSpec, values: Mapping[str, int]) -> RunSpec:
     for name, value in values.items():
-        part, field = _FIELDS[name]
+        part, field = FIELDS[name]
         run = changed(run, part, **{field: value})
     return run
 
 
 def _value(run: RunSpec, name: str) -> int:
-    part, field = _FIELDS[name]
+    part, field = FIELDS[name]
     return cast(int, getattr(getattr(run, part), field))
 
 

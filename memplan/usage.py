@@ -127,14 +127,13 @@ class Usage:
         told = self.told(self._gpu.usable)
         return self._lives_in(self._sure(self._gpu.usable)) if told is None else told
 
-    def told(self, usable: int) -> bool | None:
-        """Whether the run surely fits a card with so many usable bytes, as far as bounds tell, and a replay if one was
-        made; None where another has to."""
+    def told(self, usable: int, replayed: bool = False) -> bool | None:
+        """Whether the run surely fits a card with so many usable bytes, as far as bounds tell, and with `replayed` a
+        replay on a card with room, one for any number of cards; None where one with that card's end has to."""
         sure = self._sure(usable)
         if self.allocated > sure:
             return False
-        held: int = vars(self).get("_roomy", self.enough)
-        return True if min(held, self.enough) <= sure else None
+        return True if self.enough <= sure or (replayed and self._roomy <= sure) else None
 
     @property
     def least(self) -> int:

@@ -29,7 +29,9 @@ from memplan.ranks import Ranks
 
 def stage(ranks: Ranks) -> int:
     """1, 2 or 3; 0 where DeepSpeed divides nothing."""
-    return int(ranks.strategy[-1]) if ranks.world > 1 and ranks.strategy.startswith("zero") else 0
+    if ranks.world == 1 or ranks.row.gathers:
+        return 0
+    return ranks.row.states + ranks.row.gradients + ranks.row.parameters
 
 
 def partition(graph: Graph, ranks: Ranks) -> int:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from memplan.catalogue.costs import Cost, cost_of
 from memplan.catalogue.methods import ADAPTERS
+from memplan.catalogue.parallel import STRATEGIES as ROWS
 from memplan.spec import Method, Offload, Precision, Quantization, RunSpec, changed
 
 Fields = tuple[tuple[str, Any], ...]  # paths of a run's fields, and what they are set to
@@ -185,7 +186,7 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
         ("parallelism.strategy", strategy if world > 1 else "none"),
     ]
     q = run.method.quantization
-    if q is not None and world > 1 and strategy.startswith("fsdp"):  # FSDP divides no integers
+    if q is not None and world > 1 and ROWS[strategy].gathers:  # FSDP divides no integers
         stored = Quantization.model_validate({**dict(q), "storage": run.precision.weights})
         fields.append(("method.quantization", stored))
     return tuple(fields)

@@ -11,13 +11,13 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from math import inf
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from memplan.answer import Estimate
 from memplan.catalogue.costs import cost_of
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
-from memplan.gpus import GPU, all_gpus, find_gpu
+from memplan.gpus import GPU, Market, all_gpus, find_gpu
 from memplan.planning.demand import FITS, Demand
 from memplan.planning.levers import STRATEGIES, spread, with_fields
 from memplan.spec import RunSpec
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
 _ALONE = "none"
-MARKETS = ("consumer", "workstation", "data centre", "laptop", "integrated")
+MARKETS: tuple[str, ...] = get_args(Market)
 
 
 class Owned(NamedTuple):

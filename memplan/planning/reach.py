@@ -20,14 +20,13 @@ from memplan.estimator import estimate
 from memplan.gpus import GPU, all_gpus
 from memplan.planning.demand import FITS, Demand
 from memplan.spec import RunSpec, changed
+from memplan.sweep import FIELDS, Grid, grid
 from memplan.units import ITEMSIZE
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
-    from memplan.sweep import Grid
 
-AXES = ("batch", "sequence", "rank", "model")
-_FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
+AXES = (*FIELDS, "model")
 _MOST = 2**32  # nothing beyond is looked for: without it a run that takes no memory would have no end
 _LOOKS = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1)}
 # Values looked at beyond the first that does not fit, for what is reserved may jump up and down again: so many at most,
@@ -85,7 +84,7 @@ def _tried(run: RunSpec, axis: str, calibration: Calibration | None) -> Callable
     """The run with another value of the axis; None where it cannot run (more tokens than learned positions, say)."""
     if run.gpu is None:
         raise SpecError("gpu: what fits depends on it; name one", "gpu")
-    part, field = _FIELDS[axis]
+    part, field = FIELDS[axis]
 
     def tried(value: int) -> Estimate | None:
         try:
@@ -173,9 +172,11 @@ def _usable(run: RunSpec) -> int:
 
 
 def _least_weights(run: RunSpec) -> int:
-    """Fewer bytes than the model's weights take in any case: four bits each where they are quantised."""
+    """No GPU holds fewer bytes of the model's weights: four bits each where they are quantised; its part of them where
+    ranks divide them."""
     parameters = int(find_model(run.model).card["parameters"])
-    return parameters // 2 if run.method.quantization else parameters * ITEMSIZE[run.precision.weights] * 9 // 10
+    whole = parameters // 2 if run.method.quantization else parameters * ITEMSIZE[run.precision.weights]
+    return whole // run.parallelism.world
 
 
 class Frontier(NamedTuple):
@@ -191,8 +192,6 @@ class Frontier(NamedTuple):
 
 def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Frontier:
     """For batches of one, two, four and so on. Raises as `reach` does."""
-    from memplan.sweep import grid
-
     longest: list[tuple[int, int]] = []
     batch = 1
     while batch <= _MOST:
@@ -236,7 +235,7 @@ def holding(run: RunSpec, vendor: str = "", calibration: Calibration | None = No
         kind = on(largest[gpu.compute_capability])
         if kind is None or gpu.usable < weights or vendor not in ("", gpu.vendor):
             continue
-        if calibration is None and kind.bytes.used and kind.told(gpu.usable):  # its replay tells of the others
+        if calibration is None and kind.told(gpu.usable, replayed=True):  # one replay tells of all cards of a kind
             yield Holding(gpu, "fits")
             continue
         answer = on(gpu)
