@@ -18,11 +18,19 @@ from memplan.catalogue.parallel import BUCKET, ELEMENTWISE, FIRST_BUCKET, STRATE
 from memplan.catalogue.parameters import Parameter
 from memplan.errors import SpecError
 from memplan.graph import weights_of
-from memplan.program import accumulated_of, division_of, gradients_of, program, reducing_of, resident_of
+from memplan.program import (
+    accumulated_of,
+    division_of,
+    gradients_of,
+    passing_of,
+    program,
+    reducing_of,
+    resident_of,
+)
 from memplan.ranks import pieces
 from memplan.resolve import decide
 from memplan.segments import streams_apart
-from memplan.units import MIB
+from memplan.units import MIB, rounded
 from memplan.usage import room
 from memplan.zero import partition
 from tests.sampling import examples
@@ -343,3 +351,25 @@ def test_what_other_streams_hold_is_kept_free_before_a_run_is_said_to_fit() -> N
     assert apart > 0
     least = next(n for n in range(usage.enough, 2 * usage.enough, 2**20) if answer.told(n))
     assert room(least - 2**20, usage._beside).sure < usage.enough + apart <= room(least, usage._beside).sure
+
+
+def passing(strategy: str) -> dict[str, int]:
+    """What a rank has in the backward pass beside the moments' tensors, by what it is."""
+    parallelism = {"world": 4, "dp": 4, "strategy": strategy}
+    structure = decide(RunSpec(model="llama-3.2-1b", parallelism=parallelism)).structure
+    return {held.what: held.bytes for held in passing_of(structure, "backward")}
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_a_bucket_of_gradients_is_there_twice_while_it_is_reduced(strategy: str) -> None:
+    half_a_billion = 500_000_000 * 2  # bytes of bf16, fewer than the 1.24 billion that train
+    found = passing(strategy)
+    assert found["bucket as it is reduced"] == rounded(half_a_billion)
+    assert ("bucket of gradients" in found) == (strategy != "zero3")  # there it is throughout
+    assert found.get("bucket of gradients", rounded(half_a_billion)) == rounded(half_a_billion)
+
+
+def test_zero_3_gathers_half_of_what_may_be_live_and_what_it_fetches_ahead() -> None:
+    found = passing("zero3")
+    assert found["gathered weights"] == rounded((1_000_000_000 // 2 + 50_000_000) * 2)
+    assert found["weights as the all-gather writes them"] == rounded(128_256 * 2048 * 2)  # the largest, above 5e7

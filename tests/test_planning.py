@@ -286,7 +286,7 @@ def test_the_largest_model_is_the_largest_of_those_that_fit() -> None:
 @ALL
 def test_ranks_that_divide_the_weights_hold_a_larger_model() -> None:
     alone_ = RunSpec(model="qwen2-0.5b", gpu="gtx-1070-ti")
-    together = changed(alone_, "parallelism", world=8, dp=8, strategy="fsdp2")
+    together = changed(alone_, "parallelism", world=64, dp=64, strategy="fsdp2")
     size = [int(load_card(str(reach(run, "model").value)).card["parameters"]) for run in (alone_, together)]
     assert size[0] * 2 <= find_gpu("gtx-1070-ti").usable < size[1] * 2  # of two bytes each
 
