@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.errors import ConfigError, UnknownNameError, UnsupportedModelError
+from memplan.families import MODULES
 
 _LONGEST = 80  # letters of a name that an error repeats
 
@@ -277,6 +278,8 @@ def family_of(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError("config: no model_type, so not a Hugging Face model config", "model_type")
+    if model_type in MODULES:
+        return model_type
     shown = repr(model_type) if len(model_type) <= _LONGEST else f"{model_type[:_LONGEST]!r}..."
     kinds = dict.fromkeys(kind for key, kind in _KINDS.items() if _says(config, key))
     if not kinds and config.get("text_config"):
@@ -289,7 +292,7 @@ def family_of(config: Mapping[str, Any]) -> str:
             "model_type",
         )
     if model_type not in MODEL_TYPES:
-        nearest = " or ".join(UnknownNameError("model_type", model_type, MODEL_TYPES).nearest)
+        nearest = " or ".join(UnknownNameError("model_type", model_type, (*MODEL_TYPES, *MODULES)).nearest)
         raise UnsupportedModelError(f"model_type: {shown} is not supported yet; did you mean {nearest}?", "model_type")
     for name in _strings(config.get("architectures")):
         if any(head in name for head in _OTHER_HEADS):

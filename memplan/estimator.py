@@ -40,7 +40,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None) -> Estimate:
     return Estimate(
         run,
         decided,
-        Parameters(p.total_parameters, p.trainable_parameters, p.total_parameters),
+        Parameters(p.total_parameters, p.trainable_parameters, p.active_parameters),
         Usage(replay, p, walked.phases[0].peak, top.peak, decided.gpu, around_of(decided, calibration)),
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),

@@ -17,7 +17,7 @@ from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
 from memplan.engine.work import Call, work
-from memplan.ir import Division, Op, Stack, Tensor, Weight
+from memplan.ir import Division, Op, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
 
 
@@ -192,8 +192,7 @@ def attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
 def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
     """The linear layers and embeddings by their path in a layer, with the rows and columns of their matrices."""
     stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
-    operations = [op for run in stack.runs for b in run.blocks for op in b.ops] + [*stack.before, *stack.after]
-    return {op.name: matrix_shape(w, axes) for op in operations for w in op.weights if w.rows}
+    return {op.name: matrix_shape(w, axes) for op in operations(stack) for w in op.weights if w.rows}
 
 
 @lru_cache(maxsize=512)
@@ -205,8 +204,7 @@ def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
 def modules(model: ModelSpec) -> set[str]:
     """The names of the model's modules that have weights."""
     stack = build(model, Wiring("flash", "efficient"))
-    operations = [op for run in stack.runs for b in run.blocks for op in b.ops] + [*stack.before, *stack.after]
-    paths = {w.name.rpartition(".")[0] for op in operations for w in op.weights if w.group != "buffer"}
+    paths = {w.name.rpartition(".")[0] for op in operations(stack) for w in op.weights if w.group != "buffer"}
     return {path.rpartition(".")[2] for path in paths} | {
         op.name.rpartition(".")[2] for op in stack.after if matrix(op)
     }
@@ -221,6 +219,14 @@ def elements(w: Weight, axes: Mapping[str, int]) -> int:
     return prod(_dims(w, axes))
 
 
+def active(w: Weight, axes: Mapping[str, int]) -> int:
+    """How many of a weight's numbers a token uses."""
+    if not w.chosen:
+        return elements(w, axes)
+    every, *rest = _dims(w, axes)
+    return min(every, axes[w.chosen]) * prod(rest)
+
+
 def matrix_shape(w: Weight, axes: Mapping[str, int]) -> tuple[int, int]:
     """Rows and columns of a two-dimensional weight."""
     dims = _dims(w, axes)
@@ -231,12 +237,14 @@ def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:
     """Every weight once, with how many layers have one like it, and the block it is in."""
     stack, axes = built(graph)
     groups: list[tuple[tuple[Op, ...], int, str]] = [(stack.before, 1, "")]
-    groups += [(b.ops, axes[run.times], f"{b.name}.") for run in stack.runs for b in run.blocks]
+    for run in stack.runs:
+        groups.append((run.before, 1, ""))
+        groups += [(b.ops, axes[run.times], f"{b.name}.") for b in run.blocks]
     groups.append(((*stack.after, *stack.loss), 1, ""))
     outside: set[str] = set()
-    for operations, count, where in groups:
+    for some, count, where in groups:
         seen = outside if not where else set[str]()
-        for op in operations:
+        for op in some:
             for w in op.weights:
                 if w.name not in seen:
                     seen.add(w.name)
@@ -305,6 +313,7 @@ def _in_order(graph: Graph) -> Iterator[Weight]:
     outside: set[str] = set()
     yield from _weights(stack.before, outside)
     for run in stack.runs:
+        yield from _weights(run.before, outside)
         blocks = [list(_weights(block.ops, set())) for block in run.blocks]
         for _ in range(axes[run.times]):
             for block in blocks:
@@ -312,8 +321,8 @@ def _in_order(graph: Graph) -> Iterator[Weight]:
     yield from _weights((*stack.after, *stack.loss), outside)
 
 
-def _weights(operations: Iterable[Op], seen: set[str]) -> Iterator[Weight]:
-    for op in operations:
+def _weights(some: Iterable[Op], seen: set[str]) -> Iterator[Weight]:
+    for op in some:
         for w in op.weights:
             if w.name not in seen:
                 seen.add(w.name)

@@ -7,6 +7,7 @@ Axes by letter (Korthikanti et al. 2022, arXiv:2205.05198, where they name one):
 
     b microbatch   s sequence   h hidden      a query heads   k key/value heads   d head dim
     f FFN width    v vocabulary L layers      r LoRA rank     w attention window
+    E experts      e experts a token chooses
 
 A shape is a string of axes and integers, `"b s h"` or `"b s 3 a d"`; the empty string is a scalar. Families may add
 axes of their own (a word such as `rot`), defined where the family turns a config into axes.
@@ -14,6 +15,7 @@ axes of their own (a word such as `rot`), defined where the family turns a confi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # Axes that are another one rounded up, and so never smaller.
@@ -36,14 +38,15 @@ class Weight(NamedTuple):
     """A parameter of the model.
 
     `name` is the path inside its block (`self_attn.q_proj.weight`); `group` is what it is counted under: `embedding
-    attention mlp norm lm_head adapter`, or `buffer` for a constant the model holds. `dtype` is empty until a precision
-    is chosen. A quantised weight is stored as the tensors in `stored` instead.
+    attention mixer mlp router norm vision audio lm_head adapter`, or `buffer` for a constant the model holds. `dtype`
+    is empty until a precision is chosen. A quantised weight is stored as the tensors in `stored` instead.
 
     matrix      the 2-D weight of a linear layer, which adapters and quantisation may take
     rows        how many leading axes of a 2-D weight's shape are its first dimension
     transposed  of a linear layer that stores it input by output, as transformers' Conv1D does
     viewed      of a linear layer of the model's own that reads a view of it: autocast does not keep its cast, and
                 bitsandbytes does not take it
+    chosen      the axis that says how many along the first one a token uses, where it does not use all
     """
 
     name: str
@@ -56,6 +59,7 @@ class Weight(NamedTuple):
     stored: tuple[Tensor, ...] = ()
     transposed: bool = False
     viewed: bool = False
+    chosen: str = ""
 
 
 class Keep(NamedTuple):
@@ -137,14 +141,22 @@ class Block(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`blocks` in sequence, as often as the axis `times` says."""
+    """`blocks` in sequence, as often as the axis `times` says.
+
+    `before`: operations between the run before and this one, outside of any block. They read the output of that one's
+    last block as `x`, and write `stream`, which the first block here reads as `x`; what else they write, all that comes
+    later may read.
+    """
 
     blocks: tuple[Block, ...]
     times: str
+    before: tuple[Op, ...] = ()
 
 
 class Stack(NamedTuple):
     """A model: the operations before the blocks (they write `embeds`), the runs of blocks, the operations after.
+
+    Where there are several streams, an encoder's and a decoder's, runs have operations between them.
 
     `after` reads the last block's output as `x` and ends with the logits, or with the hidden states that a fused
     loss reads; `loss` ends with the tensor `loss`.
@@ -154,6 +166,22 @@ class Stack(NamedTuple):
     runs: tuple[Run, ...]
     after: tuple[Op, ...]
     loss: tuple[Op, ...] = ()
+
+
+def outside(stack: Stack) -> tuple[tuple[Op, ...], ...]:
+    """The operations of the stack outside of blocks, in order, but for the loss."""
+    return (stack.before, *(run.before for run in stack.runs if run.before), stack.after)
+
+
+def operations(stack: Stack) -> Iterator[Op]:
+    """Every operation of the stack in order, of repeated blocks once."""
+    yield from stack.before
+    for run in stack.runs:
+        yield from run.before
+        for block in run.blocks:
+            yield from block.ops
+    yield from stack.after
+    yield from stack.loss
 
 
 class Unit(NamedTuple):

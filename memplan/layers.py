@@ -18,12 +18,17 @@ _WIDEST = 2**21  # a larger width is a mistake
 
 
 class Layer(NamedTuple):
-    """One layer: whether its attention has a window and rotates; its key/value heads and FFN width, 0 for none."""
+    """One layer: whether its attention has a window and rotates; its key/value heads and FFN width, 0 for none.
+
+    `mixer` is what mixes tokens and `ffn` what follows it, in words that a family's facts and its builder share.
+    """
 
     sliding: bool
     rotary: bool
     k: int
     f: int
+    mixer: str = "attention"
+    ffn: str = "dense"
 
 
 class Repeated(NamedTuple):

@@ -11,7 +11,7 @@ from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.states import State
 from memplan.engine.walk import alive, moment_bytes, size, values
 from memplan.graph import Held, built
-from memplan.ir import Stack
+from memplan.ir import Stack, operations
 from memplan.program import (
     PHASES,
     accumulated_of,
@@ -185,9 +185,8 @@ def _dims(shape: str, axes: Mapping[str, int]) -> tuple[int, ...]:
 
 def _keepers(stack: Stack) -> dict[str, str]:
     """Which operation keeps a tensor for whose gradient: of several, the first in the model, which lets go last."""
-    operations = (*stack.before, *(op for r in stack.runs for b in r.blocks for op in b.ops), *stack.after, *stack.loss)
     found: dict[str, str] = {}
-    for op in operations:
+    for op in operations(stack):
         for keep in op.keeps:
             found.setdefault(keep.what, f"kept by {op.name} for the gradient of {keep.of}")
     return found

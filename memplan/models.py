@@ -21,15 +21,32 @@ from memplan.config_classes import (
     family_of,
 )
 from memplan.errors import ConfigError
-from memplan.layers import Repeated, as_json, layers_of, runs_of
+from memplan.families import Family, family
+from memplan.layers import Layer, Repeated, as_json, layers_of, runs_of
 from memplan.spec import FrozenDict, frozen
-
-_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
 
 # The largest value taken for a size: beyond any model that exists, and small enough to be a mistake above it.
 _LIMITS = {"num_hidden_layers": 10_000, "vocab_size": 2**27, "max_position_embeddings": 2**40}
 _LIMIT = 2**21
+
+
+def _dense(model_type: str) -> Family:
+    """A dense decoder, as a family."""
+    return Family(
+        MODEL_TYPES[model_type],
+        OWN_NAMES.get(model_type, {}),
+        built_as=BUILT_AS.get(model_type, ""),
+        positions=model_type in LEARNED_POSITIONS,
+    )
+
+
+def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config: {key} must be a config of its own, not {as_json(value)}", key)
+    return cast(Mapping[str, Any], value)
 
 
 class ModelSpec:
@@ -45,28 +62,32 @@ class ModelSpec:
         """
         self.name = name
         self.card: Mapping[str, Any] = frozen(published or {})
-        family = family_of(config)
-        self.model_type = BUILT_AS.get(family, family)
-        self._defaults = MODEL_TYPES[family]
-        self._names = {**NAMES, **OWN_NAMES.get(family, {})}
-        renamed = {new: config[old] for old, new in RENAMED.get(family, {}).items() if old in config}
-        unread = {"mlp_bias": False} if family in NO_MLP_BIAS else {}
+        model_type = family_of(config)
+        self._family = family(model_type) or _dense(model_type)
+        self.model_type = self._family.built_as or model_type
+        self._defaults = self._family.defaults
+        self._names = {**NAMES, **self._family.names}
+        if self._family.decoder:
+            config = {**config, **_part(config, self._family.decoder), "model_type": model_type}
+        renamed = {new: config[old] for old, new in RENAMED.get(model_type, {}).items() if old in config}
+        unread = {"mlp_bias": False} if model_type in NO_MLP_BIAS else {}
         self.config: FrozenDict = frozen({**self._defaults, **config, **renamed, **unread})
         self._given = frozenset(config)
         sizes = {name: self._size(name) for name in NAMES if name != "hidden_act"}
         tables = ("max_position_embeddings",) if self.model_type in POSITION_TABLES else ()
         ffn = ("intermediate_size",) if any(name in self._defaults for name in self._names["intermediate_size"]) else ()
-        for required in (*_REQUIRED, *tables, *ffn):
+        for required in (*self._family.required, *tables, *ffn):
             if sizes[required] is None:
                 raise ConfigError(f"config: no {' or '.join(self._names[required])}", required)
         self.hidden_size = sizes["hidden_size"] or 0
         self.num_hidden_layers = sizes["num_hidden_layers"] or 0
-        self.num_attention_heads = sizes["num_attention_heads"] or 0
+        self.num_attention_heads = sizes["num_attention_heads"] or 1
         self.num_key_value_heads = self._key_value_heads(sizes["num_key_value_heads"])
         self.vocab_size = sizes["vocab_size"] or 0
         self.intermediate_size = sizes["intermediate_size"] or 4 * self.hidden_size
         self.max_position_embeddings = sizes["max_position_embeddings"]
-        if sizes["head_dim"] is None and self.hidden_size % self.num_attention_heads:
+        divides = sizes["head_dim"] is not None or "num_attention_heads" not in self._family.required
+        if not divides and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"config: num_attention_heads {self.num_attention_heads} does not divide "
                 f"hidden_size {self.hidden_size}",
@@ -80,7 +101,12 @@ class ModelSpec:
                 "num_key_value_heads",
             )
         self.tie_word_embeddings = bool(self.get("tie_word_embeddings", False))
-        self.layers = layers_of(
+        self.layers = self._layers()
+
+    def _layers(self) -> tuple[Layer, ...]:
+        if self._family.layers is not None:
+            return self._family.layers(self)
+        return layers_of(
             self.model_type,
             self.config,
             self.num_hidden_layers,
@@ -107,6 +133,26 @@ class ModelSpec:
         ):
             raise ConfigError(f"config: {key} must be a number from 0 to {_LIMIT:,}, not {as_json(value)}", key)
         return value
+
+    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A further size of the config: a whole number from `least`; `default` where it is absent or null.
+
+        Raises ConfigError where it is no such number, or absent without a default.
+        """
+        value = self.config.get(key)
+        if value is None:
+            if default is None:
+                raise ConfigError(f"config: no {key}", key)
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LIMIT:
+            raise ConfigError(
+                f"config: {key} must be a whole number from {least} to {_LIMIT:,}, not {as_json(value)}", key
+            )
+        return value
+
+    def part(self, key: str) -> Mapping[str, Any]:
+        """A nested config, empty where there is none. Raises ConfigError where it is something else."""
+        return _part(self.config, key)
 
     def _key_value_heads(self, stated: int | None) -> int:
         """How many heads of keys and values there are, `stated` being the number the config has."""
@@ -138,7 +184,7 @@ class ModelSpec:
     @property
     def learned_positions(self) -> bool:
         """Whether positions are looked up in a table, so that no longer sequence can run."""
-        return self.model_type in LEARNED_POSITIONS
+        return self._family.positions
 
     @cached_property
     def rotary_width(self) -> int:
@@ -192,6 +238,7 @@ class ModelSpec:
             "kd": k * d,
             "p": p,
             "p32": -(-p // 32) * 32,
+            **(self._family.axes(self) if self._family.axes is not None else {}),
         }
 
     def _key(self, name: str) -> str | None:

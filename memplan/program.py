@@ -14,7 +14,7 @@ from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, cl
 from memplan.engine import walk
 from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
-from memplan.graph import Graph, Held, built, elements, loading, lowered, matrix_shape, weights_of
+from memplan.graph import Graph, Held, active, built, elements, loading, lowered, matrix_shape, weights_of
 from memplan.ir import Division
 from memplan.ranks import (
     ONE,
@@ -93,6 +93,7 @@ class Program(NamedTuple):
     clipping: int
     total_parameters: int
     trainable_parameters: int
+    active_parameters: int
 
 
 PHASES = ("forward", "loss", "backward")
@@ -211,6 +212,7 @@ def program(structure: Structure) -> Program:
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
         trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains),
+        active_parameters=sum(active(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
     )
 
 

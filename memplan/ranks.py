@@ -92,8 +92,9 @@ def _units(graph: Graph, one_outside: bool) -> Iterator[tuple[str, str, int, lis
     The weights outside of blocks are one unit where the head's are the embeddings', or are asked to be (`one_outside`).
     """
     stack, axes = built(graph)
-    before, after = _weights(stack.before), _weights((*stack.after, *stack.loss))
-    root = one_outside or bool(before.keys() & after.keys())
+    between = tuple(op for run in stack.runs for op in run.before)
+    before, after = _weights((*stack.before, *between)), _weights((*stack.after, *stack.loss))
+    root = one_outside or bool(before.keys() & after.keys()) or bool(between)
     after = {name: w for name, w in after.items() if name not in before}
     if root:
         yield ROOT, "", 1, [*before.values(), *after.values()]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
+
+from memplan.catalogue.methods import reweigh
 from memplan.engine.dtypes import Scope, promote
+from memplan.engine.record import FREED, record
 from memplan.engine.step import Lowered, lower
 from memplan.engine.walk import alive
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
@@ -196,3 +200,73 @@ def test_a_recomputed_node_lets_go_of_what_it_kept_before_its_gradients_are_cast
         at_c = [i for i, m in enumerate(low.moments) if (m.phase, m.where) == ("backward", "layers.0.c")]
         # the gradient in fp32 and in bf16, and beside them k, unless it went with the recomputation's function
         assert max(total(low, i, {"p": 1, "k": 1}) for i in at_c) == expected
+
+
+def two_streams(copies: str, times: int) -> Stack:
+    """An encoder whose output every block of the decoder reads beside its own stream; all weights train."""
+
+    def weight(name: str) -> tuple[Weight, ...]:
+        return (Weight(name, name, "mlp", "fp32"),)
+
+    encode = (
+        op("a", "x", "p", Keep("x", "wa"), weights=weight("wa")),
+        Op("b", ("p",), (Tensor("y", "x", "fp32"),), keeps=(Keep("p", "p"),)),
+    )
+    cross = Op(
+        "cross", ("x", "encoded"), (Tensor("q", "q", "fp32"),), keeps=(Keep("encoded", "x"), Keep("x", "encoded"))
+    )
+    decode = (cross, Op("d", ("q",), (Tensor("y", "t", "fp32"),), weight("wd"), (Keep("q", "wd"),)))
+    between = (
+        Op("norm", ("x",), (Tensor("encoded", "x", "fp32"),), keeps=(Keep("x", "x"),)),
+        Op("embed_again", (), (Tensor("stream", "t", "fp32"),), (Weight("e", "e", "embedding", "fp32"),)),
+    )
+    return Stack(
+        (Op("embed", (), (Tensor("embeds", "x", "fp32"),), (Weight("e", "e", "embedding", "fp32"),)),),
+        (
+            Run((Block("encoder", encode),) * times, copies),
+            Run((Block("decoder", decode),) * times, copies, between),
+        ),
+        (op("head", "x", "logits", Keep("x", "wh"), weights=weight("wh")),),
+        (Op("loss", ("logits",), (Tensor("loss", "", "fp32"),)),),
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"checkpoint": True, "reentrant": True}])
+def test_runs_with_operations_between_them_are_counted_as_if_every_copy_were_run(options: dict[str, bool]) -> None:
+    sizes = {"x": 1, "p": 10, "q": 100, "t": 1000, "logits": 10_000, "e": 10**5, "wa": 10**6, "wd": 10**7, "wh": 10**8}
+    short, long = (lower(two_streams(*way), AXES, **options) for way in (("L", 1), ("n", 4)))
+    for phase in ("forward", "loss", "backward"):
+        assert peak(short, phase, sizes) == peak(long, phase, sizes)
+    assert kept(short) == kept(long)
+    left = alive(short.left, short.runs, AXES)
+    # the gradients of every weight, the shared one's once, and nothing else
+    assert {short.sizes[key][0]: n for key, n in left.items() if n} == {"e": 1, "wa": 4, "wd": 4, "wh": 1}
+    events = record(two_streams("L", 1), AXES, **options)
+    live = most = 0
+    alive_now: dict[int, int] = {}
+    for number, size in events.events:
+        if size == FREED:
+            live -= alive_now.pop(number)
+        else:
+            alive_now[number] = sizes.get(events.sizes[size][0], 0)
+            live += alive_now[number]
+        most = max(most, live)
+    assert most == max(peak(short, phase, sizes) for phase in ("forward", "loss", "backward"))
+
+
+def test_the_encoders_output_is_kept_once_for_all_blocks_that_read_it() -> None:
+    low = lower(two_streams("L", 1), AXES)
+    # per copy a block keeps its input (x: the encoder's blocks, t: the decoder's) and p or q; then x of the norm and of
+    # the first block, which is the norm's own input after the last one; and the encoded states once
+    assert (kept(low)["p"], kept(low)["q"]) == (4, 4)
+    assert kept(low)["x"] == 4 + 1 + 1
+
+
+def test_frozen_runs_pass_no_gradient_through_what_lies_between() -> None:
+    still = reweigh(two_streams("L", 1), lambda w: w._replace(trains=w.name == "wd"))
+    low = lower(still, AXES)
+    # the encoder keeps nothing; what it encoded is kept where the decoder's own stream asks for a gradient
+    assert "p" not in kept(low)
+    assert kept(low)["x"] == 1
+    left = alive(low.left, low.runs, AXES)
+    assert {low.sizes[key][0]: n for key, n in left.items() if n} == {"wd": 4}

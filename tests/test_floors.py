@@ -14,7 +14,7 @@ PACKAGE = Path(memplan.__file__).parent
 # Lowest first. The catalogue and the engine are two wings of one floor: neither imports the other.
 FLOORS = (
     {"errors", "units", "folders", "sizes"},
-    {"spec", "gpus", "gpu_table", "config_classes", "models", "layers", "cards", "calibration"},
+    {"spec", "gpus", "gpu_table", "config_classes", "families", "models", "layers", "cards", "calibration"},
     {"ir"},
     {"catalogue", "engine"},
     {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from memplan.catalogue import ops
 from memplan.catalogue.methods import rewrite_lists
-from memplan.ir import Keep, Op, Scratch, Stack, Tensor
+from memplan.ir import Keep, Op, Scratch, Stack, Tensor, outside
 
 _LIGER = "liger-kernel 0.5.2 ops"
 _MULTIPROCESSORS = 108  # an A100's: Liger sums the weight's gradient in a row for each
@@ -80,7 +80,7 @@ def fuse(stack: Stack, kernels: Iterable[str]) -> Stack:
 
 def fusible(stack: Stack) -> set[str]:
     """The kernels that find something to do in the stack."""
-    lists = (stack.before, stack.after, *(block.ops for run in stack.runs for block in run.blocks))
+    lists = (*outside(stack), *(block.ops for run in stack.runs for block in run.blocks))
     return {_kernel(unit) for operations in lists for unit in _whole(operations, frozenset(KERNELS))}
 
 

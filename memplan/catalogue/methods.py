@@ -11,7 +11,7 @@ from typing import NamedTuple
 from memplan.catalogue import litgpt_lora, ops
 from memplan.catalogue.fused_lora import fuse_lora
 from memplan.catalogue.quantization import dequantise, quantised_linear, stored
-from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight, outside
 
 
 class Adapter(NamedTuple):
@@ -34,7 +34,9 @@ def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
 
 def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
     """`change` applied to the operations before the blocks, of every block, after them, and of the loss."""
-    runs = tuple(Run(tuple(Block(b.name, change(b.ops)) for b in r.blocks), r.times) for r in stack.runs)
+    runs = tuple(
+        Run(tuple(Block(b.name, change(b.ops)) for b in r.blocks), r.times, change(r.before)) for r in stack.runs
+    )
     return Stack(change(stack.before), runs, change(stack.after), change(stack.loss))
 
 
@@ -330,6 +332,7 @@ def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, d
         frozen -= whole * period + part
         stilled = tuple(Block(b.name, still(b.ops)) for b in run.blocks)
         mixed = (*stilled[:part], *run.blocks[part:])
+        between = still(run.before)
         for blocks, name, count in (
             (stilled, "frozen", whole),
             (mixed, "mixed", 1 if part else 0),
@@ -337,7 +340,8 @@ def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, d
         ):
             axes[f"{run.times}.{name}"] = count
             if count:
-                runs.append(Run(blocks, f"{run.times}.{name}"))
+                runs.append(Run(blocks, f"{run.times}.{name}", between))
+                between = ()
     return Stack(still(stack.before), tuple(runs), still(stack.after), stack.loss), axes
 
 
@@ -372,7 +376,8 @@ def _narrowed(stack: Stack) -> frozenset[str]:
     """The weights that trl casts back: a tied one goes by either name, a bias by none."""
     return frozenset(
         w.name
-        for op in (*stack.before, *stack.after)
+        for some in outside(stack)
+        for op in some
         for w in op.weights
         if w.rows and any(part in name for part in _NARROWED for name in (op.name, w.name))
     )

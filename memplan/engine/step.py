@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,11 +13,23 @@ from memplan.engine.lower import Frame, Moment, Storage, Tape
 from memplan.ir import Block, Division, Op, Stack
 
 
+class Joint(NamedTuple):
+    """Operations outside of blocks between two runs, with literal dtypes.
+
+    `leaf` are those of their outputs that ask for a gradient; `stream` is what the first block after them is given.
+    """
+
+    ops: tuple[Op, ...]
+    scope: Scope
+    leaf: tuple[str, ...]
+    stream: str
+
+
 class Copies(NamedTuple):
     """Equal blocks with literal dtypes: as many as the axis `times` says, `less` those split off before and `after`.
 
     `units` are the names of what their weights are gathered in, see `memplan.ir.Division`. `skipped` is for recording,
-    where every copy stands for itself: how many like it are left out after it.
+    where every copy stands for itself: how many like it are left out after it. `joins` is what runs before them.
     """
 
     blocks: tuple[Block, ...]
@@ -28,6 +40,7 @@ class Copies(NamedTuple):
     units: tuple[str, ...]
     after: int = 0
     skipped: int = 0
+    joins: Joint | None = None
 
     def count(self, depth: Mapping[str, int]) -> int:
         """How many copies it stands for."""
@@ -63,17 +76,31 @@ class Passed(NamedTuple):
     runs: tuple[tuple[str, int], ...]
 
 
-def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth: Mapping[str, int]) -> list[Copies]:
-    """Split off the copies that differ from those after them.
+def _copies(
+    stack: Stack, scope: Scope, flowing: Iterable[str], autocast: str | None, depth: Mapping[str, int], leaf: bool
+) -> list[Copies]:
+    """Split off the copies that differ from those after them, from `embeds`; `flowing` has what gradients are asked of.
 
-    The very first block reads the embeddings, which the model holds on to; a block may hand on another dtype than
-    it was given, or a gradient where none came in.
+    The very first block, and the first after operations between runs, reads what the model may hold on to; a block may
+    hand on another dtype than it was given, or a gradient where none came in. The last copy is the first on the way
+    back: it makes the gradients of what all of its run read, to which the others add. With `leaf` embeddings between
+    runs ask for a gradient.
     """
     out: list[Copies] = []
-    x = scope["x"]
+    flowing = set(flowing)
+    x, flows = scope["embeds"]._replace(name="x"), scope["embeds"].name in flowing
     for number, run in enumerate(stack.runs):
         units = tuple(unit_of(number, i) for i in range(len(run.blocks)))
         less = 0
+        joins: Joint | None = None
+        if run.before:
+            scope = Scope(scope, {"x": x})
+            between, asked = scope.resolve(run.before, autocast), ()
+            if leaf:
+                between, asked = _input_leaf(between)
+            joins = Joint(between, scope, asked, scope["stream"].name)
+            flowing = _flowing(between, flowing.union(_x(flows), asked)) - {"x"}
+            x, flows = scope["stream"]._replace(name="x"), joins.stream in flowing
         while less < depth[run.times]:
             entered = (x.dtype, flows)
             blocks: list[Block] = []
@@ -81,16 +108,28 @@ def _copies(stack: Stack, scope: Scope, flows: bool, autocast: str | None, depth
             for block in run.blocks:
                 inner = Scope(scope, {"x": x})
                 ops = inner.resolve(block.ops, autocast)
-                flows = flows or any(w.trains for op in ops for w in op.weights)
+                flows = "y" in _flowing(ops, flowing | _x(flows))
                 x = inner["y"]._replace(name="x")
                 blocks.append(Block(block.name, ops))
                 scopes.append(inner)
-            alone = not out or (x.dtype, flows) != entered
-            out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units))
+            alone = not out or joins is not None or (x.dtype, flows) != entered
+            out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units, joins=joins))
+            joins = None
             less += 1
             if not alone:
                 break
+        if out and flowing.intersection(r for block in out[-1].blocks for op in block.ops for r in op.reads):
+            out = _last_apart(out, depth)
     return out
+
+
+def _flowing(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
+    """The names that gradients are asked of once the operations have run, of those they were given and have made."""
+    flows = set(entering)
+    for op in ops:
+        if op.gradient != "none" and (any(w.trains for w in op.weights) or not flows.isdisjoint(op.reads)):
+            flows.update(t.name for t in op.writes)
+    return flows
 
 
 def read_dtype(stack: Stack, writes: str, autocast: str | None, depth: Mapping[str, int]) -> str | None:
@@ -98,7 +137,7 @@ def read_dtype(stack: Stack, writes: str, autocast: str | None, depth: Mapping[s
     scope = Scope()
     scope.resolve(stack.before, autocast)
     found: str | None = None
-    for c in _copies(stack, Scope(scope, {"x": scope["embeds"]._replace(name="x")}), False, autocast, depth):
+    for c in _copies(stack, scope, (), autocast, depth, leaf=False):
         for block, inner in zip(c.blocks, c.scopes, strict=True):
             reads = [op.reads[0] for op in block.ops if any(t.name.endswith(writes) for t in op.writes)]
             found = inner[reads[0]].dtype if reads else found
@@ -128,7 +167,10 @@ def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]
 
     Where they train, or an adapter around them does, that output has a gradient anyway.
     """
-    i, op = next((i, op) for i, op in enumerate(before) if any(w.group == "embedding" for w in op.weights))
+    found = ((i, op) for i, op in enumerate(before) if any(w.group == "embedding" for w in op.weights))
+    i, op = next(found, (0, None))
+    if op is None:
+        return before, ()
     module = op.name.removesuffix(".base_layer")
     if any(w.trains for other in before if other.name.startswith(module) for w in other.weights):
         return before, ()
@@ -204,31 +246,37 @@ def run_pass(
 ) -> Passed:
     """Run the stack on the tape, forward and backward; see `lower`. With `one_by_one` there are no runs of equal
     blocks: that many copies of each are run, and the others left out."""
-    scope = Scope()
-    before = scope.resolve(stack.before, autocast)
+    first_scope = Scope()
+    before = first_scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
     if input_grad:
         before, leaf = _input_leaf(before)
-    x_flows = bool(leaf) or any(w.trains for op in before for w in op.weights)
-    copies = _copies(stack, Scope(scope, {"x": scope["embeds"]._replace(name="x")}), x_flows, autocast, depth)
+    copies = _copies(stack, first_scope, _flowing(before, leaf), autocast, depth, input_grad)
     if gatherer.divides:
         copies = _last_apart(copies, depth)
     if one_by_one:
         copies = _apart(copies, depth, one_by_one)
     last = copies[-1].scopes[-1]
+    joints = [c.joins for c in copies if c.joins is not None]
+    scope = joints[-1].scope if joints else first_scope
     returned = _returned(stack, last, copies[-1].blocks[-1].ops)
     handed = {name: last[name]._replace(name=name) for name in returned}
     tail_scope = Scope(scope, {"x": last["y"]._replace(name="x"), **handed})
     after, loss = tail_scope.resolve(stack.after, autocast), tail_scope.resolve(stack.loss, autocast)
-    operations = [op for op in (*before, *after, *loss) if op.gradient != "none"]
-    uses = Counter(w.name for op in operations for w in op.weights if w.trains)
+    between = [op for joint in joints for op in joint.ops]
+    outside = [op for op in (*before, *between, *after, *loss) if op.gradient != "none"]
+    uses = Counter(w.name for op in outside for w in op.weights if w.trains)
     tape.uses = {name: n for name, n in uses.items() if n > 1}
-    reads_after = {r for op in (*after, *loss) for r in op.reads}
-    read = reads_after.union(r for c in copies for b in c.blocks for op in b.ops for r in op.reads)
+    read = {r for op in (*after, *loss) for r in op.reads}
+    later: list[frozenset[str]] = []  # what is read from each of the copies on, but for what comes before it
+    for c in reversed(copies):
+        read |= {r for b in c.blocks for op in b.ops for r in op.reads}
+        later.insert(0, frozenset(read))
+        read |= {r for op in (c.joins.ops if c.joins is not None else ()) for r in op.reads}
 
     # forward
-    first = Frame(before, scope, {}, leaf)
-    embeds = scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
+    first = Frame(before, first_scope, {}, leaf)
+    embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
     outer = gatherer.outside(BEFORE)
     gatherer.gather(outer, first)
     own = tape.forward(first, read | {embeds})
@@ -244,11 +292,25 @@ def run_pass(
         del own[embeds]
     x_flows = embeds in flows
     ran: list[tuple[int | None, list[Frame]]] = []
+    joined: dict[int, Frame] = {}  # what ran before a copy, outside of blocks
     runs: list[tuple[str, int]] = []
     firsts: list[dict[str, str]] = []
     layer = 0
     carried: dict[str, Storage] = {}
-    for c in copies:
+    for at, c in enumerate(copies):
+        if c.joins is not None:
+            own |= {"x": stream, **carried}
+            joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
+            own = tape.forward(joint, later[at] - {"x"} | {c.joins.stream}, own)
+            for storage in own.values():
+                storage.shared = True
+            stream = own[c.joins.stream]
+            if c.joins.stream in later[at]:
+                stream.refs += 1
+            else:
+                del own[c.joins.stream]
+            flows = frozenset(joint.flows - {"x"})
+            x_flows, carried, layer = c.joins.stream in flows, {}, 0
         number = None
         first_layer, period = layer, len(c.blocks)
         layer += period * (c.count(depth) + c.skipped)
@@ -331,6 +393,13 @@ def run_pass(
         if number is not None:
             tape.leave_run(*grads.values(), *gatherer.handed)
         tape.leave_copy()
+        joins = copies[i].joins
+        if joins is not None:
+            if "y" in grads:
+                grads[joins.stream] = grads.pop("y")
+            tape.backward(joined[i], grads)
+            if "x" in grads:
+                grads["y"] = grads.pop("x")
     if "y" in grads:
         grads[embeds] = grads.pop("y")
     if any(node.targets for node in first.nodes):
@@ -338,7 +407,8 @@ def run_pass(
     tape.backward(first, grads)
     gatherer.reduce(outer, first)
     gatherer.end()
-    for name in [n for n in grads if n not in leaf]:
+    leaves = {*leaf, *(name for joint in joints for name in joint.leaf)}
+    for name in [n for n in grads if n not in leaves]:
         tape.drop(grads.pop(name))
     for storage in (root, *left.values()):
         tape.drop(storage)

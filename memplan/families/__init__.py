@@ -1,0 +1,54 @@
+"""What the config classes of mixtures of experts, state spaces, encoders, vision-language models and the like fill in.
+
+One module per theme; each has `FAMILIES`, a `Family` per model_type. `memplan.config_classes` has the dense decoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memplan.layers import Layer
+
+if TYPE_CHECKING:
+    from memplan.models import ModelSpec
+
+DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # what a config must say
+
+
+class Family(NamedTuple):
+    """One model_type.
+
+    defaults   what its config class fills in where the config is silent, if memory depends on it
+    names      standard name -> what its configs call it, in the order looked up; () where it has none
+    required   standard names that a config must have
+    layers     what differs from layer to layer; None where all are alike
+    axes       letters and words of its own for shapes, added to those of `ModelSpec.axes`
+    decoder    the key of the nested config that has the decoder's keys: they count as the config's own
+    built_as   another model_type whose classes transformers builds from this config
+    positions  positions are looked up in a table, so that no longer sequence can run
+    """
+
+    defaults: Mapping[str, Any]
+    names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    required: tuple[str, ...] = DECODER
+    layers: Callable[[ModelSpec], tuple[Layer, ...]] | None = None
+    axes: Callable[[ModelSpec], Mapping[str, int]] | None = None
+    decoder: str = ""
+    built_as: str = ""
+    positions: bool = False
+
+
+# Which module knows which model_type: only the one asked for is imported.
+_MODEL_TYPES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    model_type: module for module, model_types in _MODEL_TYPES.items() for model_type in model_types.split()
+}
+
+
+def family(model_type: str) -> Family | None:
+    """What its config class fills in; None for a model_type that no module here knows."""
+    module = MODULES.get(model_type)
+    return import_module(f"memplan.families.{module}").FAMILIES[model_type] if module else None
