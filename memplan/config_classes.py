@@ -203,6 +203,14 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "qwen": {"rotary_pct": 1.0, "intermediate_size": 22016, "kv_channels": 128},
     "qwen2": {**_QWEN2, "use_sliding_window": False, "sliding_window": 4096},
     "qwen3": {**_QWEN2, "head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
+    "seed_oss": {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 27648,
+        "attention_bias": True,
+        "attention_dropout": 0.1,
+        "residual_dropout": 0.1,
+    },
     "smollm3": {
         "tie_word_embeddings": True,
         "num_key_value_heads": 4,

@@ -94,6 +94,7 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": _base(),
     "qwen2": _base(),
     "qwen3": _base(**_HEADS),
+    "seed_oss": _base(**_HEADS),
     "smollm3": _base(num_hidden_layers=5),
     "stablelm": _base(),
     "starcoder2": _base(sliding_window=None),
