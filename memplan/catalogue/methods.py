@@ -61,14 +61,6 @@ def matrix(op: Op) -> Weight | None:
     return next((w for w in op.weights if w.matrix), None)
 
 
-def _axes(op: Op) -> tuple[str, str]:
-    """Output and input axes of a linear layer: its weight's shape is the output's axes, then the input's."""
-    out = op.writes[0].shape.removeprefix("b s ")
-    w = matrix(op)
-    assert w is not None
-    return out, w.shape.removeprefix(f"{out} ")
-
-
 def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     """peft's LoRA layer around a frozen linear layer: `result + lora_B(lora_A(dropout(x))) * scaling`.
 
@@ -79,7 +71,8 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     """
     (x,), y = op.reads, op.writes[0]
     n, p = op.name, y.name
-    out, into = _axes(op)
+    lead, out, into = ops.axes_of(op)
+    flat = op.gradient == "new"
     w = matrix(op)
     assert w is not None
     quantised = bool(w.stored)
@@ -95,16 +88,16 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     inner = x
     if casts:
         inner = f"{p}.x"
-        yield ops.cast(f"{n}.cast", x, inner, f"b s {into}", adapter.dtype)
+        yield ops.cast(f"{n}.cast", x, inner, f"{lead} {into}", adapter.dtype)
     adapted = inner
     if adapter.dropout:
         adapted = f"{p}.dropped"
-        yield ops.dropout(f"{n}.lora_dropout", inner, adapted, f"b s {into}")
+        yield ops.dropout(f"{n}.lora_dropout", inner, adapted, f"{lead} {into}")
     if adapter.dora:
-        yield from _dora(op, adapted, result, adapter, out, into)
+        yield from _dora(op, adapted, result, adapter)
     else:
-        yield ops.linear(f"{n}.lora_A", adapted, f"{p}.a", "r", into, "adapter")
-        yield ops.linear(f"{n}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter")
+        yield ops.linear(f"{n}.lora_A", adapted, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
+        yield ops.linear(f"{n}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
         yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
     if quantised and not adapter.dora:
         if casts:
@@ -161,7 +154,7 @@ def _renamed(op: Op, result: str) -> Op:
     return op._replace(name=f"{op.name}.base_layer", writes=(op.writes[0]._replace(name=result),))
 
 
-def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) -> Iterator[Op]:
+def _dora(op: Op, x: str, result: str, adapter: Adapter) -> Iterator[Op]:
     """DoRA: the norm of `W + scaling * B A` row by row, as a constant, scales the product and the base result.
 
     The product B A is made by running the adapter on an identity matrix as wide as the input.
@@ -169,6 +162,8 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
     """
     y = op.writes[0]
     n, p = f"{op.name}.dora", y.name
+    lead, out, into = ops.axes_of(op)
+    flat = op.gradient == "new"
     w = matrix(op)
     assert w is not None
     full, like = f"{out} {into}", f"={x}"
@@ -200,8 +195,8 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
         (Keep(f"{p}.norm", magnitude.name),),
         source=f"{ops.DERIVATIVES}: div.Tensor",
     )
-    yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter")
-    yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter")
+    yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
+    yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
     base = result
     if adapter.dropout or adapter.again:  # the base result must see the same dropped input
         base = f"{p}.dropped_base"
@@ -211,7 +206,7 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, out: str, into: str) ->
             (Tensor(base, y.shape),),
             (),
             (Keep(f"{p}.w", x),),
-            gradient="view",
+            gradient=op.gradient,
             autocast="lower",
             product="matrix",
             source="peft 0.21 tuners/lora/dora.py",

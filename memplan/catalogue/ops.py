@@ -10,24 +10,35 @@ from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 DERIVATIVES = "torch 2.13 tools/autograd/derivatives.yaml"
 
 
-def linear(name: str, x: str, y: str, out: str, into: str, group: str, bias: bool = False) -> Op:
-    """`y[b s out] = x[b s into] @ W[out into].T`. The gradient of x needs W, the gradient of W needs x.
+def linear(
+    name: str, x: str, y: str, out: str, into: str, group: str, bias: bool = False, lead: str = "b s", flat: bool = False
+) -> Op:
+    """`y[lead out] = x[lead into] @ W[out into].T`. The gradient of x needs W, the gradient of W needs x.
 
     A three-dimensional input is seen through a view, and so is its gradient: autograd cannot add into it in place.
+    One that the model made two-dimensional before (`flat`) is not.
     """
     w = Weight(f"{name}.weight", f"{out} {into}", group, matrix=True, rows=len(out.split()))
     b = (Weight(f"{name}.bias", out, group),) if bias else ()
     return Op(
         name,
         (x,),
-        (Tensor(y, f"b s {out}"),),
+        (Tensor(y, f"{lead} {out}"),),
         (w, *b),
         (Keep(w.name, x), Keep(x, w.name)),
-        gradient="view",
+        gradient="new" if flat else "view",
         autocast="lower",
         product="matrix",
         source=f"{DERIVATIVES}: mm, addmm",
     )
+
+
+def axes_of(op: Op) -> tuple[str, str, str]:
+    """Of a linear layer: the axes that its input and output begin with, and the output's and the input's own."""
+    w = next(w for w in op.weights if w.matrix)
+    axes = w.shape.split()
+    out = " ".join(axes[: w.rows])
+    return op.writes[0].shape.removesuffix(out).strip(), out, " ".join(axes[w.rows :])
 
 
 def cast(name: str, x: str, y: str, shape: str, dtype: str) -> Op:

@@ -63,27 +63,25 @@ def quantised_linear(op: Op, name: str, y: str, compute: str, older: bool = Fals
     `older`: before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step.
     """
     w = next(w for w in op.weights if w.matrix)
-    into = w.shape.removeprefix(op.writes[0].shape.removeprefix("b s ")).strip()
     return (
-        _linear_int8(op, w, name, y, into)
-        if w.stored[0].dtype == "int8"
-        else _linear_4bit(op, w, name, y, into, compute, older)
+        _linear_int8(op, w, name, y) if w.stored[0].dtype == "int8" else _linear_4bit(op, w, name, y, compute, older)
     )
 
 
-def _linear_int8(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op]:
+def _linear_int8(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
     """LLM.int8: the input is quantised row by row and kept whole by the backward node, checkpointing or not.
 
     Columns with outliers are multiplied apart; how many there are depends on the data, and they are not counted.
     Source: bitsandbytes 0.50 autograd/_functions.py MatMul8bitLt, backends/cuda/ops.py.
     """
     (x,), shape = op.reads, op.writes[0].shape
-    rows = f"b s {into}"
+    lead, _, into = ops.axes_of(op)
+    rows = f"{lead} {into}"
     yield Op(f"{name}.half", (x,), (Tensor(f"{y}.half", rows, "fp16"),), cast=True, gradient="none")
     yield Op(
         f"{name}.quantise",
         (f"{y}.half",),
-        (Tensor(f"{y}.int8", rows, "int8"), Tensor(f"{y}.scales", "b s", "fp32")),
+        (Tensor(f"{y}.int8", rows, "int8"), Tensor(f"{y}.scales", lead, "fp32")),
         scratch=(Tensor("magnitudes", rows, "fp16"), Tensor("outliers", rows, "bool")),
         gradient="none",
         source=f"{_BNB} int8_vectorwise_quant",
@@ -95,14 +93,14 @@ def _linear_int8(op: Op, w: Weight, name: str, y: str, into: str) -> Iterator[Op
         op.weights,
         scratch=(Tensor("int32 product", shape, "int32"), Tensor("fp16 product", shape, "fp16")),
         scratch_back=(Scratch(Tensor("dequantised", w.shape, f"={x}")),),
-        gradient="view",
+        gradient=op.gradient,
         captures=(x,),
         product="matrix",
         source=f"{_BNB} MatMul8bitLt",
     )
 
 
-def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str, older: bool) -> Iterator[Op]:
+def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool) -> Iterator[Op]:
     """Nothing of the input is kept; the matrix is dequantised in both directions.
 
     The input is cast to the layer's compute dtype and the result back; the first call casts the bias, for good. Forward
@@ -111,10 +109,11 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str, 
     Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py MatMul4Bit; 0.41.3 and 0.42.
     """
     (x,), shape = op.reads, op.writes[0].shape
+    lead, _, into = ops.axes_of(op)
     full = Tensor("dequantised", w.shape, compute)
     back = (Scratch(Tensor("dequantised", w.shape, w.dtype)), *((Scratch(full),) if compute != w.dtype else ()))
     scales = absmax(w)
-    yield ops.cast(f"{name}.cast", x, f"{y}.in", f"b s {into}", compute)
+    yield ops.cast(f"{name}.cast", x, f"{y}.in", f"{lead} {into}", compute)
     yield Op(
         name,
         (f"{y}.in",),
@@ -122,7 +121,7 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, into: str, compute: str, 
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
         scratch=(*scales, *scales, full) if not older else (*scales, *(t.tensor for t in back)),
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
-        gradient="view",
+        gradient=op.gradient,
         captures=(f"{y}.in",) if older else (),
         product="matrix",
         source=f"{_BNB} MatMul4Bit",
