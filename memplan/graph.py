@@ -192,7 +192,12 @@ def attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
 def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
     """The linear layers and embeddings by their path in a layer, with the rows and columns of their matrices."""
     stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
-    return {op.name: matrix_shape(w, axes) for op in operations(stack) for w in op.weights if w.rows}
+    return {
+        op.name: matrix_shape(w, axes)
+        for op in operations(stack)
+        for w in op.weights
+        if w.rows and (w.matrix or w.group == "embedding")
+    }
 
 
 @lru_cache(maxsize=512)
@@ -231,6 +236,14 @@ def matrix_shape(w: Weight, axes: Mapping[str, int]) -> tuple[int, int]:
     """Rows and columns of a two-dimensional weight."""
     dims = _dims(w, axes)
     return prod(dims[: w.rows]), prod(dims[w.rows :])
+
+
+def shape_of(w: Weight, axes: Mapping[str, int]) -> tuple[int, ...]:
+    """A weight's shape as torch has it."""
+    dims = _dims(w, axes)
+    if w.stacked:
+        return dims[0], prod(dims[1 : w.rows]), prod(dims[w.rows :])
+    return matrix_shape(w, axes) if w.rows else (prod(dims),)
 
 
 def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:

@@ -42,11 +42,13 @@ class Weight(NamedTuple):
     is empty until a precision is chosen. A quantised weight is stored as the tensors in `stored` instead.
 
     matrix      the 2-D weight of a linear layer, which adapters and quantisation may take
-    rows        how many leading axes of a 2-D weight's shape are its first dimension
+    rows        how many leading axes of a 2-D weight's shape are its first dimension; 0 of a vector
     transposed  of a linear layer that stores it input by output, as transformers' Conv1D does
     viewed      of a linear layer of the model's own that reads a view of it: autocast does not keep its cast, and
                 bitsandbytes does not take it
     chosen      the axis that says how many along the first one a token uses, where it does not use all
+    stacked     matrices along the first axis, as one parameter of three dimensions; `rows` counts that axis too
+    stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
     """
 
     name: str
@@ -60,6 +62,8 @@ class Weight(NamedTuple):
     transposed: bool = False
     viewed: bool = False
     chosen: str = ""
+    stacked: bool = False
+    stands_for: tuple[str, ...] = ()
 
 
 class Keep(NamedTuple):
@@ -98,7 +102,8 @@ class Op(NamedTuple):
                     gradient flows through.
     cast            only changes the dtype: no call, the same tensor, where it has that dtype already.
     spared          of a cast: the dtype it need not be done from, because the next kernel reads that one itself.
-    autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`).
+    autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
+                    output is fp32 (`wide`).
     holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them.
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.

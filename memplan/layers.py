@@ -94,10 +94,10 @@ def layers_of(
             return tuple(_searched(block, a, h) for block in blocks)
         case "qwen2" | "qwen3":
             first = _whole(config, "max_window_layers", 28)
-            kinds = _sliding(config, [window is not None and i >= first for i in range(count)])
+            kinds = sliding_layers(config, [window is not None and i >= first for i in range(count)])
             return tuple(Layer(sliding, True, k, f) for sliding in kinds)
         case "ministral":
-            kinds = _sliding(config, [window is not None] * count)
+            kinds = sliding_layers(config, [window is not None] * count)
             return tuple(Layer(sliding, True, k, f) for sliding in kinds)
         case "smollm3":
             every = max(1, _whole(config, "no_rope_layer_interval", 4))
@@ -105,10 +105,12 @@ def layers_of(
                 rotary = [bool(r) for r in _list(config, "no_rope_layers", count)]
             else:
                 rotary = [(i + 1) % every != 0 for i in range(count)]
-            kinds = _sliding(config, [window is not None and not r for r in rotary])
+            kinds = sliding_layers(config, [window is not None and not r for r in rotary])
             return tuple(Layer(s, r, k, f) for s, r in zip(kinds, rotary, strict=True))
         case "gemma2" | "gemma3_text" | "cohere2" | "olmo3" | "exaone4":
-            kinds = _sliding(config, _pattern(config, model_type, count)) if window is not None else [False] * count
+            kinds = (
+                sliding_layers(config, _pattern(config, model_type, count)) if window is not None else [False] * count
+            )
             everywhere = model_type != "cohere2" and (model_type != "exaone4" or window is None)
             return tuple(Layer(sliding, sliding or everywhere, k, f) for sliding in kinds)
         case _:
@@ -136,7 +138,8 @@ def _pattern(config: Mapping[str, Any], model_type: str, count: int) -> list[boo
     return [letters[i % len(letters)] == "L" and i < count - 1 for i in range(count)]
 
 
-def _sliding(config: Mapping[str, Any], default: list[bool]) -> list[bool]:
+def sliding_layers(config: Mapping[str, Any], default: list[bool]) -> list[bool]:
+    """Which layers have a window: as the list `layer_types` says, else as the model class does."""
     if config.get("layer_types") is None:
         return default
     kinds = _list(config, "layer_types", len(default))

@@ -14,7 +14,7 @@ from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, cl
 from memplan.engine import walk
 from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
-from memplan.graph import Graph, Held, active, built, elements, loading, lowered, matrix_shape, weights_of
+from memplan.graph import Graph, Held, active, built, elements, loading, lowered, shape_of, weights_of
 from memplan.ir import Division
 from memplan.ranks import (
     ONE,
@@ -362,7 +362,7 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
     for w, count, where in weights_of(structure.graph):
         if not w.trains:
             continue
-        shape = matrix_shape(w, axes) if w.rows else (elements(w, axes),)
+        shape = shape_of(w, axes)
         embedding = structure.trainer and w.group == "embedding" and not w.matrix
         p = Parameter(f"{where}{w.name}", shape, w.dtype, 1, embedding=embedding, target=w.matrix and not w.transposed)
         if where:

@@ -16,7 +16,7 @@ from memplan.catalogue.parallel import STRATEGIES, Strategy, aligned, part, rows
 from memplan.catalogue.parameters import Parameter
 from memplan.engine.gather import AFTER, BEFORE, ROOT, unit_of
 from memplan.engine.walk import size
-from memplan.graph import Graph, Held, built, elements, matrix_shape, parameters_of
+from memplan.graph import Graph, Held, built, elements, parameters_of, shape_of
 from memplan.ir import Division, Op, Tensor, Unit, Weight
 from memplan.units import ITEMSIZE
 
@@ -132,7 +132,7 @@ def _shape(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...]:
     """A weight's axes as the library sees them; of a 4-bit one, of the column it is packed into."""
     if w.stored:
         return (-(-elements(w, axes) // (2 * ITEMSIZE[storage])), 1)
-    return matrix_shape(w, axes) if w.rows else (elements(w, axes),)
+    return shape_of(w, axes)
 
 
 def mixed(graph: Graph, ranks: Ranks) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ _MODULES = {
         "glm": "glm glm4",
         "chatglm": "chatglm",
         "stablelm": "stablelm",
+        "moe": "mixtral olmoe qwen2_moe qwen3_moe",
     }.items()
     for model_type in model_types.split()
 }

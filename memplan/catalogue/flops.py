@@ -172,7 +172,12 @@ def _products(op: Op, tensors: Mapping[str, Tensor]) -> list[_Product]:
         return [_Product(f"{t.shape} {_columns(w)}", w) for t, w in zip(op.writes, matrices, strict=True)]
     width = len(matrices[0].shape.split()) - matrices[0].rows
     rows = " ".join(tensors[op.reads[0]].shape.split()[:-width])
-    return [_Product(f"{rows} {w.shape}", w) for w in matrices]
+    return [_Product(f"{rows} {_matrix(w)}", w) for w in matrices]
+
+
+def _matrix(w: Weight) -> str:
+    """The axes of one matrix of a weight: of a stack of them, a row is multiplied by the one that was chosen for it."""
+    return w.shape.partition(" ")[2] if w.chosen else w.shape
 
 
 def _is_factor(op: Op, product: _Product, target: Tensor) -> bool:

@@ -264,11 +264,14 @@ def llama(
     qk_norm: bool = False,
     turn: Callable[[str, str, str], tuple[Op, ...]] = rope,
     mixed: bool = False,
+    mlp: Callable[[Layer], tuple[Op, ...]] | None = None,
 ) -> Stack:
     """Llama, Mistral, Ministral 3, InternLM 3, Qwen2 (biases on q, k, v), Qwen3 (norms on q and k), Hunyuan, SmolLM 3.
 
-    `mixed`: layers with and without a window; the mask of those without is made even if there are none.
+    `mixed`: layers with and without a window; the mask of those without is made even if there are none. `mlp`: what a
+    layer has from `n2` to `mo` instead of a gated MLP.
     """
+    gated = gated_mlp("n2", "mo", bias=m.get("mlp_bias", False))
 
     def block(layer: Layer) -> Block:
         heads = llama_attention(
@@ -283,7 +286,7 @@ def llama(
             sliding=layer.sliding,
             turn=turn,
         )
-        return decoder_block(heads, gated_mlp("n2", "mo", bias=m.get("mlp_bias", False)), held=returned(wiring))
+        return decoder_block(heads, mlp(layer) if mlp else gated, held=returned(wiring))
 
     sliding = tuple(sorted({*(layer.sliding for layer in m.layers), *((False,) if mixed else ())}))
     return Stack(before(wiring, sliding), runs(m, block), after(m, wiring, sliding))

@@ -11,7 +11,15 @@ DERIVATIVES = "torch 2.13 tools/autograd/derivatives.yaml"
 
 
 def linear(
-    name: str, x: str, y: str, out: str, into: str, group: str, bias: bool = False, lead: str = "b s", flat: bool = False
+    name: str,
+    x: str,
+    y: str,
+    out: str,
+    into: str,
+    group: str,
+    bias: bool = False,
+    lead: str = "b s",
+    flat: bool = False,
 ) -> Op:
     """`y[lead out] = x[lead into] @ W[out into].T`. The gradient of x needs W, the gradient of W needs x.
 

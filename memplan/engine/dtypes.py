@@ -43,6 +43,9 @@ class Scope:
     def resolve(self, ops: Iterable[Op], autocast: str | None) -> tuple[Op, ...]:
         """`ops` with literal dtypes, in the order torch runs them; `autocast` is the compute dtype, or None."""
         out: list[Op] = []
+        ops = tuple(ops)
+        for w in (w for op in ops for w in op.weights):  # an operation may be cast to the dtype of one further on
+            self._tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
         for op in ops:
             self._resolve(op, autocast, out)
         return tuple(out)
@@ -53,7 +56,7 @@ class Scope:
             tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
         new_name = {r: tensors[r].name for r in op.reads if tensors[r].name != r}
         weights = op.weights
-        if autocast and op.autocast:
+        if autocast and op.autocast in ("lower", "fp32"):
             target = autocast if op.autocast == "lower" else "fp32"
             for w in reversed(op.weights):  # arguments are evaluated from the last: bias, weight, input
                 if w.dtype in FLOATING and w.dtype != target and not w.stored:
@@ -73,6 +76,8 @@ class Scope:
         def literal(t: Tensor) -> Tensor:
             if t.dtype.startswith("="):
                 return t._replace(dtype=tensors[new_name.get(t.dtype[1:], t.dtype[1:])].dtype)
+            if autocast and op.autocast == "wide":
+                return t._replace(dtype="fp32")
             return t if t.dtype else t._replace(dtype=promote(inputs))
 
         writes: list[Tensor] = []

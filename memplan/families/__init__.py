@@ -42,7 +42,9 @@ class Family(NamedTuple):
 
 
 # Which module knows which model_type: only the one asked for is imported.
-_MODEL_TYPES: dict[str, str] = {}
+_MODEL_TYPES: dict[str, str] = {
+    "moe": "mixtral olmoe qwen2_moe qwen3_moe",
+}
 MODULES: dict[str, str] = {
     model_type: module for module, model_types in _MODEL_TYPES.items() for model_type in model_types.split()
 }

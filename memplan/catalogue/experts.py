@@ -1,0 +1,200 @@
+"""Mixtures of experts: the router that chooses, the products of the experts chosen, the sum over them.
+
+transformers 5 keeps the matrices of all experts as one parameter of three dimensions, and by default multiplies in one
+grouped product a matrix (`grouped_mm`): the tokens are sorted by expert, once for every expert they choose, so that
+what is allocated does not depend on how evenly they are spread. `e` of `E` experts, `m` wide each, are a token's.
+
+Source: transformers 5.24 integrations/moe.py grouped_mm_experts_forward.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue import ops
+from memplan.ir import Keep, Op, Scratch, Tensor, Weight
+
+_MOE = "transformers 5.24 integrations/moe.py"
+SCORES, CHOSEN = "router.scores", "router.chosen"  # what a router writes: `b s e` numbers, and whose they are
+PAIRS = "b s e"
+
+
+# The router
+
+
+def gate(
+    name: str, x: str, y: str = "router.logits", stands_for: tuple[str, ...] = ("gate",), matrix: bool = False
+) -> Op:
+    """A number an expert. `matrix`: of a linear layer, else of a parameter that the model multiplies by itself."""
+    product = ops.linear(name, x, y, "E", "h", "router", flat=True)
+    weight = product.weights[0]._replace(matrix=matrix, stands_for=stands_for)
+    return product._replace(weights=(weight,))
+
+
+def top_k(name: str, x: str, values: str, indices: str = CHOSEN) -> Op:
+    """The `e` largest of a token's `E` numbers; the gradient is as wide as those again."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(values, PAIRS, f"={x}"), Tensor(indices, PAIRS, "int64")),
+        (),
+        (Keep(indices, x),),
+        source=f"{ops.DERIVATIVES}: topk",
+    )
+
+
+def gathered(name: str, x: str, indices: str, y: str) -> Op:
+    """The numbers of a token's `E` that its choice points to."""
+    return Op(
+        name, (x, indices), (Tensor(y, PAIRS, f"={x}"),), (), (Keep(indices, x),), source=f"{ops.DERIVATIVES}: gather"
+    )
+
+
+def normalised(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`x /= x.sum(-1)`, in place: autograd keeps a copy of what x was."""
+    total, before = f"{y}.total", f"{y}.before"
+    return (
+        Op(f"{name}.sum", (x,), (Tensor(total, "b s 1", f"={x}"),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
+        Op(f"{name}.copy", (x,), (Tensor(before, PAIRS, f"={x}"),), gradient="none", recorded=True),
+        ops.view(name, x, y, PAIRS, gradient="new")._replace(
+            reads=(x, total, before),
+            keeps=(Keep(total, x), Keep(before, total), Keep(total, total)),
+            source=f"{ops.DERIVATIVES}: div.Tensor",
+        ),
+        ops.leave(total),
+    )
+
+
+def softmax_router(name: str, x: str, normalise: bool, narrow: bool = True, together: bool = True) -> tuple[Op, ...]:
+    """Softmax over all experts in fp32, then the largest. `narrow`: these are cast back to the logits' dtype;
+    `together`: fp32 is asked of the softmax itself, which reads fp16 as it is.
+
+    Source: transformers 5.24 models/qwen2_moe/modeling_qwen2_moe.py Qwen2MoeTopKRouter, models/mixtral.
+    """
+    logits, probs, top, shape = "router.logits", "router.probs", "router.top", "b s E"
+    dtype = "fp32" if together else ""
+    wide = () if together else (ops.cast(f"{name}.float", logits, "router.wide", shape, "fp32"),)
+    return (
+        gate(name, x, logits),
+        *wide,
+        *ops.softmax(f"{name}.softmax", logits if together else "router.wide", probs, shape, dtype),
+        top_k(f"{name}.topk", probs, top),
+        *(normalised(f"{name}.normalise", top, "router.normal") if normalise else ()),
+        ops.cast(f"{name}.cast", "router.normal" if normalise else top, SCORES, PAIRS, f"={logits}" if narrow else ""),
+        ops.leave(probs, logits),
+    )
+
+
+# The experts
+
+
+def _stack(name: str, shape: str, rows: int, stands_for: tuple[str, ...]) -> Weight:
+    return Weight(name, shape, "mlp", rows=rows, chosen="e", stacked=True, stands_for=stands_for)
+
+
+def grouped_mm(name: str, x: str, y: str, out: str, w: Weight) -> tuple[Op, ...]:
+    """Each row by the matrix of its expert, in the dtype of the matrices: autocast does not know this product.
+
+    Source: torch 2.13 aten/src/ATen/native/GroupedMMUtils.h, tools/autograd/derivatives.yaml: _grouped_mm.
+    """
+    into, offsets = " ".join(w.shape.split()[w.rows :]), "experts.offsets"
+    inner = f"{y}.in"
+    return (
+        ops.cast(f"{name}.cast", x, inner, f"{PAIRS} {into}", f"={w.name}"),
+        Op(
+            name,
+            (inner, offsets),
+            (Tensor(y, f"{PAIRS} {out}", f"={w.name}"),),
+            (w,),
+            tuple(Keep(what, of) for of in (inner, w.name) for what in ({inner: w.name, w.name: inner}[of], offsets)),
+            product="matrix",
+            source=f"{ops.DERIVATIVES}: _grouped_mm",
+        ),
+        ops.leave(inner),
+    )
+
+
+def experts(
+    x: str,
+    y: str,
+    name: str = "mlp.experts",
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj"),
+    down: tuple[str, ...] = ("down_proj",),
+) -> tuple[Op, ...]:
+    """A gated MLP of every expert that a token chose, weighed by the router's scores and summed.
+
+    `gate_up` and `down` are the linear layers that peft takes the stacks for, empty where it does not know them.
+    """
+    t = {part: f"experts.{part}" for part in (*_KEPT, "token", "gate", "up", "act", "inner", "weighted", "sum")}
+    up = _stack(f"{name}.gate_up_proj", "E 2 m h", 3, gate_up)
+    back = _stack(f"{name}.down_proj", "E h m", 2, down)
+    return (
+        Op(
+            f"{name}.sort",
+            (CHOSEN,),
+            (Tensor(t["ids"], PAIRS, "int64"), Tensor(t["order"], PAIRS, "int64")),
+            gradient="none",
+            source=_MOE,
+        ),
+        Op(f"{name}.token", (t["order"],), (Tensor(t["token"], PAIRS, "int64"),), gradient="none"),
+        _moved(f"{name}.gather", x, t["token"], t["rows"], f"{PAIRS} h"),
+        ops.leave(t["token"]),
+        _moved(f"{name}.scores", SCORES, t["order"], t["scores"], PAIRS),
+        Op(f"{name}.ids", (t["ids"],), (Tensor(t["counted"], PAIRS, "int32"),), gradient="none"),
+        Op(f"{name}.count", (t["counted"],), (Tensor(t["counts"], "E", "int32"),), gradient="none"),
+        Op(f"{name}.cumsum", (t["counts"],), (Tensor(t["offsets"], "E", "int32"),), gradient="none"),
+        *grouped_mm(up.name, t["rows"], "experts.gate_up", "2 m", up),
+        *gated(name, "experts.gate_up", t["inner"]),
+        *grouped_mm(back.name, t["inner"], t["down"], "h", back),
+        weighed(name, t["down"], t["scores"], t["weighted"]),
+        Op(
+            f"{name}.inverse",
+            (t["order"],),
+            (Tensor(t["places"], PAIRS, "int64"),),
+            scratch=(Tensor("arange", PAIRS, "int64"),),
+            gradient="none",
+        ),
+        _moved(f"{name}.reorder", t["weighted"], t["places"], t["ordered"], f"{PAIRS} h"),
+        Op(
+            f"{name}.sum",
+            (t["ordered"],),
+            (Tensor(t["sum"], "b s h"),),
+            autocast="wide",
+            source=f"{ops.DERIVATIVES}: sum.dim_IntList",
+        ),
+        ops.cast(f"{name}.cast", t["sum"], y, "b s h", f"={x}"),
+        ops.leave(*(t[part] for part in _KEPT))._replace(name=f"{name}.return"),
+    )
+
+
+# What the function has names for until it returns.
+_KEPT = ("ids", "order", "rows", "scores", "counted", "counts", "offsets", "down", "places", "ordered")
+
+
+def _moved(name: str, x: str, indices: str, y: str, shape: str) -> Op:
+    return Op(
+        name, (x, indices), (Tensor(y, shape, f"={x}"),), (), (Keep(indices, x),), source=f"{ops.DERIVATIVES}: index"
+    )
+
+
+def gated(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`act(gate) * up` of both halves of x, whose gradients are joined."""
+    shape, gate_, up, act = f"{PAIRS} m", f"{y}.gate", f"{y}.up", f"{y}.act"
+    return (
+        ops.split(f"{name}.chunk", x, (Tensor(gate_, shape), Tensor(up, shape))),
+        ops.activation(f"{name}.act_fn", gate_, act, shape),
+        ops.mul(f"{name}.product", act, up, y, shape),
+        ops.leave(x),
+    )
+
+
+def weighed(name: str, x: str, scores: str, y: str) -> Op:
+    """A row times its score: the product with x is made whole before it is summed for the score."""
+    shape = f"{PAIRS} h"
+    return Op(
+        f"{name}.weigh",
+        (x, scores),
+        (Tensor(y, shape),),
+        (),
+        (Keep(scores, x), Keep(x, scores)),
+        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), scores),),
+        source=f"{ops.DERIVATIVES}: mul.Tensor",
+    )

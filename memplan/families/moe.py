@@ -1,0 +1,113 @@
+"""Mixtures of experts that are decoders else: which layers have experts, how many, and how wide they are.
+
+Source: transformers 5.24 configuration classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from memplan.errors import ConfigError
+from memplan.families import Family
+from memplan.layers import Layer, as_json, sliding_layers
+from memplan.models import ModelSpec
+
+EXPERTS, DENSE = "experts", "dense"
+
+
+def sized(
+    experts: str = "num_experts",
+    chosen: str = "num_experts_per_tok",
+    width: str = "moe_intermediate_size",
+    shared: str = "",
+) -> Callable[[ModelSpec], Mapping[str, int]]:
+    """Axes of a config that calls these sizes so. `shared`: the width of the expert that all tokens use."""
+
+    def axes(m: ModelSpec) -> Mapping[str, int]:
+        every, some = m.whole(experts), m.whole(chosen)
+        if some > every:
+            raise ConfigError(f"config: {chosen} {some} is more than the {every} of {experts}", chosen)
+        return {"E": every, "e": some, "m": m.whole(width), **({"fs": m.whole(shared)} if shared else {})}
+
+    return axes
+
+
+def every_layer(m: ModelSpec) -> tuple[Layer, ...]:
+    """Experts in all layers."""
+    layer = Layer(m.sliding_window is not None, True, m.num_key_value_heads, m.intermediate_size, ffn=EXPERTS)
+    return (layer,) * m.num_hidden_layers
+
+
+def stepped(m: ModelSpec) -> tuple[Layer, ...]:
+    """Experts in every `decoder_sparse_step`th layer but those that are named; windows as Qwen2-MoE has them."""
+    count, step = m.num_hidden_layers, m.whole("decoder_sparse_step", 1)
+    dense, last = _numbers(m, "mlp_only_layers"), m.whole("max_window_layers", 28, least=0)
+    windows = [m.sliding_window is not None] * count
+    if m.model_type == "qwen2_moe":
+        windows = sliding_layers(m.config, [window and i % 2 == 0 and i < last for i, window in enumerate(windows)])
+    return tuple(
+        Layer(
+            window,
+            True,
+            m.num_key_value_heads,
+            m.intermediate_size,
+            ffn=EXPERTS if i not in dense and (i + 1) % step == 0 else DENSE,
+        )
+        for i, window in enumerate(windows)
+    )
+
+
+def _numbers(m: ModelSpec, key: str) -> tuple[int, ...]:
+    """A list of layers' numbers; none where it is absent."""
+    value: Any = m.config.get(key)
+    numbers = cast(tuple[object, ...], value) if isinstance(value, tuple) else None
+    if value is not None and (numbers is None or not all(isinstance(n, int) for n in numbers)):
+        raise ConfigError(f"config: {key} must be a list of layers' numbers, not {as_json(value)}", key)
+    return cast(tuple[int, ...], numbers or ())
+
+
+_QWEN2_MOE = {
+    "num_key_value_heads": 16,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(
+        {
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+        layers=every_layer,
+        axes=sized("num_local_experts", width="intermediate_size"),
+    ),
+    "olmoe": Family(
+        {"intermediate_size": 2048, "num_experts": 64, "num_experts_per_tok": 8},
+        {"head_dim": ()},
+        layers=every_layer,
+        axes=sized(width="intermediate_size"),
+    ),
+    "qwen2_moe": Family(_QWEN2_MOE, layers=stepped, axes=sized(shared="shared_expert_intermediate_size")),
+    "qwen3_moe": Family(
+        {
+            "num_key_value_heads": 4,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+        },
+        layers=stepped,
+        axes=sized(),
+    ),
+}
