@@ -1,0 +1,81 @@
+"""Traces a step of families at small and at real widths, and prints the rows that tests/test_trace.py compares with.
+
+python tests/golden/trace_families.py mixtral qwen3_moe >> tests/golden/traced_families.jsonl
+python tests/golden/trace_families.py --layers 2 olmoe-1b-7b mixtral-8x7b >> tests/golden/traced_families.jsonl
+
+A model_type is traced with its config in tests/tiny.py, a card with its own; `--layers` leaves all but the first layers of
+a card out, so that a model of hundreds of gigabytes can be traced at its real width. Each is traced with full, LoRA and
+QLoRA, with and without checkpointing, and once each with eager attention, with padding and with dropout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.cards import card_names, find_config
+from memplan.errors import MemplanError
+from memplan.probe.trace import traces
+from memplan.spec import RunSpec
+from tests.golden.trace_runs import line
+from tests.tiny import TINY
+
+RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((kind, {"method": {"kind": kind}}) for kind in ("full", "lora", "qlora")),
+    *((kind, {"method": {"kind": kind}, "kernels": {"checkpointing": "none"}}) for kind in ("full", "lora", "qlora")),
+)
+MORE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("full", {"kernels": {"checkpointing": "none", "attention": "eager"}}),
+    ("lora", {"method": {"kind": "lora", "dropout": 0.1}, "kernels": {"checkpointing": "none"}}),
+    ("full", {"loop": {"padded": True}, "kernels": {"checkpointing": "none"}}),
+)
+
+
+def config_of(name: str, layers: int) -> dict[str, Any]:
+    """The config to trace: of a model_type in tests/tiny.py, or of a card, cut to its first `layers`."""
+    if name in TINY:
+        return {"model_type": name, **TINY[name]}
+    config = json.loads(json.dumps(find_config(name), default=list))
+    for part in (config, config.get("text_config") or {}):
+        for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+            if layers and key in part:
+                part[key] = min(layers, part[key])
+        for key in ("layer_types", "mlp_layer_types", "layers_block_type"):
+            if layers and isinstance(part.get(key), list):
+                part[key] = part[key][:layers]
+    return config
+
+
+def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, RunSpec]]:
+    for name in names:
+        config = config_of(name, layers)
+        for kind, options in (*RUNS, *(MORE if name in TINY else ())):
+            batch = {"micro": 2, "sequence": sequence}
+            yield f"{name}-{kind}", RunSpec(model={"config": config}, batch=batch, gpu="a100-sxm-80gb", **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", help="model_types of tests/tiny.py, or cards")
+    parser.add_argument("--layers", type=int, default=0, help="of cards: only so many")
+    parser.add_argument("--sequence", type=int, default=256)
+    asked = parser.parse_args()
+    unknown = [name for name in asked.names if name not in TINY and name not in card_names()]
+    if unknown:
+        parser.error(f"neither in tests/tiny.py nor a card: {', '.join(unknown)}")
+    wanted = list(runs(asked.names, asked.layers, asked.sequence))
+    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
+        if isinstance(traced, MemplanError):
+            print(f"{name}: {traced}", file=sys.stderr, flush=True)
+        else:
+            print(json.dumps(line(name, run, traced)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
