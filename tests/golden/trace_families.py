@@ -3,9 +3,9 @@
 python tests/golden/trace_families.py mixtral qwen3_moe >> tests/golden/traced_families.jsonl
 python tests/golden/trace_families.py --layers 2 olmoe-1b-7b mixtral-8x7b >> tests/golden/traced_families.jsonl
 
-A model_type is traced with its config in tests/tiny.py, a card with its own; `--layers` leaves all but the first layers of
-a card out, so that a model of hundreds of gigabytes can be traced at its real width. Each is traced with full, LoRA and
-QLoRA, with and without checkpointing, and once each with eager attention, with padding and with dropout.
+A model_type is traced with its config in tests/tiny.py, a card with its own; `--layers` leaves all but the first layers
+of a card out, so that a model of hundreds of gigabytes can be traced at its real width. Each is traced with full, LoRA
+and QLoRA, with and without checkpointing, and once each with eager attention, with padding and with dropout.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, Ru
     for name in names:
         config = config_of(name, layers)
         for kind, options in (*RUNS, *(MORE if name in TINY else ())):
-            batch = {"micro": 2, "sequence": sequence}
+            batch = {"micro": 8 if name in TINY else 2, "sequence": sequence}
             yield f"{name}-{kind}", RunSpec(model={"config": config}, batch=batch, gpu="a100-sxm-80gb", **options)
 
 
