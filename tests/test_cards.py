@@ -17,12 +17,14 @@ from memplan.catalogue import build
 from memplan.catalogue.attention import Wiring
 from memplan.config_classes import BUILT_AS, MODEL_TYPES
 from memplan.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, UnsupportedModelError
+from memplan.families import MODULES, family
+from memplan.ir import outside
 from memplan.models import ModelSpec
 from tests.sampling import sampled
 from tests.tiny import TINY
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "parameters.json").read_text("utf-8"))
-KINDS = ("embedding", "attention", "mlp", "norm", "lm_head")
+KINDS = ("embedding", "attention", "mixer", "mlp", "router", "norm", "vision", "audio", "lm_head")
 
 
 def read_card(name: str) -> dict[str, Any]:
@@ -40,8 +42,8 @@ def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
     """Parameters by kind, and runs of layers as [how many, parameters in each]."""
     stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
     kinds = dict.fromkeys(KINDS, 0)
-    outside = {w.name: w for op in (*stack.before, *stack.after) for w in op.weights if w.group != "buffer"}
-    for w in outside.values():
+    every = {w.name: w for some in outside(stack) for op in some for w in op.weights if w.group != "buffer"}
+    for w in every.values():
         kinds[w.group] += elements(w.shape, axes)
     layers: list[int] = []
     for run in stack.runs:
@@ -65,8 +67,9 @@ def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
 def test_a_card_has_exactly_the_parameters_the_model_builds(name: str) -> None:
     golden = GOLDEN[name]
     kinds, layers = counts(load_card(name))
-    assert kinds == {kind: golden[kind] for kind in KINDS}
-    assert layers == golden["layers"]
+    assert kinds == {kind: golden.get(kind, 0) for kind in KINDS}
+    streams = len(outside(build(load_card(name), Wiring("flash", "efficient")))) > 2  # a tower may stand after the text
+    assert sorted(layers) == sorted(golden["layers"]) if streams else layers == golden["layers"]
     assert sum(kinds.values()) == golden["total"] == read_card(name)["parameters"]
     assert estimate(RunSpec(model=name, batch={"sequence": 64})).parameters.total == golden["total"]
 
@@ -80,7 +83,7 @@ def test_a_card_names_its_sources_and_explains_what_a_checkpoint_stores_otherwis
     card = read_card(name)
     assert card["source"]
     assert card["checked"].isoformat() >= "2026-01-01"
-    assert card["config"]["model_type"] in MODEL_TYPES
+    assert card["config"]["model_type"] in {*MODEL_TYPES, *MODULES}
     assert card["published_source"]
     if "nominal" in card["published_source"]:
         assert card["published"] == pytest.approx(card["parameters"], rel=0.1)
@@ -97,7 +100,7 @@ def test_a_card_names_its_sources_and_explains_what_a_checkpoint_stores_otherwis
 
 def test_every_supported_family_has_a_card_or_a_small_config_here() -> None:
     carded = {read_card(name)["config"]["model_type"] for name in card_names()}
-    assert carded | set(TINY) | set(BUILT_AS) == set(MODEL_TYPES)
+    assert carded | set(TINY) | set(BUILT_AS) == {*MODEL_TYPES, *MODULES}
     assert set(BUILT_AS.values()) <= carded
 
 
@@ -459,7 +462,13 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def turns_part(model_type: str) -> bool:
-    return bool({"partial_rotary_factor", "rotary_pct"} & set(MODEL_TYPES[model_type]))
+    known = family(model_type)
+    return bool({"partial_rotary_factor", "rotary_pct"} & set(known.defaults if known else MODEL_TYPES[model_type]))
+
+
+def layers_in(parameters: list[tuple[str, str | None, int]]) -> list[str]:
+    """The paths of layers, in order."""
+    return list(dict.fromkeys(path for _, path, _ in parameters if path is not None))
 
 
 def a_config(model_type: str, rng: random.Random) -> dict[str, Any]:
@@ -508,10 +517,9 @@ def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(model_type: 
         model = ModelSpec(config)
         kinds, runs = counts(model)
         found = list(count_parameters.parameters(built))
-        assert {**kinds, "other": 0} == {
-            kind: sum(number for of, _, number in found if of == kind) for kind in count_parameters.KINDS
-        }, config
-        sizes = [sum(n for _, layer, n in found if layer == index) for index in range(model.num_hidden_layers)]
+        every = (*count_parameters.KINDS, *count_parameters.FURTHER)
+        assert {**kinds, "other": 0} == {kind: sum(number for of, _, number in found if of == kind) for kind in every}
+        sizes = [sum(n for _, layer, n in found if layer == path) for path in layers_in(found)]
         assert [size for times, size in runs for _ in range(times)] == sizes, config
         settings = built.config
         if hasattr(type(settings), "layer_types"):

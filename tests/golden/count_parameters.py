@@ -21,16 +21,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 Config = dict[str, Any]
-Parameter = tuple[str, int | None, int]  # kind, layer or None, number of elements
+Parameter = tuple[str, str | None, int]  # kind, layer's path or None, number of elements
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 KINDS = ("embedding", "attention", "mlp", "norm", "lm_head", "other")
-LAYER_LISTS = {"layers", "h", "blocks"}
-ATTENTION = {"self_attn", "attn", "attention", "self_attention"}
-MLP = {"mlp", "ffn", "fc1", "fc2"}
+FURTHER = ("mixer", "router", "vision", "audio")  # kinds that few models have: named where they are there
+LAYER_LISTS = {"layers", "layer", "h", "block", "blocks", "transformer"}
+ATTENTION = {"self_attn", "attn", "attention", "self_attention", "SelfAttention", "EncDecAttention", "encoder_attn"}
+MLP = {"mlp", "ffn", "fc1", "fc2", "feed_forward", "block_sparse_moe", "DenseReluDense", "intermediate", "output"}
+MIXER = {"mamba", "mixer", "linear_attn"}
+ROUTER = {"gate", "router"}  # of experts; in an MLP, and no gate_proj
+VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
+AUDIO = {"audio_tower", "embed_audio"}
 EMBEDDING_PROJECTIONS = {"project_in", "project_out"}  # OPT-350m
 # The shapes that a card's config may spell in the keys of its own remote code.
 SHAPES = (
@@ -68,12 +74,20 @@ def nearest(config: Config) -> Config | None:
 
 def build(config: Config) -> PreTrainedModel:
     keys = {key: value for key, value in config.items() if key != "model_type"}
+    named = getattr(transformers, next(iter(config.get("architectures", ())), ""), None)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **keys))
+        described = AutoConfig.for_model(config["model_type"], **keys)
+        return named(described) if named is not None else AutoModelForCausalLM.from_config(described)
 
 
 def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
     path = set(name.split("."))
+    if path & VISION:
+        return "vision"
+    if path & AUDIO:
+        return "audio"
+    if path & MIXER:
+        return "mixer"
     if "norm" in type(owner).__name__.lower():
         return "norm"
     if is_head:
@@ -82,12 +96,17 @@ def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
         return "embedding"
     if path & ATTENTION:
         return "attention"
+    if path & ROUTER and path & {*MLP, "moe"} and "shared_expert_gate" not in path:
+        return "router"
     return "mlp" if path & MLP else "other"
 
 
-def layer(name: str) -> int | None:
+def layer(name: str) -> str | None:
+    """The path of the layer that a parameter is in."""
     parts = name.split(".")
-    return next((int(index) for at, index in pairwise(parts) if at in LAYER_LISTS and index.isdigit()), None)
+    found = (i for i, (at, index) in enumerate(pairwise(parts)) if at in LAYER_LISTS and index.isdigit())
+    at = next(found, None)
+    return None if at is None else ".".join(parts[: at + 2])
 
 
 def parameters(model: PreTrainedModel) -> Iterator[Parameter]:
@@ -110,13 +129,13 @@ def nemotron_nas(config: Config) -> Iterator[Parameter]:
             raise NotImplementedError("a block replaced by a linear layer")
         if not attention["no_op"]:
             key_value = hidden // heads * (heads // attention["n_heads_in_group"])
-            yield "norm", index, hidden
-            yield "attention", index, 2 * hidden * hidden + 2 * hidden * key_value
+            yield "norm", f"{index}", hidden
+            yield "attention", f"{index}", 2 * hidden * hidden + 2 * hidden * key_value
         if not ffn["no_op"]:
             width = int(2 * ffn["ffn_mult"] * hidden / 3)
             width += -width % 256
-            yield "norm", index, hidden
-            yield "mlp", index, 3 * hidden * width
+            yield "norm", f"{index}", hidden
+            yield "mlp", f"{index}", 3 * hidden * width
 
 
 def count(card: Config) -> Config:
@@ -127,16 +146,17 @@ def count(card: Config) -> Config:
         substitute = nearest(config)
         model = build(substitute or config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        found, tied = list(parameters(model)), head.weight is embedding.weight
+        found, tied = list(parameters(model)), head is not None and head.weight is getattr(embedding, "weight", None)
         via = type(model).__name__ + (f" (equal shapes; {config['model_type']} is remote code)" if substitute else "")
-    by_kind = dict.fromkeys(KINDS, 0)
-    by_layer: dict[int, int] = {}
+    by_kind = dict.fromkeys((*KINDS, *FURTHER), 0)
+    by_layer: dict[str, int] = {}
     for of_kind, index, number in found:
         by_kind[of_kind] += number
         if index is not None:
             by_layer[index] = by_layer.get(index, 0) + number
-    runs = [[len(list(equal)), size] for size, equal in groupby(by_layer[index] for index in sorted(by_layer))]
-    return {"total": sum(by_kind.values()), **by_kind, "layers": runs, "via": via, "tied": tied}
+    runs = [[len(list(equal)), size] for size, equal in groupby(by_layer.values())]
+    kinds = {kind: number for kind, number in by_kind.items() if number or kind in KINDS}
+    return {"total": sum(by_kind.values()), **kinds, "layers": runs, "via": via, "tied": tied}
 
 
 def main(names: list[str]) -> None:
