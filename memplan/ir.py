@@ -39,7 +39,8 @@ class Weight(NamedTuple):
 
     `name` is the path inside its block (`self_attn.q_proj.weight`); `group` is what it is counted under: `embedding
     attention mixer mlp router norm vision audio lm_head adapter`, or `buffer` for a constant the model holds. `dtype`
-    is empty until a precision is chosen. A quantised weight is stored as the tensors in `stored` instead.
+    is empty until a precision is chosen, but where the model class keeps one. A quantised weight is stored as the
+    tensors in `stored` instead.
 
     matrix      the 2-D weight of a linear layer, which adapters and quantisation may take
     rows        how many leading axes of a 2-D weight's shape are its first dimension; 0 of a vector

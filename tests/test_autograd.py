@@ -5,6 +5,7 @@ Real tensors on the CPU; every tensor that autograd saves passes through a hook,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,19 +53,25 @@ def in_bytes(
     return total
 
 
-def saved_bytes(compute: Callable[[], Any], held: Iterable[Any] = (), own: Iterable[Any] = ()) -> int:
-    """Bytes of the storages that autograd saves in `compute`, with those of `held` and without those of `own`."""
-    saved: dict[int, Any] = {}
+def saved_bytes(
+    compute: Callable[[], Any], held: Iterable[Any] = (), own: Iterable[Any] = (), still: bool = False
+) -> int:
+    """Bytes of the storages that autograd saves in `compute`, with those of `held` and without those of `own`.
+
+    `still`: only of what is there when it is done. A router saves for a choice that nothing flows back from.
+    """
     ours = {t.untyped_storage()._cdata for t in own}
+    packed: list[Callable[[], Any]] = []
 
     def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in ours:
-            saved[storage._cdata] = storage
+        packed.append(weakref.ref(tensor) if still else lambda: tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = compute()
+    found = (reference() for reference in packed)
+    storages = [tensor.untyped_storage() for tensor in found if tensor is not None]
+    saved: dict[int, Any] = {storage._cdata: storage for storage in storages if storage._cdata not in ours}
     for tensor in (*held, result):
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
     return sum(storage.nbytes() for storage in saved.values())
@@ -259,6 +266,7 @@ def model_saves(model_type: str, dtype: str, batch: int, sequence: int) -> int:
         lambda: model(input_ids=ids, labels=labels, use_cache=False).loss,
         held=(ids, labels),
         own=(*model.parameters(), *model.buffers()),
+        still=True,
     )
 
 

@@ -53,6 +53,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma3_text": _base(num_hidden_layers=7, sliding_window=32, **_HEADS),
     "glm": _base(**_HEADS),
     "glm4": _base(**_HEADS),
+    "glm4_moe": _base(moe_intermediate_size=48, n_routed_experts=8, num_experts_per_tok=2, use_qk_norm=True, **_HEADS),
     "gpt2": {**_GPT, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     "gpt_bigcode": {**_GPT, "n_inner": 256, "multi_query": True},
     "gpt_neo": {
@@ -67,9 +68,11 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neox": {k: v for k, v in _BASE.items() if k != "num_key_value_heads"},
     "gptj": {**_GPT, "rotary_dim": 8},
     "granite": _base(),
+    "granitemoe": _base(num_local_experts=8, num_experts_per_tok=2),
     "hunyuan_v1_dense": _base(**_HEADS),
     "internlm3": _base(**_HEADS),
     "llama": _base(),
+    "minimax_m2": _base(num_local_experts=8, num_experts_per_tok=2, rotary_dim=8, **_HEADS),
     "ministral": _base(
         sliding_window=32, layer_types=["sliding_attention", "full_attention", "sliding_attention"], **_HEADS
     ),
@@ -80,6 +83,7 @@ TINY: dict[str, dict[str, Any]] = {
     "nemotron": _base(**_HEADS),
     "olmo": _base(),
     "olmo2": _base(),
+    "olmoe": _base(num_experts=8, num_experts_per_tok=2),
     "olmo3": _base(num_hidden_layers=5, sliding_window=32),
     "opt": {
         "hidden_size": 64,
@@ -94,6 +98,13 @@ TINY: dict[str, dict[str, Any]] = {
     "phi": _base(),
     "phi3": _base(),
     "qwen2": _base(),
+    "qwen2_moe": _base(
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=96,
+        num_experts=8,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+    ),
     "qwen3": _base(**_HEADS),
     "seed_oss": _base(**_HEADS),
     "qwen3_moe": _base(moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[1], **_HEADS),

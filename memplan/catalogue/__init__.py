@@ -19,6 +19,7 @@ _MODULES = {
         "phi3": "phi3",
         "seed_oss": "seed_oss",
         "granite": "granite",
+        "granite": "granite granitemoe",
         "ernie": "ernie4_5",
         "nemotron_nas": "nemotron-nas",
         "gpt": "gpt2 gpt_bigcode gpt_neo gptj",
@@ -33,7 +34,7 @@ _MODULES = {
         "glm": "glm glm4",
         "chatglm": "chatglm",
         "stablelm": "stablelm",
-        "moe": "mixtral olmoe qwen2_moe qwen3_moe",
+        "moe": "glm4_moe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe",
     }.items()
     for model_type in model_types.split()
 }

@@ -14,7 +14,13 @@ from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 
 _MOE = "transformers 5.24 integrations/moe.py"
 SCORES, CHOSEN = "router.scores", "router.chosen"  # what a router writes: `b s e` numbers, and whose they are
+HELD = (SCORES, CHOSEN, "router.logits")  # what the module has names for until it returns
 PAIRS = "b s e"
+
+
+def mixture(x: str, routed: tuple[Op, ...], made: tuple[Op, ...], leaves: bool = True) -> tuple[Op, ...]:
+    """The router's choice, then the experts. `leaves`: the module has nothing else to do."""
+    return (*routed, *made, *((ops.leave(*HELD, x),) if leaves else ()))
 
 
 # The router
@@ -63,7 +69,19 @@ def normalised(name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def softmax_router(name: str, x: str, normalise: bool, narrow: bool = True, together: bool = True) -> tuple[Op, ...]:
+def sigmoid(name: str, x: str, y: str, shape: str) -> Op:
+    """Keeps its output."""
+    return Op(name, (x,), (Tensor(y, shape, f"={x}"),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: sigmoid")
+
+
+def softmax_router(
+    name: str,
+    x: str,
+    normalise: bool,
+    narrow: bool = True,
+    together: bool = True,
+    stands_for: tuple[str, ...] = ("gate",),
+) -> tuple[Op, ...]:
     """Softmax over all experts in fp32, then the largest. `narrow`: these are cast back to the logits' dtype;
     `together`: fp32 is asked of the softmax itself, which reads fp16 as it is.
 
@@ -73,14 +91,91 @@ def softmax_router(name: str, x: str, normalise: bool, narrow: bool = True, toge
     dtype = "fp32" if together else ""
     wide = () if together else (ops.cast(f"{name}.float", logits, "router.wide", shape, "fp32"),)
     return (
-        gate(name, x, logits),
+        gate(name, x, logits, stands_for),
         *wide,
         *ops.softmax(f"{name}.softmax", logits if together else "router.wide", probs, shape, dtype),
         top_k(f"{name}.topk", probs, top),
         *(normalised(f"{name}.normalise", top, "router.normal") if normalise else ()),
         ops.cast(f"{name}.cast", "router.normal" if normalise else top, SCORES, PAIRS, f"={logits}" if narrow else ""),
-        ops.leave(probs, logits),
+        ops.leave(probs),
     )
+
+
+def late_softmax_router(name: str, x: str) -> tuple[Op, ...]:
+    """The largest logits in fp32, and a softmax over these alone, cast back to the dtype of x.
+
+    Source: transformers 5.24 models/granitemoe/modeling_granitemoe.py GraniteMoeTopKRouter.
+    """
+    return (
+        gate(name, x, "router.narrow", stands_for=()),
+        ops.cast(f"{name}.float", "router.narrow", "router.logits", "b s E", "fp32"),
+        ops.leave("router.narrow"),
+        top_k(f"{name}.topk", "router.logits", "router.top"),
+        *ops.softmax(f"{name}.softmax", "router.top", "router.probs", PAIRS),
+        ops.cast(f"{name}.cast", "router.probs", SCORES, PAIRS, f"={x}"),
+        ops.leave("router.top", "router.probs"),
+    )
+
+
+def sigmoid_router(name: str, x: str, bias: str, normalise: bool = True) -> tuple[Op, ...]:
+    """Sigmoids in fp32; a bias is added before the largest are chosen, and forgotten after. `bias`: the buffer's name.
+
+    Source: transformers 5.24 models/minimax_m2/modeling_minimax_m2.py MiniMaxM2TopKRouter.
+    """
+    logits, scores = "router.logits", "router.sigmoids"
+    return (
+        gate(name, x, logits),
+        ops.cast(f"{name}.float", logits, "router.wide", "b s E", "fp32"),
+        sigmoid(f"{name}.sigmoid", "router.wide", scores, "b s E"),
+        _biased(name, scores, bias),
+        top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
+        gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
+        *(normalised(f"{name}.normalise", "router.picked", SCORES) if normalise else ()),
+        ops.leave(scores, "router.biased", "router.top"),
+    )
+
+
+def grouped_router(name: str, x: str, normalise: bool, wide: bool = True) -> tuple[Op, ...]:
+    """The same where only the experts of the best groups are chosen from, with a product in fp32 (`wide`) and the
+    scores scaled.
+
+    Source: transformers 5.24 models/glm4_moe/modeling_glm4_moe.py Glm4MoeTopkRouter.
+    """
+    scores, shape, choice = "router.sigmoids", "b s E", "router.choice"
+    product = gate(name, "router.x" if wide else x)
+    weight = product.weights[0]._replace(dtype="fp32") if wide else product.weights[0]
+    ends = "router.normal" if normalise else "router.picked"
+    return (
+        *((ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),) if wide else ()),
+        product._replace(weights=(weight,)),
+        *((ops.leave("router.x"),) if wide else ()),
+        sigmoid(f"{name}.sigmoid", "router.logits", scores, shape),
+        _biased(name, scores, f"{name}.e_score_correction_bias"),
+        Op(
+            f"{name}.groups",
+            ("router.biased",),
+            (Tensor("router.mask", shape, "fp32"),),
+            gradient="none",
+        ),
+        Op(
+            f"{name}.masked_fill",
+            ("router.biased", "router.mask"),
+            (Tensor(choice, shape, "fp32"),),
+            scratch=(Tensor("chosen", shape, "bool"), Tensor("not chosen", shape, "bool")),
+            gradient="none",
+        ),
+        ops.leave("router.biased"),
+        top_k(f"{name}.topk", choice, "router.top")._replace(gradient="none"),
+        gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
+        *(normalised(f"{name}.normalise", "router.picked", "router.normal") if normalise else ()),
+        ops.scale(f"{name}.scale", ends, SCORES, PAIRS),
+        ops.leave(scores, choice, "router.mask", "router.top", ends),
+    )
+
+
+def _biased(name: str, x: str, bias: str) -> Op:
+    weight = Weight(bias, "E", "buffer", "fp32", False)
+    return Op(f"{name}.bias", (x,), (Tensor("router.biased", "b s E", "fp32"),), (weight,), gradient="none")
 
 
 # The experts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.catalogue import ops
+from memplan.catalogue import experts, ops
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.llama import after, before, decoder_block, gated_mlp, llama_attention, returned
 from memplan.ir import Op, Run, Stack
@@ -39,4 +39,14 @@ def scaled_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
     return (*last[:-1], unscaled, ops.scale("logits_scaling", "unscaled_logits", "logits", "b s v"))
 
 
-BUILDERS = {"granite": granite}
+def granitemoe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """The same with experts, which peft and bitsandbytes both pass over."""
+    bias, name = m.get("attention_bias", False), "block_sparse_moe"
+    routed = experts.late_softmax_router(f"{name}.router", "n2")
+    made = experts.experts("n2", "mo", f"{name}.experts", gate_up=(), down=())
+    heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias)
+    block = decoder_block(heads, experts.mixture("n2", routed, made), scaled_branch, held=returned(wiring))
+    return Stack(before(wiring, embedded=scaled_embeddings()), (Run((block,), "L"),), scaled_logits(after(m, wiring)))
+
+
+BUILDERS = {"granite": granite, "granitemoe": granitemoe}

@@ -99,6 +99,7 @@ def llama_attention(
     bias: bool = False,
     out_bias: bool = False,
     qk_norm: bool = False,
+    whole_norm: bool = False,
     rotary: bool = True,
     sliding: bool = False,
     turn: Callable[[str, str, str], tuple[Op, ...]] = rope,
@@ -106,7 +107,8 @@ def llama_attention(
     grouped: bool | None = None,
     name: str = "self_attn",
 ) -> tuple[Op, ...]:
-    """Projections, rotation, attention, output projection. `qk_norm` is Qwen3's RMSNorm over each head.
+    """Projections, rotation, attention, output projection. `qk_norm` is Qwen3's RMSNorm over each head, `whole_norm`
+    OLMoE's over all heads.
 
     `turn(name, q, k)` makes the rotated `q` and `k`. Where nothing is rotated, their gradients need no copy to be seen
     as the projection's, unless the kernel gives them head by head. `attend` has the arguments of `attention`.
@@ -123,11 +125,21 @@ def llama_attention(
         k, v, grouped = "k.all", "v.all", False  # one head is repeated without a copy
         repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in "kv")
     turned = turn(name, q1, k1) if rotary else (ops.view(f"{name}.q", q1, "q", _Q), ops.view(f"{name}.k", k1, "k", _K))
+
+    def projected(t: str, heads: str, width: str) -> tuple[Op, ...]:
+        if not whole_norm:
+            return (ops.linear(f"{name}.{t}_proj", x, f"{t}0", heads, "h", g, bias),)
+        return (
+            ops.linear(f"{name}.{t}_proj", x, f"{t}.raw", heads, "h", g, bias),
+            *ops.rms_norm(f"{name}.{t}_norm", f"{t}.raw", f"{t}0", f"b s {width}", width),
+            ops.leave(f"{t}.raw"),
+        )
+
     return (
-        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", g, bias),
+        *projected("q", "a d", "ad"),
         ops.view(f"{name}.q_heads", "q0", "q1", _Q, back_q),
         *((*ops.rms_norm(f"{name}.q_norm", "q1", "q2", _Q, "d"), ops.leave("q1")) if qk_norm else ()),
-        ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", g, bias),
+        *projected("k", "k d", "kd"),
         ops.view(f"{name}.k_heads", "k0", "k1", _K, back_k),
         *((*ops.rms_norm(f"{name}.k_norm", "k1", "k2", _K, "d"), ops.leave("k1")) if qk_norm else ()),
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", g, bias),
@@ -145,20 +157,23 @@ def gated_mlp(
     name: str = "mlp",
     bias: bool = False,
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    width: str = "f",
+    flat: bool = False,
 ) -> tuple[Op, ...]:
-    """`down_proj(act(gate_proj(x)) * up_proj(x))`."""
+    """`down_proj(act(gate_proj(x)) * up_proj(x))`. `flat`: of an input that the model made two-dimensional."""
     gate, up, down = projections
+    shape, linear = f"b s {width}", partial(ops.linear, group="mlp", bias=bias, flat=flat)
     act, product = ops.unit(
         f"swiglu {name}",
-        ops.activation(f"{name}.act_fn", "gate", "act", "b s f"),
-        ops.mul(f"{name}.product", "act", "up", "product", "b s f"),
+        ops.activation(f"{name}.act_fn", "gate", "act", shape),
+        ops.mul(f"{name}.product", "act", "up", "product", shape),
     )
     return (
-        ops.linear(f"{name}.{gate}", x, "gate", "f", "h", "mlp", bias),
+        linear(f"{name}.{gate}", x, "gate", width, "h"),
         act,
-        ops.linear(f"{name}.{up}", x, "up", "f", "h", "mlp", bias),
+        linear(f"{name}.{up}", x, "up", width, "h"),
         product,
-        ops.linear(f"{name}.{down}", "product", y, "h", "f", "mlp", bias),
+        linear(f"{name}.{down}", "product", y, "h", width),
         ops.leave(x),
     )
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from memplan.catalogue import litgpt_lora, ops
 from memplan.catalogue.fused_lora import fuse_lora
+from memplan.catalogue.parameter_lora import adapt_parameters, standing
 from memplan.catalogue.quantization import dequantise, quantised_linear, stored
-from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight, outside
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
 
 
 class Adapter(NamedTuple):
@@ -265,7 +266,7 @@ ADAPTERS = ("lora", "qlora", "dora", "qdora")
 def apply(stack: Stack, recipe: Recipe) -> Stack:
     """The stack as the method trains it: dtypes on every weight, adapters around their targets."""
     if recipe.kind in ("full", "freeze"):
-        return reweigh(stack, lambda w: w._replace(dtype=recipe.weights))
+        return reweigh(stack, lambda w: w._replace(dtype=w.dtype or recipe.weights))
     head = head_of(stack)
     wide = frozenset(w.name for w in head.weights) if "lm_head" in recipe.skip else frozenset[str]()
     narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
@@ -273,13 +274,23 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
     adapter = Adapter(recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind, recipe.again)
+    stood_for = standing(operations(stack))
+    every = recipe.targets == ("all-linear",)
 
     def takes(op: Op) -> bool:
         if recipe.library == "litgpt":
             return litgpt_lora.takes(op, recipe.targets)
-        return matrix(op) is not None and (
-            _named(op, recipe) or (recipe.targets == ("all-linear",) and op.name != head.name)
+        return (
+            matrix(op) is not None
+            and op.name.rpartition(".")[2] not in stood_for
+            and (_named(op, recipe) or (every and op.name != head.name))
         )
+
+    def takes_parameter(w: Weight) -> bool:
+        return every or any(name in recipe.targets for name in w.stands_for)
+
+    if stood_for:
+        stack = rewrite_lists(stack, lambda some: adapt_parameters(some, takes_parameter, recipe.adapter_dtype))
 
     older = recipe.library == "litgpt"
 
@@ -384,7 +395,7 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[s
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
         dtype = "fp16" if recipe.library == "litgpt" else recipe.weights  # lightning quantises from fp16
         return w._replace(dtype=dtype, trains=False, stored=kept)
-    dtype = "fp32" if recipe.preparation and w.name not in narrow else recipe.weights
+    dtype = "fp32" if recipe.preparation and w.name not in narrow else w.dtype or recipe.weights
     return w._replace(dtype=dtype, trains=False)
 
 

@@ -6,36 +6,133 @@ from collections.abc import Callable
 
 from memplan.catalogue import experts, ops
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.llama import gated_mlp, llama
-from memplan.ir import Op, Stack
+from memplan.catalogue.experts import mixture
+from memplan.catalogue.glm import attend_heads_first, partly_rotated
+from memplan.catalogue.llama import (
+    after,
+    before,
+    decoder_block,
+    gated_mlp,
+    llama,
+    llama_attention,
+    returned,
+    runs,
+)
+from memplan.errors import UnsupportedModelError
+from memplan.ir import Keep, Op, Scratch, Stack, Tensor
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
+X, Y = "n2", "mo"  # what an MLP reads and writes
 Ffn = Callable[[Layer], tuple[Op, ...]]
-
-
-def mixture(routed: tuple[Op, ...], made: tuple[Op, ...]) -> tuple[Op, ...]:
-    """The router's choice, then the experts; what the module has names for stays until it returns."""
-    return (*routed, *made, ops.leave(experts.SCORES, experts.CHOSEN, "router.logits", "n2"))
 
 
 def either(of_experts: tuple[Op, ...]) -> Ffn:
     """A layer's MLP: the mixture, or a dense one where the layer has no experts."""
-    return lambda layer: of_experts if layer.ffn == "experts" else gated_mlp("n2", "mo")
+    return lambda layer: of_experts if layer.ffn == "experts" else gated_mlp(X, Y)
 
 
 def mixtral(m: ModelSpec, wiring: Wiring) -> Stack:
     """Scores stay fp32, and so do the weighed rows and their sums."""
-    routed = experts.softmax_router("mlp.gate", "n2", normalise=True, narrow=False, together=False)
-    made = experts.experts("n2", "mo", gate_up=("w1", "w3"), down=("w2",))
-    return llama(m, wiring, mlp=either(mixture(routed, made)))
+    routed = experts.softmax_router("mlp.gate", X, normalise=True, narrow=False, together=False)
+    made = experts.experts(X, Y, gate_up=("w1", "w3"), down=("w2",))
+    return llama(m, wiring, mlp=either(mixture(X, routed, made)))
 
 
 def qwen3_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    routed = experts.softmax_router("mlp.gate", "n2", normalise=m.get("norm_topk_prob", False))
+    """Qwen3 with experts."""
+    routed = experts.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False))
     bias = m.get("attention_bias", False)
-    ffn = either(mixture(routed, experts.experts("n2", "mo")))
+    ffn = either(mixture(X, routed, experts.experts(X, Y)))
     return llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn)
 
 
-BUILDERS = {"mixtral": mixtral, "qwen3_moe": qwen3_moe}
+def qwen2_moe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Qwen2 with experts and a shared one, which a gate of its own scales. peft adapts linear layers alone."""
+    routed = experts.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False), stands_for=())
+    ffn = (
+        *gated_mlp(X, "shared.whole", "mlp.shared_expert", width="fs", flat=True),
+        *mixture(X, routed, experts.experts(X, "routed", gate_up=(), down=()), leaves=False),
+        ops.linear("mlp.shared_expert_gate", X, "shared.gate", "1", "h", "mlp", flat=True),
+        experts.sigmoid("mlp.shared_expert_gate.sigmoid", "shared.gate", "shared.share", "b s 1"),
+        _scaled("mlp.shared_expert_gate.product", "shared.share", "shared.whole", "shared"),
+        ops.leave("shared.whole"),
+        ops.add("mlp.add", "routed", "shared", Y, "b s h"),
+        ops.leave("routed", "shared", *experts.HELD, X),
+    )
+    return llama(m, wiring, bias=m.get("qkv_bias", True), mixed=True, mlp=either(ffn))
+
+
+def _scaled(name: str, share: str, x: str, y: str) -> Op:
+    """A row times its number: the product with x is made whole before it is summed for the number."""
+    return Op(
+        name,
+        (share, x),
+        (Tensor(y, "b s h"),),
+        (),
+        (Keep(x, share), Keep(share, x)),
+        scratch_back=(Scratch(Tensor("product", "b s h", f"={y}"), share),),
+        source=f"{ops.DERIVATIVES}: mul.Tensor",
+    )
+
+
+def olmoe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """q and k are normalised across all heads."""
+    if m.get("clip_qkv", 0.0) > 0:
+        raise UnsupportedModelError("clip_qkv: is not supported yet for olmoe", "clip_qkv")
+    bias = m.get("attention_bias", False)
+    heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, whole_norm=True)
+    routed = experts.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False))
+    block = decoder_block(heads, mixture(X, routed, experts.experts(X, Y)), held=returned(wiring))
+    return Stack(before(wiring), runs(m, lambda _: block), after(m, wiring))
+
+
+def _partial_rope(m: ModelSpec) -> Callable[[str, str, str], tuple[Op, ...]]:
+    return lambda name, q, k: (*partly_rotated(name, q, k, m.rotary_width < m.head_dim), ops.leave(q, k))
+
+
+def minimax_m2(m: ModelSpec, wiring: Wiring) -> Stack:
+    """OLMoE's norms, a part of each head rotated, and scores that are sigmoids."""
+    heads = llama_attention(m, wiring, "n1", "ao", whole_norm=True, turn=_partial_rope(m), attend=attend_heads_first)
+    routed = experts.sigmoid_router("mlp.gate", X, "mlp.e_score_correction_bias")
+    made = experts.experts(X, Y, gate_up=("w1", "w3"), down=("w2",))
+    block = decoder_block(heads, mixture(X, routed, made), held=returned(wiring))
+    return Stack(before(wiring), runs(m, lambda _: block), after(m, wiring))
+
+
+def glm4_moe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Dense layers first; then experts and shared ones, a router in fp32, and a part of each head rotated."""
+    routed = experts.grouped_router("mlp.gate", X, m.get("norm_topk_prob", True))
+    ffn = either(
+        (
+            *mixture(X, routed, experts.experts(X, "routed"), leaves=False),
+            *gated_mlp(X, "shared", "mlp.shared_experts", width="fs"),
+            ops.add("mlp.add", "routed", "shared", Y, "b s h"),
+            ops.leave("routed", "shared", *experts.HELD, X),
+        )
+    )
+    heads = llama_attention(
+        m,
+        wiring,
+        "n1",
+        "ao",
+        bias=m.get("attention_bias", False),
+        qk_norm=m.get("use_qk_norm", False),
+        turn=_partial_rope(m),
+        attend=attend_heads_first,
+    )
+    return Stack(
+        before(wiring),
+        runs(m, lambda layer: decoder_block(heads, ffn(layer), held=returned(wiring))),
+        after(m, wiring),
+    )
+
+
+BUILDERS = {
+    "glm4_moe": glm4_moe,
+    "minimax_m2": minimax_m2,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
+}

@@ -43,7 +43,7 @@ class Family(NamedTuple):
 
 # Which module knows which model_type: only the one asked for is imported.
 _MODEL_TYPES: dict[str, str] = {
-    "moe": "mixtral olmoe qwen2_moe qwen3_moe",
+    "moe": "glm4_moe granitemoe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe",
 }
 MODULES: dict[str, str] = {
     model_type: module for module, model_types in _MODEL_TYPES.items() for model_type in model_types.split()

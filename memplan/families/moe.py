@@ -6,7 +6,7 @@ Source: transformers 5.24 configuration classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 from memplan.errors import ConfigError
 from memplan.families import Family
@@ -60,11 +60,11 @@ def stepped(m: ModelSpec) -> tuple[Layer, ...]:
 
 def _numbers(m: ModelSpec, key: str) -> tuple[int, ...]:
     """A list of layers' numbers; none where it is absent."""
-    value: Any = m.config.get(key)
-    numbers = cast(tuple[object, ...], value) if isinstance(value, tuple) else None
-    if value is not None and (numbers is None or not all(isinstance(n, int) for n in numbers)):
-        raise ConfigError(f"config: {key} must be a list of layers' numbers, not {as_json(value)}", key)
-    return cast(tuple[int, ...], numbers or ())
+    value: object = m.config.get(key)
+    numbers = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
+    if (value is not None and not isinstance(value, tuple)) or not all(isinstance(n, int) for n in numbers):
+        raise ConfigError(f"config: {key} must be a list of layers' numbers, not {as_json(m.config[key])}", key)
+    return cast(tuple[int, ...], numbers)
 
 
 _QWEN2_MOE = {
@@ -78,7 +78,53 @@ _QWEN2_MOE = {
     "sliding_window": 4096,
 }
 
+
+def after_first(m: ModelSpec) -> tuple[Layer, ...]:
+    """Experts in all layers but the first few."""
+    first = m.whole("first_k_dense_replace", least=0)
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size, ffn=EXPERTS)
+    return tuple(layer._replace(ffn=DENSE if i < first else EXPERTS) for i in range(m.num_hidden_layers))
+
+
+def _glm(m: ModelSpec) -> Mapping[str, int]:
+    axes = sized("n_routed_experts")(m)
+    return {**axes, "fs": axes["m"] * m.whole("n_shared_experts")}
+
+
 FAMILIES: dict[str, Family] = {
+    "glm4_moe": Family(
+        {
+            "num_key_value_heads": 8,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "partial_rotary_factor": 0.5,
+        },
+        {},
+        layers=after_first,
+        axes=_glm,
+    ),
+    "granitemoe": Family(
+        {"intermediate_size": 11008, "num_local_experts": 8, "num_experts_per_tok": 2},
+        {"head_dim": ()},
+        layers=every_layer,
+        axes=sized("num_local_experts", width="intermediate_size"),
+    ),
+    "minimax_m2": Family(
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 1536,
+            "num_local_experts": 256,
+            "num_experts_per_tok": 8,
+            "rotary_dim": None,
+        },
+        layers=every_layer,
+        axes=sized("num_local_experts", width="intermediate_size"),
+    ),
     "mixtral": Family(
         {
             "num_key_value_heads": 8,
