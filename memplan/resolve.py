@@ -483,7 +483,7 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     layers = adaptable(model)
     names = {path.rpartition(".")[2] for path in layers}
     if method.targets == "all-linear":
-        inner = {path: dims for path, dims in layers.items() if model.vocab_size not in dims}
+        inner = {path: dims for path, dims in layers.items() if model.vocab_size not in dims and min(dims) > 1}
         if not inner:
             raise SpecError(f"method: {model.model_type} has no linear layers to adapt", "method")
         path, dims = min(inner.items(), key=lambda item: min(item[1]))
@@ -505,7 +505,7 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
             notes.append(f"{name} is part of {fused} in this family: the adapter is on all of {fused}")
             name = fused
         for path, dims in layers.items():
-            if path.rpartition(".")[2] == name and method.rank > min(dims):
+            if path.rpartition(".")[2] == name and method.rank > min(dims) > 1:
                 _refuse_rank(method.rank, path, dims)
         found.append(name)
     return tuple(dict.fromkeys(found)), notes

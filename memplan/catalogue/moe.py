@@ -48,7 +48,11 @@ def qwen3_moe(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def qwen2_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Qwen2 with experts and a shared one, which a gate of its own scales. peft adapts linear layers alone."""
+    """Qwen2 with experts and a shared one, which a gate of its own scales. peft adapts linear layers alone.
+
+    Where no window is used, the class has one of 0 tokens, and makes that mask for no layer.
+    Source: transformers 5.24 models/qwen2_moe/configuration_qwen2_moe.py.
+    """
     routed = experts.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False), stands_for=())
     ffn = (
         *gated_mlp(X, "shared.whole", "mlp.shared_expert", width="fs", flat=True),
@@ -60,7 +64,11 @@ def qwen2_moe(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.add("mlp.add", "routed", "shared", Y, "b s h"),
         ops.leave("routed", "shared", *experts.HELD, X),
     )
-    return llama(m, wiring, bias=m.get("qkv_bias", True), mixed=True, mlp=either(ffn))
+    made = llama(m, wiring, bias=m.get("qkv_bias", True), mixed=True, mlp=either(ffn))
+    if m.sliding_window is not None:
+        return made
+    unused, kinds = wiring._replace(windowed=True), (False, True)
+    return made._replace(before=before(unused, kinds), after=after(m, unused, kinds))
 
 
 def _scaled(name: str, share: str, x: str, y: str) -> Op:

@@ -22,17 +22,20 @@ def grouped_mm(bf16: Callable[..., Any]) -> Callable[..., Any]:
 class _GroupedProduct(torch.autograd.Function):
     """Rows of `a` [rows, in] by the matrix of their expert in `b` [experts, in, out]: a loop of products into one.
 
-    Source: torch 2.13 aten/src/ATen/native/cuda/GroupedBlas.cpp _grouped_mm_fallback.
+    Source: torch 2.13 aten/src/ATen/native/cuda/GroupedBlas.cpp _grouped_mm_fallback; what is kept,
+    tools/autograd/derivatives.yaml: _grouped_mm.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Any, b: Any, offsets: Any) -> Any:
-        ctx.save_for_backward(a, b, offsets)
+        of_a, of_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(a if of_b else None, b if of_a else None, offsets)
+        ctx.experts = b.shape[0]
         return a.new_empty(a.shape[0], b.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b, _ = ctx.saved_tensors
-        of_a = a.new_empty(a.shape) if ctx.needs_input_grad[0] else None
-        of_b = torch.empty_like(b) if ctx.needs_input_grad[1] else None
+        of_a = gradient.new_empty(gradient.shape[0], b.shape[-2]) if b is not None else None
+        of_b = gradient.new_empty(ctx.experts, a.shape[-1], gradient.shape[-1]) if a is not None else None
         return of_a, of_b, None
