@@ -201,6 +201,14 @@ def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
 
 
 @lru_cache(maxsize=512)
+def parameter_targets(model: ModelSpec) -> tuple[tuple[str, ...], ...]:
+    """The names of linear layers that peft takes a parameter for, parameter by parameter: of experts and routers."""
+    stack = build(model, Wiring("flash", "efficient"))
+    found = {w.stands_for for op in operations(stack) for w in op.weights if w.stands_for and not w.matrix}
+    return tuple(sorted(found))
+
+
+@lru_cache(maxsize=512)
 def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
     """The fused kernels that find operations of the model to stand in for."""
     return frozenset(fusible(build(model, Wiring("flash", "efficient"), code)))

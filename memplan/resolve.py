@@ -19,7 +19,17 @@ from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
-from memplan.graph import Graph, adaptable, attention_dtype, built, fusible_kernels, modules
+from memplan.graph import (
+    Graph,
+    adaptable,
+    attention_dtype,
+    built,
+    elements,
+    fusible_kernels,
+    modules,
+    parameter_targets,
+    weights_of,
+)
 from memplan.models import ModelSpec
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
@@ -120,6 +130,12 @@ def _decide(
             "kernels.loss: chunked_lm_head under autocast is not supported but by profile litgpt-...; chunked is",
             "kernels.loss",
         )
+    if "E" in model.axes() and words["experts"] != "stacked":
+        raise SpecError(
+            f"profile: {profile} has experts written otherwise ({words['experts']}), which is not supported yet; "
+            "transformers-5 and trl-0.24 have them as they are counted",
+            "profile",
+        )
     notes: list[str] = []
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
     if gpu is not None and gpu_name is not None:
@@ -192,6 +208,7 @@ def _decide(
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
     )
+    notes += _expert_notes(graph)
     if ranks.world > 1 and ranks.row.flat:
         _check_flat(graph, ranks)
     if (
@@ -466,6 +483,19 @@ def _checkpoint_notes(model: ModelSpec, method: Method, precision: Precision) ->
         raise SpecError("quantization_config: the checkpoint is quantised by bitsandbytes; use qlora or qdora", "model")
 
 
+def _expert_notes(graph: Graph) -> Iterator[str]:
+    """How much of a mixture of experts bitsandbytes quantises: linear layers alone, and experts are parameters."""
+    _, axes = built(graph)
+    weights = [(w, elements(w, axes) * n) for w, n, _ in weights_of(graph) if w.group not in ("adapter", "buffer")]
+    left = {w.dtype for w, _ in weights if w.chosen and not w.stored}
+    if graph.recipe.quantization and left:
+        share = 100 * sum(n for w, n in weights if w.stored) / sum(n for _, n in weights)
+        yield (
+            f"{share:.1f}% of the parameters are quantised: experts are no linear layers in transformers 5, and "
+            f"bitsandbytes leaves them in {' and '.join(sorted(left))}"
+        )
+
+
 # A role that a family may have fused into one matrix, and what the fused ones are called.
 _FUSED = {
     **dict.fromkeys(
@@ -480,7 +510,10 @@ _FUSED = {
 
 def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[str]]:
     """The names of the layers the adapters take, checked; a fused role is the whole fused matrix."""
-    layers = adaptable(model)
+    layers, groups = adaptable(model), parameter_targets(model)
+    stood_for = {name for group in groups for name in group}
+    layers = {path: dims for path, dims in layers.items() if path.rpartition(".")[2] not in stood_for}
+    passed_over = [path for path in adaptable(model) if path not in layers]
     names = {path.rpartition(".")[2] for path in layers}
     if method.targets == "all-linear":
         inner = {path: dims for path, dims in layers.items() if model.vocab_size not in dims and min(dims) > 1}
@@ -489,7 +522,9 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
         path, dims = min(inner.items(), key=lambda item: min(item[1]))
         if method.rank > min(dims):
             _refuse_rank(method.rank, path, dims)
-        return ("all-linear",), []
+        if groups:
+            _check_parameters(method, "all-linear")
+        return ("all-linear",), _passed_over(passed_over)
     if not method.targets:
         raise SpecError("method.targets: no module named", "method.targets")
     if "all-linear" in method.targets:
@@ -497,18 +532,51 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     found: list[str] = []
     notes: list[str] = []
     for target in method.targets:
+        if target.rpartition(".")[2] in stood_for:
+            _check_parameters(method, target)
+            found.append(target.rpartition(".")[2])
+            continue
         name = _last(target, "method.targets", layers)
         if name not in names:
             fused = next((f for f in _FUSED.get(name, ()) if f in names), None)
             if fused is None:
-                raise UnknownNameError("method.targets", target, (*sorted(names), "all-linear"))
+                raise UnknownNameError("method.targets", target, (*sorted(names | stood_for), "all-linear"))
             notes.append(f"{name} is part of {fused} in this family: the adapter is on all of {fused}")
             name = fused
         for path, dims in layers.items():
             if path.rpartition(".")[2] == name and method.rank > min(dims) > 1:
                 _refuse_rank(method.rank, path, dims)
         found.append(name)
-    return tuple(dict.fromkeys(found)), notes
+    for group in groups:
+        lacking = [name for name in group if name not in found]
+        if lacking and len(lacking) < len(group):
+            raise SpecError(
+                f"method.targets: {' and '.join(group)} are one parameter in this family, which peft adapts as a "
+                f"whole; name {' and '.join(lacking)} too",
+                "method.targets",
+            )
+    return tuple(dict.fromkeys(found)), notes + (_passed_over(passed_over) if stood_for.intersection(found) else [])
+
+
+def _check_parameters(method: Method, target: str) -> None:
+    """Raise SpecError for what peft does not do where it adapts parameters that are no linear layers.
+
+    Source: peft 0.21 tuners/lora/layer.py ParamWrapper.
+    """
+    which = f"{target} is on experts or a router here, which are parameters"
+    if "dora" in method.kind:
+        raise SpecError(f"method.kind: {which}, and peft has no DoRA for those; name other targets", "method.kind")
+    if method.dropout:
+        raise SpecError(
+            f"method.dropout: {which}, and peft drops nothing there; say 0, or name other targets", "method.dropout"
+        )
+
+
+def _passed_over(paths: list[str]) -> list[str]:
+    """A note where linear layers are called as those are that experts stand for."""
+    if not paths:
+        return []
+    return [f"peft takes these names for those of experts, and adapts no {', '.join(sorted(paths))}"]
 
 
 def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:

@@ -31,6 +31,7 @@ WORDS = {
     "scales_apart": "Gemma's model scales the embeddings, not their module",
     "half_math": "torch's plain attention stays in the dtype of what it is given",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
+    "experts": "how experts are written: stacked (one parameter of three dimensions), modules (linear layers), own",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -115,6 +116,7 @@ PROFILES = (
             Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
+            Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
         ),
     ),
     Profile(
@@ -128,6 +130,9 @@ PROFILES = (
             ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
             Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
+            Row(
+                "experts", "modules", "transformers 4.51.3 models/mixtral/modeling_mixtral.py MixtralBlockSparseTop2MLP"
+            ),
             Row("sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"),
             Row(
                 "no_checkpoints",
@@ -312,6 +317,7 @@ PROFILES = (
                 False,
                 "axolotl 0.12.2 loaders/model.py: norms and embeddings are cast back where there is an adapter",
             ),
+            Row("experts", "modules", "transformers 4.55.2 models/mixtral/modeling_mixtral.py"),
         ),
         ("sample packing and Axolotl's own offloading of activations",),
     ),
@@ -370,6 +376,7 @@ PROFILES = (
             Row("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
             Row("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
             Row("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
+            Row("experts", "own", "torchtune 0.6.1 modules/moe/experts.py"),
         ),
         (
             "torchtune's RMSNorm and rotary positions, in fp32 throughout: transformers' are counted",
@@ -397,6 +404,7 @@ PROFILES = (
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
+            Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
             "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor and pipeline parallelism",
@@ -411,6 +419,7 @@ PROFILES = (
         (
             Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
             Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
+            Row("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
         ),
         (
             "gradients and masters in fp32: say precision mixed with grads fp32",
