@@ -353,9 +353,10 @@ def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, d
 
 def _saved(op: Op, saved: tuple[str, ...]) -> Op:
     """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays beside it."""
-    ours = {w.name: f"{w.name}.saved" for w in op.weights if w.name.rpartition(".")[0].rpartition(".")[2] in saved}
+    own = [w for w in op.weights if w.group != "buffer"]
+    ours = {w.name: f"{w.name}.saved" for w in own if w.name.rpartition(".")[0].rpartition(".")[2] in saved}
     if op.name.rpartition(".")[2] in saved:
-        ours = {w.name: f"{w.name}.saved" for w in op.weights}
+        ours = {w.name: f"{w.name}.saved" for w in own}
     if not ours:
         return op
     copies = tuple(
