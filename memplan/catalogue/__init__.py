@@ -18,7 +18,6 @@ _MODULES = {
         "llama": "llama mistral ministral ministral3 qwen2 mimo qwen3 internlm3 hunyuan_v1_dense smollm3",
         "phi3": "phi3",
         "seed_oss": "seed_oss",
-        "granite": "granite",
         "granite": "granite granitemoe",
         "ernie": "ernie4_5",
         "nemotron_nas": "nemotron-nas",
