@@ -296,7 +296,7 @@ def family_of(config: Mapping[str, Any]) -> str:
         kinds = {kind: None for part, kind in _KINDS_BY_NAME.items() if part in model_type}
     if kinds:
         raise UnsupportedModelError(
-            f"model_type: {shown} ({', '.join(kinds)}) is not supported yet; supported are dense decoders",
+            f"model_type: {shown} ({', '.join(kinds)}) is not supported yet; dense decoders are, and some others",
             "model_type",
         )
     if model_type not in MODEL_TYPES:

@@ -81,12 +81,14 @@ class Keep(NamedTuple):
 class Scratch(NamedTuple):
     """A tensor alive only inside the operation's backward, when a gradient is asked of `of` (any, if empty).
 
-    An `early` one is gone before the gradients are made.
+    An `early` one is gone before the gradients are made. A `summed` one is the gradient itself, before it is summed to
+    the shape of what was broadcast, which happens when all gradients are made.
     """
 
     tensor: Tensor
     of: str = ""
     early: bool = False
+    summed: bool = False
 
 
 class Op(NamedTuple):

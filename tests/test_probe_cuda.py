@@ -598,7 +598,7 @@ def test_what_memplan_cannot_estimate_is_measured_all_the_same(
     probe: Probing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**SMALLEST, "model_type": "mixtral", "num_local_experts": 8}))
+    path.write_text(json.dumps({**SMALLEST, "model_type": "flex_olmo", "num_experts": 8}))
     on_card(monkeypatch, Card3090())
     ran = probe(str(path), "--cuda")
     assert ran.code == 0

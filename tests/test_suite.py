@@ -93,7 +93,7 @@ def test_a_plan_says_what_is_expected_of_each_run() -> None:
     gpu = memplan.find_gpu("3090")
     fine = RunSpec(model={"config": SMALLEST}, gpu="3090")
     refused = RunSpec(model={"config": SMALLEST}, gpu="3090", kernels={"compile": True})
-    unknown = RunSpec(model={"config": {**SMALLEST, "model_type": "mixtral", "num_experts": 4}}, gpu="3090")
+    unknown = RunSpec(model={"config": {**SMALLEST, "model_type": "flex_olmo", "num_experts": 4}}, gpu="3090")
     planned = plan([fine, refused, unknown], gpu, 2)
     assert planned[0].answer == memplan.estimate(fine)
     assert planned[1].refused.startswith("kernels.compile: ")
@@ -385,7 +385,7 @@ def test_one_trace_is_shown_over_time_and_beside_the_estimate(
 def test_a_model_without_a_stack_is_traced_without_an_estimate(
     probe: Probing, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**SMALLEST, "model_type": "mixtral", "num_experts": 4}))
+    (tmp_path / "config.json").write_text(json.dumps({**SMALLEST, "model_type": "flex_olmo", "num_experts": 4}))
     monkeypatch.setattr(trace, "trace", lambda run, steps: traced(run))
     ran = probe(str(tmp_path / "config.json"), "--trace")
     assert ran.code == 0

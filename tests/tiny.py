@@ -68,7 +68,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neox": {k: v for k, v in _BASE.items() if k != "num_key_value_heads"},
     "gptj": {**_GPT, "rotary_dim": 8},
     "granite": _base(),
-    "granitemoe": _base(num_local_experts=8, num_experts_per_tok=2),
+    "granitemoe": _base(num_local_experts=8, num_experts_per_tok=2, attention_dropout=0.1),
     "hunyuan_v1_dense": _base(**_HEADS),
     "internlm3": _base(**_HEADS),
     "llama": _base(),

@@ -290,6 +290,6 @@ def weighed(name: str, x: str, scores: str, y: str) -> Op:
         (Tensor(y, shape),),
         (),
         (Keep(scores, x), Keep(x, scores)),
-        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), scores),),
+        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), scores, summed=True),),
         source=f"{ops.DERIVATIVES}: mul.Tensor",
     )

@@ -79,7 +79,7 @@ def _scaled(name: str, share: str, x: str, y: str) -> Op:
         (Tensor(y, "b s h"),),
         (),
         (Keep(x, share), Keep(share, x)),
-        scratch_back=(Scratch(Tensor("product", "b s h", f"={y}"), share),),
+        scratch_back=(Scratch(Tensor("product", "b s h", f"={y}"), share, summed=True),),
         source=f"{ops.DERIVATIVES}: mul.Tensor",
     )
 

@@ -27,20 +27,32 @@ def parameter(op: Op) -> Weight | None:
 
 
 def adapt_parameters(operations: tuple[Op, ...], takes: Callable[[Weight], bool], dtype: str) -> tuple[Op, ...]:
-    """The operations with adapters, in `dtype`, on those parameters that `takes` says yes to."""
-    folded: dict[str, list[str]] = {}
-    out: list[Op] = []
+    """The operations with adapters, in `dtype`, on those parameters that `takes` says yes to.
+
+    What a module's stacks are folded from is cast where the module begins, the last stack's first, and stays until it
+    returns, with what they are folded to.
+    """
+    taken = {op.name: w for op in operations if (w := parameter(op)) is not None and takes(w)}
+    modules: dict[str, list[Weight]] = {}
+    for name, w in taken.items():
+        if w.stacked:
+            modules.setdefault(name.rpartition(".")[0], []).append(w)
+    begun, out = set[str](), list[Op]()
     for op in operations:
-        w = parameter(op)
-        if w is None or not takes(w):
-            module = op.name.removesuffix(".return")
-            held = folded.get(module, ()) if module != op.name else ()
+        module = op.name.rpartition(".")[0]
+        stacks = modules.get(module, [])
+        if stacks and module not in begun:
+            begun.add(module)
+            out += [cast for w in reversed(stacks) for cast in _casts(w, dtype)]
+        if op.name in taken:
+            w = taken[op.name]
+            made = (_fold(w, dtype),) if w.stacked else tuple(_add(w, dtype))
+            out += (*made, _reading(op, w, made[-1].writes[0].name))
+        elif op.name == f"{module}.return":
+            held = [t for w in stacks for t in (f"{w.name}.folded", *(c.writes[0].name for c in _casts(w, dtype)))]
             out.append(op._replace(reads=(*op.reads, *held)))
-            continue
-        made = tuple(_fold(w, dtype) if w.stacked else _add(w, dtype))
-        for t in made[-1].writes if w.stacked else ():
-            folded.setdefault(op.name.rpartition(".")[0], []).append(t.name)
-        out += (*made, _reading(op, w, made[-1].writes[0].name))
+        else:
+            out.append(op)
     return tuple(out)
 
 
@@ -64,18 +76,30 @@ def _matrices(w: Weight, dtype: str) -> tuple[Weight, Weight]:
     return a, b
 
 
-def _fold(w: Weight, dtype: str) -> Iterator[Op]:
-    """One product added to the stack; A and B are cast to its dtype first."""
-    a, b = _matrices(w, dtype)
-    cast = tuple(Tensor(f"{v.name}.cast", v.shape, w.dtype) for v in (a, b)) if w.dtype != dtype else ()
-    seen_a, seen_b = (t.name for t in cast) if cast else (a.name, b.name)
-    yield Op(
+def _casts(w: Weight, dtype: str) -> tuple[Op, ...]:
+    """A and B in the dtype of their stack, where that is another."""
+    if w.dtype == dtype:
+        return ()
+    return tuple(
+        Op(f"{v.name}.to", (), (Tensor(f"{v.name}.cast", v.shape, w.dtype),), (v,), cast=True, source=_SOURCE)
+        for v in _matrices(w, dtype)
+    )
+
+
+def _fold(w: Weight, dtype: str) -> Op:
+    """One product added to the stack."""
+    both, casts = _matrices(w, dtype), _casts(w, dtype)
+    seen = [c.writes[0].name for c in casts] or [v.name for v in both]
+    a, b = seen
+    return Op(
         f"{w.name}.fold",
-        (),
-        (Tensor(f"{w.name}.folded", w.shape, w.dtype), *cast),
-        (w, a, b),
-        (Keep(seen_a, b.name), Keep(seen_b, a.name)),
-        scratch_back=tuple(Scratch(Tensor(f"product for {v.name}", v.shape, w.dtype), v.name) for v in (a, b)),
+        tuple(seen) if casts else (),
+        (Tensor(f"{w.name}.folded", w.shape, w.dtype),),
+        (w, *(() if casts else both)),
+        (Keep(a, b), Keep(b, a)),
+        scratch_back=tuple(
+            Scratch(Tensor(f"product for {v.name}", v.shape, w.dtype), name) for v, name in zip(both, seen, strict=True)
+        ),
         source=f"{_SOURCE}, torch 2.13 tools/autograd/derivatives.yaml: baddbmm",
     )
 

@@ -369,7 +369,7 @@ class Tape:
         made: list[tuple[str, Storage]] = []
         if incoming:
             self.differentiated(frame, node, tuple(t for t, _ in incoming))
-            scratch = [s for s in op.scratch_back if not s.of or s.of in node.targets]
+            scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in node.targets)]
             early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
             beside = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
             for storage in early:
@@ -399,7 +399,7 @@ class Tape:
         node.kept = []
 
     def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
-        """A gradient that came in the promoted dtype is cast to its own, when all of the node's are made."""
+        """A gradient that came in the promoted dtype is cast to its own, or summed, when all of the node's are made."""
         made = self.alloc(frame.scope[target], _kind(node.op, target), of="gradient of ")
         self.drop(wide)
         return made
@@ -407,13 +407,16 @@ class Tape:
     def _gradient(
         self, frame: Frame, node: Node, target: str, incoming: list[tuple[Tensor, Storage]]
     ) -> tuple[Storage, bool]:
-        """The gradient of `target`, and whether it is in the promoted dtype, still to be cast."""
+        """The gradient of `target`, and whether it is still to be cast from the promoted dtype, or to be summed."""
         op, like = node.op, frame.scope[target]
         becomes = next((k.what for k in op.keeps if k.becomes and k.of == target), None)
         if becomes is not None:
             kept = frame[becomes]
             kept.refs += 1
             return kept, False
+        unsummed = next((s.tensor for s in op.scratch_back if s.summed and s.of == target), None)
+        if unsummed is not None:
+            return self.alloc(unsummed, "temp", of="gradient of "), True
         if op.gradient == "same":
             out, storage = incoming[0]
             if op.view or (out.shape, out.dtype) == (like.shape, like.dtype):
