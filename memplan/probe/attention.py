@@ -195,7 +195,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
         batch, rows, heads, _ = q.shape
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty_like(q)
         sums = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
         state = torch.empty(2, dtype=torch.int64, device=q.device)
         ctx.save_for_backward(q, k, v, out, sums, state)
