@@ -206,6 +206,12 @@ class ModelSpec:
         return int(self.head_dim * share)
 
     @cached_property
+    def head_widths(self) -> tuple[int, int]:
+        """How wide a head's queries and keys are, and its values: the axes `d` and, where they are others, `dv`."""
+        axes = self.axes()
+        return axes["d"], axes.get("dv", axes["d"])
+
+    @cached_property
     def runs(self) -> tuple[Repeated, ...]:
         """The layers as patterns that repeat."""
         return runs_of(self.layers)

@@ -423,9 +423,9 @@ def run_axes(
     }
     needs = program.needs
     if "efficient_workspace" in needs or "efficient_fp32" in needs:
-        axes["efficient_fp32"] = by.choose(half, 0, m.head_dim + 1)
+        axes["efficient_fp32"] = by.choose(half, 0, m.head_widths[1] + 1)
         axes["efficient_workspace"] = efficient_workspace_bytes(
-            s, m.head_dim, b * m.num_attention_heads, half, large_tiles, by
+            s, m.head_widths, b * m.num_attention_heads, half, large_tiles, by
         )
     if "lc" in needs:
         axes["lc"] = -(-s // 8)

@@ -399,14 +399,16 @@ def _wiring(
     windowed: bool,
 ) -> Wiring:
     """The kernel torch takes: flash needs 16 bits, no mask, compute capability 8 and heads up to 256 wide; the
-    memory-efficient one needs head widths of a multiple of 16 bytes; what is left is the plain product. For flash
-    attention 2 transformers itself casts fp32 queries to the dtype the model was loaded in, or autocast's.
+    memory-efficient one needs head widths of a multiple of 16 bytes; what is left is the plain product. Flash takes no
+    values of another width than the keys'. For flash attention 2 transformers itself casts fp32 queries to the dtype
+    the model was loaded in, or autocast's.
 
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, transformers 5.24
     integrations/flash_attention.py get_target_dtype.
     """
     half = dtype != "fp32"
-    aligned = model.head_dim % (8 if half else 4) == 0
+    widths = model.head_widths
+    aligned = all(width % (8 if half else 4) == 0 for width in widths)
     efficient = "efficient" if aligned else "math"
     if attention == "eager":
         return Wiring("eager", "eager", padded, windowed)
@@ -423,7 +425,7 @@ def _wiring(
                 "kernels.attention: flash_attention_2 needs compute capability 8.0 or later", "kernels.attention"
             )
         return Wiring("flash_2", "flash_2", padded, windowed, target)
-    flash = half and model.head_dim <= 256 and (capability is None or capability >= (8, 0))
+    flash = half and widths[0] == widths[1] <= 256 and (capability is None or capability >= (8, 0))
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
 
 

@@ -289,8 +289,8 @@ def test_heads_must_divide(change: dict[str, int], message: str) -> None:
     [
         ({"model_type": "aria", "num_local_experts": 8}, "aria.*mixture of experts"),
         ({"model_type": "flex_olmo", "num_experts": 128}, "flex_olmo.*mixture of experts"),
-        ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 256}, "deepseek_v3"),
-        ({"model_type": "minicpm3", "kv_lora_rank": 256}, "minicpm3.*multi-head latent attention"),
+        ({"model_type": "longcat_flash", "kv_lora_rank": 512, "n_routed_experts": 512}, "longcat_flash"),
+        ({"model_type": "youtu", "kv_lora_rank": 512}, "youtu.*multi-head latent attention"),
         ({"model_type": "mamba", "state_size": 16}, "mamba.*state space"),
         ({"model_type": "llava", "vision_config": {"depth": 27}}, "llava.*vision"),
         ({"model_type": "llama", "num_local_experts": 8}, "mixture of experts"),

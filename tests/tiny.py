@@ -22,6 +22,25 @@ def _base(**more: Any) -> dict[str, Any]:
 
 
 _HEADS = {"head_dim": 16}
+# Queries and keys of 24, of which 8 are rotated, and values of 16; ranks of 24 and 32.
+_LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+# Two of four groups of experts, four of the eight in them, and two that every token uses.
+_ROUTED = {
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
 
 # As little as a config can say.
 SMALLEST: dict[str, Any] = {
@@ -37,6 +56,8 @@ TINY: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300},
     "cohere": _base(),
     "cohere2": _base(num_hidden_layers=5, sliding_window=32, **_HEADS),
+    "deepseek_v2": _base(num_key_value_heads=4, topk_method="group_limited_greedy", **_LATENT, **_ROUTED),
+    "deepseek_v3": _base(num_key_value_heads=4, **_LATENT, **_ROUTED),
     "ernie4_5": _base(**_HEADS),
     "exaone4": _base(num_hidden_layers=5, sliding_window=32),
     "falcon": {
@@ -54,6 +75,7 @@ TINY: dict[str, dict[str, Any]] = {
     "glm": _base(**_HEADS),
     "glm4": _base(**_HEADS),
     "glm4_moe": _base(moe_intermediate_size=48, n_routed_experts=8, num_experts_per_tok=2, use_qk_norm=True, **_HEADS),
+    "glm4_moe_lite": _base(num_key_value_heads=4, **{**_LATENT, **_ROUTED, "v_head_dim": 24}),
     "gpt2": {**_GPT, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     "gpt_bigcode": {**_GPT, "n_inner": 256, "multi_query": True},
     "gpt_neo": {
@@ -73,6 +95,7 @@ TINY: dict[str, dict[str, Any]] = {
     "internlm3": _base(**_HEADS),
     "llama": _base(),
     "minimax_m2": _base(num_local_experts=8, num_experts_per_tok=2, rotary_dim=8, **_HEADS),
+    "minicpm3": _base(num_key_value_heads=4, **_LATENT),
     "ministral": _base(
         sliding_window=32, layer_types=["sliding_attention", "full_attention", "sliding_attention"], **_HEADS
     ),

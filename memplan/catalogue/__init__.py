@@ -33,6 +33,8 @@ _MODULES = {
         "glm": "glm glm4",
         "chatglm": "chatglm",
         "stablelm": "stablelm",
+        "latent": "minicpm3",
+        "deepseek": "deepseek_v2 deepseek_v3 glm4_moe_lite",
         "moe": "glm4_moe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe",
     }.items()
     for model_type in model_types.split()

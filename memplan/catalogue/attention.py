@@ -50,8 +50,8 @@ class Wiring(NamedTuple):
         return self.backend == "eager" or self.padded or (sliding and self.windowed)
 
 
-# Families whose heads are views of one projection of all three: of a single sequence they can be flattened as views.
-JOINED = ("falcon", "gpt_bigcode", "gpt_neox")
+# Families whose heads are views of a projection of more than them: of a single sequence they can be flattened as views.
+JOINED = ("deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "kimi_k25", "minicpm3")
 
 
 def flattened(op: Op) -> Op:
@@ -60,9 +60,18 @@ def flattened(op: Op) -> Op:
 
 
 def attention(
-    name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool = False, mask: str = "mask"
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    wiring: Wiring,
+    grouped: bool,
+    sliding: bool = False,
+    mask: str = "mask",
+    width: str = "d",
 ) -> tuple[Op, ...]:
-    """The attention of one layer, with the copies of k and v its kernel needs."""
+    """The attention of one layer, with the copies of k and v its kernel needs. `width` is that of a head's values."""
     masked = wiring.has_mask(sliding)
     backend = wiring.masked if masked else wiring.backend
     if wiring.copies and backend != "eager":
@@ -72,24 +81,28 @@ def attention(
             *_copied(name, q, k, v, grouped, every),
             *_laid_out_as(
                 y,
-                attention(name, f"{q}.given" if every else q, "k.given", "v.given", y, plain, False, sliding, mask),
+                attention(
+                    name, f"{q}.given" if every else q, "k.given", "v.given", y, plain, False, sliding, mask, width
+                ),
                 every and backend == "flash",
             ),
             ops.leave("k.given", "v.given", *((f"{q}.given",) if every else ())),
         )
     match backend:
         case "flash" | "flash_2":
+            if width != "d":
+                return _padded_flash_2(name, q, k, v, y, wiring, width)
             heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
             if backend == "flash_2":
                 return (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped))
             return (heads, flash(name, q, k, "v.heads", y, grouped))
         case "efficient":
-            return _efficient(name, q, k, v, y, grouped, mask if masked else "")
+            return _efficient(name, q, k, v, y, grouped, mask if masked else "", width)
         case "math":
             to = f"={q}.low" if wiring.half_math else "fp32"
-            return _math(name, q, k, v, y, grouped, mask if masked else "", to)
+            return _math(name, q, k, v, y, grouped, mask if masked else "", to, width)
         case "eager":
-            return _eager(name, q, k, v, y, grouped, mask)
+            return _eager(name, q, k, v, y, grouped, mask, width)
         case other:
             raise AssertionError(other)
 
@@ -144,23 +157,38 @@ def _flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped:
     return (*made, ops.leave(tokens, *(f"{x}.gathered" for x in shapes), *(given[x] for x in shapes if given[x] != x)))
 
 
+def _padded_flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, width: str) -> tuple[Op, ...]:
+    """Values narrower than queries are padded with zeros to their width, and what comes out is cut again.
+
+    Source: transformers 5.24 integrations/flash_attention.py flash_attention_forward.
+    """
+    heads, out = "b s a d", f"{y}.wide"
+    return (
+        ops.copy(f"{name}.pad_values", v, "v.heads", heads, gradient="new"),
+        *_flash_2(name, q, k, "v.heads", out, wiring, False),
+        ops.leave("v.heads"),
+        ops.view(f"{name}.cut", out, f"{y}.cut", f"b s a {width}", gradient="new"),
+        ops.copy(f"{name}.contiguous", f"{y}.cut", y, f"b s a {width}"),
+    )
+
+
 def _moved(name: str, x: str, y: str, shape: str, tokens: str) -> Op:
     return Op(
         name, (x, tokens), (Tensor(y, shape, f"={x}"),), (), (Keep(tokens, x),), source=f"{ops.DERIVATIVES}: index"
     )
 
 
-def _repeated(name: str, k: str, v: str, grouped: bool) -> tuple[Op, ...]:
+def _repeated(name: str, k: str, v: str, grouped: bool, width: str) -> tuple[Op, ...]:
     """k and v for every query head (transformers' repeat_kv, torch's enable_gqa): copies, if there are fewer."""
     if not grouped:
         return (
-            ops.view(f"{name}.v_heads", v, "v.heads", "b s a d"),
+            ops.view(f"{name}.v_heads", v, "v.heads", f"b s a {width}"),
             ops.view(f"{name}.k_same", k, "k.heads", "b s a d"),
         )
     return (
         ops.copy(f"{name}.repeat_k", k, "k.heads", "b s a d", gradient="new"),
-        ops.view(f"{name}.v_view", v, "v.view", "b s k d", gradient="new"),
-        ops.copy(f"{name}.repeat_v", "v.view", "v.heads", "b s a d", gradient="new"),
+        ops.view(f"{name}.v_view", v, "v.view", f"b s k {width}", gradient="new"),
+        ops.copy(f"{name}.repeat_v", "v.view", "v.heads", f"b s a {width}", gradient="new"),
     )
 
 
@@ -197,7 +225,7 @@ def _copied(name: str, q: str, k: str, v: str, grouped: bool, every: bool) -> tu
     )
 
 
-def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -> tuple[Op, ...]:
+def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str) -> tuple[Op, ...]:
     """Memory-efficient attention: keeps q, k, v, the output, a row of fp32 sums rounded up to 32 rows, and the mask.
 
     A boolean mask becomes one of q's dtype in every layer. The workspace of its backward depends on the tile the
@@ -208,10 +236,10 @@ def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: s
     if mask:
         q1, k1, v1 = f"{q}.lowered", "k.lowered", "v.lowered"
         inner = (
-            *_repeated(name, k, v, grouped),
+            *_repeated(name, k, v, grouped, width),
             _lowered(f"{name}.q", q, q1, "b s a d"),
             _lowered(f"{name}.k", "k.heads", k1, "b s a d"),
-            _lowered(f"{name}.v", "v.heads", v1, "b s a d"),
+            _lowered(f"{name}.v", "v.heads", v1, f"b s a {width}"),
             Op(
                 f"{name}.mask",
                 (mask,),
@@ -225,8 +253,8 @@ def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: s
         inner = (
             _lowered(f"{name}.q", q, q1, "b s a d"),
             _lowered(f"{name}.k", k, "k.lowered", "b s k d"),
-            _lowered(f"{name}.v", v, "v.lowered", "b s k d"),
-            *_repeated(name, "k.lowered", "v.lowered", grouped),
+            _lowered(f"{name}.v", v, "v.lowered", f"b s k {width}"),
+            *_repeated(name, "k.lowered", "v.lowered", grouped, width),
         )
     kept = (q1, k1, v1, y, lse, seed, offset, *((f"{y}.bias",) if mask else ()))
     return (
@@ -235,7 +263,7 @@ def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: s
             name,
             (q1, k1, v1, *((f"{y}.bias",) if mask else ())),
             (
-                Tensor(y, "b s a d", f"={q1}"),
+                Tensor(y, f"b s a {width}", f"={q1}"),
                 Tensor(lse, "b a s32", "fp32"),
                 Tensor(seed, "", "int64"),
                 Tensor(offset, "", "int64"),
@@ -261,22 +289,22 @@ def _lowered(name: str, x: str, y: str, shape: str) -> Op:
     return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
 
 
-def _eager(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str) -> tuple[Op, ...]:
+def _eager(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str) -> tuple[Op, ...]:
     """transformers' eager_attention_forward: scores, scaled, masked, softmax in fp32, cast back.
 
     A product of transposed heads needs them contiguous: q always, k and v where repeating has not made them so.
     """
     n, scores = name, "b a s s"
     return (
-        *_repeated(n, k, v, grouped),
+        *_repeated(n, k, v, grouped, width),
         ops.copy(f"{n}.q_flat", q, "q.flat", "b s a d"),
         *(() if grouped else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
         ops.matmul(f"{n}.scores", "q.flat", "k.heads" if grouped else "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
         *_masked_softmax(n, "scaled", "probs", mask, q),
-        *(() if grouped else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", "b s a d"),)),
-        ops.matmul(f"{n}.product", "probs", "v.heads" if grouped else "v.flat", "heads", "b s a d"),
-        ops.copy(f"{n}.contiguous", "heads", y, "b s a d", gradient="new"),
+        *(() if grouped else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", f"b s a {width}"),)),
+        ops.matmul(f"{n}.product", "probs", "v.heads" if grouped else "v.flat", "heads", f"b s a {width}"),
+        ops.copy(f"{n}.contiguous", "heads", y, f"b s a {width}", gradient="new"),
         ops.leave("probs", "k.heads", "v.heads"),
     )
 
@@ -291,16 +319,17 @@ def _masked_softmax(n: str, x: str, y: str, mask: str, like: str) -> tuple[Op, .
     )
 
 
-def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, to: str) -> tuple[Op, ...]:
+def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, to: str, width: str) -> tuple[Op, ...]:
     """torch's reference: everything in `to`, under autocast too, the causal or given mask added in place.
 
     Autocast casts what the function is given; with a mask k and v are repeated before it, without one inside.
     """
     n, heads, few, scores = name, "b s a d", "b s k d", "b a s s"
+    values = f"b s a {width}"
     if mask:
         given = (
-            *_repeated(n, k, v, grouped),
-            *_lowered_heads(n, {q: heads, "k.heads": heads, "v.heads": heads}),
+            *_repeated(n, k, v, grouped, width),
+            *_lowered_heads(n, {q: heads, "k.heads": heads, "v.heads": values}),
             Op(
                 f"{n}.mask",
                 (mask,),
@@ -308,41 +337,41 @@ def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, t
                 source=f"{_ATEN}/attention.cpp convert_boolean_attn_mask",
             ),
         )
-        k_low, v_low, spread = "k.heads.low", "v.heads.low", heads
+        k_low, v_low, spread = "k.heads.low", "v.heads.low", {"k": heads, "v": values}
         made = (ops.cast(f"{n}.mask_float", "bias", "bias32", "b s s", to),)
     else:
         given = (
-            ops.view(f"{n}.v_view", v, "v.view", few, gradient="new"),
-            *_lowered_heads(n, {q: heads, k: few, "v.view": few}),
+            ops.view(f"{n}.v_view", v, "v.view", f"b s k {width}", gradient="new"),
+            *_lowered_heads(n, {q: heads, k: few, "v.view": f"b s k {width}"}),
         )
-        k_low, v_low, spread = f"{k}.low", "v.view.low", few
+        k_low, v_low, spread = f"{k}.low", "v.view.low", {"k": few, "v": f"b s k {width}"}
         made = (Op(f"{n}.causal", (), (Tensor("bias32", "s s", to),), scratch=(Tensor("ones", "s s", "bool"),)),)
     inside = (
         ops.cast(f"{n}.q_float", f"{q}.low", "q32", heads, to),
-        ops.cast(f"{n}.k_float", k_low, "k32", spread, to),
-        ops.cast(f"{n}.v_float", v_low, "v32", spread, to),
+        ops.cast(f"{n}.k_float", k_low, "k32", spread["k"], to),
+        ops.cast(f"{n}.v_float", v_low, "v32", spread["v"], to),
         *made,
         ops.scale(f"{n}.scale_q", "q32", "q.scaled", heads),
         *(
-            ops.copy(f"{n}.expand_{t}", f"{t}32", f"{t}.all", heads, gradient="new")
+            ops.copy(f"{n}.expand_{t}", f"{t}32", f"{t}.all", shape, gradient="new")
             if grouped and not mask
-            else ops.view(f"{n}.expand_{t}", f"{t}32", f"{t}.all", heads)
-            for t in "kv"
+            else ops.view(f"{n}.expand_{t}", f"{t}32", f"{t}.all", shape)
+            for t, shape in (("k", heads), ("v", values))
         ),
         ops.scale(f"{n}.scale_k", "k.all", "k.scaled", heads),
         ops.copy(f"{n}.q_flat", "q.scaled", "q.flat", heads),
         ops.matmul(f"{n}.scores", "q.flat", "k.scaled", "scores", scores)._replace(autocast=""),
         *ops.softmax(f"{n}.softmax", "scores", "probs", scores, to),
         ops.cast(f"{n}.second", "probs", "second", scores, f"={q}.low"),
-        (ops.view if grouped else ops.copy)(f"{n}.v_flat", "v.all", "v.flat", heads),
-        ops.matmul(f"{n}.product", "probs", "v.flat", "heads32", heads)._replace(autocast=""),
-        ops.cast(f"{n}.cast", "heads32", "heads", heads, f"={q}.low"),
+        (ops.view if grouped else ops.copy)(f"{n}.v_flat", "v.all", "v.flat", values),
+        ops.matmul(f"{n}.product", "probs", "v.flat", "heads32", values)._replace(autocast=""),
+        ops.cast(f"{n}.cast", "heads32", "heads", values, f"={q}.low"),
     )
     return (
         *given,
         *inside,
         ops.leave("second", "q.scaled", "k.all", "v.all", "bias32", f"{q}.low", k_low, v_low),
-        ops.copy(f"{n}.contiguous", "heads", y, heads, gradient="new"),
+        ops.copy(f"{n}.contiguous", "heads", y, values, gradient="new"),
     )
 
 
@@ -375,24 +404,26 @@ def large_tiles(capability: tuple[int, int] | None) -> bool:
 
 
 def efficient_workspace_bytes(
-    s: Size, d: int, pairs: Size, half: bool, large_tiles: bool, by: Arithmetic[Size]
+    s: Size, widths: tuple[int, int], pairs: Size, half: bool, large_tiles: bool, by: Arithmetic[Size]
 ) -> Size:
     """Bytes of workspace that memory-efficient attention's backward takes for one head of one sequence.
 
-    `pairs` is batch x heads; `by` is how one run's are counted, or many's.
+    `widths` are a head's of queries and keys, and of values; `pairs` is batch x heads; `by` is how one run's are
+    counted, or many's.
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h.
     """
-    if d <= 64:
+    d, most = widths[0], max(widths)
+    if most <= 64:
         rows, columns, widest = 64, 64, 64
-    elif d <= 96:
+    elif most <= 96:
         rows, columns, widest = 128, 64, 96
-    elif d <= 128 and large_tiles:
+    elif most <= 128 and large_tiles:
         rows, columns, widest = 128, 128, 128
     else:
-        rows, columns, widest = 64, 64, 128 if d <= 128 else 65536
+        rows, columns, widest = 64, 64, 128 if most <= 128 else 65536
     size = -(-s // rows) * -(-d // columns) * (rows * columns * 4 + 16)
     if half and widest > rows:  # dk and dv do not stay in registers: fp32, once per split of the keys
         splits = by.most(1, by.least(-(-s // columns), 200 // pairs))
-        padded = -(-d // rows) * rows
-        size = size + 4 * splits * (-(-s // columns) * columns) * 2 * padded
+        padded = sum(-(-width // rows) * rows for width in widths)
+        size = size + 4 * splits * (-(-s // columns) * columns) * padded
     return size

@@ -69,6 +69,13 @@ def normalised(name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
+def masked(name: str, x: str, mask: str, y: str, shape: str) -> Op:
+    """`x.masked_fill(mask, 0)` keeps the mask."""
+    return Op(
+        name, (x, mask), (Tensor(y, shape, f"={x}"),), (), (Keep(mask, x),), source=f"{ops.DERIVATIVES}: masked_fill"
+    )
+
+
 def sigmoid(name: str, x: str, y: str, shape: str) -> Op:
     """Keeps its output."""
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: sigmoid")

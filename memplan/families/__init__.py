@@ -43,6 +43,7 @@ class Family(NamedTuple):
 
 # Which module knows which model_type: only the one asked for is imported.
 _MODEL_TYPES: dict[str, str] = {
+    "mla": "deepseek_v2 deepseek_v3 glm4_moe_lite kimi_k2 minicpm3",
     "moe": "glm4_moe granitemoe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe",
 }
 MODULES: dict[str, str] = {

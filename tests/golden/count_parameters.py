@@ -53,6 +53,8 @@ def nearest(config: Config) -> Config | None:
             return {"model_type": "llama", **shapes}
         case "mimo":
             return {"model_type": "qwen2", **shapes}
+        case "kimi_k2":
+            return {**config, "model_type": "deepseek_v3"}
         case "qwen":  # its intermediate_size counts gate and up together
             half = config["intermediate_size"] // 2
             heads = config["num_attention_heads"]

@@ -1,0 +1,79 @@
+"""DeepSeek's mixtures of experts and those built like them: latent attention, dense layers first, shared experts."""
+
+from __future__ import annotations
+
+from memplan.catalogue import experts, ops
+from memplan.catalogue.attention import Wiring
+from memplan.catalogue.experts import mixture
+from memplan.catalogue.latent import Turn, complex_pairs, complex_table, halves, latent_attention, pairs, stack
+from memplan.catalogue.llama import decoder_block, gated_mlp, returned, runs
+from memplan.ir import Op, Stack, Tensor
+from memplan.layers import Layer
+from memplan.models import ModelSpec
+
+_V2 = "transformers 5.24 models/deepseek_v2/modeling_deepseek_v2.py DeepseekV2TopkRouter"
+
+
+def _feed(layer: Layer, routed: tuple[Op, ...], bias: bool = False) -> tuple[Op, ...]:
+    """A layer's MLP: a dense one, or the experts chosen with those that every token uses, as one, beside them."""
+    if layer.ffn == "dense":
+        return gated_mlp("n2", "mo", bias=bias)
+    return (
+        *mixture("n2", routed, experts.experts("n2", "routed"), leaves=False),
+        *gated_mlp("n2", "shared", "mlp.shared_experts", bias, width="fs"),
+        ops.add("mlp.add", "routed", "shared", "mo", "b s h"),
+        ops.leave("routed", "shared", *experts.HELD, "n2"),
+    )
+
+
+def _softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
+    """Softmax over all experts, and the largest, scaled. `limited`: of the best groups, those of the others being 0."""
+    shape, probs, top = "b s E", "router.probs", "router.top"
+    scores = "router.limited" if limited else probs
+    product = experts.gate(name, "router.x")
+    groups = (
+        Op(
+            f"{name}.groups",
+            (probs,),
+            (Tensor("router.mask", shape, "fp32"),),
+            scratch=(Tensor("groups", "b s G", "fp32"), Tensor("their best", "b s G", "int64")),
+            gradient="none",
+            source=_V2,
+        ),
+        Op(f"{name}.others", ("router.mask",), (Tensor("router.others", shape, "bool"),), gradient="none"),
+        experts.masked(f"{name}.masked_fill", probs, "router.others", scores, shape),
+        ops.leave("router.others"),
+    )
+    return (
+        ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),
+        product._replace(weights=(product.weights[0]._replace(dtype="fp32"),)),
+        ops.leave("router.x"),
+        *ops.softmax(f"{name}.softmax", "router.logits", probs, shape, "fp32"),
+        *(groups if limited else ()),
+        experts.top_k(f"{name}.topk", scores, top),
+        ops.scale(f"{name}.scale", top, experts.SCORES, experts.PAIRS),
+        ops.leave(probs, scores, top, *(("router.mask",) if limited else ())),
+    )
+
+
+def deepseek_v2(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Rotated as complex numbers; routed by a softmax."""
+    bias = m.get("attention_bias", False)
+    heads = latent_attention(m, wiring, "n1", "ao", complex_pairs, bias)
+    routed = _softmax_router("mlp.gate", "n2", m.get("topk_method", "") == "group_limited_greedy")
+    blocks = runs(
+        m,
+        lambda layer: decoder_block(heads, _feed(layer, routed, m.get("mlp_bias", False)), held=returned(wiring)),
+    )
+    return stack(m, wiring, blocks, table=complex_table())
+
+
+def deepseek_v3(m: ModelSpec, wiring: Wiring) -> Stack:
+    """DeepSeek V3 and R1, Kimi K2, Moonlight, GLM 4.7 Flash: sigmoids, and a bias that balances the experts' load."""
+    turn: Turn = pairs if m.get("rope_interleave", True) else halves
+    heads = latent_attention(m, wiring, "n1", "ao", turn, m.get("attention_bias", False))
+    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    return stack(m, wiring, runs(m, lambda layer: decoder_block(heads, _feed(layer, routed), held=returned(wiring))))
+
+
+BUILDERS = {"deepseek_v2": deepseek_v2, "deepseek_v3": deepseek_v3, "glm4_moe_lite": deepseek_v3}

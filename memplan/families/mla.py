@@ -1,0 +1,124 @@
+"""Multi-head latent attention: DeepSeek's families and those written like them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from memplan.errors import ConfigError
+from memplan.families import Family
+from memplan.families.moe import DENSE, EXPERTS, after_first, sized
+from memplan.layers import Layer
+from memplan.models import ModelSpec
+
+# A head as these configs' classes mean it is the part that is rotated.
+_NAMES: dict[str, tuple[str, ...]] = {"head_dim": ("qk_rope_head_dim",), "num_key_value_heads": ()}
+
+
+def latent_axes(m: ModelSpec) -> Mapping[str, int]:
+    """The axes of `memplan.catalogue.latent`; a rank of 0 is none."""
+    plain, turned = m.whole("qk_nope_head_dim"), m.head_dim
+    values, rank = m.whole("v_head_dim", m.hidden_size // m.num_attention_heads), m.whole("kv_lora_rank")
+    return {
+        "d": plain + turned,
+        "dn": plain,
+        "dv": values,
+        "dkv": plain + values,
+        "ql": m.whole("q_lora_rank", 0, least=0),
+        "kl": rank,
+        "klr": rank + turned,
+    }
+
+
+def _routed(m: ModelSpec) -> Mapping[str, int]:
+    """The axes of latent attention and of experts: `fs` is the width of the shared ones together, `G` the groups."""
+    axes = sized("n_routed_experts")(m)
+    shared, groups = m.whole("n_shared_experts"), m.whole("n_group", 1)
+    return {**latent_axes(m), **axes, "fs": axes["m"] * shared, "G": groups}
+
+
+def _listed(m: ModelSpec) -> tuple[Layer, ...]:
+    """Dense and sparse layers as a list says; without one, all but the first are sparse."""
+    kinds = cast(Sequence[Any], m.config.get("mlp_layer_types") or ("dense", *("sparse",) * (m.num_hidden_layers - 1)))
+    if (
+        not isinstance(kinds, tuple)
+        or len(kinds) < m.num_hidden_layers
+        or not set(map(str, kinds)) <= {"dense", "sparse"}
+    ):
+        raise ConfigError(
+            f"config: mlp_layer_types must be a list of {m.num_hidden_layers} times dense or sparse", "mlp_layer_types"
+        )
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    return tuple(layer._replace(ffn=DENSE if kind == "dense" else EXPERTS) for kind in kinds[: m.num_hidden_layers])
+
+
+_DEEPSEEK: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_V3: dict[str, Any] = {
+    **_DEEPSEEK,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+}
+
+# Source: transformers 5.24 configuration classes.
+FAMILIES = {
+    "deepseek_v2": Family(
+        {
+            **_DEEPSEEK,
+            "intermediate_size": 11008,
+            "moe_intermediate_size": 1407,
+            "n_shared_experts": 2,
+            "n_routed_experts": 64,
+            "first_k_dense_replace": 0,
+            "topk_method": "greedy",
+        },
+        _NAMES,
+        layers=after_first,
+        axes=_routed,
+    ),
+    "deepseek_v3": Family(_V3, _NAMES, layers=after_first, axes=_routed),
+    "kimi_k2": Family(_V3, _NAMES, layers=after_first, axes=_routed, built_as="deepseek_v3"),
+    "glm4_moe_lite": Family(
+        {
+            **_V3,
+            "intermediate_size": 10240,
+            "moe_intermediate_size": 1536,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "n_routed_experts": 64,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 4,
+        },
+        _NAMES,
+        layers=_listed,
+        axes=_routed,
+    ),
+    "minicpm3": Family(
+        {
+            "tie_word_embeddings": True,
+            "intermediate_size": 6400,
+            "kv_lora_rank": 256,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "max_position_embeddings": 32768,
+        },
+        _NAMES,
+        axes=latent_axes,
+    ),
+}
