@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from memplan.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, printable
+from memplan.gguf_configs import config_of
+from memplan.headers import WEIGHTS, Checkpoint, read_checkpoint, read_gguf, refuse_pickle
 from memplan.models import ModelSpec
 from memplan.spec import InlineModel
 
@@ -39,7 +42,7 @@ def find_model(model: str | InlineModel) -> ModelSpec:
     if isinstance(model, InlineModel):
         return _inline(model)
     found = _found(model)
-    return load_card(found) if isinstance(found, str) else ModelSpec(found, model)
+    return load_card(found) if isinstance(found, str) else ModelSpec(found.config, model, checkpoint=found.checkpoint)
 
 
 def find_config(model: str | InlineModel) -> Mapping[str, Any]:
@@ -50,38 +53,89 @@ def find_config(model: str | InlineModel) -> Mapping[str, Any]:
     if isinstance(model, InlineModel):
         return model.config
     found = _found(model)
-    return _card_config(_read_card(found)) if isinstance(found, str) else found
+    return _card_config(_read_card(found)) if isinstance(found, str) else found.config
 
 
-def _found(model: str) -> str | Mapping[str, Any]:
+class Facts(NamedTuple):
+    """A config, and what was seen of the weights it is of."""
+
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint | None = None
+
+
+def _found(model: str) -> str | Facts:
     """The card's name that a name means, or the config it leads to."""
-    file = _file(model) if "/" in model or os.sep in model or model.endswith(".json") else None
+    file = _file(model) if "/" in model or os.sep in model or model.endswith(_FILES) else None
     card = None if file is not None else _card_name(model)
     if card is not None:
         return card
     file = file or _file(model)
     if file is not None:
-        return _read_json(file)
+        return _in_file(file)
     if "/" in model:
-        return _from_hub_cache(model)
+        return Facts(_from_hub_cache(model))
     raise UnknownNameError("model", model, (*card_names(), *_aliases()))
 
 
+_FILES = (".json", *WEIGHTS)
+
+
+def _in_file(file: Path) -> Facts:
+    """What a config.json says, a folder of a model, or a file of its weights with the config beside it."""
+    if file.name.endswith(WEIGHTS) and not file.is_dir():
+        refuse_pickle(file)
+        if file.suffix == ".gguf":
+            return _in_gguf(file)
+        file = file.parent
+    if not file.is_dir():
+        return Facts(_read_json(file))
+    config = file / "config.json"
+    if not config.exists():
+        parts = sorted(path for path in file.glob("*.gguf") if not _LATER_PART.search(path.name))
+        if len(parts) == 1:
+            return _in_gguf(parts[0])
+        _refuse_folder(file, parts)
+    return Facts(_read_json(config), read_checkpoint(file))
+
+
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+
+
+def _in_gguf(file: Path) -> Facts:
+    where = printable(str(file), _LONGEST)
+    header = read_gguf(file)
+    return Facts(config_of(header, where), Checkpoint(where, header.tensors, "gguf"))
+
+
+def _refuse_folder(folder: Path, parts: Sequence[Path]) -> None:
+    """Raise ConfigError for a folder without config.json that has several models, or an adapter."""
+    where = printable(str(folder), _LONGEST)
+    if parts:
+        names = printable(", ".join(path.name for path in parts), _LONGEST)
+        raise ConfigError(f"model: {where} has no config.json and several GGUF files; give one: {names}", "model")
+    if (folder / "adapter_config.json").is_file():
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ConfigError(f"model: {where} is an adapter; give its base model, {base!r:.200}, and its rank", "model")
+
+
 def _file(model: str) -> Path | None:
-    """The config.json that a name means as a path: there, or what is no name of a model. None for other names."""
+    """The file or folder that a name means as a path: there, or what is no name of a model. None for other names."""
     if not model.strip():
         return None
-    named = model.endswith(".json") or model.startswith((".", "~", os.sep))
+    named = model.endswith(_FILES) or model.startswith((".", "~", os.sep))
     try:
         path = Path(model).expanduser()
         if path.is_dir():
-            path /= "config.json"
-            return path if named or path.exists() or "/" not in model else None  # an id is a folder's name, too
+            known = named or "/" not in model or any((path / name).exists() for name in _KNOWN_BY)
+            return path if known or any(path.glob("*.gguf")) else None  # an id is a folder's name, too
         return path if named or path.exists() else None
     except (OSError, RuntimeError, ValueError) as error:  # a loop, too long, no such home, a NUL
         if not named:
             return None
         raise ConfigError(f"model: {printable(model, _LONGEST)} cannot be read ({_reason(error)})", "model") from None
+
+
+_KNOWN_BY = ("config.json", "adapter_config.json")  # a folder of a model has one of them, or GGUF files
 
 
 @lru_cache(maxsize=4096)

@@ -22,6 +22,7 @@ from memplan.config_classes import (
 )
 from memplan.errors import ConfigError
 from memplan.families import Family, family
+from memplan.headers import Checkpoint
 from memplan.layers import Layer, Repeated, as_json, layers_of, runs_of
 from memplan.spec import FrozenDict, frozen
 
@@ -50,18 +51,26 @@ def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 class ModelSpec:
-    """One model's facts, in Hugging Face's words. Immutable; equal if name and config are.
+    """One model's facts, in Hugging Face's words. Immutable; equal if name, config and checkpoint are.
 
-    Sizes are positive ints. `get` reads any further key of the config, with the model class's own default.
+    `checkpoint` is what was seen of its weights, if anything. Sizes are positive ints. `get` reads any further key of
+    the config, with the model class's own default.
     """
 
-    def __init__(self, config: Mapping[str, Any], name: str = "", published: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        name: str = "",
+        published: Mapping[str, Any] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         """Check `config` and fill in the model class's defaults.
 
         Raises ConfigError where a key is missing or no size, UnsupportedModelError for another kind of model.
         """
         self.name = name
         self.card: Mapping[str, Any] = frozen(published or {})
+        self.checkpoint = checkpoint
         model_type = family_of(config)
         self._family = family(model_type) or _dense(model_type)
         self.model_type = self._family.built_as or model_type
@@ -266,7 +275,11 @@ class ModelSpec:
         return value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ModelSpec) and (self.name, self.config) == (other.name, other.config)
+        return isinstance(other, ModelSpec) and self._known == other._known
+
+    @property
+    def _known(self) -> tuple[str, FrozenDict, Checkpoint | None]:
+        return self.name, self.config, self.checkpoint
 
     def __hash__(self) -> int:
         return self._hash

@@ -17,6 +17,7 @@ from memplan.catalogue.losses import adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
+from memplan.checkpoint import notes as checkpoint_notes
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
 from memplan.graph import (
@@ -147,6 +148,7 @@ def _decide(
     compute = str(precision.compute)
     if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
         notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
+    notes += checkpoint_notes(model)
     notes += _checkpoint_notes(model, method, precision)
     recipe, more = _recipe(model, method, precision, words["code"])
     kernels, idle = _fusing(model, method, kernels, words["code"])

@@ -14,11 +14,13 @@ PACKAGE = Path(memplan.__file__).parent
 # Lowest first. The catalogue and the engine are two wings of one floor: neither imports the other.
 FLOORS = (
     {"errors", "units", "folders", "sizes"},
-    {"spec", "gpus", "gpu_table", "config_classes", "families", "models", "layers", "cards", "calibration"},
+    {"spec", "gpus", "gpu_table", "config_classes", "families", "models", "layers", "cards", "calibration"}
+    | {"headers", "gguf_configs", "hub"},
     {"ir"},
     {"catalogue", "engine"},
     {
         *("graph", "ranks", "zero", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator"),
+        "checkpoint",
         *("ledger", "speed"),
     },
     {"sweep", "comparison", "planning"},

@@ -1,0 +1,185 @@
+"""What a checkpoint's files hold, beside what the model builds: notes of what differs, errors where shapes contradict.
+
+Names are transformers'. Where a family's files have other names than its model, and the numbers of elements in a layer
+are the same, they are the same tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from memplan.catalogue import build
+from memplan.catalogue.attention import Wiring
+from memplan.errors import ConfigError, printable
+from memplan.gguf_configs import parameters_in
+from memplan.graph import shape_of
+from memplan.headers import Checkpoint, StoredTensor, stored_bytes
+from memplan.ir import Op
+from memplan.models import ModelSpec
+from memplan.units import gib
+
+_PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_NAMED = 3  # kinds of tensors that a note names
+_LONGEST = 120  # letters of a tensor's name
+
+
+class Built(NamedTuple):
+    """A parameter of the model: its shape, and the one its file may have too."""
+
+    shape: tuple[int, ...]
+    turned: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+def notes(model: ModelSpec) -> list[str]:
+    """What an answer says of the model's checkpoint. Raises ConfigError where a tensor has another shape."""
+    seen = model.checkpoint
+    if seen is None:
+        return []
+    if seen.why_not:
+        return [f"the checkpoint was not looked at: {seen.why_not}"]
+    return list(_gguf(model, seen) if seen.kind == "gguf" else _safetensors(model, seen))
+
+
+@lru_cache(maxsize=64)
+def built_tensors(model: ModelSpec) -> Mapping[str, Built]:
+    """Every parameter of the model by the name it has in transformers' state dict; a tied one once."""
+    stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
+    found: dict[str, Built] = {}
+
+    def add(prefix: str, operations: Iterable[Op]) -> None:
+        for op in operations:
+            for w in op.weights:
+                if w.group != "buffer":
+                    shape = shape_of(w, axes)
+                    found.setdefault(prefix + w.name, Built(shape, shape[::-1] if w.transposed else shape))
+
+    add("", stack.before)
+    first: dict[str, int] = {}  # how many layers there were before, of every list of layers
+    for run in stack.runs:
+        add("", run.before)
+        for block in run.blocks:
+            first.setdefault(block.name, 0)
+        period, copies = len(run.blocks), axes[run.times]
+        for i, block in enumerate(run.blocks):
+            for copy in range(copies):
+                add(f"{block.name}.{first[block.name] + copy * period + i}.", block.ops)
+        for name in {block.name for block in run.blocks}:
+            first[name] += period * copies
+    add("", stack.after)
+    return found
+
+
+class Compared(NamedTuple):
+    """The tensors that only the checkpoint has, and the names of parameters that only the model has."""
+
+    extra: list[StoredTensor]
+    missing: list[str]
+
+
+@lru_cache(maxsize=64)
+def compared(model: ModelSpec, tensors: tuple[StoredTensor, ...]) -> Compared:
+    """Checkpoint and model, name by name. Raises ConfigError where one tensor has two shapes."""
+    parameters = {_rootless(name): (name, one) for name, one in built_tensors(model).items()}
+    extra: list[StoredTensor] = []
+    missing = dict(parameters)
+    for tensor in tensors:
+        name = _rootless(tensor.name)
+        if name not in parameters:
+            extra.append(tensor)
+            continue
+        missing.pop(name, None)
+        _, one = parameters[name]
+        squeezed = tuple(n for n in tensor.shape if n != 1)
+        shapes = [tuple(n for n in shape if n != 1) for shape in one]
+        if tensor.dtype in _PLAIN and squeezed not in shapes:
+            has, builds = " x ".join(map(str, tensor.shape)), " x ".join(map(str, one.shape))
+            raise ConfigError(
+                f"model: {_shown(tensor.name)} is {has} in the checkpoint, and {builds} by its config", "model"
+            )
+    return _same_elsewhere(Compared(extra, [name for name, _ in missing.values()]), built_tensors(model))
+
+
+def _same_elsewhere(found: Compared, parameters: Mapping[str, Built]) -> Compared:
+    """Without the layers in which the checkpoint has as many elements as the model, under other names."""
+    has: dict[str, int] = {}
+    builds: dict[str, int] = {}
+    for tensor in found.extra:
+        layer = _layer(tensor.name)
+        has[layer] = has.get(layer, 0) + tensor.elements
+    for name in found.missing:
+        layer = _layer(name)
+        builds[layer] = builds.get(layer, 0) + parameters[name].elements
+    same = {layer for layer, elements in has.items() if builds.get(layer) == elements}
+    return Compared(
+        [tensor for tensor in found.extra if _layer(tensor.name) not in same],
+        [name for name in found.missing if _layer(name) not in same],
+    )
+
+
+def _safetensors(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
+    found = compared(model, seen.tensors)
+    if found.extra:
+        bytes_ = sum(tensor.bytes for tensor in found.extra)
+        yield f"the checkpoint also has {_kinds(t.name for t in found.extra)} ({gib(bytes_)}): not in the model"
+    tied = model.tie_word_embeddings
+    missing = [name for name in found.missing if not (tied and name.startswith("lm_head"))]
+    if missing:
+        yield f"the checkpoint lacks {_kinds(missing)}: made anew when the model is loaded"
+    dtypes = stored_bytes(seen.tensors)
+    most = next(iter(dtypes), "")
+    said = model.get("dtype") or model.get("torch_dtype")
+    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    if most in _PLAIN and isinstance(said, str) and names.get(said, most) != most:
+        yield f"the checkpoint is stored in {most} ({gib(dtypes[most])}), though its config says {said}"
+
+
+def _gguf(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
+    has = parameters_in(seen.tensors)
+    builds = sum(one.elements for one in built_tensors(model).values())
+    if has != builds:
+        raise ConfigError(
+            f"model: {seen.where} has {has:,} parameters, and a {model.model_type} of its sizes {builds:,}; give the "
+            "model's config.json",
+            "model",
+        )
+    dtypes = stored_bytes(seen.tensors)
+    by_type = ", ".join(f"{dtype} {gib(n)}" for dtype, n in list(dtypes.items())[:_NAMED])
+    yield f"the GGUF file has {gib(sum(dtypes.values()))} of tensors ({by_type}), which transformers trains dequantised"
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """Names with what they share said once: "32 × model.layers.*.self_attn.rotary_emb.inv_freq"."""
+    kinds: dict[str, int] = {}
+    for name in names:
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    shown = [f"{n} × {_shown(kind)}" if n > 1 else _shown(kind) for kind, n in list(kinds.items())[:_NAMED]]
+    rest = len(kinds) - len(shown)
+    listed = [*shown, f"{rest} more"] if rest else shown
+    return f"{', '.join(listed[:-1])} and {listed[-1]}" if len(listed) > 1 else listed[0]
+
+
+_ROOT = re.compile(r"^((base_model|language_model|model|transformer)\.)+")
+
+
+def _rootless(name: str) -> str:
+    """A name without what classes around the decoder put before it, which is not in every file."""
+    return _ROOT.sub("", name)
+
+
+def _layer(name: str) -> str:
+    """The layer a tensor is in, by what its name begins with up to the first number; empty outside of layers."""
+    found = re.match(r".*?\.\d+(?=\.)", _rootless(name))
+    return found[0] if found else ""
+
+
+def _shown(name: str) -> str:
+    return printable(name, _LONGEST)
