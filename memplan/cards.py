@@ -33,26 +33,29 @@ def card_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in card_folder().glob("*.toml")))
 
 
-def find_model(model: str | InlineModel) -> ModelSpec:
+def find_model(model: str | InlineModel, online: bool = False) -> ModelSpec:
     """The model a run names: a bundled card, a config given inline, a path, or a config in the local Hub cache.
+
+    An id may name a revision, `owner/name@revision`. `online`: what has no card and is no path is asked of the Hugging
+    Face Hub, its config and the headers of its weights; without it the network is never asked.
 
     Raises UnknownNameError for a name near a card's, FactsMissingError for an id whose config is not here,
     ConfigError and UnsupportedModelError for a config that is no dense decoder's.
     """
     if isinstance(model, InlineModel):
         return _inline(model)
-    found = _found(model)
+    found = _found(model, online)
     return load_card(found) if isinstance(found, str) else ModelSpec(found.config, model, checkpoint=found.checkpoint)
 
 
-def find_config(model: str | InlineModel) -> Mapping[str, Any]:
+def find_config(model: str | InlineModel, online: bool = False) -> Mapping[str, Any]:
     """The config of the model a run names, in Hugging Face's keys as it was published, of any family.
 
     Raises as `find_model` does, but for UnsupportedModelError: whether memplan has a stack is not asked.
     """
     if isinstance(model, InlineModel):
         return model.config
-    found = _found(model)
+    found = _found(model, online)
     return _card_config(_read_card(found)) if isinstance(found, str) else found.config
 
 
@@ -63,7 +66,7 @@ class Facts(NamedTuple):
     checkpoint: Checkpoint | None = None
 
 
-def _found(model: str) -> str | Facts:
+def _found(model: str, online: bool) -> str | Facts:
     """The card's name that a name means, or the config it leads to."""
     file = _file(model) if "/" in model or os.sep in model or model.endswith(_FILES) else None
     card = None if file is not None else _card_name(model)
@@ -72,6 +75,8 @@ def _found(model: str) -> str | Facts:
     file = file or _file(model)
     if file is not None:
         return _in_file(file)
+    if online:
+        return _from_hub(model)
     if "/" in model:
         return Facts(_from_hub_cache(model))
     raise UnknownNameError("model", model, (*card_names(), *_aliases()))
@@ -248,21 +253,27 @@ def _parse(text: str, where: str, **hooks: Any) -> Mapping[str, Any]:
     return config  # pyright: ignore[reportUnknownVariableType]
 
 
+def _from_hub(hf_id: str) -> Facts:
+    """What the Hub says of an id: nothing remote is run, and no weights are downloaded."""
+    from memplan.hub import fetch
+
+    found = fetch(hf_id)
+    return Facts(_read_json(found.config), found.checkpoint)
+
+
 def _from_hub_cache(hf_id: str) -> Mapping[str, Any]:
     """`config.json` of an id from the local Hugging Face cache: no network, nothing remote is run."""
-    import huggingface_hub
+    from memplan.hub import cached
 
-    try:
-        found: object = huggingface_hub.try_to_load_from_cache(hf_id, "config.json")  # pyright: ignore[reportUnknownMemberType]
-    except ValueError:  # no valid id
-        found = None
-    if not isinstance(found, str):
+    found = cached(hf_id)
+    if found is None:
         import difflib
 
         near = difflib.get_close_matches(hf_id.lower()[:_LONGEST], _aliases(), n=1, cutoff=0.8)
         raise FactsMissingError(
             f"model: no card for '{printable(hf_id, _LONGEST)}' and no config.json of it in the local Hugging Face "
-            f"cache; {f'did you mean {near[0]}, or ' if near else ''}give the path of a config.json",
+            f"cache; {f'did you mean {near[0]}, or ' if near else ''}ask the Hub with --online, or give the path of a "
+            "config.json",
             "model",
         )
-    return _read_json(Path(found))
+    return _read_json(found)

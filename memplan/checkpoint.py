@@ -43,9 +43,10 @@ def notes(model: ModelSpec) -> list[str]:
     seen = model.checkpoint
     if seen is None:
         return []
+    facts = [f"facts from the Hugging Face Hub: {seen.where}"] if seen.remote else []
     if seen.why_not:
-        return [f"the checkpoint was not looked at: {seen.why_not}"]
-    return list(_gguf(model, seen) if seen.kind == "gguf" else _safetensors(model, seen))
+        return [*facts, f"the checkpoint was not looked at: {seen.why_not}"]
+    return [*facts, *(_gguf(model, seen) if seen.kind == "gguf" else _safetensors(model, seen))]
 
 
 @lru_cache(maxsize=64)

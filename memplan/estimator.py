@@ -19,17 +19,19 @@ from memplan.usage import Around, Replay, Usage, around
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
+    from memplan.models import ModelSpec
 
 
-def estimate(run: RunSpec, calibration: Calibration | None = None) -> Estimate:
+def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelSpec | None = None) -> Estimate:
     """How much memory the run takes, when, and whether it fits.
 
-    `calibration` is a machine's own profile, for runs on the card it is of; others are answered without it.
+    `calibration` is a machine's own profile, for runs on the card it is of; others are answered without it. `model` is
+    the one the run names where it has been found already: by find_model(..., online=True), for this asks no network.
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError (all MemplanError) where the run cannot be
     answered. A run that does not fit is an answer, not an error.
     """
-    decided = decide(run)
+    decided = decide(run, model)
     walked = walk(run, decided)
     p = walked.program
     note = check_batch(run, p.structure.graph.model)

@@ -112,13 +112,14 @@ class Gguf(NamedTuple):
 class Checkpoint(NamedTuple):
     """What was seen of a model's weights: the tensors of its files, and where; why none, where there are none.
 
-    `kind` is the format of the files, `safetensors` or `gguf`.
+    `kind` is the format of the files, `safetensors` or `gguf`; `remote`: they are on the Hub, `where` is id and commit.
     """
 
     where: str
     tensors: tuple[StoredTensor, ...] = ()
     kind: str = "safetensors"
     why_not: str = ""
+    remote: bool = False
 
 
 class Length(NamedTuple):

@@ -55,10 +55,13 @@ class Decided(NamedTuple):
     parts: dict[str, Part]
 
 
-def decide(run: RunSpec) -> Decided:
-    """Fill in every null of the run. Raises SpecError, UnknownNameError, ConfigError or FactsMissingError."""
+def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
+    """Fill in every null of the run, which may be of a `model` that has been found already.
+
+    Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
+    """
     refuse(run)
-    model = find_model(run.model)
+    model = model or find_model(run.model)
     window = model.sliding_window
     return _decide(
         model,

@@ -568,13 +568,12 @@ def test_3_facts_missing(memplan_: Memplan, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     fails(memplan_("nobody/nothing"), 3, "model", "nobody/nothing")
     fails(memplan_(str(tmp_path / "config.json")), 2, "config.json")
-    fails(memplan_("nobody/nothing", "--online"), 2, "--online", "not supported yet")
 
 
 def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = memplan.estimate
 
-    def estimate(run: RunSpec, calibration: object) -> memplan.Estimate:
+    def estimate(run: RunSpec, calibration: object, model: object) -> memplan.Estimate:
         answer = asked(run)
         vars(answer)["unsupported"] = ("a kernel nobody has measured",)
         return answer
@@ -588,7 +587,7 @@ def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_no_mistake_of_the_user_is_not_hidden(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def estimate(run: RunSpec, calibration: object) -> None:
+    def estimate(run: RunSpec, calibration: object, model: object) -> None:
         raise ValueError("a bug")
 
     monkeypatch.setattr("memplan.estimator.estimate", estimate)
@@ -597,7 +596,7 @@ def test_what_is_no_mistake_of_the_user_is_not_hidden(memplan_: Memplan, monkeyp
 
 
 def test_an_interrupt_is_quiet(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def estimate(run: RunSpec, calibration: object) -> None:
+    def estimate(run: RunSpec, calibration: object, model: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("memplan.estimator.estimate", estimate)
@@ -678,7 +677,7 @@ def test_help_says_which_options_are_refused() -> None:
     for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
         several = parameter.name in ("tp", "pp", "cp", "ep", "offload")
         panel = getattr(parameter, "rich_help_panel", None) or ""
-        assert ("refused" in f"{panel} {parameter.help}") == (several or parameter.name == "online"), parameter.name
+        assert ("refused" in f"{panel} {parameter.help}") == several, parameter.name
 
 
 def test_a_listing_in_a_pipe_has_every_column(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,7 +273,8 @@ def estimate(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A card's name (qwen2-7b), a Hugging Face id, or the path of a config.json or its folder.",
+            help="A card's name (qwen2-7b), a Hugging Face id, or the path of a config.json, its folder, or a GGUF "
+            "file.",
             autocompletion=complete_model,
             rich_help_panel="Model",
         ),
@@ -483,8 +484,16 @@ def estimate(
     ] = None,
     online: Annotated[
         bool,
-        option("Ask the Hugging Face Hub for a config (refused as yet). Default off.", "--online", of=OUTPUT),
+        option(
+            "Ask the Hugging Face Hub for a model without a card: its config and the headers of its weights. "
+            "Default off.",
+            "--online",
+            of=OUTPUT,
+        ),
     ] = False,
+    revision: Annotated[
+        str | None, option("The id's branch, tag or commit, as owner/name@revision. Default main.", of=OUTPUT)
+    ] = None,
     format: Annotated[
         str | None,
         option(
@@ -527,20 +536,14 @@ _SWITCHES = ("online", "json", "explain", "strict")
 
 
 def _estimate(given: Mapping[str, Any]) -> int:
-    from memplan.errors import FactsMissingError, SpecError
+    from memplan.cards import find_model
     from memplan.estimator import estimate
     from memplan.report import render
 
     format = format_of(given)
     runs = runs_of(given)
-    try:
-        answers = [estimate(run, own_profile(run.gpu, given)) for run in runs]
-    except FactsMissingError as error:
-        if "online" in given:
-            raise SpecError(
-                "online: asking the Hub is not supported yet; give the path of a config.json", "online"
-            ) from error
-        raise
+    model = find_model(runs[0].model, online=True) if "online" in given else None
+    answers = [estimate(run, own_profile(run.gpu, given), model) for run in runs]
     to = None
     if "output" in given and format == "table":
         from memplan.report.text import Screen
@@ -580,6 +583,8 @@ def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
     fields = spec_of(given, spec)
     if "model" not in fields:
         raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
+    if "revision" in given:
+        fields["model"] = _revised(fields["model"], given["revision"])
     asked = [*given.get("gpu", ())] or [fields.get("gpu")]
     runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in asked]
     if str(runs[0].model).endswith((".yaml", ".yml")):
@@ -589,6 +594,15 @@ def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
     if unused is not None:
         raise unused
     return runs
+
+
+def _revised(model: object, revision: str) -> str:
+    """An id with its revision."""
+    from memplan.errors import SpecError
+
+    if not isinstance(model, str) or "@" in model or not revision.strip():
+        raise SpecError("revision: is of a Hugging Face id, which names none itself", "revision")
+    return f"{model}@{revision}"
 
 
 def format_of(given: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from memplan.spec import RunSpec
 
 _WHOLE = ("format", "json", "output", "strict")  # of the comparison, not of one of its runs
-_NONE = ("explain", "online", "spec")  # of `estimate` alone
+_NONE = ("explain", "online", "revision", "spec")  # of `estimate` alone
 _FILES = (".json", ".yaml", ".yml")
 _COMMANDS = ("memplan", "estimate", "models", "gpus", "profiles", "schema", *APART, *LATER)
 

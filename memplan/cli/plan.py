@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memplan.report.plans import Planned
     from memplan.spec import RunSpec
 
-_NONE = ("explain", "online")  # of `estimate` alone, or with a meaning of their own here
+_NONE = ("explain", "online", "revision")  # of `estimate` alone, or with a meaning of their own here
 _MODES = ("max", "ladder", "buy", "advice")
 _SWITCHES = ("tight", "ladder", "buy", "advice", "each")
 _OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count", "most", "each")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROBE = "Probe"
 MODES = ("trace", "cuda", "gradients")
-_OWN = ("online", "format", "json", "output", "explain", "strict")  # of `estimate` alone
+_OWN = ("online", "revision", "format", "json", "output", "explain", "strict")  # of `estimate` alone
 _SWITCHES = (*MODES, "dry_run", "json")
 
 
