@@ -60,10 +60,22 @@ def find_config(model: str | InlineModel, online: bool = False) -> Mapping[str, 
 
 
 class Facts(NamedTuple):
-    """A config, and what was seen of the weights it is of."""
+    """A config, what was seen of the weights it is of, and where it is from; id and licence where they are known."""
 
     config: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
+    source: str = ""
+    hf_id: str = ""
+    licence: str = ""
+
+
+def facts_of(model: str, online: bool = False) -> Facts:
+    """What a config, a folder or the Hub says of a model; of a bundled card, its config. Raises as `find_config`."""
+    found = _found(model, online)
+    if not isinstance(found, str):
+        return found
+    card = _read_card(found)
+    return Facts(_card_config(card), None, card["source"], card["hf_id"], card.get("licence", ""))
 
 
 def _found(model: str, online: bool) -> str | Facts:
@@ -78,7 +90,7 @@ def _found(model: str, online: bool) -> str | Facts:
     if online:
         return _from_hub(model)
     if "/" in model:
-        return Facts(_from_hub_cache(model))
+        return _from_hub_cache(model)
     raise UnknownNameError("model", model, (*card_names(), *_aliases()))
 
 
@@ -93,14 +105,14 @@ def _in_file(file: Path) -> Facts:
             return _in_gguf(file)
         file = file.parent
     if not file.is_dir():
-        return Facts(_read_json(file))
+        return Facts(_read_json(file), source=printable(str(file), _LONGEST))
     config = file / "config.json"
     if not config.exists():
         parts = sorted(path for path in file.glob("*.gguf") if not _LATER_PART.search(path.name))
         if len(parts) == 1:
             return _in_gguf(parts[0])
         _refuse_folder(file, parts)
-    return Facts(_read_json(config), read_checkpoint(file))
+    return Facts(_read_json(config), read_checkpoint(file), printable(str(config), _LONGEST))
 
 
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
@@ -109,7 +121,7 @@ _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 def _in_gguf(file: Path) -> Facts:
     where = printable(str(file), _LONGEST)
     header = read_gguf(file)
-    return Facts(config_of(header, where), Checkpoint(where, header.tensors, "gguf"))
+    return Facts(config_of(header, where), Checkpoint(where, header.tensors, "gguf"), where)
 
 
 def _refuse_folder(folder: Path, parts: Sequence[Path]) -> None:
@@ -255,15 +267,16 @@ def _parse(text: str, where: str, **hooks: Any) -> Mapping[str, Any]:
 
 def _from_hub(hf_id: str) -> Facts:
     """What the Hub says of an id: nothing remote is run, and no weights are downloaded."""
-    from memplan.hub import fetch
+    from memplan.hub import fetch, split
 
-    found = fetch(hf_id)
-    return Facts(_read_json(found.config), found.checkpoint)
+    found, name = fetch(hf_id), split(hf_id)[0]
+    source = f"huggingface.co/{name}:config.json@{found.commit or 'cache'}"
+    return Facts(_read_json(found.config), found.checkpoint, source, name, found.licence)
 
 
-def _from_hub_cache(hf_id: str) -> Mapping[str, Any]:
+def _from_hub_cache(hf_id: str) -> Facts:
     """`config.json` of an id from the local Hugging Face cache: no network, nothing remote is run."""
-    from memplan.hub import cached
+    from memplan.hub import cached, split
 
     found = cached(hf_id)
     if found is None:
@@ -276,4 +289,5 @@ def _from_hub_cache(hf_id: str) -> Mapping[str, Any]:
             "config.json",
             "model",
         )
-    return _read_json(found)
+    name = split(hf_id)[0]
+    return Facts(_read_json(found), None, f"huggingface.co/{name}:config.json@{found.parent.name}", name)

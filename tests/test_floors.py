@@ -20,7 +20,7 @@ FLOORS = (
     {"catalogue", "engine"},
     {
         *("graph", "ranks", "zero", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator"),
-        "checkpoint",
+        *("checkpoint", "new_card"),
         *("ledger", "speed"),
     },
     {"sweep", "comparison", "planning"},

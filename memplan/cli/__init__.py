@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from memplan.spec import RunSpec
 
 LATER = ("check", "diff", "emit", "serve")  # commands that are not there yet, and no models either
-APART = ("compare", "plan", "probe", "calibrate")  # commands with a file each, which is imported when one is asked for
+APART = (
+    "compare",
+    "plan",
+    "probe",
+    "calibrate",
+    "card",
+)  # commands with a file each, which is imported when one is asked for
 
 # click's error about wrong usage, wherever this typer keeps its click
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -584,7 +590,7 @@ def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
     if "model" not in fields:
         raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
     if "revision" in given:
-        fields["model"] = _revised(fields["model"], given["revision"])
+        fields["model"] = revised(fields["model"], given["revision"])
     asked = [*given.get("gpu", ())] or [fields.get("gpu")]
     runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in asked]
     if str(runs[0].model).endswith((".yaml", ".yml")):
@@ -596,7 +602,7 @@ def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
     return runs
 
 
-def _revised(model: object, revision: str) -> str:
+def revised(model: object, revision: str) -> str:
     """An id with its revision."""
     from memplan.errors import SpecError
 
