@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from memplan.comparison import Comparison as Comparison
     from memplan.comparison import compare as compare
     from memplan.errors import MemplanError as MemplanError
-    from memplan.estimator import estimate as estimate
     from memplan.gpus import GPU as GPU
     from memplan.gpus import all_gpus as all_gpus
     from memplan.gpus import find_gpu as find_gpu
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from memplan.spec import RunSpec as RunSpec
     from memplan.sweep import Grid as Grid
     from memplan.sweep import grid as grid
+    from memplan.via import estimate as estimate
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _NAMES = {
     "Comparison": "comparison",
     "compare": "comparison",
     "MemplanError": "errors",
-    "estimate": "estimator",
+    "estimate": "via",
     "GPU": "gpus",
     "find_gpu": "gpus",
     "all_gpus": "gpus",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from memplan.spec import FrozenDict, RunSpec
+from memplan.spec import FrozenDict, Part, RunSpec
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
-    from memplan.estimator import Walked
-    from memplan.resolve import Decided
     from memplan.usage import Usage
 
 SCHEMA_VERSION = 1
 ANSWERS = ("fits", "tight", "does not fit")
+VIAS = ("engine", "trace")  # how an answer was come by: from memplan's own stacks, or from a traced step
+BASES = ("derived", "measured", "assumed", "traced")
 
 
 class Parameters(NamedTuple):
@@ -125,7 +126,7 @@ class Line(NamedTuple):
     """One kind of tensor alive at the peak: `count` of them, `bytes` in all.
 
     `shape` is in the letters of `memplan.ir`, `dims` the same in numbers; `why` says what keeps it alive; `basis` is
-    derived, measured or assumed.
+    one of `BASES`.
     """
 
     what: str
@@ -144,8 +145,20 @@ class Line(NamedTuple):
 KINDS = ("parameter", "gradient", "optstate", "activation", "temp", "buffer", "other")
 
 
+class Details(Protocol):
+    """What of an answer is made when it is asked for."""
+
+    def lines(self) -> Iterable[Line]:
+        """Every tensor alive at the peak, largest first."""
+        ...
+
+    def moments(self) -> Iterable[Phase]:
+        """What is allocated at every moment memory is about to fall, in order, in the step that peaks."""
+        ...
+
+
 class Estimate:
-    """One run's answer. Immutable; equal if the run is.
+    """One run's answer. Immutable; equal if the run is, and how it was come by: `via` is one of `VIAS`.
 
     The ledger, the timeline and what torch reserves beyond its tensors are made when asked for.
     """
@@ -161,14 +174,15 @@ class Estimate:
     unsupported: tuple[str, ...]
     notes: tuple[str, ...]
     calibration: Calibration | None
-    _decided: Decided
-    _walked: Walked
+    via: str
+    details: Details
+    _parts: Mapping[str, Part]
     _usage: Usage
 
     def __init__(
         self,
         asked: RunSpec,
-        decided: Decided,
+        parts: Mapping[str, Part],
         parameters: Parameters,
         usage: Usage,
         gpu: Card | None,
@@ -176,9 +190,12 @@ class Estimate:
         phases: tuple[Phase, ...],
         host_bytes: int,
         notes: tuple[str, ...],
-        walked: Walked,
+        details: Details,
         calibration: Calibration | None,
+        via: str = "engine",
+        unsupported: tuple[str, ...] = (),
     ) -> None:
+        """`parts` are the run's with every null filled in."""
         vars(self).update(
             asked=asked,
             parameters=parameters,
@@ -188,11 +205,12 @@ class Estimate:
             peak=peak,
             phases=phases,
             host_bytes=host_bytes,
-            unsupported=(),
+            unsupported=unsupported,
             notes=notes,
             calibration=calibration,
-            _decided=decided,
-            _walked=walked,
+            via=via,
+            details=details,
+            _parts=parts,
             _usage=usage,
         )
 
@@ -206,7 +224,7 @@ class Estimate:
     def run(self) -> RunSpec:
         """The run with every null filled in as its profile decides."""
         gpu = self.gpu.name if self.gpu else None
-        return self.asked.model_copy(update={**self._decided.parts, "gpu": gpu})
+        return self.asked.model_copy(update={**self._parts, "gpu": gpu})
 
     @property
     def fits(self) -> bool:
@@ -231,16 +249,12 @@ class Estimate:
     @cached_property
     def ledger(self) -> tuple[Line, ...]:
         """Every tensor alive at the peak, largest first. Sums to `bytes.allocated`."""
-        from memplan.ledger import lines
-
-        return tuple(lines(self._walked, self._decided))
+        return tuple(self.details.lines())
 
     @cached_property
     def timeline(self) -> tuple[Phase, ...]:
         """What is allocated at every moment memory is about to fall, in order, in the step that peaks."""
-        from memplan.ledger import timeline
-
-        return tuple(timeline(self._walked))
+        return tuple(self.details.moments())
 
     @cached_property
     def categories(self) -> dict[str, int]:
@@ -257,6 +271,7 @@ class Estimate:
         return {
             "schema_version": SCHEMA_VERSION,
             "memplan_version": __version__,
+            "via": self.via,
             "run": self.run.model_dump(mode="json"),
             "parameters": self.parameters._asdict(),
             "bytes": self.bytes.as_dict(),
@@ -276,7 +291,11 @@ class Estimate:
         return json.dumps(self.model_dump(), indent=indent, ensure_ascii=False)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Estimate) and (self.asked, self.calibration) == (other.asked, other.calibration)
+        return isinstance(other, Estimate) and (self.asked, self.calibration, self.via) == (
+            other.asked,
+            other.calibration,
+            other.via,
+        )
 
     def __hash__(self) -> int:
         return hash(self.asked)

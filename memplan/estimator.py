@@ -5,17 +5,19 @@ Pure: no network, no printing, no state but caches; the same run gives the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
-from memplan.answer import Card, Estimate, Parameters, Peak, Phase
+from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
+from memplan.gpus import GPU
 from memplan.program import PHASES, Program, host_bytes, phase_peaks, program, run_axes, step_where
 from memplan.resolve import Decided, check_batch, decide
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
-from memplan.usage import Around, Replay, Usage, around
+from memplan.usage import Around, Replay, Usage, around, resident
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -36,20 +38,21 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     p = walked.program
     note = check_batch(run, p.structure.graph.model)
     top = walked.phases[walked.peak]
+    beside = around_of(decided.gpu, run.parallelism.world, calibration)
     replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
-    calibration = calibration_of(decided, calibration)
+    calibration = calibration_of(decided.gpu, calibration)
     notes = [*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())]
     return Estimate(
         run,
-        decided,
+        decided.parts,
         Parameters(p.total_parameters, p.trainable_parameters, p.active_parameters),
-        Usage(replay, p, walked.phases[0].peak, top.peak, decided.gpu, around_of(decided, calibration)),
+        Usage(replay, resident(p), walked.phases[0].peak, top.peak, decided.gpu, beside),
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
         host_bytes(p, walked.axes),
         tuple(notes),
-        walked,
+        Engine(walked, decided),
         calibration,
     )
 
@@ -71,6 +74,23 @@ class Walked(NamedTuple):
     phases: list[Phase]
     moments: list[tuple[bool, int]]  # per phase: whether in a later micro-batch, and the moment's index (-1: none)
     peak: int
+
+
+class Engine(NamedTuple):
+    """Where an answer's ledger and timeline come from: a walk of the run's program."""
+
+    walked: Walked
+    decided: Decided
+
+    def lines(self) -> Iterable[Line]:
+        from memplan.ledger import lines
+
+        return lines(self.walked, self.decided)
+
+    def moments(self) -> Iterable[Phase]:
+        from memplan.ledger import timeline
+
+        return timeline(self.walked)
 
 
 def walk(run: RunSpec, decided: Decided) -> Walked:
@@ -104,17 +124,16 @@ def workspace_of(decided: Decided) -> int:
     return cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
 
 
-def calibration_of(decided: Decided, calibration: Calibration | None) -> Calibration | None:
+def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibration | None:
     """The machine's own profile, where it is of the run's card."""
-    if calibration is None or decided.gpu is None or calibration.gpu != decided.gpu.name:
+    if calibration is None or gpu is None or calibration.gpu != gpu.name:
         return None
     return calibration
 
 
-def around_of(decided: Decided, calibration: Calibration | None) -> Around:
-    """What a process takes on the run's card beside torch's segments."""
-    capability = decided.gpu.compute_capability if decided.gpu else None
-    return around(cuda_context(capability), calibration, nccl(decided.structure.ranks.world).usual)
+def around_of(gpu: GPU | None, world: int, calibration: Calibration | None) -> Around:
+    """What a process takes beside torch's segments, on the run's card as one of `world`."""
+    return around(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(world).usual)
 
 
 def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from memplan.catalogue.losses import adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
-from memplan.checkpoint import notes as checkpoint_notes
+from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, ambiguous_with, find_gpu
 from memplan.graph import (
@@ -86,6 +86,19 @@ def filled(run: RunSpec) -> RunSpec:
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
 
 
+def completed(run: RunSpec) -> RunSpec:
+    """A run of any model with every null of its parts filled in, as an answer shows them. Raises as `filled` does."""
+    run = filled(run)
+    alpha = {"alpha": run.method.alpha or _PEFT_ALPHA} if run.method.kind in ADAPTERS else {}
+    return run.model_copy(
+        update={
+            "method": run.method.model_copy(update=alpha),
+            "precision": _precision(run.precision),
+            "optimizer": _optimizer(run.optimizer),
+        }
+    )
+
+
 def check_batch(run: RunSpec, model: ModelSpec) -> str | None:
     """A note where the sequence is longer than the model's positions; SpecError where positions are learned."""
     most = model.max_position_embeddings
@@ -143,16 +156,14 @@ def _decide(
     notes: list[str] = []
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
     if gpu is not None and gpu_name is not None:
-        notes += _gpu_notes(gpu, gpu_name)
+        notes += gpu_notes(gpu, gpu_name)
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
     if parallelism.world > 1 and parallelism.strategy in ZERO:
         precision, method = _under_deepspeed(precision, method)
         notes.append(_DEEPSPEED)
-    compute = str(precision.compute)
-    if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
-        notes.append(f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory")
-    notes += checkpoint_notes(model)
-    notes += _checkpoint_notes(model, method, precision)
+    notes += dtype_notes(gpu, str(precision.compute))
+    notes += stored_notes(model)
+    notes += checkpoint_notes(model.config, method, precision)
     recipe, more = _recipe(model, method, precision, words["code"])
     kernels, idle = _fusing(model, method, kernels, words["code"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
@@ -354,7 +365,14 @@ def _filled(
     return method, fill(optimizer, "optimizer"), fill(kernels, "kernels")
 
 
-def _gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
+def dtype_notes(gpu: GPU | None, compute: str) -> Iterator[str]:
+    """What to know of a card on which a run computes in some dtype."""
+    if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
+        yield f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory"
+
+
+def gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
+    """What to know of a card, and of the name it was asked by."""
     others = () if typed == gpu.name else ambiguous_with(typed)
     if others:
         yield f"{typed!r} is taken as {gpu.title}; also: {', '.join(o.name for o in others)}"
@@ -476,9 +494,9 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -
     ), notes
 
 
-def _checkpoint_notes(model: ModelSpec, method: Method, precision: Precision) -> Iterator[str]:
+def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:
     """What a config says of a checkpoint that is stored quantised. Raises SpecError where it does not train so."""
-    stored: Any = model.config.get("quantization_config")
+    stored: Any = config.get("quantization_config")
     if not isinstance(stored, Mapping) or not stored:
         return
     how = str(cast(Mapping[str, object], stored).get("quant_method", "?"))

@@ -209,7 +209,7 @@ def _fill(out: _Found, run: RunSpec, calibration: Calibration | None, batches: l
         _one_by_one(out, run, calibration, batches, sequences)
         return
     b, s = np.array(batches)[:, None], np.array(sequences)[None, :]
-    walk = _Walk(decided, calibration_of(decided, calibration))
+    walk = _Walk(decided, calibration_of(decided.gpu, calibration))
     wide = min(_CHUNK, len(sequences))
     tall = max(1, _CHUNK // wide)
     for i in range(0, len(batches), tall):
@@ -270,7 +270,7 @@ class _Walk:
         gpu = decided.gpu
         self._room: Room | None = None
         if gpu is not None:
-            left = room(gpu.usable, around_of(decided, calibration))
+            left = room(gpu.usable, around_of(gpu, decided.structure.ranks.world, calibration))
             self._room = left._replace(sure=left.sure - streams_apart(decided.structure))
 
     def over(self, b: NDArray[np.int64], s: NDArray[np.int64], out: _Found) -> None:

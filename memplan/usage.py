@@ -7,7 +7,7 @@ microseconds. A verdict that is clear without one needs none.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memplan.answer import Band
 from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, SHOWN_OF_RANKS, Overhead
@@ -21,6 +21,22 @@ if TYPE_CHECKING:
     from memplan.calibration import Calibration
 
 
+class Allocations(Protocol):
+    """A run's allocations in order, to be replayed through a model of torch's allocator."""
+
+    def reserved(self, capacity: int | None = None) -> int | None:
+        """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
+        ...
+
+    def apart(self) -> int:
+        """Bytes in segments of other streams, which a replay does not see."""
+        ...
+
+    def beside(self) -> int:
+        """All bytes in segments that a replay does not see."""
+        ...
+
+
 class Replay(NamedTuple):
     """What decides the allocations of a run: its structure, its axes, cuBLAS's workspace, how the allocator works."""
 
@@ -28,6 +44,15 @@ class Replay(NamedTuple):
     axes: tuple[tuple[str, int], ...]
     workspace: int
     expandable: bool
+
+    def reserved(self, capacity: int | None = None) -> int | None:
+        return reserved(self, capacity)
+
+    def apart(self) -> int:
+        return streams_apart(self.structure)
+
+    def beside(self) -> int:
+        return unexplained(self.structure, dict(self.axes))
 
 
 @lru_cache(maxsize=1024)
@@ -102,10 +127,13 @@ class Usage:
     run may live in less than it would show elsewhere.
     """
 
-    def __init__(self, replay: Replay, p: Program, load: int, peak: int, gpu: GPU | None, beside: Around) -> None:
+    def __init__(
+        self, replay: Allocations, resident: int, load: int, peak: int, gpu: GPU | None, beside: Around
+    ) -> None:
+        """`resident` bytes are there throughout; `load` is the peak of loading, `peak` of all."""
         self._replay = replay
         self._load = load
-        self._resident = resident(p)
+        self._resident = resident
         self._gpu = gpu
         self._beside = beside
         self.allocated = peak
@@ -142,7 +170,7 @@ class Usage:
 
     def _sure(self, usable: int) -> int:
         """What is left for the segments that a replay has, of which other streams' are no part."""
-        return room(usable, self._beside).sure - streams_apart(self._replay.structure)
+        return room(usable, self._beside).sure - self._replay.apart()
 
     @cached_property
     def _possible(self) -> bool:
@@ -164,7 +192,7 @@ class Usage:
         capacity = self._gpu.usable - self._beside.context
         if self._roomy <= capacity:
             return self._roomy
-        return max(reserved(self._replay, capacity) or capacity, self.allocated)
+        return max(self._replay.reserved(capacity) or capacity, self.allocated)
 
     @property
     def band(self) -> Band:
@@ -188,16 +216,12 @@ class Usage:
 
     @cached_property
     def _roomy(self) -> int:
-        found = reserved(self._replay)
+        found = self._replay.reserved()
         assert found is not None
-        return max(found, self.allocated) + self._again
-
-    @cached_property
-    def _again(self) -> int:
-        return unexplained(self._replay.structure, dict(self._replay.axes))
+        return max(found, self.allocated) + self._replay.beside()
 
     def _lives_in(self, capacity: int) -> bool:
-        return capacity >= self.allocated and reserved(self._replay, capacity) is not None
+        return capacity >= self.allocated and self._replay.reserved(capacity) is not None
 
     def _shown(self, segments: int, error: int) -> int:
         """What the card shows where torch holds `segments`, off by `error` millionths."""

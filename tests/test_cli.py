@@ -532,7 +532,7 @@ def test_a_broken_config_is_one_line(memplan_: Memplan, tmp_path: Path, config: 
         config = {k: v for k, v in {**TINY, **config}.items() if v is not None}
     path.write_text(config if isinstance(config, str) else json.dumps(config))
     for given in (path, tmp_path):
-        fails(memplan_(str(given)), 2, expected)
+        fails(memplan_(str(given), "--via", "engine"), 2, expected)
 
 
 def test_a_config_as_a_path_is_a_model(memplan_: Memplan, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ FLOORS = (
     },
     {"sweep", "comparison", "planning"},
     {"frameworks"},
-    {"report", "cli", "probe"},
+    {"report", "cli", "probe", "via"},
     {"__main__"},
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

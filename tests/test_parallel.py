@@ -183,7 +183,7 @@ def test_ddp_adds_its_buckets_and_nothing_else(run: dict[str, Any], world: int) 
     """The buckets hold all gradients again, whatever the number of ranks."""
     plain, ranks = answer(run, "none", 1), answer(run, "ddp", world)
     added = {p.peak - q.peak for p, q in zip(ranks.phases, plain.phases, strict=True) if p.phase != "load"}
-    program = plain._walked.program  # pyright: ignore[reportPrivateUsage]
+    program = plain.details.walked.program
     assert len(added) == 1
     assert 0 <= program.gradients - added.pop() < 512 * 2000
 

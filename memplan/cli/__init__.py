@@ -500,6 +500,21 @@ def estimate(
     revision: Annotated[
         str | None, option("The id's branch, tag or commit, as owner/name@revision. Default main.", of=OUTPUT)
     ] = None,
+    via: Annotated[
+        str | None,
+        option(
+            "engine (memplan's own stacks), trace (the step as the installed transformers takes it, on tensors without "
+            "data), or auto: engine, and trace for a family it has no stack for. Default auto.",
+            of=OUTPUT,
+            complete=_choices("auto", "engine", "trace"),
+        ),
+    ] = None,
+    cache: Annotated[
+        bool | None,
+        option(
+            "Keep traces in the user's cache folder, and use those there. Default on.", "--cache/--no-cache", of=OUTPUT
+        ),
+    ] = None,
     format: Annotated[
         str | None,
         option(
@@ -542,14 +557,15 @@ _SWITCHES = ("online", "json", "explain", "strict")
 
 
 def _estimate(given: Mapping[str, Any]) -> int:
-    from memplan.cards import find_model
     from memplan.estimator import estimate
     from memplan.report import render
+    from memplan.via import estimates
 
     format = format_of(given)
-    runs = runs_of(given)
-    model = find_model(runs[0].model, online=True) if "online" in given else None
-    answers = [estimate(run, own_profile(run.gpu, given), model) for run in runs]
+    runs = [(run, own_profile(run.gpu, given)) for run in runs_of(given)]
+    answers = estimates(
+        runs, given.get("via", "auto"), cache=given.get("cache", True), online="online" in given, engine=estimate
+    )
     to = None
     if "output" in given and format == "table":
         from memplan.report.text import Screen

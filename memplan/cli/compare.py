@@ -118,13 +118,15 @@ def _answers(
     from memplan.cli.request import over
     from memplan.errors import FactsMissingError, MemplanError, SpecError
     from memplan.estimator import estimate
+    from memplan.via import estimates
 
     given = dict(shared)
     try:
         given = over(shared, _given(text, words))
         runs: list[RunSpec] = runs_of(given)
         wanted: bool = given.get("calibration", True)
-        return [estimate(run, profile(run.gpu, wanted)) for run in runs]
+        asked = [(run, profile(run.gpu, wanted)) for run in runs]
+        return estimates(asked, given.get("via", "auto"), cache=given.get("cache", True), engine=estimate)
     except UsageError as error:
         raise SpecError(f"{which}: {usage(error)}") from None
     except FactsMissingError as error:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from memplan.report.plans import Planned
     from memplan.spec import RunSpec
 
-_NONE = ("explain", "online", "revision")  # of `estimate` alone, or with a meaning of their own here
+# Of `estimate` alone, or with a meaning of their own here.
+_NONE = ("explain", "online", "revision", "via", "cache")
 _MODES = ("max", "ladder", "buy", "advice")
 _SWITCHES = ("tight", "ladder", "buy", "advice", "each")
 _OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count", "most", "each")
@@ -122,9 +123,10 @@ def plan(
 
 
 def _plan(given: Mapping[str, Any]) -> int:
-    from memplan.errors import SpecError
+    from memplan.errors import SpecError, UnsupportedModelError
     from memplan.report.plans import render
     from memplan.report.text import Screen, screen
+    from memplan.via import without_a_trace
 
     mode = _mode(given)
     runs = runs_of(given)
@@ -138,7 +140,10 @@ def _plan(given: Mapping[str, Any]) -> int:
                 raise SpecError(f"{name}: is of --buy alone", name)
     format = _format(given, mode)
     demand = _demand(given, run, mode)
-    planned = _planned(mode, run, demand, given)
+    try:
+        planned = _planned(mode, run, demand, given)
+    except UnsupportedModelError as error:
+        raise without_a_trace(error, "a plan") from None
     to = Screen() if "output" in given else screen()
     show(render(format, planned, "explain" in given, to), format, given.get("output"))
     return _exit_code(planned.found, "strict" in given)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 PROBE = "Probe"
 MODES = ("trace", "cuda", "gradients")
-_OWN = ("online", "revision", "format", "json", "output", "explain", "strict")  # of `estimate` alone
+# Of `estimate` alone.
+_OWN = ("online", "revision", "format", "json", "output", "explain", "strict", "via", "cache")
 _SWITCHES = (*MODES, "dry_run", "json")
 
 

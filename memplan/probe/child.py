@@ -16,32 +16,56 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memplan.errors import MemplanError, ProbeError
-from memplan.probe import fake_device
+from memplan.errors import MemplanError, ProbeError, SpecError
+from memplan.probe import fake_device, limits
 from memplan.spec import RunSpec
+from memplan.units import gib
 
 _known: dict[Any, Any] = {}  # what traces before this one have learnt of operations, by card
 
 
-def main() -> None:
-    """Answer until stdin ends. What the libraries print goes to stderr."""
+def main(memory: int = 0, seconds: int = 0) -> None:
+    """Answer until stdin ends. What the libraries print goes to stderr, and there is nobody whom they could ask.
+
+    With limits, `memory` bytes and `seconds` of processor time, the process is restricted: see `limits`.
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
-    for line in sys.stdin:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if memory:
+        limits.restrict(memory, seconds)
+    for line in questions:
         question = json.loads(line)
         try:
             answer = _answer(
-                RunSpec.model_validate(question["run"]), question["steps"], question["device"], question["data"]
+                RunSpec.model_validate(question["run"]),
+                question["steps"],
+                question["device"],
+                question["data"],
+                question.get("parameters"),
+                restricted=bool(memory),
             )
-        except MemplanError as error:
-            answer = {"error": type(error).__name__, "message": str(error), "field": error.field}
-        except Exception as error:  # of the libraries, on a run they do not take: its last line says where
-            answer = {"error": "ProbeError", "message": _line_about(error), "field": ""}
-            traceback.print_exc()
+        except Exception as error:  # memplan's own, or of the libraries, on a run they do not take
+            ours = isinstance(error, MemplanError)
+            answer = {
+                "error": type(error).__name__ if ours else "ProbeError",
+                "message": str(error) if ours else _line_about(error),
+                "field": error.field if isinstance(error, MemplanError) else "",
+            }
+            if memory and any(words in f"{answer['message']} {error!r}" for words in _OUT_OF_MEMORY):
+                answer |= {"error": "ProbeError", "message": _TOO_LITTLE.format(gib(memory))}
+            if not ours:
+                traceback.print_exc()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     sys.stderr.flush()
     os._exit(0)  # torch's threads of a device that is not there cannot be joined
+
+
+# What Python, C++ and torch say.
+_OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "can't allocate memory")
+_TOO_LITTLE = "probe: the step cannot be traced: it takes more memory than the {} that a trace may have"
 
 
 def _line_about(error: Exception) -> str:
@@ -56,22 +80,29 @@ def _line_about(error: Exception) -> str:
     return f"probe: the step cannot be traced: {type(error).__name__}: {said:.300} ({place}:{where.lineno})"
 
 
-def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]:
-    """The trace of a run on `device`, of fake tensors or, with `data`, of real ones."""
+def _answer(
+    run: RunSpec, steps: int, device: str, data: bool, most: int | None = None, *, restricted: bool = False
+) -> dict[str, Any]:
+    """The trace of a run on `device`, of fake tensors or, with `data`, of real ones.
+
+    Raises ProbeError for a model of more than `most` parameters, SpecError for a sequence beyond its learned positions.
+    """
     if "torch" not in sys.modules:
         fake_device.load()
     import torch
 
     from memplan.gpus import find_gpu
-    from memplan.probe import patches, recording, script
+    from memplan.probe import counts, patches, recording, script
     from memplan.probe.kernels import card_of
     from memplan.probe.libraries import library, versions
-    from memplan.probe.model import base_of, parameters_in
+    from memplan.probe.model import base_of
     from memplan.probe.modules import loss_apart, named
     from memplan.probe.tracker import Tracker, memory_of
 
     for name in ("peft", "bitsandbytes"):  # what their imports make is none of the run's
         library(name)
+    if restricted:
+        limits.seal()
     torch.set_num_threads(1)
     torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
     started = time.monotonic()
@@ -97,6 +128,8 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
         with tracker:
             training = script.build(run, device, phase)
             built.append(training)
+            total, active = counts.parameters(base_of(training.model))
+            _check(training.model, run, total, most)
             _note(training, known, "load")
             loss_apart(tracker, base_of(training.model))
             with named(tracker, training.model):
@@ -109,11 +142,13 @@ def _answer(run: RunSpec, steps: int, device: str, data: bool) -> dict[str, Any]
     trainable = sum(p.numel() for p in training.parameters)
     answer = {
         **found,
-        "parameters": parameters_in(training.model),
+        "parameters": total,
         "trainable": trainable,
+        "active": active,
+        "built": type(base_of(training.model)).__name__,
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 3),
-        "notes": _notes(run),
+        "notes": _notes(run, base_of(training.model)),
     }
     del training
     built.clear()
@@ -129,23 +164,39 @@ def _note(training: Any, known: Any, phase: str) -> None:
         known.note("parameter", recording.parameters_of(training.model))
         known.note("buffer", recording.buffers_of(training.model))
     if phase in ("forward", "backward"):
-        known.note("gradient", recording.gradients_of(training.parameters))
+        known.note("gradient", recording.gradients_of(training.parameters, known))
     if phase in ("load", "backward", "step"):
-        known.note("optstate", recording.states_of(training.optimizers))
+        known.note("optstate", recording.states_of(training.optimizers, known))
     if training.scaler is not None:
         tensors = (getattr(training.scaler, name, None) for name in ("_scale", "_growth_tracker"))
-        known.note("other", (t for t in tensors if t is not None))
+        known.note("other", (("scale of the loss", t) for t in tensors if t is not None))
 
 
-def _notes(run: RunSpec) -> list[str]:
+def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
+    """Raise for what would be traced, but is no model or does not run."""
+    if most is not None and total > most:
+        raise ProbeError(f"model: {total:,} parameters; a trace takes at most {most:,}", "model")
+    from memplan.probe.counts import positions
+
+    for name, rows in positions(model):
+        if run.batch.sequence > rows:
+            raise SpecError(
+                f"batch.sequence: {run.batch.sequence} tokens, but the model's {name} has {rows} rows", "batch.sequence"
+            )
+
+
+def _notes(run: RunSpec, base: Any) -> list[str]:
     notes: list[str] = []
     if run.kernels.attention == "flash_attention_2" and run.loop.padded:
         notes.append("how many tokens are padding is in the data: all are taken to be there")
+    had = getattr(base.config, "_attn_implementation", None)
+    if run.kernels.attention.startswith("sdpa") and had == "eager":
+        notes.append(f"transformers' {type(base).__name__} has no sdpa: its attention is eager")
     return notes
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(*map(int, sys.argv[1:]))
     except ProbeError as error:
         sys.exit(str(error))

@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 from memplan.errors import ProbeError
+from memplan.folders import caches
 
 _COMPILERS = ("c++", "g++", "clang++")
 _SOURCE = Path(__file__).with_name("fake_device.cpp")
@@ -47,23 +48,6 @@ def _torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def cache_folder() -> Path:
-    """Where compiled shims are kept: the user's cache folder, or the temporary one where that cannot be written."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "memplan"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    folder = Path(tempfile.gettempdir()) / f"memplan-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():  # what is loaded from there must be ours
-        raise ProbeError(f"probe: {folder} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
-    return folder
-
-
 def shim() -> Path:
     """The compiled library for the installed torch; compiled if it is not there, and put in place whole.
 
@@ -75,7 +59,7 @@ def shim() -> Path:
     source = _SOURCE.read_bytes()
     named = f"{importlib.metadata.version('torch')} {torch_folder}".encode()
     digest = hashlib.sha256(source + named).hexdigest()[:16]
-    target = cache_folder() / f"fake_device-{digest}.so"
+    target = caches() / f"fake_device-{digest}.so"
     if target.exists():
         return target
     compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)

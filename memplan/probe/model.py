@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -202,19 +201,6 @@ def _module_lists(model: Any) -> Iterator[nn.ModuleList]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             yield module
-
-
-def parameters_in(model: Any) -> int:
-    """How many parameters the model has, without adapters and copies that peft trains.
-
-    Packed ones are as many as they stand for.
-    """
-    total = 0
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name and ".modules_to_save." not in name:
-            state = getattr(parameter, "quant_state", None)
-            total += math.prod(state.shape) if state is not None else parameter.numel()
-    return total
 
 
 def base_of(model: Any) -> Any:

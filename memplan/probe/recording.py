@@ -12,66 +12,77 @@ import torch
 from memplan.probe.tracker import Interval, Tracker
 from memplan.units import rounded
 
+Named = tuple[str, torch.Tensor]
+
 _NO_NODE = 2**62  # accumulations into parameters have a number beyond all others
 
 
 class Known:
-    """Which storages are parameters, buffers, gradients, states: asked while they are there, kept by number."""
+    """Which storages are parameters, buffers, gradients, states, and of what: asked while they are there."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
         self.kinds: dict[int, str] = {}
+        self.names: dict[int, str] = {}
 
-    def note(self, kind: str, tensors: Iterator[torch.Tensor]) -> None:
+    def note(self, kind: str, tensors: Iterable[Named]) -> None:
         """These tensors' storages are of this kind, unless they are known already."""
-        for tensor in tensors:
+        for name, tensor in tensors:
             number = self.tracker.number_of(tensor)
             if number is not None:
                 self.kinds.setdefault(number, kind)
+                self.names.setdefault(number, name)
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """What a tensor that was noted is called; empty where it was not."""
+        number = self.tracker.number_of(tensor)
+        return self.names.get(number, "") if number is not None else ""
 
 
-def parameters_of(model: Any) -> Iterator[torch.Tensor]:
+def parameters_of(model: Any) -> Iterator[Named]:
     """Every parameter, and what a quantised one consists of beside its codes."""
-    for parameter in model.parameters():
-        yield parameter
+    for name, parameter in model.named_parameters():
+        yield name, parameter
         state = getattr(parameter, "quant_state", None)
-        for holder in (state, getattr(state, "state2", None)):
-            for name in ("absmax", "code", "offset"):
-                tensor = getattr(holder, name, None)
+        for holder, of in ((state, ""), (getattr(state, "state2", None), "nested ")):
+            for part in ("absmax", "code", "offset"):
+                tensor = getattr(holder, part, None)
                 if isinstance(tensor, torch.Tensor):
-                    yield tensor
-    for module in model.modules():
+                    yield f"{name} {of}{part}", tensor
+    for name, module in model.named_modules():
         state = getattr(module, "state", None)
         for holder in (state, getattr(module, "weight", None)):
-            for name in ("CB", "SCB"):
-                tensor = getattr(holder, name, None)
+            for part in ("CB", "SCB"):
+                tensor = getattr(holder, part, None)
                 if isinstance(tensor, torch.Tensor):
-                    yield tensor
+                    yield f"{name}.weight {part}", tensor
 
 
-def buffers_of(model: Any) -> Iterator[torch.Tensor]:
+def buffers_of(model: Any) -> Iterator[Named]:
     """Every buffer, and every other tensor a module holds."""
-    yield from model.buffers()
-    for module in model.modules():
+    yield from model.named_buffers()
+    for name, module in model.named_modules():
         held = cast(dict[str, Any], vars(module))
-        for value in held.values():
+        for key, value in held.items():
             if isinstance(value, torch.Tensor):
-                yield value
+                yield f"{name}.{key}".removeprefix("."), value
 
 
-def gradients_of(parameters: list[Any]) -> Iterator[torch.Tensor]:
+def gradients_of(parameters: list[Any], known: Known) -> Iterator[Named]:
     for parameter in parameters:
         if parameter.grad is not None:
-            yield parameter.grad
+            yield f"gradient of {known.name_of(parameter)}", parameter.grad
 
 
-def states_of(optimizers: list[Any]) -> Iterator[torch.Tensor]:
+def states_of(optimizers: list[Any], known: Known) -> Iterator[Named]:
     """What the optimizers keep of parameters, and the tables bitsandbytes' share."""
     for optimizer in optimizers:
-        states: Iterable[dict[str, Any]] = optimizer.state.values()
-        for state in states:
-            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-        yield from getattr(optimizer, "name2qmap", {}).values()
+        for parameter, state in cast(dict[Any, dict[str, Any]], optimizer.state).items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{known.name_of(parameter)} {key}".strip(), value
+        tables: dict[str, Any] = getattr(optimizer, "name2qmap", {})
+        yield from ((f"table {name}", table) for name, table in tables.items())
 
 
 def report(tracker: Tracker, known: Known) -> dict[str, Any]:
@@ -87,7 +98,9 @@ def report(tracker: Tracker, known: Known) -> dict[str, Any]:
         if not module and 0 <= made.node < _NO_NODE and starts:
             module = names[max(0, bisect_right(starts, made.node) - 1)]
         size = rounded(made.asked) if made.asked else 0
-        storages.append([size, made.asked, made.shape, made.dtype, made.op, module, kind, born[number], died[number]])
+        lived = (born[number], died[number])
+        name = known.names.get(number, "")
+        storages.append([size, made.asked, made.shape, made.dtype, made.op, module, kind, *lived, name])
     sizes = [storage[0] for storage in storages]
     allocated = list(accumulate(sizes[e] if e >= 0 else -sizes[~e] for e in tracker.events))
     return {

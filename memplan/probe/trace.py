@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from threading import TIMEOUT_MAX, Timer
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import memplan.errors
@@ -30,6 +31,7 @@ from memplan.engine.allocator import Allocator, Block
 from memplan.errors import MemplanError, ProbeError
 from memplan.gpus import find_gpu
 from memplan.probe.libraries import QUIET, require
+from memplan.probe.limits import Limits
 from memplan.probe.refusals import settled
 from memplan.spec import FrozenDict, RunSpec
 
@@ -45,7 +47,8 @@ class Storage(NamedTuple):
 
     `bytes` are rounded up to 512 as the caching allocator does, `asked` as they were asked for; `shape` and `dtype`
     are of the first tensor in it. `op` and `module` say which call made it, in whose forward or for whose gradient;
-    `kind` is one of `memplan.answer.KINDS`. `died` is the number of all events where it outlives them.
+    `kind` is one of `memplan.answer.KINDS`, `name` what a parameter, buffer, gradient or state is called, as its module
+    has it. `died` is the number of all events where it outlives them.
     """
 
     bytes: int
@@ -57,6 +60,7 @@ class Storage(NamedTuple):
     kind: str
     born: int
     died: int
+    name: str = ""
 
 
 class TracedPhase(NamedTuple):
@@ -80,6 +84,8 @@ class Traced:
     """A traced run. `events` hold n where storage n is made and ~n where it is freed.
 
     parameters, trainable   numbers of parameters of the model without adapters, and of those that train
+    active                  of the former those that a token meets; None where the config does not tell
+    built                   transformers' class that was built
     seconds                 of the trace itself, after imports
     notes                   what the trace had to assume
     """
@@ -93,6 +99,8 @@ class Traced:
     versions: Mapping[str, str]
     seconds: float
     notes: tuple[str, ...] = field(default=())
+    active: int | None = None
+    built: str = ""
 
     @cached_property
     def allocated(self) -> tuple[int, ...]:
@@ -145,24 +153,34 @@ class Traced:
 
     @cached_property
     def reserved(self) -> int:
-        """The most bytes torch's caching allocator would hold in segments: the events replayed through its model, with
-        a workspace of cuBLAS's where forward and backward first need one."""
-        allocator, blocks = Allocator(), dict[int, Block]()
+        """The most bytes torch's caching allocator would hold in segments: see `replayed`."""
         capability = find_gpu(self.run.gpu).compute_capability if self.run.gpu else None
-        workspace = cublas_workspace(capability).usual
-        starts = {p.phase: p.start for p in reversed(self.phases) if p.phase in ("forward", "backward")}
-        for at, event in enumerate(self.events):
-            if at in starts.values():
-                allocator.alloc(workspace)
-            if event >= 0:
-                blocks[event] = allocator.alloc(self.storages[event].bytes)
-            else:
-                allocator.free(blocks.pop(~event))
-        return allocator.peak_reserved
+        return replayed(self, cublas_workspace(capability).usual, self.run.loop.expandable_segments)
+
+    def first(self, phase: str) -> int | None:
+        """The event with which a phase first begins; None where there is none of that name."""
+        return next((p.start for p in self.phases if p.phase == phase), None)
 
     def peak_of(self, phase: str, step: int) -> int | None:
         """The peak of a phase in a step, over all its micro-batches; None where there was none."""
         return max((p.peak for p in self.phases if (p.phase, p.step) == (phase, step)), default=None)
+
+
+def replayed(traced: Traced, workspace: int, expandable: bool = False, capacity: int | None = None) -> int:
+    """The most bytes torch reserves for a trace's events, on a card with `capacity` for it, with a `workspace` of
+    cuBLAS's where forward and backward first need one. Raises OutOfMemoryError where the capacity does not suffice."""
+    allocator, blocks = Allocator(expandable, capacity), dict[int, Block]()
+    sizes = [storage.bytes for storage in traced.storages]
+    needs = {traced.first(phase) for phase in ("forward", "prefill", "backward")}
+    alloc, free = allocator.alloc, allocator.free
+    for at, event in enumerate(traced.events):
+        if at in needs:
+            alloc(workspace)
+        if event >= 0:
+            blocks[event] = alloc(sizes[event])
+        else:
+            free(blocks.pop(~event))
+    return allocator.peak_reserved
 
 
 def trace(run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> Traced:
@@ -191,13 +209,17 @@ def traces(
                 yield error
 
 
+_CLOCKS = 4  # a process's traces together may take so many times one's seconds, of the processor
+
+
 class Tracer:
     """The process that traces: started when the first run is asked for, and again where one ended it.
 
-    To be used in a `with` statement, at whose end it ends.
+    To be used in a `with` statement, at whose end it ends. With `limits` it is restricted: see `memplan.probe.limits`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
 
@@ -209,24 +231,43 @@ class Tracer:
 
     def trace(self, run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> Traced:
         """As the function `trace`, without starting a process each time."""
+        return read(run, self.answer(run, steps, device=device, data=data))
+
+    def answer(self, run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> dict[str, Any]:
+        """The same as the process says it, in JSON's types: `read` makes a `Traced` of it."""
         require()
         if data and device != "cpu":
             raise ProbeError("probe: a trace with data is of the CPU; --cuda measures the GPU that is here")
         settled(run)
         asked = {"run": run.model_dump(mode="json"), "steps": steps, "device": device, "data": data}
-        return _read(run, self._ask(asked))
+        return self._ask({**asked, "parameters": self._limits.parameters if self._limits else None})
 
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """The process's answer to one question. Raises the error it met, or ProbeError where it died."""
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None
+        late: list[bool] = []
+
+        def end() -> None:
+            late.append(True)
+            process.kill()
+
+        seconds = self._limits.seconds if self._limits else TIMEOUT_MAX
+        clock = Timer(seconds, end)
+        clock.daemon = True
+        clock.start()
         try:
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            clock.cancel()
+        if not line and late:
+            process.wait()
+            raise ProbeError(f"probe: the trace was ended: it took more than {seconds:g} seconds")
         if not line:
             raise self._died(process)
         answer: dict[str, Any] = json.loads(line)
@@ -243,8 +284,10 @@ class Tracer:
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
         environment = {**os.environ, **QUIET, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed with it)
+        limits = self._limits
+        restrictions = [str(limits.memory), str(_CLOCKS * limits.seconds)] if limits else []
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "memplan.probe.child"],
+            [sys.executable, "-W", "ignore", "-m", "memplan.probe.child", *restrictions],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -275,7 +318,7 @@ class Tracer:
             self._log = None
 
 
-def _read(run: RunSpec, answer: Mapping[str, Any]) -> Traced:
+def read(run: RunSpec, answer: Mapping[str, Any]) -> Traced:
     return Traced(
         run=run,
         storages=tuple(Storage(s[0], s[1], tuple(s[2]), *s[3:]) for s in answer["storages"]),
@@ -286,4 +329,6 @@ def _read(run: RunSpec, answer: Mapping[str, Any]) -> Traced:
         versions=FrozenDict(answer["versions"]),
         seconds=answer["seconds"],
         notes=tuple(answer["notes"]),
+        active=answer["active"],
+        built=answer["built"],
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from memplan.answer import Estimate
-from memplan.planning.reach import holding, largest_batch, largest_sequence
+from memplan.planning.reach import Holding, holding, largest_batch, largest_sequence
 from memplan.report.words import tenths
 from memplan.units import GIB
 
@@ -14,6 +15,8 @@ def help_line(answer: Estimate) -> str:
     """One line on what would make the run fit; empty where it fits, or nearly, or no GPU is asked."""
     if answer.verdict.answer != "does not fit":
         return ""
+    if answer.via == "trace":
+        return _larger_card(answer)
     from memplan.frameworks.command import options
     from memplan.planning.search import alone
 
@@ -34,6 +37,16 @@ def help_line(answer: Estimate) -> str:
     return f"Would fit: {'; or '.join(ways)}." if ways else "No batch, sequence, single change or NVIDIA card would do."
 
 
+def _larger_card(answer: Estimate) -> str:
+    """The smallest card that holds a traced run: what else would do takes further traces."""
+    from memplan.probe.answer import holding
+
+    larger = next((gpu for gpu, held in holding(answer, "NVIDIA") if held == "fits"), None)
+    if larger is None:
+        return ""
+    return f"Would fit: {larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it."
+
+
 class Cards(NamedTuple):
     """Cards that hold a run: their names by usable GiB, least first; a tight one's ends with a question mark."""
 
@@ -45,11 +58,20 @@ def cards(answer: Estimate) -> list[Cards]:
     """Every catalogued card that holds the run, NVIDIA's first. None for a run with a GPU."""
     if answer.gpu is not None:
         return []
+    which = ", of compute capability 8 and later" if answer.via == "trace" else ""
     out = [
-        Cards("Cards that hold it, by usable GiB (? is tight)", {}),
+        Cards(f"Cards that hold it{which}, by usable GiB (? is tight)", {}),
         Cards("Others, if their kernels take what NVIDIA's do", {}),
     ]
-    for gpu, held in holding(answer.asked):
+    for gpu, held in _holding(answer):
         names = out[gpu.vendor != "NVIDIA"].by_size.setdefault(round(gpu.usable / GIB), [])
         names.append(gpu.name + ("?" if held == "tight" else ""))
     return [group for group in out if group.by_size] or [Cards("No catalogued card holds it.", {})]
+
+
+def _holding(answer: Estimate) -> Iterable[Holding]:
+    if answer.via != "trace":
+        return holding(answer.asked)
+    from memplan.probe.answer import holding as as_traced
+
+    return as_traced(answer)

@@ -53,6 +53,7 @@ def facts(answer: Estimate) -> dict[str, object]:
         "attention": run.kernels.attention,
         "loss": run.kernels.loss,
         "profile": run.profile,
+        "via": answer.via,
         "notes": "; ".join(notes([answer])),
     }
 

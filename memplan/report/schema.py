@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
-from memplan.answer import ANSWERS, KINDS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
+from memplan.answer import ANSWERS, BASES, KINDS, VIAS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Verdict
 from memplan.comparison import Comparison, Difference
 from memplan.frameworks import FRAMEWORKS
 from memplan.planning.demand import Demand
@@ -50,6 +50,7 @@ def answer_model() -> type[BaseModel]:
     fields = {
         "schema_version": Literal[1],
         "memplan_version": str,
+        "via": Literal[VIAS],
         "run": RunSpec,
         "parameters": _of(Parameters),
         "bytes": _made(Bytes),
@@ -59,7 +60,7 @@ def answer_model() -> type[BaseModel]:
         "peak": _of(Peak),
         "phases": list[_of(Phase)],
         "categories": categories,
-        "ledger": list[_of(Line, kind=Literal[KINDS], basis=Literal["derived", "measured", "assumed"])],
+        "ledger": list[_of(Line, kind=Literal[KINDS], basis=Literal[BASES])],
         "host_bytes": int,
         "unsupported": list[str],
         "notes": list[str],
@@ -106,7 +107,7 @@ def plan_model() -> TypeAdapter[BaseModel]:
     lines = _model("Lines", "What to write in each framework.", {f.name: list[str] for f in FRAMEWORKS})
     change = {"options": str, "lines": lines, "notes": dict[str, str]}
     severity = Annotated[int, Field(ge=0, lt=len(SEVERITIES))]
-    time = _of(Time, basis=Literal["derived", "measured", "assumed"])
+    time = _of(Time, basis=Literal[BASES])
     costs = {"time": time | None, "severity": severity}
     effect = {"keys": list[str], "title": str, "saves": int, "phases": dict[str, int], **costs}
     effect |= {"quality": str, "quality_source": str}

@@ -250,6 +250,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("checkpointing", str(run.kernels.checkpointing) + (", reentrant" if _reenters(run.kernels) else "")),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", str(run.kernels.loss) + _held_outputs(loop)),
+        *((("answered by", "a trace of the step"),) if answer.via == "trace" else ()),
         *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
         ("profile", run.profile),
     ]
