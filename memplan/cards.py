@@ -165,7 +165,15 @@ def load_card(name: str) -> ModelSpec:
 
 
 def _card_config(card: Mapping[str, Any]) -> dict[str, Any]:
-    return {**card["config"], **dict.fromkeys(card.get("nulls", ()))}
+    """The card's config with its nulls, of which `text_config.sliding_window` is one in a nested config."""
+    config = dict(card["config"])
+    for name in card.get("nulls", ()):
+        part, _, key = name.rpartition(".")
+        if part:
+            config[part] = {**config[part], key: None}
+        else:
+            config[key] = None
+    return config
 
 
 @lru_cache(maxsize=1024)

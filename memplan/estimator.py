@@ -96,7 +96,9 @@ class Engine(NamedTuple):
 def walk(run: RunSpec, decided: Decided) -> Walked:
     """Put batch and sequence into the run's program: the peak of every phase of the first and of later steps."""
     p = program(decided.structure)
-    axes = run_axes(p, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
+    axes = run_axes(
+        p, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN, decided.pictures
+    )
     numbers = Numbers(values(p.variables, axes), values(p.products, axes))
     workspace = workspace_of(decided)
     found = [(False, *_best(p, False, phase, numbers)) for phase in PHASES]

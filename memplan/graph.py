@@ -188,6 +188,16 @@ def attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
     return read_dtype(stack, ".lse", autocast, {run.times: axes[run.times] for run in stack.runs}) or recipe.weights
 
 
+@lru_cache(maxsize=256)
+def tower_dtype(model: ModelSpec, recipe: Recipe) -> str:
+    """The dtype of the queries that attention in the tower is given."""
+    axes = model.axes()
+    stack = apply(build(model, Wiring("flash", "flash", images=True)), recipe)
+    autocast = recipe.compute if recipe.autocast else None
+    depth = {run.times: axes[run.times] for run in stack.runs}
+    return read_dtype(stack, "v.o.parts.lse", autocast, depth) or recipe.weights
+
+
 @lru_cache(maxsize=512)
 def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
     """The linear layers and embeddings by their path in a layer, with the rows and columns of their matrices."""

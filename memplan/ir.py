@@ -38,9 +38,9 @@ class Weight(NamedTuple):
     """A parameter of the model.
 
     `name` is the path inside its block (`self_attn.q_proj.weight`); `group` is what it is counted under: `embedding
-    attention mixer mlp router norm vision audio lm_head adapter`, or `buffer` for a constant the model holds. `dtype`
-    is empty until a precision is chosen, but where the model class keeps one. A quantised weight is stored as the
-    tensors in `stored` instead.
+    attention mixer mlp router norm vision projector audio lm_head adapter`, or `buffer` for a constant the model holds.
+    `dtype` is empty until a precision is chosen, but where the model class keeps one. A quantised weight is stored as
+    the tensors in `stored` instead.
 
     matrix      the 2-D weight of a linear layer, which adapters and quantisation may take
     rows        how many leading axes of a 2-D weight's shape are its first dimension; 0 of a vector
@@ -50,6 +50,7 @@ class Weight(NamedTuple):
     chosen      the axis that says how many along the first one a token uses, where it does not use all
     stacked     matrices along the first axis, as one parameter of three dimensions; `rows` counts that axis too
     stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
+    idle        would train, but no operation of the run uses it, so that it never has a gradient
     """
 
     name: str
@@ -65,6 +66,7 @@ class Weight(NamedTuple):
     chosen: str = ""
     stacked: bool = False
     stands_for: tuple[str, ...] = ()
+    idle: bool = False
 
 
 class Keep(NamedTuple):
@@ -110,6 +112,9 @@ class Op(NamedTuple):
     holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them.
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
+    asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
+                    embeddings does.
+    skipped         the run leaves it out: of it there are only its weights.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
     product         `matrix` where it multiplies a read by its matrices or by another read; `attention` where it is both
@@ -132,6 +137,8 @@ class Op(NamedTuple):
     autocast: str = ""
     holds: str = ""
     captures: tuple[str, ...] = ()
+    asks: bool = False
+    skipped: bool = False
     recorded: bool = False
     unit: str = ""
     product: str = ""

@@ -77,7 +77,8 @@ class ModelSpec:
         self._defaults = self._family.defaults
         self._names = {**NAMES, **self._family.names}
         if self._family.decoder:
-            config = {**config, **_part(config, self._family.decoder), "model_type": model_type}
+            kept = {key: config[key] for key in ("model_type", "tie_word_embeddings") if key in config}
+            config = {**config, **_part(config, self._family.decoder), **kept}
         renamed = {new: config[old] for old, new in RENAMED.get(model_type, {}).items() if old in config}
         unread = {"mlp_bias": False} if model_type in NO_MLP_BIAS else {}
         self.config: FrozenDict = frozen({**self._defaults, **config, **renamed, **unread})

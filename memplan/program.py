@@ -211,7 +211,7 @@ def program(structure: Structure) -> Program:
         away=tuple(_away(_lowered(structure.graph, ways[0]), axes)),
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
-        trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains),
+        trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains or w.idle),
         active_parameters=sum(active(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
     )
 
@@ -400,9 +400,18 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
 
 
 def run_axes(
-    program: Program, micro: Size, sequence: Size, half: bool, large_tiles: bool, by: Arithmetic[Size]
+    program: Program,
+    micro: Size,
+    sequence: Size,
+    half: bool,
+    large_tiles: bool,
+    by: Arithmetic[Size],
+    pictures: Iterable[tuple[str, int]] = (),
 ) -> dict[str, Size]:
-    """The axes that belong to the run, and those derived from them; `by` is how one run's are counted, or many's."""
+    """The axes that belong to the run, and those derived from them; `by` is how one run's are counted, or many's.
+
+    `pictures` are the axes that its images decide.
+    """
     b, s = micro, sequence
     tokens = b * s
     m = program.structure.graph.model
@@ -421,6 +430,7 @@ def run_axes(
         "sorted_ids": by.choose(sorts, tokens, 0),
         "segments": by.choose(sorts, tokens // 10 + by.least(tokens, m.vocab_size), 0),
     }
+    axes.update(pictures)
     needs = program.needs
     if "efficient_workspace" in needs or "efficient_fp32" in needs:
         axes["efficient_fp32"] = by.choose(half, 0, m.head_widths[1] + 1)

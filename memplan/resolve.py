@@ -10,15 +10,16 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
-from memplan.catalogue.attention import JOINED, Wiring, large_tiles
+from memplan.catalogue.attention import JOINED, Wiring, efficient_workspace_bytes, large_tiles
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
-from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.methods import ADAPTERS, PARTS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnknownNameError
+from memplan.families.vision import axes_of, is_vision, picture_of, sees
 from memplan.gpus import GPU, ambiguous_with, find_gpu
 from memplan.graph import (
     Graph,
@@ -29,14 +30,17 @@ from memplan.graph import (
     fusible_kernels,
     modules,
     parameter_targets,
+    tower_dtype,
     weights_of,
 )
 from memplan.models import ModelSpec
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts
+from memplan.sizes import ONE_RUN
 from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 
+_SEEN = "transformers-5"  # the profile whose vision-language models are counted with images
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
 
@@ -44,7 +48,7 @@ class Decided(NamedTuple):
     """A run with nothing left open but its batch.
 
     `half` is whether attention computes in 16 bits, `large_tiles` whether the card's shared memory holds tiles of
-    128 x 128; `parts` are the spec's parts with every null filled in.
+    128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide.
     """
 
     structure: Structure
@@ -53,6 +57,7 @@ class Decided(NamedTuple):
     large_tiles: bool
     notes: tuple[str, ...]
     parts: dict[str, Part]
+    pictures: tuple[tuple[str, int], ...] = ()
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
@@ -63,7 +68,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     refuse(run)
     model = model or find_model(run.model)
     window = model.sliding_window
-    return _decide(
+    pictures = _pictures(model, run)
+    decided = _decide(
         model,
         run.method,
         run.precision,
@@ -76,7 +82,53 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         window is not None and run.batch.sequence >= window,
         run.batch.micro == 1,
         run.parallelism,
+        bool(run.batch.images),
     )
+    if not pictures:
+        return decided
+    return decided._replace(pictures=(*pictures, *_workspaces(decided, dict(pictures))))
+
+
+def _workspaces(decided: Decided, pictures: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """What memory-efficient attention in the tower takes for one image, and for one window of it."""
+    graph = decided.structure.graph
+    if graph.wiring.tower != "efficient":
+        return
+    axes, half = graph.model.axes(), tower_dtype(graph.model, graph.recipe) != "fp32"
+    yield "tower_fp32", 0 if half else axes["vd"] + 1
+    for rows in ("grid", "window"):
+        size = efficient_workspace_bytes(pictures[rows], (axes["vd"],) * 2, axes["va"], half, decided.large_tiles, ONE_RUN)
+        yield f"{rows}_workspace", size
+
+
+def _pictures(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
+    """The axes that the images of the run decide. Raises SpecError where the model sees none, or they do not fit."""
+    batch, called = run.batch, model.name or model.model_type
+    if not batch.images:
+        if batch.image_size is not None:
+            raise SpecError("batch.image_size: the size of no image; say batch.images too", "batch.image_size")
+        return ()
+    if not is_vision(model.model_type):
+        raise SpecError(f"batch.images: {called} has no vision tower", "batch.images")
+    if not sees(model.model_type):
+        raise SpecError(
+            f"batch.images: what the tower of {model.model_type} takes for images is not supported yet; supported: 0, "
+            "text alone",
+            "batch.images",
+        )
+    if run.profile != _SEEN:
+        raise SpecError(
+            f"batch.images: images are counted as profile {_SEEN} has them, not {run.profile}", "batch.images"
+        )
+    picture = picture_of(model, batch.image_size)
+    tokens = batch.images * picture.tokens
+    if tokens > batch.sequence:
+        raise SpecError(
+            f"batch.images: {batch.images} of {picture.tokens} tokens each are more than batch.sequence, "
+            f"{batch.sequence}; at least {tokens} hold them",
+            "batch.images",
+        )
+    return tuple(axes_of(model, batch.images, picture).items())
 
 
 def filled(run: RunSpec) -> RunSpec:
@@ -127,6 +179,7 @@ def _decide(
     windowed: bool,
     single: bool,
     parallelism: Parallelism,
+    images: bool,
 ) -> Decided:
     asked = kernels.fused is not None
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
@@ -165,6 +218,7 @@ def _decide(
     notes += stored_notes(model)
     notes += checkpoint_notes(model.config, method, precision)
     recipe, more = _recipe(model, method, precision, words["code"])
+    recipe = recipe._replace(frozen=_frozen(model, method))
     kernels, idle = _fusing(model, method, kernels, words["code"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
@@ -188,6 +242,8 @@ def _decide(
             one_mask=words["one_mask"],
             scales_apart=words["scales_apart"],
             flattens=single and model.model_type in JOINED,
+            images=images,
+            tower=_tower(model, recipe, kernels, capability) if images else "",
         ),
         checkpoint=checkpoints,
         loss=str(kernels.loss),
@@ -198,7 +254,7 @@ def _decide(
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
         leaf=kernels.checkpointing != "none"
-        and (method.kind in ADAPTERS or (method.kind == "freeze" and words["frozen_inputs"])),
+        and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
         logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
         single=single and kernels.loss in ("hf", "fused") and words["logits"] != "padded",
         fused=tuple(sorted(kernels.fused or ())),
@@ -225,6 +281,12 @@ def _decide(
         ranks=ranks,
     )
     notes += _expert_notes(graph)
+    if ranks.world > 1 and any(w.idle for w, _, _ in weights_of(graph)):
+        raise SpecError(
+            "batch.images: without images the tower gets no gradients, which several GPUs would wait for; say images, "
+            "or method.frozen vision and projector",
+            "batch.images",
+        )
     if ranks.world > 1 and ranks.row.flat:
         _check_flat(graph, ranks)
     if (
@@ -450,6 +512,36 @@ def _wiring(
         return Wiring("flash_2", "flash_2", padded, windowed, target)
     flash = half and widths[0] == widths[1] <= 256 and (capability is None or capability >= (8, 0))
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
+
+
+def _tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
+    """The kernel of the attention in the tower that sees images, by the same rules."""
+    if kernels.attention not in ("sdpa", "sdpa_efficient"):
+        raise SpecError(
+            f"kernels.attention: {kernels.attention} is not supported yet with batch.images; supported: sdpa, "
+            "sdpa_efficient",
+            "kernels.attention",
+        )
+    d = model.axes()["vd"]
+    half = tower_dtype(model, recipe) != "fp32"
+    if d % (8 if half else 4):
+        raise SpecError(
+            f"batch.images: the tower's heads are {d} wide, for which sdpa has no kernel counted yet", "batch.images"
+        )
+    flash = kernels.attention == "sdpa" and half and d <= 256 and (capability is None or capability >= (8, 0))
+    return "flash" if flash else "efficient"
+
+
+def _frozen(model: ModelSpec, method: Method) -> tuple[str, ...]:
+    """The parts of the model that neither train nor are adapted, checked."""
+    for part in method.frozen:
+        if part not in PARTS:
+            raise UnknownNameError("method.frozen", part, tuple(PARTS))
+    if method.frozen and not is_vision(model.model_type):
+        raise SpecError(f"method.frozen: {model.model_type} has no parts beside the language model", "method.frozen")
+    if set(method.frozen) == set(PARTS):
+        raise SpecError("method.frozen: nothing is left to train", "method.frozen")
+    return tuple(part for part in PARTS if part in method.frozen)
 
 
 def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -> tuple[Recipe, list[str]]:

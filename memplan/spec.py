@@ -27,6 +27,7 @@ LATER_METHODS = frozenset(
 _MOST = 2**40  # no batch, sequence or rank is larger: absurd input must not become an absurd answer
 Count = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 Natural = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
+Pixels = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
@@ -109,7 +110,10 @@ class Quantization(Part, frozen=True):
 
 
 class Method(Part, frozen=True):
-    """What trains. `targets` are module or role names, or `all-linear`; `rank` to `quantization` are for adapters."""
+    """What trains. `targets` are module or role names, or `all-linear`; `rank` to `quantization` are for adapters.
+
+    `frozen` are parts of a vision-language model that neither train nor are adapted.
+    """
 
     kind: MethodKind = "full"
     rank: Count = 16
@@ -119,6 +123,7 @@ class Method(Part, frozen=True):
     modules_to_save: Names = ()
     adapter_dtype: Dtype | None = None
     trainable_layers: Count = 2
+    frozen: Names = ()
     quantization: Quantization | None = None
     options: Json = Field(default_factory=FrozenDict)
 
@@ -200,12 +205,17 @@ class Optimizer(Part, frozen=True):
 
 
 class Batch(Part, frozen=True):
-    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step."""
+    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step.
+
+    Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
+    """
 
     micro: Count = 1
     sequence: Count = 2048
     accumulation: Count = 1
     new_tokens: Natural = 0
+    images: Natural = 0
+    image_size: Pixels | tuple[Pixels, Pixels] | None = None
 
 
 class Kernels(Part, frozen=True):

@@ -105,7 +105,7 @@ def work(run: RunSpec) -> Work:
     p = program(decided.structure)
     check_batch(run, p.structure.graph.model)
     b = run.batch
-    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN)
+    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, decided.pictures)
     passed = _passed(decided.structure.graph)
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     products: list[Product] = []

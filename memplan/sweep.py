@@ -204,7 +204,7 @@ def _fill(out: _Found, run: RunSpec, calibration: Calibration | None, batches: l
     decided = decide(first)
     p = program(decided.structure)
     check_batch(first, p.structure.graph.model)
-    top = run_axes(p, batches[-1], sequences[-1], decided.half, decided.large_tiles, ONE_RUN)
+    top = run_axes(p, batches[-1], sequences[-1], decided.half, decided.large_tiles, ONE_RUN, decided.pictures)
     if _most(p, values(p.variables, top)) >= _EXACT:
         _one_by_one(out, run, calibration, batches, sequences)
         return
@@ -278,7 +278,7 @@ class _Walk:
         import numpy as np
 
         p, decided = self._program, self._decided
-        axes = run_axes(p, b, s, decided.half, decided.large_tiles, _many())
+        axes = run_axes(p, b, s, decided.half, decided.large_tiles, _many(), decided.pictures)
         shape = (b.shape[0], s.shape[1])
         numbers = np.empty((len(self._variables), *shape))
         for row, value in zip(numbers, values(self._variables, axes), strict=True):

@@ -26,6 +26,8 @@ from tests.tiny import TINY
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "parameters.json").read_text("utf-8"))
 KINDS = ("embedding", "attention", "mixer", "mlp", "router", "norm", "vision", "audio", "lm_head")
 
+PART_OF = {"projector": "vision"}  # groups that a kind has several of
+
 
 def read_card(name: str) -> dict[str, Any]:
     return tomllib.loads((card_folder() / f"{name}.toml").read_text("utf-8"))
@@ -44,7 +46,7 @@ def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
     kinds = dict.fromkeys(KINDS, 0)
     every = {w.name: w for some in outside(stack) for op in some for w in op.weights if w.group != "buffer"}
     for w in every.values():
-        kinds[w.group] += elements(w.shape, axes)
+        kinds[PART_OF.get(w.group, w.group)] += elements(w.shape, axes)
     layers: list[int] = []
     for run in stack.runs:
         pattern: list[int] = []
@@ -52,7 +54,7 @@ def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
             inside = {w.name: w for op in block.ops for w in op.weights if w.group != "buffer"}
             pattern.append(sum(elements(w.shape, axes) for w in inside.values()))
             for w in inside.values():
-                kinds[w.group] += elements(w.shape, axes) * axes[run.times]
+                kinds[PART_OF.get(w.group, w.group)] += elements(w.shape, axes) * axes[run.times]
         layers += pattern * axes[run.times]
     runs: list[list[int]] = []
     for n in layers:

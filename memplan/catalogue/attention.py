@@ -25,7 +25,7 @@ class Wiring(NamedTuple):
     joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model
     scales the embeddings, not their module. uncapped: torch's attention is taken where scores should be capped, and
     does not cap them. flattens: heads of a single sequence are flattened without a copy, and what they are views of
-    stays whole.
+    stays whole. images: the batch has some. tower: the kernel of the attention in the tower that sees them.
     """
 
     backend: str
@@ -42,6 +42,8 @@ class Wiring(NamedTuple):
     one_mask: bool = False
     scales_apart: bool = False
     flattens: bool = False
+    images: bool = False
+    tower: str = "flash"
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""

@@ -30,7 +30,11 @@ class Adapter(NamedTuple):
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
     """`change` applied to every operation of the stack."""
-    return rewrite_lists(stack, lambda operations: tuple(new for op in operations for new in change(op)))
+
+    def changed(op: Op) -> Iterable[Op]:
+        return (new._replace(skipped=True) for new in change(op)) if op.skipped else change(op)
+
+    return rewrite_lists(stack, lambda operations: tuple(new for op in operations for new in changed(op)))
 
 
 def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
@@ -239,7 +243,7 @@ class Recipe(NamedTuple):
     preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
     targets: names of linear layers, or ("all-linear",). fused: adapted layers are one function where one exists.
     library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command. again: see
-    `Adapter`.
+    `Adapter`. frozen: parts of the model that neither train nor are adapted, see `PARTS`.
     """
 
     kind: str
@@ -258,15 +262,47 @@ class Recipe(NamedTuple):
     fused: bool = False
     library: str = "peft"
     again: bool = False
+    frozen: tuple[str, ...] = ()
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
 
 
+# What may be frozen by itself, and the groups of its weights; the language model is all the others.
+PARTS = {"vision": ("vision",), "projector": ("projector",), "language": ()}
+
+
 def apply(stack: Stack, recipe: Recipe) -> Stack:
     """The stack as the method trains it: dtypes on every weight, adapters around their targets."""
+    return _left_out(_applied(stack, recipe))
+
+
+def _left_out(stack: Stack) -> Stack:
+    """Of operations that a run leaves out, only the weights."""
+
+    def change(op: Op) -> Iterable[Op]:
+        if not op.skipped:
+            return (op,)
+        weights = tuple(w._replace(trains=False, idle=w.trains) for w in op.weights)
+        return (Op(op.name, weights=weights, gradient="none"),) if weights else ()
+
+    return rewrite_lists(stack, lambda some: tuple(new for op in some for new in change(op)))
+
+
+def is_frozen(w: Weight, frozen: tuple[str, ...]) -> bool:
+    """Whether a weight is of a part of the model that neither trains nor is adapted."""
+    part = next((part for part, groups in PARTS.items() if w.group in groups), "language")
+    return part in frozen
+
+
+def _applied(stack: Stack, recipe: Recipe) -> Stack:
     if recipe.kind in ("full", "freeze"):
-        return reweigh(stack, lambda w: w._replace(dtype=w.dtype or recipe.weights))
+        return reweigh(
+            stack,
+            lambda w: w._replace(
+                dtype=w.dtype or recipe.weights, trains=w.trains and not is_frozen(w, recipe.frozen)
+            ),
+        )
     head = head_of(stack)
     wide = frozenset(w.name for w in head.weights) if "lm_head" in recipe.skip else frozenset[str]()
     narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
@@ -280,14 +316,16 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
     def takes(op: Op) -> bool:
         if recipe.library == "litgpt":
             return litgpt_lora.takes(op, recipe.targets)
+        w = matrix(op)
         return (
-            matrix(op) is not None
+            w is not None
+            and not is_frozen(w, recipe.frozen)
             and op.name.rpartition(".")[2] not in stood_for
             and (_named(op, recipe) or (every and op.name != head.name))
         )
 
     def takes_parameter(w: Weight) -> bool:
-        return every or any(name in recipe.targets for name in w.stands_for)
+        return not is_frozen(w, recipe.frozen) and (every or any(name in recipe.targets for name in w.stands_for))
 
     if stood_for:
         stack = rewrite_lists(stack, lambda some: adapt_parameters(some, takes_parameter, recipe.adapter_dtype))
@@ -296,7 +334,12 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
 
     if recipe.fused:
         stack = rewrite_lists(
-            stack, lambda some: fuse_lora(some, takes, recipe.adapter_dtype, recipe.compute, recipe.dropout)
+            stack,
+            lambda some: (
+                some
+                if any(op.skipped for op in some)
+                else fuse_lora(some, takes, recipe.adapter_dtype, recipe.compute, recipe.dropout)
+            ),
         )
 
     def change(op: Op) -> Iterable[Op]:

@@ -63,6 +63,8 @@ def quantised_linear(op: Op, name: str, y: str, compute: str, older: bool = Fals
     `older`: before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step.
     """
     w = next(w for w in op.weights if w.matrix)
+    if op.skipped:  # its bias is as it was loaded
+        return iter((op,))
     return _linear_int8(op, w, name, y) if w.stored[0].dtype == "int8" else _linear_4bit(op, w, name, y, compute, older)
 
 

@@ -291,6 +291,23 @@ def estimate(
     batch_size: Annotated[int | None, option("Sequences per GPU and pass. Default 1.", of=TRAINING)] = None,
     seq_len: Annotated[int | None, option("Tokens per sequence. Default 2048.", of=TRAINING)] = None,
     grad_accum: Annotated[int | None, option("Passes per optimizer step. Default 1.", of=TRAINING)] = None,
+    images: Annotated[
+        int | None, option("Images in each sequence, whose tokens are part of --seq-len. Default 0.", of=TRAINING)
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        option(
+            "Pixels of an image: 1024, or height x width as 768x1024. Default the tower's, if it has one.", of=TRAINING
+        ),
+    ] = None,
+    frozen: Annotated[
+        str | None,
+        option(
+            "Parts that neither train nor are adapted: vision, projector, language, with commas between. Default none.",
+            of=TRAINING,
+            complete=_choices("vision", "projector", "language"),
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         option(

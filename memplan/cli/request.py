@@ -17,6 +17,7 @@ FIELDS = {
     "batch_size": "batch.micro",
     "seq_len": "batch.sequence",
     "grad_accum": "batch.accumulation",
+    "images": "batch.images",
     "rank": "method.rank",
     "lora_dropout": "method.dropout",
     "trainable_layers": "method.trainable_layers",
@@ -45,6 +46,8 @@ WORDS = {
     "method": "method.kind",
     "targets": "method.targets",
     "modules_to_save": "method.modules_to_save",
+    "frozen": "method.frozen",
+    "image_size": "batch.image_size",
     "kbit_preparation": "method.quantization.kbit_preparation",
     "dtype": "precision.weights",
     "precision": "precision",
@@ -95,10 +98,10 @@ _MAIN = {"method": "kind", "optimizer": "name"}  # what a word for the whole par
 # What a method has to itself.
 _ADAPTERS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
 _OWN: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "freeze": ("trainable_layers",),
-    **dict.fromkeys(("lora", "dora"), _ADAPTERS),
-    **dict.fromkeys(("qlora", "qdora"), (*_ADAPTERS, "quantization")),
+    "full": ("frozen",),
+    "freeze": ("frozen", "trainable_layers"),
+    **dict.fromkeys(("lora", "dora"), ("frozen", *_ADAPTERS)),
+    **dict.fromkeys(("qlora", "qdora"), ("frozen", *_ADAPTERS, "quantization")),
 }
 
 
@@ -172,6 +175,10 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         if name in given:
             value = given[name]
             yield f"method.{name}", value if value == "all-linear" else _listed(value)
+    if "frozen" in given:
+        yield "method.frozen", _listed(given["frozen"])
+    if "image_size" in given:
+        yield "batch.image_size", _pixels(given["image_size"])
     if "fused" in given:
         yield "kernels.fused", _listed(given["fused"])
     if "kbit_preparation" in given:
@@ -202,6 +209,18 @@ def _checkpointing(word: str | None, on: bool | None) -> str:
             f"kernels.checkpointing: {flag} and --checkpointing {word} exclude each other", "kernels.checkpointing"
         )
     return word
+
+
+def _pixels(text: str) -> int | list[int]:
+    """A side of an image, or its height and width."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+        raise SpecError(
+            f"batch.image_size: {text!r:.40} is no size in pixels; write 1024, or height x width as 768x1024",
+            "batch.image_size",
+        )
+    height, *width = map(int, sides)
+    return [height, *width] if width else height
 
 
 def _listed(text: str) -> list[str]:

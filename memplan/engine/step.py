@@ -89,6 +89,7 @@ def _copies(
     out: list[Copies] = []
     flowing = set(flowing)
     x, flows = scope["embeds"]._replace(name="x"), scope["embeds"].name in flowing
+    given = True  # no block has made anything of what the first one was given
     for number, run in enumerate(stack.runs):
         units = tuple(unit_of(number, i) for i in range(len(run.blocks)))
         less = 0
@@ -112,7 +113,10 @@ def _copies(
                 x = inner["y"]._replace(name="x")
                 blocks.append(Block(block.name, ops))
                 scopes.append(inner)
-            alone = not out or joins is not None or (x.dtype, flows) != entered
+            given = given or joins is not None
+            works = not all(_hands_on(block) for block in blocks)
+            alone = (given and works) or joins is not None or (x.dtype, flows) != entered
+            given = given and not works
             out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units, joins=joins))
             joins = None
             less += 1
@@ -121,6 +125,11 @@ def _copies(
         if out and flowing.intersection(r for block in out[-1].blocks for op in block.ops for r in op.reads):
             out = _last_apart(out, depth)
     return out
+
+
+def _hands_on(block: Block) -> bool:
+    """Whether the block returns what it was given, as one does that a run leaves out."""
+    return any(op.view and op.reads[0] == "x" and op.writes[0].name == "y" for op in block.ops)
 
 
 def _flowing(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
@@ -167,14 +176,15 @@ def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]
 
     Where they train, or an adapter around them does, that output has a gradient anyway.
     """
-    found = ((i, op) for i, op in enumerate(before) if any(w.group == "embedding" for w in op.weights))
-    i, op = next(found, (0, None))
-    if op is None:
-        return before, ()
-    module = op.name.removesuffix(".base_layer")
-    if any(w.trains for other in before if other.name.startswith(module) for w in other.weights):
-        return before, ()
-    return (*before[:i], op._replace(holds="step"), *before[i + 1 :]), (op.writes[0].name,)
+    found = (op for op in before if any(w.group == "embedding" for w in op.weights))
+    leaves = [op for op in (next(found, None), *(op for op in before if op.asks)) if op is not None]
+    names: list[str] = []
+    for leaf in leaves:
+        module = leaf.name.removesuffix(".base_layer")
+        if not any(w.trains for other in before if other.name.startswith(module) for w in other.weights):
+            names.append(leaf.name)
+    made = tuple(op._replace(holds="step") if op.name in names else op for op in before)
+    return made, tuple(op.writes[0].name for op in leaves if op.name in names)
 
 
 def _last_apart(copies: list[Copies], depth: Mapping[str, int]) -> list[Copies]:
@@ -337,9 +347,10 @@ def run_pass(
             gatherer.gather(unit, frame)
             made = tape.forward(frame, ("y", *returned.values()), checkpoint=checkpoint)
             gatherer.release(unit)
-            for storage in (stream, *carried.values()):  # the caller's names now mean what the block returned
-                tape.drop(storage)
-            stream = made["y"]
+            same = "y" not in made  # the block hands on what it was given
+            for storage in (*(() if same else (stream,)), *carried.values()):
+                tape.drop(storage)  # the caller's names now mean what the block returned
+            stream = stream if same else made["y"]
             carried = {name: made[behind] for name, behind in returned.items()}
             x_flows = "y" in frame.flows
             frames.append(frame)

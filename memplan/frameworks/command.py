@@ -20,6 +20,7 @@ OPTIONS = {
     "method.dropout": "--lora-dropout",
     "method.modules_to_save": "--modules-to-save",
     "method.trainable_layers": "--trainable-layers",
+    "method.frozen": "--frozen",
     "method.quantization.format": "--quant-format",
     "method.quantization.double_quant": "--double-quant",
     "method.quantization.kbit_preparation": "--kbit-preparation",
@@ -29,6 +30,8 @@ OPTIONS = {
     "batch.micro": "--batch-size",
     "batch.sequence": "--seq-len",
     "batch.accumulation": "--grad-accum",
+    "batch.images": "--images",
+    "batch.image_size": "--image-size",
     "kernels.attention": "--attention",
     "kernels.checkpointing": "--checkpointing",
     "kernels.reentrant": "--reentrant",
@@ -157,6 +160,8 @@ def _words(field: str, value: Any) -> list[str] | None:
         return [option, str(value).lower()]
     if isinstance(value, bool):
         return [option if value else option.replace("--", "--no-", 1)]
+    if field == "batch.image_size" and isinstance(value, tuple):
+        return [option, "x".join(map(str, cast(tuple[int, ...], value)))]
     if isinstance(value, tuple):
         return [option, ",".join(cast(tuple[str, ...], value))]
     return [option, str(value)]

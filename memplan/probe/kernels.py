@@ -6,6 +6,7 @@ Everything else inside kernels (reductions, sorts, cub's scans) is small and not
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -61,9 +62,14 @@ def scratch_of(card: Card) -> dict[Any, Scratch]:
 
 
 def without_data() -> dict[Any, Callable[..., Any]]:
-    """What runs in place of operations whose outputs depend on the data: LLM.int8 finds no outliers."""
-    found = {"int8_vectorwise_quant": _quantise_rows, "int8_mixed_scaled_mm": _multiply_int8}
-    operations = ((_operation(f"bitsandbytes::{name}"), function) for name, function in found.items())
+    """What runs in place of operations whose outputs depend on the data: LLM.int8 finds no outliers, and a mask
+    marks as many places as there is to put there."""
+    found = {
+        "bitsandbytes::int8_vectorwise_quant": _quantise_rows,
+        "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
+        "aten::masked_scatter_backward": _select_masked,
+    }
+    operations = ((_operation(name), function) for name, function in found.items())
     return {op: function for op, function in operations if op is not None}
 
 
@@ -85,6 +91,18 @@ def _multiply_int8(
     taken_out = torch.empty(0, device=values.device, dtype=values.dtype)
     multiply = torch.ops.bitsandbytes.int8_scaled_mm.default
     return multiply(codes, weight, scales, weight_scales, bias=bias, dtype=values.dtype), taken_out
+
+
+def _select_masked(gradient: Any, mask: Any, sizes: Any) -> Any:
+    """What a mask marks, as many as there were: by an index of every place, found in the mask spread to all axes.
+
+    Source: torch 2.13 aten/src/ATen/native/cuda/IndexKernel.cpp masked_select_out_cuda_impl, Nonzero.cu.
+    """
+    spread = mask.expand_as(gradient).contiguous()
+    found = torch.empty(gradient.dim(), math.prod(sizes), dtype=torch.int64, device=gradient.device)
+    selected = torch.empty(tuple(sizes), dtype=gradient.dtype, device=gradient.device)
+    del spread, found
+    return selected
 
 
 def _bound(row: Row, card: Card) -> Scratch:
@@ -165,6 +183,12 @@ def _softmax_backward(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str,
     yield "softmax gradient times output", args[1].numel() * args[1].element_size()
 
 
+def _masked_scatter(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
+    """The mask as large as what it is of, and a running count of it."""
+    yield "mask spread", args[0].numel()
+    yield "mask's prefix sums", 8 * args[0].numel()
+
+
 def _foreach_norm(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
     """A number for every 65,536 elements of the largest tensor, for every tensor."""
     tensors = args[0]
@@ -241,6 +265,7 @@ ROWS = (
         f"{_ATEN}/cuda/Embedding.cu, EmbeddingBackwardKernel.cu",
     ),
     Row("aten::_softmax_backward_data", _softmax_backward, f"{_ATEN}/cuda/SoftMax.cu softmax_backward_cuda_out"),
+    Row("aten::masked_scatter", _masked_scatter, f"{_ATEN}/cuda/IndexKernel.cpp masked_scatter__cuda, IndexKernel.cu"),
     Row("aten::_foreach_norm.Scalar", _foreach_norm, f"{_ATEN}/cuda/ForeachReduceOp.cu"),
     Row(
         "bitsandbytes::int8_scaled_mm",

@@ -55,9 +55,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_class(model_type: str) -> None:
-    """Raise ProbeError where the installed transformers builds no causal language model of this `model_type`."""
-    mapping = library("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def model_class(model_type: str, sees: bool = False) -> str:
+    """The name of transformers' auto class that builds the model: of language models, or of those that see images.
+
+    Raises ProbeError where the installed transformers has no class for this `model_type`.
+    """
+    auto = library("transformers.models.auto.modeling_auto")
+    images: Any = getattr(auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {})
+    if sees and model_type in images:
+        return "AutoModelForImageTextToText"
+    mapping = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if model_type not in mapping:
         near = nearest(model_type, map(str, mapping), 1)
         raise ProbeError(
@@ -65,3 +72,4 @@ def model_class(model_type: str) -> None:
             f"model_type {model_type!r:.60}{f'; the nearest it has is {near[0]}' if near else ''}",
             "model",
         )
+    return "AutoModelForCausalLM"

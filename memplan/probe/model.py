@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,11 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
     kind = run.method.kind
     if task and run.method.quantization is not None:
         _prepare(model, run)
+    if run.method.frozen:
+        parts = re.compile(_parts(run.method.frozen))
+        for name, parameter in model.named_parameters():
+            if parts.fullmatch(name):
+                parameter.requires_grad_(False)
     if task and kind in _ADAPTERS:
         model = _adapt(model, run)
     elif kind == "freeze":
@@ -48,7 +54,7 @@ def _empty_model(run: RunSpec) -> Any:
     """The model on the meta device: shapes and dtypes, no memory."""
     given: Mapping[str, Any] = find_config(run.model)
     model_type = str(given.get("model_type", ""))
-    model_class(model_type)
+    auto = model_class(model_type, sees=bool(given.get("vision_config")))
     transformers = library("transformers")
     kept = {key: _plain(value) for key, value in given.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
     options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights], "trust_remote_code": False}
@@ -60,7 +66,7 @@ def _empty_model(run: RunSpec) -> Any:
         if not hasattr(config, "dtype"):  # as it was called before transformers 4.56
             options["torch_dtype"] = options.pop("dtype")
         with torch.device("meta"):
-            model: Any = transformers.AutoModelForCausalLM.from_config(config, **options)
+            model: Any = getattr(transformers, auto).from_config(config, **options)
         model.tie_weights()  # as loading does: not every version has done it by now
         return model
     except MemplanError:
@@ -158,6 +164,7 @@ def _adapt(model: Any, run: RunSpec) -> Any:
         lora_alpha=method.alpha or 8,
         lora_dropout=method.dropout,
         target_modules=_targets(run),
+        exclude_modules=_parts(method.frozen) or None,
         modules_to_save=list(method.modules_to_save) or None,
         use_dora="dora" in method.kind,
         use_rslora=bool(method.options.get("use_rslora", False)),
@@ -173,6 +180,20 @@ def _adapt(model: Any, run: RunSpec) -> Any:
         if "lora_" in name and parameter.dtype != DTYPES[dtype]:
             parameter.data = parameter.data.to(DTYPES[dtype])
     return adapted
+
+
+# The parts of vision-language models, by the paths of their modules and parameters.
+_PROJECTOR = r"visual\.(deepstack_)?merger|multi_modal_projector"
+_PARTS = {
+    "vision": rf"(?!.*({_PROJECTOR})).*(visual\.|vision_tower|vision_model).*",
+    "projector": rf".*({_PROJECTOR}).*",
+    "language": r"(?!.*(visual\.|vision_tower|vision_model|multi_modal_projector)).*",
+}
+
+
+def _parts(names: Iterable[str]) -> str:
+    """An expression for the paths of the parts of those names; empty where there are none."""
+    return "|".join(f"({_PARTS[name]})" for name in names)
 
 
 def _targets(run: RunSpec) -> str | list[str]:

@@ -18,8 +18,9 @@ from torch import nn
 
 from memplan.probe.libraries import library
 from memplan.probe.losses import compute
-from memplan.probe.model import DTYPES, build_model
+from memplan.probe.model import DTYPES, base_of, build_model
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
+from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
 from memplan.spec import RunSpec
 
@@ -142,6 +143,8 @@ class Script:
         vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
         ids = torch.randint(min(vocabulary, 2**15), shape, device=self.device)
         options: dict[str, Any] = {"use_cache": loop.use_cache}
+        if batch.images:
+            options |= pictures(self.run, base_of(self.model), ids)
         if loop.padded:
             mask = torch.ones(shape, dtype=torch.int64)
             mask[0, -1] = 0

@@ -90,7 +90,7 @@ def _applies(path: str, answer: Estimate) -> bool:
         return kind == "freeze"
     if path == "method.quantization":
         return False  # its fields say more, and the method that there is one
-    return not path.startswith("method.") or path == "method.kind" or kind in ADAPTERS
+    return not path.startswith("method.") or path in ("method.kind", "method.frozen") or kind in ADAPTERS
 
 
 def _cell(path: str, answer: Estimate, leaves: Mapping[str, Any]) -> str:

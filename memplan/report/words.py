@@ -8,7 +8,7 @@ from typing import NamedTuple
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Kernels, Loop
+from memplan.spec import Batch, Kernels, Loop
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -246,7 +246,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("method", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
-        ("batch", f"{sequences} of {batch.sequence:,} tokens per GPU; {passes}"),
+        ("batch", f"{sequences} of {batch.sequence:,} tokens{_images(batch)} per GPU; {passes}"),
         ("checkpointing", str(run.kernels.checkpointing) + (", reentrant" if _reenters(run.kernels) else "")),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", str(run.kernels.loss) + _held_outputs(loop)),
@@ -257,6 +257,15 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     if run.parallelism.world > 1:
         text.insert(-1, ("GPUs", f"{run.parallelism.world}, {run.parallelism.strategy}"))
     return text
+
+
+def _images(batch: Batch) -> str:
+    """How many images each sequence has, and how large they are."""
+    if not batch.images:
+        return ""
+    sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
+    size = f" of {sides[0]} x {sides[1]} pixels" if sides[0] else ""
+    return f" with {batch.images:,} image{'s' if batch.images > 1 else ''}{size}"
 
 
 def _held_outputs(loop: Loop) -> str:
@@ -282,6 +291,8 @@ def _method(answer: Estimate) -> Iterator[str]:
             yield f"dropout {m.dropout:g}"
         if m.modules_to_save:
             yield f"{', '.join(m.modules_to_save)} train in full"
+    if m.frozen:
+        yield f"{', '.join(m.frozen)} frozen"
     q = m.quantization
     if q is not None:
         four = q.format in ("nf4", "fp4")

@@ -32,6 +32,7 @@ KINDS = ("embedding", "attention", "mlp", "norm", "lm_head", "other")
 FURTHER = ("mixer", "router", "vision", "audio")  # kinds that few models have: named where they are there
 LAYER_LISTS = {"layers", "layer", "h", "block", "blocks", "transformer"}
 ATTENTION = {"self_attn", "attn", "attention", "self_attention", "SelfAttention", "EncDecAttention", "encoder_attn"}
+ATTENTION |= {"cross_attn", "cross_attn_attn_gate", "cross_attn_mlp_gate"}
 MLP = {"mlp", "ffn", "fc1", "fc2", "feed_forward", "block_sparse_moe", "DenseReluDense", "intermediate", "output"}
 MIXER = {"mamba", "mixer", "linear_attn"}
 ROUTER = {"gate", "router"}  # of experts; in an MLP, and no gate_proj
@@ -141,7 +142,10 @@ def nemotron_nas(config: Config) -> Iterator[Parameter]:
 
 
 def count(card: Config) -> Config:
-    config = card["config"] | dict.fromkeys(card.get("nulls", []))
+    config = json.loads(json.dumps(card["config"]))
+    for name in card.get("nulls", []):
+        part, _, key = name.rpartition(".")
+        (config[part] if part else config)[key] = None
     if config["model_type"] == "nemotron-nas":
         found, via, tied = list(nemotron_nas(config)), "shapes, per block", config["tie_word_embeddings"]
     else:

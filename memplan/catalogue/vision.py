@@ -1,0 +1,488 @@
+"""Vision-language models: a tower and a language model that reads what it makes of images in place of their tokens.
+
+Without images the tower's weights are there, and nothing of it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memplan.catalogue import experts, ops
+from memplan.catalogue import towers as t
+from memplan.catalogue.attention import Wiring
+from memplan.catalogue.gemma import alternating
+from memplan.catalogue.gemma import rms_norm as gemma_norm
+from memplan.catalogue.llama import decoder_block, gated_mlp, llama, llama_attention, returned, rope_and_scale
+from memplan.catalogue.mixed import renamed
+from memplan.catalogue.moe import either, mixture
+from memplan.catalogue.towers import Tower
+from memplan.families.vision import DEEPSTACK, decoder_of, places, size, stretches, windowed_runs
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.models import ModelSpec
+
+_QWEN = "transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py"
+_INDEX = "torch 2.13 aten/src/ATen/native/cuda/IndexKernel.cpp masked_scatter__cuda, masked_select_out_cuda_impl"
+
+
+# The two together
+
+
+def skipped(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The operations that have weights, which a run leaves out."""
+    return tuple(op._replace(skipped=True, unit="", asks=False) for op in operations if op.weights)
+
+
+def joined(
+    wiring: Wiring, text: Stack, tower: Tower, scatter: tuple[Op, ...] = (), held: tuple[str, ...] = ()
+) -> Stack:
+    """The tower, and then the text's stack on what `scatter` makes (`stream`) of its embeddings `text` and `features`.
+
+    `held`: what the model's frame refers to until its language model has returned.
+    """
+    if not wiring.images:
+        between = tuple(op for run in tower.runs for op in run.before)
+        still = tuple(
+            Run(
+                tuple(Block(b.name, (ops.view("skip", "x", "y", "b s h"), *skipped(b.ops))) for b in run.blocks),
+                run.times,
+            )
+            for run in tower.runs
+        )
+        before = (*skipped((*tower.before, *between, *tower.after)), *text.before)
+        return text._replace(before=before, runs=(*still, *text.runs))
+    at = next(i for i, op in enumerate(text.before) if any(w.name == "embeds" for w in op.writes))
+    inputs, *embedding = text.before[: at + 1]
+    rest = renamed(text.before[at + 1 :], {"embeds": "stream"})
+    first, *others = (r._replace(before=renamed(r.before, {"embeds": "stream"})) for r in text.runs)
+    after = renamed(text.after, {"embeds": "stream"})
+    done = next(i for i, op in enumerate(after) if op.name == "return" and "x" in op.reads)
+    return text._replace(
+        before=(
+            inputs._replace(writes=(*inputs.writes, *tower.inputs)),
+            *renamed(tuple(embedding), {"embeds": "text"}),
+            *tower.before,
+        ),
+        runs=(*tower.runs, first._replace(before=(*tower.after, *scatter, *rest)), *others),
+        after=(*after[:done], after[done]._replace(reads=(*after[done].reads, *held)), *after[done + 1 :]),
+    )
+
+
+def scattered(features: str = "features", joined: bool = True) -> tuple[Op, ...]:
+    """Features in place of the embeddings of the tokens that stand for them.
+
+    `joined`: they are split into images, and joined again. On the way back the mask is spread over the hidden axis, and
+    every place that it marks has an index of three numbers.
+    """
+    shape, whole = "b merged h", "b s h"
+    parts = (
+        (
+            ops.view("images.split", features, "images.parts", shape, gradient="new"),
+            ops.copy("images.cat", "images.parts", "images.all", shape),
+        )
+        if joined
+        else (ops.view("images.view", features, "images.all", shape),)
+    )
+    spread = Tensor("mask spread", whole, "bool")
+    return (
+        *parts,
+        ops.cast("images.to", "images.all", "image_embeds", shape, "=text"),
+        Op("image_mask", (), (Tensor("image_mask", "b s", "bool"),), scratch=(Tensor("video mask", "b s", "bool"),)),
+        Op(
+            "masked_scatter",
+            ("text", "image_embeds", "image_mask"),
+            (Tensor("stream", whole, "=text"),),
+            (),
+            (Keep("image_mask", "text"), Keep("image_mask", "image_embeds")),
+            scratch=(spread, Tensor("prefix sums", whole, "int64")),
+            scratch_back=(
+                Scratch(spread, "image_embeds"),
+                Scratch(Tensor("indices", f"3 {shape}", "int64"), "image_embeds"),
+            ),
+            source=_INDEX,
+        ),
+    )
+
+
+# Qwen's language models: positions of three kinds
+
+
+def mrope_table(x: str, interleaved: bool) -> tuple[Op, ...]:
+    """cos and sin for positions in time, height and width of every token of every sequence, of which one table is made.
+
+    `interleaved`: Qwen3-VL writes the three into one another.
+    """
+    f, source = "fp32", f"{_QWEN} Qwen2VLRotaryEmbedding"
+    three, whole = "3 b s rot2", "b s rot"
+    names = ("inv_freq", "original_inv_freq")
+    frequencies = tuple(Weight(f"model.rotary_emb.{n}", "rot2", "buffer", f, False) for n in names)
+    half = () if interleaved else (Tensor("sections", "b s rot2", f),)
+    return (
+        Op(
+            "rotary.angles",
+            ("positions",),
+            (Tensor("angles", three, f),),
+            frequencies,
+            scratch=(Tensor("positions", "3 b s", f),),
+            gradient="none",
+            source=source,
+        ),
+        Op("rotary.cos", ("angles",), (Tensor("cos3", three, f),), scratch=(Tensor("cosine", three, f),)),
+        Op("rotary.sin", ("angles",), (Tensor("sin3", three, f),), scratch=(Tensor("sine", three, f),)),
+        Op("rotary.cat_sin", ("sin3",), (Tensor("sin32", whole, f),), scratch=half),
+        Op("rotary.cat_cos", ("cos3",), (Tensor("cos32", whole, f),), scratch=half),
+        ops.cast("rotary.cast_cos", "cos32", "cos", whole, f"={x}"),
+        ops.cast("rotary.cast_sin", "sin32", "sin", whole, f"={x}"),
+        ops.leave("angles", "cos32", "sin32"),
+    )
+
+
+def with_mrope(made: Stack, wiring: Wiring, interleaved: bool = False) -> Stack:
+    """The stack with Qwen-VL's positions and rotary table. Without images all three positions are the token's."""
+    start = next(i for i, op in enumerate(made.before) if op.name == "rotary.angles")
+    given = Op("positions", (), (Tensor("positions", "3 b s", "int64"),))
+    before = tuple(given if wiring.images and op.name == "positions" else op for op in made.before[:start])
+    made = made._replace(before=(*before, *mrope_table("embeds", interleaved)))
+    if interleaved and not wiring.images:
+        return made
+    runs = tuple(r._replace(blocks=tuple(Block(b.name, _unplaced(b.ops)) for b in r.blocks)) for r in made.runs)
+    return made._replace(runs=runs)
+
+
+def _unplaced(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Blocks that are given no positions."""
+    return tuple(
+        op._replace(reads=tuple(r for r in op.reads if r != "positions")) if op.name == "return" else op
+        for op in operations
+    )
+
+
+def _qwen_before(asks: bool, bias: bool = False) -> tuple[Op, ...]:
+    return (
+        *t.axial_table()[:1],
+        *t.convolution("visual.patch_embed.proj", "pixel_values", "embeds", f"{t.P} vh", bias, asks),
+        *t.axial_table()[1:],
+    )
+
+
+def _qwen_after(tail: tuple[Op, ...], *more: str) -> tuple[Op, ...]:
+    """From the last block to the features, which the tower returns with its last hidden states."""
+    return (
+        *tail,
+        *t.held("x", "features", *more),
+        ops.leave("v.positions", "v.cos", "v.sin", "pixel_values.cast", "embeds"),
+    )
+
+
+def qwen2_vl(m: ModelSpec, wiring: Wiring) -> Stack:
+    block = t.block("visual.blocks", t.qwen_attention(wiring), t.mlp("mlp", "v.n2", "v.mo", "quick_gelu"))
+    normed = t.norm("visual.merger.ln_q", "x", "v.merge", f"{t.P} vh", "vh", "projector")
+    tower = Tower(
+        t.qwen_inputs(),
+        _qwen_before(asks=True),
+        (Run((block,), "vL1"),),
+        _qwen_after(t.merger("visual.merger", "x", "features", ("mlp.0", "mlp.2"), normed)),
+    )
+    text = with_mrope(llama(m, wiring, bias=True, mixed=True), wiring)
+    return joined(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
+
+
+def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Most blocks see windows of an image: patches are put in their order at the start, and what they make back at the
+    end."""
+    feed = t.gated_mlp("mlp", "v.n2", "v.mo", bias=True)
+
+    def run(i: int, whole: bool) -> Run:
+        chunk = t.IMAGE if whole else t.WINDOW
+        return Run((t.block("visual.blocks", t.qwen_attention(wiring, chunk), feed, t.rms_norm),), f"vL{i}")
+
+    first, convolution, *table = _qwen_before(asks=True)
+    pixels, patches = convolution, table[0]
+    ordered = (
+        first,
+        pixels,
+        patches._replace(writes=(patches.writes[0]._replace(name="v.patches"),)),
+        indexed("visual.window_order", "v.patches", "embeds", f"{t.P} vh"),
+        *renamed(tuple(table[1:-1]), {"v.cos": "v.cos0", "v.sin": "v.sin0"}),
+        table[-1],
+        *(indexed(f"visual.window_order_{n}", f"v.{n}0", f"v.{n}", f"{t.P} vd") for n in ("cos", "sin")),
+        ops.leave("v.cos0", "v.sin0"),
+    )
+    normed = t.rms_norm("visual.merger.ln_q", "x", "v.merge", f"{t.P} vh", "vh", "projector")
+    merged = t.merger("visual.merger", "x", "v.merged", ("mlp.0", "mlp.2"), normed)
+    back = indexed("visual.reverse", "v.merged", "features", "b merged h")
+    tower = Tower(
+        t.qwen_inputs(),
+        ordered,
+        tuple(run(i, whole) for i, (whole, _) in enumerate(windowed_runs(m), 1)),
+        _qwen_after((*merged, back)),
+    )
+    text = with_mrope(llama(m, wiring, bias=True, mixed=True), wiring)
+    return joined(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
+
+
+def indexed(name: str, x: str, y: str, shape: str) -> Op:
+    """Rows in another order, which is known on the host: nothing of it is kept on the GPU."""
+    return Op(name, (x,), (Tensor(y, shape, f"={x}"),), source=f"{ops.DERIVATIVES}: index")
+
+
+def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
+    """Learned positions are interpolated between four of a grid; the outputs of some blocks are merged on their own."""
+    act = str(m.part("vision_config").get("hidden_act", "gelu_pytorch_tanh"))
+    layers = ("linear_fc1", "linear_fc2")
+    block = t.block("visual.blocks", t.qwen_attention(wiring), t.mlp("mlp", "v.n2", "v.mo", act, layers))
+    shape, four = f"{t.P} vh", f"{t.P} 4 vh"
+    embedding = Weight("visual.pos_embed.weight", "vpositions vh", "vision", rows=1)
+    first, pixels, patches, *table = _qwen_before(asks=False, bias=True)
+    before = (
+        first,
+        Op(
+            "visual.interpolation",
+            (),
+            (Tensor("v.corners", f"{t.P} 4", "int64"), Tensor("v.weights", f"{t.P} 4", "fp32")),
+        ),
+        pixels,
+        patches._replace(writes=(patches.writes[0]._replace(name="v.patches"),)),
+        Op(
+            "visual.pos_embed",
+            ("v.corners",),
+            (Tensor("v.four", four, f"={embedding.name}"),),
+            (embedding,),
+            (Keep("v.corners", embedding.name),),
+            source=f"{ops.DERIVATIVES}: embedding",
+        ),
+        Op(
+            "visual.pos_embed.weigh",
+            ("v.four", "v.weights"),
+            (Tensor("v.weighed", four, "fp32"),),
+            (),
+            (Keep("v.weights", "v.four"),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        Op("visual.pos_embed.sum", ("v.weighed",), (Tensor("v.position", shape),), source=f"{ops.DERIVATIVES}: sum"),
+        ops.cast("visual.pos_embed.to", "v.position", "v.place", shape, "=v.patches"),
+        ops.add("visual.place", "v.patches", "v.place", "embeds", shape),
+        *table,
+        ops.leave("v.corners", "v.weights"),
+    )
+    deep = tuple(i for i in places(m, "deepstack_visual_indexes", DEEPSTACK) if i < size(m, "depth", 27))
+    count = len(tuple(stretches(size(m, "depth", 27), deep)))
+    runs = [Run((block,), "vL1")]
+    for i in range(1, count):
+        name = f"visual.deepstack_merger_list.{i - 1}"
+        runs.append(Run((block,), f"vL{i + 1}", (*_deep(name, i - 1), ops.view("stream", "x", "stream", shape))))
+    normed = t.norm("visual.merger.norm", "x", "v.merge", shape, "vh", "projector")
+    last = max(deep, default=-1) == size(m, "depth", 27) - 1
+    tail = (*(_deep(f"visual.deepstack_merger_list.{len(deep) - 1}", len(deep) - 1) if last else ()),)
+    merged = t.merger("visual.merger", "x", "features", layers, normed)
+    more = tuple(f"deep{i}" for i in range(len(deep)))
+    return Tower(t.qwen_inputs(), before, tuple(runs), _qwen_after((*tail, *merged), *more))
+
+
+def _deep(name: str, i: int) -> tuple[Op, ...]:
+    """What the `i`th of some blocks made, merged; here the norm is over merged patches."""
+    normed = (
+        ops.view(f"{name}.shuffle", "x", "v.shuffled", "b merged vm"),
+        *t.norm(f"{name}.norm", "v.shuffled", "v.merge", "b merged vm", "vm", "projector"),
+    )
+    return t.merger(name, "x", f"deep{i}", ("linear_fc1", "linear_fc2"), normed)
+
+
+def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:
+    bias = m.get("attention_bias", False)
+    text = with_mrope(llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True), wiring, interleaved=True)
+    return joined(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
+
+
+def qwen3_vl_moe(m: ModelSpec, wiring: Wiring) -> Stack:
+    routed = experts.softmax_router("mlp.gate", "n2", normalise=True)
+    ffn = either(mixture(routed, experts.experts("n2", "mo")))
+    bias = m.get("attention_bias", False)
+    text = with_mrope(llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn), wiring, interleaved=True)
+    return joined(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
+
+
+# Gemma 3 and Mistral 3
+
+
+def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
+    """SigLIP sees one size of image; what it makes is pooled and multiplied into the language model's width."""
+    lead = "b images grid"
+    shape = f"{lead} vh"
+    act = str(m.part("vision_config").get("hidden_act", "gelu_pytorch_tanh"))
+    names = tuple(f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "out_proj"))
+    block = t.block(
+        "vision_tower.encoder.layers",
+        t.plain_attention(names, wiring, lead, bias=True),
+        t.mlp("mlp", "v.n2", "v.mo", act, lead=lead),
+        norms=("layer_norm1", "layer_norm2"),
+        lead=lead,
+    )
+    position = Weight("vision_tower.embeddings.position_embedding.weight", "vpositions vh", "vision", rows=1)
+    ids = Weight("vision_tower.embeddings.position_ids", "vpositions", "buffer", "int64", False)
+    before = (
+        *t.convolution("vision_tower.embeddings.patch_embedding", "pixel_values", "v.patches", shape, True, asks=True),
+        Op(
+            "vision_tower.embeddings.position_embedding",
+            (),
+            (Tensor("v.position", "vpositions vh", f"={position.name}"),),
+            (position, ids),
+            source=f"{ops.DERIVATIVES}: embedding",
+        ),
+        ops.add("vision_tower.embeddings", "v.patches", "v.position", "embeds", shape),
+    )
+    weight = Weight("multi_modal_projector.mm_input_projection_weight", "vh h", "projector", rows=1)
+    pooled = "b merged vh"
+    after = (
+        *t.norm("vision_tower.post_layernorm", "x", "v.last", shape, "vh"),
+        ops.leave("x", "embeds", "pixel_values.cast"),
+        ops.copy("multi_modal_projector.contiguous", "v.last", "v.square", shape),
+        Op(
+            "multi_modal_projector.avg_pool",
+            ("v.square",),
+            (Tensor("v.pooled", pooled),),
+            (),
+            (Keep("v.square", "v.square"),),
+            source=f"{ops.DERIVATIVES}: avg_pool2d",
+        ),
+        *t.grouped(
+            gemma_norm("multi_modal_projector.mm_soft_emb_norm", "v.pooled", "v.normed", pooled, "vh"), "projector"
+        ),
+        Op(
+            "multi_modal_projector",
+            ("v.normed",),
+            (Tensor("features", "b merged h"),),
+            (weight,),
+            (Keep(weight.name, "v.normed"), Keep("v.normed", weight.name)),
+            gradient="view",
+            autocast="lower",
+            product="matrix",
+            source=f"{ops.DERIVATIVES}: mm",
+        ),
+        *t.held("v.last", "features"),
+        ops.leave("v.pooled", "v.square", "v.last", "v.normed"),
+    )
+    tower = Tower((Tensor("pixel_values", f"{lead} vin", "fp32"),), before, (Run((block,), "vL1"),), after)
+    return joined(wiring, alternating(m, wiring, own_table=True), tower)
+
+
+def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Pixtral: a tower like Mistral's language model, whose patches are merged four by four."""
+    lead = t.P
+    shape = f"{lead} vh"
+    names = tuple(f"attention.{n}" for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    block = t.block(
+        "vision_tower.transformer.layers",
+        t.plain_attention(names, wiring, lead, bias=False),
+        t.gated_mlp("feed_forward", "v.n2", "v.mo", bias=False),
+        t.rms_norm,
+        ("attention_norm", "ffn_norm"),
+    )
+    before = (
+        *t.convolution("vision_tower.patch_conv", "pixel_values", "v.patches", shape, False, asks=True),
+        *t.rms_norm("vision_tower.ln_pre", "v.patches", "embeds", shape, "vh"),
+        *t.axial_table(prefix="vision_tower.patch_positional_embedding", width="vd2"),
+    )
+    n, bias = "multi_modal_projector", m.get("multimodal_projector_bias", False)
+    g = "projector"
+    after = (
+        *t.rms_norm(f"{n}.norm", "x", "v.normed", shape, "vh", g),
+        ops.copy(f"{n}.patch_merger.unfold", "v.normed", "v.square", "b merged vm", gradient="new"),
+        t.linear(f"{n}.patch_merger.merging_layer", "v.square", "v.merged", "vh", "vm", g, "b merged", bias=False),
+        t.linear(f"{n}.linear_1", "v.merged", "v.m1", "h", "vh", g, "b merged", bias=bias),
+        ops.activation(f"{n}.act", "v.m1", "v.m2", "b merged h"),
+        t.linear(f"{n}.linear_2", "v.m2", "features", "h", "h", g, "b merged", bias=bias),
+        *t.held("x", "features"),
+    )
+    tower = Tower((Tensor("pixel_values", f"{lead} vin", "fp32"),), before, (Run((block,), "vL1"),), after)
+    text = llama(m, wiring, turn=rope_and_scale) if decoder_of(m) == "ministral3" else llama(m, wiring)
+    return joined(wiring, text, tower)
+
+
+# Llama 3.2
+
+
+def mllama(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Some layers look at the image; without one they are left out, as the tower is."""
+    attend = llama_attention(m, wiring, "n1", "ao")
+    plain = decoder_block(attend, gated_mlp("n2", "mo"), held=returned(wiring))
+    g = "attention"
+    heads = "cross_attn"
+    crossing = (
+        ops.view("skip", "x", "y", "b s h"),
+        *skipped(
+            (
+                *ops.rms_norm("input_layernorm", "x", "n1", "b s h", "h"),
+                ops.linear(f"{heads}.q_proj", "n1", "q0", "a d", "h", g),
+                ops.linear(f"{heads}.k_proj", "seen", "k0", "k d", "h", g),
+                ops.linear(f"{heads}.v_proj", "seen", "v", "k d", "h", g),
+                ops.linear(f"{heads}.o_proj", "o", "ao", "h", "a d", g),
+                *ops.rms_norm(f"{heads}.q_norm", "q0", "q", "b s a d", "d"),
+                *ops.rms_norm(f"{heads}.k_norm", "k0", "k", "b s k d", "d"),
+                Op("gates", weights=tuple(Weight(f"cross_attn_{n}_gate", "1", g) for n in ("attn", "mlp"))),
+                *ops.rms_norm("post_attention_layernorm", "x1", "n2", "b s h", "h"),
+                *gated_mlp("n2", "mo"),
+            )
+        ),
+    )
+    cross = Block("model.layers", crossing)
+    made = llama(m, wiring)
+    runs = tuple(
+        Run(tuple(cross if layer.mixer == "cross_attention" else plain for layer in run.pattern), run.times)
+        for run in m.runs
+    )
+    before = tuple(
+        ops.embedding("model.embed_tokens", "ids", "embeds", "v8", "h") if op.name == "model.embed_tokens" else op
+        for op in made.before
+    )
+    return joined(wiring, made._replace(before=before, runs=runs), _mllama_tower())
+
+
+def _mllama_tower() -> Tower:
+    """Only what it has: its passes are not counted."""
+
+    def layers(name: str, axis: str, gated: bool) -> Run:
+        names = tuple(f"self_attn.{n}_proj" for n in "qkvo")
+        operations = (
+            *t.norm("input_layernorm", "x", "v.n1", f"{t.P} vh", "vh"),
+            *(
+                t.linear(n, "v.n1", "v.o", "va vd" if i < 3 else "vh", "vh" if i < 3 else "va vd", bias=False)
+                for i, n in enumerate(names)
+            ),
+            *t.norm("post_attention_layernorm", "x", "v.n2", f"{t.P} vh", "vh"),
+            *t.mlp("mlp", "v.n2", "y", "gelu"),
+            Op("gates", weights=tuple(Weight(f"gate_{n}", "1", "vision") for n in (("attn", "ffn") if gated else ()))),
+        )
+        return Run((Block(f"vision_model.{name}.layers", operations),), axis)
+
+    def weights(*rows: tuple[str, str, int]) -> tuple[Op, ...]:
+        return tuple(
+            Op(f"vision_model.{n}", weights=(Weight(f"vision_model.{n}", shape, "vision", rows=r),))
+            for n, shape, r in rows
+        )
+
+    before = (
+        *weights(("class_embedding", "vh", 0), ("patch_embedding.weight", "vh vin", 0)),
+        *weights(
+            ("gated_positional_embedding.gate", "1", 0),
+            ("gated_positional_embedding.embedding", "vrows vh", 0),
+            ("gated_positional_embedding.tile_embedding.weight", "vratios vtiles vrows vh", 1),
+            ("pre_tile_positional_embedding.gate", "1", 0),
+            ("pre_tile_positional_embedding.embedding.weight", "vratios vtiles vh", 1),
+            ("post_tile_positional_embedding.gate", "1", 0),
+            ("post_tile_positional_embedding.embedding.weight", "vratios vtiles vh", 1),
+        ),
+        *(op for n in ("pre", "post") for op in t.norm(f"vision_model.layernorm_{n}", "x", "y", f"{t.P} vh", "vh")),
+    )
+    after = (t.linear("multi_modal_projector", "x", "features", "h", "vo", "projector"),)
+    return Tower((), before, (layers("transformer", "vL1", False), layers("global_transformer", "vL2", True)), after)
+
+
+BUILDERS: dict[str, Callable[[ModelSpec, Wiring], Stack]] = {
+    "gemma3": gemma3,
+    "mistral3": mistral3,
+    "mllama": mllama,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+}

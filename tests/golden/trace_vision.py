@@ -1,0 +1,72 @@
+"""Traces steps of vision-language models, and prints the rows that tests/test_vision.py compares with.
+
+python tests/golden/trace_vision.py qwen2_vl qwen2_5_vl >> tests/golden/traced_vision.jsonl
+python tests/golden/trace_vision.py --images 1 --size 1024 qwen2-vl-2b >> tests/golden/traced_vision.jsonl
+
+A model_type is traced with its config in tests/tiny_vision.py, a card with its own: full, LoRA and QLoRA with and
+without checkpointing, on text alone and with images, and with images a frozen tower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.errors import MemplanError
+from memplan.probe.trace import traces
+from memplan.spec import RunSpec
+from tests.golden.trace_runs import line
+from tests.tiny_vision import TINY
+
+KINDS = ("full", "lora", "qlora")
+
+
+def runs(names: list[str], images: int, size: Any) -> Iterator[tuple[str, RunSpec]]:
+    for name in names:
+        model: Any = {"config": {"model_type": name, **TINY[name]}} if name in TINY else name
+        sequence = 640 if name in TINY else 2048
+        seen = {"images": images, **({"image_size": size} if size else {})}
+        ways = [(kind, checkpointing, {}, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
+        if images:
+            ways += [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
+            ways += [
+                (kind, checkpointing, seen, ("vision",)) for kind, checkpointing in product(KINDS[:2], ("none", "full"))
+            ]
+        for kind, checkpointing, batch, frozen in ways:
+            yield (
+                f"{name}-{kind}",
+                RunSpec(
+                    model=model,
+                    method={"kind": kind, "frozen": frozen},
+                    batch={"micro": 2 if name in TINY else 1, "sequence": sequence, **batch},
+                    kernels={"checkpointing": checkpointing},
+                    gpu="a100-sxm-80gb",
+                ),
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", help="model_types of tests/tiny_vision.py, or cards")
+    parser.add_argument("--images", type=int, default=2, help="0: text alone")
+    parser.add_argument("--size", default="300x420", help="pixels: a side, or height x width; empty for the tower's")
+    asked = parser.parse_args()
+    sides = [int(side) for side in asked.size.split("x") if side]
+    size = tuple(sides) if len(sides) == 2 else sides[0] if sides else None
+    wanted = list(runs(asked.names, asked.images, size))
+    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
+        if isinstance(traced, MemplanError):
+            print(f"{name}: {traced}", file=sys.stderr, flush=True)
+        else:
+            print(json.dumps(line(name, run, traced)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Small configs of the vision-language models: odd sizes, a few layers, grouped heads, towers of a few blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TEXT: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2000,
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+}
+_IDS = {"image_token_id": 1990, "video_token_id": 1991, "vision_start_token_id": 1992, "vision_end_token_id": 1993}
+_QWEN2 = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+_QWEN3 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}}
+
+TINY: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {
+            **_TEXT,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 7,
+            "head_dim": 32,
+            "sliding_window": 64,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 112,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "mm_tokens_per_image": 16,
+        "image_token_index": 1990,
+        "boi_token_index": 1991,
+        "eoi_token_index": 1992,
+    },
+    "mistral3": {
+        "text_config": {**_TEXT, "model_type": "mistral", "head_dim": 32, "sliding_window": None},
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 560,
+            "patch_size": 14,
+        },
+        "tie_word_embeddings": False,
+        "image_token_index": 1990,
+    },
+    "mllama": {
+        "text_config": {
+            **_TEXT,
+            "model_type": "mllama_text_model",
+            "num_hidden_layers": 7,
+            "cross_attention_layers": [1, 4],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
+        "vision_config": {
+            "model_type": "mllama_vision_model",
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_hidden_layers": 4,
+            "num_global_layers": 2,
+            "attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+            "intermediate_layers_indices": [1, 2],
+            "vision_output_dim": 480,
+        },
+        "image_token_index": 1990,
+    },
+    "qwen2_vl": {
+        **_TEXT,
+        **_QWEN2,
+        **_IDS,
+        "vision_config": {"depth": 4, "embed_dim": 160, "num_heads": 4, "hidden_size": 128},
+    },
+    "qwen2_5_vl": {
+        **_TEXT,
+        **_QWEN2,
+        **_IDS,
+        "vision_config": {
+            "depth": 5,
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [2, 4],
+        },
+    },
+    "qwen3_vl": {
+        **_IDS,
+        "text_config": {**_TEXT, **_QWEN3, "head_dim": 32, "num_hidden_layers": 5},
+        "vision_config": {
+            "depth": 5,
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [1, 3],
+        },
+    },
+    "qwen3_vl_moe": {
+        **_IDS,
+        "text_config": {
+            **_TEXT,
+            **_QWEN3,
+            "head_dim": 32,
+            "num_hidden_layers": 5,
+            "moe_intermediate_size": 96,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        "vision_config": {
+            "depth": 5,
+            "hidden_size": 160,
+            "intermediate_size": 432,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [1, 3],
+        },
+    },
+}
