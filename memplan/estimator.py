@@ -38,9 +38,9 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     p = walked.program
     note = check_batch(run, p.structure.graph.model)
     top = walked.phases[walked.peak]
-    beside = around_of(decided.gpu, run.parallelism.world, calibration)
     replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
     calibration = calibration_of(decided.gpu, calibration)
+    beside = around_of(decided.gpu, run.parallelism.world, calibration)
     notes = [*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())]
     return Estimate(
         run,

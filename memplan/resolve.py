@@ -97,7 +97,9 @@ def _workspaces(decided: Decided, pictures: Mapping[str, int]) -> Iterator[tuple
     axes, half = graph.model.axes(), tower_dtype(graph.model, graph.recipe) != "fp32"
     yield "tower_fp32", 0 if half else axes["vd"] + 1
     for rows in ("grid", "window"):
-        size = efficient_workspace_bytes(pictures[rows], (axes["vd"],) * 2, axes["va"], half, decided.large_tiles, ONE_RUN)
+        size = efficient_workspace_bytes(
+            pictures[rows], (axes["vd"], axes["vd"]), axes["va"], half, decided.large_tiles, ONE_RUN
+        )
         yield f"{rows}_workspace", size
 
 

@@ -23,11 +23,17 @@ VIAS: tuple[Via, ...] = ("auto", "engine", "trace")
 
 
 def estimate(
-    run: RunSpec, calibration: Calibration | None = None, *, via: Via = "engine", cache: bool = True
+    run: RunSpec,
+    calibration: Calibration | None = None,
+    model: ModelSpec | None = None,
+    *,
+    via: Via = "engine",
+    cache: bool = True,
 ) -> Estimate:
     """How much memory the run takes, when, and whether it fits.
 
-    `calibration` is a machine's own profile, for runs on the card it is of; others are answered without it.
+    `calibration` is a machine's own profile, for runs on the card it is of; others are answered without it. `model` is
+    the one that the run names, where it has been looked up already (`memplan.find_model`).
 
     `via` the engine, which is pure. `trace` starts a process that takes the step on tensors without data, with the
     installed torch, transformers and peft (`pip install 'memplan[probe]'`): it answers for every model class that
@@ -38,7 +44,7 @@ def estimate(
     cannot be answered. A run that does not fit is an answer, not an error.
     """
     if via == "engine":
-        return by_engine(run, calibration)
+        return by_engine(run, calibration, model)
     [answer] = estimates([(run, calibration)], via, cache=cache)
     return answer
 
@@ -49,7 +55,7 @@ def estimates(
     *,
     cache: bool = True,
     online: bool = False,
-    engine: Callable[[RunSpec, Calibration | None, ModelSpec | None], Estimate] = by_engine,
+    engine: Callable[..., Estimate] = by_engine,
 ) -> list[Estimate]:
     """The answers of several runs, each with the profile of its card; those that are traced are so in one process.
 
@@ -65,8 +71,8 @@ def estimates(
             unsupported: UnsupportedModelError | None = None
             if via != "trace":
                 try:
-                    model = find_model(run.model, online) if online else None
-                    answers.append(engine(run, calibration, model))
+                    model = (find_model(run.model, online),) if online else ()
+                    answers.append(engine(run, calibration, *model))
                     continue
                 except UnsupportedModelError as error:
                     if via == "engine" or error.field != "model_type":

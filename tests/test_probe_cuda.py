@@ -646,7 +646,9 @@ def test_probe_has_every_option_of_a_run_that_estimate_has() -> None:
     estimate = {p.name for p in COMMAND.commands["estimate"].params}  # type: ignore[attr-defined]
     with COMMAND.make_context("memplan", ["probe"]) as context:
         mine: Any = COMMAND.get_command(context, "probe")  # type: ignore[attr-defined]
-    assert estimate - {p.name for p in mine.params} == {"online", "revision", "format", "explain", "strict"}
+    assert estimate - {p.name for p in mine.params} == {
+        *("online", "revision", "via", "cache", "format", "explain", "strict")
+    }
 
 
 def test_the_manual_has_probes_own_options_as_help_has_them() -> None:

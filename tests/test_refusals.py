@@ -102,7 +102,7 @@ def test_what_is_said_of_adapters_needs_some(kind: str, field: str, value: Any) 
 
 
 def test_every_field_of_a_method_is_for_adapters_or_checked_otherwise() -> None:
-    assert set(Method.model_fields) == {*ADAPTER_FIELDS, "kind", "trainable_layers", "quantization"}
+    assert set(Method.model_fields) == {*ADAPTER_FIELDS, "kind", "trainable_layers", "frozen", "quantization"}
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora", "dora", "qdora"])

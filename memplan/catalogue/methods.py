@@ -299,9 +299,7 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
     if recipe.kind in ("full", "freeze"):
         return reweigh(
             stack,
-            lambda w: w._replace(
-                dtype=w.dtype or recipe.weights, trains=w.trains and not is_frozen(w, recipe.frozen)
-            ),
+            lambda w: w._replace(dtype=w.dtype or recipe.weights, trains=w.trains and not is_frozen(w, recipe.frozen)),
         )
     head = head_of(stack)
     wide = frozenset(w.name for w in head.weights) if "lm_head" in recipe.skip else frozenset[str]()

@@ -14,7 +14,7 @@ from memplan.catalogue.gemma import alternating
 from memplan.catalogue.gemma import rms_norm as gemma_norm
 from memplan.catalogue.llama import decoder_block, gated_mlp, llama, llama_attention, returned, rope_and_scale
 from memplan.catalogue.mixed import renamed
-from memplan.catalogue.moe import either, mixture
+from memplan.catalogue.moe import either
 from memplan.catalogue.towers import Tower
 from memplan.families.vision import DEEPSTACK, decoder_of, places, size, stretches, windowed_runs
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
@@ -295,7 +295,7 @@ def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def qwen3_vl_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     routed = experts.softmax_router("mlp.gate", "n2", normalise=True)
-    ffn = either(mixture(routed, experts.experts("n2", "mo")))
+    ffn = either(experts.mixture("n2", routed, experts.experts("n2", "mo")))
     bias = m.get("attention_bias", False)
     text = with_mrope(llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn), wiring, interleaved=True)
     return joined(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
