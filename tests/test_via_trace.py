@@ -129,7 +129,12 @@ def test_other_tasks_than_training_are_answered_too(tracer: Tracer) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], type[MemplanError], str]] = {
-    "more tokens than positions": ("biogpt", {"max_position_embeddings": 20}, SpecError, "embed_positions has 22 rows"),
+    "more tokens than positions": (
+        "biogpt",
+        {"max_position_embeddings": 20},
+        SpecError,
+        "has learned positions for 20",
+    ),
     "a negative size": ("persimmon", {"hidden_size": -64}, ProbeError, "cannot build persimmon from this config"),
     "no heads": ("persimmon", {"num_attention_heads": 0}, ProbeError, "cannot build persimmon from this config"),
     "text for a number": ("persimmon", {"hidden_size": "64"}, ProbeError, "cannot build persimmon from this config"),
@@ -149,6 +154,27 @@ def test_what_no_class_takes_is_one_line(
     with pytest.raises(kind, match=line) as error:
         traced_answer(run_of(family, {**_PLAIN, **config}), tracer, keep=False)
     assert "\n" not in str(error.value)
+
+
+def test_positions_are_those_of_text_less_the_rows_before_the_first() -> None:
+    from torch import nn
+
+    from memplan.probe.counts import positions
+
+    class Offset(nn.Embedding):
+        offset = 2
+
+    model = nn.ModuleDict(
+        {
+            "wpe": nn.Embedding(64, 8),
+            "position_embeddings": nn.Embedding(66, 8, padding_idx=1),
+            "embed_positions": Offset(66, 8, padding_idx=1),
+            "relative_position": nn.Embedding(32, 8),
+            "vision_tower": nn.ModuleDict({"position_embedding": nn.Embedding(50, 8)}),
+            "embed_tokens": nn.Embedding(300, 8),
+        }
+    )
+    assert sorted(positions(model)) == [("embed_positions", 64), ("position_embeddings", 64), ("wpe", 64)]
 
 
 def test_a_trace_without_end_is_ended_and_the_next_one_is_made() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase
 from memplan.cards import find_config
+from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.errors import UnsupportedModelError, printable
@@ -221,10 +222,13 @@ class Details:
         return self._plain(storage.module)
 
     def _plain(self, name: str) -> str:
-        """A name without peft's wrappers around the model."""
-        if name == _WRAPPED or name.startswith(f"{_WRAPPED}."):
-            return name[len(_WRAPPED) + 1 :]
-        return name.replace(f" {_WRAPPED}.", " ", 1)
+        """A name without peft's wrappers around the model, its layers and its adapters."""
+        if self.traced.run.method.kind not in ADAPTERS:
+            return name
+        before, _, path = name.rpartition(" of ") if " of " in name else ("", "", name)
+        path = re.sub(r"^base_model\.model(\.|$)", "", path)
+        path = re.sub(r"\.base_layer(?=\.weight|\.bias)|\.default(?=\.|$)", "", path)
+        return f"{before} of {path}" if before else path
 
     # Torch's segments: as `memplan.usage.Allocations`
 
@@ -289,7 +293,6 @@ class Details:
                     yield Phase(name, None, size, self._place(phase.phase, at))
 
 
-_WRAPPED = "base_model.model"  # what peft calls the model it has put its adapters into
 _PHASES = {"clip": "step"}
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _WHY = {

@@ -178,10 +178,12 @@ def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
         raise ProbeError(f"model: {total:,} parameters; a trace takes at most {most:,}", "model")
     from memplan.probe.counts import positions
 
+    tokens = run.batch.sequence + run.batch.new_tokens
     for name, rows in positions(model):
-        if run.batch.sequence > rows:
+        if tokens > rows:
             raise SpecError(
-                f"batch.sequence: {run.batch.sequence} tokens, but the model's {name} has {rows} rows", "batch.sequence"
+                f"batch.sequence: {tokens} tokens, but the model has learned positions for {rows} ({name})",
+                "batch.sequence",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,9 +40,18 @@ def _ints(config: Any, names: tuple[str, ...]) -> Iterator[int]:
 
 
 def positions(model: Any) -> Iterator[tuple[str, int]]:
-    """Tables of learned positions by name, and their rows: no longer sequence runs."""
+    """Tables of learned positions of text by name, and how many tokens they have a row for: no longer sequence runs.
+
+    Some have rows of no position before the others: `offset` of them, or up to the padding's.
+    """
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
-        learned = "position" in last or last == "wpe"
-        if isinstance(module, nn.Embedding) and learned and "rel" not in last:
-            yield last, module.num_embeddings
+        learned = ("position" in last and "rel" not in last) or last == "wpe"
+        if not isinstance(module, nn.Embedding) or not learned or _OF_OTHER_THINGS.search(name):
+            continue
+        padding = module.padding_idx if type(module) is nn.Embedding else None
+        before: int = getattr(module, "offset", 0 if padding is None else padding + 1)
+        yield last, module.num_embeddings - before
+
+
+_OF_OTHER_THINGS = re.compile(r"vision|visual|image|video|audio|speech|encoder")
