@@ -93,11 +93,11 @@ def estimates(
 
 
 def _known(run: RunSpec) -> RunSpec:
-    """The run with the config that the Hub has of its model."""
-    if not isinstance(run.model, str):
+    """The run with a model that is here: an id's config lies in the Hub's cache once it has been asked for."""
+    config = find_config(run.model, online=True)
+    if not isinstance(run.model, str) or "/" in run.model:
         return run
-    config = {"_name_or_path": run.model, **find_config(run.model, online=True)}
-    return run.model_copy(update={"model": InlineModel(config=config)})
+    return run.model_copy(update={"model": InlineModel(config={"_name_or_path": run.model, **config})})
 
 
 def _neither(run: RunSpec, unsupported: UnsupportedModelError, untraced: MemplanError) -> UnsupportedModelError:

@@ -26,6 +26,7 @@ from memplan.probe import cache, limits
 from memplan.probe.trace import Tracer
 from memplan.report.schema import answer_model
 from memplan.units import GIB, MIB
+from memplan.via import estimates
 from tests.tiny import SMALLEST
 
 COMMAND = get_command(app)
@@ -582,3 +583,22 @@ def test_a_plan_asks_the_engine_alone(traces: Traces, command: Callable[..., Ran
     ran = command("plan", "CONFIG", "--gpu", "3090")
     assert (ran.code, ran.out, asked) == (2, "", [])
     assert "memplan estimate can trace it, but a plan tries too many runs for that" in ran.err
+
+
+# --- the Hub
+
+
+def test_a_model_of_the_hub_is_traced_by_its_id_once_its_config_is_here(
+    traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memplan.cards import Facts
+
+    asked = traces()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**XGLM, "limit": float("inf")}))
+    monkeypatch.setattr("memplan.cards._from_hub", lambda hf_id: Facts(json.loads(path.read_text())))
+    monkeypatch.setattr("memplan.hub.cached", lambda hf_id: path)
+    run = RunSpec(model="owner/unknown", batch={"sequence": 24})
+    [answer] = estimates([(run, None)], online=True)
+    assert [run.model for run in asked] == ["owner/unknown"]
+    assert (answer.via, answer.run.model) == ("trace", "owner/unknown")
