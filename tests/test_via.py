@@ -27,6 +27,7 @@ from memplan.probe.trace import Tracer
 from memplan.report.schema import answer_model
 from memplan.units import GIB, MIB
 from memplan.via import estimates
+from tests.checkpoints import folder_of
 from tests.tiny import SMALLEST
 
 COMMAND = get_command(app)
@@ -602,3 +603,20 @@ def test_a_model_of_the_hub_is_traced_by_its_id_once_its_config_is_here(
     [answer] = estimates([(run, None)], online=True)
     assert [run.model for run in asked] == ["owner/unknown"]
     assert (answer.via, answer.run.model) == ("trace", "owner/unknown")
+
+
+def test_a_checkpoint_with_other_numbers_than_the_model_is_said(traces: Traces, tmp_path: Path) -> None:
+    traces()
+    tensors = {"model.embed_tokens.weight": ("BF16", (300, 64))}
+    lacking = folder_of(tmp_path / "lacking", XGLM, tensors)
+    whole = folder_of(tmp_path / "whole", XGLM, {**tensors, "rest": ("BF16", (WEIGHT // 2 - 300 * 64,))})
+    packed = folder_of(tmp_path / "packed", XGLM, {"w": ("U8", (300,))})
+    said = {
+        folder.name: [note for note in answer.notes if "checkpoint" in note]
+        for folder in (lacking, whole, packed)
+        for answer in [memplan.estimate(RunSpec(model=str(folder), batch={"sequence": 24}), via="trace")]
+    }
+    assert said["lacking"] == [
+        f"the checkpoint has {300 * 64:,} numbers, and the model is built with {WEIGHT // 2:,} parameters"
+    ]
+    assert said["whole"] == said["packed"] == []

@@ -16,19 +16,21 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase
-from memplan.cards import find_config
+from memplan.cards import Facts, facts_of
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.errors import UnsupportedModelError, printable
 from memplan.estimator import around_of, calibration_of
+from memplan.gguf_configs import parameters_in
 from memplan.gpus import GPU, all_gpus, find_gpu
+from memplan.headers import Checkpoint
 from memplan.planning.reach import Holding
 from memplan.probe import cache, limits
 from memplan.probe.refusals import settled
 from memplan.probe.trace import Storage, Traced, TracedPhase, Tracer, read, replayed
 from memplan.resolve import checkpoint_notes, completed, dtype_notes, gpu_notes
-from memplan.spec import RunSpec
+from memplan.spec import InlineModel, RunSpec
 from memplan.usage import Usage
 
 if TYPE_CHECKING:
@@ -45,11 +47,25 @@ def traced_answer(
     Raises ProbeError where a library, a compiler or the model's class is missing or the trace fails, SpecError for what
     a probe does not run, ConfigError for a config that is no model's.
     """
-    config = find_config(run.model)
+    facts = Facts(run.model.config) if isinstance(run.model, InlineModel) else facts_of(run.model)
+    config = facts.config
     limits.check(config)
     notes = list(checkpoint_notes(config, run.method, run.precision))
     traced = _trace(settled(run), config, tracer, keep)
-    return _answer(run, traced, [*notes, *_as_published(config, traced.built)], calibration)
+    notes += [*_as_published(config, traced.built), *_beside(facts.checkpoint, traced.parameters)]
+    return _answer(run, traced, notes, calibration)
+
+
+def _beside(checkpoint: Checkpoint | None, parameters: int) -> Iterator[str]:
+    """Where a checkpoint that is not quantised has other numbers than the model: it has no stack to say in what."""
+    if checkpoint is not None and checkpoint.why_not:
+        yield f"the checkpoint was not looked at: {checkpoint.why_not}"
+    tensors = checkpoint.tensors if checkpoint is not None else ()
+    if not tensors or any(tensor.dtype not in ("BF16", "F16", "F32") for tensor in tensors):
+        return
+    stored = parameters_in(tensors)
+    if stored != parameters:
+        yield f"the checkpoint has {stored:,} numbers, and the model is built with {parameters:,} parameters"
 
 
 def _as_published(config: Mapping[str, Any], built: str) -> Iterator[str]:
