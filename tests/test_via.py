@@ -325,6 +325,12 @@ def test_another_head_than_the_config_s_is_no_answer(traces: Traces) -> None:
     assert not any("architectures" in note for note in same.notes)
 
 
+def test_towers_that_a_text_does_not_call_are_said(traces: Traces) -> None:
+    traces()
+    notes = memplan.estimate(xglm(config={"vision_config": {"hidden_size": 32}}), via="auto").notes
+    assert any("traced on text alone" in note for note in notes)
+
+
 def test_a_checkpoint_that_is_stored_quantised_is_not_taken_for_another(traces: Traces) -> None:
     traces()
     stored = {"quantization_config": {"quant_method": "awq"}}

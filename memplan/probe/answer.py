@@ -52,7 +52,7 @@ def traced_answer(
     limits.check(config)
     notes = list(checkpoint_notes(config, run.method, run.precision))
     traced = _trace(settled(run), config, tracer, keep)
-    notes += [*_as_published(config, traced.built), *_beside(facts.checkpoint, traced.parameters)]
+    notes += [*_as_published(config, traced.built, run.batch.images), *_beside(facts.checkpoint, traced.parameters)]
     return _answer(run, traced, notes, calibration)
 
 
@@ -68,7 +68,7 @@ def _beside(checkpoint: Checkpoint | None, parameters: int) -> Iterator[str]:
         yield f"the checkpoint has {stored:,} numbers, and the model is built with {parameters:,} parameters"
 
 
-def _as_published(config: Mapping[str, Any], built: str) -> Iterator[str]:
+def _as_published(config: Mapping[str, Any], built: str, images: int) -> Iterator[str]:
     """Where what was traced is not what the config is of. Raises UnsupportedModelError for another head."""
     named = config.get("architectures")
     names = (
@@ -84,6 +84,9 @@ def _as_published(config: Mapping[str, Any], built: str) -> Iterator[str]:
         yield f"architectures: the config is of {name}; transformers' {built} was traced"
     if config.get("auto_map"):
         yield f"the config names code of its own (auto_map), which is never run: transformers' {built} was traced"
+    towers = [key for key in ("vision_config", "audio_config") if config.get(key)]
+    if towers and not images:
+        yield "traced on text alone: what sees images or hears is loaded, and does nothing"
 
 
 def _trace(run: RunSpec, config: Mapping[str, Any], tracer: Tracer, keep: bool) -> Traced:
