@@ -219,6 +219,15 @@ def parameter_targets(model: ModelSpec) -> tuple[tuple[str, ...], ...]:
 
 
 @lru_cache(maxsize=512)
+def several(model: ModelSpec) -> frozenset[str]:
+    """The names of linear layers whose modules return more than the product."""
+    stack = build(model, Wiring("flash", "efficient"))
+    return frozenset(
+        op.name.rpartition(".")[2] for op in operations(stack) for w in op.weights if w.matrix and w.several
+    )
+
+
+@lru_cache(maxsize=512)
 def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
     """The fused kernels that find operations of the model to stand in for."""
     return frozenset(fusible(build(model, Wiring("flash", "efficient"), code)))

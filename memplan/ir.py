@@ -47,6 +47,8 @@ class Weight(NamedTuple):
     transposed  of a linear layer that stores it input by output, as transformers' Conv1D does
     viewed      of a linear layer of the model's own that reads a view of it: autocast does not keep its cast, and
                 bitsandbytes does not take it
+    several     of a linear layer whose module returns more than the product, as one that peft or bitsandbytes puts in
+                its place does not
     chosen      the axis that says how many along the first one a token uses, where it does not use all
     stacked     matrices along the first axis, as one parameter of three dimensions; `rows` counts that axis too
     stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
@@ -63,6 +65,7 @@ class Weight(NamedTuple):
     stored: tuple[Tensor, ...] = ()
     transposed: bool = False
     viewed: bool = False
+    several: bool = False
     chosen: str = ""
     stacked: bool = False
     stands_for: tuple[str, ...] = ()

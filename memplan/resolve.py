@@ -30,6 +30,7 @@ from memplan.graph import (
     fusible_kernels,
     modules,
     parameter_targets,
+    several,
     tower_dtype,
     weights_of,
 )
@@ -634,6 +635,13 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     layers = {path: dims for path, dims in layers.items() if path.rpartition(".")[2] not in stood_for}
     passed_over = [path for path in adaptable(model) if path not in layers]
     names = {path.rpartition(".")[2] for path in layers}
+    more = several(model)
+    for name in more if method.targets == "all-linear" else more.intersection(map(_end, method.targets)):
+        raise SpecError(
+            f"method.targets: the {name} of {model.model_type} returns more than its product, and peft's layer around "
+            "it fails; name other targets",
+            "method.targets",
+        )
     if method.targets == "all-linear":
         inner = {path: dims for path, dims in layers.items() if model.vocab_size not in dims and min(dims) > 1}
         if not inner:
@@ -651,9 +659,9 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     found: list[str] = []
     notes: list[str] = []
     for target in method.targets:
-        if target.rpartition(".")[2] in stood_for:
+        if _end(target) in stood_for:
             _check_parameters(method, target)
-            found.append(target.rpartition(".")[2])
+            found.append(_end(target))
             continue
         name = _last(target, "method.targets", layers)
         if name not in names:
@@ -675,6 +683,10 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
                 "method.targets",
             )
     return tuple(dict.fromkeys(found)), notes + (_passed_over(passed_over) if stood_for.intersection(found) else [])
+
+
+def _end(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _check_parameters(method: Method, target: str) -> None:
@@ -699,11 +711,18 @@ def _passed_over(paths: list[str]) -> list[str]:
 
 
 def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
-    """Raise SpecError where the output projection is quantised and cannot be."""
-    q = method.quantization
-    if q is None or "lm_head" in (q.skip or ()):
+    """Raise SpecError where the output projection, or another layer, is quantised and cannot be."""
+    q, field = method.quantization, "method.quantization.skip"
+    if q is None:
         return
-    field = "method.quantization.skip"
+    for name in several(model).difference(q.skip or ()):
+        raise SpecError(
+            f"{field}: the {name} of {model.model_type} returns more than its product, and bitsandbytes' layer in its "
+            "place does not; name it",
+            field,
+        )
+    if "lm_head" in (q.skip or ()):
+        return
     if model.tie_word_embeddings:
         raise SpecError(f"{field}: the embeddings are the lm_head's weight, and are not quantised; name it", field)
     if kernels.loss == "fused":

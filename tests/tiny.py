@@ -59,6 +59,9 @@ TINY: dict[str, dict[str, Any]] = {
     "deepseek_v2": _base(num_key_value_heads=4, topk_method="group_limited_greedy", **_LATENT, **_ROUTED),
     "deepseek_v3": _base(num_key_value_heads=4, **_LATENT, **_ROUTED),
     "ernie4_5": _base(**_HEADS),
+    "ernie4_5_moe": _base(
+        moe_intermediate_size=48, moe_num_experts=8, moe_k=2, moe_num_shared_experts=2, moe_layer_start_index=1
+    ),
     "exaone4": _base(num_hidden_layers=5, sliding_window=32),
     "falcon": {
         "hidden_size": 64,
@@ -101,7 +104,7 @@ TINY: dict[str, dict[str, Any]] = {
     ),
     "ministral3": _base(**_HEADS),
     "mistral": _base(sliding_window=None),
-    "mixtral": _base(num_local_experts=8, num_experts_per_tok=2),
+    "mixtral": _base(num_local_experts=8, num_experts_per_tok=2, router_jitter_noise=0.01),
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "vocab_size": 300},
     "nemotron": _base(**_HEADS),
     "olmo": _base(),
@@ -120,6 +123,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "phi": _base(),
     "phi3": _base(),
+    "phimoe": _base(num_local_experts=8, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True),
     "qwen2": _base(),
     "qwen2_moe": _base(
         moe_intermediate_size=48,

@@ -180,6 +180,141 @@ def grouped_router(name: str, x: str, normalise: bool, wide: bool = True) -> tup
     )
 
 
+def sparse_mixer(name: str, x: str) -> tuple[Op, ...]:
+    """Two experts drawn one after the other, each by a softmax over the logits near the largest.
+
+    Of the softmaxes the autograd function of the scores makes the gradient itself; their own nodes keep what they do.
+    Source: transformers 5.24 models/phimoe/modeling_phimoe.py sparsemixer, PhimoeMultiplier.
+    """
+    logits, shape = "router.logits", "b s E"
+    product = gate(name, x, logits, stands_for=(), matrix=True)
+    return (
+        product._replace(weights=(product.weights[0]._replace(several=True),)),
+        *_drawn(name, logits, "first"),
+        Op(
+            f"{name}.scatter",
+            (logits, "first.chosen"),
+            (Tensor("second.logits", shape, f"={logits}"),),
+            (),
+            (Keep("first.chosen", logits),),
+            source=f"{ops.DERIVATIVES}: scatter.value",
+        ),
+        *_drawn(name, "second.logits", "second"),
+        Op(
+            f"{name}.cat",
+            ("first.score", "second.score"),
+            (Tensor(SCORES, PAIRS, f"={logits}"),),
+            gradient="same",
+            source=f"{ops.DERIVATIVES}: cat",
+        ),
+        Op(f"{name}.cat_chosen", ("first.chosen", "second.chosen"), (Tensor(CHOSEN, PAIRS, "int64"),), gradient="none"),
+        ops.leave(
+            *(f"{t}.{part}" for t in ("first", "second") for part in ("chosen", "gates", "own", "score", "mask"))
+        ),
+        ops.leave("second.logits"),
+    )
+
+
+def _drawn(name: str, x: str, t: str) -> tuple[Op, ...]:
+    """One expert by the logits x: `t.chosen`, and its score, whose gradient goes to the router's logits alone."""
+    logits, shape, one = "router.logits", "b s E", "b s 1"
+    kept = (f"{t}.own", f"{t}.chosen", f"{t}.gates")
+    like = f"={logits}"
+    return (
+        Op(
+            f"{name}.{t}.threshold",
+            (x,),
+            (Tensor(f"{t}.mask", shape, "bool"),),
+            scratch=tuple(Tensor(part, shape, like) for part in ("factor", "distance", "share")),
+            gradient="none",
+        ),
+        Op(
+            f"{name}.{t}.masked_fill",
+            (x, f"{t}.mask"),
+            (Tensor(f"{t}.near", shape, like),),
+            (),
+            (Keep(f"{t}.mask", x),),
+            source=f"{ops.DERIVATIVES}: masked_fill.Scalar",
+        ),
+        Op(
+            f"{name}.{t}.draw",
+            (f"{t}.near",),
+            (Tensor(f"{t}.chosen", one, "int64"),),
+            scratch=tuple(Tensor(part, shape, like) for part in ("exponential", "logarithm", "perturbed")),
+            gradient="none",
+        ),
+        *ops.softmax(f"{name}.{t}.softmax", f"{t}.near", f"{t}.gates", shape),
+        ops.leave(f"{t}.near"),
+        gathered(f"{name}.{t}.gather", f"{t}.gates", f"{t}.chosen", f"{t}.own")._replace(
+            writes=(Tensor(f"{t}.own", one, like),)
+        ),
+        Op(
+            f"{name}.{t}.multiplier",
+            (logits,),
+            (Tensor(f"{t}.score", one, like),),
+            (),
+            tuple(Keep(what, logits) for what in kept),
+            scratch=(Tensor("midpoint", one, "fp32"),),
+            scratch_back=(Scratch(Tensor("by its score", one, like)),),
+            source="transformers 5.24 models/phimoe/modeling_phimoe.py PhimoeMultiplier",
+        ),
+    )
+
+
+def jitter(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """x times noise near 1, in place: autograd keeps the noise."""
+    noise = f"{y}.noise"
+    return (
+        Op(name, (), (Tensor(noise, "b s h", f"={x}"),), gradient="none"),
+        ops.view(f"{name}.mul", x, y, "b s h", gradient="new")._replace(
+            reads=(x, noise), keeps=(Keep(noise, x),), source=f"{ops.DERIVATIVES}: mul.Tensor"
+        ),
+        ops.leave(noise),
+    )
+
+
+def biased_softmax_router(name: str, x: str) -> tuple[Op, ...]:
+    """All in fp32, autocast or not; a bias that does not train is added before the largest are chosen.
+
+    Source: transformers 5.24 models/ernie4_5_moe/modeling_ernie4_5_moe.py Ernie4_5_MoeTopKRouter.
+    """
+    probs, shape, product = "router.probs", "b s E", gate(name, "router.x")
+    bias = Weight(f"{name}.moe_statics.e_score_correction_bias", "E", "router", "fp32", False)
+    return (
+        ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),
+        product._replace(weights=(product.weights[0]._replace(dtype="fp32"),), autocast=""),
+        ops.leave("router.x"),
+        *ops.softmax(f"{name}.softmax", "router.logits", probs, shape),
+        Op(f"{name}.bias", (probs,), (Tensor("router.biased", shape, "fp32"),), (bias,), gradient="none"),
+        top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
+        ops.leave("router.biased"),
+        gathered(f"{name}.gather", probs, CHOSEN, "router.picked"),
+        Op(f"{name}.sum", ("router.picked",), (Tensor("router.total", "b s 1"),), source=ops.DERIVATIVES),
+        Op(
+            f"{name}.clamp",
+            ("router.total",),
+            (Tensor("router.least", "b s 1"),),
+            (),
+            (Keep("router.total", "router.total"),),
+            source=f"{ops.DERIVATIVES}: clamp",
+        ),
+        Op(
+            f"{name}.normalise",
+            ("router.picked", "router.least"),
+            (Tensor("router.normal", PAIRS),),
+            (),
+            (
+                Keep("router.least", "router.picked"),
+                Keep("router.picked", "router.least"),
+                Keep("router.least", "router.least"),
+            ),
+            source=f"{ops.DERIVATIVES}: div.Tensor",
+        ),
+        ops.cast(f"{name}.cast", "router.normal", SCORES, PAIRS, f"={x}"),
+        ops.leave(probs, "router.top", "router.picked", "router.normal", "router.total", "router.least"),
+    )
+
+
 def _biased(name: str, x: str, bias: str) -> Op:
     weight = Weight(bias, "E", "buffer", "fp32", False)
     return Op(f"{name}.bias", (x,), (Tensor("router.biased", "b s E", "fp32"),), (weight,), gradient="none")

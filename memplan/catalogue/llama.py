@@ -220,11 +220,17 @@ def before(
     )
 
 
-def after(m: ModelSpec, wiring: Wiring, sliding: tuple[bool, ...] = (False,), bias: bool = False) -> tuple[Op, ...]:
+def after(
+    m: ModelSpec,
+    wiring: Wiring,
+    sliding: tuple[bool, ...] = (False,),
+    bias: bool = False,
+    norm: Callable[[str, str, str, str, str], tuple[Op, ...]] = ops.rms_norm,
+) -> tuple[Op, ...]:
     """The last norm and the output projection."""
     made = [op.name for kind in sliding for op in masks(wiring, "embeds", kind)]
     return (
-        *ops.rms_norm("model.norm", "x", "n", "b s h", "h"),
+        *norm("model.norm", "x", "n", "b s h", "h"),
         ops.leave("x", "embeds", "positions", "cos", "sin", *made),
         lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else "", bias),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from memplan.catalogue import experts, ops
 from memplan.catalogue.attention import Wiring
+from memplan.catalogue.ernie import rope_in_fp32
 from memplan.catalogue.experts import mixture
 from memplan.catalogue.glm import attend_heads_first, partly_rotated
 from memplan.catalogue.llama import (
@@ -18,8 +19,9 @@ from memplan.catalogue.llama import (
     returned,
     runs,
 )
+from memplan.catalogue.stablelm import layer_norm
 from memplan.errors import UnsupportedModelError
-from memplan.ir import Keep, Op, Scratch, Stack, Tensor
+from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
@@ -34,9 +36,17 @@ def either(of_experts: tuple[Op, ...]) -> Ffn:
 
 def mixtral(m: ModelSpec, wiring: Wiring) -> Stack:
     """Scores stay fp32, and so do the weighed rows and their sums."""
-    routed = experts.softmax_router("mlp.gate", X, normalise=True, narrow=False, together=False)
-    made = experts.experts(X, Y, gate_up=("w1", "w3"), down=("w2",))
-    return llama(m, wiring, mlp=either(mixture(X, routed, made)))
+    x, noise = _noisy(m)
+    routed = experts.softmax_router("mlp.gate", x, normalise=True, narrow=False, together=False)
+    made = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
+    return llama(m, wiring, mlp=either((*noise, *mixture(X, routed, made))))
+
+
+def _noisy(m: ModelSpec) -> tuple[str, tuple[Op, ...]]:
+    """What router and experts read: where the config has noise for it, x times that."""
+    if m.get("router_jitter_noise", 0.0) <= 0:
+        return X, ()
+    return "n2.noisy", experts.jitter("mlp.jitter", X, "n2.noisy")
 
 
 def qwen3_moe(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -102,9 +112,10 @@ def _partial_rope(m: ModelSpec) -> Callable[[str, str, str], tuple[Op, ...]]:
 def minimax_m2(m: ModelSpec, wiring: Wiring) -> Stack:
     """OLMoE's norms, a part of each head rotated, and scores that are sigmoids."""
     heads = llama_attention(m, wiring, "n1", "ao", whole_norm=True, turn=_partial_rope(m), attend=attend_heads_first)
-    routed = experts.sigmoid_router("mlp.gate", X, "mlp.e_score_correction_bias")
-    made = experts.experts(X, Y, gate_up=("w1", "w3"), down=("w2",))
-    block = decoder_block(heads, mixture(X, routed, made), held=returned(wiring))
+    x, noise = _noisy(m)
+    routed = experts.sigmoid_router("mlp.gate", x, "mlp.e_score_correction_bias")
+    made = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
+    block = decoder_block(heads, (*noise, *mixture(X, routed, made)), held=returned(wiring))
     return Stack(before(wiring), runs(m, lambda _: block), after(m, wiring))
 
 
@@ -136,7 +147,47 @@ def glm4_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
 
+def phimoe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """LayerNorms, and a router that draws. Noise on the input, where there is any, is multiplied in place, twice."""
+    bias, sliding = m.get("attention_bias", False), (m.sliding_window is not None,)
+    noisy = m.get("input_jitter_noise", 0.0) > 0
+    x, seen = ("n2.noisy", "n2.noisier") if noisy else (X, X)
+    ffn = (
+        *(experts.jitter("mlp.jitter", X, x) if noisy else ()),
+        *(experts.jitter("mlp.router.jitter", x, seen) if noisy else ()),
+        *mixture(X, experts.sparse_mixer("mlp.router", seen), experts.experts(seen, Y, gate_up=(), down=())),
+    )
+    heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, sliding=sliding[0])
+    block = decoder_block(heads, ffn, norm=layer_norm, held=returned(wiring))
+    last = after(m, wiring, sliding, m.get("lm_head_bias", False), layer_norm)
+    return Stack(before(wiring, sliding), runs(m, lambda _: block), last)
+
+
+def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Ernie 4.5 with experts, and shared ones whose sum is made first."""
+    bias = m.get("use_bias", False)
+    shared = gated_mlp(X, "shared", "mlp.shared_experts", width="fs", bias=bias, flat=True)
+    mixed = mixture(X, experts.biased_softmax_router("mlp.gate", X), experts.experts(X, "routed"), leaves=False)
+    sparse = (
+        *shared,
+        *mixed,
+        ops.add("mlp.add", "routed", "shared", Y, "b s h"),
+        ops.leave("routed", "shared", *experts.HELD, X),
+    )
+    if not m.whole("moe_num_shared_experts", 2, least=0):
+        sparse = mixture(X, experts.biased_softmax_router("mlp.gate", X), experts.experts(X, Y))
+    heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, turn=rope_in_fp32)
+
+    def block(layer: Layer) -> Block:
+        ffn = sparse if layer.ffn == "experts" else gated_mlp(X, Y, bias=bias)
+        return decoder_block(heads, ffn, held=returned(wiring))
+
+    return Stack(before(wiring, table_dtype="fp32"), runs(m, block), after(m, wiring))
+
+
 BUILDERS = {
+    "ernie4_5_moe": ernie4_5_moe,
+    "phimoe": phimoe,
     "glm4_moe": glm4_moe,
     "minimax_m2": minimax_m2,
     "mixtral": mixtral,

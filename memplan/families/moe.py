@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from memplan.errors import ConfigError
+from memplan.errors import ConfigError, UnsupportedModelError
 from memplan.families import Family
 from memplan.layers import Layer, as_json, sliding_layers
 from memplan.models import ModelSpec
@@ -25,6 +25,10 @@ def sized(
     """Axes of a config that calls these sizes so. `shared`: the width of the expert that all tokens use."""
 
     def axes(m: ModelSpec) -> Mapping[str, int]:
+        if m.get("output_router_logits", False):
+            raise UnsupportedModelError(
+                "output_router_logits: true, a loss of the routers' own, is not supported yet", "output_router_logits"
+            )
         every, some = m.whole(experts), m.whole(chosen)
         if some > every:
             raise ConfigError(f"config: {chosen} {some} is more than the {every} of {experts}", chosen)
@@ -86,12 +90,47 @@ def after_first(m: ModelSpec) -> tuple[Layer, ...]:
     return tuple(layer._replace(ffn=DENSE if i < first else EXPERTS) for i in range(m.num_hidden_layers))
 
 
+def between(m: ModelSpec) -> tuple[Layer, ...]:
+    """Experts in every so many layers from one to another."""
+    count, step = m.num_hidden_layers, m.whole("moe_layer_interval", 1)
+    first = m.whole("moe_layer_start_index", 1, least=0)
+    last: object = m.config.get("moe_layer_end_index")
+    end = count - 1 if last in (None, -1) else m.whole("moe_layer_end_index", least=0)
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    return tuple(
+        layer._replace(ffn=EXPERTS if first <= i <= end and (i + 1) % step == 0 else DENSE) for i in range(count)
+    )
+
+
+def _ernie(m: ModelSpec) -> Mapping[str, int]:
+    axes = sized("moe_num_experts", "moe_k")(m)
+    return {**axes, "fs": axes["m"] * m.whole("moe_num_shared_experts", 2, least=0)}
+
+
+def _phi(m: ModelSpec) -> Mapping[str, int]:
+    if m.whole("num_experts_per_tok") != 2:
+        raise ConfigError("config: num_experts_per_tok must be 2: phimoe draws two experts", "num_experts_per_tok")
+    return sized("num_local_experts", width="intermediate_size")(m)
+
+
 def _glm(m: ModelSpec) -> Mapping[str, int]:
     axes = sized("n_routed_experts")(m)
     return {**axes, "fs": axes["m"] * m.whole("n_shared_experts")}
 
 
 FAMILIES: dict[str, Family] = {
+    "ernie4_5_moe": Family(
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 1536,
+            "moe_num_experts": 64,
+            "moe_k": 6,
+        },
+        layers=between,
+        axes=_ernie,
+    ),
     "glm4_moe": Family(
         {
             "num_key_value_heads": 8,
@@ -141,6 +180,17 @@ FAMILIES: dict[str, Family] = {
         {"head_dim": ()},
         layers=every_layer,
         axes=sized(width="intermediate_size"),
+    ),
+    "phimoe": Family(
+        {
+            "num_key_value_heads": 8,
+            "intermediate_size": 6400,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+        layers=every_layer,
+        axes=_phi,
     ),
     "qwen2_moe": Family(_QWEN2_MOE, layers=stepped, axes=sized(shared="shared_expert_intermediate_size")),
     "qwen3_moe": Family(

@@ -1,0 +1,221 @@
+"""Mixtures of experts: what peft adapts of them, what bitsandbytes leaves, what a token uses, what optimizers see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan import RunSpec, estimate
+from memplan.cards import load_card
+from memplan.errors import ConfigError, MemplanError
+from memplan.graph import parameters_of, weights_of
+from memplan.models import ModelSpec
+from memplan.program import program, trained_parameters
+from memplan.resolve import decide
+from tests.tiny import TINY
+
+MIXTURES = sorted(name for name, config in TINY.items() if "E" in ModelSpec({"model_type": name, **config}).axes())
+NAMES: tuple[Any, ...] = (
+    "all-linear",
+    ["q_proj", "gate"],
+    ["gate_proj", "up_proj", "down_proj"],
+    ["w1", "w2", "w3"],
+    ["w1"],
+    ["gate_proj"],
+)
+
+
+def run(model_type: str, **fields: Any) -> RunSpec:
+    model = {"config": {"model_type": model_type, **TINY[model_type]}}
+    return RunSpec(model=model, **{"batch": {"micro": 2, "sequence": 64}, **fields})
+
+
+def in_peft(model_type: str, targets: Any) -> int | None:
+    """How many parameters train; None where peft refuses."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    lora = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        return peft.get_peft_model(model, lora).get_nb_trainable_parameters()[0]
+    except ValueError:
+        return None
+
+
+def here(model_type: str, targets: Any) -> int | None:
+    try:
+        return estimate(run(model_type, method={"kind": "lora", "rank": 4, "targets": targets})).parameters.trainable
+    except MemplanError:
+        return None
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("model_type", [name for name in MIXTURES if name != "phimoe"])
+def test_peft_adapts_experts_and_routers_by_the_names_they_had(model_type: str) -> None:
+    alone = in_peft(model_type, ["q_proj"])
+    for targets in NAMES:
+        mine, theirs = here(model_type, targets), in_peft(model_type, targets)
+        if mine is None and theirs is not None:  # peft passes over a name that means nothing beside one that does
+            assert (targets, theirs) == (["q_proj", "gate"], alone)
+        else:
+            assert mine == theirs, targets
+
+
+def test_an_adapted_stack_has_an_a_and_a_b_for_every_expert_with_a_rank_for_each_layer_it_stands_for() -> None:
+    h, m, experts, layers, rank = 64, 176, 8, 3, 4
+    gate_up = 2 * rank * experts * (h + 2 * m)
+    down = rank * experts * (m + h)
+    router = rank * (h + experts)
+    for targets, each in ((["w1", "w3"], gate_up), (["w2"], down), (["gate"], router)):
+        assert here("mixtral", targets) == layers * each
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "field"),
+    [
+        ("mixtral", {"kind": "lora", "dropout": 0.1}, "method.dropout"),
+        ("mixtral", {"kind": "dora"}, "method.kind"),
+        ("mixtral", {"kind": "lora", "targets": ["w1", "q_proj"]}, "method.targets"),
+        ("mixtral", {"kind": "lora", "targets": ["gate_up_proj"]}, "method.targets"),
+        ("qwen3_moe", {"kind": "qdora", "targets": ["down_proj"]}, "method.kind"),
+        ("phimoe", {"kind": "lora"}, "method.targets"),
+        ("phimoe", {"kind": "qlora", "targets": ["q_proj"]}, "method.quantization.skip"),
+    ],
+)
+def test_what_peft_and_bitsandbytes_cannot_do_with_experts_is_refused(
+    model_type: str, method: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(MemplanError) as caught:
+        estimate(run(model_type, method=method))
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)
+
+
+def test_other_targets_of_the_same_models_take_dropout_and_dora() -> None:
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    for method in ({"kind": "lora", "dropout": 0.1}, {"kind": "dora"}, {"kind": "qdora"}):
+        assert estimate(run("qwen3_moe", method={**method, "targets": attention})).notes is not None
+    skip = {"skip": ["lm_head", "router"]}
+    assert estimate(run("phimoe", method={"kind": "qlora", "targets": attention, "quantization": skip})).notes
+
+
+def test_linear_layers_that_are_called_as_experts_were_get_no_adapter_and_a_note_says_so() -> None:
+    h, f, a, k, rank = 64, 176, 64, 32, 8
+    dense = rank * 3 * (h + f)
+    attention = rank * ((h + a) + 2 * (h + k) + (a + h))
+    every = estimate(run("qwen3_moe", method="lora"))  # its middle layer is dense
+    assert any("adapts no mlp.down_proj, mlp.gate_proj, mlp.up_proj" in note for note in every.notes)
+    experts, m = 8, 48
+    mixture = 2 * rank * experts * (h + 2 * m) + rank * experts * (m + h) + rank * (h + experts)
+    rank_16 = estimate(run("qwen3_moe", method={"kind": "lora", "rank": rank})).parameters.trainable
+    assert rank_16 == 3 * attention + 2 * mixture
+    assert dense not in (0, rank_16 - 3 * attention - 2 * mixture)
+
+
+def test_bitsandbytes_leaves_experts_and_routers_as_they_are_and_the_answer_says_so() -> None:
+    spec = RunSpec(model="mixtral-8x7b", method="qlora", batch={"sequence": 64})
+    held = {h.what: h for h in parameters_of(decide(spec).structure.graph)}
+    h, f, experts = 4096, 14336, 8
+    assert held["mlp.experts.gate_up_proj"].bytes == experts * 2 * f * h * 4  # fp32, after kbit preparation
+    assert held["mlp.gate.weight"].dtype == "fp32"
+    attention = 32 * 2 * (h * h + h * 1024)
+    share = f"{100 * attention / 46_702_792_704:.1f}% of the parameters are quantised"
+    assert any(share in note and "leaves them in fp32" in note for note in estimate(spec).notes)
+    unprepared = {"kind": "qlora", "quantization": {"kbit_preparation": False}}
+    notes = estimate(spec.model_copy(update={"method": RunSpec(model="gpt2", method=unprepared).method})).notes
+    assert any("leaves them in bf16" in note for note in notes)
+
+
+def test_a_token_uses_all_but_the_experts_it_does_not_choose() -> None:
+    p = estimate(RunSpec(model="mixtral-8x7b", batch={"sequence": 64})).parameters
+    assert p.total - p.active == 32 * (8 - 2) * 3 * 14336 * 4096
+    dense = estimate(RunSpec(model="qwen2-7b", batch={"sequence": 64})).parameters
+    assert dense.active == dense.total
+
+
+def test_optimizers_see_a_stack_as_one_parameter_of_three_axes() -> None:
+    structure = decide(run("olmoe")).structure
+    shapes = {p.name: p.shape for p in trained_parameters(structure)}
+    assert shapes["model.layers.mlp.experts.gate_up_proj"] == (8, 2 * 176, 64)
+    assert shapes["model.layers.mlp.experts.down_proj"] == (8, 64, 176)
+    assert shapes["model.layers.mlp.gate.weight"] == (8, 64)
+
+
+def test_adafactor_factors_a_stack_over_its_last_two_axes() -> None:
+    def states(model_type: str) -> int:
+        answer = estimate(run(model_type, optimizer="adafactor"))
+        return sum(line.bytes for line in answer.ledger if line.kind == "optstate" and "gate_up_proj" in line.what)
+
+    rows, columns, rms = 8 * 2 * 176, 8 * 64, 512
+    assert states("olmoe") == 3 * (4 * (rows + columns) + rms)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "each"), [("ddp", 2), ("fsdp", 1), ("fsdp2", 1), ("zero2", 2 + 4 / 2), ("zero3", (2 + 4) / 2)]
+)
+def test_ranks_divide_stacks_as_they_divide_all_else(strategy: str, each: float) -> None:
+    parallelism = {"world": 2, "dp": 2, "strategy": strategy}
+    spec = RunSpec(model="granite-3.1-1b-a400m", batch={"sequence": 256}, parallelism=parallelism)
+    held = program(decide(spec).structure).parameters  # of DeepSpeed's, with fp32 masters
+    assert held == pytest.approx(each * estimate(spec).parameters.total, rel=0.01)
+
+
+@settings(max_examples=25, deadline=None)
+@given(experts=st.integers(1, 64), chosen=st.integers(1, 64), width=st.integers(1, 512))
+def test_only_as_many_experts_can_be_chosen_as_there_are(experts: int, chosen: int, width: int) -> None:
+    sizes = {"num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": width}
+    config = {**TINY["qwen3_moe"], "model_type": "qwen3_moe", "mlp_only_layers": [], **sizes}
+    if chosen > experts:
+        with pytest.raises(ConfigError, match="num_experts_per_tok"):
+            ModelSpec(config).axes()
+        return
+    answer = estimate(RunSpec(model={"config": config}, batch={"sequence": 16}))
+    assert answer.parameters.total - answer.parameters.active == 3 * (experts - chosen) * 3 * width * 64
+
+
+def test_what_is_allocated_grows_with_the_experts_a_token_chooses_and_not_with_those_there_are() -> None:
+    def moving(**sizes: int) -> int:
+        config = {**TINY["olmoe"], "model_type": "olmoe", "intermediate_size": 512, **sizes}
+        spec = RunSpec(model={"config": config}, batch={"micro": 8, "sequence": 512}, kernels={"checkpointing": "none"})
+        answer = estimate(spec)
+        return sum(line.bytes for line in answer.ledger if line.kind in ("activation", "temp"))
+
+    base = moving(num_experts=32, num_experts_per_tok=2)
+    assert moving(num_experts=32, num_experts_per_tok=4) > 1.5 * base
+    assert moving(num_experts=64, num_experts_per_tok=2) < 1.1 * base
+
+
+def test_the_dense_layers_of_a_mixture_are_where_its_config_says() -> None:
+    assert [layer.ffn for layer in load_card("glm-4.5").layers] == ["dense"] * 3 + ["experts"] * 89
+    base = {**TINY["qwen3_moe"], "model_type": "qwen3_moe", "num_hidden_layers": 6}
+    sparse = {**base, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    assert [layer.ffn[0] for layer in ModelSpec(sparse).layers] == list("deddde")
+    for wrong in ("1", {"1": 2}, ["one"], 3):
+        with pytest.raises(ConfigError, match="mlp_only_layers"):
+            ModelSpec({**base, "mlp_only_layers": wrong})
+
+
+def test_a_routers_own_loss_is_refused() -> None:
+    with pytest.raises(MemplanError, match="output_router_logits"):
+        estimate(RunSpec(model={"config": {"model_type": "mixtral", **TINY["mixtral"], "output_router_logits": True}}))
+
+
+def test_a_profile_whose_version_writes_experts_otherwise_is_refused() -> None:
+    for profile in ("transformers-4.51", "axolotl-0.12", "torchtune", "fsdp_qlora"):
+        with pytest.raises(MemplanError, match="experts written otherwise") as caught:
+            estimate(run("mixtral", profile=profile))
+        assert caught.value.field == "profile"
+    assert estimate(run("mixtral", profile="trl-0.24")).fits is not None
+
+
+def test_every_weight_of_a_stack_names_the_axis_that_chooses() -> None:
+    for model_type in MIXTURES:
+        found = [w for w, _, _ in weights_of(decide(run(model_type)).structure.graph) if w.chosen]
+        assert {w.shape.split()[0] for w in found} == {"E"}
+        assert {w.chosen for w in found} == {"e"}
