@@ -437,6 +437,9 @@ def run_axes(
         axes["efficient_workspace"] = efficient_workspace_bytes(
             s, m.head_widths, b * m.num_attention_heads, half, large_tiles, by
         )
+    if "routed" in needs:
+        sizes = m.axes()
+        axes["routed"] = -(-tokens * sizes["e"] // sizes["E"])
     if "lc" in needs:
         axes["lc"] = -(-s // 8)
     if "fc" in needs:

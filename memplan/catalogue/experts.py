@@ -81,6 +81,23 @@ def sigmoid(name: str, x: str, y: str, shape: str) -> Op:
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: sigmoid")
 
 
+def divided(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`x / x.sum(-1)`, as a tensor of its own."""
+    total = f"{y}.total"
+    return (
+        Op(f"{name}.sum", (x,), (Tensor(total, "b s 1", f"={x}"),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
+        Op(
+            name,
+            (x, total),
+            (Tensor(y, PAIRS),),
+            (),
+            (Keep(total, x), Keep(x, total), Keep(total, total)),
+            source=f"{ops.DERIVATIVES}: div.Tensor",
+        ),
+        ops.leave(total, x),
+    )
+
+
 def softmax_router(
     name: str,
     x: str,
@@ -423,9 +440,8 @@ def gated(name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def weighed(name: str, x: str, scores: str, y: str) -> Op:
+def weighed(name: str, x: str, scores: str, y: str, shape: str = f"{PAIRS} h") -> Op:
     """A row times its score: the product with x is made whole before it is summed for the score."""
-    shape = f"{PAIRS} h"
     return Op(
         f"{name}.weigh",
         (x, scores),
@@ -434,4 +450,126 @@ def weighed(name: str, x: str, scores: str, y: str) -> Op:
         (Keep(scores, x), Keep(x, scores)),
         scratch_back=(Scratch(Tensor("product", shape, f"={y}"), scores, summed=True),),
         source=f"{ops.DERIVATIVES}: mul.Tensor",
+    )
+
+
+# Experts one after the other, as Python writes a loop. How many rows each has depends on the data: `routed` is how
+# many where they are spread evenly.
+
+ROWS = "routed"
+
+
+def modules(x: str, y: str, number: int, used: int, name: str = "mlp.experts") -> tuple[Op, ...]:
+    """Experts that are modules, `used` of `number` a token: rows are picked by a mask, and put in place by another.
+
+    In place, so that backward makes the whole gradient anew for every expert.
+    Source: the code published with DeepSeek-MoE, DeepseekMoE.forward.
+    """
+    every, whole = f"{PAIRS} h", "experts.rows"
+    out: list[Op] = [
+        ops.copy(f"{name}.repeat", x, whole, every, gradient="new"),
+        Op(f"{name}.empty", (), (Tensor("experts.out", every, f"={whole}"),), gradient="none"),
+    ]
+    last = "experts.out"
+    for i in range(number):
+        t, n = f"expert{i}", f"{name}.{i}"
+        for part in ("picked", "placed"):
+            mask = Tensor(f"{t}.{part}", PAIRS, "bool")
+            out.append(Op(f"{n}.{part}", (CHOSEN,), (mask,), gradient="none"))
+            if part == "picked":
+                out.append(_moved(f"{n}.pick", whole, mask.name, f"{t}.in", f"{ROWS} h"))
+                out += _module(n, t, i < used)
+        placed = f"{t}.all"
+        out.append(
+            Op(
+                f"{n}.place",
+                (last, f"{t}.out", f"{t}.placed"),
+                (Tensor(placed, every, f"={whole}"),),
+                (),
+                (Keep(f"{t}.placed", last), Keep(f"{t}.placed", f"{t}.out")),
+                view=True,
+                source=f"{ops.DERIVATIVES}: index_put_",
+            )
+        )
+        last = placed
+    return (
+        *out,
+        weighed(name, last, SCORES, "experts.weighted"),
+        Op(f"{name}.sum", ("experts.weighted",), (Tensor(y, "b s h"),), autocast="wide", source=ops.DERIVATIVES),
+        ops.leave("experts.weighted", whole, last),
+    )
+
+
+def _module(name: str, t: str, used: bool) -> tuple[Op, ...]:
+    """One expert's MLP, a module like any; a token uses as many of them as it chooses, whichever these are."""
+    shape = f"{ROWS} m"
+
+    def linear(role: str, x: str, y: str, out: str, into: str) -> Op:
+        op = ops.linear(f"{name}.{role}", x, y, out, into, "mlp", lead=ROWS, flat=True)
+        return op if used else op._replace(weights=(op.weights[0]._replace(chosen="none"),))
+
+    return (
+        linear("gate_proj", f"{t}.in", f"{t}.gate", "m", "h"),
+        ops.activation(f"{name}.act_fn", f"{t}.gate", f"{t}.act", shape),
+        linear("up_proj", f"{t}.in", f"{t}.up", "m", "h"),
+        ops.mul(f"{name}.product", f"{t}.act", f"{t}.up", f"{t}.inner", shape),
+        linear("down_proj", f"{t}.inner", f"{t}.out", "h", "m"),
+        ops.leave(f"{t}.in"),
+    )
+
+
+def loop(x: str, y: str, number: int, name: str) -> tuple[Op, ...]:
+    """Experts whose matrices lie one after the other in parameters that are not stacked: each adds to the sum in place.
+
+    An expert's part of a parameter is a view, and backward makes the whole parameter's gradient for each.
+    Source: transformers 5.24 models/dbrx/modeling_dbrx.py DbrxExperts, DbrxExpertGLU.
+    """
+    gate_, up, down = (Weight(f"{name}.mlp.{w}", "E f h", "mlp", rows=2, chosen="e") for w in ("w1", "v1", "w2"))
+    out: list[Op] = [
+        Op(f"{name}.zeros", (), (Tensor("experts.sum", "b s h", f"={x}"),), gradient="none"),
+        Op(f"{name}.one_hot", (CHOSEN,), (Tensor("experts.mask", f"{PAIRS} E1", "int64"),), gradient="none"),
+        Op(f"{name}.hit", ("experts.mask",), (Tensor("experts.hit", "E1", "int64"),), gradient="none"),
+    ]
+    last = "experts.sum"
+    for i in range(number):
+        t, n, wide, rows = f"expert{i}", f"{name}.{i}", f"{ROWS} f", f"{ROWS} h"
+        places, added = f"{t}.places", f"{t}.sum"
+        out += (
+            Op(f"{n}.where", ("experts.mask",), (Tensor(places, f"2 {ROWS}", "int64"),), gradient="none"),
+            _moved(f"{n}.gather", x, places, f"{t}.in", rows),
+            _part(f"{n}.w1", f"{t}.in", f"{t}.gate", wide, gate_),
+            _part(f"{n}.v1", f"{t}.in", f"{t}.up", wide, up),
+            ops.activation(f"{n}.activation_fn", f"{t}.gate", f"{t}.act", wide),
+            ops.mul(f"{n}.product", f"{t}.act", f"{t}.up", f"{t}.inner", wide),
+            _part(f"{n}.w2", f"{t}.inner", f"{t}.out", rows, down),
+            ops.leave(f"{t}.in", f"{t}.up", f"{t}.act"),
+            _moved(f"{n}.scores", SCORES, places, f"{t}.scores", ROWS),
+            weighed(n, f"{t}.out", f"{t}.scores", f"{t}.weighted", rows),
+            Op(
+                f"{n}.index_add",
+                (last, f"{t}.weighted", places),
+                (Tensor(added, "b s h", f"={x}"),),
+                (),
+                (Keep(places, f"{t}.weighted"),),
+                gradient="same",
+                view=True,
+                source=f"{ops.DERIVATIVES}: index_add",
+            ),
+        )
+        last = added
+    return (*out, ops.view(f"{name}.view", last, y, "b s h"), ops.leave("experts.mask", "experts.hit", x))
+
+
+def _part(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
+    """A product with one expert's part of a parameter."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape),),
+        (w,),
+        (Keep(w.name, x), Keep(x, w.name)),
+        scratch_back=(Scratch(Tensor("of one expert", "f h", f"={w.name}"), w.name),),
+        autocast="lower",
+        product="matrix",
+        source=f"{ops.DERIVATIVES}: mm, select_backward",
     )

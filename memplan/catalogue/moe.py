@@ -185,7 +185,35 @@ def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     return Stack(before(wiring, table_dtype="fp32"), runs(m, block), after(m, wiring))
 
 
+def deepseek(m: ModelSpec, wiring: Wiring) -> Stack:
+    """DeepSeek-MoE, by the code published with it: dense layers first, then experts that are modules, and shared ones.
+
+    Llama else. The loss of the router's own is a few numbers a sequence, and is not counted.
+    """
+    scores, top, shape = "router.probs", "router.top", "b s E"
+    normalise = m.get("norm_topk_prob", False) and m.whole("num_experts_per_tok") > 1
+    routed = (
+        experts.gate("mlp.gate", X, stands_for=()),
+        *ops.softmax("mlp.gate.softmax", "router.logits", scores, shape),
+        experts.top_k("mlp.gate.topk", scores, top if normalise else experts.SCORES),
+        *(experts.divided("mlp.gate.normalise", top, experts.SCORES) if normalise else ()),
+        ops.leave("router.logits", scores),
+    )
+    sizes = m.axes()
+    ffn = either(
+        (
+            *routed,
+            *experts.modules(X, "routed", sizes["E"], sizes["e"]),
+            *gated_mlp(X, "shared", "mlp.shared_experts", width="fs"),
+            ops.add("mlp.add", "routed", "shared", Y, "b s h"),
+            ops.leave("routed", "shared", experts.SCORES, experts.CHOSEN, X),
+        )
+    )
+    return llama(m, wiring, bias=m.get("attention_bias", False), out_bias=m.get("attention_bias", False), mlp=ffn)
+
+
 BUILDERS = {
+    "deepseek": deepseek,
     "ernie4_5_moe": ernie4_5_moe,
     "phimoe": phimoe,
     "glm4_moe": glm4_moe,

@@ -6,6 +6,7 @@ whenever memory is about to fall. A repeated block is run once: what its further
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -316,6 +317,9 @@ class Tape:
         if frame.checkpointed and frame.reentrant:
             self._reenter(frame, grads)
             return
+        if frame.block:  # of a block's weight, all uses are in it
+            uses = Counter(w.name for op in frame.ops for w in op.weights if w.trains)
+            self.uses.update((name, n) for name, n in uses.items() if n > 1)
         savers = [i for i, node in enumerate(frame.nodes) if node.pins]
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
@@ -419,7 +423,8 @@ class Tape:
             return self.alloc(unsummed, "temp", of="gradient of "), True
         if op.gradient == "same":
             out, storage = incoming[0]
-            if op.view or (out.shape, out.dtype) == (like.shape, like.dtype):
+            aliased = op.view and target == op.reads[0]
+            if aliased or (out.shape, out.dtype) == (like.shape, like.dtype):
                 storage.refs += 1
                 return storage, False
         out = op.writes[0]

@@ -86,8 +86,10 @@ _QWEN2_MOE = {
 def after_first(m: ModelSpec) -> tuple[Layer, ...]:
     """Experts in all layers but the first few."""
     first = m.whole("first_k_dense_replace", least=0)
-    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size, ffn=EXPERTS)
-    return tuple(layer._replace(ffn=DENSE if i < first else EXPERTS) for i in range(m.num_hidden_layers))
+    step = m.whole("moe_layer_freq", 1) if m.model_type == "deepseek" else 1
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    count = m.num_hidden_layers
+    return tuple(layer._replace(ffn=EXPERTS if i >= first and i % step == 0 else DENSE) for i in range(count))
 
 
 def between(m: ModelSpec) -> tuple[Layer, ...]:
@@ -115,10 +117,22 @@ def _phi(m: ModelSpec) -> Mapping[str, int]:
 
 def _glm(m: ModelSpec) -> Mapping[str, int]:
     axes = sized("n_routed_experts")(m)
-    return {**axes, "fs": axes["m"] * m.whole("n_shared_experts")}
+    return {**axes, "fs": axes["m"] * m.whole("n_shared_experts"), "none": 0}
 
 
 FAMILIES: dict[str, Family] = {
+    "deepseek": Family(  # the code published with its weights; transformers 5.24 has no class for it
+        {
+            "intermediate_size": 11008,
+            "moe_intermediate_size": 1407,
+            "n_routed_experts": None,
+            "num_experts_per_tok": None,
+            "n_shared_experts": None,
+            "first_k_dense_replace": 0,
+        },
+        layers=after_first,
+        axes=_glm,
+    ),
     "ernie4_5_moe": Family(
         {
             "tie_word_embeddings": True,

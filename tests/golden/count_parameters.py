@@ -60,6 +60,11 @@ def nearest(config: Config) -> Config | None:
             half = config["intermediate_size"] // 2
             heads = config["num_attention_heads"]
             return {"model_type": "qwen2", **shapes, "intermediate_size": half, "num_key_value_heads": heads}
+        case "deepseek":  # its experts are modules, GLM-4.5's one parameter; the router's bias is a buffer there
+            more = ("moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
+            sizes = {key: config[key] for key in (*more, "first_k_dense_replace")}
+            width = config["hidden_size"] // config["num_attention_heads"]
+            return {"model_type": "glm4_moe", **shapes, **sizes, "head_dim": width, "pad_token_id": 0}
         case "chatglm":
             return {
                 "model_type": "glm",
