@@ -201,9 +201,16 @@ def test_the_dense_layers_of_a_mixture_are_where_its_config_says() -> None:
             ModelSpec({**base, "mlp_only_layers": wrong})
 
 
-def test_a_routers_own_loss_is_refused() -> None:
-    with pytest.raises(MemplanError, match="output_router_logits"):
-        estimate(RunSpec(model={"config": {"model_type": "mixtral", **TINY["mixtral"], "output_router_logits": True}}))
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_routers_own_loss_keeps_their_logits_of_every_layer(checkpointing: str) -> None:
+    def forward(balanced: bool) -> int:
+        config = {"model_type": "mixtral", **TINY["mixtral"], "output_router_logits": balanced}
+        batch = {"micro": 2, "sequence": 512}
+        answer = estimate(RunSpec(model={"config": config}, batch=batch, kernels={"checkpointing": checkpointing}))
+        return next(p.peak for p in answer.phases if p.phase == "loss")
+
+    tokens, experts, layers = 2 * 512, 8, 3
+    assert forward(True) - forward(False) == layers * (2 * tokens * experts)
 
 
 def test_a_profile_whose_version_writes_experts_otherwise_is_refused() -> None:

@@ -53,6 +53,11 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
         return import_module("memplan.catalogue.litgpt").build(model, wiring)
     module = import_module(f"memplan.catalogue.{_MODULES[model.model_type]}")
     stack: Stack = module.BUILDERS[model.model_type](model, wiring)
+    if model.get("output_router_logits", False):
+        from memplan.catalogue.experts import balanced
+        from memplan.catalogue.methods import rewrite
+
+        stack = rewrite(stack, lambda op: (balanced(op),))
     if not wiring.flattens:
         return stack
     from memplan.catalogue.methods import rewrite

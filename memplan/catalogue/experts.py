@@ -23,6 +23,15 @@ def mixture(x: str, routed: tuple[Op, ...], made: tuple[Op, ...], leaves: bool =
     return (*routed, *made, *((ops.leave(*HELD, x),) if leaves else ()))
 
 
+def balanced(op: Op) -> Op:
+    """The operation; the logits of a router stay until the model has returned, for a loss of the routers' own.
+
+    That loss is made when the model's is done, and its backward comes first: neither is where most is allocated.
+    Source: transformers 5.24 models/mixtral/modeling_mixtral.py load_balancing_loss_func.
+    """
+    return op._replace(holds="forward") if any(t.name == "router.logits" for t in op.writes) else op
+
+
 # The router
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from memplan.errors import ConfigError, UnsupportedModelError
+from memplan.errors import ConfigError
 from memplan.families import Family
 from memplan.layers import Layer, as_json, sliding_layers
 from memplan.models import ModelSpec
@@ -25,10 +25,6 @@ def sized(
     """Axes of a config that calls these sizes so. `shared`: the width of the expert that all tokens use."""
 
     def axes(m: ModelSpec) -> Mapping[str, int]:
-        if m.get("output_router_logits", False):
-            raise UnsupportedModelError(
-                "output_router_logits: true, a loss of the routers' own, is not supported yet", "output_router_logits"
-            )
         every, some = m.whole(experts), m.whole(chosen)
         if some > every:
             raise ConfigError(f"config: {chosen} {some} is more than the {every} of {experts}", chosen)
