@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
 from memplan.cards import load_card
+from memplan.catalogue import experts
 from memplan.errors import ConfigError, MemplanError
 from memplan.graph import parameters_of, weights_of
+from memplan.ir import Tensor
 from memplan.models import ModelSpec
 from memplan.program import program, trained_parameters
 from memplan.resolve import decide
@@ -226,3 +228,32 @@ def test_every_weight_of_a_stack_names_the_axis_that_chooses() -> None:
         found = [w for w, _, _ in weights_of(decide(run(model_type)).structure.graph) if w.chosen]
         assert {w.shape.split()[0] for w in found} == {"E"}
         assert {w.chosen for w in found} == {"e"}
+
+
+@pytest.mark.torch
+def test_experts_that_are_modules_keep_what_the_published_loop_does() -> None:
+    torch = pytest.importorskip("torch")
+    from tests.test_autograd import AXES, B, H, S, in_bytes, leaf, one_block, saved_bytes
+
+    number, chosen, width = 4, 2, 48
+    axes = {**AXES, "E": number, "e": chosen, "m": width, "routed": B * S * chosen // number}
+    inputs = (Tensor("in", "b s h", "bf16"), Tensor(experts.SCORES, "b s e", "bf16"))
+    choice = (Tensor(experts.CHOSEN, "b s e", "int64"),)
+    made = experts.modules("in", "out", number, chosen)
+    mine = in_bytes(one_block(made, "bf16", "out", inputs, constants=choice), axes, ("embeds", "y", "loss"))
+
+    x, scores = (leaf(B * S, n, dtype=torch.bfloat16) for n in (H, chosen))
+    flat = torch.arange(B * S * chosen) % number
+    shapes = ((width, H), (width, H), (H, width))
+    weights = [[torch.ones(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes] for _ in range(number)]
+
+    def loop() -> Any:
+        rows = x.repeat_interleave(chosen, dim=0)
+        y = torch.empty_like(rows)
+        for i, (gate, up, down) in enumerate(weights):
+            some = rows[flat == i]
+            y[flat == i] = (torch.nn.functional.silu(some @ gate.T) * (some @ up.T)) @ down.T
+        return (y.view(B * S, chosen, H) * scores.unsqueeze(-1)).sum(dim=1)
+
+    out = B * S * H * 2
+    assert mine == saved_bytes(loop, own=[w for some in weights for w in some]) - out

@@ -58,6 +58,15 @@ TINY: dict[str, dict[str, Any]] = {
     "cohere2": _base(num_hidden_layers=5, sliding_window=32, **_HEADS),
     "deepseek_v2": _base(num_key_value_heads=4, topk_method="group_limited_greedy", **_LATENT, **_ROUTED),
     "deepseek_v3": _base(num_key_value_heads=4, **_LATENT, **_ROUTED),
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 128,
+        "vocab_size": 300,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 176, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.01},
+    },
     "ernie4_5": _base(**_HEADS),
     "ernie4_5_moe": _base(
         moe_intermediate_size=48, moe_num_experts=8, moe_k=2, moe_num_shared_experts=2, moe_layer_start_index=1

@@ -38,6 +38,7 @@ _MODULES = {
         "moe": "glm4_moe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe",
         "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
         "moe": "ernie4_5_moe glm4_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
+        "dbrx": "dbrx",
         "moe": "deepseek ernie4_5_moe glm4_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
     }.items()
     for model_type in model_types.split()

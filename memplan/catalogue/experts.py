@@ -90,11 +90,12 @@ def sigmoid(name: str, x: str, y: str, shape: str) -> Op:
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: sigmoid")
 
 
-def divided(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """`x / x.sum(-1)`, as a tensor of its own."""
+def divided(name: str, x: str, y: str, by: str = "sum") -> tuple[Op, ...]:
+    """`x / x.sum(-1)`, as a tensor of its own; or by the `norm` of x, which keeps x and itself."""
     total = f"{y}.total"
+    kept = (Keep(x, x), Keep(total, x)) if by == "norm" else ()
     return (
-        Op(f"{name}.sum", (x,), (Tensor(total, "b s 1", f"={x}"),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
+        Op(f"{name}.{by}", (x,), (Tensor(total, "b s 1", f"={x}"),), (), kept, source=f"{ops.DERIVATIVES}: {by}"),
         Op(
             name,
             (x, total),
@@ -559,7 +560,7 @@ def loop(x: str, y: str, number: int, name: str) -> tuple[Op, ...]:
                 (last, f"{t}.weighted", places),
                 (Tensor(added, "b s h", f"={x}"),),
                 (),
-                (Keep(places, f"{t}.weighted"),),
+                (Keep(places, f"{t}.weighted"), Keep(f"{t}.weighted", f"{t}.weighted")),
                 gradient="same",
                 view=True,
                 source=f"{ops.DERIVATIVES}: index_add",

@@ -105,6 +105,20 @@ def _ernie(m: ModelSpec) -> Mapping[str, int]:
     return {**axes, "fs": axes["m"] * m.whole("moe_num_shared_experts", 2, least=0)}
 
 
+def _dbrx(m: ModelSpec) -> Mapping[str, int]:
+    """Sizes of the nested `ffn_config`."""
+    given, axes = m.part("ffn_config"), dict[str, int]()
+    for axis, key, default in (("E", "moe_num_experts", 4), ("e", "moe_top_k", 1), ("f", "ffn_hidden_size", 3584)):
+        value: object = given.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**21:
+            raise ConfigError(f"config: {key} must be a whole number from 1 to {2**21:,}, not {as_json(value)}", key)
+        axes[axis] = value
+    if axes["e"] > axes["E"]:
+        raise ConfigError(f"config: moe_top_k {axes['e']} is more than the {axes['E']} of moe_num_experts", "moe_top_k")
+    return {**axes, "E1": axes["E"] + 1}
+
+
 def _phi(m: ModelSpec) -> Mapping[str, int]:
     if m.whole("num_experts_per_tok") != 2:
         raise ConfigError("config: num_experts_per_tok must be 2: phimoe draws two experts", "num_experts_per_tok")
@@ -117,6 +131,22 @@ def _glm(m: ModelSpec) -> Mapping[str, int]:
 
 
 FAMILIES: dict[str, Family] = {
+    "dbrx": Family(
+        {"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 32000, "kv_n_heads": 1, "max_seq_len": 2048},
+        {
+            "hidden_size": ("hidden_size", "d_model"),
+            "num_hidden_layers": ("num_hidden_layers", "n_layers"),
+            "num_attention_heads": ("num_attention_heads", "n_heads"),
+            "num_key_value_heads": ("kv_n_heads",),
+            "intermediate_size": (),
+            "head_dim": (),
+            "max_position_embeddings": ("max_position_embeddings", "max_seq_len"),
+            "hidden_act": (),
+        },
+        layers=every_layer,
+        axes=_dbrx,
+        decoder="attn_config",
+    ),
     "deepseek": Family(  # the code published with its weights; transformers 5.24 has no class for it
         {
             "intermediate_size": 11008,
