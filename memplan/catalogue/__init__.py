@@ -35,11 +35,9 @@ _MODULES = {
         "stablelm": "stablelm",
         "latent": "minicpm3",
         "deepseek": "deepseek_v2 deepseek_v3 glm4_moe_lite",
-        "moe": "glm4_moe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe",
-        "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
-        "moe": "ernie4_5_moe glm4_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
-        "dbrx": "dbrx",
         "moe": "deepseek ernie4_5_moe glm4_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
+        "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
+        "dbrx": "dbrx",
     }.items()
     for model_type in model_types.split()
 }

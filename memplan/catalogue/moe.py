@@ -182,7 +182,7 @@ def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
         ffn = sparse if layer.ffn == "experts" else gated_mlp(X, Y, bias=bias)
         return decoder_block(heads, ffn, held=returned(wiring))
 
-    return Stack(before(wiring, table_dtype="fp32"), runs(m, block), after(m, wiring))
+    return Stack(before(wiring, table_dtype="fp32"), runs(m, block), after(m, wiring, bias=bias))
 
 
 def deepseek(m: ModelSpec, wiring: Wiring) -> Stack:
