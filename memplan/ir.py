@@ -52,7 +52,7 @@ class Weight(NamedTuple):
     chosen      the axis that says how many along the first one a token uses, where it does not use all
     stacked     matrices along the first axis, as one parameter of three dimensions; `rows` counts that axis too
     stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
-    idle        would train, but no operation of the run uses it, so that it never has a gradient
+    idle        would train, but never has a gradient: the run's operations do not use it, or only without one
     """
 
     name: str

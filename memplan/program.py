@@ -440,6 +440,9 @@ def run_axes(
     if "routed" in needs:
         sizes = m.axes()
         axes["routed"] = -(-tokens * sizes["e"] // sizes["E"])
+    if "chosen_keys" in needs:
+        axes["chosen_keys"] = by.least(s, m.whole("index_topk"))
+        axes["several"] = by.choose(many, b, 0)
     if "lc" in needs:
         axes["lc"] = -(-s // 8)
     if "fc" in needs:

@@ -282,6 +282,7 @@ def test_a_model_keeps_what_autograd_saves(model_type: str, dtype: str) -> None:
     axes["padded_labels"] = batch * (sequence + 1)
     if "E" in axes:  # of which all tokens, being the same, choose the same: as many rows in all as if spread evenly
         axes["routed"] = batch * sequence * axes["e"] // axes["E"]
+    axes |= {"several": batch, "chosen_keys": min(sequence, model.whole("index_topk", sequence))}
     low = lower(stack, {run.times: axes[run.times] for run in stack.runs}, labelled=True)
     statistics = "fp32" if model_type == "olmo" else dtype  # OLMo normalises in fp32
     assert in_bytes(low, axes, statistics=statistics, masks=dtype) == model_saves(model_type, dtype, batch, sequence)

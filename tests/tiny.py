@@ -42,6 +42,8 @@ _ROUTED = {
     "first_k_dense_replace": 1,
 }
 
+_INDEXED = {"index_n_heads": 8, "index_head_dim": 24, "index_topk": 24}
+
 # As little as a config can say.
 SMALLEST: dict[str, Any] = {
     "model_type": "llama",
@@ -67,6 +69,7 @@ TINY: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 176, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.01},
     },
+    "deepseek_v32": _base(num_key_value_heads=4, **_LATENT, **_ROUTED, **_INDEXED),
     "ernie4_5": _base(**_HEADS),
     "ernie4_5_moe": _base(
         moe_intermediate_size=48, moe_num_experts=8, moe_k=2, moe_num_shared_experts=2, moe_layer_start_index=1
@@ -88,6 +91,9 @@ TINY: dict[str, dict[str, Any]] = {
     "glm4": _base(**_HEADS),
     "glm4_moe": _base(moe_intermediate_size=48, n_routed_experts=8, num_experts_per_tok=2, use_qk_norm=True, **_HEADS),
     "glm4_moe_lite": _base(num_key_value_heads=4, **{**_LATENT, **_ROUTED, "v_head_dim": 24}),
+    "glm_moe_dsa": _base(
+        num_key_value_heads=4, indexer_types=["full", "full", "shared"], **_LATENT, **_ROUTED, **_INDEXED
+    ),
     "gpt2": {**_GPT, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     "gpt_bigcode": {**_GPT, "n_inner": 256, "multi_query": True},
     "gpt_neo": {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, lightning, ops
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.experts import mixture
 from memplan.catalogue.latent import Turn, complex_pairs, complex_table, halves, latent_attention, pairs, stack
 from memplan.catalogue.llama import decoder_block, gated_mlp, returned, runs
-from memplan.ir import Op, Stack, Tensor
+from memplan.ir import Block, Op, Stack, Tensor
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
@@ -76,4 +76,43 @@ def deepseek_v3(m: ModelSpec, wiring: Wiring) -> Stack:
     return stack(m, wiring, runs(m, lambda layer: decoder_block(heads, _feed(layer, routed), held=returned(wiring))))
 
 
-BUILDERS = {"deepseek_v2": deepseek_v2, "deepseek_v3": deepseek_v3, "glm4_moe_lite": deepseek_v3}
+def deepseek_v32(m: ModelSpec, wiring: Wiring) -> Stack:
+    """V3 whose queries choose the keys they attend to."""
+    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    heads = _sparse_attention(m, wiring, lightning.indexer("self_attn", "n1", "q.normed", wiring, False))
+    blocks = runs(m, lambda layer: decoder_block(heads, _feed(layer, routed), held=returned(wiring)))
+    return stack(m, wiring, blocks, made=lightning.causal_mask(wiring))
+
+
+def _sparse_attention(m: ModelSpec, wiring: Wiring, chosen: tuple[Op, ...], keeps: bool = False) -> tuple[Op, ...]:
+    """`keeps`: the keys that were `chosen` are returned with what the block makes."""
+    sparse = (*chosen, *lightning.sparse_mask("self_attn", wiring))
+    bias, held = m.get("attention_bias", False), () if keeps else (lightning.KEYS,)
+    return latent_attention(m, wiring, "n1", "ao", pairs, bias, sparse=sparse, mask=lightning.MASK, held=held)
+
+
+def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
+    """GLM 5: a layer returns the keys its queries chose, and some take those of the layer before.
+
+    A checkpoint keeps them of every layer, which is not counted.
+    """
+    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    indexer = lightning.indexer("self_attn", "n1", "q.normed", wiring, True)
+
+    def block(layer: Layer) -> Block:
+        shared = layer.mixer == "shared"
+        heads = _sparse_attention(m, wiring, () if shared else indexer, keeps=True)
+        made = decoder_block(heads, _feed(layer, routed), held=returned(wiring))
+        return made._replace(ops=(*made.ops, *lightning.handed_on())) if shared else made
+
+    whole = stack(m, wiring, runs(m, block), made=lightning.causal_mask(wiring))
+    return whole._replace(after=(*whole.after[:-1], ops.leave(lightning.KEYS), whole.after[-1]))
+
+
+BUILDERS = {
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "deepseek_v32": deepseek_v32,
+    "glm4_moe_lite": deepseek_v3,
+    "glm_moe_dsa": glm_moe_dsa,
+}

@@ -18,7 +18,6 @@ from memplan.catalogue.llama import (
     gated_mlp,
     inputs,
     lm_head,
-    mask_name,
     masks,
     positions,
     returned,
@@ -31,25 +30,26 @@ _Q, _VALUES = "b s a d", "b s a dv"
 _SOURCE = "transformers 5.24 models/deepseek_v3/modeling_deepseek_v3.py"
 
 Turn = Callable[[str], tuple[Op, ...]]
+rotated_halves = ops.rotate
 
 
 def halves(name: str) -> tuple[Op, ...]:
     """The rotated parts as Llama rotates: one half of a head against the other."""
     return (
-        *ops.rotate(f"{name}.rope_q", "q.rot", "q.turned", "b s a rot", "b s a rot2"),
-        *ops.rotate(f"{name}.rope_k", "k.rot", "k.turned", "b s rot", "b s rot2"),
+        *rotated_halves(f"{name}.rope_q", "q.rot", "q.turned", "b s a rot", "b s a rot2"),
+        *rotated_halves(f"{name}.rope_k", "k.rot", "k.turned", "b s rot", "b s rot2"),
     )
 
 
 def pairs(name: str) -> tuple[Op, ...]:
     """The rotated parts pair by pair: even numbers and odd ones are slices, which are turned and joined."""
     return (
-        *_pairs(f"{name}.rope_q", "q.rot", "q.turned", "b s a rot", "b s a rot2"),
-        *_pairs(f"{name}.rope_k", "k.rot", "k.turned", "b s rot", "b s rot2"),
+        *rotated_pairs(f"{name}.rope_q", "q.rot", "q.turned", "b s a rot", "b s a rot2"),
+        *rotated_pairs(f"{name}.rope_k", "k.rot", "k.turned", "b s rot", "b s rot2"),
     )
 
 
-def _pairs(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
+def rotated_pairs(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
     """`cat(even * cos - odd * sin, odd * cos + even * sin)`. The gradient of a slice is as wide as what it is of."""
 
     def turned(part: str, table: str, made: str) -> Op:
@@ -134,12 +134,23 @@ def joined(name: str, parts: tuple[str, ...], y: str, shape: str) -> tuple[Op, .
 
 
 def latent_attention(
-    m: ModelSpec, wiring: Wiring, x: str, y: str, turn: Turn, bias: bool = False, name: str = "self_attn"
+    m: ModelSpec,
+    wiring: Wiring,
+    x: str,
+    y: str,
+    turn: Turn,
+    bias: bool = False,
+    name: str = "self_attn",
+    sparse: tuple[Op, ...] = (),
+    mask: str = "mask",
+    held: tuple[str, ...] = (),
 ) -> tuple[Op, ...]:
     """Queries and keys of two parts, of which one is rotated, and values of a width of their own.
 
     Queries are joined, and a key is copied part by part into empty storage: on the way back each copy takes its part
     of a whole copy of the gradient (torch's CopySlices). Both lie in memory head by head, values as projected.
+    `sparse` makes the `mask` that attention takes, and reads what is normalised of the queries, `q.normed`;
+    `held` of what it makes stays to the end.
     """
     g = "attention"
     if m.get("q_lora_rank"):
@@ -165,9 +176,11 @@ def latent_attention(
         ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", _VALUES))),
         ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
         *_key(name),
-        *attend(f"{name}.attention", m, wiring),
+        *sparse,
+        *attend(f"{name}.attention", m, wiring, mask),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a dv", g, bias),
         ops.leave("q0", "kv.low", "kv.normed", "q.turned", "k.turned", "q", "k", "v", "o", x),
+        *((ops.leave("q.normed", "index.others", mask, *held),) if sparse else ()),
     )
 
 
@@ -198,15 +211,15 @@ def _key(name: str) -> tuple[Op, ...]:
     )
 
 
-def attend(name: str, m: ModelSpec, wiring: Wiring, sliding: bool = False) -> tuple[Op, ...]:
+def attend(name: str, m: ModelSpec, wiring: Wiring, mask: str) -> tuple[Op, ...]:
     """q, k and v to `o`. Flash attention, which values as wide as keys may take, writes head by head as it reads."""
     same = m.head_widths[0] == m.head_widths[1]
-    kernel = attention(
-        name, "q", "k", "v", "o", wiring, False, sliding, mask_name(sliding), width="d" if same else "dv"
-    )
-    match wiring.masked if wiring.has_mask(sliding) else wiring.backend:
+    if mask != "mask":
+        wiring = wiring._replace(backend=wiring.masked, padded=True)
+    kernel = attention(name, "q", "k", "v", "o", wiring, False, mask=mask, width="d" if same else "dv")
+    match wiring.masked if wiring.has_mask() else wiring.backend:
         case "flash" | "flash_2" if same:
-            heads = attention(name, "q", "k", "v", "o.heads", wiring, False, sliding)
+            heads = attention(name, "q", "k", "v", "o.heads", wiring, False)
             return (*heads, ops.copy(f"{name}.contiguous", "o.heads", "o", _Q))
         case "eager" | "math":
             flat = (f"{name}.q_flat", f"{name}.k_flat")
@@ -224,9 +237,11 @@ def stack(
     embedded: Op | None = None,
     table: tuple[Op, ...] = (),
     last: tuple[Op, ...] = (),
+    made: tuple[Op, ...] | None = None,
 ) -> Stack:
-    """The model around its blocks. `table`: of rotations, instead of cos and sin. `last`: instead of the last norm."""
-    made = masks(wiring, "embeds")
+    """The model around its blocks. `table`: of rotations, instead of cos and sin. `last`: instead of the last norm.
+    `made`: the mask, instead of the one that is made where the kernel needs one."""
+    made = masks(wiring, "embeds") if made is None else made
     before = (
         inputs(wiring.padded),
         embedded or ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),

@@ -274,7 +274,7 @@ PARTS = {"vision": ("vision",), "projector": ("projector",), "language": ()}
 
 def apply(stack: Stack, recipe: Recipe) -> Stack:
     """The stack as the method trains it: dtypes on every weight, adapters around their targets."""
-    return _left_out(_applied(stack, recipe))
+    return _unreached(_left_out(_applied(stack, recipe)))
 
 
 def _left_out(stack: Stack) -> Stack:
@@ -287,6 +287,14 @@ def _left_out(stack: Stack) -> Stack:
         return (Op(op.name, weights=weights, gradient="none"),) if weights else ()
 
     return rewrite_lists(stack, lambda some: tuple(new for op in some for new in change(op)))
+
+
+def _unreached(stack: Stack) -> Stack:
+    """Weights that only operations without a gradient use never get one."""
+    reached = {w.name for op in operations(stack) if op.gradient != "none" for w in op.weights}
+    if all(w.name in reached or not w.trains for op in operations(stack) for w in op.weights):
+        return stack
+    return reweigh(stack, lambda w: w if w.name in reached or not w.trains else w._replace(trains=False, idle=True))
 
 
 def is_frozen(w: Weight, frozen: tuple[str, ...]) -> bool:
@@ -341,6 +349,10 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
         )
 
     def change(op: Op) -> Iterable[Op]:
+        made = changed(op)
+        return made if op.gradient != "none" else (o._replace(gradient="none") for o in made)
+
+    def changed(op: Op) -> Iterable[Op]:
         w = matrix(op)
         if any(v.group == "adapter" and v.matrix for v in op.weights):  # joined already
             return (op,)

@@ -107,7 +107,7 @@ class Scope:
 
     def _cast_weight(self, op: Op, w: Weight, target: str, out: list[Op]) -> Tensor:
         """Autocast keeps the cast of a trainable fp32 weight until it ends, and casts any other at every use."""
-        cached = w.trains and w.dtype == "fp32" and not w.viewed
+        cached = (w.trains or w.idle) and w.dtype == "fp32" and not w.viewed
         if cached and w.name in self._casts:
             return self._casts[w.name]
         to = Tensor(f"autocast({w.name})" + ("" if cached else f" for {op.writes[0].name}"), w.shape, target)

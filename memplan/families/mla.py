@@ -38,8 +38,11 @@ def _routed(m: ModelSpec) -> Mapping[str, int]:
 
 
 def _listed(m: ModelSpec) -> tuple[Layer, ...]:
-    """Dense and sparse layers as a list says; without one, all but the first are sparse."""
-    kinds = cast(Sequence[Any], m.config.get("mlp_layer_types") or ("dense", *("sparse",) * (m.num_hidden_layers - 1)))
+    """Dense and sparse layers as a list says; without one, all but the first few are sparse."""
+    first = m.whole("first_k_dense_replace", 1, least=0)
+    kinds = cast(
+        Sequence[Any], m.config.get("mlp_layer_types") or ("dense",) * first + ("sparse",) * m.num_hidden_layers
+    )
     if (
         not isinstance(kinds, tuple)
         or len(kinds) < m.num_hidden_layers
@@ -73,6 +76,34 @@ _V3: dict[str, Any] = {
     "rope_interleave": True,
 }
 
+
+FULL, SHARED = "full", "shared"  # a layer has an indexer, or takes what the one before it chose
+
+
+def _sparse(m: ModelSpec) -> tuple[Layer, ...]:
+    """Layers with an indexer of their own, and those that share the one's before: a list, letters, or every so many."""
+    count = m.num_hidden_layers
+    every, offset = max(1, m.whole("index_topk_freq", 1, least=0)), m.whole("index_skip_topk_offset", 2, least=0)
+    regular = tuple(FULL if max(i - offset + 1, 0) % every == 0 else SHARED for i in range(count))
+    given: Any = m.config.get("indexer_types") or m.config.get("index_topk_pattern") or regular
+    kinds = [{"F": FULL, "S": SHARED}.get(str(kind), str(kind)) for kind in cast(Sequence[Any], given)]
+    if len(kinds) < count or not set(kinds) <= {FULL, SHARED} or kinds[0] != FULL:
+        raise ConfigError(
+            f"config: indexer_types must be a list of {count} times full or shared, the first full", "indexer_types"
+        )
+    return tuple(layer._replace(mixer=kind) for layer, kind in zip(_listed(m), kinds, strict=False))
+
+
+def _indexed(m: ModelSpec) -> Mapping[str, int]:
+    """Those and the axes of `memplan.catalogue.lightning`."""
+    heads, width = m.whole("index_n_heads"), m.whole("index_head_dim")
+    if width < m.head_dim:
+        raise ConfigError(
+            f"config: index_head_dim {width} is less than the {m.head_dim} that are rotated", "index_head_dim"
+        )
+    return {**_routed(m), "ih": heads, "id": width, "idp": width - m.head_dim}
+
+
 # Source: transformers 5.24 configuration classes.
 FAMILIES = {
     "deepseek_v2": Family(
@@ -91,9 +122,16 @@ FAMILIES = {
     ),
     "deepseek_v3": Family(_V3, _NAMES, layers=after_first, axes=_routed),
     "kimi_k2": Family(_V3, _NAMES, layers=after_first, axes=_routed, built_as="deepseek_v3"),
+    "deepseek_v32": Family(
+        {**_V3, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},
+        _NAMES,
+        layers=_listed,
+        axes=_indexed,
+    ),
     "glm4_moe_lite": Family(
         {
             **_V3,
+            "first_k_dense_replace": None,
             "intermediate_size": 10240,
             "moe_intermediate_size": 1536,
             "q_lora_rank": 768,
@@ -107,6 +145,23 @@ FAMILIES = {
         _NAMES,
         layers=_listed,
         axes=_routed,
+    ),
+    "glm_moe_dsa": Family(
+        {
+            **_V3,
+            "intermediate_size": 12288,
+            "q_lora_rank": 2048,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "n_group": 1,
+            "topk_group": 1,
+            "index_topk": 2048,
+            "index_head_dim": 128,
+            "index_n_heads": 32,
+        },
+        _NAMES,
+        layers=_sparse,
+        axes=_indexed,
     ),
     "minicpm3": Family(
         {
