@@ -42,7 +42,7 @@ _ROUTED = {
     "first_k_dense_replace": 1,
 }
 
-_INDEXED = {"index_n_heads": 8, "index_head_dim": 24, "index_topk": 24}
+_INDEXED = {"index_n_heads": 16, "index_head_dim": 24, "index_topk": 24}
 
 # As little as a config can say.
 SMALLEST: dict[str, Any] = {
