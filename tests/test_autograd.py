@@ -17,6 +17,7 @@ from memplan.engine.step import Lowered, lower
 from memplan.engine.walk import alive
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models import ModelSpec
+from memplan.probe.libraries import model_class
 from memplan.units import ITEMSIZE
 from tests.tiny import TINY
 
@@ -258,7 +259,8 @@ def test_embedding_keeps_the_ids() -> None:
 def model_saves(model_type: str, dtype: str, batch: int, sequence: int) -> int:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=DTYPES[dtype])
+    auto = getattr(transformers, model_class(model_type, sees="vision_config" in TINY[model_type]))
+    model = auto.from_config(config, attn_implementation="eager", dtype=DTYPES[dtype])
     model.train()
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     labels = ids.clone()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.tiny import TINY as TEXTS
+
 _TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
@@ -41,6 +43,19 @@ TINY: dict[str, dict[str, Any]] = {
         "image_token_index": 1990,
         "boi_token_index": 1991,
         "eoi_token_index": 1992,
+    },
+    "kimi_k25": {
+        "text_config": {"model_type": "deepseek_v3", **TEXTS["deepseek_v3"]},
+        "vision_config": {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 96,
+            "pos_emb_height": 8,
+            "pos_emb_width": 8,
+        },
+        "projection_hidden_size": 64,
+        "tie_word_embeddings": False,
     },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "head_dim": 32, "sliding_window": None},

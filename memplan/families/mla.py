@@ -8,6 +8,7 @@ from typing import Any, cast
 from memplan.errors import ConfigError
 from memplan.families import Family
 from memplan.families.moe import DENSE, EXPERTS, after_first, sized
+from memplan.families.vision import size
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
@@ -104,6 +105,28 @@ def _indexed(m: ModelSpec) -> Mapping[str, int]:
     return {**_routed(m), "ih": heads, "id": width, "idp": width - m.head_dim}
 
 
+def _beside_a_tower(m: ModelSpec) -> Mapping[str, int]:
+    """Those of the decoder and of the tower, as `memplan.families.vision` calls them; `vrows` squared are its places,
+    `vframes` the times it tells apart, `vp` the width that its projector normalises."""
+    hidden, heads = size(m, "hidden_size", 1152, "vt_hidden_size"), size(m, "num_attention_heads", 16)
+    kernel, patch = size(m, "merge_kernel_size", 2), size(m, "patch_size", 14)
+    return {
+        **_routed(m),
+        "vh": hidden,
+        "va": heads,
+        "vd": hidden // heads,
+        "vd2": hidden // heads // 2,
+        "vd4": hidden // heads // 4,
+        "vf": size(m, "intermediate_size", 4304, "vt_intermediate_size"),
+        "vin": 3 * patch**2,
+        "vL1": size(m, "num_hidden_layers", 27, "vt_num_hidden_layers"),
+        "vm": hidden * kernel**2,
+        "vp": m.whole("projection_hidden_size", 1152),
+        "vrows": size(m, "pos_emb_height", 64, "init_pos_emb_height"),
+        "vframes": size(m, "pos_emb_time", 4, "init_pos_emb_time") + 1,
+    }
+
+
 # Source: transformers 5.24 configuration classes.
 FAMILIES = {
     "deepseek_v2": Family(
@@ -121,6 +144,9 @@ FAMILIES = {
         axes=_routed,
     ),
     "deepseek_v3": Family(_V3, _NAMES, layers=after_first, axes=_routed),
+    "kimi_k25": Family(
+        {**_V3, "tie_word_embeddings": True}, _NAMES, layers=after_first, axes=_beside_a_tower, decoder="text_config"
+    ),
     "kimi_k2": Family(_V3, _NAMES, layers=after_first, axes=_routed, built_as="deepseek_v3"),
     "deepseek_v32": Family(
         {**_V3, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},

@@ -330,9 +330,12 @@ PICTURES: dict[str, Callable[[ModelSpec, int, int], Picture]] = {
 FIXED = ("gemma3",)  # families that resize every image to one size
 
 
+ELSEWHERE = ("kimi_k25",)  # families with a tower whose decoder another module knows
+
+
 def is_vision(model_type: str) -> bool:
     """Whether the model has a tower."""
-    return model_type in FAMILIES
+    return model_type in FAMILIES or model_type in ELSEWHERE
 
 
 def sees(model_type: str) -> bool:

@@ -37,6 +37,7 @@ MLP = {"mlp", "ffn", "fc1", "fc2", "feed_forward", "block_sparse_moe", "DenseRel
 MIXER = {"mamba", "mixer", "linear_attn"}
 ROUTER = {"gate", "router"}  # of experts; in an MLP, and no gate_proj
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
+VISION |= {"mm_projector"}
 AUDIO = {"audio_tower", "embed_audio"}
 EMBEDDING_PROJECTIONS = {"project_in", "project_out"}  # OPT-350m
 # The shapes that a card's config may spell in the keys of its own remote code.
