@@ -34,11 +34,9 @@ _MODULES = {
         "chatglm": "chatglm",
         "stablelm": "stablelm",
         "latent": "minicpm3",
-        "deepseek": "deepseek_v2 deepseek_v3 glm4_moe_lite",
+        "deepseek": "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa",
         "moe": "deepseek ernie4_5_moe glm4_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
         "kimi": "kimi_k25",
-        "deepseek": "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa",
-        "moe": "glm4_moe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe",
         "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
         "dbrx": "dbrx",
     }.items()
