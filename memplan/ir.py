@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 # Axes that are another one rounded up, and so never smaller.
-AT_LEAST = {"s8": "s", "s32": "s", "s128": "s"}
+AT_LEAST = {"s8": "s", "s32": "s", "s128": "s", "s_conv": "s", "s_chunks": "s"}
 
 
 class Tensor(NamedTuple):

@@ -112,6 +112,7 @@ class ModelSpec:
             )
         self.tie_word_embeddings = bool(self.get("tie_word_embeddings", False))
         self.layers = self._layers()
+        self.num_hidden_layers = self.num_hidden_layers or len(self.layers)  # of a family whose list of layers says it
 
     def _layers(self) -> tuple[Layer, ...]:
         if self._family.layers is not None:

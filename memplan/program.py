@@ -399,6 +399,24 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
     )
 
 
+_SCANNED = frozenset(("s_conv", "earlier", "chunks", "borders", "s_chunks", "s_several"))
+
+
+def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[str, Size]:
+    """Of a model that scans a sequence of `s` tokens: rows of a convolution that is padded at both ends, the tokens
+    before the last, chunks, their borders, rows up to whole chunks, and the same where there are more than two."""
+    chunk = numbers.get("chunk", 1)
+    chunks = -(-s // chunk)
+    return {
+        "s_conv": s + numbers.get("kernel", 1) - 1,
+        "earlier": s - 1,
+        "chunks": chunks,
+        "borders": chunks + 1,
+        "s_chunks": chunks * chunk,
+        "s_several": by.choose(chunks > 2, chunks * chunk, 0),
+    }
+
+
 def run_axes(
     program: Program,
     micro: Size,
@@ -437,8 +455,10 @@ def run_axes(
         axes["efficient_workspace"] = efficient_workspace_bytes(
             s, m.head_widths, b * m.num_attention_heads, half, large_tiles, by
         )
+    if not _SCANNED.isdisjoint(needs):
+        axes |= chunked(built(program.structure.graph)[1], s, by)
     if "routed" in needs:
-        sizes = m.axes()
+        sizes = built(program.structure.graph)[1]
         axes["routed"] = -(-tokens * sizes["e"] // sizes["E"])
     if "chosen_keys" in needs:
         axes["chosen_keys"] = by.least(s, m.whole("index_topk"))

@@ -197,6 +197,7 @@ def _decide(
         refuse_on_host(str(optimizer.name))
     if parallelism.world > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
+    _check_time_steps(model, method)
     _check_head(model, method, kernels)
     if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
         raise SpecError(
@@ -220,6 +221,7 @@ def _decide(
     notes += dtype_notes(gpu, str(precision.compute))
     notes += stored_notes(model)
     notes += checkpoint_notes(model.config, method, precision)
+    notes += _kernel_notes(model)
     recipe, more = _recipe(model, method, precision, words["code"])
     recipe = recipe._replace(frozen=_frozen(model, method))
     kernels, idle = _fusing(model, method, kernels, words["code"])
@@ -589,6 +591,20 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -
     ), notes
 
 
+# Packages whose kernels transformers takes in place of its torch code, by what mixes tokens. Source: transformers 5.24
+# models/mamba2, models/qwen3_next: use_kernel_func_from_hub_with_fallback.
+_KERNELS = {"mamba": "mamba-ssm", "linear_attention": "flash-linear-attention"}
+
+
+def _kernel_notes(model: ModelSpec) -> Iterator[str]:
+    """What a model with fused kernels takes is less than what is counted."""
+    for package in sorted({_KERNELS[layer.mixer] for layer in model.layers if layer.mixer in _KERNELS}):
+        yield (
+            f"{model.model_type}: layers without attention are counted as transformers' torch code computes them; with "
+            f"{package} and causal-conv1d installed, or their kernels from the hub, their activations take less"
+        )
+
+
 def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:
     """What a config says of a checkpoint that is stored quantised. Raises SpecError where it does not train so."""
     stored: Any = config.get("quantization_config")
@@ -628,6 +644,26 @@ _FUSED = {
 }
 
 
+# Models of which peft takes no adapter around a mixer's convolution and output projection, because fused kernels read
+# their weights. Source: peft 0.21 tuners/tuners_utils.py _check_lora_target_modules_mamba.
+_READ_BY_KERNELS = ("out_proj", "conv1d")
+_WITH_KERNELS = frozenset(("falcon_mamba", "mamba", "mamba2", "nemotron_h"))
+
+
+def _refuse_read_by_kernels(model: ModelSpec, targets: Iterable[str], layers: Iterable[str]) -> None:
+    if model.model_type not in _WITH_KERNELS:
+        return
+    names = dict.fromkeys(path.rpartition(".")[2] for path in layers if "embed" not in path and path != "lm_head")
+    found = next((name for name in targets if name in _READ_BY_KERNELS), None)
+    if found is not None or tuple(targets) == ("all-linear",):
+        able = ", ".join(name for name in names if name not in _READ_BY_KERNELS)
+        raise SpecError(
+            f"method.targets: peft takes no adapters around {found or 'out_proj'} in {model.model_type} models; "
+            f"name others: {able}",
+            "method.targets",
+        )
+
+
 def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[str]]:
     """The names of the layers the adapters take, checked; a fused role is the whole fused matrix."""
     layers, groups = adaptable(model), parameter_targets(model)
@@ -642,11 +678,13 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
             "it fails; name other targets",
             "method.targets",
         )
+    asked = (method.targets,) if isinstance(method.targets, str) else tuple(method.targets)
+    _refuse_read_by_kernels(model, tuple(target.rpartition(".")[2] for target in asked), layers)
     if method.targets == "all-linear":
         inner = {path: dims for path, dims in layers.items() if model.vocab_size not in dims and min(dims) > 1}
         if not inner:
             raise SpecError(f"method: {model.model_type} has no linear layers to adapt", "method")
-        path, dims = min(inner.items(), key=lambda item: min(item[1]))
+        path, dims = max(inner.items(), key=lambda item: min(item[1]))  # gates of a few rows are adapted all the same
         if method.rank > min(dims):
             _refuse_rank(method.rank, path, dims)
         if groups:
@@ -708,6 +746,16 @@ def _passed_over(paths: list[str]) -> list[str]:
     if not paths:
         return []
     return [f"peft takes these names for those of experts, and adapts no {', '.join(sorted(paths))}"]
+
+
+def _check_time_steps(model: ModelSpec, method: Method) -> None:
+    """Raise SpecError where the model multiplies by a layer's weight itself, and that is quantised: packed codes.
+
+    Source: transformers 5.24 models/mamba/modeling_mamba.py MambaMixer.forward; Falcon Mamba and Jamba call the layer.
+    """
+    q, field = method.quantization, "method.quantization.skip"
+    if model.model_type == "mamba" and q is not None and "dt_proj" not in (q.skip or ()):
+        raise SpecError(f"{field}: mamba models multiply by dt_proj's weight itself; name lm_head and dt_proj", field)
 
 
 def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:

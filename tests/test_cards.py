@@ -489,6 +489,9 @@ def a_config(model_type: str, rng: random.Random) -> dict[str, Any]:
         if rng.random() < 0.3:
             config[flag] = rng.random() < 0.5
     for key, values in VALUES.items():
+        words = stated.get("layer_types", ()) if key == "layer_types" else ()
+        if words and "sliding_attention" not in words:
+            continue
         if rng.random() < 0.3 and (key != "rope_scaling" or turns_part(model_type)):
             value = rng.choice(values)
             long = isinstance(value, list) and key in ("layer_types", "no_rope_layers")

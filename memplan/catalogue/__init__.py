@@ -39,6 +39,9 @@ _MODULES = {
         "kimi": "kimi_k25",
         "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
         "dbrx": "dbrx",
+        "delta": "qwen3_5_moe_text qwen3_5_text qwen3_next",
+        "mamba": "falcon_mamba jamba mamba",
+        "ssm": "granitemoehybrid mamba2 nemotron_h",
     }.items()
     for model_type in model_types.split()
 }

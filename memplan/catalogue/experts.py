@@ -10,6 +10,7 @@ Source: transformers 5.24 integrations/moe.py grouped_mm_experts_forward.
 from __future__ import annotations
 
 from memplan.catalogue import ops
+from memplan.catalogue.gpt import power, relu
 from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 
 _MOE = "transformers 5.24 integrations/moe.py"
@@ -382,14 +383,19 @@ def experts(
     name: str = "mlp.experts",
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj"),
     down: tuple[str, ...] = ("down_proj",),
+    plain: bool = False,
+    width: str = "h",
 ) -> tuple[Op, ...]:
     """A gated MLP of every expert that a token chose, weighed by the router's scores and summed.
 
     `gate_up` and `down` are the linear layers that peft takes the stacks for, empty where it does not know them.
+    `plain`: no gate, and relu squared; `width`: the axis of x, where it is not the model's.
     """
     t = {part: f"experts.{part}" for part in (*_KEPT, "token", "gate", "up", "act", "inner", "weighted", "sum")}
-    up = _stack(f"{name}.gate_up_proj", "E 2 m h", 3, gate_up)
-    back = _stack(f"{name}.down_proj", "E h m", 2, down)
+    up = _stack(f"{name}.gate_up_proj", f"E 2 m {width}", 3, gate_up)
+    if plain:
+        up = _stack(f"{name}.up_proj", f"E m {width}", 2, gate_up)
+    back, wide = _stack(f"{name}.down_proj", f"E {width} m", 2, down), f"{PAIRS} {width}"
     return (
         Op(
             f"{name}.sort",
@@ -399,16 +405,16 @@ def experts(
             source=_MOE,
         ),
         Op(f"{name}.token", (t["order"],), (Tensor(t["token"], PAIRS, "int64"),), gradient="none"),
-        _moved(f"{name}.gather", x, t["token"], t["rows"], f"{PAIRS} h"),
+        _moved(f"{name}.gather", x, t["token"], t["rows"], wide),
         ops.leave(t["token"]),
         _moved(f"{name}.scores", SCORES, t["order"], t["scores"], PAIRS),
         Op(f"{name}.ids", (t["ids"],), (Tensor(t["counted"], PAIRS, "int32"),), gradient="none"),
         Op(f"{name}.count", (t["counted"],), (Tensor(t["counts"], "E", "int32"),), gradient="none"),
         Op(f"{name}.cumsum", (t["counts"],), (Tensor(t["offsets"], "E", "int32"),), gradient="none"),
-        *grouped_mm(up.name, t["rows"], "experts.gate_up", "2 m", up),
-        *gated(name, "experts.gate_up", t["inner"]),
-        *grouped_mm(back.name, t["inner"], t["down"], "h", back),
-        weighed(name, t["down"], t["scores"], t["weighted"]),
+        *grouped_mm(up.name, t["rows"], "experts.gate_up", "m" if plain else "2 m", up),
+        *(squared if plain else gated)(name, "experts.gate_up", t["inner"]),
+        *grouped_mm(back.name, t["inner"], t["down"], width, back),
+        weighed(name, t["down"], t["scores"], t["weighted"], wide),
         Op(
             f"{name}.inverse",
             (t["order"],),
@@ -416,15 +422,15 @@ def experts(
             scratch=(Tensor("arange", PAIRS, "int64"),),
             gradient="none",
         ),
-        _moved(f"{name}.reorder", t["weighted"], t["places"], t["ordered"], f"{PAIRS} h"),
+        _moved(f"{name}.reorder", t["weighted"], t["places"], t["ordered"], wide),
         Op(
             f"{name}.sum",
             (t["ordered"],),
-            (Tensor(t["sum"], "b s h"),),
+            (Tensor(t["sum"], f"b s {width}"),),
             autocast="wide",
             source=f"{ops.DERIVATIVES}: sum.dim_IntList",
         ),
-        ops.cast(f"{name}.cast", t["sum"], y, "b s h", f"={x}"),
+        ops.cast(f"{name}.cast", t["sum"], y, f"b s {width}", f"={x}"),
         ops.leave(*(t[part] for part in _KEPT))._replace(name=f"{name}.return"),
     )
 
@@ -448,6 +454,15 @@ def gated(name: str, x: str, y: str) -> tuple[Op, ...]:
         ops.mul(f"{name}.product", act, up, y, shape),
         ops.leave(x),
     )
+
+
+def squared(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """relu squared, which keeps what relu leaves."""
+    return (*relu_squared(f"{name}.act_fn", x, y, f"{PAIRS} m"), ops.leave(x))
+
+
+def relu_squared(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    return (relu(f"{name}.relu", x, f"{y}.relu", shape), power(f"{name}.square", f"{y}.relu", y, shape))
 
 
 def weighed(name: str, x: str, scores: str, y: str, shape: str = f"{PAIRS} h") -> Op:

@@ -46,12 +46,12 @@ def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...
 
 
 def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
-    """`change` applied to every weight of the stack; buffers stay as they are."""
+    """`change` applied to every weight of the stack; buffers that have a dtype stay as they are."""
 
     def changed(op: Op) -> Iterable[Op]:
         if not op.weights:
             return (op,)
-        return (op._replace(weights=tuple(w if w.group == "buffer" else change(w) for w in op.weights)),)
+        return (op._replace(weights=tuple(w if w.group == "buffer" and w.dtype else change(w) for w in op.weights)),)
 
     return rewrite(stack, changed)
 

@@ -33,6 +33,7 @@ class Scope:
     def __init__(self, outer: Scope | None = None, inputs: Mapping[str, Tensor] | None = None) -> None:
         self._tensors: dict[str, Tensor] = {**(outer._tensors if outer else {}), **(inputs or {})}
         self._casts: dict[str, Tensor] = dict(outer._casts) if outer else {}
+        self._trained: dict[str, Weight] = dict(outer._trained) if outer else {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -54,6 +55,8 @@ class Scope:
         tensors = self._tensors
         for w in op.weights:
             tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
+            if w.trains:
+                self._trained[w.name] = w
         new_name = {r: tensors[r].name for r in op.reads if tensors[r].name != r}
         weights = op.weights
         if autocast and op.autocast in ("lower", "fp32"):
@@ -66,10 +69,13 @@ class Scope:
                 t = tensors[r]
                 if t.dtype in FLOATING and t.dtype != target:
                     to = Tensor(f"{op.name}.autocast({t.name})", t.shape, target)
-                    out.append(Op(to.name, (t.name,), (to,), cast=True, source=_AUTOCAST))
+                    out.append(Op(to.name, (t.name,), (to,), cast=True, recorded=op.recorded, source=_AUTOCAST))
                     tensors[to.name] = to
                     new_name[r] = to.name
         reads = tuple(new_name.get(r, r) for r in op.reads)
+        if not self._trained.keys().isdisjoint(reads):  # what a cast that was dropped left is the weight itself
+            weights += tuple(self._trained[r] for r in reads if r in self._trained)
+            reads = tuple(r for r in reads if r not in self._trained)
         reads += tuple(new_name[w.name] for w in op.weights if w.name in new_name)
         inputs = [tensors[r].dtype for r in reads] + [w.dtype for w in weights]
 

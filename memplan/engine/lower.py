@@ -262,7 +262,8 @@ class Tape:
             self.enter(frame, op)
             node = frame.nodes[i]
             written = {t.name for t in op.writes}
-            if not (cut and i == end - 1 and written.isdisjoint(node.pins)):
+            skipped = op.recorded and not keep
+            if not skipped and not (cut and i == end - 1 and written.isdisjoint(node.pins)):
                 self.computed(frame, op)
                 for t in op.writes:
                     if op.view:

@@ -42,7 +42,7 @@ def every_layer(m: ModelSpec) -> tuple[Layer, ...]:
 def stepped(m: ModelSpec) -> tuple[Layer, ...]:
     """Experts in every `decoder_sparse_step`th layer but those that are named; windows as Qwen2-MoE has them."""
     count, step = m.num_hidden_layers, m.whole("decoder_sparse_step", 1)
-    dense, last = _numbers(m, "mlp_only_layers"), m.whole("max_window_layers", 28, least=0)
+    dense, last = numbers(m, "mlp_only_layers"), m.whole("max_window_layers", 28, least=0)
     windows = [m.sliding_window is not None] * count
     if m.model_type == "qwen2_moe":
         windows = sliding_layers(m.config, [window and i % 2 == 0 and i < last for i, window in enumerate(windows)])
@@ -58,7 +58,7 @@ def stepped(m: ModelSpec) -> tuple[Layer, ...]:
     )
 
 
-def _numbers(m: ModelSpec, key: str) -> tuple[int, ...]:
+def numbers(m: ModelSpec, key: str) -> tuple[int, ...]:
     """A list of layers' numbers; none where it is absent."""
     value: object = m.config.get(key)
     numbers = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()

@@ -34,7 +34,10 @@ LAYER_LISTS = {"layers", "layer", "h", "block", "blocks", "transformer"}
 ATTENTION = {"self_attn", "attn", "attention", "self_attention", "SelfAttention", "EncDecAttention", "encoder_attn"}
 ATTENTION |= {"cross_attn", "cross_attn_attn_gate", "cross_attn_mlp_gate"}
 MLP = {"mlp", "ffn", "fc1", "fc2", "feed_forward", "block_sparse_moe", "DenseReluDense", "intermediate", "output"}
+MLP |= {"shared_mlp"}
 MIXER = {"mamba", "mixer", "linear_attn"}
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+FEEDS = {"experts", "shared_experts", "up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"}
 ROUTER = {"gate", "router"}  # of experts; in an MLP, and no gate_proj
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
 VISION |= {"mm_projector"}
@@ -95,10 +98,12 @@ def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
         return "vision"
     if path & AUDIO:
         return "audio"
-    if path & MIXER:
-        return "mixer"
     if "norm" in type(owner).__name__.lower():
         return "norm"
+    if path & MIXER:  # Nemotron-H calls all that a block may hold so
+        if path & PROJECTIONS:
+            return "attention"
+        return "router" if "gate" in path else "mlp" if path & FEEDS else "mixer"
     if is_head:
         return "lm_head"
     if isinstance(owner, torch.nn.Embedding) or path & EMBEDDING_PROJECTIONS:
