@@ -134,7 +134,6 @@ TINY: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT, "rotary_dim": 8},
     "granite": _base(),
     "granitemoe": _base(num_local_experts=8, num_experts_per_tok=2, attention_dropout=0.1),
-    "granitemoe": _base(num_local_experts=8, num_experts_per_tok=2),
     "granitemoehybrid": _base(
         num_hidden_layers=4,
         layer_types=["mamba", "mamba", "attention", "mamba"],

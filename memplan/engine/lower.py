@@ -319,7 +319,7 @@ class Tape:
             self._reenter(frame, grads)
             return
         if frame.block:  # of a block's weight, all uses are in it
-            uses = Counter(w.name for op in frame.ops for w in op.weights if w.trains)
+            uses = Counter(w.name for node in frame.nodes for w in node.op.weights if w.name in node.targets)
             self.uses.update((name, n) for name, n in uses.items() if n > 1)
         savers = [i for i, node in enumerate(frame.nodes) if node.pins]
         for i in reversed(range(len(frame.nodes))):
