@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 # Axes that are another one rounded up, and so never smaller.
-AT_LEAST = {"s8": "s", "s32": "s", "s128": "s", "s_conv": "s", "s_chunks": "s"}
+AT_LEAST = {"s1": "s", "s8": "s", "s32": "s", "s128": "s", "s_conv": "s", "s_chunks": "s"}
 
 
 class Tensor(NamedTuple):
@@ -151,11 +151,13 @@ class Op(NamedTuple):
 class Block(NamedTuple):
     """A repeated list of operations, one layer of the model: reads `x` (and names of `Stack.before`), makes `y`.
 
-    A block is what checkpointing recomputes as a unit.
+    A block is what checkpointing recomputes as a unit. What it `shares`, all that comes later may read; its run has it
+    once.
     """
 
     name: str
     ops: tuple[Op, ...]
+    shares: tuple[str, ...] = ()
 
 
 class Run(NamedTuple):

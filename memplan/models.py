@@ -186,9 +186,10 @@ class ModelSpec:
     @cached_property
     def sliding_window(self) -> int | None:
         """The attention window, where the model uses one."""
-        if "sliding_window" not in self._defaults:
+        key = self._names.get("sliding_window", ("sliding_window",))[0]
+        if key not in self._defaults:
             return None
-        window = self._whole("sliding_window", _LIMITS["max_position_embeddings"])
+        window = self._whole(key, _LIMITS["max_position_embeddings"])
         used = "use_sliding_window" not in self._defaults or self.get("use_sliding_window", False)
         return window if used else None
 

@@ -437,6 +437,7 @@ def run_axes(
     axes = {
         "b": b,
         "s": s,
+        "s1": s + 1,
         "s8": -(-s // 8) * 8,
         "s32": -(-s // 32) * 32,
         "s128": -(-s // 128) * 128,
@@ -450,11 +451,18 @@ def run_axes(
     }
     axes.update(pictures)
     needs = program.needs
-    if "efficient_workspace" in needs or "efficient_fp32" in needs:
-        axes["efficient_fp32"] = by.choose(half, 0, m.head_widths[1] + 1)
-        axes["efficient_workspace"] = efficient_workspace_bytes(
-            s, m.head_widths, b * m.num_attention_heads, half, large_tiles, by
-        )
+    for name in needs:
+        if not name.startswith("efficient_"):
+            continue
+        kind, _, width = name.partition(".")  # of heads as wide as the model's, or as an axis says
+        wide = m.head_widths
+        if width:
+            one = built(program.structure.graph)[1][width]
+            wide = one, one
+        if kind == "efficient_fp32":
+            axes[name] = by.choose(half, 0, wide[1] + 1)
+        else:
+            axes[name] = efficient_workspace_bytes(s, wide, b * m.num_attention_heads, half, large_tiles, by)
     if not _SCANNED.isdisjoint(needs):
         axes |= chunked(built(program.structure.graph)[1], s, by)
     if "routed" in needs:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
-from memplan.catalogue.attention import JOINED, Wiring, efficient_workspace_bytes, large_tiles
+from memplan.catalogue.attention import JOINED, NO_FLASH_2, Wiring, efficient_workspace_bytes, large_tiles
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
@@ -507,6 +507,12 @@ def _wiring(
     if attention == "sdpa_efficient":
         return Wiring(efficient, efficient, padded, windowed)
     if attention == "flash_attention_2":
+        if model.model_type in NO_FLASH_2:
+            raise SpecError(
+                f"kernels.attention: {model.model_type} does not run with flash_attention_2: "
+                f"{NO_FLASH_2[model.model_type]}; say sdpa",
+                "kernels.attention",
+            )
         target = recipe.compute if recipe.autocast else recipe.weights
         if target == "fp32":
             raise SpecError("kernels.attention: flash_attention_2 needs bf16 or fp16", "kernels.attention")
@@ -577,6 +583,8 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -
     if q is None:
         return recipe, notes
     preparation = {True: "fp32", False: "", "trl": "trl", None: ""}[q.kbit_preparation]
+    clamped, more = _unquantised(model, tuple(q.skip or ()))
+    notes += more
     if q.format == "int8":
         notes.append("LLM.int8 layers hold their inputs until the step ends, with or without checkpointing")
     return recipe._replace(
@@ -586,6 +594,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -
         skip=(
             *(n for n in q.skip or () if n == "lm_head"),
             *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head")),
+            *clamped,
         ),
         preparation=preparation,
     ), notes
@@ -664,6 +673,16 @@ def _refuse_read_by_kernels(model: ModelSpec, targets: Iterable[str], layers: It
         )
 
 
+# Families that peft's all-linear does not run with.
+# Source: peft 0.21 tuners/lora/layer.py Linear.forward;
+# transformers 5.24 models/llama4/modeling_llama4.py Llama4Router.
+_ROUTER = (
+    "peft's all-linear takes Llama 4's router too, and fails at its first step; name q_proj and the like. All linear "
+    "layers but the router are counted"
+)
+_NO_ALL = {"llama4": _ROUTER, "llama4_text": _ROUTER}
+
+
 def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[str]]:
     """The names of the layers the adapters take, checked; a fused role is the whole fused matrix."""
     layers, groups = adaptable(model), parameter_targets(model)
@@ -689,7 +708,8 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
             _refuse_rank(method.rank, path, dims)
         if groups:
             _check_parameters(method, "all-linear")
-        return ("all-linear",), _passed_over(passed_over)
+        notes = [f"method.targets: {_NO_ALL[model.model_type]}"] if model.model_type in _NO_ALL else []
+        return ("all-linear",), [*notes, *_passed_over(passed_over)]
     if not method.targets:
         raise SpecError("method.targets: no module named", "method.targets")
     if "all-linear" in method.targets:
@@ -756,6 +776,20 @@ def _check_time_steps(model: ModelSpec, method: Method) -> None:
     q, field = method.quantization, "method.quantization.skip"
     if model.model_type == "mamba" and q is not None and "dt_proj" not in (q.skip or ()):
         raise SpecError(f"{field}: mamba models multiply by dt_proj's weight itself; name lm_head and dt_proj", field)
+
+
+# Linear layers whose weights a family's own forward changes or reads, so that it cannot run with them quantised.
+# Source: transformers 5.24 models/gemma3n/modeling_gemma3n.py Gemma3nTextAltUp.predict, correct.
+_CLAMPED = {"gemma3n_text": ("prediction_coefs", "correction_coefs")}
+
+
+def _unquantised(model: ModelSpec, skip: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
+    """Layers that a family clamps as it trains, of those that `skip` does not name; and a note of them."""
+    missing = tuple(name for name in _CLAMPED.get(model.model_type, ()) if name not in skip)
+    if not missing:
+        return (), []
+    note = f"{', '.join(missing)} cannot be quantised, as the model clamps them: name them in method.quantization.skip"
+    return missing, [f"{note}. They are counted as they are"]
 
 
 def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:

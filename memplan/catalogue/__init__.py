@@ -42,6 +42,12 @@ _MODULES = {
         "delta": "qwen3_5_moe_text qwen3_5_text qwen3_next",
         "mamba": "falcon_mamba jamba mamba",
         "ssm": "granitemoehybrid mamba2 nemotron_h",
+        "gemma3n": "gemma3n_text",
+        "gemma4": "gemma4 gemma4_text",
+        "llama4": "llama4 llama4_text",
+        "minimax_m3": "minimax_m3_vl_text",
+        "step3p7": "step3p7",
+        "sinks": "gpt_oss mimo_v2_flash",
     }.items()
     for model_type in model_types.split()
 }

@@ -52,6 +52,20 @@ class Wiring(NamedTuple):
         return self.backend == "eager" or self.padded or (sliding and self.windowed)
 
 
+# Families that flash attention 2 does not run with, and why.
+# Source: transformers 5.24, `_supports_flash_attn` and `_compatible_flash_implementations` of their classes.
+_IMAGES = "it drops the mask over images"
+NO_FLASH_2 = {
+    "gemma4": _IMAGES,
+    "gemma4_text": "its widest heads are wider than 256",
+    "gpt_oss": "it knows no sinks",
+    "llama4": "it attends to no chunks",
+    "llama4_text": "it attends to no chunks",
+    "mimo_v2_flash": "it knows no sinks",
+    "minimax_m3_vl_text": "it takes no mask of blocks",
+    "step3p7": "its class does not support it",
+}
+
 # Families whose heads are views of a projection of more than them: of a single sequence they can be flattened as views.
 JOINED = ("deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "kimi_k25", "minicpm3")
 

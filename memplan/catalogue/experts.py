@@ -9,6 +9,8 @@ Source: transformers 5.24 integrations/moe.py grouped_mm_experts_forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.catalogue import ops
 from memplan.catalogue.gpt import power, relu
 from memplan.ir import Keep, Op, Scratch, Tensor, Weight
@@ -385,17 +387,22 @@ def experts(
     down: tuple[str, ...] = ("down_proj",),
     plain: bool = False,
     width: str = "h",
+    act: Callable[[str, str, str], tuple[Op, ...]] | None = None,
+    biased: bool = False,
 ) -> tuple[Op, ...]:
     """A gated MLP of every expert that a token chose, weighed by the router's scores and summed.
 
     `gate_up` and `down` are the linear layers that peft takes the stacks for, empty where it does not know them.
-    `plain`: no gate, and relu squared; `width`: the axis of x, where it is not the model's.
+    `plain`: no gate, and relu squared; `width`: the axis of x, where it is not the model's. `act(name, x, y)`: what
+    makes y of both products, instead of `gated`. `biased`: each product has one an expert.
     """
     t = {part: f"experts.{part}" for part in (*_KEPT, "token", "gate", "up", "act", "inner", "weighted", "sum")}
     up = _stack(f"{name}.gate_up_proj", f"E 2 m {width}", 3, gate_up)
     if plain:
         up = _stack(f"{name}.up_proj", f"E m {width}", 2, gate_up)
     back, wide = _stack(f"{name}.down_proj", f"E {width} m", 2, down), f"{PAIRS} {width}"
+    summed, lowered = ("experts.up_product", "experts.down_product") if biased else ("experts.gate_up", t["down"])
+    acted = act or (squared if plain else gated)
     return (
         Op(
             f"{name}.sort",
@@ -411,9 +418,14 @@ def experts(
         Op(f"{name}.ids", (t["ids"],), (Tensor(t["counted"], PAIRS, "int32"),), gradient="none"),
         Op(f"{name}.count", (t["counted"],), (Tensor(t["counts"], "E", "int32"),), gradient="none"),
         Op(f"{name}.cumsum", (t["counts"],), (Tensor(t["offsets"], "E", "int32"),), gradient="none"),
-        *grouped_mm(up.name, t["rows"], "experts.gate_up", "m" if plain else "2 m", up),
-        *(squared if plain else gated)(name, "experts.gate_up", t["inner"]),
-        *grouped_mm(back.name, t["inner"], t["down"], width, back),
+        *(of_each(up, "2 m", "experts.up_bias") if biased else ()),
+        *grouped_mm(up.name, t["rows"], summed, "m" if plain else "2 m", up),
+        *(add_of_each(up, summed, "experts.up_bias", "experts.gate_up", "2 m") if biased else ()),
+        *acted(name, "experts.gate_up", t["inner"]),
+        *(of_each(back, width, "experts.down_bias") if biased else ()),
+        *((ops.leave("experts.up_bias"),) if biased else ()),
+        *grouped_mm(back.name, t["inner"], lowered, width, back),
+        *(add_of_each(back, lowered, "experts.down_bias", t["down"], width) if biased else ()),
         weighed(name, t["down"], t["scores"], t["weighted"], wide),
         Op(
             f"{name}.inverse",
@@ -431,7 +443,63 @@ def experts(
             source=f"{ops.DERIVATIVES}: sum.dim_IntList",
         ),
         ops.cast(f"{name}.cast", t["sum"], y, f"b s {width}", f"={x}"),
-        ops.leave(*(t[part] for part in _KEPT))._replace(name=f"{name}.return"),
+        ops.leave(*(t[part] for part in _KEPT), *(("experts.down_bias",) if biased else ()))._replace(
+            name=f"{name}.return"
+        ),
+    )
+
+
+def of_each(w: Weight, out: str, y: str) -> tuple[Op, ...]:
+    """The bias of its expert for each row."""
+    bias = Weight(f"{w.name}_bias", f"E {out}", "mlp", rows=1, chosen="e")
+    return (
+        Op(
+            f"{w.name}.bias_of_each",
+            ("experts.ids",),
+            (Tensor(y, f"{PAIRS} {out}", f"={bias.name}"),),
+            (bias,),
+            (Keep("experts.ids", bias.name),),
+            source=f"{ops.DERIVATIVES}: index",
+        ),
+    )
+
+
+def add_of_each(w: Weight, x: str, bias: str, y: str, out: str) -> tuple[Op, ...]:
+    """The biases added in place."""
+    return (ops.add(f"{w.name}.add_bias", x, bias, y, f"{PAIRS} {out}")._replace(view=True),)
+
+
+def clamped(slices: bool) -> Callable[[str, str, str], tuple[Op, ...]]:
+    """`(up + 1) * gate * sigmoid(alpha * gate)` of a gate and an up that are clamped first. `slices`: every other
+    number is the gate's, and the gradient of either is as wide as both.
+
+    Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py GptOssExperts._apply_gate.
+    """
+
+    def act(name: str, x: str, y: str) -> tuple[Op, ...]:
+        return clamped_gate(name, x, y, f"{PAIRS} m", slices)
+
+    return act
+
+
+def clamped_gate(name: str, x: str, y: str, shape: str, slices: bool = False) -> tuple[Op, ...]:
+    """See `clamped`; of rows of any `shape`."""
+    t = {part: f"{y}.{part}" for part in ("gate0", "up0", "gate", "up", "alpha", "sigmoid", "glu", "up1")}
+    halves = (
+        tuple(ops.view(f"{name}.{part}", x, t[f"{part}0"], shape, gradient="new") for part in ("gate", "up"))
+        if slices
+        else (ops.split(f"{name}.chunk", x, (Tensor(t["gate0"], shape), Tensor(t["up0"], shape))),)
+    )
+    return (
+        *halves,
+        ops.clamp(f"{name}.clamp_gate", t["gate0"], t["gate"], shape, 1),
+        ops.clamp(f"{name}.clamp_up", t["up0"], t["up"], shape, 2),
+        ops.scale(f"{name}.alpha", t["gate"], t["alpha"], shape),
+        sigmoid(f"{name}.sigmoid", t["alpha"], t["sigmoid"], shape),
+        ops.mul(f"{name}.glu", t["gate"], t["sigmoid"], t["glu"], shape),
+        ops.add_number(f"{name}.plus_one", t["up"], t["up1"], shape),
+        ops.mul(f"{name}.product", t["up1"], t["glu"], y, shape),
+        ops.leave(x, t["gate"], t["up"], t["glu"]),
     )
 
 

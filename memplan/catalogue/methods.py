@@ -12,7 +12,7 @@ from memplan.catalogue import litgpt_lora, ops
 from memplan.catalogue.fused_lora import fuse_lora
 from memplan.catalogue.parameter_lora import adapt_parameters, standing
 from memplan.catalogue.quantization import dequantise, quantised_linear, stored
-from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
+from memplan.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
 
 
 class Adapter(NamedTuple):
@@ -32,15 +32,23 @@ def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
     """`change` applied to every operation of the stack."""
 
     def changed(op: Op) -> Iterable[Op]:
-        return (new._replace(skipped=True) for new in change(op)) if op.skipped else change(op)
+        made = change(op)
+        if op.skipped:
+            return (new._replace(skipped=True) for new in made)
+        return map(_ungraded, made) if any(w.idle for w in op.weights) else made
 
     return rewrite_lists(stack, lambda operations: tuple(new for op in operations for new in changed(op)))
+
+
+def _ungraded(op: Op) -> Op:
+    """Around weights that never get a gradient, others do not either."""
+    return op._replace(gradient="none", keeps=(), weights=tuple(w._replace(idle=True) for w in op.weights))
 
 
 def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
     """`change` applied to the operations before the blocks, of every block, after them, and of the loss."""
     runs = tuple(
-        Run(tuple(Block(b.name, change(b.ops)) for b in r.blocks), r.times, change(r.before)) for r in stack.runs
+        Run(tuple(b._replace(ops=change(b.ops)) for b in r.blocks), r.times, change(r.before)) for r in stack.runs
     )
     return Stack(change(stack.before), runs, change(stack.after), change(stack.loss))
 
@@ -278,12 +286,12 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
 
 
 def _left_out(stack: Stack) -> Stack:
-    """Of operations that a run leaves out, only the weights."""
+    """Of operations that a run leaves out, only the weights. What is idle would train, and has no gradient."""
 
     def change(op: Op) -> Iterable[Op]:
+        weights = tuple(w._replace(trains=False, idle=w.trains) if op.skipped or w.idle else w for w in op.weights)
         if not op.skipped:
-            return (op,)
-        weights = tuple(w._replace(trains=False, idle=w.trains) for w in op.weights)
+            return (op._replace(weights=weights),)
         return (Op(op.name, weights=weights, gradient="none"),) if weights else ()
 
     return rewrite_lists(stack, lambda some: tuple(new for op in some for new in change(op)))
@@ -389,7 +397,7 @@ def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, d
         whole = min(copies, frozen // period)
         part = min(period * (copies - whole), frozen - whole * period)
         frozen -= whole * period + part
-        stilled = tuple(Block(b.name, still(b.ops)) for b in run.blocks)
+        stilled = tuple(b._replace(ops=still(b.ops)) for b in run.blocks)
         mixed = (*stilled[:part], *run.blocks[part:])
         between = still(run.before)
         for blocks, name, count in (

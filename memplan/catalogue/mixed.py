@@ -43,7 +43,7 @@ def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]
 
 def local(block: Block) -> Block:
     """The block with the rotary table of the layers that have a window."""
-    return Block(block.name, renamed(block.ops, LOCAL))
+    return block._replace(ops=renamed(block.ops, LOCAL))
 
 
 def tables(local: bool = False, dtype: str = "") -> tuple[Op, ...]:

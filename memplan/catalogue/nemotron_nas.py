@@ -8,7 +8,7 @@ from __future__ import annotations
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.llama import after, before, gated_mlp, llama_attention
-from memplan.ir import Block, Op, Run, Scratch, Stack, Tensor
+from memplan.ir import Block, Op, Run, Stack
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
@@ -36,24 +36,7 @@ def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
         made.append(ops.add("residual_2", middle, "mo", "y", "b s h"))
     made.append(ops.leave("positions"))
     own = {"k": f"k{layer.k}", "f": f"f{layer.f}"}
-    return Block("model.layers", tuple(_with_axes(op, own) for op in made))
-
-
-def _with_axes(op: Op, axes: dict[str, str]) -> Op:
-    """The operation with other axes in its shapes."""
-
-    def shape(text: str) -> str:
-        return " ".join(axes.get(axis, axis) for axis in text.split())
-
-    def tensor(t: Tensor) -> Tensor:
-        return t._replace(shape=shape(t.shape))
-
-    return op._replace(
-        writes=tuple(map(tensor, op.writes)),
-        weights=tuple(w._replace(shape=shape(w.shape)) for w in op.weights),
-        scratch=tuple(map(tensor, op.scratch)),
-        scratch_back=tuple(Scratch(tensor(s.tensor), s.of, s.early) for s in op.scratch_back),
-    )
+    return Block("model.layers", ops.with_axes(tuple(made), own))
 
 
 BUILDERS = {"nemotron-nas": nemotron_nas}

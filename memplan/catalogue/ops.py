@@ -5,6 +5,8 @@ Names that start with the operation's own name are its inner tensors. `x` is wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 
 DERIVATIVES = "torch 2.13 tools/autograd/derivatives.yaml"
@@ -72,6 +74,17 @@ def activation(name: str, x: str, y: str, shape: str) -> Op:
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), source=f"{DERIVATIVES}: silu, gelu")
 
 
+def add_number(name: str, x: str, y: str, shape: str) -> Op:
+    """A sum with a Python number hands the gradient on."""
+    return Op(name, (x,), (Tensor(y, shape),), gradient="same", source=f"{DERIVATIVES}: add.Scalar")
+
+
+def clamp(name: str, x: str, y: str, shape: str, bounds: int) -> Op:
+    """Keeps its input, and compares it with each of its bounds again for the gradient."""
+    masks = tuple(Scratch(Tensor(f"within bound {i}", shape, "bool")) for i in range(bounds))
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), scratch_back=masks, source=f"{DERIVATIVES}: clamp")
+
+
 def softmax(name: str, x: str, y: str, shape: str, dtype: str = "") -> tuple[Op, ...]:
     """Keeps its output. Its backward first multiplies the gradient by it.
 
@@ -129,6 +142,26 @@ def copy(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
 def unit(name: str, *operations: Op) -> tuple[Op, ...]:
     """The operations as one unit, which a fused kernel may stand in for (`memplan.catalogue.fused`)."""
     return tuple(op._replace(unit=name) for op in operations)
+
+
+def with_axes(operations: tuple[Op, ...], axes: Mapping[str, str]) -> tuple[Op, ...]:
+    """The operations with other axes in their shapes, for layers of other widths than the model's."""
+
+    def shape(text: str) -> str:
+        return " ".join(axes.get(axis, axis) for axis in text.split())
+
+    def tensor(t: Tensor) -> Tensor:
+        return t._replace(shape=shape(t.shape))
+
+    return tuple(
+        op._replace(
+            writes=tuple(map(tensor, op.writes)),
+            weights=tuple(w._replace(shape=shape(w.shape)) for w in op.weights),
+            scratch=tuple(map(tensor, op.scratch)),
+            scratch_back=tuple(s._replace(tensor=tensor(s.tensor)) for s in op.scratch_back),
+        )
+        for op in operations
+    )
 
 
 def leave(*names: str) -> Op:

@@ -105,6 +105,13 @@ PROFILES = (
             Row("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
             Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
             Row("no_sdpa", False, "transformers 5.24: families without one are written so in the catalogue"),
+            Row(
+                "no_sdpa",
+                True,
+                "transformers 5.24 models/gpt_oss/modeling_gpt_oss.py _supports_sdpa, and alike: it knows no sinks",
+                "",
+                ("gpt_oss", "mimo_v2_flash"),
+            ),
             Row("no_checkpoints", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
             Row("whole_rotary", False, "transformers 5.24 models/phi3/modeling_phi3.py apply_rotary_pos_emb"),
             Row("uncapped", False, "transformers 5.24 models/gemma2/modeling_gemma2.py: no sdpa"),

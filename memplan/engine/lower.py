@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from memplan.engine.dtypes import Scope
+from memplan.engine.dtypes import FLOATING, Scope
 from memplan.ir import Op, Tensor
 
 Counts = dict[int, int]  # size -> how many storages of it are alive
@@ -76,6 +76,8 @@ class Frame:
         layer: int | None = None,
     ) -> None:
         self.block = block
+        uses = Counter(w.name for op in ops if block and op.gradient != "none" for w in op.weights if w.trains)
+        self.uses = {name: n for name, n in uses.items() if n > 1}  # how many operations of a block use a weight
         self.where = "" if layer is None else f"{block}.{layer}."
         self.ops = ops
         self.scope = scope
@@ -89,6 +91,8 @@ class Frame:
         self.exported: Container[str] = ()
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
         self.to_host = False  # but for `x`, which it keeps in host memory
+        self.shares: Container[str] = ()  # what it makes for later blocks, which the checkpoints of all refer to
+        self.shared: list[Storage] = []
 
     def __getitem__(self, name: str) -> Storage:
         return self.names[name] if name in self.names else self.outer[name]
@@ -126,6 +130,7 @@ class Tape:
         self.host = Moment("forward", "", {}, {})  # what is in host memory when forward is done
         self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
         self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
+        self._shared: list[Storage] = []  # what blocks made again for others, and what its graph keeps
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
 
     # storages
@@ -228,7 +233,7 @@ class Tape:
                 targets = tuple(r for r in dict.fromkeys(op.reads) if r in frame.flows)
                 targets += tuple(w.name for w in op.weights if w.trains)
                 if targets:
-                    frame.flows.update(t.name for t in op.writes)
+                    frame.flows.update(t.name for t in op.writes if t.dtype in FLOATING)
                     pins = tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets))
             nodes.append(Node(op, targets, pins))
         return nodes
@@ -318,9 +323,6 @@ class Tape:
         if frame.checkpointed and frame.reentrant:
             self._reenter(frame, grads)
             return
-        if frame.block:  # of a block's weight, all uses are in it
-            uses = Counter(w.name for node in frame.nodes for w in node.op.weights if w.name in node.targets)
-            self.uses.update((name, n) for name, n in uses.items() if n > 1)
         savers = [i for i, node in enumerate(frame.nodes) if node.pins]
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
@@ -344,9 +346,31 @@ class Tape:
         frame.names = {}
         fetched = self._fetch(frame)
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
-        self._run(frame, end, (), {}, keep=True, holds=holds)
+        made = self._run(frame, end, frame.shares, {}, keep=True, holds=holds)
         for storage in (*holds["forward"], *holds["step"], *holds["nodes"], *fetched):
             self.drop(storage)
+        self._share_again(frame, made)
+
+    def _share_again(self, frame: Frame, made: Mapping[str, Storage]) -> None:
+        """What a block made for later ones is made again, and takes the old one's place: the graph of what is computed
+        again stays behind it, with all that it keeps, as long as any checkpoint does."""
+        for storage in frame.shared:
+            self.drop(storage)
+        frame.shared = []
+        wanted = set(made)
+        kept: list[Storage] = []
+        for node in reversed(frame.nodes):
+            if node.targets and not wanted.isdisjoint(t.name for t in node.op.writes):
+                wanted.update(node.op.reads)
+                kept += node.kept
+        for storage in kept:
+            storage.refs += 1
+        self._shared += (*made.values(), *kept)
+
+    def end_blocks(self) -> None:
+        """No checkpoint is left: what blocks made for others goes."""
+        while self._shared:
+            self.drop(self._shared.pop())
 
     def _reenter(self, frame: Frame, grads: dict[str, Storage]) -> None:
         """A backward pass within the backward pass: all of the frame is run again first, and what it was given, what
@@ -446,10 +470,11 @@ class Tape:
         return total
 
     def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
-        left = self.uses.get(name, 1) - 1
+        uses = frame.uses if frame.block else self.uses
+        left = uses.get(name, 1) - 1
         total = self._sum(frame.scope[name], self._pending.pop(name, None), storage, "gradient")
         if left:
-            self.uses[name] = left
+            uses[name] = left
             self._pending[name] = total
             return
         update = self._updates.get(f"{frame.block}.{name}" if frame.block else name)

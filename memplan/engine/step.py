@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from memplan.engine.dtypes import Scope
+from memplan.engine.dtypes import FLOATING, Scope
 from memplan.engine.gather import AFTER, BEFORE, ROOT, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape
 from memplan.ir import Block, Division, Op, Stack
@@ -109,13 +109,18 @@ def _copies(
             for block in run.blocks:
                 inner = Scope(scope, {"x": x})
                 ops = inner.resolve(block.ops, autocast)
-                flows = "y" in _flowing(ops, flowing | _x(flows))
+                made = _flowing(ops, flowing | _x(flows))
+                flows = "y" in made
                 x = inner["y"]._replace(name="x")
-                blocks.append(Block(block.name, ops))
+                if block.shares:
+                    scope = Scope(scope, {name: inner[name] for name in block.shares})
+                    flowing |= made.intersection(block.shares)
+                blocks.append(block._replace(ops=ops))
                 scopes.append(inner)
             given = given or joins is not None
             works = not all(_hands_on(block) for block in blocks)
-            alone = (given and works) or joins is not None or (x.dtype, flows) != entered
+            shares = any(block.shares for block in run.blocks)
+            alone = (given and works) or joins is not None or shares or (x.dtype, flows) != entered
             given = given and not works
             out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units, joins=joins))
             joins = None
@@ -137,7 +142,7 @@ def _flowing(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
     flows = set(entering)
     for op in ops:
         if op.gradient != "none" and (any(w.trains for w in op.weights) or not flows.isdisjoint(op.reads)):
-            flows.update(t.name for t in op.writes)
+            flows.update(t.name for t in op.writes if t.dtype in FLOATING)
     return flows
 
 
@@ -159,12 +164,19 @@ def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:
     By name, and the storage behind that name.
     """
     made = {t.name for op in stack.after for t in op.writes}
-    names = {r for op in stack.after for r in op.reads} - made - {"x", "y"}
+    shared = {name for run in stack.runs for block in run.blocks for name in block.shares}
+    names = {r for op in stack.after for r in op.reads} - made - {"x", "y"} - shared
+    behind = _behind(ops)
+    return {name: behind[last[name].name] for name in names if name in last and last[name].name in behind}
+
+
+def _behind(ops: Iterable[Op]) -> dict[str, str]:
+    """The storages behind the names that the operations make, of views what they are views of."""
     behind: dict[str, str] = {}
     for op in ops:
         for t in op.writes:
             behind[t.name] = behind[op.reads[0]] if op.view and op.reads[0] in behind else t.name
-    return {name: behind[last[name].name] for name in names if name in last and last[name].name in behind}
+    return behind
 
 
 def _x(flows: bool) -> frozenset[str]:
@@ -271,7 +283,13 @@ def run_pass(
     scope = joints[-1].scope if joints else first_scope
     returned = _returned(stack, last, copies[-1].blocks[-1].ops)
     handed = {name: last[name]._replace(name=name) for name in returned}
-    tail_scope = Scope(scope, {"x": last["y"]._replace(name="x"), **handed})
+    shared = {
+        name: inner[name]
+        for c in copies
+        for block, inner in zip(c.blocks, c.scopes, strict=True)
+        for name in block.shares
+    }
+    tail_scope = Scope(scope, {"x": last["y"]._replace(name="x"), **shared, **handed})
     after, loss = tail_scope.resolve(stack.after, autocast), tail_scope.resolve(stack.loss, autocast)
     between = [op for joint in joints for op in joint.ops]
     outside = [op for op in (*before, *between, *after, *loss) if op.gradient != "none"]
@@ -345,12 +363,22 @@ def run_pass(
                 for storage in frame.checkpoint:
                     storage.refs += 1
             gatherer.gather(unit, frame)
-            made = tape.forward(frame, ("y", *returned.values()), checkpoint=checkpoint)
+            behind = _behind(block.ops)
+            y, shares = behind["y"], {name: behind[name] for name in block.shares}
+            made = tape.forward(frame, (y, *returned.values(), *shares.values()), checkpoint=checkpoint)
+            for name, storage in shares.items():
+                own[name] = made[storage]
+                own[name].shared = True
+                if checkpoint and not reentrant:
+                    own[name].refs += 1
+                    frame.shared.append(own[name])
+                    frame.shares = tuple(shares.values())
+            flows |= frame.flows.intersection(shares)
             gatherer.release(unit)
-            same = "y" not in made  # the block hands on what it was given
+            same = y not in made  # the block hands on what it was given
             for storage in (*(() if same else (stream,)), *carried.values()):
                 tape.drop(storage)  # the caller's names now mean what the block returned
-            stream = stream if same else made["y"]
+            stream = stream if same else made[y]
             carried = {name: made[behind] for name, behind in returned.items()}
             x_flows = "y" in frame.flows
             frames.append(frame)
@@ -411,6 +439,7 @@ def run_pass(
             tape.backward(joined[i], grads)
             if "x" in grads:
                 grads["y"] = grads.pop("x")
+    tape.end_blocks()
     if "y" in grads:
         grads[embeds] = grads.pop("y")
     if any(node.targets for node in first.nodes):

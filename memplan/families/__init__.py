@@ -47,6 +47,10 @@ _MODEL_TYPES: dict[str, str] = {
     "moe": "dbrx deepseek ernie4_5_moe glm4_moe granitemoe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
     "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
     "ssm": "falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next",
+    "blocks": "minimax_m3_vl_text step3p7",
+    "gemma": "gemma3n_text gemma4 gemma4_text",
+    "llama4": "llama4 llama4_text",
+    "sinks": "gpt_oss mimo_v2_flash",
 }
 MODULES: dict[str, str] = {
     model_type: module for module, model_types in _MODEL_TYPES.items() for model_type in model_types.split()

@@ -132,7 +132,7 @@ def _random(t: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _compute_buffers(model: Any, module: Any) -> None:
     """What a module computes once (rotary frequencies) is no random number: transformers' own initialisation."""
-    initialise = getattr(model, "_init_weights", None)
+    initialise = getattr(module, "_init_weights", None) or getattr(model, "_init_weights", None)
     if initialise is not None and not module._parameters:
         with torch.no_grad():
             initialise(module)

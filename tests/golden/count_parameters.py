@@ -35,6 +35,8 @@ ATTENTION = {"self_attn", "attn", "attention", "self_attention", "SelfAttention"
 ATTENTION |= {"cross_attn", "cross_attn_attn_gate", "cross_attn_mlp_gate"}
 MLP = {"mlp", "ffn", "fc1", "fc2", "feed_forward", "block_sparse_moe", "DenseReluDense", "intermediate", "output"}
 MLP |= {"shared_mlp"}
+MLP |= {"experts", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"}
+MLP |= {"altup_projections", "altup_unembed_projections"}
 MIXER = {"mamba", "mixer", "linear_attn"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FEEDS = {"experts", "shared_experts", "up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"}
@@ -110,7 +112,7 @@ def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
         return "embedding"
     if path & ATTENTION:
         return "attention"
-    if path & ROUTER and path & {*MLP, "moe"} and "shared_expert_gate" not in path:
+    if path & ROUTER and path & {*MLP, "moe", "router"} and "shared_expert_gate" not in path:
         return "router"
     return "mlp" if path & MLP else "other"
 

@@ -1,0 +1,113 @@
+"""Step-3.7: heads gated one by one, layers with and without a window, an expert that all share beside those chosen.
+
+transformers runs its experts in a loop over those that are chosen; here their rows are counted together, as one grouped
+product has them: what a loop holds of them is the same, but for the copies of one expert at a time.
+Source: transformers 5.24 models/step3p7/modeling_step3p7.py.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue import experts, ops
+from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.gemma import rms_norm
+from memplan.catalogue.llama import decoder_block, mask_name, returned, runs
+from memplan.catalogue.mixed import after, before, local, tables
+from memplan.catalogue.phi3 import rotate_part
+from memplan.catalogue.resting import step_tower
+from memplan.catalogue.sinks import unadapted
+from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor
+from memplan.layers import Layer
+from memplan.models import ModelSpec
+
+_Q, _K = "b s a d", "b s k d"
+
+
+def _bounded(name: str, gate: str, up: str, y: str, shape: str) -> tuple[Op, ...]:
+    """`min(act(gate), limit) * clamp(up)`, bounded or not: without a limit both are compared with infinity."""
+    return (
+        ops.activation(f"{name}.act_fn", gate, f"{y}.act", shape),
+        ops.clamp(f"{name}.clamp_gate", f"{y}.act", f"{y}.gate", shape, 1),
+        ops.leave(f"{y}.act"),
+        ops.clamp(f"{name}.clamp_up", up, f"{y}.up", shape, 2),
+        ops.mul(f"{name}.product", f"{y}.gate", f"{y}.up", y, shape),
+        ops.leave(f"{y}.gate", f"{y}.up"),
+    )
+
+
+def _expert(name: str, x: str, y: str) -> tuple[Op, ...]:
+    shape = f"{experts.PAIRS} m"
+    halves = (Tensor(f"{y}.half", shape), Tensor(f"{y}.other", shape))
+    return (ops.split(f"{name}.chunk", x, halves), *_bounded(name, halves[0].name, halves[1].name, y, shape))
+
+
+def _mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:
+    made = (
+        ops.linear(f"{name}.gate_proj", x, "gate", "f", "h", "mlp", bias),
+        ops.linear(f"{name}.up_proj", x, "up", "f", "h", "mlp", bias),
+        *_bounded(name, "gate", "up", "product", "b s f"),
+        ops.linear(f"{name}.down_proj", "product", y, "h", "f", "mlp", bias),
+        ops.leave(x),
+    )
+    return ops.with_axes(made, {"f": width})
+
+
+def _mixture(x: str, y: str, bias: bool, name: str = "mlp") -> tuple[Op, ...]:
+    return (
+        *_mlp(x, "shared", f"{name}.shared_experts", "fs", bias),
+        *unadapted(experts.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
+        *experts.experts(x, "chosen", gate_up=(), down=(), act=_expert),
+        ops.scale(f"{name}.scale", "chosen", "scaled", "b s h"),
+        ops.leave("chosen"),
+        ops.add(f"{name}.add", "scaled", "shared", y, "b s h"),
+        ops.leave("scaled", "shared", *experts.HELD, x),
+    )
+
+
+def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    bias = m.get("attention_bias", False)
+    made = (
+        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
+        ops.view(f"{name}.q_heads", "q0", "qh", _Q),
+        *rms_norm(f"{name}.q_norm", "qh", "q1", _Q, "d"),
+        ops.leave("qh"),
+        ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention", bias),
+        ops.view(f"{name}.k_heads", "k0", "kh", _K),
+        *rms_norm(f"{name}.k_norm", "kh", "k1", _K, "d"),
+        ops.leave("kh"),
+        ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention", bias),
+        ops.linear(f"{name}.g_proj", x, "gates", "a", "h", "attention"),
+        *rotate_part(f"{name}.rope", partial=m.rotary_width < m.head_dim),
+        ops.leave("q1", "k1"),
+        *attention(f"{name}.attention", "q", "k", "v", "oh", wiring, True, layer.sliding, mask_name(layer.sliding)),
+        experts.sigmoid(f"{name}.sigmoid", "gates", "gates.open", "b s a"),
+        Op(
+            f"{name}.gate",
+            ("oh", "gates.open"),
+            (Tensor("o", _Q),),
+            (),
+            (Keep("gates.open", "oh"), Keep("oh", "gates.open")),
+            scratch_back=(Scratch(Tensor("product", _Q, "=o"), "gates.open"),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        ops.leave("oh", "gates.open"),
+        ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention", bias),
+        ops.leave("q", "k", "v", "o", "gates", x),
+    )
+    return ops.with_axes(made, {"a": "aw"}) if layer.sliding else made
+
+
+def step3p7(m: ModelSpec, wiring: Wiring) -> Stack:
+    """A text: the vision tower is there, and not called."""
+    bias = m.get("mlp_bias", False)
+
+    def block(layer: Layer) -> Block:
+        ffn = _mixture("n2", "mo", bias) if layer.ffn == "experts" else _mlp("n2", "mo", "mlp", "f", bias)
+        made = decoder_block(_heads(m, wiring, layer, "n1", "ao"), ffn, norm=rms_norm, held=returned(wiring))
+        return local(made) if layer.sliding else made
+
+    two = any(layer.sliding for layer in m.layers)
+    first = before(wiring, two, tables(two))
+    return step_tower(m, Stack(first, runs(m, block), after(m, wiring, two, rms_norm, two)))
+
+
+BUILDERS = {"step3p7": step3p7}

@@ -1,0 +1,77 @@
+"""Traces decoders of their own kind at small and at real widths, and prints the rows tests/test_odd.py compares with.
+
+python tests/golden/trace_odd.py gpt_oss gemma4-small >> tests/golden/traced_odd.jsonl
+python tests/golden/trace_odd.py --layers 4 gpt-oss-20b >> tests/golden/traced_odd.jsonl
+
+A name is a model_type of tests/tiny.py, a config of tests/tiny_towers.py, or a card, of which `--layers` takes the
+first few. Each is traced with full, LoRA and QLoRA, with and without checkpointing, and with eager attention and in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.errors import MemplanError
+from memplan.probe.trace import traces
+from memplan.spec import RunSpec
+from tests.golden.trace_families import config_of
+from tests.golden.trace_runs import line
+from tests.tiny_towers import TINY
+
+SMALL = ("lm_head", "prediction_coefs", "correction_coefs")  # what Gemma 3n cannot have quantised
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # but Llama 4's router
+
+
+def method(model_type: str, kind: str) -> dict[str, Any]:
+    """A method that peft and bitsandbytes run with the family."""
+    asked: dict[str, Any] = {"kind": kind}
+    if kind != "full" and model_type.startswith("llama4"):
+        asked["targets"] = LINEAR
+    if kind == "qlora" and model_type == "gemma3n_text":
+        asked["quantization"] = {"skip": SMALL}
+    return asked
+
+
+def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, RunSpec]]:
+    for name in names:
+        config = TINY[name] if name in TINY else config_of(name, layers)
+        plain = product(("full", "lora", "qlora"), ("none", "full"), ("sdpa",), ("bf16",))
+        more = (("full", "none", "eager", "bf16"), ("lora", "full", "sdpa", "fp32"), ("full", "none", "sdpa", "amp"))
+        for kind, checkpointing, attention, precision in (*plain, *(() if layers else more)):
+            yield (
+                f"{name}-{kind}",
+                RunSpec(
+                    model={"config": config},
+                    method=method(config["model_type"], kind),
+                    batch={"micro": 1 if layers else 2, "sequence": sequence},
+                    precision=precision,
+                    kernels={"checkpointing": checkpointing, "attention": attention},
+                    gpu="a100-sxm-80gb",
+                ),
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", help="model_types of tests/tiny.py, configs of tests/tiny_towers.py, cards")
+    parser.add_argument("--layers", type=int, default=0, help="of cards: only so many")
+    parser.add_argument("--sequence", type=int, default=256)
+    asked = parser.parse_args()
+    wanted = list(runs(asked.names, asked.layers, asked.sequence))
+    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
+        if isinstance(traced, MemplanError):
+            print(f"{name}: {traced}", file=sys.stderr, flush=True)
+        else:
+            print(json.dumps(line(name, run, traced)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
