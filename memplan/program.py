@@ -471,12 +471,35 @@ def run_axes(
     if "chosen_keys" in needs:
         axes["chosen_keys"] = by.least(s, m.whole("index_topk"))
         axes["several"] = by.choose(many, b, 0)
+    if pictures:
+        axes.update(_tower_axes(program, axes, large_tiles, by))
     if "lc" in needs:
         axes["lc"] = -(-s // 8)
     if "fc" in needs:
         chunk = -(-tokens // -(-m.vocab_size // m.hidden_size))
         axes["fc"] = by.least(tokens, by.power_of_two(chunk))
     return axes
+
+
+def _tower_axes(
+    program: Program, axes: Mapping[str, Size], large_tiles: bool, by: Arithmetic[Size]
+) -> Iterator[tuple[str, Size | int]]:
+    """Of attention in a tower: its workspace where that is memory-efficient, and rows of all images packed into one."""
+    fixed = program.structure.graph.model.axes()
+    d, heads, half = fixed["vd"], fixed["va"], bool(axes["tower_half"])
+    rows = axes["b"] * axes["patches"]
+    yield "packed8", -(-rows // 8) * 8
+    yield "packed32", -(-rows // 32) * 32
+    yield "packed128", -(-rows // 128) * 128
+    yield "tower_fp32", 0 if half else d + 1
+    for name, of, pairs in (
+        ("grid", axes["grid"], heads),
+        ("window", axes["window"], heads),
+        ("packed", rows, heads),
+        ("batched", axes["grid"], axes["b"] * axes["images"] * heads),
+    ):
+        if f"{name}_workspace" in program.needs:
+            yield f"{name}_workspace", efficient_workspace_bytes(of, (d, d), pairs, half, large_tiles, by)
 
 
 def phase_peaks(

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
-from memplan.catalogue.attention import JOINED, NO_FLASH_2, Wiring, efficient_workspace_bytes, large_tiles
+from memplan.catalogue.attention import JOINED, NO_FLASH_2, Wiring, large_tiles
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
@@ -19,7 +19,7 @@ from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnknownNameError
-from memplan.families.vision import axes_of, is_vision, picture_of, sees
+from memplan.families.vision import PACKS, axes_of, is_vision, picture_of, sees
 from memplan.gpus import GPU, ambiguous_with, find_gpu
 from memplan.graph import (
     Graph,
@@ -38,7 +38,6 @@ from memplan.models import ModelSpec
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts
-from memplan.sizes import ONE_RUN
 from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 
 _SEEN = "transformers-5"  # the profile whose vision-language models are counted with images
@@ -87,21 +86,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     )
     if not pictures:
         return decided
-    return decided._replace(pictures=(*pictures, *_workspaces(decided, dict(pictures))))
-
-
-def _workspaces(decided: Decided, pictures: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """What memory-efficient attention in the tower takes for one image, and for one window of it."""
-    graph = decided.structure.graph
-    if graph.wiring.tower != "efficient":
-        return
-    axes, half = graph.model.axes(), tower_dtype(graph.model, graph.recipe) != "fp32"
-    yield "tower_fp32", 0 if half else axes["vd"] + 1
-    for rows in ("grid", "window"):
-        size = efficient_workspace_bytes(
-            pictures[rows], (axes["vd"], axes["vd"]), axes["va"], half, decided.large_tiles, ONE_RUN
-        )
-        yield f"{rows}_workspace", size
+    half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
+    return decided._replace(pictures=(*pictures, ("tower_half", int(half))))
 
 
 def _pictures(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
@@ -527,17 +513,20 @@ def _wiring(
 
 def _tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
     """The kernel of the attention in the tower that sees images, by the same rules."""
-    if kernels.attention not in ("sdpa", "sdpa_efficient"):
+    known = ("sdpa", "sdpa_efficient", *(("flash_attention_2",) if model.model_type in PACKS else ()))
+    if kernels.attention not in known:
         raise SpecError(
-            f"kernels.attention: {kernels.attention} is not supported yet with batch.images; supported: sdpa, "
-            "sdpa_efficient",
+            f"kernels.attention: {kernels.attention} is not supported yet with images of {model.model_type}; "
+            f"supported: {', '.join(known)}",
             "kernels.attention",
         )
+    if kernels.attention == "flash_attention_2":
+        return "flash_2"
     d = model.axes()["vd"]
     half = tower_dtype(model, recipe) != "fp32"
     if d % (8 if half else 4):
         raise SpecError(
-            f"batch.images: the tower's heads are {d} wide, for which sdpa has no kernel counted yet", "batch.images"
+            f"batch.images: the tower's heads are {d} wide, for which no kernel of sdpa is counted yet", "batch.images"
         )
     flash = kernels.attention == "sdpa" and half and d <= 256 and (capability is None or capability >= (8, 0))
     return "flash" if flash else "efficient"

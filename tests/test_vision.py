@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "eager": (
         {"batch": {"images": 1, "image_size": 56}, "kernels": {"attention": "eager"}},
-        "kernels.attention: eager is not supported yet with batch.images",
+        "kernels.attention: eager is not supported yet with images of qwen2_vl; supported: sdpa, sdpa_efficient, flash",
     ),
     "another version": (
         {"batch": {"images": 1, "image_size": 56}, "profile": "transformers-4.51"},

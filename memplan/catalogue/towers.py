@@ -28,25 +28,36 @@ class Tower(NamedTuple):
     after: tuple[Op, ...]
 
 
-class Chunk(NamedTuple):
-    """What attention is computed over at once: the axis that counts them in a sequence, and how many rows each has."""
-
-    number: str
-    rows: str
-
-
-IMAGE, WINDOW = Chunk("images", "grid"), Chunk("windows", "window")
-
-
 def linear(
-    name: str, x: str, y: str, out: str, into: str, group: str = "vision", lead: str = P, bias: bool = True
+    name: str,
+    x: str,
+    y: str,
+    out: str,
+    into: str,
+    group: str = "vision",
+    lead: str = P,
+    bias: bool = True,
+    flat: bool = True,
 ) -> Op:
-    """A linear layer over patches, which lie in two dimensions."""
-    return ops.linear(name, x, y, out, into, group, bias, lead=lead, flat=True)
+    """A linear layer over patches, which lie in two dimensions (`flat`) or in three."""
+    return ops.linear(name, x, y, out, into, group, bias, lead=lead, flat=flat)
 
 
 def norm(name: str, x: str, y: str, shape: str, axis: str, group: str = "vision") -> tuple[Op, ...]:
     return (ops.layer_norm(name, x, y, shape, axis, group=group),)
+
+
+def strided_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+    """LayerNorm of hidden states that lie column by column, as a convolution leaves them: copied in both directions."""
+    (op,) = norm(name, x, y, shape, axis)
+    copy = Tensor("contiguous", shape, f"={x}")
+    return (
+        op._replace(
+            scratch=(copy,),
+            scratch_back=(Scratch(copy),),
+            source=f"{op.source}; {_ATEN}/cuda/layer_norm_kernel.cu layer_norm_cuda",
+        ),
+    )
 
 
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str, group: str = "vision") -> tuple[Op, ...]:
@@ -76,32 +87,44 @@ def convolution(name: str, x: str, y: str, shape: str, bias: bool, asks: bool) -
             (Keep(pixels, w.name),),
             autocast="lower",
             asks=asks,
+            product="matrix",
             source=f"{ops.DERIVATIVES}: convolution",
         ),
     )
 
 
-def axial_table(prefix: str = "visual.rotary_pos_emb", width: str = "vd4") -> tuple[Op, ...]:
-    """cos and sin of every patch's row and column, in fp32, and the positions they are of."""
+def axial_table(prefix: str = "visual.rotary_pos_emb", width: str = "vd4", like: str = "") -> tuple[Op, ...]:
+    """cos and sin of every patch's row and column, in fp32, and the positions they are of.
+
+    `like`: in Pixtral's, whose rows and columns have frequencies of their own, they are cast to its dtype.
+    """
     source = "transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py Qwen2VLVisionRotaryEmbedding"
     f, half, whole, positions = "fp32", f"{P} vd2", f"{P} vd", f"{P} 2"
+    angles = whole if like else half
     frequencies = tuple(Weight(f"{prefix}.{n}", width, "buffer", f, False) for n in ("inv_freq", "original_inv_freq"))
+    last = {t: f"v.{t}32" if like else f"v.{t}" for t in ("cos", "sin")}
     return (
         Op("visual.positions", (), (Tensor("v.positions", positions, "int64"),)),
         Op(
             "visual.rotary.angles",
             ("v.positions",),
-            (Tensor("v.angles", half, f),),
+            (Tensor("v.angles", angles, f),),
             frequencies,
             scratch=(Tensor("positions", positions, f),),
             gradient="none",
             source=source,
         ),
-        Op("visual.rotary.cos", ("v.angles",), (Tensor("v.cosine", half, f),), scratch=(Tensor("cosine", half, f),)),
-        Op("visual.rotary.sin", ("v.angles",), (Tensor("v.sine", half, f),), scratch=(Tensor("sine", half, f),)),
-        Op("visual.rotary.cat_cos", ("v.cosine",), (Tensor("v.cos", whole, f),), scratch=(Tensor("both", half, f),)),
-        Op("visual.rotary.cat_sin", ("v.sine",), (Tensor("v.sin", whole, f),), scratch=(Tensor("both", half, f),)),
-        ops.leave("v.angles"),
+        Op("visual.rotary.cos", ("v.angles",), (Tensor("v.cosine", angles, f),), scratch=(Tensor("cos", angles, f),)),
+        Op("visual.rotary.sin", ("v.angles",), (Tensor("v.sine", angles, f),), scratch=(Tensor("sin", angles, f),)),
+        Op(
+            "visual.rotary.cat_cos", ("v.cosine",), (Tensor(last["cos"], whole, f),), scratch=(Tensor("both", half, f),)
+        ),
+        Op("visual.rotary.cat_sin", ("v.sine",), (Tensor(last["sin"], whole, f),), scratch=(Tensor("both", half, f),)),
+        *(
+            ops.cast(f"visual.rotary.to_{t}", last[t], f"v.{t}", whole, f"={like}")
+            for t in (("cos", "sin") if like else ())
+        ),
+        ops.leave("v.angles", *(last.values() if like else ())),
     )
 
 
@@ -134,25 +157,27 @@ def acted(act: str, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
     return quick_gelu(name, x, y, shape) if act == "quick_gelu" else (ops.activation(name, x, y, shape),)
 
 
-def mlp(name: str, x: str, y: str, act: str, layers: tuple[str, str] = ("fc1", "fc2"), lead: str = P) -> tuple[Op, ...]:
+def mlp(
+    name: str, x: str, y: str, act: str, layers: tuple[str, str] = ("fc1", "fc2"), lead: str = P, flat: bool = True
+) -> tuple[Op, ...]:
     """Two layers with an activation between them."""
     first, second = layers
     return (
-        linear(f"{name}.{first}", x, "v.up", "vf", "vh", lead=lead),
+        linear(f"{name}.{first}", x, "v.up", "vf", "vh", lead=lead, flat=flat),
         *acted(act, f"{name}.act_fn", "v.up", "v.act", f"{lead} vf"),
-        linear(f"{name}.{second}", "v.act", y, "vh", "vf", lead=lead),
+        linear(f"{name}.{second}", "v.act", y, "vh", "vf", lead=lead, flat=flat),
         ops.leave(x),
     )
 
 
-def gated_mlp(name: str, x: str, y: str, bias: bool, lead: str = P) -> tuple[Op, ...]:
+def gated_mlp(name: str, x: str, y: str, bias: bool, flat: bool = True) -> tuple[Op, ...]:
     """`down_proj(act(gate_proj(x)) * up_proj(x))`."""
     return (
-        linear(f"{name}.gate_proj", x, "v.gate", "vf", "vh", lead=lead, bias=bias),
-        ops.activation(f"{name}.act_fn", "v.gate", "v.act", f"{lead} vf"),
-        linear(f"{name}.up_proj", x, "v.up", "vf", "vh", lead=lead, bias=bias),
-        ops.mul(f"{name}.product", "v.act", "v.up", "v.product", f"{lead} vf"),
-        linear(f"{name}.down_proj", "v.product", y, "vh", "vf", lead=lead, bias=bias),
+        linear(f"{name}.gate_proj", x, "v.gate", "vf", "vh", bias=bias, flat=flat),
+        ops.activation(f"{name}.act_fn", "v.gate", "v.act", f"{P} vf"),
+        linear(f"{name}.up_proj", x, "v.up", "vf", "vh", bias=bias, flat=flat),
+        ops.mul(f"{name}.product", "v.act", "v.up", "v.product", f"{P} vf"),
+        linear(f"{name}.down_proj", "v.product", y, "vh", "vf", bias=bias, flat=flat),
         ops.leave(x),
     )
 
@@ -180,77 +205,99 @@ def block(
     )
 
 
-def chunked(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, chunk: Chunk) -> tuple[Op, ...]:
+class Kernel(NamedTuple):
+    """What one call of attention, or all that are alike, see: the queries, and their axes.
+
+    calls      the axis that counts the calls in a sequence; empty for one call
+    q, lse     the queries' axes, and those of the sums over keys but for the kernel's rounding
+    rows       the axis of the rows of a call, whose rounded ones have its name
+    batch      axes of what a call sees at once beside its rows, where it sees several images
+    """
+
+    calls: str
+    q: str
+    rows: str
+    batch: str
+
+
+IMAGE = Kernel("images", f"{P} va vd", "grid", "")
+WINDOW = Kernel("windows", f"{P} va vd", "window", "")
+BATCH = Kernel("", "b images grid va vd", "grid", "b images")
+PACKED = Kernel("", f"{P} va vd", "packed", "")
+
+
+def attention(name: str, q: str, k: str, v: str, y: str, kernel: str, over: Kernel, mask: str = "") -> Op:
+    """The flash or the memory-efficient kernel, see `memplan.catalogue.attention`; of several calls the scratch is that
+    of one at a time, and the random generator's state takes 512 bytes in each."""
+    lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
+    state = f"b {over.calls} 64" if over.calls else ""
+    kept = (q, k, v, y, lse, seed, offset, *((mask,) if mask else ()))
+    batch, rows = over.batch, over.rows
+    if kernel == "flash":
+        sums = f"{over.q.removesuffix(' vd')}"
+        scratch = (
+            Tensor("row sums", f"{batch} va {rows}128", "fp32"),
+            Tensor("dq accumulated", f"{batch} {rows}128 va vd32", "fp32"),
+        )
+        source = f"{_ATEN}/transformers/cuda/flash_attn/flash_api.cpp mha_bwd"
+    else:
+        sums = f"b {over.calls} va {rows}32" if over.calls else f"{batch} va {rows}32"
+        workspace = "batched" if batch else rows
+        long = P if rows == "packed" else rows
+        scratch = (
+            Tensor("delta", f"{batch} va {long}", "fp32"),
+            Tensor("workspace", f"{batch} va {workspace}_workspace", "uint8"),
+            Tensor("output product", f"{batch} {long} va tower_fp32", "fp32"),
+        )
+        source = f"{_ATEN}/transformers/cuda/attention_backward.cu"
+    return Op(
+        f"{name}.kernel",
+        (q, k, v, *((mask,) if mask else ())),
+        (
+            Tensor(y, over.q, f"={q}"),
+            Tensor(lse, sums, "fp32"),
+            Tensor(seed, state, "int64"),
+            Tensor(offset, state, "int64"),
+        ),
+        (),
+        tuple(Keep(what, of) for of in (q, k, v) for what in kept),
+        scratch_back=tuple(map(Scratch, scratch)),
+        autocast="lower",
+        source=source,
+    )
+
+
+def _together(name: str, q: str, k: str, v: str, y: str, target: str) -> tuple[Op, ...]:
+    """Flash attention 2 takes all images, or all windows, as one packed sequence, in half precision.
+
+    Source: transformers 5.24 modeling_flash_attention_utils.py _flash_attention_forward.
+    """
+    given = {x: f"{x}.target" if target else x for x in (q, k, v)}
+    return (
+        *(ops.cast(f"{name}.cast_{x}", x, to, PACKED.q, target) for x, to in given.items() if to != x),
+        attention(name, given[q], given[k], given[v], y, "flash", PACKED),
+        ops.leave(q, k, v, *given.values()),
+    )
+
+
+def chunked(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, over: Kernel) -> tuple[Op, ...]:
     """Attention image by image, or window by window: heads are split, each part attended to, what comes out joined.
 
-    The gradients of the parts are joined into new ones; the kernel's scratch is that of one part at a time.
+    The gradients of the parts are joined into new ones.
     """
-    shape = f"{P} va vd"
-    parts = tuple(ops.view(f"{name}.split_{t}", t, f"{t}.parts", shape, gradient="new") for t in (q, k, v))
-    kernel = _flash if wiring.tower == "flash" else _efficient
+    if wiring.tower == "flash_2":
+        return _together(name, q, k, v, y, wiring.target)
+    parts = tuple(ops.view(f"{name}.split_{t}", t, f"{t}.parts", over.q, gradient="new") for t in (q, k, v))
     return (
         *parts,
-        *kernel(name, f"{q}.parts", f"{k}.parts", f"{v}.parts", f"{y}.parts", chunk),
-        ops.copy(f"{name}.cat", f"{y}.parts", y, shape),
+        attention(name, f"{q}.parts", f"{k}.parts", f"{v}.parts", f"{y}.parts", wiring.tower, over),
+        ops.copy(f"{name}.cat", f"{y}.parts", y, over.q),
         ops.leave(f"{y}.parts", q, k, v),
     )
 
 
-def _flash(name: str, q: str, k: str, v: str, y: str, chunk: Chunk) -> tuple[Op, ...]:
-    """See `memplan.catalogue.attention.flash`."""
-    lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
-    rows = f"{chunk.rows}128"
-    made = (
-        Tensor(y, f"{P} va vd"),
-        Tensor(lse, f"{P} va", "fp32"),
-        Tensor(seed, f"b {chunk.number} 64", "int64"),  # two numbers a call, in 512 bytes
-        Tensor(offset, f"b {chunk.number} 64", "int64"),
-    )
-    scratch = (Tensor("row sums", f"va {rows}", "fp32"), Tensor("dq accumulated", f"{rows} va vd32", "fp32"))
-    return (
-        Op(
-            f"{name}.kernel",
-            (q, k, v),
-            made,
-            (),
-            tuple(Keep(what, of) for of in (q, k, v) for what in (q, k, v, y, lse, seed, offset)),
-            scratch_back=tuple(map(Scratch, scratch)),
-            autocast="lower",
-            source=f"{_ATEN}/transformers/cuda/flash_attn/flash_api.cpp mha_bwd",
-        ),
-    )
-
-
-def _efficient(name: str, q: str, k: str, v: str, y: str, chunk: Chunk) -> tuple[Op, ...]:
-    """See `memplan.catalogue.attention`."""
-    lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
-    made = (
-        Tensor(y, f"{P} va vd", f"={q}"),
-        Tensor(lse, f"b {chunk.number} va {chunk.rows}32", "fp32"),
-        Tensor(seed, f"b {chunk.number} 64", "int64"),
-        Tensor(offset, f"b {chunk.number} 64", "int64"),
-    )
-    scratch = (
-        Tensor("delta", f"va {chunk.rows}", "fp32"),
-        Tensor("workspace", f"va {chunk.rows}_workspace", "uint8"),
-        Tensor("output product", f"{chunk.rows} va tower_fp32", "fp32"),
-    )
-    return (
-        Op(
-            f"{name}.kernel",
-            (q, k, v),
-            made,
-            (),
-            tuple(Keep(what, of) for of in (q, k, v) for what in (q, k, v, y, lse, seed, offset)),
-            scratch_back=tuple(map(Scratch, scratch)),
-            autocast="lower",
-            source=f"{_ATEN}/transformers/cuda/attention_backward.cu",
-        ),
-    )
-
-
 def plain_attention(names: tuple[str, ...], wiring: Wiring, lead: str, bias: bool) -> tuple[Op, ...]:
-    """q, k and v in projections of their own."""
+    """q, k and v in projections of their own, and nothing rotated; attention image by image."""
     q, k, v, o = names
     return (
         *(linear(n, "v.n1", f"v.{x}", "va vd", "vh", lead=lead, bias=bias) for n, x in ((q, "q"), (k, "k"), (v, "v"))),
@@ -263,7 +310,7 @@ def plain_attention(names: tuple[str, ...], wiring: Wiring, lead: str, bias: boo
 # Qwen's
 
 
-def qwen_attention(wiring: Wiring, chunk: Chunk = IMAGE) -> tuple[Op, ...]:
+def qwen_attention(wiring: Wiring, over: Kernel = IMAGE) -> tuple[Op, ...]:
     """q, k and v in one projection; q and k rotated in fp32 and cast back.
 
     Source: transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py VisionAttention.
@@ -277,30 +324,23 @@ def qwen_attention(wiring: Wiring, chunk: Chunk = IMAGE) -> tuple[Op, ...]:
         *(op for t in "qk" for op in rotated(f"attn.rope_{t}", f"v.{t}32", f"v.{t}turned", shape, half)),
         *(ops.cast(f"attn.cast_{t}", f"v.{t}turned", f"v.{t}", shape, f"=v.{t}0") for t in "qk"),
         ops.leave("v.q32", "v.k32", "v.q0", "v.k0"),
-        *chunked("attn.attention", "v.q", "v.k", "v.v", "v.o", wiring, chunk),
+        *chunked("attn.attention", "v.q", "v.k", "v.v", "v.o", wiring, over),
         linear("attn.proj", "v.o", "v.ao", "vh", "va vd"),
         ops.leave("v.o", "v.n1"),
     )
 
 
-def merger(
-    name: str,
-    x: str,
-    y: str,
-    layers: tuple[str, str],
-    normed: tuple[Op, ...],
-    group: str = "projector",
-) -> tuple[Op, ...]:
-    """`normed` makes `v.merge` of x: patches of a square side by side; then two layers with a GELU between them."""
+def merger(name: str, x: str, y: str, layers: tuple[str, str], normed: tuple[Op, ...]) -> tuple[Op, ...]:
+    """`normed` makes `{y}.normed` of x; patches of a square side by side; then two layers with a GELU between them."""
     first, second = layers
-    lead = "b merged"
+    lead, g = "b merged", "projector"
     return (
         *normed,
-        ops.view(f"{name}.view", "v.merge", "v.square", f"{lead} vm"),
-        linear(f"{name}.{first}", "v.square", "v.m1", "vm", "vm", group, lead),
-        ops.activation(f"{name}.gelu", "v.m1", "v.m2", f"{lead} vm"),
-        linear(f"{name}.{second}", "v.m2", y, "h", "vm", group, lead),
-        ops.leave("v.merge", "v.square", x),
+        ops.view(f"{name}.view", f"{y}.normed", f"{y}.square", f"{lead} vm"),
+        linear(f"{name}.{first}", f"{y}.square", f"{y}.first", "vm", "vm", g, lead),
+        ops.activation(f"{name}.gelu", f"{y}.first", f"{y}.act", f"{lead} vm"),
+        linear(f"{name}.{second}", f"{y}.act", y, "h", "vm", g, lead),
+        ops.leave(f"{y}.normed", f"{y}.square", x),
     )
 
 

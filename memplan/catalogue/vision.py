@@ -21,6 +21,7 @@ from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
 _QWEN = "transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py"
+_DEEPSTACK = "transformers 5.24 models/qwen3_vl/modeling_qwen3_vl.py Qwen3VLTextModel._deepstack_process"
 _INDEX = "torch 2.13 aten/src/ATen/native/cuda/IndexKernel.cpp masked_scatter__cuda, masked_select_out_cuda_impl"
 
 
@@ -175,7 +176,7 @@ def _qwen_after(tail: tuple[Op, ...], *more: str) -> tuple[Op, ...]:
 
 def qwen2_vl(m: ModelSpec, wiring: Wiring) -> Stack:
     block = t.block("visual.blocks", t.qwen_attention(wiring), t.mlp("mlp", "v.n2", "v.mo", "quick_gelu"))
-    normed = t.norm("visual.merger.ln_q", "x", "v.merge", f"{t.P} vh", "vh", "projector")
+    normed = t.norm("visual.merger.ln_q", "x", "features.normed", f"{t.P} vh", "vh", "projector")
     tower = Tower(
         t.qwen_inputs(),
         _qwen_before(asks=True),
@@ -192,8 +193,8 @@ def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
     feed = t.gated_mlp("mlp", "v.n2", "v.mo", bias=True)
 
     def run(i: int, whole: bool) -> Run:
-        chunk = t.IMAGE if whole else t.WINDOW
-        return Run((t.block("visual.blocks", t.qwen_attention(wiring, chunk), feed, t.rms_norm),), f"vL{i}")
+        over = t.IMAGE if whole else t.WINDOW
+        return Run((t.block("visual.blocks", t.qwen_attention(wiring, over), feed, t.rms_norm),), f"vL{i}")
 
     first, convolution, *table = _qwen_before(asks=True)
     pixels, patches = convolution, table[0]
@@ -207,7 +208,7 @@ def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
         *(indexed(f"visual.window_order_{n}", f"v.{n}0", f"v.{n}", f"{t.P} vd") for n in ("cos", "sin")),
         ops.leave("v.cos0", "v.sin0"),
     )
-    normed = t.rms_norm("visual.merger.ln_q", "x", "v.merge", f"{t.P} vh", "vh", "projector")
+    normed = t.rms_norm("visual.merger.ln_q", "x", "v.merged.normed", f"{t.P} vh", "vh", "projector")
     merged = t.merger("visual.merger", "x", "v.merged", ("mlp.0", "mlp.2"), normed)
     back = indexed("visual.reverse", "v.merged", "features", "b merged h")
     tower = Tower(
@@ -262,98 +263,171 @@ def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
         ops.cast("visual.pos_embed.to", "v.position", "v.place", shape, "=v.patches"),
         ops.add("visual.place", "v.patches", "v.place", "embeds", shape),
         *table,
-        ops.leave("v.corners", "v.weights"),
     )
     deep = tuple(i for i in places(m, "deepstack_visual_indexes", DEEPSTACK) if i < size(m, "depth", 27))
     count = len(tuple(stretches(size(m, "depth", 27), deep)))
     runs = [Run((block,), "vL1")]
     for i in range(1, count):
         name = f"visual.deepstack_merger_list.{i - 1}"
-        runs.append(Run((block,), f"vL{i + 1}", (*_deep(name, i - 1), ops.view("stream", "x", "stream", shape))))
-    normed = t.norm("visual.merger.norm", "x", "v.merge", shape, "vh", "projector")
+        runs.append(Run((block,), f"vL{i + 1}", (*_deep(name, i - 1), ops.cast("stream", "x", "stream", shape, "=x"))))
+    normed = t.norm("visual.merger.norm", "x", "features.normed", shape, "vh", "projector")
     last = max(deep, default=-1) == size(m, "depth", 27) - 1
     tail = (*(_deep(f"visual.deepstack_merger_list.{len(deep) - 1}", len(deep) - 1) if last else ()),)
     merged = t.merger("visual.merger", "x", "features", layers, normed)
     more = tuple(f"deep{i}" for i in range(len(deep)))
-    return Tower(t.qwen_inputs(), before, tuple(runs), _qwen_after((*tail, *merged), *more))
+    after = (*_qwen_after((*tail, *merged), *more), ops.leave("v.corners", "v.weights", "v.position"))
+    return Tower(t.qwen_inputs(), before, tuple(runs), after)
 
 
 def _deep(name: str, i: int) -> tuple[Op, ...]:
     """What the `i`th of some blocks made, merged; here the norm is over merged patches."""
     normed = (
-        ops.view(f"{name}.shuffle", "x", "v.shuffled", "b merged vm"),
-        *t.norm(f"{name}.norm", "v.shuffled", "v.merge", "b merged vm", "vm", "projector"),
+        ops.view(f"{name}.shuffle", "x", f"deep{i}.shuffled", "b merged vm"),
+        *t.norm(f"{name}.norm", f"deep{i}.shuffled", f"deep{i}.normed", "b merged vm", "vm", "projector"),
     )
     return t.merger(name, "x", f"deep{i}", ("linear_fc1", "linear_fc2"), normed)
 
 
+def _depth(m: ModelSpec) -> int:
+    """How many of the tower's blocks have their output merged on its own."""
+    return sum(i < size(m, "depth", 27) for i in places(m, "deepstack_visual_indexes", DEEPSTACK))
+
+
+def with_deepstack(m: ModelSpec, made: Stack) -> Stack:
+    """After each of the language model's first blocks the merged output of one of the tower's is added to the tokens of
+    images: hidden states are copied, and rows of the copy replaced."""
+    (run,), deep = made.runs, range(_depth(m))
+    joints = tuple(
+        (
+            Op(
+                f"deepstack.{i}.rows",
+                ("x", "image_mask"),
+                (Tensor(f"deep{i}.rows", "b merged h"),),
+                scratch=(Tensor("indices", "2 b merged", "int64"),),
+                scratch_back=(Scratch(Tensor("indices", "2 b merged", "int64"), "x"),),
+                source=_DEEPSTACK,
+            ),
+            ops.add(f"deepstack.{i}.add", f"deep{i}.rows", f"deep{i}.all", f"deep{i}.local", "b merged h"),
+            Op(
+                f"deepstack.{i}.put",
+                ("x", f"deep{i}.local", "image_mask"),
+                (Tensor(f"deep{i}.stream", "b s h"),),
+                (),
+                (Keep("image_mask", "x"), Keep("image_mask", f"deep{i}.local")),
+                scratch=(Tensor("rows", "b merged h"),),
+                scratch_back=(Scratch(Tensor("zeros", "b merged h", f"=deep{i}.local"), "x"),),
+                source=_DEEPSTACK,
+            ),
+            ops.cast(f"deepstack.{i}", f"deep{i}.stream", "stream", "b s h", f"=deep{i}.stream"),
+        )
+        for i in deep
+    )
+    runs = (
+        Run(run.blocks, "one"),
+        *(Run(run.blocks, "one", joint) for joint in joints[:-1]),
+        Run(run.blocks, "after", joints[-1]),
+    )
+    return made._replace(runs=runs) if joints else made
+
+
+def _deep_embeds(m: ModelSpec) -> tuple[Op, ...]:
+    """What is added, each split into images and joined again."""
+    shape = "b merged h"
+    return tuple(
+        op
+        for i in range(_depth(m))
+        for op in (
+            ops.view(f"deepstack.{i}.split", f"deep{i}", f"deep{i}.parts", shape, gradient="new"),
+            ops.copy(f"deepstack.{i}.cat", f"deep{i}.parts", f"deep{i}.all", shape),
+        )
+    )
+
+
+def _qwen3_vl(m: ModelSpec, wiring: Wiring, text: Stack) -> Stack:
+    made = with_mrope(text, wiring, interleaved=True)
+    held = ("image_embeds", "image_mask", *(f"deep{i}.all" for i in range(_depth(m))))
+    made = with_deepstack(m, made) if wiring.images else made
+    return joined(wiring, made, qwen3_tower(m, wiring), (*scattered(), *_deep_embeds(m)), held)
+
+
 def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:
     bias = m.get("attention_bias", False)
-    text = with_mrope(llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True), wiring, interleaved=True)
-    return joined(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
+    return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True))
 
 
 def qwen3_vl_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    routed = experts.softmax_router("mlp.gate", "n2", normalise=True)
-    ffn = either(experts.mixture("n2", routed, experts.experts("n2", "mo")))
+    """Qwen3-VL with experts, of which peft adapts nothing."""
+    routed = experts.softmax_router("mlp.gate", "n2", normalise=True, stands_for=())
+    ffn = either(experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=())))
     bias = m.get("attention_bias", False)
-    text = with_mrope(llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn), wiring, interleaved=True)
-    return joined(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
+    return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn))
 
 
 # Gemma 3 and Mistral 3
 
 
 def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """SigLIP sees one size of image; what it makes is pooled and multiplied into the language model's width."""
+    """SigLIP sees one size of image; what it makes is pooled and multiplied into the language model's width.
+
+    Tokens of an image see each other, and so all layers of the language model have a mask.
+    """
     lead = "b images grid"
     shape = f"{lead} vh"
     act = str(m.part("vision_config").get("hidden_act", "gelu_pytorch_tanh"))
-    names = tuple(f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "out_proj"))
+    heads = (
+        *(
+            t.linear(f"self_attn.{n}_proj", "v.n1", f"v.{n}", "va vd", "vh", lead=lead, flat=False)
+            for n in ("q", "k", "v")
+        ),
+        t.attention("self_attn", "v.q", "v.k", "v.v", "v.o", wiring.tower, t.BATCH),
+        t.linear("self_attn.out_proj", "v.o", "v.ao", "vh", "va vd", lead=lead, flat=False),
+        ops.leave("v.q", "v.k", "v.v", "v.o", "v.n1"),
+    )
     block = t.block(
         "vision_tower.encoder.layers",
-        t.plain_attention(names, wiring, lead, bias=True),
-        t.mlp("mlp", "v.n2", "v.mo", act, lead=lead),
+        heads,
+        t.mlp("mlp", "v.n2", "v.mo", act, lead=lead, flat=False),
+        t.strided_norm,
         norms=("layer_norm1", "layer_norm2"),
         lead=lead,
     )
-    position = Weight("vision_tower.embeddings.position_embedding.weight", "vpositions vh", "vision", rows=1)
-    ids = Weight("vision_tower.embeddings.position_ids", "vpositions", "buffer", "int64", False)
+    n = "vision_tower.embeddings"
+    position = Weight(f"{n}.position_embedding.weight", "vpositions vh", "vision", rows=1)
+    ids = Weight(f"{n}.position_ids", "vpositions", "buffer", "int64", False)
     before = (
-        *t.convolution("vision_tower.embeddings.patch_embedding", "pixel_values", "v.patches", shape, True, asks=True),
+        *t.convolution(f"{n}.patch_embedding", "pixel_values", "v.patches", shape, True, asks=True),
         Op(
-            "vision_tower.embeddings.position_embedding",
+            f"{n}.position_embedding",
             (),
             (Tensor("v.position", "vpositions vh", f"={position.name}"),),
             (position, ids),
             source=f"{ops.DERIVATIVES}: embedding",
         ),
-        ops.add("vision_tower.embeddings", "v.patches", "v.position", "embeds", shape),
+        ops.add(n, "v.patches", "v.position", "embeds", shape),
     )
-    weight = Weight("multi_modal_projector.mm_input_projection_weight", "vh h", "projector", rows=1)
+    n = "multi_modal_projector"
+    weight = Weight(f"{n}.mm_input_projection_weight", "vh h", "projector", rows=1)
     pooled = "b merged vh"
     after = (
-        *t.norm("vision_tower.post_layernorm", "x", "v.last", shape, "vh"),
-        ops.leave("x", "embeds", "pixel_values.cast"),
-        ops.copy("multi_modal_projector.contiguous", "v.last", "v.square", shape),
+        *t.strided_norm("vision_tower.post_layernorm", "x", "v.last", shape, "vh"),
+        ops.leave("x", "embeds"),
+        ops.copy(f"{n}.contiguous", "v.last", "v.square", shape),
         Op(
-            "multi_modal_projector.avg_pool",
+            f"{n}.avg_pool",
             ("v.square",),
             (Tensor("v.pooled", pooled),),
             (),
             (Keep("v.square", "v.square"),),
             source=f"{ops.DERIVATIVES}: avg_pool2d",
         ),
-        *t.grouped(
-            gemma_norm("multi_modal_projector.mm_soft_emb_norm", "v.pooled", "v.normed", pooled, "vh"), "projector"
-        ),
+        *t.grouped(gemma_norm(f"{n}.mm_soft_emb_norm", "v.pooled", "v.normed", pooled, "vh"), "projector"),
+        ops.copy(f"{n}.reshape", "v.normed", "v.rows", pooled),
         Op(
-            "multi_modal_projector",
-            ("v.normed",),
+            n,
+            ("v.rows",),
             (Tensor("features", "b merged h"),),
             (weight,),
-            (Keep(weight.name, "v.normed"), Keep("v.normed", weight.name)),
-            gradient="view",
+            (Keep(weight.name, "v.rows"), Keep("v.rows", weight.name)),
             autocast="lower",
             product="matrix",
             source=f"{ops.DERIVATIVES}: mm",
@@ -361,41 +435,66 @@ def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
         *t.held("v.last", "features"),
         ops.leave("v.pooled", "v.square", "v.last", "v.normed"),
     )
-    tower = Tower((Tensor("pixel_values", f"{lead} vin", "fp32"),), before, (Run((block,), "vL1"),), after)
-    return joined(wiring, alternating(m, wiring, own_table=True), tower)
+    inputs = (Tensor("pixel_values", f"{lead} vin", "fp32"), Tensor("token_type_ids", "b s", "int64"))
+    tower = Tower(inputs, before, (Run((block,), "vL1"),), after)
+    text = alternating(m, wiring._replace(padded=wiring.padded or wiring.images), own_table=True)
+    if wiring.images and not wiring.padded:
+        first = text.before[0]
+        given = first._replace(writes=tuple(w for w in first.writes if w.name != "attention_mask"))
+        text = text._replace(before=(given, *text.before[1:]))
+    return joined(wiring, text, tower, scattered(joined=False), ("image_embeds", "image_mask"))
 
 
 def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
     """Pixtral: a tower like Mistral's language model, whose patches are merged four by four."""
-    lead = t.P
-    shape = f"{lead} vh"
-    names = tuple(f"attention.{n}" for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    shape, heads, half = f"{t.P} vh", f"{t.P} va vd", f"{t.P} va vd2"
+    attend = (
+        *(
+            op
+            for n, back in (("q", "new"), ("k", "new"), ("v", "same"))
+            for op in (
+                t.linear(f"attention.{n}_proj", "v.n1", f"v.{n}0", "va vd", "vh", bias=False, flat=False),
+                ops.view(f"attention.{n}_heads", f"v.{n}0", f"v.{n}1", heads, back),
+            )
+        ),
+        *(op for n in "qk" for op in t.rotated(f"attention.rope_{n}", f"v.{n}1", f"v.{n}", heads, half)),
+        ops.leave("v.q1", "v.k1"),
+        t.attention("attention", "v.q", "v.k", "v.v1", "v.o", "efficient", t.PACKED, "v.mask"),
+        t.linear("attention.o_proj", "v.o", "v.ao", "vh", "va vd", bias=False, flat=False),
+        ops.leave("v.q", "v.k", "v.v1", "v.o", "v.n1"),
+    )
     block = t.block(
         "vision_tower.transformer.layers",
-        t.plain_attention(names, wiring, lead, bias=False),
-        t.gated_mlp("feed_forward", "v.n2", "v.mo", bias=False),
+        attend,
+        t.gated_mlp("feed_forward", "v.n2", "v.mo", bias=False, flat=False),
         t.rms_norm,
         ("attention_norm", "ffn_norm"),
     )
     before = (
         *t.convolution("vision_tower.patch_conv", "pixel_values", "v.patches", shape, False, asks=True),
-        *t.rms_norm("vision_tower.ln_pre", "v.patches", "embeds", shape, "vh"),
-        *t.axial_table(prefix="vision_tower.patch_positional_embedding", width="vd2"),
+        ops.copy("vision_tower.cat", "v.patches", "v.packed", shape, gradient="new"),
+        *t.rms_norm("vision_tower.ln_pre", "v.packed", "embeds", shape, "vh"),
+        *t.axial_table("vision_tower.patch_positional_embedding", "vd2", "embeds"),
+        Op("vision_tower.mask", (), (Tensor("v.mask", f"{t.P} {t.P}", "=embeds"),)),
     )
     n, bias = "multi_modal_projector", m.get("multimodal_projector_bias", False)
     g = "projector"
     after = (
+        ops.leave("v.patches", "v.mask", "v.cos", "v.sin", "v.positions"),
         *t.rms_norm(f"{n}.norm", "x", "v.normed", shape, "vh", g),
-        ops.copy(f"{n}.patch_merger.unfold", "v.normed", "v.square", "b merged vm", gradient="new"),
+        ops.view(f"{n}.patch_merger.split", "v.normed", "v.images", shape, gradient="new"),
+        ops.copy(f"{n}.patch_merger.unfold", "v.images", "v.unfolded", "b merged vm", gradient="new"),
+        ops.copy(f"{n}.patch_merger.cat", "v.unfolded", "v.square", "b merged vm"),
         t.linear(f"{n}.patch_merger.merging_layer", "v.square", "v.merged", "vh", "vm", g, "b merged", bias=False),
         t.linear(f"{n}.linear_1", "v.merged", "v.m1", "h", "vh", g, "b merged", bias=bias),
         ops.activation(f"{n}.act", "v.m1", "v.m2", "b merged h"),
         t.linear(f"{n}.linear_2", "v.m2", "features", "h", "h", g, "b merged", bias=bias),
         *t.held("x", "features"),
+        ops.leave("v.unfolded", "v.square", "v.merged", "embeds"),
     )
-    tower = Tower((Tensor("pixel_values", f"{lead} vin", "fp32"),), before, (Run((block,), "vL1"),), after)
+    tower = Tower((Tensor("pixel_values", f"{t.P} vin", "fp32"),), before, (Run((block,), "vL1"),), after)
     text = llama(m, wiring, turn=rope_and_scale) if decoder_of(m) == "ministral3" else llama(m, wiring)
-    return joined(wiring, text, tower)
+    return joined(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 
 # Llama 3.2

@@ -100,8 +100,9 @@ def _copies(
             if leaf:
                 between, asked = _input_leaf(between)
             joins = Joint(between, scope, asked, scope["stream"].name)
-            flowing = _flowing(between, flowing.union(_x(flows), asked)) - {"x"}
+            flowing = _flowing(between, flowing.union(_x(flows), asked))
             x, flows = scope["stream"]._replace(name="x"), joins.stream in flowing
+            flowing -= {"x"}
         while less < depth[run.times]:
             entered = (x.dtype, flows)
             blocks: list[Block] = []
@@ -333,12 +334,12 @@ def run_pass(
             for storage in own.values():
                 storage.shared = True
             stream = own[c.joins.stream]
-            if c.joins.stream in later[at]:
+            if c.joins.stream in later[at] - {"x"}:  # where it is what the last block made, no name is left for it
                 stream.refs += 1
             else:
                 del own[c.joins.stream]
             flows = frozenset(joint.flows - {"x"})
-            x_flows, carried, layer = c.joins.stream in flows, {}, 0
+            x_flows, carried, layer = c.joins.stream in joint.flows, {}, 0
         number = None
         first_layer, period = layer, len(c.blocks)
         layer += period * (c.count(depth) + c.skipped)

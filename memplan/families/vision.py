@@ -30,12 +30,11 @@ def size(m: ModelSpec, key: str, default: int, *others: str) -> int:
     value: object = part.get(name)
     if value is None:
         return default
-    sides = cast(tuple[object, ...], value) if isinstance(value, tuple) else (value,)
-    side = sides[0] if len(set(sides)) == 1 else value  # a square one
+    sides: tuple[Any, ...] = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
+    side = sides[0] if len(set(sides)) == 1 else None  # a square one
     if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= _MOST:
-        raise ConfigError(
-            f"config: {_VISION}.{name} must be a whole number from 1 to {_MOST:,}, not {as_json(value)}", name
-        )
+        said = as_json(cast(Any, value))
+        raise ConfigError(f"config: {_VISION}.{name} must be a whole number from 1 to {_MOST:,}, not {said}", name)
     return side
 
 
@@ -47,7 +46,7 @@ def places(m: ModelSpec, key: str, default: Sequence[int]) -> tuple[int, ...]:
     listed = cast(tuple[object, ...], value) if isinstance(value, tuple) else ("",)
     numbers = tuple(n for n in listed if isinstance(n, int) and not isinstance(n, bool) and n >= 0)
     if len(numbers) < len(listed):
-        raise ConfigError(f"config: {_VISION}.{key} must be a list of layers, not {as_json(value)}", key)
+        raise ConfigError(f"config: {_VISION}.{key} must be a list of layers, not {as_json(cast(Any, value))}", key)
     return numbers
 
 
@@ -133,7 +132,15 @@ def qwen3_vl(m: ModelSpec) -> dict[str, int]:
         tuple(stretches(size(m, "depth", 27), places(m, "deepstack_visual_indexes", DEEPSTACK))),
     )
     positions = size(m, "num_position_embeddings", 2304)
-    return {**made, "vm": hidden * size(m, "spatial_merge_size", 2) ** 2, "vpositions": positions}
+    depth, deep = size(m, "depth", 27), places(m, "deepstack_visual_indexes", DEEPSTACK)
+    last = max(1, m.num_hidden_layers - sum(i < depth for i in deep))
+    return {
+        "one": 1,
+        "after": last,
+        **made,
+        "vm": hidden * size(m, "spatial_merge_size", 2) ** 2,
+        "vpositions": positions,
+    }
 
 
 def qwen3_vl_moe(m: ModelSpec) -> dict[str, int]:
@@ -324,9 +331,14 @@ def _mistral3(m: ModelSpec, height: int, width: int) -> Picture:
 
 
 PICTURES: dict[str, Callable[[ModelSpec, int, int], Picture]] = {
+    "gemma3": _gemma3,
+    "mistral3": _mistral3,
     "qwen2_vl": partial(_qwen, 56 * 56, 12_845_056),
     "qwen2_5_vl": partial(_qwen, 56 * 56, 12_845_056),
+    "qwen3_vl": partial(_qwen, 65_536, 16_777_216),
+    "qwen3_vl_moe": partial(_qwen, 65_536, 16_777_216),
 }
+PACKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # whose images are one sequence, split for sdpa alone
 FIXED = ("gemma3",)  # families that resize every image to one size
 
 

@@ -189,6 +189,19 @@ def _masked_scatter(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, i
     yield "mask's prefix sums", 8 * args[0].numel()
 
 
+def _layer_norm(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
+    """A copy of an input that does not lie row by row."""
+    if not args[0].is_contiguous():
+        yield "input of layer norm, contiguous", args[0].numel() * args[0].element_size()
+
+
+def _layer_norm_backward(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
+    """The same, and of the gradient."""
+    for what, t in (("gradient", args[0]), ("input", args[1])):
+        if not t.is_contiguous():
+            yield f"{what} of layer norm, contiguous", t.numel() * t.element_size()
+
+
 def _foreach_norm(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
     """A number for every 65,536 elements of the largest tensor, for every tensor."""
     tensors = args[0]
@@ -266,6 +279,12 @@ ROWS = (
     ),
     Row("aten::_softmax_backward_data", _softmax_backward, f"{_ATEN}/cuda/SoftMax.cu softmax_backward_cuda_out"),
     Row("aten::masked_scatter", _masked_scatter, f"{_ATEN}/cuda/IndexKernel.cpp masked_scatter__cuda, IndexKernel.cu"),
+    Row("aten::native_layer_norm", _layer_norm, f"{_ATEN}/cuda/layer_norm_kernel.cu layer_norm_cuda"),
+    Row(
+        "aten::native_layer_norm_backward",
+        _layer_norm_backward,
+        f"{_ATEN}/cuda/layer_norm_kernel.cu layer_norm_backward_cuda",
+    ),
     Row("aten::_foreach_norm.Scalar", _foreach_norm, f"{_ATEN}/cuda/ForeachReduceOp.cu"),
     Row(
         "bitsandbytes::int8_scaled_mm",

@@ -70,6 +70,8 @@ def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     kinds = torch.zeros_like(ids)
     kinds[:, :merged] = _IMAGE
     side = axes["patch"]
+    if _has_no_data(ids):
+        _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     match model.model_type:
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" | "qwen3_vl_moe":
             rows = [(1, picture.rows, picture.columns)] * images
@@ -117,7 +119,7 @@ def _know(base: Any, grid: Grid) -> None:
     device = grid.tensor.device
 
     def ends(found: Any) -> Ends:
-        return Ends(_outside((found[1:] - found[:-1]).tolist), device)
+        return Ends(_outside(lambda: list((found[1:] - found[:-1]).tolist())), device)
 
     def seqlens(_: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         return ends(_outside(lambda: utils.get_vision_cu_seqlens(sizes))), None
@@ -143,7 +145,6 @@ def _know(base: Any, grid: Grid) -> None:
         if hasattr(module, name):
             setattr(module, name, function)
     module.get_max_seqlen = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
-    module.torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
 
     def rope(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         batch, tokens = input_ids.shape
@@ -151,12 +152,33 @@ def _know(base: Any, grid: Grid) -> None:
         return places, torch.zeros(batch, 1, dtype=torch.int64, device=input_ids.device)
 
     base.model.get_rope_index = rope
+    if hasattr(base.model.language_model, "_deepstack_process"):
+        base.model.language_model._deepstack_process = _deepstack
+
+
+def _deepstack(hidden: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """As Qwen3-VL's, with indices of as many places as there is to put there. Of them autograd keeps the mask alone."""
+    count, device = visual.shape[0], hidden.device
+
+    def pack(saved: torch.Tensor) -> Any:
+        return None if saved.dtype == torch.int64 else saved
+
+    def unpack(kept: Any) -> Any:
+        return torch.zeros(count, dtype=torch.int64, device=device) if kept is None else kept
+
+    where: Any = torch.nonzero_static(mask, size=count)
+    rows, columns = where.unbind(1)
+    visual = visual.to(device, hidden.dtype)
+    hidden = hidden.clone()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        local = hidden[rows, columns] + visual
+        hidden[rows, columns] = local
+    return hidden
 
 
 def _know_sizes(base: Any, tokens: int) -> None:
     """Mistral 3 reads the sizes from a tensor that it makes of numbers."""
     module = _module(base)
-    module.torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     if not isinstance(module.torch, _Torch):
         module.torch = _Torch(tokens)
 
