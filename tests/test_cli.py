@@ -573,7 +573,7 @@ def test_3_facts_missing(memplan_: Memplan, tmp_path: Path, monkeypatch: pytest.
 def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = memplan.estimate
 
-    def estimate(run: RunSpec, calibration: object, model: object) -> memplan.Estimate:
+    def estimate(run: RunSpec, calibration: object, model: object = None) -> memplan.Estimate:
         answer = asked(run)
         vars(answer)["unsupported"] = ("a kernel nobody has measured",)
         return answer
@@ -587,7 +587,7 @@ def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_no_mistake_of_the_user_is_not_hidden(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def estimate(run: RunSpec, calibration: object, model: object) -> None:
+    def estimate(run: RunSpec, calibration: object, model: object = None) -> None:
         raise ValueError("a bug")
 
     monkeypatch.setattr("memplan.estimator.estimate", estimate)
@@ -596,7 +596,7 @@ def test_what_is_no_mistake_of_the_user_is_not_hidden(memplan_: Memplan, monkeyp
 
 
 def test_an_interrupt_is_quiet(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def estimate(run: RunSpec, calibration: object, model: object) -> None:
+    def estimate(run: RunSpec, calibration: object, model: object = None) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("memplan.estimator.estimate", estimate)

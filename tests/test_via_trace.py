@@ -77,6 +77,11 @@ def test_a_family_without_a_stack_has_an_answer_that_adds_up(family: str, answer
     assert max(p.peak for p in answer.timeline) == answer.bytes.allocated
 
 
+def test_a_class_without_sdpa_is_said_to_have_none(answers: Mapping[str, Estimate]) -> None:
+    eager = {name for name, answer in answers.items() if any("has no sdpa" in note for note in answer.notes)}
+    assert eager == {"xglm"}
+
+
 def test_parameters_are_as_many_as_transformers_builds(answers: Mapping[str, Estimate]) -> None:
     code = f"""
 import json, torch, transformers
