@@ -78,6 +78,15 @@ def built_tensors(model: ModelSpec) -> Mapping[str, Built]:
     return found
 
 
+# What libraries call the tensors that stand for a module's weight. Source: gptqmodel 7.7, bitsandbytes 0.50,
+# transformers 5.24 quantizers/ serialized_names, compressed-tensors 0.20 compressors.
+_PACKED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_format|activation_scale|input_scale"
+    r"|weight_(packed|scale|shape|zero_point|global_scale|scale_inv|g_idx)"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__[a-z0-9]+))$"
+)
+
+
 class Compared(NamedTuple):
     """The tensors that only the checkpoint has, and the names of parameters that only the model has."""
 
@@ -93,6 +102,10 @@ def compared(model: ModelSpec, tensors: tuple[StoredTensor, ...]) -> Compared:
     missing = dict(parameters)
     for tensor in tensors:
         name = _rootless(tensor.name)
+        whole = _PACKED.sub("", name)
+        if whole != name and f"{whole}.weight" in parameters:  # a part of how a matrix is stored
+            missing.pop(f"{whole}.weight", None)
+            continue
         if name not in parameters:
             extra.append(tensor)
             continue

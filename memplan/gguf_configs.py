@@ -49,6 +49,7 @@ ARCHITECTURES: dict[str, tuple[str, Mapping[str, str | None]]] = {
     "glm4": ("glm4", {}),
     "gpt2": ("gpt2", {**dict.fromkeys(_KEYS), **_GPT}),
     "granite": ("granite", {}),
+    "granitemoe": ("granitemoe", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}),
     "hunyuan-dense": ("hunyuan_v1_dense", {}),
     "internlm2": ("internlm2", {"attention.key_length": None}),
     "llama": ("llama", {"rope.dimension_count": "head_dim"}),
@@ -57,10 +58,18 @@ ARCHITECTURES: dict[str, tuple[str, Mapping[str, str | None]]] = {
     "nemotron": ("nemotron", {}),
     "olmo": ("olmo", {}),
     "olmo2": ("olmo2", {}),
+    "olmoe": ("olmoe", {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}),
     "phi2": ("phi", {}),
     "phi3": ("phi3", {"attention.sliding_window": None}),
     "qwen2": ("qwen2", {}),
-    "qwen2moe": ("qwen2_moe", {"expert_count": "num_experts", **_EXPERTS}),
+    "qwen2moe": (
+        "qwen2_moe",
+        {
+            "expert_count": "num_experts",
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+            **_EXPERTS,
+        },
+    ),
     "qwen3": ("qwen3", {}),
     "qwen3moe": ("qwen3_moe", {"expert_count": "num_experts", **_EXPERTS}),
     "smollm3": ("smollm3", {}),
@@ -73,9 +82,9 @@ _SWITCHES: dict[str, dict[str, str]] = {
     "cohere": {"use_qk_norm": "attn_q_norm.weight"},
     "glm4": {"attention_bias": "attn_q.bias"},
     "granite": {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_down.bias"},
+    "internlm2": {"bias": "attn_q.bias"},
     "llama": {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_down.bias"},
     "minicpm": {"attention_bias": "attn_q.bias"},
-    "mixtral": {},
     "phi": {"qk_layernorm": "attn_q_norm.weight"},
     "qwen3": {"attention_bias": "attn_q.bias"},
     "stablelm": {"use_qkv_bias": "attn_q.bias", "qk_layernorm": "attn_q_norm.weight"},
@@ -118,8 +127,21 @@ def config_of(file: Gguf, where: str) -> dict[str, Any]:
         config[name] = f"blk.0.{tensor}" in shapes
     if model_type == "stablelm":  # two norms a layer, where its attention and its MLP do not share one
         config["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in shapes
+    _experts(config, shapes)
     title = file.metadata.get("general.name")
     return {**config, "_name_or_path": title} if isinstance(title, str) else config
+
+
+def _experts(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Widths of experts that older files do not say, by the shapes of their stacks."""
+    stacks = {
+        "moe_intermediate_size": "ffn_gate_exps.weight",
+        "shared_expert_intermediate_size": "ffn_gate_shexp.weight",
+    }
+    for name, tensor in stacks.items() if config["model_type"] in ("qwen2_moe", "qwen3_moe") else ():
+        shape = next((shape for key, shape in shapes.items() if key.endswith(f".{tensor}")), ())
+        if name not in config and len(shape) > 1:
+            config[name] = shape[-2]
 
 
 def parameters_in(tensors: tuple[StoredTensor, ...]) -> int:

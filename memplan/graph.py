@@ -12,13 +12,14 @@ from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix
-from memplan.catalogue.quantization import storage_of
+from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
 from memplan.engine.work import Call, work
 from memplan.ir import Division, Op, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
+from memplan.units import ITEMSIZE
 
 
 class Graph(NamedTuple):
@@ -76,6 +77,12 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
+    axes |= {
+        fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
+        for op in operations(stack)
+        for w in op.weights
+        if w.stacked and w.stored
+    }
     autocast = recipe.compute if recipe.autocast else None
     stack = losses.attach(
         stack,
@@ -228,6 +235,13 @@ def several(model: ModelSpec) -> frozenset[str]:
 
 
 @lru_cache(maxsize=512)
+def stacks(model: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """The experts' stacks of matrices by name, with the linear layers that each stands for to peft."""
+    stack = build(model, Wiring("flash", "efficient"))
+    return {w.name: w.stands_for for op in operations(stack) for w in op.weights if w.stacked}
+
+
+@lru_cache(maxsize=512)
 def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
     """The fused kernels that find operations of the model to stand in for."""
     return frozenset(fusible(build(model, Wiring("flash", "efficient"), code)))
@@ -305,8 +319,9 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
 def loading(graph: Graph) -> Iterator[tuple[int, int]]:
     """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0.
 
-    A weight that is quantised is there in the dtype it is loaded in until that is done. One that is cast is, until all
-    are loaded and its turn comes; trl's preparation casts most of them twice. Adapters come last.
+    A weight that is quantised is there in the dtype it is loaded in until that is done, unless its checkpoint has it
+    packed. One that is cast is, until all are loaded and its turn comes; trl's preparation casts most of them twice.
+    Adapters come last.
     """
     _, axes = built(graph)
     loaded = graph.recipe.weights
@@ -326,6 +341,10 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
         if w.group == "adapter":
             continue
         whole, ends = sizes(w)
+        if w.stored and graph.recipe.packed:
+            for bytes_ in ends:
+                yield next(numbers), bytes_
+            continue
         first = next(numbers)
         yield first, ends[0] if w.group == "buffer" else whole
         if w.stored:

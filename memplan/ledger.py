@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from memplan.answer import Line, Phase
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.states import State
-from memplan.engine.walk import alive, moment_bytes, size, values
+from memplan.engine.walk import alive, moment_bytes, shared, size, values
 from memplan.graph import Held, built
 from memplan.ir import Stack, operations
 from memplan.program import (
@@ -60,7 +60,7 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
                         count,
                         bytes_ * count,
                         _why(kind, name, op, keepers),
-                        *((optimizer.source, optimizer.basis) if name.startswith(_UPDATE) else (source or "autograd",)),
+                        *((optimizer.source, optimizer.basis) if name.startswith(_UPDATE) else _sourced(source)),
                     )
                 )
     return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
@@ -175,12 +175,17 @@ def _scratch(what: str, bytes_: int, why: str, basis: str) -> Line:
     return Line(what, "temp", "", "", (), "", 1, bytes_, why, "", basis)
 
 
+def _sourced(source: str) -> tuple[str, str]:
+    """An operation's source, and its basis: a source that begins with "assumed" says that it is."""
+    return source or "autograd", "assumed" if source.startswith("assumed") else "derived"
+
+
 def _letters(shape: str) -> str:
     return "·".join(shape.split())
 
 
 def _dims(shape: str, axes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(int(t) if t.isdigit() else axes[t] for t in shape.split())
+    return tuple(int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in shape.split())
 
 
 def _keepers(stack: Stack) -> dict[str, str]:

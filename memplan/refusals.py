@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.parallel import ELEMENTWISE, STRATEGIES
+from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.errors import SpecError
 from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
 
@@ -159,10 +160,17 @@ def only_freeze(kind: str) -> SpecError:
     return SpecError(f"{field}: is for method.kind freeze, not {kind}", field)
 
 
+_GROUPED = ("gptq-int4", "gptq-int8", "awq-int4")
+_WHOLE = (*_GROUPED, "fp8", "int8")
+
+
 def _quantization(q: Quantization, sharded: bool) -> Iterator[SpecError]:
     field = "method.quantization"
-    if q.format not in ("nf4", "fp4", "int8", "gptq-int4"):
-        yield _later(f"{field}.format", q.format, "nf4, fp4, int8, gptq-int4")
+    if q.block_size < (16 if q.format in _GROUPED else 32) and not (q.block_size == WHOLE and q.format in _WHOLE):
+        size = "one scale a column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
+        yield SpecError(f"{field}.block_size: {q.format} has no {size}", f"{field}.block_size")
+    if q.format == "fp8" and q.block_size not in (WHOLE, FP8_BLOCK):
+        yield _later(f"{field}.block_size", q.block_size, f"{FP8_BLOCK}, or {WHOLE} for one scale a matrix")
     if q.storage not in (_FLOATS if sharded else ("uint8",)):
         those = "bf16, fp16, fp32: FSDP divides no integers" if sharded else f"uint8; {', '.join(_FLOATS)} under FSDP"
         yield _later(f"{field}.storage", q.storage, those)

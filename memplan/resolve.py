@@ -35,6 +35,7 @@ from memplan.graph import (
     weights_of,
 )
 from memplan.models import ModelSpec
+from memplan.prequantized import trained
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts
@@ -171,6 +172,11 @@ def _decide(
     images: bool,
 ) -> Decided:
     asked = kernels.fused is not None
+    gpu = find_gpu(gpu_name) if gpu_name is not None else None
+    capability = gpu.compute_capability if gpu else None
+    trains_fp8 = bool(decided(find_profile(profile).name, model.model_type, False)["trains_fp8"])
+    over = trained(model, method, trains_fp8, capability)
+    method = over.method
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
@@ -197,7 +203,6 @@ def _decide(
             "profile",
         )
     notes: list[str] = []
-    gpu = find_gpu(gpu_name) if gpu_name is not None else None
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
@@ -205,12 +210,11 @@ def _decide(
         precision, method = _under_deepspeed(precision, method)
         notes.append(_DEEPSPEED)
     notes += dtype_notes(gpu, str(precision.compute))
-    notes += stored_notes(model)
-    notes += checkpoint_notes(model.config, method, precision)
+    notes += [*stored_notes(model), *over.notes]
     notes += _kernel_notes(model)
-    recipe, more = _recipe(model, method, precision, words["code"])
-    recipe = recipe._replace(frozen=_frozen(model, method))
-    kernels, idle = _fusing(model, method, kernels, words["code"])
+    recipe, more = _recipe(model, method, precision, words["code"], over.as_stored)
+    recipe = recipe._replace(frozen=_frozen(model, method), keeps=words["keeps_matrix"])
+    kernels, idle = _fusing(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates)
@@ -218,7 +222,6 @@ def _decide(
     notes += more
     attention, checkpoints, more = _had(model, kernels, profile, words)
     notes += more
-    capability = gpu.compute_capability if gpu else None
     seen = _attention_dtype(model, recipe)
     graph = Graph(
         model,
@@ -544,7 +547,10 @@ def _frozen(model: ModelSpec, method: Method) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in method.frozen)
 
 
-def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -> tuple[Recipe, list[str]]:
+def _recipe(
+    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool
+) -> tuple[Recipe, list[str]]:
+    """What the run asks of the methods, and notes. `stored`: the checkpoint itself is quantised."""
     compute, autocast = str(precision.compute), precision.autocast
     if method.kind in ("full", "freeze"):
         if method.quantization is not None:
@@ -554,7 +560,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -
             )
         return Recipe(method.kind, precision.weights, compute, autocast), []
     q = method.quantization
-    if method.kind in ("lora", "dora") and q is not None:
+    if method.kind in ("lora", "dora") and q is not None and not stored:
         raise SpecError(f"method.quantization: use q{method.kind} for quantised weights", "method.quantization")
     targets, notes = _targets(model, method) if code == "transformers" else (_switches(method), [])
     saved = _modules(model, "method.modules_to_save", method.modules_to_save)
@@ -578,7 +584,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -
         notes.append("LLM.int8 layers hold their inputs until the step ends, with or without checkpointing")
     return recipe._replace(
         quantization=q.format,
-        double_quant=q.double_quant and q.format != "int8",
+        double_quant=q.double_quant and q.format in ("nf4", "fp4"),
         block_size=q.block_size,
         skip=(
             *(n for n in q.skip or () if n == "lm_head"),
@@ -586,6 +592,7 @@ def _recipe(model: ModelSpec, method: Method, precision: Precision, code: str) -
             *clamped,
         ),
         preparation=preparation,
+        packed=stored or q.format not in ("nf4", "fp4", "int8"),
     ), notes
 
 
@@ -604,13 +611,14 @@ def _kernel_notes(model: ModelSpec) -> Iterator[str]:
 
 
 def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:
-    """What a config says of a checkpoint that is stored quantised. Raises SpecError where it does not train so."""
+    """What a config says of a checkpoint that is stored quantised, where the run is traced: dense, or as the run
+    quantises it. Raises SpecError where it does not train so."""
     stored: Any = config.get("quantization_config")
     if not isinstance(stored, Mapping) or not stored:
         return
     how = str(cast(Mapping[str, object], stored).get("quant_method", "?"))
-    if how == "fp8":
-        yield f"the checkpoint is stored in fp8, which does not train: it is taken as loaded in {precision.weights}"
+    if how in ("fp8", "mxfp4", "compressed-tensors"):
+        yield f"the checkpoint is stored in {how}, and is taken as dequantised in {precision.weights}"
     elif how != "bitsandbytes":
         raise SpecError(f"quantization_config: a checkpoint of {how:.40} is not supported yet", "model")
     elif method.quantization is None:
@@ -800,15 +808,20 @@ def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
         raise SpecError(f"{field}: a fused loss multiplies by the lm_head's weight as it is; name lm_head", field)
 
 
-def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str) -> tuple[Kernels, list[str]]:
-    """The kernels with those fused ones that have something to do, and the names of those that have not."""
+def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str, keeps: bool) -> tuple[Kernels, list[str]]:
+    """The kernels with those fused ones that have something to do, and the names of those that have not.
+
+    Joined adapters are of bitsandbytes' and auto-gptq's weights; `keeps` says that GPTQ's are another's.
+    """
     asked = kernels.fused or ()
     if not asked:
         return kernels, []
     able = set(fusible_kernels(model, code))
     if kernels.loss == "hf":
         able.add("cross_entropy")
-    if method.kind in ("lora", "qlora") and code == "transformers":
+    q = method.quantization
+    apart = q is not None and (q.format in ("awq-int4", "fp8") or (keeps and q.format.startswith("gptq")))
+    if method.kind in ("lora", "qlora") and code == "transformers" and not apart:
         able.add("lora")
     used = tuple(name for name in asked if name in able)
     return kernels.model_copy(update={"fused": used}), [name for name in asked if name not in able]

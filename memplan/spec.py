@@ -99,14 +99,26 @@ class Part(BaseModel, frozen=True):
 
 
 class Quantization(Part, frozen=True):
-    """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words."""
+    """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words.
+
+    A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128.
+    """
 
     format: Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"] = "nf4"
     double_quant: Flag = True
-    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    block_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _squares(cls, value: Any) -> Any:
+        """FP8's own size of blocks, where none is said."""
+        if not isinstance(value, Mapping):
+            return value
+        given = dict(cast(Mapping[str, Any], value))
+        return {"block_size": 128, **given} if given.get("format") == "fp8" else given
 
 
 class Method(Part, frozen=True):

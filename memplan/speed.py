@@ -15,6 +15,7 @@ from typing import NamedTuple
 from memplan.catalogue import flops, rates
 from memplan.catalogue.flops import Moved, Points
 from memplan.catalogue.rates import Rate
+from memplan.engine.walk import shared
 from memplan.engine.work import Call
 from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
@@ -192,9 +193,10 @@ class _Sizes:
         """A shape's axes that the run decides, and how many elements it has at every point of those."""
         if shape not in self._known:
             tokens = shape.split()
-            free = tuple(sorted(t for t in tokens if not t.isdigit() and t not in self._axes))
-            factor = prod(int(t) if t.isdigit() else self._axes[t] for t in tokens if t.isdigit() or t in self._axes)
-            self._known[shape] = free, factor
+            known = {t: int(t) for t in tokens if t.isdigit()} | {t: shared(t, self._axes) for t in tokens if "/" in t}
+            known |= {t: self._axes[t] for t in tokens if t in self._axes}
+            free = tuple(sorted(t for t in tokens if t not in known))
+            self._known[shape] = free, prod(known[t] for t in tokens if t in known)
         return self._known[shape]
 
     def runs(self, tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from memplan.errors import SpecError, printable
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 # Bytes of one element.
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
 def decimal(n: int, unit: int, digits: int) -> str:

@@ -123,6 +123,7 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -135,6 +136,12 @@ def gguf_tensors(config: Mapping[str, Any], matrix: str = "Q4_0") -> list[tuple[
     found: list[tuple[str, str, Sequence[int]]] = []
     for name, built in built_tensors(ModelSpec(config)).items():
         path, _, kind = name.rpartition(".")
+        if path.endswith(".experts"):  # stacks, of which llama.cpp keeps gate and up apart
+            layer = path.removeprefix("model.layers.").partition(".")[0]
+            e, out, into = built.shape
+            parts = ("gate", "up") if kind == "gate_up_proj" else ("down",)
+            found += [(f"blk.{layer}.ffn_{p}_exps.weight", matrix, (e, out // len(parts), into)) for p in parts]
+            continue
         if path.startswith("model.layers."):
             layer, _, inner = path.removeprefix("model.layers.").partition(".")
             path = f"blk.{layer}.{GGUF_NAMES[inner]}"

@@ -432,7 +432,7 @@ MISTAKES = {
     "qwen2-7b --method lora --lora-dropout 1": ("method.dropout (--lora-dropout)", "less than 1"),
     "qwen2-7b --method lora --lora-dropout nan": ("method.dropout (--lora-dropout)", "must be a number"),
     "qwen2-7b --method qlora --quant-format nf5": ("method.quantization.format (--quant-format)", "nf4"),
-    "qwen2-7b --method qlora --quant-format awq-int4": ("method.quantization.format", "not supported yet"),
+    "qwen2-7b --method qlora --quant-format awq": ("method.quantization.format", "awq-int4"),
     "qwen2-7b --method qlora --kbit-preparation no": ("kbit_preparation (--kbit-preparation)", "true, false, trl"),
     "qwen2-7b --precision ampp": ("precision (--precision)", "amp"),
     "qwen2-7b --precision mixed --dtype fp32": ("precision (--precision)", "bf16 or fp16"),

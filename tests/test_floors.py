@@ -20,7 +20,7 @@ FLOORS = (
     {"catalogue", "engine"},
     {
         *("graph", "ranks", "zero", "program", "refusals", "resolve", "answer", "segments", "usage", "estimator"),
-        *("checkpoint", "new_card"),
+        *("checkpoint", "new_card", "prequantized"),
         *("ledger", "speed"),
     },
     {"sweep", "comparison", "planning"},

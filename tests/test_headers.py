@@ -17,6 +17,7 @@ from memplan import RunSpec, card_names, estimate, find_model, load_card
 from memplan.checkpoint import built_tensors
 from memplan.config_classes import MODEL_TYPES
 from memplan.errors import ConfigError, MemplanError
+from memplan.families import MODULES
 from memplan.gguf_configs import ARCHITECTURES, config_of
 from memplan.headers import GGML_TYPES, Length, StoredTensor, read_gguf, read_safetensors, stored_bytes
 from tests.checkpoints import (
@@ -357,6 +358,18 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"attention.key_length": 32, "attention.sliding_window": 128, "attn_logit_softcapping": 50.0},
     ),
     "phi3": ({"model_type": "phi3"}, {}),
+    "qwen3moe": (
+        {
+            "model_type": "qwen3_moe",
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+        {"attention.key_length": 32, "expert_count": 4, "expert_used_count": 2},
+    ),
 }
 
 
@@ -378,9 +391,13 @@ def test_families_of_gguf_files_take_what_their_configs_take(architecture: str, 
 
 
 def test_a_mixtral_file_says_llama_and_has_experts(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "x.gguf", {**METADATA, "llama.expert_count": 8, "llama.expert_used_count": 2}, [])
+    mixtral = {**TINY, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    metadata = {**METADATA, "llama.expert_count": 8, "llama.expert_used_count": 2}
+    path = write_gguf(tmp_path / "x.gguf", metadata, gguf_tensors(mixtral))
     config = config_of(read_gguf(path), "x")
     assert (config["model_type"], config["num_local_experts"], config["num_experts_per_tok"]) == ("mixtral", 8, 2)
+    answer = estimate(RunSpec(model=str(path), method="lora"))
+    assert answer.parameters == estimate(RunSpec(model={"config": mixtral}, method="lora")).parameters
 
 
 def test_a_gguf_file_of_other_sizes_than_its_metadata_is_refused(tmp_path: Path) -> None:
@@ -408,8 +425,7 @@ def test_blocks_of_ggml_are_as_long_as_transformers_has_them() -> None:
 
 
 def test_every_family_of_gguf_files_is_one_of_memplan() -> None:
-    later = {"qwen2_moe", "qwen3_moe"}  # refused as any config of theirs is, where memplan has no stack
-    assert {model_type for model_type, _ in ARCHITECTURES.values()} - later <= set(MODEL_TYPES)
+    assert {model_type for model_type, _ in ARCHITECTURES.values()} <= {*MODEL_TYPES, *MODULES}
 
 
 def test_parts_of_a_gguf_file_are_read_together(tmp_path: Path) -> None:

@@ -218,7 +218,11 @@ def test_the_trainer_keeps_the_states_of_embeddings_wide() -> None:
         ({"parallelism": {"world": 2}}, "parallelism.world"),
         ({"gpu": "rtx 9999"}, "gpu"),
         ({"precision": {"compute": "fp8"}}, "precision.compute"),
-        ({"method": {"kind": "qlora", "quantization": {"format": "gptq-int8"}}}, "method.quantization.format"),
+        ({"method": {"kind": "qlora", "quantization": {"block_size": 16}}}, "method.quantization.block_size"),
+        (
+            {"method": {"kind": "qlora", "quantization": {"format": "fp8", "block_size": 64}}},
+            "method.quantization.block_size",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_field(fields: dict[str, Any], field: str) -> None:

@@ -9,7 +9,6 @@ import pytest
 from memplan import MemplanError, RunSpec, estimate
 from memplan.catalogue.states import optimizer_names
 from memplan.spec import LATER_METHODS, Loop, Method, Optimizer, Parallelism, Precision
-from tests.tiny import SMALLEST
 
 
 def refused(**fields: Any) -> MemplanError:
@@ -29,7 +28,10 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"kernels": {"compile": True}}, "kernels.compile"),
     ({"precision": {"compute": "fp8"}}, "precision.compute"),
     ({"precision": {"compute": "float8"}}, "precision.compute"),
-    ({"method": {"kind": "qlora", "quantization": {"format": "fp8"}}}, "method.quantization.format"),
+    (
+        {"method": {"kind": "qlora", "quantization": {"format": "fp8", "block_size": 64}}},
+        "method.quantization.block_size",
+    ),
     ({"method": {"kind": "qlora", "quantization": {"storage": "bf16"}}}, "method.quantization.storage"),
     ({"method": {"kind": "lora", "options": {"bias": "all"}}}, "method.options.bias"),
     ({"method": {"kind": "lora", "targets": ["model.layers.0.self_attn.q_proj"]}}, "method.targets"),
@@ -175,38 +177,6 @@ def test_a_setting_of_the_optimizer_changes_something_or_is_refused(name: str) -
         said = found == [f"optimizer.{setting}"] * len(values)
         default = setting == "foreach" and name in ("adamw_torch", "sgd", "adagrad", "rmsprop")
         assert said or default or any(phase != plain for phase in found), (setting, found)
-
-
-@pytest.mark.parametrize(
-    ("how", "method", "said"),
-    [
-        ("awq", "lora", "awq"),
-        ("gptq", "qlora", "gptq"),
-        ("bitsandbytes", "lora", "use qlora"),
-        ("bitsandbytes", "full", "use qlora"),
-        ({}, "lora", "checkpoint of ?"),
-    ],
-)
-def test_a_checkpoint_that_is_stored_quantised_is_not_taken_for_another(how: Any, method: str, said: str) -> None:
-    error = refused_config({"quant_method": how} if isinstance(how, str) else {"bits": 4}, method)
-    assert said in error
-
-
-def refused_config(stored: dict[str, Any], method: str) -> str:
-    with pytest.raises(MemplanError) as caught:
-        estimate(RunSpec(model={"config": {**SMALLEST, "quantization_config": stored}}, method=method))
-    return str(caught.value)
-
-
-def test_a_checkpoint_of_bitsandbytes_trains_adapters_and_one_in_fp8_has_a_note() -> None:
-    def ask(stored: Any, method: str) -> Any:
-        config = {**SMALLEST, "quantization_config": stored}
-        return estimate(RunSpec(model={"config": config}, method=method))
-
-    assert ask({"quant_method": "bitsandbytes"}, "qlora").phases == ask(None, "qlora").phases
-    eight = ask({"quant_method": "fp8"}, "lora")
-    assert eight.phases == ask(None, "lora").phases
-    assert any("stored in fp8" in note for note in eight.notes)
 
 
 def test_a_dotted_name_means_the_modules_it_ends() -> None:

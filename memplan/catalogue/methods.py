@@ -11,14 +11,15 @@ from typing import NamedTuple
 from memplan.catalogue import litgpt_lora, ops
 from memplan.catalogue.fused_lora import fuse_lora
 from memplan.catalogue.parameter_lora import adapt_parameters, standing
-from memplan.catalogue.quantization import dequantise, quantised_linear, stored
+from memplan.catalogue.quantization import dequantise, experts_fp8, family_of, quantised_linear, stored
 from memplan.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
 
 
 class Adapter(NamedTuple):
     """How a LoRA-like adapter computes; `compute` is what the 4-bit layer inside it does.
 
-    `again`: DoRA multiplies by the base weight once more though nothing is dropped, as peft did until 0.13.
+    `again`: DoRA multiplies by the base weight once more though nothing is dropped, as peft did until 0.13. `keeps`: as
+    in `quantised_linear`.
     """
 
     dtype: str
@@ -26,6 +27,7 @@ class Adapter(NamedTuple):
     dropout: bool
     dora: bool
     again: bool = False
+    keeps: bool = False
 
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
@@ -77,10 +79,10 @@ def matrix(op: Op) -> Weight | None:
 def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     """peft's LoRA layer around a frozen linear layer: `result + lora_B(lora_A(dropout(x))) * scaling`.
 
-    Around a full-width layer the input is cast to the adapter's dtype and the sum back to the result's; around a
-    4-bit layer the result is cloned first, and under autocast nothing is cast.
+    Around a full-width layer, one of FP8 and one of GPTQ the input is cast to the adapter's dtype and the sum back to
+    the result's; around a 4-bit layer the result is cloned first, and under autocast nothing is cast.
     Source: peft 0.21 tuners/lora/layer.py Linear.forward, tuners/lora/bnb.py Linear4bit.forward, Linear8bitLt.forward,
-    tuners/lora/gptq.py.
+    tuners/lora/gptq.py, tuners/lora/awq.py; 0.13 tuners/lora/gptq.py, which casts as around a 4-bit layer.
     """
     (x,), y = op.reads, op.writes[0]
     n, p = op.name, y.name
@@ -88,11 +90,14 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     flat = op.gradient == "new"
     w = matrix(op)
     assert w is not None
-    quantised = bool(w.stored)
+    how = family_of(w) if w.stored else ""
+    quantised = how in ("4bit", "int8", "awq") or (how == "gptq" and not adapter.keeps)
     casts = not (quantised and autocast)
     result = f"{p}.base"
     yield from (
-        quantised_linear(op, f"{n}.base_layer", result, adapter.compute) if quantised else (_renamed(op, result),)
+        quantised_linear(op, f"{n}.base_layer", result, adapter.compute, keeps=adapter.keeps)
+        if how
+        else (_renamed(op, result),)
     )
     if w.stored and w.stored[0].dtype == "uint8/2":
         yield ops.copy(f"{n}.clone", result, f"{p}.clone", y.shape)
@@ -116,7 +121,7 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
         if casts:
             yield ops.cast(f"{n}.cast_back", f"{p}.delta", f"{p}.delta.cast", y.shape, f"={result}")
         add = ops.add(f"{n}.add", result, f"{p}.delta.cast" if casts else f"{p}.delta", p, y.shape)
-        yield add._replace(view=w.stored[0].name == "qweight")  # peft's GPTQ layer adds into the result
+        yield add._replace(view=how == "gptq")  # peft's older GPTQ layer adds into the result
     else:
         yield ops.add(f"{n}.add", result, f"{p}.delta", f"{p}.sum", y.shape)
         if adapter.dora:
@@ -250,8 +255,9 @@ class Recipe(NamedTuple):
     weights: dtype the model is loaded in. compute: what quantised layers compute in. quantization: "" or a format.
     preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
     targets: names of linear layers, or ("all-linear",). fused: adapted layers are one function where one exists.
-    library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command. again: see
-    `Adapter`. frozen: parts of the model that neither train nor are adapted, see `PARTS`.
+    library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command. again, keeps:
+    see `Adapter`. frozen: parts of the model that neither train nor are adapted, see `PARTS`. packed: quantised weights
+    are loaded as they are stored, and not made from whole ones.
     """
 
     kind: str
@@ -271,6 +277,8 @@ class Recipe(NamedTuple):
     library: str = "peft"
     again: bool = False
     frozen: tuple[str, ...] = ()
+    keeps: bool = False
+    packed: bool = False
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -323,7 +331,9 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
     stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
-    adapter = Adapter(recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind, recipe.again)
+    adapter = Adapter(
+        recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind, recipe.again, recipe.keeps
+    )
     stood_for = standing(operations(stack))
     every = recipe.targets == ("all-linear",)
 
@@ -364,6 +374,9 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
         w = matrix(op)
         if any(v.group == "adapter" and v.matrix for v in op.weights):  # joined already
             return (op,)
+        stacked = next((v for v in op.weights if v.stacked and v.stored), None)
+        if stacked is not None:
+            return (experts_fp8(op, stacked, recipe.compute),)
         if w is None:
             looks_up = any(v.rows and v.group == "embedding" for v in op.weights)
             return tuple(_lora_embedding(op, recipe.adapter_dtype)) if looks_up and _named(op, recipe) else (op,)
@@ -374,7 +387,7 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
         if takes(op):
             return tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
         if w.stored:
-            return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute, older))
+            return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute, older, recipe.keeps))
         return (op,)
 
     return rewrite(stack, change)
@@ -453,7 +466,8 @@ def _narrowed(stack: Stack) -> frozenset[str]:
 
 def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[str]) -> Weight:
     """A base weight under an adapter: frozen, quantised unless it is the head's, or cast unless it is `narrow`."""
-    if recipe.quantization and quantisable(w, recipe.skip) and w.name not in head:
+    takes = quantisable(w, recipe.skip) or (w.stacked and recipe.quantization == "fp8")
+    if recipe.quantization and takes and w.name not in head:
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
         dtype = "fp16" if recipe.library == "litgpt" else recipe.weights  # lightning quantises from fp16
         return w._replace(dtype=dtype, trains=False, stored=kept)

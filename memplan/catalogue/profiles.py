@@ -32,6 +32,8 @@ WORDS = {
     "half_math": "torch's plain attention stays in the dtype of what it is given",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
     "experts": "how experts are written: stacked (one parameter of three dimensions), modules (linear layers), own",
+    "keeps_matrix": "a product with a GPTQ matrix keeps it dequantised for the backward pass",
+    "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -124,6 +126,8 @@ PROFILES = (
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
+            Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
+            Row("trains_fp8", True, "transformers 5.24 integrations/finegrained_fp8.py FP8LinearFunction"),
         ),
     ),
     Profile(
@@ -137,6 +141,8 @@ PROFILES = (
             ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
             Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
+            Row("keeps_matrix", False, "auto-gptq 0.7 qlinear_tritonv2.py QuantLinearFunction"),
+            Row("trains_fp8", False, "transformers 4.51.3 quantizers/quantizer_finegrained_fp8.py is_trainable"),
             Row(
                 "experts", "modules", "transformers 4.51.3 models/mixtral/modeling_mixtral.py MixtralBlockSparseTop2MLP"
             ),

@@ -376,9 +376,10 @@ def estimate(
     quant_format: Annotated[
         str | None,
         option(
-            "Storage of quantised weights: nf4, fp4, int8, gptq-int4. Default nf4.",
+            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8. Default nf4; of a "
+            "checkpoint that is stored quantised, its own.",
             of=ADAPTERS,
-            complete=_choices("nf4", "fp4", "int8", "gptq-int4"),
+            complete=_choices("nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"),
         ),
     ] = None,
     double_quant: Annotated[

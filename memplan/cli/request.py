@@ -274,9 +274,9 @@ def idle(given: Iterable[str], method: Method) -> MemplanError | None:
         if name in given and method.kind not in ADAPTERS:
             return no_adapters(method.kind, FIELDS.get(name) or WORDS[name])
     q = method.quantization
-    if "double_quant" in given and q is not None and q.format == "int8" and q.double_quant:
+    if "double_quant" in given and q is not None and q.format not in ("nf4", "fp4") and q.double_quant:
         field = "method.quantization.double_quant"
-        return SpecError(f"{field}: int8 has no scales of scales; nf4 and fp4 have", field)
+        return SpecError(f"{field}: {q.format} has no scales of scales; nf4 and fp4 have", field)
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from math import prod
 from operator import ge, mul
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Term(NamedTuple):
 def size(shape: str, dtype: str, axes: Mapping[str, int]) -> tuple[Variable, int]:
     """The bytes of a storage as a multiple of one variable; axes that are not in `axes` belong to the run.
 
-    A dtype `x/n` is one x for every n elements, rounded up.
+    A dtype `x/n` is one x for every n elements, rounded up; so is an axis `x*y/n` of the model's.
     """
     name, _, block = dtype.partition("/")
     per, itemsize = int(block or 1), ITEMSIZE[name]
@@ -61,6 +62,8 @@ def size(shape: str, dtype: str, axes: Mapping[str, int]) -> tuple[Variable, int
             factor *= int(token)
         elif token in axes:
             factor *= axes[token]
+        elif "/" in token:
+            factor *= shared(token, axes)
         else:
             free.append(token)
     if not free:
@@ -69,6 +72,16 @@ def size(shape: str, dtype: str, axes: Mapping[str, int]) -> tuple[Variable, int
     if per == 1 and factor * itemsize % 512 == 0:
         return Variable(tuple(free)), factor * itemsize
     return Variable(tuple(free), factor, itemsize, per), 1
+
+
+def shared(axis: str, axes: Mapping[str, int]) -> int:
+    """How many blocks of n an axis `x*y/n` has.
+
+    >>> shared("a*d/128", {"a": 9, "d": 64})
+    5
+    """
+    names, _, per = axis.partition("/")
+    return -(-prod(int(name) if name.isdigit() else axes[name] for name in names.split("*")) // int(per))
 
 
 def alive(moment: Moment, runs: Sequence[tuple[str, int]], axes: Mapping[str, int]) -> dict[int, int]:

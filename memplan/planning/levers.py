@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from memplan.cards import find_config
 from memplan.catalogue.costs import Cost, cost_of
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.parallel import STRATEGIES as ROWS
@@ -222,7 +223,7 @@ def _method(run: RunSpec) -> Iterator[Lever]:
     kind = run.method.kind
     if kind not in ADAPTERS:
         yield Lever(("method_lora",), "LoRA", "method", _TO_LORA)
-    if kind in _QUANTISED:
+    if kind in _QUANTISED and not find_config(run.model).get("quantization_config"):  # else it is as it is stored
         to = _QUANTISED[kind]
         fields = (*_TO_LORA[1:], ("method.kind", to), ("method.quantization", Quantization()))
         title = {"qlora": "QLoRA", "qdora": "QDoRA"}[to]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from memplan.cards import find_config
+from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import OPTIMIZERS
 from memplan.errors import SpecError, UnknownNameError, nearest
 from memplan.refusals import refuse_on_host
@@ -63,6 +65,12 @@ def _refuse(run: RunSpec) -> None:
     _kernels(run)
     _precision(run)
     q = run.method.quantization
+    if q is None and run.method.kind in ADAPTERS and find_config(run.model).get("quantization_config"):
+        raise SpecError(
+            "quantization_config: a probe makes weights of its own, and stores them as method.quantization says; use "
+            "qlora, or a config without it",
+            "model",
+        )
     if q is not None:
         if q.format not in ("nf4", "fp4", "int8"):
             raise _not_run("method.quantization.format", q.format, "nf4, fp4, int8")

@@ -296,7 +296,10 @@ def _method(answer: Estimate) -> Iterator[str]:
     q = m.quantization
     if q is not None:
         four = q.format in ("nf4", "fp4")
-        yield q.format + (f" in blocks of {q.block_size}" if q.format != "int8" else "")
+        blocks = "one block a column" if q.block_size < 0 else f"in blocks of {q.block_size}"
+        yield q.format + (f" {blocks}" if q.format != "int8" else "")
+        if answer.asked.method.quantization is None:
+            yield "as the checkpoint is stored"
         if four:
             yield "double quantisation" if q.double_quant else "no double quantisation"
         prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
