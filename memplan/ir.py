@@ -120,9 +120,10 @@ class Op(NamedTuple):
     skipped         the run leaves it out: of it there are only its weights.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
-    product         `matrix` where it multiplies a read by its matrices or by another read; `attention` where it is both
-                    products of attention in one kernel, which leaves out what a causal mask hides; empty where it goes
-                    element by element.
+    product         `matrix` where it multiplies a read by its matrices or by another read; `grouped` where each row of
+                    a read by one of several matrices; `fold` where two adapters' matrices by each other; `attention`
+                    where it is both products of attention in one kernel, which leaves out what a causal mask hides;
+                    empty where it goes element by element.
     source          where the facts come from.
     """
 

@@ -12,16 +12,18 @@ from memplan import RunSpec, estimate
 from memplan.cards import load_card
 from memplan.catalogue import experts
 from memplan.errors import ConfigError, MemplanError
+from memplan.families.moe import FAMILIES
 from memplan.graph import parameters_of, weights_of
 from memplan.ir import Tensor
 from memplan.models import ModelSpec
 from memplan.program import program, trained_parameters
 from memplan.resolve import decide
+from memplan.speed import work
 from tests.tiny import TINY
 
-MIXTURES = sorted(name for name, config in TINY.items() if "E" in ModelSpec({"model_type": name, **config}).axes())
+EVERY = sorted(name for name, config in TINY.items() if "E" in ModelSpec({"model_type": name, **config}).axes())
+MIXTURES = [name for name in EVERY if name in FAMILIES]
 NAMES: tuple[Any, ...] = (
-    "all-linear",
     ["q_proj", "gate"],
     ["gate_proj", "up_proj", "down_proj"],
     ["w1", "w2", "w3"],
@@ -54,6 +56,13 @@ def here(model_type: str, targets: Any) -> int | None:
         return estimate(run(model_type, method={"kind": "lora", "rank": 4, "targets": targets})).parameters.trainable
     except MemplanError:
         return None
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("model_type", [name for name in EVERY if name != "phimoe"])
+def test_all_linear_means_what_it_means_to_peft(model_type: str) -> None:
+    assert here(model_type, "all-linear") == in_peft(model_type, "all-linear") > 0
 
 
 @pytest.mark.torch
@@ -257,3 +266,29 @@ def test_experts_that_are_modules_keep_what_the_published_loop_does() -> None:
 
     out = B * S * H * 2
     assert mine == saved_bytes(loop, own=[w for some in weights for w in some]) - out
+
+
+def test_a_row_is_multiplied_by_the_matrices_of_the_experts_it_chose() -> None:
+    h, m, layers, tokens, experts_ = 64, 176, 3, 2 * 64, 8
+
+    def forward(model_type: str, method: Any = "full", **sizes: int) -> int:
+        config = {**TINY[model_type], "model_type": model_type, **sizes}
+        spec = RunSpec(model={"config": config}, batch={"micro": 2, "sequence": 64}, method=method)
+        return work(spec).forward
+
+    for model_type in ("olmoe", "mixtral"):
+        one_more = forward(model_type, num_experts_per_tok=3) - forward(model_type, num_experts_per_tok=2)
+        assert one_more == layers * 2 * tokens * 3 * m * h
+    lora = {"kind": "lora", "rank": 4, "targets": ["gate_proj", "up_proj"]}
+    folded = experts_ * (2 * 4) * h * 2 * m  # of all experts, chosen or not
+    assert forward("olmoe", lora) - forward("olmoe", {**lora, "targets": ["q_proj"]}) == layers * 2 * (
+        folded - tokens * 4 * (h + h)
+    )
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_a_mixture_computes_can_be_counted(model_type: str, method: str) -> None:
+    targets = {"targets": ["out_proj" if model_type == "dbrx" else "o_proj"]}
+    found = work(run(model_type, method=method if method == "full" else {"kind": "lora", **targets}))
+    assert found.operations > found.forward > 0

@@ -372,7 +372,7 @@ def grouped_mm(name: str, x: str, y: str, out: str, w: Weight) -> tuple[Op, ...]
             (Tensor(y, f"{PAIRS} {out}", f"={w.name}"),),
             (w,),
             tuple(Keep(what, of) for of in (inner, w.name) for what in ({inner: w.name, w.name: inner}[of], offsets)),
-            product="matrix",
+            product="grouped",
             source=f"{ops.DERIVATIVES}: _grouped_mm",
         ),
         ops.leave(inner),

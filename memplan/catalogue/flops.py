@@ -56,11 +56,14 @@ def computes_in(op: Op, backward: bool = False) -> str:
     return next((t.dtype for t in op.scratch if t.dtype in ("bf16", "fp16")), out.dtype)
 
 
+_MATRICES = ("matrix", "grouped", "fold")
+
+
 def forward(op: Op, tensors: Mapping[str, Tensor]) -> Iterator[Points]:
     """The products that an operation computes, with those of the gradients that it makes ahead of backward."""
     if op.product == "attention":
         yield _attention(op, tensors, _FORWARD)
-    elif op.product == "matrix":
+    elif op.product in _MATRICES:
         for product in _products(op, tensors):
             yield Points(product.shape, 2 * (1 + len(_ahead(op))))
 
@@ -74,7 +77,7 @@ def backward(op: Op, tensors: Mapping[str, Tensor], target: Tensor) -> Iterator[
     if op.product == "attention":
         if target.name == op.reads[0]:
             yield _attention(op, tensors, _BACKWARD)
-    elif op.product == "matrix" and target.name not in _ahead(op):
+    elif op.product in _MATRICES and target.name not in _ahead(op):
         several = _products(op, tensors)
         for before, product in zip((None, *several), several, strict=False):
             if _is_factor(op, product, target):
@@ -163,11 +166,13 @@ def _attention(op: Op, tensors: Mapping[str, Tensor], products: int) -> Points:
 
 def _products(op: Op, tensors: Mapping[str, Tensor]) -> list[_Product]:
     matrices = [w for w in _used(op) if w.rows]
-    if not matrices:  # of two reads: every axis that one of them or the result has
-        axes: Counter[str] = Counter()
-        for shape in (*(tensors[r].shape for r in op.reads), op.writes[0].shape):
-            axes |= Counter(shape.split())
-        return [_Product(" ".join(axes.elements()), None)]
+    if op.product == "grouped":
+        return [_Product(_joined(tensors[op.reads[0]].shape, op.writes[0].shape), next(iter(matrices), None))]
+    if op.product == "fold":
+        adapters = (w.shape for w in matrices if w.group == "adapter")
+        return [_Product(_joined(*(tensors[r].shape for r in op.reads), *adapters), None)]
+    if not matrices:
+        return [_Product(_joined(*(tensors[r].shape for r in op.reads), op.writes[0].shape), None)]
     if len(op.writes) == len(matrices) > 1:  # each matrix has an output of its own
         return [_Product(f"{t.shape} {_columns(w)}", w) for t, w in zip(op.writes, matrices, strict=True)]
     width = len(matrices[0].shape.split()) - matrices[0].rows
@@ -175,13 +180,23 @@ def _products(op: Op, tensors: Mapping[str, Tensor]) -> list[_Product]:
     return [_Product(f"{rows} {_matrix(w)}", w) for w in matrices]
 
 
+def _joined(*shapes: str) -> str:
+    """Every axis that one of the shapes has."""
+    axes: Counter[str] = Counter()
+    for shape in shapes:
+        axes |= Counter(shape.split())
+    return " ".join(axes.elements())
+
+
 def _matrix(w: Weight) -> str:
-    """The axes of one matrix of a weight: of a stack of them, a row is multiplied by the one that was chosen for it."""
+    """The axes of one matrix of a weight, of several that follow each other that of the one chosen."""
     return w.shape.partition(" ")[2] if w.chosen else w.shape
 
 
 def _is_factor(op: Op, product: _Product, target: Tensor) -> bool:
     """Whether the target is what a product multiplies: its matrix, or a read, but for a bias that autocast has cast."""
+    if op.product == "fold":
+        return target.name in op.reads or any(w.name == target.name and w.group == "adapter" for w in op.weights)
     if target.name in op.reads:
         return not op.writes[0].shape.endswith(f" {target.shape}")
     return target.name == product.name

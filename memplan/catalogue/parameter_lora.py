@@ -100,6 +100,7 @@ def _fold(w: Weight, dtype: str) -> Op:
         scratch_back=tuple(
             Scratch(Tensor(f"product for {v.name}", v.shape, w.dtype), name) for v, name in zip(both, seen, strict=True)
         ),
+        product="fold",
         source=f"{_SOURCE}, torch 2.13 tools/autograd/derivatives.yaml: baddbmm",
     )
 
@@ -114,7 +115,7 @@ def _add(w: Weight, dtype: str) -> Iterator[Op]:
         (a, b),
         (Keep(a.name, b.name), Keep(b.name, a.name)),
         autocast="lower",
-        product="matrix",
+        product="fold",
         source=_SOURCE,
     )
     yield ops.scale(f"{n}.scaling", f"{n}.product", f"{n}.scaled", w.shape)
