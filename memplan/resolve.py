@@ -274,7 +274,7 @@ def _decide(
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
     )
-    notes += _expert_notes(graph)
+    notes += _expert_notes(graph, capability)
     if ranks.world > 1 and any(w.idle for w, _, _ in weights_of(graph)):
         raise SpecError(
             "batch.images: without images the tower gets no gradients, which several GPUs would wait for; say images, "
@@ -625,11 +625,21 @@ def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Preci
         raise SpecError("quantization_config: the checkpoint is quantised by bitsandbytes; use qlora or qdora", "model")
 
 
-def _expert_notes(graph: Graph) -> Iterator[str]:
-    """How much of a mixture of experts bitsandbytes quantises: linear layers alone, and experts are parameters."""
+def _expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[str]:
+    """How much of a mixture of experts bitsandbytes quantises: linear layers alone, and experts are parameters. Before
+    compute capability 8.0 torch has no grouped product.
+
+    Source: transformers 5.24 integrations/moe.py _can_use_grouped_mm, _grouped_mm_fallback_setup_context.
+    """
     _, axes = built(graph)
     weights = [(w, elements(w, axes) * n) for w, n, _ in weights_of(graph) if w.group not in ("adapter", "buffer")]
     left = {w.dtype for w, _ in weights if w.chosen and not w.stored}
+    frozen = any(w.stacked and not w.trains for w, _ in weights)
+    if frozen and capability is not None and capability < (8, 0):
+        yield (
+            "before compute capability 8.0 transformers multiplies experts in a loop of its own, which keeps their "
+            "rows and makes gradients of matrices that are frozen: that is not counted"
+        )
     if graph.recipe.quantization and left:
         share = 100 * sum(n for w, n in weights if w.stored) / sum(n for _, n in weights)
         yield (

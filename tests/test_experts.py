@@ -292,3 +292,13 @@ def test_what_a_mixture_computes_can_be_counted(model_type: str, method: str) ->
     targets = {"targets": ["out_proj" if model_type == "dbrx" else "o_proj"]}
     found = work(run(model_type, method=method if method == "full" else {"kind": "lora", **targets}))
     assert found.operations > found.forward > 0
+
+
+def test_a_card_without_a_grouped_product_has_a_note_where_experts_are_frozen() -> None:
+    def said(gpu: str, method: str) -> bool:
+        answer = estimate(run("mixtral", method=method, gpu=gpu, precision="fp16"))
+        return any("in a loop of its own" in note for note in answer.notes)
+
+    assert said("t4", "lora")
+    assert not said("a100-80gb", "lora")
+    assert not said("t4", "full")
