@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from memplan.cards import find_model
 from memplan.catalogue.attention import JOINED, NO_FLASH_2, Wiring, large_tiles
+from memplan.catalogue.experts import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
@@ -196,7 +197,9 @@ def _decide(
             "kernels.loss: chunked_lm_head under autocast is not supported but by profile litgpt-...; chunked is",
             "kernels.loss",
         )
-    if "E" in model.axes() and words["experts"] != "stacked":
+    if words["experts"] == "modules" and model.model_type in AS_MODULES:
+        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
+    elif "E" in model.axes() and words["experts"] != "stacked":
         raise SpecError(
             f"profile: {profile} has experts written otherwise ({words['experts']}), which is not supported yet; "
             "transformers-5 and trl-0.24 have them as they are counted",

@@ -17,6 +17,7 @@ from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 
 _MOE = "transformers 5.24 integrations/moe.py"
 SCORES, CHOSEN = "router.scores", "router.chosen"  # what a router writes: `b s e` numbers, and whose they are
+AS_MODULES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # also counted as versions before transformers 5 have them
 HELD = (SCORES, CHOSEN, "router.logits")  # what the module has names for until it returns
 PAIRS = "b s e"
 
@@ -118,22 +119,24 @@ def softmax_router(
     narrow: bool = True,
     together: bool = True,
     stands_for: tuple[str, ...] = ("gate",),
+    module: bool = False,
 ) -> tuple[Op, ...]:
     """Softmax over all experts in fp32, then the largest. `narrow`: these are cast back to the logits' dtype;
-    `together`: fp32 is asked of the softmax itself, which reads fp16 as it is.
+    `together`: fp32 is asked of the softmax itself, which reads fp16 as it is. `module`: the gate is a linear layer, as
+    it was before transformers 5, and the scores are cast to the dtype of x.
 
     Source: transformers 5.24 models/qwen2_moe/modeling_qwen2_moe.py Qwen2MoeTopKRouter, models/mixtral.
     """
     logits, probs, top, shape = "router.logits", "router.probs", "router.top", "b s E"
-    dtype = "fp32" if together else ""
+    dtype, like = "fp32" if together else "", f"={x}" if module else f"={logits}"
     wide = () if together else (ops.cast(f"{name}.float", logits, "router.wide", shape, "fp32"),)
     return (
-        gate(name, x, logits, stands_for),
+        gate(name, x, logits, stands_for, matrix=module),
         *wide,
         *ops.softmax(f"{name}.softmax", logits if together else "router.wide", probs, shape, dtype),
         top_k(f"{name}.topk", probs, top),
         *(normalised(f"{name}.normalise", top, "router.normal") if normalise else ()),
-        ops.cast(f"{name}.cast", "router.normal" if normalise else top, SCORES, PAIRS, f"={logits}" if narrow else ""),
+        ops.cast(f"{name}.cast", "router.normal" if normalise else top, SCORES, PAIRS, like if narrow else ""),
         ops.leave(probs),
     )
 
@@ -593,20 +596,64 @@ def modules(x: str, y: str, number: int, used: int, name: str = "mlp.experts") -
     )
 
 
-def _module(name: str, t: str, used: bool) -> tuple[Op, ...]:
+def added(
+    x: str,
+    y: str,
+    number: int,
+    used: int,
+    name: str = "mlp.experts",
+    roles: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Op, ...]:
+    """Experts that are modules, as transformers before 5 has them: each adds its rows to the sum in place.
+
+    Source: transformers 4.48.1 models/mixtral/modeling_mixtral.py MixtralSparseMoeBlock, and alike.
+    """
+    rows, last = f"{ROWS} h", "experts.sum"
+    out: list[Op] = [
+        Op(f"{name}.zeros", (), (Tensor(last, "b s h", f"={x}"),), gradient="none"),
+        Op(f"{name}.one_hot", (CHOSEN,), (Tensor("experts.mask", f"{PAIRS} E", "int64"),), gradient="none"),
+    ]
+    for i in range(number):
+        t, n = f"expert{i}", f"{name}.{i}"
+        places, sum_ = f"{t}.places", f"{t}.sum"
+        out += (
+            Op(f"{n}.where", ("experts.mask",), (Tensor(places, f"2 {ROWS}", "int64"),), gradient="none"),
+            _moved(f"{n}.gather", x, places, f"{t}.in", rows),
+            *_module(n, t, i < used, roles),
+            _moved(f"{n}.scores", SCORES, places, f"{t}.scores", ROWS),
+            weighed(n, f"{t}.out", f"{t}.scores", f"{t}.weighted", rows),
+            ops.cast(f"{n}.cast", f"{t}.weighted", f"{t}.added", rows, f"={x}"),
+            Op(
+                f"{n}.index_add",
+                (last, f"{t}.added", places),
+                (Tensor(sum_, "b s h", f"={x}"),),
+                (),
+                (Keep(places, f"{t}.added"), Keep(f"{t}.added", f"{t}.added")),
+                gradient="same",
+                view=True,
+                source=f"{ops.DERIVATIVES}: index_add",
+            ),
+        )
+        last = sum_
+    return (*out, ops.view(f"{name}.view", last, y, "b s h"), ops.leave("experts.mask", x))
+
+
+def _module(
+    name: str, t: str, used: bool, roles: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> tuple[Op, ...]:
     """One expert's MLP, a module like any; a token uses as many of them as it chooses, whichever these are."""
-    shape = f"{ROWS} m"
+    shape, (gate_, up, down) = f"{ROWS} m", roles
 
     def linear(role: str, x: str, y: str, out: str, into: str) -> Op:
         op = ops.linear(f"{name}.{role}", x, y, out, into, "mlp", lead=ROWS, flat=True)
         return op if used else op._replace(weights=(op.weights[0]._replace(chosen="none"),))
 
     return (
-        linear("gate_proj", f"{t}.in", f"{t}.gate", "m", "h"),
+        linear(gate_, f"{t}.in", f"{t}.gate", "m", "h"),
         ops.activation(f"{name}.act_fn", f"{t}.gate", f"{t}.act", shape),
-        linear("up_proj", f"{t}.in", f"{t}.up", "m", "h"),
+        linear(up, f"{t}.in", f"{t}.up", "m", "h"),
         ops.mul(f"{name}.product", f"{t}.act", f"{t}.up", f"{t}.inner", shape),
-        linear("down_proj", f"{t}.inner", f"{t}.out", "h", "m"),
+        linear(down, f"{t}.inner", f"{t}.out", "h", "m"),
         ops.leave(f"{t}.in"),
     )
 

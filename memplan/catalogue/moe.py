@@ -34,8 +34,31 @@ def either(of_experts: tuple[Op, ...]) -> Ffn:
     return lambda layer: of_experts if layer.ffn == "experts" else gated_mlp(X, Y)
 
 
+def before_5(m: ModelSpec) -> bool:
+    """Whether experts are modules, as a version before transformers 5 has them."""
+    return m.get("experts_implementation", "") == "modules"
+
+
+def _modules(
+    m: ModelSpec,
+    normalise: bool,
+    y: str = Y,
+    name: str = "mlp",
+    roles: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Op, ...]:
+    """Router and experts before transformers 5: linear layers all."""
+    sizes, (gate, up, down) = m.axes(), roles
+    return (
+        *experts.softmax_router(f"{name}.gate", X, normalise, stands_for=(), module=True),
+        *experts.added(X, y, sizes["E"], sizes["e"], f"{name}.experts", (gate, up, down)),
+        *((ops.leave(*experts.HELD, X),) if y == Y else ()),
+    )
+
+
 def mixtral(m: ModelSpec, wiring: Wiring) -> Stack:
     """Scores stay fp32, and so do the weighed rows and their sums."""
+    if before_5(m):
+        return llama(m, wiring, mlp=either(_modules(m, True, name="block_sparse_moe", roles=("w1", "w3", "w2"))))
     x, noise = _noisy(m)
     routed = experts.softmax_router("mlp.gate", x, normalise=True, narrow=False, together=False)
     made = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
@@ -51,9 +74,10 @@ def _noisy(m: ModelSpec) -> tuple[str, tuple[Op, ...]]:
 
 def qwen3_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     """Qwen3 with experts."""
-    routed = experts.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False))
+    normalise = m.get("norm_topk_prob", False)
+    routed = experts.softmax_router("mlp.gate", X, normalise)
     bias = m.get("attention_bias", False)
-    ffn = either(mixture(X, routed, experts.experts(X, Y)))
+    ffn = either(_modules(m, normalise) if before_5(m) else mixture(X, routed, experts.experts(X, Y)))
     return llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn)
 
 
@@ -63,10 +87,12 @@ def qwen2_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     Where no window is used, the class has one of 0 tokens, and makes that mask for no layer.
     Source: transformers 5.24 models/qwen2_moe/configuration_qwen2_moe.py.
     """
-    routed = experts.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False), stands_for=())
+    old, normalise = before_5(m), m.get("norm_topk_prob", False)
+    shared = gated_mlp(X, "shared.whole", "mlp.shared_expert", width="fs", flat=True)
+    routed = experts.softmax_router("mlp.gate", X, normalise, stands_for=())
+    now = mixture(X, routed, experts.experts(X, "routed", gate_up=(), down=()), leaves=False)
     ffn = (
-        *gated_mlp(X, "shared.whole", "mlp.shared_expert", width="fs", flat=True),
-        *mixture(X, routed, experts.experts(X, "routed", gate_up=(), down=()), leaves=False),
+        *((*_modules(m, normalise, "routed"), *shared) if old else (*shared, *now)),
         ops.linear("mlp.shared_expert_gate", X, "shared.gate", "1", "h", "mlp", flat=True),
         experts.sigmoid("mlp.shared_expert_gate.sigmoid", "shared.gate", "shared.share", "b s 1"),
         _scaled("mlp.shared_expert_gate.product", "shared.share", "shared.whole", "shared"),
@@ -75,7 +101,7 @@ def qwen2_moe(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.leave("routed", "shared", *experts.HELD, X),
     )
     made = llama(m, wiring, bias=m.get("qkv_bias", True), mixed=True, mlp=either(ffn))
-    if m.sliding_window is not None:
+    if m.sliding_window is not None or old:
         return made
     unused, kinds = wiring._replace(windowed=True), (False, True)
     return made._replace(before=before(unused, kinds), after=after(m, unused, kinds))
@@ -101,7 +127,10 @@ def olmoe(m: ModelSpec, wiring: Wiring) -> Stack:
     bias = m.get("attention_bias", False)
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, whole_norm=True)
     routed = experts.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False))
-    block = decoder_block(heads, mixture(X, routed, experts.experts(X, Y)), held=returned(wiring))
+    made = mixture(X, routed, experts.experts(X, Y))
+    if before_5(m):
+        made = _modules(m, m.get("norm_topk_prob", False))
+    block = decoder_block(heads, made, held=returned(wiring))
     return Stack(before(wiring), runs(m, lambda _: block), after(m, wiring))
 
 

@@ -28,7 +28,7 @@ def sized(
         every, some = m.whole(experts), m.whole(chosen)
         if some > every:
             raise ConfigError(f"config: {chosen} {some} is more than the {every} of {experts}", chosen)
-        return {"E": every, "e": some, "m": m.whole(width), **({"fs": m.whole(shared)} if shared else {})}
+        return {"E": every, "e": some, "none": 0, "m": m.whole(width), **({"fs": m.whole(shared)} if shared else {})}
 
     return axes
 
@@ -127,7 +127,7 @@ def _phi(m: ModelSpec) -> Mapping[str, int]:
 
 def _glm(m: ModelSpec) -> Mapping[str, int]:
     axes = sized("n_routed_experts")(m)
-    return {**axes, "fs": axes["m"] * m.whole("n_shared_experts"), "none": 0}
+    return {**axes, "fs": axes["m"] * m.whole("n_shared_experts")}
 
 
 FAMILIES: dict[str, Family] = {
