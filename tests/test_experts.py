@@ -62,8 +62,9 @@ def here(model_type: str, targets: Any) -> int | None:
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-@pytest.mark.parametrize("model_type", [name for name in EVERY if name != "phimoe"])
+@pytest.mark.parametrize("model_type", [name for name in EVERY if name not in ("phimoe", "llama4_text")])
 def test_all_linear_means_what_it_means_to_peft(model_type: str) -> None:
+    # Phi-MoE's and Llama 4's routers return more than a product, and the layer that peft puts around them fails.
     mine = here(model_type, "all-linear")  # None where both refuse: peft adapts no out_proj of a state space
     assert mine == in_peft(model_type, "all-linear")
     assert mine is not None or model_type == "nemotron_h"
