@@ -218,6 +218,13 @@ def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
 
 
 @lru_cache(maxsize=512)
+def gates(model: ModelSpec) -> frozenset[str]:
+    """The paths of linear layers of routers and of what mixes tokens without attention: some have a few rows only."""
+    stack = build(model, Wiring("flash", "efficient"))
+    return frozenset(op.name for op in operations(stack) for w in op.weights if w.group in ("mixer", "router"))
+
+
+@lru_cache(maxsize=512)
 def parameter_targets(model: ModelSpec) -> tuple[tuple[str, ...], ...]:
     """The names of linear layers that peft takes a parameter for, parameter by parameter: of experts and routers."""
     stack = build(model, Wiring("flash", "efficient"))

@@ -29,6 +29,7 @@ from memplan.graph import (
     built,
     elements,
     fusible_kernels,
+    gates,
     modules,
     parameter_targets,
     several,
@@ -713,9 +714,10 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
         inner = {path: dims for path, dims in layers.items() if model.vocab_size not in dims and min(dims) > 1}
         if not inner:
             raise SpecError(f"method: {model.model_type} has no linear layers to adapt", "method")
-        path, dims = max(inner.items(), key=lambda item: min(item[1]))  # gates of a few rows are adapted all the same
-        if method.rank > min(dims):
-            _refuse_rank(method.rank, path, dims)
+        few = gates(model)  # of a few rows each, adapted whatever the rank
+        for path, dims in sorted(inner.items(), key=lambda item: min(item[1])):
+            if path not in few and method.rank > min(dims):
+                _refuse_rank(method.rank, path, dims)
         if groups:
             _check_parameters(method, "all-linear")
         notes = [f"method.targets: {_NO_ALL[model.model_type]}"] if model.model_type in _NO_ALL else []
