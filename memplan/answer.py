@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from memplan.spec import FrozenDict, Part, RunSpec
+from memplan.spec import FrozenDict, RunSpec
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -176,13 +176,13 @@ class Estimate:
     calibration: Calibration | None
     via: str
     details: Details
-    _parts: Mapping[str, Part]
+    _parts: Mapping[str, object]
     _usage: Usage
 
     def __init__(
         self,
         asked: RunSpec,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, object],
         parameters: Parameters,
         usage: Usage,
         gpu: Card | None,

@@ -277,9 +277,6 @@ _KINDS_BY_NAME = {
     "recurrent": "recurrent",
 }
 
-# Models with the decoder of a supported family and a head of their own, by what their class is called.
-_OTHER_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Reward")
-
 
 def family_of(config: Mapping[str, Any]) -> str:
     """The config's model_type, if memplan has a stack for it."""
@@ -302,19 +299,9 @@ def family_of(config: Mapping[str, Any]) -> str:
     if model_type not in MODEL_TYPES:
         nearest = " or ".join(UnknownNameError("model_type", model_type, (*MODEL_TYPES, *MODULES)).nearest)
         raise UnsupportedModelError(f"model_type: {shown} is not supported yet; did you mean {nearest}?", "model_type")
-    for name in _strings(config.get("architectures")):
-        if any(head in name for head in _OTHER_HEADS):
-            raise UnsupportedModelError(
-                f"architectures: {name[:_LONGEST]} has a head of its own; supported are language models",
-                "architectures",
-            )
     return model_type
 
 
 def _says(config: Mapping[str, Any], key: str) -> bool:
     """Whether the config has the key for a reason: one expert is no mixture."""
     return bool(config.get(key)) and not (key.endswith("experts") and config[key] == 1)
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, (list, tuple)) else ()  # pyright: ignore[reportUnknownVariableType]

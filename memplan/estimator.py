@@ -36,7 +36,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     decided = decide(run, model)
     walked = walk(run, decided)
     p = walked.program
-    note = check_batch(run, p.structure.graph.model)
+    note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.phases[walked.peak]
     replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
     calibration = calibration_of(decided.gpu, calibration)
@@ -44,7 +44,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     notes = [*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())]
     return Estimate(
         run,
-        decided.parts,
+        {**decided.parts, "objective": p.structure.graph.model.objective},
         Parameters(p.total_parameters, p.trainable_parameters, p.active_parameters),
         Usage(replay, resident(p), walked.phases[0].peak, top.peak, decided.gpu, beside),
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
@@ -96,9 +96,8 @@ class Engine(NamedTuple):
 def walk(run: RunSpec, decided: Decided) -> Walked:
     """Put batch and sequence into the run's program: the peak of every phase of the first and of later steps."""
     p = program(decided.structure)
-    axes = run_axes(
-        p, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN, decided.pictures
-    )
+    b, lengths = decided.batch, (decided.pictures, decided.batch.target_sequence)
+    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
     numbers = Numbers(values(p.variables, axes), values(p.products, axes))
     workspace = workspace_of(decided)
     found = [(False, *_best(p, False, phase, numbers)) for phase in PHASES]

@@ -249,16 +249,23 @@ def stacks(model: ModelSpec) -> dict[str, tuple[str, ...]]:
 
 
 @lru_cache(maxsize=512)
+def linears(model: ModelSpec) -> dict[str, tuple[int, int]]:
+    """The linear layers by their path in a layer, as `adaptable` has them."""
+    stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
+    return {op.name: matrix_shape(w, axes) for op in operations(stack) if (w := matrix(op)) is not None}
+
+
+@lru_cache(maxsize=512)
 def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
     """The fused kernels that find operations of the model to stand in for."""
     return frozenset(fusible(build(model, Wiring("flash", "efficient"), code)))
 
 
 def modules(model: ModelSpec) -> set[str]:
-    """The names of the model's modules that have weights."""
+    """The names of the model's modules that have weights, and of those that they are parts of."""
     stack = build(model, Wiring("flash", "efficient"))
     paths = {w.name.rpartition(".")[0] for op in operations(stack) for w in op.weights if w.group != "buffer"}
-    return {path.rpartition(".")[2] for path in paths} | {
+    return {name for path in paths for name in path.split(".")} | {
         op.name.rpartition(".")[2] for op in stack.after if matrix(op)
     }
 

@@ -7,7 +7,7 @@ Axes by letter (Korthikanti et al. 2022, arXiv:2205.05198, where they name one):
 
     b microbatch   s sequence   h hidden      a query heads   k key/value heads   d head dim
     f FFN width    v vocabulary L layers      r LoRA rank     w attention window
-    E experts      e experts a token chooses
+    E experts      e experts a token chooses   t sequence of a decoder beside an encoder   c classes
 
 A shape is a string of axes and integers, `"b s h"` or `"b s 3 a d"`; the empty string is a scalar. Families may add
 axes of their own (a word such as `rot`), defined where the family turns a config into axes.
@@ -19,7 +19,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 # Axes that are another one rounded up, and so never smaller.
-AT_LEAST = {"s1": "s", "s8": "s", "s32": "s", "s128": "s", "s_conv": "s", "s_chunks": "s"}
+AT_LEAST = {
+    **dict.fromkeys(("s1", "s8", "s32", "s128", "s_conv", "s_chunks"), "s"),
+    **dict.fromkeys(("t8", "t32", "t128"), "t"),
+}
 
 
 class Tensor(NamedTuple):
@@ -122,8 +125,8 @@ class Op(NamedTuple):
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
     product         `matrix` where it multiplies a read by its matrices or by another read; `grouped` where each row of
                     a read by one of several matrices; `fold` where two adapters' matrices by each other; `attention`
-                    where it is both products of attention in one kernel, which leaves out what a causal mask hides;
-                    empty where it goes element by element.
+                    where it is both products of attention in one kernel, which leaves out what a causal mask hides,
+                    `whole attention` where no mask hides anything; empty where it goes element by element.
     source          where the facts come from.
     """
 

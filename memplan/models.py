@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 from memplan.config_classes import (
@@ -24,6 +24,7 @@ from memplan.errors import ConfigError
 from memplan.families import Family, family
 from memplan.headers import Checkpoint
 from memplan.layers import Layer, Repeated, as_json, layers_of, runs_of
+from memplan.objectives import objective_of, trained_for
 from memplan.spec import FrozenDict, frozen
 
 # The largest value taken for a size: beyond any model that exists, and small enough to be a mistake above it.
@@ -111,6 +112,7 @@ class ModelSpec:
                 "num_key_value_heads",
             )
         self.tie_word_embeddings = bool(self.get("tie_word_embeddings", False))
+        self.objective = objective_of(config, self._family.objectives)
         self.layers = self._layers()
         self.num_hidden_layers = self.num_hidden_layers or len(self.layers)  # of a family whose list of layers says it
 
@@ -197,6 +199,46 @@ class ModelSpec:
     def learned_positions(self) -> bool:
         """Whether positions are looked up in a table, so that no longer sequence can run."""
         return self._family.positions
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What models of its family are trained for."""
+        return self._family.objectives
+
+    @property
+    def unquantised(self) -> tuple[str, ...]:
+        """Modules that transformers never quantises, nor loads in fp16."""
+        return self._family.whole
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """Kernels of attention that its classes do not take."""
+        return self._family.lacks
+
+    @cached_property
+    def num_labels(self) -> int:
+        """The classes of a classification head, as its config class counts them."""
+        names = self.part("id2label")
+        return self.whole("num_labels", len(names) or 2)
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """The tokens of a sequence that the model has positions for."""
+        return self._family.longest(self) if self._family.longest is not None else self.max_position_embeddings
+
+    @property
+    def only_sequence(self) -> int | None:
+        """The one length that its encoder takes, where inputs are images or recordings."""
+        return self._family.only(self) if self._family.only is not None else None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self._family.target is not None
+
+    @property
+    def longest_target(self) -> int | None:
+        """The tokens that the decoder of an encoder-decoder has positions for; None for any number."""
+        return self._family.target(self) if self._family.target is not None else None
 
     @cached_property
     def rotary_width(self) -> int:
@@ -293,3 +335,11 @@ class ModelSpec:
 
     def __repr__(self) -> str:
         return f"ModelSpec({self.name or self.model_type!r}, {self.num_hidden_layers} layers)"
+
+
+@lru_cache(maxsize=1024)
+def with_objective(model: ModelSpec, objective: str | None) -> ModelSpec:
+    """The model with the head of `objective`; as its config has it, if None. Raises SpecError where it has no such."""
+    if objective is None or objective == model.objective:
+        return model
+    return ModelSpec(trained_for(model.config, objective, model.objectives), model.name, model.card)

@@ -399,6 +399,7 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
     )
 
 
+_OF_TWO = ("efficient_workspace_t", "efficient_workspace_cross")  # of a decoder beside an encoder
 _SCANNED = frozenset(("s_conv", "earlier", "chunks", "borders", "s_chunks", "s_several"))
 
 
@@ -425,12 +426,14 @@ def run_axes(
     large_tiles: bool,
     by: Arithmetic[Size],
     pictures: Iterable[tuple[str, int]] = (),
+    target: Size | None = None,
 ) -> dict[str, Size]:
     """The axes that belong to the run, and those derived from them; `by` is how one run's are counted, or many's.
 
-    `pictures` are the axes that its images decide.
+    `pictures` are the axes that its images decide. `target` is the length of what the decoder of an encoder-decoder is
+    given; without, as long as the encoder's.
     """
-    b, s = micro, sequence
+    b, s, t = micro, sequence, sequence if target is None else target
     tokens = b * s
     m = program.structure.graph.model
     many, sorts = b > 1, tokens > 3072
@@ -451,8 +454,16 @@ def run_axes(
     }
     axes.update(pictures)
     needs = program.needs
+    for axis in needs:
+        if axis.startswith("segments_") and axis.removeprefix("segments_").isdigit():  # of a table with so many rows
+            axes[axis] = by.choose(sorts, tokens // 10 + by.least(tokens, int(axis.removeprefix("segments_"))), 0)
+    if m.is_encoder_decoder:
+        targets = b * t
+        axes |= {"t": t, "t8": -(-t // 8) * 8, "t32": -(-t // 32) * 32, "t128": -(-t // 128) * 128}
+        axes["sorted_targets"] = by.choose(targets > 3072, targets, 0)
+        axes["target_segments"] = by.choose(targets > 3072, targets // 10 + by.least(targets, m.vocab_size), 0)
     for name in needs:
-        if not name.startswith("efficient_"):
+        if not name.startswith("efficient_") or name in _OF_TWO:
             continue
         kind, _, width = name.partition(".")  # of heads as wide as the model's, or as an axis says
         wide = m.head_widths
@@ -473,6 +484,11 @@ def run_axes(
         axes["several"] = by.choose(many, b, 0)
     if pictures:
         axes.update(_tower_axes(program, axes, large_tiles, by))
+    for axis, queries, keys in zip(_OF_TWO, (t, t), (t, s), strict=True):
+        if axis in needs:
+            axes[axis] = efficient_workspace_bytes(
+                queries, m.head_widths, b * m.num_attention_heads, half, large_tiles, by, keys
+            )
     if "lc" in needs:
         axes["lc"] = -(-s // 8)
     if "fc" in needs:

@@ -15,7 +15,7 @@ from memplan.catalogue.experts import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
-from memplan.catalogue.methods import ADAPTERS, PARTS, Recipe
+from memplan.catalogue.methods import ADAPTERS, PARTS, Recipe, inside
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
@@ -30,31 +30,35 @@ from memplan.graph import (
     elements,
     fusible_kernels,
     gates,
+    linears,
     modules,
     parameter_targets,
     several,
     tower_dtype,
     weights_of,
 )
-from memplan.models import ModelSpec
+from memplan.models import ModelSpec, with_objective
+from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts
-from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
+from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 
 _SEEN = "transformers-5"  # the profile whose vision-language models are counted with images
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
 
 class Decided(NamedTuple):
-    """A run with nothing left open but its batch.
+    """A run with nothing left open. Of its `batch` the structure has only whether it accumulates, and whether it is one
+    sequence.
 
     `half` is whether attention computes in 16 bits, `large_tiles` whether the card's shared memory holds tiles of
     128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide.
     """
 
     structure: Structure
+    batch: Batch
     gpu: GPU | None
     half: bool
     large_tiles: bool
@@ -69,9 +73,10 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
     refuse(run)
-    model = model or find_model(run.model)
+    model = with_objective(model or find_model(run.model), run.objective)
     window = model.sliding_window
     pictures = _pictures(model, run)
+    batch = _batch(run.batch, model)
     decided = _decide(
         model,
         run.method,
@@ -82,11 +87,12 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         run.profile,
         run.gpu,
         run.batch.accumulation > 1,
-        window is not None and run.batch.sequence >= window,
-        run.batch.micro == 1,
+        window is not None and batch.sequence >= window,
+        batch.micro == 1,
         run.parallelism,
         bool(run.batch.images),
     )
+    decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
     if not pictures:
         return decided
     half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
@@ -123,6 +129,37 @@ def _pictures(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
     return tuple(axes_of(model, batch.images, picture).items())
 
 
+def _batch(batch: Batch, model: ModelSpec) -> Batch:
+    """The batch with its lengths: what an encoder of images or recordings reads, and what a decoder beside it is given.
+
+    Raises SpecError for lengths that the model does not take.
+    """
+    name = model.name or model.model_type
+    only, usual = model.only_sequence, Batch().sequence
+    if only is not None and batch.sequence not in (only, usual):
+        raise SpecError(
+            f"batch.sequence: the encoder of {name} reads {only} tokens by its config, not {batch.sequence}; "
+            "leave it out",
+            "batch.sequence",
+        )
+    if not model.is_encoder_decoder:
+        if batch.target_sequence is not None:
+            raise SpecError(
+                f"batch.target_sequence: {name} has no decoder beside an encoder; batch.sequence is its length",
+                "batch.target_sequence",
+            )
+        return batch if only is None else batch.model_copy(update={"sequence": only})
+    sequence = only or batch.sequence
+    target = batch.target_sequence or model.longest_target or sequence
+    if model.longest_target is not None and target > model.longest_target:
+        raise SpecError(
+            f"batch.target_sequence: {target} tokens, but the decoder of {name} has learned positions for "
+            f"{model.longest_target}",
+            "batch.target_sequence",
+        )
+    return batch.model_copy(update={"sequence": sequence, "target_sequence": target})
+
+
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
@@ -143,18 +180,18 @@ def completed(run: RunSpec) -> RunSpec:
     )
 
 
-def check_batch(run: RunSpec, model: ModelSpec) -> str | None:
+def check_batch(batch: Batch, model: ModelSpec) -> str | None:
     """A note where the sequence is longer than the model's positions; SpecError where positions are learned."""
-    most = model.max_position_embeddings
-    if most is None or run.batch.sequence <= most:
+    most = model.longest_sequence
+    if most is None or batch.sequence <= most or model.only_sequence is not None:
         return None
     if model.learned_positions:
         raise SpecError(
-            f"batch.sequence: {run.batch.sequence} tokens, but {model.name or model.model_type} has learned positions "
+            f"batch.sequence: {batch.sequence} tokens, but {model.name or model.model_type} has learned positions "
             f"for {most}",
             "batch.sequence",
         )
-    return f"sequence {run.batch.sequence} is beyond the {most} positions of the model's config"
+    return f"sequence {batch.sequence} is beyond the {most} positions of the model's config"
 
 
 @lru_cache(maxsize=4096)
@@ -192,6 +229,7 @@ def _decide(
     if parallelism.world > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
     _check_time_steps(model, method)
+    _check_objective(model, kernels, precision, profile)
     _check_head(model, method, kernels)
     if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
         raise SpecError(
@@ -242,6 +280,7 @@ def _decide(
             flattens=single and model.model_type in JOINED,
             images=images,
             tower=_tower(model, recipe, kernels, capability) if images else "",
+            checkpoints=checkpoints,
         ),
         checkpoint=checkpoints,
         loss=str(kernels.loss),
@@ -252,6 +291,7 @@ def _decide(
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
         leaf=kernels.checkpointing != "none"
+        and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
         logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
         single=single and kernels.loss in ("hf", "fused") and words["logits"] != "padded",
@@ -304,7 +344,7 @@ def _decide(
             "batch.accumulation",
         )
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
-    return Decided(structure, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+    return Decided(structure, Batch(), gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
 
 
 _DEEPSPEED = (
@@ -452,7 +492,8 @@ def _method(m: Method, model: ModelSpec) -> Method:
         return m.model_copy(update={"trainable_layers": min(m.trainable_layers, model.num_hidden_layers)})
     if m.kind not in ADAPTERS:
         return m
-    return m.model_copy(update={"alpha": m.alpha or _PEFT_ALPHA})
+    saved = saved_with(model.objective, m.modules_to_save)
+    return m.model_copy(update={"alpha": m.alpha or _PEFT_ALPHA, "modules_to_save": saved})
 
 
 def _optimizer(o: Optimizer) -> Optimizer:
@@ -594,6 +635,7 @@ def _recipe(
             *(n for n in q.skip or () if n == "lm_head"),
             *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head")),
             *clamped,
+            *model.unquantised,
         ),
         preparation=preparation,
         packed=stored or q.format not in ("nf4", "fp4", "int8"),
@@ -711,7 +753,14 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     asked = (method.targets,) if isinstance(method.targets, str) else tuple(method.targets)
     _refuse_read_by_kernels(model, tuple(target.rpartition(".")[2] for target in asked), layers)
     if method.targets == "all-linear":
-        inner = {path: dims for path, dims in layers.items() if model.vocab_size not in dims and min(dims) > 1}
+        inner = {
+            path: dims
+            for path, dims in linears(model).items()
+            if path in layers
+            and model.vocab_size not in dims
+            and min(dims) > 1
+            and not inside(path, method.modules_to_save)
+        }
         if not inner:
             raise SpecError(f"method: {model.model_type} has no linear layers to adapt", "method")
         few = gates(model)  # of a few rows each, adapted whatever the rank
@@ -804,6 +853,36 @@ def _unquantised(model: ModelSpec, skip: tuple[str, ...]) -> tuple[tuple[str, ..
     return missing, [f"{note}. They are counted as they are"]
 
 
+def _check_objective(model: ModelSpec, kernels: Kernels, precision: Precision, profile: str) -> None:
+    """Raise SpecError where a loss is asked for that only causal language models have, a version that is not read, or
+    what the model's classes do not take."""
+    if model.objective == "causal_lm":
+        return
+    name = model.name or model.model_type
+    if kernels.attention in model.lacks:
+        raise SpecError(
+            f"kernels.attention: {kernels.attention} is not supported for {name}, whose positions are a bias of the "
+            "scores; supported: sdpa, sdpa_efficient, eager",
+            "kernels.attention",
+        )
+    if model.is_encoder_decoder and precision.weights == "fp16":
+        raise SpecError(
+            f"precision.weights: fp16 is not supported yet for {name}, whose layers clamp what they make in it; bf16 "
+            "and fp32 are, and fp16 under autocast",
+            "precision.weights",
+        )
+    if kernels.loss != "hf":
+        raise SpecError(
+            f"kernels.loss: {kernels.loss} is of causal language models; {name} is trained for "
+            f"{model.objective}, whose class computes its own loss: hf",
+            "kernels.loss",
+        )
+    if find_profile(profile).name != "transformers-5":
+        raise SpecError(
+            f"profile: {profile} is not supported yet for {model.objective}; supported: transformers-5", "profile"
+        )
+
+
 def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
     """Raise SpecError where the output projection, or another layer, is quantised and cannot be."""
     q, field = method.quantization, "method.quantization.skip"
@@ -832,7 +911,7 @@ def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str, keeps
     if not asked:
         return kernels, []
     able = set(fusible_kernels(model, code))
-    if kernels.loss == "hf":
+    if kernels.loss == "hf" and model.objective == "causal_lm":
         able.add("cross_entropy")
     q = method.quantization
     apart = q is not None and (q.format in ("awq-int4", "fp8") or (keeps and q.format.startswith("gptq")))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from memplan.errors import SpecError, UnknownNameError
+from memplan.objectives import Objective
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 MethodKind = Literal["full", "freeze", "lora", "qlora", "dora", "qdora"]
@@ -220,6 +221,9 @@ class Batch(Part, frozen=True):
     """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step.
 
     Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
+    Of an encoder-decoder `sequence` is what the encoder reads, and the decoder is given `target_sequence` tokens: by
+    default as many, or as many as it has positions for. What an encoder of images or recordings reads is fixed by its
+    config.
     """
 
     micro: Count = 1
@@ -228,6 +232,7 @@ class Batch(Part, frozen=True):
     new_tokens: Natural = 0
     images: Natural = 0
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
+    target_sequence: Count | None = None
 
 
 class Kernels(Part, frozen=True):
@@ -296,6 +301,7 @@ class InlineModel(Part, frozen=True):
 class RunSpec(Part, frozen=True):
     """A whole run. Words are accepted for parts: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`.
 
+    `objective` is what the model is trained for, its head and loss; None for what its config's `architectures` say.
     None is left to the profile (`memplan.catalogue.profiles`); the answer's `run` holds what it decided.
     """
 
@@ -306,6 +312,7 @@ class RunSpec(Part, frozen=True):
             *,
             model: str | InlineModel | Mapping[str, Any],
             task: Literal["train", "forward", "generate"] = ...,
+            objective: Objective | None = ...,
             method: Method | str | Mapping[str, Any] = ...,
             precision: Precision | str | Mapping[str, Any] = ...,
             optimizer: Optimizer | str | Mapping[str, Any] = ...,
@@ -319,6 +326,7 @@ class RunSpec(Part, frozen=True):
 
     model: str | InlineModel
     task: Literal["train", "forward", "generate"] = "train"
+    objective: Objective | None = None
     method: Method = Method()
     precision: Precision = Precision()
     optimizer: Optimizer = Optimizer()

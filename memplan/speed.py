@@ -104,9 +104,10 @@ def work(run: RunSpec) -> Work:
     several GPUs send each other is not counted."""
     decided = decide(run)
     p = program(decided.structure)
-    check_batch(run, p.structure.graph.model)
-    b = run.batch
-    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, decided.pictures)
+    b = decided.batch
+    check_batch(b, p.structure.graph.model)
+    lengths = (decided.pictures, b.target_sequence)
+    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
     passed = _passed(decided.structure.graph)
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     products: list[Product] = []
@@ -156,7 +157,7 @@ def _passed(graph: Graph) -> _Pass:
         nonlocal calls
         operations = sizes.operations(points)
         if operations:
-            dtype, attends = flops.computes_in(call.op, call.part == "backward"), call.op.product == "attention"
+            dtype, attends = flops.computes_in(call.op, call.part == "backward"), call.op.product in flops.ATTENTION
             key = (part, dtype, attends, operations, sizes.bytes(own))
             products[key] = products.get(key, 0) + call.copies
         for names, factor in (*sizes.bytes(beside), *(() if operations else sizes.bytes(own))):

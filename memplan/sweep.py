@@ -189,8 +189,8 @@ def _alike(run: RunSpec, batches: list[int], sequences: list[int]) -> Iterator[t
     ends = {0, len(sequences)}
     if model.sliding_window is not None:
         ends.add(bisect_left(sequences, model.sliding_window))
-    if model.learned_positions and model.max_position_embeddings is not None:
-        ends.add(bisect_right(sequences, model.max_position_embeddings))
+    if model.learned_positions and model.longest_sequence is not None:
+        ends.add(bisect_right(sequences, model.longest_sequence))
     for rows in pairwise(sorted({0, bisect_right(batches, 1), len(batches)})):
         for columns in pairwise(sorted(ends)):
             yield slice(*rows), slice(*columns)
@@ -203,19 +203,29 @@ def _fill(out: _Found, run: RunSpec, calibration: Calibration | None, batches: l
     first = _changed(run, {"batch": batches[0], "sequence": sequences[0]})
     decided = decide(first)
     p = program(decided.structure)
-    check_batch(first, p.structure.graph.model)
-    top = run_axes(p, batches[-1], sequences[-1], decided.half, decided.large_tiles, ONE_RUN, decided.pictures)
+    check_batch(decided.batch, p.structure.graph.model)
+    if decided.batch.sequence != first.batch.sequence:  # what the model's config fixes
+        sequences = [decided.batch.sequence] * len(sequences)
+    target = _target(decided, run)
+    lengths = (decided.pictures, target)
+    top = run_axes(p, batches[-1], sequences[-1], decided.half, decided.large_tiles, ONE_RUN, *lengths)
     if _most(p, values(p.variables, top)) >= _EXACT:
         _one_by_one(out, run, calibration, batches, sequences)
         return
     b, s = np.array(batches)[:, None], np.array(sequences)[None, :]
-    walk = _Walk(decided, calibration_of(decided.gpu, calibration))
+    walk = _Walk(decided, calibration_of(decided.gpu, calibration), target)
     wide = min(_CHUNK, len(sequences))
     tall = max(1, _CHUNK // wide)
     for i in range(0, len(batches), tall):
         for j in range(0, len(sequences), wide):
             rows, columns = slice(i, i + tall), slice(j, j + wide)
             walk.over(b[rows], s[:, columns], out.part(rows, columns))
+
+
+def _target(decided: Decided, run: RunSpec) -> int | None:
+    """The decoder's length where it is not the encoder's, whatever that is."""
+    model = decided.structure.graph.model
+    return run.batch.target_sequence or model.longest_target
 
 
 def _most(p: Program, values: Sequence[int]) -> int:
@@ -243,11 +253,11 @@ def _one_by_one(
 class _Walk:
     """The walk of one program over arrays."""
 
-    def __init__(self, decided: Decided, calibration: Calibration | None) -> None:
+    def __init__(self, decided: Decided, calibration: Calibration | None, target: int | None) -> None:
         import numpy as np
 
         p = program(decided.structure)
-        self._program, self._decided = p, decided
+        self._program, self._decided, self._target = p, decided, target
         passes = [(p.first, 0)] + ([(p.later, p.accumulated)] if p.structure.accumulates else [])
         self._terms: list[tuple[str, slice, int]] = []  # of a phase and pass: the moments' rows, bytes beside them
         rows: list[tuple[int, ...]] = []
@@ -278,7 +288,8 @@ class _Walk:
         import numpy as np
 
         p, decided = self._program, self._decided
-        axes = run_axes(p, b, s, decided.half, decided.large_tiles, _many(), decided.pictures)
+        target = None if self._target is None else np.full_like(s, self._target)
+        axes = run_axes(p, b, s, decided.half, decided.large_tiles, _many(), decided.pictures, target)
         shape = (b.shape[0], s.shape[1])
         numbers = np.empty((len(self._variables), *shape))
         for row, value in zip(numbers, values(self._variables, axes), strict=True):

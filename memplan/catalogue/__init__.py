@@ -48,6 +48,10 @@ _MODULES = {
         "minimax_m3": "minimax_m3_vl_text",
         "step3p7": "step3p7",
         "sinks": "gpt_oss mimo_v2_flash",
+        "bert": "bert roberta xlm-roberta",
+        "t5": "t5",
+        "whisper": "whisper",
+        "vit": "vit",
     }.items()
     for model_type in model_types.split()
 }

@@ -25,7 +25,9 @@ class Wiring(NamedTuple):
     joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model
     scales the embeddings, not their module. uncapped: torch's attention is taken where scores should be capped, and
     does not cap them. flattens: heads of a single sequence are flattened without a copy, and what they are views of
-    stays whole. images: the batch has some. tower: the kernel of the attention in the tower that sees them.
+    stays whole. images: the batch has some. tower: the kernel of the attention in the tower that sees them. causal: no
+    token sees those after it; an encoder's do, and there is a mask for padding only. checkpoints: blocks are
+    checkpointed, as T5's code asks.
     """
 
     backend: str
@@ -44,12 +46,15 @@ class Wiring(NamedTuple):
     flattens: bool = False
     images: bool = False
     tower: str = "flash"
+    causal: bool = True
+    checkpoints: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
-        """Whether transformers hands the attention of a layer a mask: eager always, sdpa for padding and windows."""
+        """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
+        windows sdpa too."""
         if self.backend == "flash_2":
             return False
-        return self.backend == "eager" or self.padded or (sliding and self.windowed)
+        return (self.backend == "eager" and self.causal) or self.padded or (sliding and self.windowed)
 
 
 # Families that flash attention 2 does not run with, and why.
@@ -95,7 +100,7 @@ def attention(
         every = wiring.copies == "all" or masked
         return (
             *_copied(name, q, k, v, grouped, every),
-            *_laid_out_as(
+            *laid_out_as(
                 y,
                 attention(
                     name, f"{q}.given" if every else q, "k.given", "v.given", y, plain, False, sliding, mask, width
@@ -110,17 +115,24 @@ def attention(
                 return _padded_flash_2(name, q, k, v, y, wiring, width)
             heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
             if backend == "flash_2":
-                return (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped))
-            return (heads, flash(name, q, k, "v.heads", y, grouped))
+                return _seen(wiring, (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped)))
+            return _seen(wiring, (heads, flash(name, q, k, "v.heads", y, grouped)))
         case "efficient":
-            return _efficient(name, q, k, v, y, grouped, mask if masked else "", width)
+            return _seen(wiring, _efficient(name, q, k, v, y, grouped, mask if masked else "", width))
         case "math":
             to = f"={q}.low" if wiring.half_math else "fp32"
-            return _math(name, q, k, v, y, grouped, mask if masked else "", to, width)
+            return _math(name, q, k, v, y, grouped, mask if masked else "", to, width, wiring.causal)
         case "eager":
-            return _eager(name, q, k, v, y, grouped, mask, width)
+            return _eager(name, q, k, v, y, grouped, mask if masked else "", width)
         case other:
             raise AssertionError(other)
+
+
+def _seen(wiring: Wiring, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The kernel, told that no mask hides anything where none does."""
+    if wiring.causal:
+        return kernel
+    return tuple(op._replace(product="whole attention") if op.product == "attention" else op for op in kernel)
 
 
 def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
@@ -208,7 +220,7 @@ def _repeated(name: str, k: str, v: str, grouped: bool, width: str) -> tuple[Op,
     )
 
 
-def _laid_out_as(y: str, kernel: tuple[Op, ...], heads_first: bool) -> tuple[Op, ...]:
+def laid_out_as(y: str, kernel: tuple[Op, ...], heads_first: bool) -> tuple[Op, ...]:
     """Flash attention lays out what it makes as it finds q: head by head where that was made contiguous, and so the
     heads are copied together."""
     if not heads_first:
@@ -327,15 +339,27 @@ def _eager(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, 
 
 def _masked_softmax(n: str, x: str, y: str, mask: str, like: str) -> tuple[Op, ...]:
     shape = "b a s s"
+    adds = Op(f"{n}.add_mask", (x, mask), (Tensor("masked", shape),), gradient="same", source=f"{ops.DERIVATIVES}: add")
     return (
-        Op(f"{n}.add_mask", (x, mask), (Tensor("masked", shape),), gradient="same", source=f"{ops.DERIVATIVES}: add"),
-        *ops.softmax(f"{n}.softmax", "masked", "softmax", shape, "fp32"),
+        *((adds,) if mask else ()),
+        *ops.softmax(f"{n}.softmax", "masked" if mask else x, "softmax", shape, "fp32"),
         ops.cast(f"{n}.cast", "softmax", y, shape, f"={like}"),
-        ops.leave("masked"),
+        ops.leave("masked" if mask else x),
     )
 
 
-def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, to: str, width: str) -> tuple[Op, ...]:
+def _math(
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    grouped: bool,
+    mask: str,
+    to: str,
+    width: str,
+    causal: bool,
+) -> tuple[Op, ...]:
     """torch's reference: everything in `to`, under autocast too, the causal or given mask added in place.
 
     Autocast casts what the function is given; with a mask k and v are repeated before it, without one inside.
@@ -361,7 +385,8 @@ def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, t
             *_lowered_heads(n, {q: heads, k: few, "v.view": f"b s k {width}"}),
         )
         k_low, v_low, spread = f"{k}.low", "v.view.low", {"k": few, "v": f"b s k {width}"}
-        made = (Op(f"{n}.causal", (), (Tensor("bias32", "s s", to),), scratch=(Tensor("ones", "s s", "bool"),)),)
+        triangle = Op(f"{n}.causal", (), (Tensor("bias32", "s s", to),), scratch=(Tensor("ones", "s s", "bool"),))
+        made = (triangle,) if causal else ()
     inside = (
         ops.cast(f"{n}.q_float", f"{q}.low", "q32", heads, to),
         ops.cast(f"{n}.k_float", k_low, "k32", spread["k"], to),
@@ -386,7 +411,7 @@ def _math(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, t
     return (
         *given,
         *inside,
-        ops.leave("second", "q.scaled", "k.all", "v.all", "bias32", f"{q}.low", k_low, v_low),
+        ops.leave("second", "q.scaled", "k.all", "v.all", f"{q}.low", k_low, v_low, *(("bias32",) if made else ())),
         ops.copy(f"{n}.contiguous", "heads", y, values, gradient="new"),
     )
 
@@ -420,12 +445,18 @@ def large_tiles(capability: tuple[int, int] | None) -> bool:
 
 
 def efficient_workspace_bytes(
-    s: Size, widths: tuple[int, int], pairs: Size, half: bool, large_tiles: bool, by: Arithmetic[Size]
+    s: Size,
+    widths: tuple[int, int],
+    pairs: Size,
+    half: bool,
+    large_tiles: bool,
+    by: Arithmetic[Size],
+    keys: Size | None = None,
 ) -> Size:
     """Bytes of workspace that memory-efficient attention's backward takes for one head of one sequence.
 
     `widths` are a head's of queries and keys, and of values; `pairs` is batch x heads; `by` is how one run's are
-    counted, or many's.
+    counted, or many's. `keys`: how many there are, where they are of another sequence than the `s` queries.
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h.
     """
     d, most = widths[0], max(widths)
@@ -439,7 +470,8 @@ def efficient_workspace_bytes(
         rows, columns, widest = 64, 64, 128 if most <= 128 else 65536
     size = -(-s // rows) * -(-d // columns) * (rows * columns * 4 + 16)
     if half and widest > rows:  # dk and dv do not stay in registers: fp32, once per split of the keys
-        splits = by.most(1, by.least(-(-s // columns), 200 // pairs))
+        blocks = -(-(s if keys is None else keys) // columns)
+        splits = by.most(1, by.least(blocks, 200 // pairs))
         padded = sum(-(-width // rows) * rows for width in widths)
-        size = size + 4 * splits * (-(-s // columns) * columns) * padded
+        size = size + 4 * splits * (blocks * columns) * padded
     return size

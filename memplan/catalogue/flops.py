@@ -32,6 +32,7 @@ class Moved(NamedTuple):
 # scores and outputs; backward five, because the scores are made again before the gradients of v, of the probabilities,
 # of q and of k. Source: arXiv:2205.14135, algorithms 1 and 4; torch 2.13 utils/flop_counter.py, sdpa_backward.
 _FORWARD, _BACKWARD = 2, 5
+ATTENTION = ("attention", "whole attention")
 
 
 def causal_half(op: Op) -> bool:
@@ -61,7 +62,7 @@ _MATRICES = ("matrix", "grouped", "fold")
 
 def forward(op: Op, tensors: Mapping[str, Tensor]) -> Iterator[Points]:
     """The products that an operation computes, with those of the gradients that it makes ahead of backward."""
-    if op.product == "attention":
+    if op.product in ATTENTION:
         yield _attention(op, tensors, _FORWARD)
     elif op.product in _MATRICES:
         for product in _products(op, tensors):
@@ -74,7 +75,7 @@ def backward(op: Op, tensors: Mapping[str, Tensor], target: Tensor) -> Iterator[
     One kernel of attention makes all of its gradients: they are counted as that of the first read. In LoRA as one
     function the product with A is made again for the gradient of B.
     """
-    if op.product == "attention":
+    if op.product in ATTENTION:
         if target.name == op.reads[0]:
             yield _attention(op, tensors, _BACKWARD)
     elif op.product in _MATRICES and target.name not in _ahead(op):
@@ -105,7 +106,7 @@ def backward_bytes(
 ) -> tuple[list[Moved], list[Moved]]:
     """The same for the gradient of `target`, from those `of` the outputs, but for what `scratch_back` counts."""
     kept = [tensors[name] for name in dict.fromkeys(k.what for k in op.keeps if k.of == target.name)]
-    if op.product == "attention" and target.name != op.reads[0]:
+    if op.product in ATTENTION and target.name != op.reads[0]:
         return [Moved(target)], []
     alike = (of[0].shape, of[0].dtype) == (target.shape, target.dtype)
     if op.gradient == "same" and not kept and (op.view or alike):

@@ -27,11 +27,15 @@ def attach(
     and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient
     over the logits; `converts` where accelerate or Fabric make what the model returns fp32.
 
+    A stack that has a loss already, its class's own, keeps it.
+
     hf                transformers: all logits, then in fp32
     chunked           torchtune: logits in eight chunks, each in fp32 on its own
     chunked_lm_head   LitGPT: logits in chunks of 128 tokens, never in fp32, held by the training loop
     fused             Liger: the gradient is made chunk by chunk beside the loss, and logits are never all there
     """
+    if stack.loss:
+        return _own(stack, hold_outputs, converts)
     start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
     body, head = stack.after[:start], stack.after[start:]
     held = hold_outputs or (loss == "chunked_lm_head" and not converts)
@@ -55,6 +59,16 @@ def attach(
             return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place, logits != "padded", single))
         case other:
             raise AssertionError(other)
+
+
+def _own(stack: Stack, hold_outputs: bool, converts: bool) -> Stack:
+    """Of a model that is no causal language model, with the loss its class computes of the `logits`."""
+    made = next((t for op in stack.after for t in op.writes if t.name == "logits"), None)
+    if made is None:
+        return stack
+    after = tuple(_held(op) if hold_outputs and made in op.writes else op for op in stack.after)
+    outputs = (_converted("logits", made.shape),) if converts else ()
+    return stack._replace(after=after, loss=(*stack.loss, *outputs))
 
 
 def _last_writer(head: tuple[Op, ...]) -> Op:
@@ -90,7 +104,7 @@ def cross_entropy(
     that keeps the logits it is given and writes their gradient over them; half-precision ones where they are padded.
     `held`: the script keeps what the model returned to the end of the step.
     """
-    kernel = _overwriting if fused else _nll
+    kernel = _overwriting if fused else nll
     if form == "padded":
         source = "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"
         wide = logits if fused else "logits32"
@@ -122,12 +136,10 @@ def cross_entropy(
     )
 
 
-def _converted(logits: str) -> Op:
+def _converted(logits: str, shape: str = "b s v") -> Op:
     """Under autocast accelerate casts the outputs to fp32 before it hands them on, the logits too."""
     source = "accelerate 1.0 utils/operations.py ConvertOutputsToFp32"
-    return Op(
-        "loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, gradient="none", source=source
-    )
+    return Op("loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, gradient="none", source=source)
 
 
 def _float(logits: str, source: str) -> Op:
@@ -169,7 +181,7 @@ def _overwriting(n: str, logits: str, made: str, targets: str, shape: str, loss:
     )
 
 
-def _nll(n: str, logits: str, log_probs: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
+def nll(n: str, logits: str, log_probs: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
     """cross_entropy names the logits' own dtype to log_softmax, which autocast then leaves alone."""
     weight = f"{loss}.total_weight"
     return (
@@ -205,7 +217,7 @@ def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
     logits = _last_writer(head).writes[0].name
     for i in chunks:
         yield Op(f"loss.float{i}", (f"{logits}{i}",), (Tensor(f"logits32{i}", "b lc v", "fp32"),), cast=True)
-        yield from _nll(f"loss{i}", f"logits32{i}", f"log_probs{i}", "targets", "b lc v", f"loss{i}")
+        yield from nll(f"loss{i}", f"logits32{i}", f"log_probs{i}", "targets", "b lc v", f"loss{i}")
         yield ops.leave(f"logits32{i}")
     parts = tuple(f"loss{i}" for i in chunks)
     yield Op("loss.sum", parts, (Tensor("loss", "", "fp32"),), gradient="same", source=source)

@@ -66,9 +66,19 @@ def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
     return rewrite(stack, changed)
 
 
-def head_of(stack: Stack) -> Op:
-    """The output projection: the last operation with a matrix. PEFT's `all-linear` and quantisation leave it alone."""
-    return next(op for op in reversed(stack.after) if any(w.rows for w in op.weights))
+def head_of(stack: Stack) -> Op | None:
+    """The output projection of a language model, which PEFT's `all-linear` and quantisation leave alone: the last
+    operation with a matrix. None in a model without one."""
+    last = next((op for op in reversed(stack.after) if any(w.rows for w in op.weights)), None)
+    return None if last is None or any(w.group == "head" for w in last.weights) else last
+
+
+def inside(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether a module's path is one of the `modules`, or inside one.
+
+    Source: peft 0.21 tuners/tuners_utils.py _check_target_module_exists.
+    """
+    return not set(path.split(".")).isdisjoint(modules)
 
 
 def matrix(op: Op) -> Weight | None:
@@ -326,7 +336,7 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
             lambda w: w._replace(dtype=w.dtype or recipe.weights, trains=w.trains and not is_frozen(w, recipe.frozen)),
         )
     head = head_of(stack)
-    wide = frozenset(w.name for w in head.weights) if "lm_head" in recipe.skip else frozenset[str]()
+    wide = frozenset(w.name for w in head.weights) if head and "lm_head" in recipe.skip else frozenset[str]()
     narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
     stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
     if recipe.saved:
@@ -340,13 +350,10 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
     def takes(op: Op) -> bool:
         if recipe.library == "litgpt":
             return litgpt_lora.takes(op, recipe.targets)
-        w = matrix(op)
-        return (
-            w is not None
-            and not is_frozen(w, recipe.frozen)
-            and op.name.rpartition(".")[2] not in stood_for
-            and (_named(op, recipe) or (every and op.name != head.name))
-        )
+        w, name = matrix(op), op.name.rpartition(".")[2]
+        if w is None or is_frozen(w, recipe.frozen) or inside(op.name, recipe.saved) or name in stood_for:
+            return False
+        return _named(op, recipe) or (every and (head is None or op.name != head.name))
 
     def takes_parameter(w: Weight) -> bool:
         return not is_frozen(w, recipe.frozen) and (every or any(name in recipe.targets for name in w.stands_for))
@@ -428,7 +435,7 @@ def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, d
 def _saved(op: Op, saved: tuple[str, ...]) -> Op:
     """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays beside it."""
     own = [w for w in op.weights if w.group != "buffer"]
-    ours = {w.name: f"{w.name}.saved" for w in own if w.name.rpartition(".")[0].rpartition(".")[2] in saved}
+    ours = {w.name: f"{w.name}.saved" for w in own if inside(w.name.rpartition(".")[0], saved)}
     if op.name.rpartition(".")[2] in saved:
         ours = {w.name: f"{w.name}.saved" for w in own}
     if not ours:
@@ -466,7 +473,8 @@ def _narrowed(stack: Stack) -> frozenset[str]:
 
 def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[str]) -> Weight:
     """A base weight under an adapter: frozen, quantised unless it is the head's, or cast unless it is `narrow`."""
-    takes = quantisable(w, recipe.skip) or (w.stacked and recipe.quantization == "fp8")
+    left = (*recipe.skip, *recipe.saved)
+    takes = quantisable(w, left) or (w.stacked and recipe.quantization == "fp8")
     if recipe.quantization and takes and w.name not in head:
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
         dtype = "fp16" if recipe.library == "litgpt" else recipe.weights  # lightning quantises from fp16
@@ -480,7 +488,7 @@ def quantisable(w: Weight, skip: tuple[str, ...] = ()) -> bool:
 
     Source: transformers 5.24 integrations/bitsandbytes.py replace_with_bnb_linear.
     """
-    return w.matrix and not w.viewed and w.name.rpartition(".")[0].rpartition(".")[2] not in skip
+    return w.matrix and not w.viewed and not inside(w.name.rpartition(".")[0], skip)
 
 
 def _named(op: Op, recipe: Recipe) -> bool:

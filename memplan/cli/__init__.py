@@ -252,6 +252,10 @@ def option(help: str, *names: str, of: str, complete: Callable[[str], list[str]]
 
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora", "freeze")
+OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
+    *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
+    *("image_classification", "feature_extraction"),
+)
 TRAINING, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
     "Adapters and quantisation",
@@ -288,8 +292,25 @@ def estimate(
     method: Annotated[
         str | None, option(f"{', '.join(METHODS)}. Default full.", of=TRAINING, complete=_choices(*METHODS))
     ] = None,
+    objective: Annotated[
+        str | None,
+        option(
+            f"What the model is trained for, its head and loss: {', '.join(OBJECTIVES)}. Default what the config's "
+            "architectures say.",
+            of=TRAINING,
+            complete=_choices(*OBJECTIVES),
+        ),
+    ] = None,
     batch_size: Annotated[int | None, option("Sequences per GPU and pass. Default 1.", of=TRAINING)] = None,
     seq_len: Annotated[int | None, option("Tokens per sequence. Default 2048.", of=TRAINING)] = None,
+    target_len: Annotated[
+        int | None,
+        option(
+            "Tokens for the decoder, where there is an encoder beside it. Default as many as the encoder reads, or as "
+            "it has positions for.",
+            of=TRAINING,
+        ),
+    ] = None,
     grad_accum: Annotated[int | None, option("Passes per optimizer step. Default 1.", of=TRAINING)] = None,
     images: Annotated[
         int | None, option("Images in each sequence, whose tokens are part of --seq-len. Default 0.", of=TRAINING)

@@ -16,6 +16,8 @@ FIELDS = {
     "gpus": "parallelism.world",
     "batch_size": "batch.micro",
     "seq_len": "batch.sequence",
+    "target_len": "batch.target_sequence",
+    "objective": "objective",
     "grad_accum": "batch.accumulation",
     "images": "batch.images",
     "rank": "method.rank",

@@ -29,6 +29,12 @@ class Family(NamedTuple):
     decoder    the key of the nested config that has the decoder's keys: they count as the config's own
     built_as   another model_type whose classes transformers builds from this config
     positions  positions are looked up in a table, so that no longer sequence can run
+    objectives what models of the family are trained for (`memplan.objectives`), the usual first
+    longest    the longest sequence, where that is not `max_position_embeddings`
+    only       the one length that the encoder takes: patches of an image, frames of a recording
+    whole      modules that transformers never quantises: what it would keep in fp32 of an fp16 model
+    lacks      kernels of attention that its classes do not take
+    target     the longest sequence that the decoder of an encoder-decoder takes; None where it has no table
     """
 
     defaults: Mapping[str, Any]
@@ -39,6 +45,12 @@ class Family(NamedTuple):
     decoder: str = ""
     built_as: str = ""
     positions: bool = False
+    objectives: tuple[str, ...] = ("causal_lm",)
+    longest: Callable[[ModelSpec], int] | None = None
+    whole: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    only: Callable[[ModelSpec], int] | None = None
+    target: Callable[[ModelSpec], int | None] | None = None
 
 
 # Which module knows which model_type: only the one asked for is imported.
@@ -51,6 +63,7 @@ _MODEL_TYPES: dict[str, str] = {
     "gemma": "gemma3n_text gemma4 gemma4_text",
     "llama4": "llama4 llama4_text",
     "sinks": "gpt_oss mimo_v2_flash",
+    "encoders": "bert roberta xlm-roberta t5 whisper vit",
 }
 MODULES: dict[str, str] = {
     model_type: module for module, model_types in _MODEL_TYPES.items() for model_type in model_types.split()

@@ -29,6 +29,8 @@ OPTIONS = {
     "optimizer.in_backward": "--in-backward",
     "batch.micro": "--batch-size",
     "batch.sequence": "--seq-len",
+    "batch.target_sequence": "--target-len",
+    "objective": "--objective",
     "batch.accumulation": "--grad-accum",
     "batch.images": "--images",
     "batch.image_size": "--image-size",

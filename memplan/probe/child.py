@@ -177,14 +177,14 @@ def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
     if most is not None and total > most:
         raise ProbeError(f"model: {total:,} parameters; a trace takes at most {most:,}", "model")
     from memplan.probe.counts import positions
+    from memplan.probe.model import base_of
 
-    tokens = run.batch.sequence + run.batch.new_tokens
+    field, tokens = "batch.sequence", run.batch.sequence + run.batch.new_tokens
+    if getattr(base_of(model).config, "is_encoder_decoder", False):  # the tables are the decoder's
+        field, tokens = "batch.target_sequence", run.batch.target_sequence or 0
     for name, rows in positions(model):
         if tokens > rows:
-            raise SpecError(
-                f"batch.sequence: {tokens} tokens, but the model has learned positions for {rows} ({name})",
-                "batch.sequence",
-            )
+            raise SpecError(f"{field}: {tokens} tokens, but the model has learned positions for {rows} ({name})", field)
 
 
 def _notes(run: RunSpec, base: Any) -> list[str]:

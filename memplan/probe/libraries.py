@@ -55,8 +55,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_class(model_type: str, sees: bool = False) -> str:
-    """The name of transformers' auto class that builds the model: of language models, or of those that see images.
+# What a model is trained for: transformers' mapping of its classes, what looks there, and what it is in words.
+_CLASSES = {
+    "causal_lm": ("CAUSAL_LM", "AutoModelForCausalLM", "causal language models"),
+    "masked_lm": ("MASKED_LM", "AutoModelForMaskedLM", "masked language models"),
+    "seq2seq_lm": ("SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM", "encoder-decoders"),
+    "sequence_classification": (
+        "SEQUENCE_CLASSIFICATION",
+        "AutoModelForSequenceClassification",
+        "sequence classification",
+    ),
+    "token_classification": ("TOKEN_CLASSIFICATION", "AutoModelForTokenClassification", "token classification"),
+    "image_classification": ("IMAGE_CLASSIFICATION", "AutoModelForImageClassification", "image classification"),
+    "feature_extraction": ("", "AutoModel", "models without a head"),
+}
+
+
+def model_class(model_type: str, sees: bool = False, objective: str = "causal_lm") -> str:
+    """The name of transformers' auto class that builds the model for the objective; for one that sees images or hears,
+    that of such models.
 
     Raises ProbeError where the installed transformers has no class for this `model_type`.
     """
@@ -64,12 +81,15 @@ def model_class(model_type: str, sees: bool = False) -> str:
     images: Any = getattr(auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {})
     if sees and model_type in images:
         return "AutoModelForImageTextToText"
-    mapping = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if objective == "seq2seq_lm" and model_type in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
+        return "AutoModelForSpeechSeq2Seq"
+    key, name, what = _CLASSES[objective]
+    mapping = getattr(auto, f"MODEL_FOR_{key}_MAPPING_NAMES" if key else "MODEL_MAPPING_NAMES")
     if model_type not in mapping:
         near = nearest(model_type, map(str, mapping), 1)
         raise ProbeError(
-            f"model: transformers {versions().get('transformers', '?')} has no class for causal language models of "
+            f"model: transformers {versions().get('transformers', '?')} has no class for {what} of "
             f"model_type {model_type!r:.60}{f'; the nearest it has is {near[0]}' if near else ''}",
             "model",
         )
-    return "AutoModelForCausalLM"
+    return name

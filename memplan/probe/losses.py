@@ -5,7 +5,7 @@ Each takes the model's body and head apart, as those libraries do, so that all l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,16 @@ class Computed(NamedTuple):
     outputs: Any
 
 
-def compute(kind: str, model: Any, ids: torch.Tensor, labels: torch.Tensor, **options: Any) -> Computed:
-    """The loss of `ids` [batch, sequence] by the name it has in `kernels.loss`."""
+def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **options: Any) -> Computed:
+    """The loss of a model's `inputs` by the name it has in `kernels.loss`; without `labels` the mean of what the model
+    makes of each sequence."""
+    if labels is None:
+        outputs = model(**inputs, **options)
+        return Computed(outputs.pooler_output.mean(), outputs)
     if kind == "hf":
-        outputs = model(input_ids=ids, labels=labels, **options)
+        outputs = model(**inputs, labels=labels, **options)
         return Computed(outputs.loss, outputs)
+    ids = inputs["input_ids"]
     base = base_of(model)
     body = getattr(base, base.base_model_prefix)
     head = _head(base)

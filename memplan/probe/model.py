@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -9,8 +10,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from memplan.cards import find_config
+from memplan.cards import find_config, find_model
 from memplan.errors import MemplanError, ProbeError, SpecError
+from memplan.models import with_objective
+from memplan.objectives import saved_with
 from memplan.probe.libraries import library, model_class
 from memplan.probe.quantized import is_quantisable, quantise
 from memplan.resolve import decide
@@ -50,11 +53,20 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
     return model
 
 
+def objective_of(run: RunSpec) -> str:
+    """What the run's model is trained for; a causal language model, where memplan does not know its family."""
+    try:
+        return with_objective(find_model(run.model), run.objective).objective
+    except MemplanError:
+        return run.objective or "causal_lm"
+
+
 def _empty_model(run: RunSpec) -> Any:
     """The model on the meta device: shapes and dtypes, no memory."""
     given: Mapping[str, Any] = find_config(run.model)
     model_type = str(given.get("model_type", ""))
-    auto = model_class(model_type, sees=bool(given.get("vision_config")))
+    objective = objective_of(run)
+    auto = model_class(model_type, sees=bool(given.get("vision_config")), objective=objective)
     transformers = library("transformers")
     kept = {key: _plain(value) for key, value in given.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
     options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights], "trust_remote_code": False}
@@ -63,11 +75,14 @@ def _empty_model(run: RunSpec) -> Any:
     config: Any
     try:
         config = transformers.AutoConfig.for_model(model_type, **kept)
+        if objective == "seq2seq_lm" and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 0  # which token a decoder begins with is no matter of memory
         if not hasattr(config, "dtype"):  # as it was called before transformers 4.56
             options["torch_dtype"] = options.pop("dtype")
         with torch.device("meta"):
             model: Any = getattr(transformers, auto).from_config(config, **options)
         model.tie_weights()  # as loading does: not every version has done it by now
+        _untie(model, given)
         return model
     except MemplanError:
         raise
@@ -76,6 +91,17 @@ def _empty_model(run: RunSpec) -> Any:
         raise ProbeError(
             f"model: transformers cannot build {model_type} from this config: {reason:.300}", "model"
         ) from (error)
+
+
+def _untie(model: Any, given: Mapping[str, Any]) -> None:
+    """T5's config class ties the head whatever the config says, but loading does not where the checkpoint has a weight
+    of its own for it, as the config says.
+
+    Source: transformers 5.24 models/t5/configuration_t5.py, modeling_utils.py tie_weights.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings
+    if given.get("tie_word_embeddings") is False and head is not None and head.weight is table().weight:
+        head.weight = nn.Parameter(torch.empty_like(head.weight), head.weight.requires_grad)
 
 
 def _plain(value: Any) -> Any:
@@ -91,7 +117,8 @@ def _materialise(model: Any, run: RunSpec, device: torch.device) -> None:
     """Give every parameter and buffer memory on `device`, in the model's order; a shared one stays shared."""
     made: dict[int, torch.Tensor] = {}
     quantization = run.method.quantization
-    quantised = set(is_quantisable(model, quantization)) if quantization is not None else set[str]()
+    saved = saved_with(objective_of(run), run.method.modules_to_save)
+    quantised = set(is_quantisable(model, quantization, saved)) if quantization is not None else set[str]()
     compute = DTYPES[str(run.precision.compute or run.precision.weights)]
 
     def real(t: torch.Tensor) -> torch.Tensor:
@@ -155,17 +182,32 @@ def _prepare(model: Any, run: RunSpec) -> None:
                     weight.data = weight.data.to(DTYPES[run.precision.weights])
 
 
+# peft's words for what a model is trained for; it has none for the others.
+_TASKS = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "feature_extraction": "FEATURE_EXTRACTION",
+}
+
+
+def _arguments(model: Any) -> Mapping[str, Any]:
+    """What the model's `forward` may be given, by name."""
+    return inspect.signature(model.forward).parameters
+
+
 def _adapt(model: Any, run: RunSpec) -> Any:
     """peft's adapters around the targets, in `adapter_dtype` (peft's own default is fp32)."""
-    peft, method = library("peft"), run.method
+    peft, method, objective = library("peft"), run.method, objective_of(run)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=_TASKS.get(objective) if "input_ids" in _arguments(model) else None,
         r=method.rank,
         lora_alpha=method.alpha or 8,
         lora_dropout=method.dropout,
         target_modules=_targets(run),
         exclude_modules=_parts(method.frozen) or None,
-        modules_to_save=list(method.modules_to_save) or None,
+        modules_to_save=list(saved_with(objective, method.modules_to_save)) or None,
         use_dora="dora" in method.kind,
         use_rslora=bool(method.options.get("use_rslora", False)),
     )

@@ -16,16 +16,18 @@ from memplan.probe.libraries import library
 from memplan.spec import Quantization
 
 
-def is_quantisable(model: Any, quantization: Quantization) -> Iterator[str]:
-    """The names of the modules that are replaced: plain linear layers but the head and what `skip` names.
+def is_quantisable(model: Any, quantization: Quantization, saved: tuple[str, ...] = ()) -> Iterator[str]:
+    """The names of the modules that are replaced: plain linear layers but the head, what `skip` names, and what is
+    `saved` as a copy that trains.
 
     Source: transformers 5.24 integrations/bitsandbytes.py replace_with_bnb_linear.
     """
     conv1d = library("transformers.pytorch_utils").Conv1D
     head = model.get_output_embeddings()
+    kept = (*(quantization.skip or ()), *saved, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
     for name, module in model.named_modules():
         plain = type(module) is nn.Linear or isinstance(module, conv1d)
-        if plain and module is not head and name.rpartition(".")[2] not in quantization.skip:
+        if plain and module is not head and {*name.split(".")}.isdisjoint(kept):
             yield name
     for kind in ("4bit", "8bit"):
         setattr(model, f"is_loaded_in_{kind}", (kind == "8bit") == (quantization.format == "int8"))

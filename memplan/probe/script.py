@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.probe.inputs import inputs_of, labels_of
 from memplan.probe.libraries import library
 from memplan.probe.losses import compute
-from memplan.probe.model import DTYPES, base_of, build_model
+from memplan.probe.model import DTYPES, base_of, build_model, objective_of
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
@@ -117,15 +118,15 @@ class Script:
     def _loss(self) -> tuple[Any, Any]:
         """The loss of one micro-batch as backward takes it, and what the script holds meanwhile."""
         run = self.run
-        ids, options = self._inputs()
-        labels = ids.clone()
+        inputs, options = self._inputs()
+        labels = labels_of(run, objective_of(run), self.model, inputs, self.device)
         precision = run.precision
         cast = nullcontext()
         if precision.autocast:
             lower = precision.compute or ("bf16" if precision.weights == "fp32" else precision.weights)
             cast = torch.autocast(self.device.type, dtype=DTYPES[lower])
         with cast:
-            loss, outputs = compute(str(run.kernels.loss), self.model, ids, labels, **options)
+            loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
         if run.loop.trainer and precision.autocast and outputs is not None:  # as accelerate wraps the model's forward
             outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
         held = outputs if run.loop.hold_outputs or run.kernels.loss == "chunked_lm_head" else None
@@ -134,27 +135,26 @@ class Script:
             loss = loss / run.batch.accumulation
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        return loss, (held, ids, labels, options)
+        return loss, (held, inputs, labels, options)
 
-    def _inputs(self) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Token ids [micro, sequence] int64, and the mask and cache options of the run."""
-        batch, loop = self.run.batch, self.run.loop
-        shape = (batch.micro, batch.sequence)
-        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
-        ids = torch.randint(min(vocabulary, 2**15), shape, device=self.device)
-        options: dict[str, Any] = {"use_cache": loop.use_cache}
-        if batch.images:
-            options |= pictures(self.run, base_of(self.model), ids)
-        if loop.padded:
-            mask = torch.ones(shape, dtype=torch.int64)
+    def _inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the model is given, and the mask, images and cache options of the run."""
+        inputs = inputs_of(self.run, self.model, self.device)
+        options: dict[str, Any] = {}
+        if objective_of(self.run) in ("causal_lm", "seq2seq_lm"):
+            options["use_cache"] = self.run.loop.use_cache
+        if self.run.batch.images:
+            options |= pictures(self.run, base_of(self.model), inputs["input_ids"])
+        if self.run.loop.padded and "input_ids" in inputs:
+            mask = torch.ones(inputs["input_ids"].shape, dtype=torch.int64)
             mask[0, -1] = 0
             options["attention_mask"] = mask.to(self.device)
-        return ids, options
+        return inputs, options
 
     def _forward(self) -> None:
         with self.phase("forward"), torch.no_grad():
-            ids, options = self._inputs()
-            self.model(input_ids=ids, **options)
+            inputs, options = self._inputs()
+            self.model(**inputs, **options)
 
     def _generate(self) -> None:
         """Greedy, as transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
@@ -165,7 +165,7 @@ class Script:
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with torch.no_grad():
             with self.phase("prefill"):
-                ids, _ = self._inputs()
+                ids = self._inputs()[0]["input_ids"]
                 mask = torch.ones_like(ids)
                 outputs = model(input_ids=ids, attention_mask=mask, use_cache=True, **keeps)
                 token = _next(outputs)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Batch, Kernels, Loop
+from memplan.spec import Batch, Kernels, Loop, RunSpec
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -246,10 +246,10 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("method", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
-        ("batch", f"{sequences} of {batch.sequence:,} tokens{_images(batch)} per GPU; {passes}"),
+        ("batch", f"{sequences} of {_lengths(batch)}{_images(batch)} per GPU; {passes}"),
         ("checkpointing", str(run.kernels.checkpointing) + (", reentrant" if _reenters(run.kernels) else "")),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
-        ("loss", str(run.kernels.loss) + _held_outputs(loop)),
+        ("loss", _loss(run) + _held_outputs(loop)),
         *((("answered by", "a trace of the step"),) if answer.via == "trace" else ()),
         *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
         ("profile", run.profile),
@@ -266,6 +266,16 @@ def _images(batch: Batch) -> str:
     sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
     size = f" of {sides[0]} x {sides[1]} pixels" if sides[0] else ""
     return f" with {batch.images:,} image{'s' if batch.images > 1 else ''}{size}"
+
+
+def _loss(run: RunSpec) -> str:
+    """Whose it is; of a model that is no causal language model, what it is trained for."""
+    return str(run.kernels.loss) if run.objective in (None, "causal_lm") else f"of {run.objective}"
+
+
+def _lengths(batch: Batch) -> str:
+    tokens = f"{batch.sequence:,} tokens"
+    return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder,"
 
 
 def _held_outputs(loop: Loop) -> str:

@@ -29,7 +29,7 @@ Parameter = tuple[str, str | None, int]  # kind, layer's path or None, number of
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 KINDS = ("embedding", "attention", "mlp", "norm", "lm_head", "other")
-FURTHER = ("mixer", "router", "vision", "audio")  # kinds that few models have: named where they are there
+FURTHER = ("mixer", "router", "vision", "audio", "head")  # kinds that few models have: named where they are there
 LAYER_LISTS = {"layers", "layer", "h", "block", "blocks", "transformer"}
 ATTENTION = {"self_attn", "attn", "attention", "self_attention", "SelfAttention", "EncDecAttention", "encoder_attn"}
 ATTENTION |= {"cross_attn", "cross_attn_attn_gate", "cross_attn_mlp_gate"}
@@ -45,6 +45,9 @@ VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "em
 VISION |= {"mm_projector"}
 AUDIO = {"audio_tower", "embed_audio"}
 EMBEDDING_PROJECTIONS = {"project_in", "project_out"}  # OPT-350m
+EMBEDDINGS = {"embeddings", "conv1", "conv2"}  # of patches and frames, and a class token
+LANGUAGE_HEADS = {"cls", "lm_head"}
+HEADS = {"pooler", "classifier"}
 # The shapes that a card's config may spell in the keys of its own remote code.
 SHAPES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -91,7 +94,11 @@ def build(config: Config) -> PreTrainedModel:
     named = getattr(transformers, next(iter(config.get("architectures", ())), ""), None)
     with torch.device("meta"):
         described = AutoConfig.for_model(config["model_type"], **keys)
-        return named(described) if named is not None else AutoModelForCausalLM.from_config(described)
+        model = named(described) if named is not None else AutoModelForCausalLM.from_config(described)
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        if config.get("tie_word_embeddings") is False and head is not None and head.weight is table.weight:
+            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))  # tied by T5's class, not its checkpoint
+    return model
 
 
 def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
@@ -106,8 +113,12 @@ def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
         if path & PROJECTIONS:
             return "attention"
         return "router" if "gate" in path else "mlp" if path & FEEDS else "mixer"
-    if is_head:
+    if is_head or path & LANGUAGE_HEADS:
         return "lm_head"
+    if path & HEADS:
+        return "head"
+    if path & EMBEDDINGS:
+        return "embedding"
     if isinstance(owner, torch.nn.Embedding) or path & EMBEDDING_PROJECTIONS:
         return "embedding"
     if path & ATTENTION:
@@ -118,19 +129,22 @@ def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
 
 
 def layer(name: str) -> str | None:
-    """The path of the layer that a parameter is in."""
+    """The path of the layer that a parameter is in; T5's first has a table for all of its stack, not its own."""
     parts = name.split(".")
+    if "relative_attention_bias" in parts:
+        return None
     found = (i for i, (at, index) in enumerate(pairwise(parts)) if at in LAYER_LISTS and index.isdigit())
     at = next(found, None)
     return None if at is None else ".".join(parts[: at + 2])
 
 
 def parameters(model: PreTrainedModel) -> Iterator[Parameter]:
-    """Each parameter once; a tied head is met first as the embedding."""
-    head = model.get_output_embeddings()
+    """Each parameter once; a tied head is an embedding."""
+    head, table = model.get_output_embeddings(), getattr(model.get_input_embeddings(), "weight", None)
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        yield kind(name, owner, owner is head), layer(name), parameter.numel()
+        of_kind = "embedding" if parameter is table else kind(name, owner, owner is head)
+        yield of_kind, layer(name), parameter.numel()
 
 
 def nemotron_nas(config: Config) -> Iterator[Parameter]:

@@ -1,0 +1,75 @@
+"""What a model without a causal language model's head ends in, and the loss that its own class computes.
+
+Every loss here is of the logits in the dtype they have, and of labels as they are given: nothing is shifted.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue import ops
+from memplan.catalogue.losses import nll
+from memplan.ir import Keep, Op, Tensor, Weight
+from memplan.models import ModelSpec
+
+
+def labels_of(m: ModelSpec) -> Tensor:
+    """The labels a batch comes with: one a token, or one a sequence; numbers where a class of one is a regression."""
+    match m.objective:
+        case "masked_lm" | "token_classification":
+            return Tensor("labels", "b s", "int64")
+        case "seq2seq_lm":
+            return Tensor("labels", "b t", "int64")
+        case _:
+            return Tensor("labels", "b", "fp32" if m.num_labels == 1 else "int64")
+
+
+def decoder(name: str, x: str, tied_to: str, bias: str = "", tokens: str = "s") -> Op:
+    """The projection to the vocabulary with the embeddings' weight, and a bias of its own by the name `bias`."""
+    op = ops.linear(name, x, "logits", "v", "h", "lm_head")
+    own = op.weights[0].name
+    tied = Weight(tied_to or own, "v h", "embedding" if tied_to else "lm_head", matrix=True, rows=1)
+    keeps = tuple(k._replace(what=k.what.replace(own, tied.name), of=k.of.replace(own, tied.name)) for k in op.keeps)
+    biases = (Weight(bias, "v", "lm_head"),) if bias else ()
+    return op._replace(weights=(tied, *biases), keeps=keeps, writes=(Tensor("logits", f"b {tokens} v"),))
+
+
+def language_model_loss(tokens: str = "s") -> tuple[Op, ...]:
+    """Cross entropy of all logits, of masked tokens or of a decoder's."""
+    return (*nll("loss", "logits", "log_probs", "labels", f"b {tokens} v", "loss"), ops.leave("logits", "x"))
+
+
+def class_loss(m: ModelSpec, shape: str = "b c") -> tuple[Op, ...]:
+    """Cross entropy of the classes; of a single one, its squared error, which keeps both sides."""
+    if m.num_labels > 1 or shape != "b c":
+        return (*nll("loss", "logits", "log_probs", "labels", shape, "loss"), ops.leave("logits", "x"))
+    kept = (Keep("logits", "logits"), Keep("labels", "logits"))
+    error = Op("loss.mse", ("logits", "labels"), (Tensor("loss"),), (), kept, source=f"{ops.DERIVATIVES}: mse_loss")
+    return (error, ops.leave("logits", "x"))
+
+
+def mean_loss(x: str) -> tuple[Op, ...]:
+    """The script's own loss of a model without a head, in its smallest form: the mean of what the model returns."""
+    return (Op("loss.mean", (x,), (Tensor("loss"),), source=f"{ops.DERIVATIVES}: mean"), ops.leave(x, "x"))
+
+
+def first_token(name: str, x: str, y: str) -> Op:
+    """The hidden states of the first token: a view, whose gradient is zero for all the others."""
+    return ops.view(name, x, y, "b h", gradient="new")
+
+
+def dense(name: str, x: str, y: str, out: str, into: str, tokens: bool = False) -> Op:
+    """A linear layer of a head, with a bias: of one row a sequence, or of every token."""
+    return ops.linear(name, x, y, out, into, "head", bias=True, lead="b s" if tokens else "b", flat=not tokens)
+
+
+def tanh(name: str, x: str, y: str, shape: str) -> Op:
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: tanh")
+
+
+def pooler(name: str, x: str, out: str = "h") -> tuple[Op, ...]:
+    """`pooled` from the first token of x."""
+    return (
+        first_token(f"{name}.first", x, "first"),
+        dense(f"{name}.dense", "first", "pooled.dense", out, "h"),
+        tanh(f"{name}.activation", "pooled.dense", "pooled", f"b {out}"),
+        ops.leave("first"),
+    )

@@ -1,0 +1,336 @@
+"""T5: RMSNorm without a cast of its input, positions as a bias that all layers of a stack add to their scores."""
+
+from __future__ import annotations
+
+from memplan.catalogue import ops
+from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.bert import eager, projections
+from memplan.catalogue.gpt import dropped, drops, gelu_new, relu, with_dropout
+from memplan.catalogue.heads import decoder, labels_of, language_model_loss
+from memplan.catalogue.llama import masks
+from memplan.catalogue.seq2seq import crossing, decoding
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.models import ModelSpec
+
+_SOURCE = "transformers 5.24 models/t5/modeling_t5.py"
+
+
+def t5(m: ModelSpec, wiring: Wiring) -> Stack:
+    """The head of a model that ties it scales what it is given; Flan-T5's, with a weight of its own, does not."""
+    whole = wiring._replace(causal=False)
+    tied = "shared.weight" if m.tie_word_embeddings else ""
+    drop = drops(m, "dropout_rate")
+    last = (
+        *norm("decoder.final_layer_norm", "x", "normed", "b s h"),
+        ops.leave("x"),
+        *dropped("decoder.dropout", "normed", "returned", "b s h", drop),
+        *((ops.scale("scale", "returned", "n", "b s h"),) if tied else (ops.view("last", "returned", "n", "b s h"),)),
+        ops.leave("decoder.tokens", "decoder_ids", *_masks(wiring, "mask"), "decoder_bias", "cross_bias", "encoded"),
+    )
+    runs = (Run((_encoder(m, whole),), "L"), Run((_decoder(m, wiring, whole),), "D", _between(m, wiring, whole)))
+    after = (*decoding(last), decoder("lm_head", "n", tied, tokens="t"), ops.leave("returned", "n"))
+    return Stack(_before(m, whole), runs, after, language_model_loss("t"))
+
+
+def _masks(wiring: Wiring, name: str) -> tuple[str, ...]:
+    return (name,) if wiring.has_mask() else ()
+
+
+def norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """The squares are of x in fp32; the product is of x as it is with an fp32 number a row, and cast to the weight's
+    dtype. Source: T5LayerNorm."""
+    row = shape.rsplit(" ", 1)[0]
+    x32, square, mean, shifted, rstd, n32, hat = (
+        f"{y}.{part}" for part in ("x32", "square", "mean", "shifted", "rstd", "n32", "hat")
+    )
+    w = Weight(f"{name}.weight", "h", "norm")
+    return (
+        Op(f"{name}.float", (x,), (Tensor(x32, shape, "fp32"),), cast=True, source=_SOURCE),
+        Op(
+            f"{name}.pow",
+            (x32,),
+            (Tensor(square, shape),),
+            (),
+            (Keep(x32, x32),),
+            scratch_back=(Scratch(Tensor("pow", shape, "fp32")), Scratch(Tensor("2x", shape, "fp32"))),
+            source=f"{ops.DERIVATIVES}: pow.Tensor_Scalar",
+        ),
+        Op(f"{name}.mean", (square,), (Tensor(mean, row),), source=f"{ops.DERIVATIVES}: mean.dim"),
+        Op(f"{name}.eps", (mean,), (Tensor(shifted, row),), gradient="same", source=f"{ops.DERIVATIVES}: add.Scalar"),
+        Op(
+            f"{name}.rsqrt",
+            (shifted,),
+            (Tensor(rstd, row),),
+            (),
+            (Keep(rstd, shifted),),
+            scratch_back=(Scratch(Tensor("cube", row, "fp32")), Scratch(Tensor("half", row, "fp32"))),
+            source=f"{ops.DERIVATIVES}: rsqrt",
+        ),
+        Op(
+            f"{name}.scale",
+            (x, rstd),
+            (Tensor(n32, shape, "fp32"),),
+            (),
+            (Keep(rstd, x), Keep(x, rstd)),
+            scratch_back=(Scratch(Tensor("product", shape, "fp32"), rstd),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        Op(
+            f"{name}.weight",
+            (n32,),
+            (Tensor(hat, shape, f"={w.name}"), Tensor(y, shape, f"={w.name}")),
+            (w,),
+            (Keep(w.name, n32), Keep(hat, w.name)),
+            scratch_back=(Scratch(Tensor("product", shape, f"={y}"), w.name),),
+            source=f"{ops.DERIVATIVES}: _to_copy, mul.Tensor",
+        ),
+        ops.leave(mean),
+    )
+
+
+def _embedded(name: str, ids: str, y: str) -> Op:
+    """The table is one for the encoder, the decoder and a tied head."""
+    op = ops.embedding(name, ids, y, "v", "h")
+    w = op.weights[0]._replace(name="shared.weight")
+    return op._replace(weights=(w,), writes=(Tensor(y, "b s h", f"={w.name}"),), keeps=(Keep(ids, w.name),))
+
+
+def _bias(m: ModelSpec, wiring: Wiring, stack: str, y: str) -> tuple[Op, ...]:
+    """A number a head for every distance of two tokens: the first block makes it, and all of its stack add it.
+
+    It is counted before the blocks. Where these are checkpointed, the first makes the buckets again: the encoder's are
+    counted as there throughout, since its first block is the last of all on the way back.
+    """
+    rows = m.whole("relative_attention_num_buckets", 32)
+    w = Weight(
+        f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", f"{rows} a", "embedding", rows=1
+    )
+    wide = Tensor("distances", "s s", "int64")
+    steps = ("distances", "signs", "absolute", "large", "largest")[: 5 if stack == "encoder" else 4]
+    return (
+        Op(
+            f"{y}.buckets",
+            (),
+            (Tensor(f"{y}.buckets", "s s", "int64"),),
+            scratch=(*(wide._replace(name=step) for step in steps), Tensor("small", "s s", "bool")),
+            source=f"{_SOURCE} _relative_position_bucket",
+        ),
+        Op(
+            f"{y}.embedding",
+            (f"{y}.buckets",),
+            (Tensor(y, "s s a", f"={w.name}"),),
+            (w,),
+            () if wiring.checkpoints and stack == "decoder" else (Keep(f"{y}.buckets", w.name),),
+            scratch_back=tuple(Scratch(wide._replace(name=part)) for part in ("ids", "positions", "sorted", "order")),
+            source=f"{ops.DERIVATIVES}: embedding",
+        ),
+    )
+
+
+def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
+    names = ("ids", *(("attention_mask",) if wiring.padded else ()))
+    return (
+        Op("inputs", (), (*(Tensor(n, "b s", "int64") for n in names), labels_of(m)), holds="step"),
+        _embedded("encoder.embed_tokens", "ids", "tokens"),
+        *_mask(wiring, "tokens", "encoder_mask"),
+        *dropped("encoder.dropout", "tokens", "embeds", "b s h", drops(m, "dropout_rate")),
+        *_bias(m, wiring, "encoder", "encoder_bias"),
+    )
+
+
+def _mask(wiring: Wiring, x: str, name: str) -> tuple[Op, ...]:
+    return tuple(
+        op._replace(name=name, writes=tuple(t._replace(name=name) for t in op.writes)) for op in masks(wiring, x)
+    )
+
+
+def _between(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ...]:
+    """The encoder's last norm; the decoder's ids, embeddings, masks and biases: to the encoder's tokens all are 0.
+
+    Under checkpointing these ask for a gradient, which the first block on the way back makes and the others add to.
+    """
+    drop = drops(m, "dropout_rate")
+    zeros = Tensor("cross_bias", "a t s", "=decoder.tokens")
+    asked = (zeros._replace(name="gradient of cross_bias"),) if wiring.checkpoints else ()
+    nothing = Op(
+        "cross_bias",
+        ("decoder.tokens",),
+        (zeros, *asked),
+        gradient="none",
+        holds="step" if wiring.checkpoints else "",
+        source=f"{_SOURCE} T5Attention.forward",
+    )
+    made = (
+        Op(
+            "decoder_input_ids",
+            ("labels",),
+            (Tensor("decoder_ids", "b s", "int64"),),
+            scratch=(Tensor("clone", "b s", "int64"), Tensor("ignored", "b s", "bool")),
+        ),
+        _embedded("decoder.embed_tokens", "decoder_ids", "decoder.tokens"),
+        *_mask(wiring, "decoder.tokens", "mask"),
+        *dropped("decoder.dropout", "decoder.tokens", "stream", "b s h", drop),
+        *_bias(m, wiring, "decoder", "decoder_bias"),
+    )
+    return (
+        *norm("encoder.final_layer_norm", "x", "encoded.normed", "b s h"),
+        ops.leave("x"),
+        *dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drop),
+        ops.leave("tokens", "encoder_bias", *_masks(whole, "encoder_mask")),
+        *decoding(made),
+        nothing,
+    )
+
+
+def _attention(
+    m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, bias: str, mask: str, states: str = ""
+) -> tuple[Op, ...]:
+    """`bias` is added to the scores, and `mask` where there is one. `states`: whose keys and values they are."""
+    drop, masked = drops(m, "dropout_rate"), wiring.has_mask()
+    n, crosses = f"{name}.attention", bool(states)
+    plain = wiring
+    if wiring.backend == "eager":
+        kernel = eager(n, drop, (bias, *((mask,) if masked else ())))
+    else:  # flash attention adds nothing to the scores
+        plain = wiring._replace(backend="efficient", masked="efficient", padded=True)
+        given = _added(n, bias, mask if masked else "", wiring.causal and not masked, crosses)
+        kernel = with_dropout(
+            tuple(
+                new
+                for op in attention(n, "q", "k", "v", "o", plain, False)
+                for new in (
+                    given
+                    if op.name == f"{n}.mask"
+                    else (_with_bias(op, crosses and wiring.checkpoints) if op.name == n else op,)
+                )
+            ),
+            drop,
+        )
+    made = projections(name, x, plain, ("q", "k", "v"), bias=False)
+    return (
+        *(
+            op._replace(reads=(states,), keeps=_of(op.keeps, x, states))
+            if states and op.name[-2:] in (".k", ".v")
+            else op
+            for op in made
+        ),
+        *kernel,
+        ops.linear(f"{name}.o", "o", f"{y}.whole", "h", "a d", "attention"),
+        ops.leave("q", "k", "v", "o"),
+        *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drop),
+    )
+
+
+def _of(keeps: tuple[Keep, ...], x: str, states: str) -> tuple[Keep, ...]:
+    return tuple(Keep(states if k.what == x else k.what, states if k.of == x else k.of) for k in keeps)
+
+
+def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple[Op, ...]:
+    """What torch's attention is given to add: the bias laid out anew, the least number where a mask hides a token.
+
+    Source: transformers 5.24 integrations/sdpa_attention.py create_position_bias_mask.
+    """
+    if mask or triangle:
+        hidden = f"{n}.hidden"
+        least = Tensor("least", "", f"={bias}")
+        rows = "b a s s8" if mask else "a s s8"
+        seen = () if mask else (Op(f"{n}.triangle", (), (Tensor(hidden, "s s", "bool"),)),)
+        told = mask or hidden
+        where = Op(
+            f"{n}.where",
+            (bias, told),
+            (Tensor("bias.added", rows, f"={bias}"),),
+            (),
+            (Keep(told, bias),),
+            scratch=(least,),
+            source=f"{ops.DERIVATIVES}: where",
+        )
+        made: tuple[Op, ...] = (*seen, where)
+    elif crosses:
+        made = (ops.view(f"{n}.added", bias, "bias.added", "a s s8"),)
+    else:
+        made = (ops.copy(f"{n}.contiguous_bias", bias, "bias.added", "a s s8"),)
+    lowered = Op(
+        f"{n}.bias.autocast",
+        ("bias.added",),
+        (Tensor("o.bias", made[-1].writes[0].shape),),
+        cast=True,
+        autocast="lower",
+    )
+    return (*made, lowered)
+
+
+def _with_bias(op: Op, always: bool) -> Op:
+    """The kernel, which makes the bias's gradient for every sequence, whose sum it is; `always`: whoever asks."""
+    kept = tuple(Keep(k.what, "o.bias") for k in op.keeps if k.of == op.reads[0])
+    each = Scratch(Tensor("gradient of the bias", "b a s s8", "=o.bias"), "" if always else "o.bias")
+    return op._replace(keeps=(*op.keeps, *kept), scratch_back=(*op.scratch_back, each))
+
+
+def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:
+    """wo is given what its weight's dtype is, which the norm has already."""
+    kind = str(m.get("feed_forward_proj", "relu"))
+    gated, act = kind.startswith("gated-"), "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
+    inner, shape, drop = f"{name}.DenseReluDense", "b s f", drops(m, "dropout_rate")
+    one, two = ("wi_0", "wi_1") if gated else ("wi", "")
+    product = "act" if not gated else "product"
+    if act == "gelu_new":
+        made = gelu_new(f"{inner}.act", "gate", "act", shape)
+    elif act == "relu":
+        made = (relu(f"{inner}.act", "gate", "act", shape),)
+    else:
+        made = (ops.activation(f"{inner}.act", "gate", "act", shape),)
+    return (
+        *norm(f"{name}.layer_norm", x, "n.ff", "b s h"),
+        ops.linear(f"{inner}.{one}", "n.ff", "gate", "f", "h", "mlp"),
+        *made,
+        *(
+            (
+                ops.linear(f"{inner}.{two}", "n.ff", "up", "f", "h", "mlp"),
+                ops.mul(f"{inner}.product", "act", "up", "product", shape),
+            )
+            if gated
+            else ()
+        ),
+        *dropped(f"{inner}.dropout", product, "dropped.ff", shape, drop),
+        ops.cast(f"{inner}.cast", "dropped.ff", "wide.ff", shape, "=n.ff"),
+        ops.linear(f"{inner}.wo", "wide.ff", "mo.whole", "h", "f", "mlp"),
+        ops.leave("n.ff", *(("act", "up") if gated else ())),
+        *dropped(f"{name}.dropout", "mo.whole", "mo", "b s h", drop),
+        ops.add(f"{name}.residual", x, "mo", y, "b s h"),
+    )
+
+
+def _self(m: ModelSpec, wiring: Wiring, bias: str, mask: str) -> tuple[Op, ...]:
+    name = "layer.0"
+    return (
+        *norm(f"{name}.layer_norm", "x", "n1", "b s h"),
+        *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask),
+        ops.add(f"{name}.residual", "x", "ao", "x1", "b s h"),
+        ops.leave("n1"),
+    )
+
+
+def _encoder(m: ModelSpec, wiring: Wiring) -> Block:
+    held = ("probs",) if wiring.backend == "eager" else ()
+    return Block(
+        "encoder.block",
+        (*_self(m, wiring, "encoder_bias", "encoder_mask"), *_mlp(m, "layer.1", "x1", "y"), ops.leave(*held)),
+    )
+
+
+def _decoder(m: ModelSpec, wiring: Wiring, whole: Wiring) -> Block:
+    name, held = "layer.1", ("probs.cross",) if wiring.backend == "eager" else ()
+    cross = _attention(m, whole, f"{name}.EncDecAttention", "n2", "co", "cross_bias", "encoder_mask", "encoded")
+    first = (*_self(m, wiring, "decoder_bias", "mask"), *norm(f"{name}.layer_norm", "x1", "n2", "b s h"))
+    after = (
+        ops.leave("probs") if wiring.backend == "eager" else ops.leave("x1"),
+        ops.add(f"{name}.residual", "x1", "co", "x2", "b s h"),
+        ops.leave("n2"),
+        *_mlp(m, "layer.2", "x2", "y"),
+        ops.leave(*held),
+    )
+    return Block("decoder.block", (*decoding(first), *crossing(cross, "co"), *decoding(after)))
+
+
+BUILDERS = {"t5": t5}

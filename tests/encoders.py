@@ -1,0 +1,73 @@
+"""Small configs of encoders and encoder-decoders, and the objectives that each is tested with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_BERT: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "vocab_size": 600,
+    "max_position_embeddings": 300,
+}
+_T5: dict[str, Any] = {
+    "model_type": "t5",
+    "d_model": 128,
+    "num_layers": 3,
+    "num_heads": 4,
+    "d_kv": 32,
+    "d_ff": 256,
+    "vocab_size": 600,
+    "decoder_start_token_id": 0,
+}
+
+SMALL: dict[str, dict[str, Any]] = {
+    "bert": {"model_type": "bert", **_BERT},
+    "roberta": {"model_type": "roberta", **_BERT, "type_vocab_size": 1, "num_labels": 3},
+    "xlm-roberta": {"model_type": "xlm-roberta", **_BERT, "num_labels": 1, "classifier_dropout": 0.2},
+    "t5": {**_T5, "feed_forward_proj": "relu"},
+    "flan-t5": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 2},
+    "whisper": {
+        "model_type": "whisper",
+        "d_model": 128,
+        "encoder_layers": 3,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 384,
+        "decoder_ffn_dim": 256,
+        "vocab_size": 600,
+        "max_source_positions": 200,
+        "max_target_positions": 96,
+        "num_mel_bins": 40,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 3,
+    },
+    "vit": {
+        "model_type": "vit",
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 384,
+        "image_size": 112,
+        "patch_size": 8,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+    },
+}
+HEADS: dict[str, tuple[str, ...]] = {
+    "bert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
+    "roberta": ("masked_lm", "sequence_classification"),
+    "xlm-roberta": ("sequence_classification", "token_classification"),
+    "t5": ("seq2seq_lm",),
+    "flan-t5": ("seq2seq_lm",),
+    "whisper": ("seq2seq_lm",),
+    "vit": ("image_classification", "feature_extraction"),
+}

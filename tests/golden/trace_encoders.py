@@ -1,0 +1,72 @@
+"""Traces a step of encoders and encoder-decoders, and prints the rows that tests/test_encoders.py compares with.
+
+python tests/golden/trace_encoders.py > tests/golden/traced_encoders.jsonl
+
+Small models of every family with each of their heads, and one real model of each: full, LoRA and QLoRA, with and
+without checkpointing; small ones also with eager attention, under autocast, with padding, and checkpointed by the
+reentrant kind. Takes about four minutes on one core.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.errors import MemplanError
+from memplan.probe.libraries import versions
+from memplan.probe.trace import traces
+from memplan.spec import RunSpec
+from tests.encoders import HEADS, SMALL
+from tests.golden.trace_runs import line
+
+REAL: dict[str, dict[str, Any]] = {
+    "bert-base-uncased": {"batch": {"micro": 8, "sequence": 512}},
+    "flan-t5-base": {"batch": {"micro": 8, "sequence": 512, "target_sequence": 128}},
+    "whisper-large-v3-turbo": {"batch": {"micro": 2}},
+    "vit-base": {"batch": {"micro": 16}, "objective": "image_classification"},
+}
+METHODS = ("full", "lora", "qlora")
+
+
+def draw() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, config in SMALL.items():
+        length = {} if config["model_type"] in ("vit", "whisper") else {"sequence": 256}
+        target = {"target_sequence": 96} if config["model_type"] in ("t5", "whisper") else {}
+        shared = {"model": {"config": config}, "batch": {"micro": 2, **length, **target}}
+        for objective in HEADS[name]:
+            for kind in METHODS:
+                for checkpointing in ("full", "none"):
+                    run = {**shared, "objective": objective, "method": {"kind": kind}}
+                    yield f"{name}-{kind}", {**run, "kernels": {"checkpointing": checkpointing}}
+        for kind in ("full", "lora"):
+            run = {**shared, "objective": HEADS[name][0], "method": {"kind": kind}}
+            yield f"{name}-{kind}", {**run, "kernels": {"attention": "eager", "checkpointing": "none"}}
+            yield f"{name}-{kind}", {**run, "precision": "amp", "kernels": {"checkpointing": "none"}}
+            if config["model_type"] not in ("vit", "whisper"):
+                yield f"{name}-{kind}", {**run, "loop": {"padded": True}, "kernels": {"checkpointing": "none"}}
+                yield f"{name}-{kind}", {**run, "kernels": {"reentrant": True}}
+    for name, options in REAL.items():
+        for kind in METHODS:
+            for checkpointing in ("full", "none"):
+                run = {"model": name, "method": {"kind": kind}, "kernels": {"checkpointing": checkpointing}}
+                yield f"{name}-{kind}", {**run, **options}
+
+
+def main() -> None:
+    about = "Training steps of encoders and encoder-decoders, traced: see tests/golden/trace_encoders.py."
+    print(json.dumps({"about": about, "date": "2026-11-25", "versions": dict(versions())}), flush=True)
+    wanted = [(name, RunSpec.model_validate({**run, "gpu": "a100-sxm-80gb"})) for name, run in draw()]
+    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
+        if isinstance(traced, MemplanError):
+            print(f"{name}: {traced}", file=sys.stderr, flush=True)
+        else:
+            print(json.dumps(line(name, run, traced)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
