@@ -7,7 +7,7 @@ are the same, they are the same tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -87,6 +87,9 @@ _PACKED = re.compile(
 )
 
 
+_PACKED_STACK = re.compile(r"_(blocks|scales|scale_inv)$")
+
+
 class Compared(NamedTuple):
     """The tensors that only the checkpoint has, and the names of parameters that only the model has."""
 
@@ -98,27 +101,45 @@ class Compared(NamedTuple):
 def compared(model: ModelSpec, tensors: tuple[StoredTensor, ...]) -> Compared:
     """Checkpoint and model, name by name. Raises ConfigError where one tensor has two shapes."""
     parameters = {_rootless(name): (name, one) for name, one in built_tensors(model).items()}
+    layers = {_layer(name) for name in parameters}
+    names = {_rootless(tensor.name) for tensor in tensors}
     extra: list[StoredTensor] = []
+    packed: set[str] = set()  # layers with matrices that are in no tensor of their own shape
     missing = dict(parameters)
     for tensor in tensors:
         name = _rootless(tensor.name)
-        whole = _PACKED.sub("", name)
-        if whole != name and f"{whole}.weight" in parameters:  # a part of how a matrix is stored
-            missing.pop(f"{whole}.weight", None)
+        whole = next((owner for owner in _wholes(name) if owner in parameters), None)
+        if whole is not None:
+            missing.pop(whole, None)
             continue
         if name not in parameters:
-            extra.append(tensor)
+            part = next(_wholes(name), "")
+            if not part or _layer(name) not in layers:
+                extra.append(tensor)
+            elif part not in names:
+                packed.add(_layer(name))
             continue
         missing.pop(name, None)
         _, one = parameters[name]
         squeezed = tuple(n for n in tensor.shape if n != 1)
         shapes = [tuple(n for n in shape if n != 1) for shape in one]
-        if tensor.dtype in _PLAIN and squeezed not in shapes:
+        if tensor.dtype in (*_PLAIN, "F8_E4M3", "F8_E5M2") and squeezed not in shapes:
             has, builds = " x ".join(map(str, tensor.shape)), " x ".join(map(str, one.shape))
             raise ConfigError(
                 f"model: {_shown(tensor.name)} is {has} in the checkpoint, and {builds} by its config", "model"
             )
-    return _same_elsewhere(Compared(extra, [name for name, _ in missing.values()]), built_tensors(model))
+    lacks = [name for name, _ in missing.values() if _layer(name) not in packed]
+    return _same_elsewhere(Compared(extra, lacks), built_tensors(model))
+
+
+def _wholes(name: str) -> Iterator[str]:
+    """The parameters that a tensor may be a part of, where it is a part of how a library stores one."""
+    whole = _PACKED.sub("", name)
+    if whole != name:
+        yield f"{whole}.weight"
+    whole = _PACKED_STACK.sub("", name)
+    if whole != name:
+        yield whole
 
 
 def _same_elsewhere(found: Compared, parameters: Mapping[str, Built]) -> Compared:
@@ -142,7 +163,9 @@ def _safetensors(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
     found = compared(model, seen.tensors)
     if found.extra:
         bytes_ = sum(tensor.bytes for tensor in found.extra)
-        yield f"the checkpoint also has {_kinds(t.name for t in found.extra)} ({gib(bytes_)}): not in the model"
+        layers = {_layer(name) for name in built_tensors(model)}
+        kinds = _kinds((t.name for t in found.extra), layers)
+        yield f"the checkpoint also has {kinds} ({gib(bytes_)}): not in the model"
     tied = model.tie_word_embeddings
     missing = [name for name in found.missing if not (tied and name.startswith("lm_head"))]
     if missing:
@@ -169,11 +192,15 @@ def _gguf(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
     yield f"the GGUF file has {gib(sum(dtypes.values()))} of tensors ({by_type}), which transformers trains dequantised"
 
 
-def _kinds(names: Iterable[str]) -> str:
-    """Names with what they share said once: "32 × model.layers.*.self_attn.rotary_emb.inv_freq"."""
+def _kinds(names: Iterable[str], layers: Container[str] = ()) -> str:
+    """Names with what they share said once: "32 × model.layers.*.self_attn.rotary_emb.inv_freq"; of `layers`, where
+    they are given, those of any other in one: "7 × model.layers.61.*"."""
     kinds: dict[str, int] = {}
     for name in names:
+        layer = _layer(name)
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        if layers and layer and layer not in layers:
+            kind = f"{name[: name.index(layer)]}{layer}.*"
         kinds[kind] = kinds.get(kind, 0) + 1
     shown = [f"{n} × {_shown(kind)}" if n > 1 else _shown(kind) for kind, n in list(kinds.items())[:_NAMED]]
     rest = len(kinds) - len(shown)

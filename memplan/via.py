@@ -65,14 +65,16 @@ def estimates(
     if via not in VIAS:
         raise UnknownNameError("via", via, VIAS)
     answers: list[Estimate] = []
+    found: dict[str | InlineModel, ModelSpec] = {}  # what the Hub said, which is asked once
     with ExitStack() as stack:
         tracer: Tracer | None = None
         for run, calibration in runs:
             unsupported: UnsupportedModelError | None = None
             if via != "trace":
                 try:
-                    model = (find_model(run.model, online),) if online else ()
-                    answers.append(engine(run, calibration, *model))
+                    if online and run.model not in found:
+                        found[run.model] = find_model(run.model, online)
+                    answers.append(engine(run, calibration, *((found[run.model],) if online else ())))
                     continue
                 except UnsupportedModelError as error:
                     if via == "engine" or error.field != "model_type":

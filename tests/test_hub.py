@@ -266,6 +266,10 @@ def test_the_command_asks_the_hub(tiny: str, served: Served, capsys: pytest.Capt
     code, out, err = memplan(capsys, tiny, "--online", "--revision", "v1", "--method", "lora", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["run"]["model"] == f"{tiny}@v1"
+    asked = len(served.asked)
+    code, out, err = memplan(capsys, tiny, "--online", "--gpu", "4090", "--gpu", "3090", "--gpu", "a100-80gb", "--json")
+    assert (code, len(json.loads(out)), err) == (0, 3, "")
+    assert len(served.asked) - asked <= asked  # once for all cards
     code, out, err = memplan(capsys, "nobody/nothing", "--online")
     assert (code, out) == (3, "")
     assert err.count("\n") == 1

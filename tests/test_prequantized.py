@@ -301,6 +301,46 @@ def test_the_tensors_of_a_quantised_checkpoint_are_no_surprise(tmp_path: Path) -
     )
 
 
+def of_experts(layers: int, packed: bool) -> dict[str, tuple[str, Any]]:
+    """The experts of EXPERTS one by one, each in fp8 with its scales, or in packed words of compressed-tensors."""
+    found: dict[str, tuple[str, Any]] = {}
+    for i in range(layers):
+        for e in range(8):
+            for name, out, into in (("gate_proj", 208, 64), ("up_proj", 208, 64), ("down_proj", 64, 208)):
+                module = f"model.layers.{i}.mlp.experts.{e}.{name}"
+                if packed:
+                    found[f"{module}.weight_packed"] = ("I32", (out, into // 8))
+                    found[f"{module}.weight_scale"] = ("BF16", (out, into // 32))
+                    found[f"{module}.weight_shape"] = ("I64", (2,))
+                else:
+                    found[f"{module}.weight"] = ("F8_E4M3", (out, into))
+                    found[f"{module}.weight_scale_inv"] = ("F32", (-(-out // 128), -(-into // 128)))
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_experts_one_by_one_and_blocks_for_further_tokens_are_told_apart(packed: bool, tmp_path: Path) -> None:
+    config = {**EXPERTS, "quantization_config": PACKED if packed else FP8}
+    tensors = {name: of for name, of in of_model(EXPERTS).items() if ".experts." not in name}
+    tensors |= of_experts(4, packed)
+    further = [name for name in tensors if ".layers.3." in name]
+    run = RunSpec(model=str(folder_of(tmp_path, config, tensors)), method=ATTENTION)
+    (first, *rest) = estimate(run).notes
+    assert first.startswith(f"the checkpoint also has {len(further)} × model.layers.3.* (")
+    assert not any("lacks" in note for note in rest)
+
+
+def test_blocks_of_mxfp4_are_no_surprise(tmp_path: Path) -> None:
+    config = {**EXPERTS, "quantization_config": {"quant_method": "mxfp4"}}
+    tensors = of_model(EXPERTS)
+    for name in [name for name in tensors if ".experts." in name]:
+        e, out, into = tensors.pop(name)[1]
+        tensors[f"{name}_blocks"] = ("U8", (e, out, into // 32, 16))
+        tensors[f"{name}_scales"] = ("U8", (e, out, into // 32))
+    (note,) = estimate(RunSpec(model=str(folder_of(tmp_path, config, tensors)), method="full")).notes
+    assert "stored in mxfp4" in note
+
+
 def test_nothing_proposes_to_quantise_what_is_stored_quantised() -> None:
     def keys(config: dict[str, Any]) -> set[str]:
         return {key for lever in levers_of(RunSpec(model={"config": config}, method="lora")) for key in lever.keys}
