@@ -17,6 +17,7 @@ from memplan.headers import Checkpoint, StoredTensor, tensors_of
 
 _PATIENCE = 20.0  # seconds that the Hub has to say what a repository holds
 _MOST_CONFIG = 2**24  # bytes of a config.json
+_MOST_INDEX = 2**25  # bytes of an index of shards
 _MOST_FILES = 1000  # of safetensors whose headers are fetched, one request or two each
 _LONGEST = 120  # letters of an id or a reason that an error repeats
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -97,6 +98,9 @@ def _headers(api: Any, hf_id: str, revision: str | None, sizes: Mapping[str, Any
     shards = [file for file in sizes if file.endswith(".safetensors")]
     if _SINGLE not in sizes and _INDEX not in sizes:
         return Checkpoint(where, why_not="there are no safetensors", remote=True)
+    index = sizes.get(_INDEX)
+    if isinstance(index, int) and index > _MOST_INDEX:
+        return Checkpoint(where, why_not=f"its {_INDEX} has {index:,} bytes", remote=True)
     if len(shards) > _MOST_FILES:
         return Checkpoint(where, why_not=f"there are {len(shards):,} files of weights", remote=True)
     try:

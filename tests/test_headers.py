@@ -498,6 +498,22 @@ def test_a_gguf_file_with_wrong_bytes_is_read_or_one_line(
     one_line(lambda _: estimate(RunSpec(model=str(path))), path)
 
 
+VALUES = st.booleans() | st.integers(0, 2**32 - 1) | st.floats(width=32) | st.text(max_size=8)
+SAID = st.dictionaries(
+    st.sampled_from([*METADATA, "llama.attention.key_length", "llama.expert_count", "general.type", "split.count"]),
+    VALUES | st.lists(st.integers(-5, 2**31 - 1), max_size=4) | st.lists(st.text(max_size=3), min_size=1, max_size=3),
+    max_size=5,
+)
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(said=SAID)
+def test_any_metadata_is_a_model_or_one_line(tmp_path_factory: pytest.TempPathFactory, said: dict[str, Any]) -> None:
+    metadata = {**METADATA, "tokenizer.ggml.tokens": ["a"] * 4, **said}
+    path = write_gguf(tmp_path_factory.mktemp("fuzz") / "model.gguf", metadata, gguf_tensors(TINY)[:6])
+    one_line(lambda _: estimate(RunSpec(model=str(path))), path)
+
+
 def test_the_tensors_of_a_header_are_what_was_written() -> None:
     assert list(header({"a": ("BF16", (2, 3))}).values()) == [entry("BF16", [2, 3], [0, 12])]
     assert StoredTensor("a", "BF16", (2, 3), 12).elements == 6

@@ -248,6 +248,15 @@ def test_a_config_that_is_too_large_is_not_downloaded(tiny: str, served: Served)
     assert not any("resolve" in path for path in served.asked)
 
 
+def test_an_index_that_is_too_large_is_not_downloaded(tiny: str, served: Served) -> None:
+    with (served.folders[tiny] / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(2**25 + 1)
+    checkpoint = find_model(tiny, online=True).checkpoint
+    assert checkpoint is not None
+    assert "33,554,433 bytes" in checkpoint.why_not
+    assert not any("index.json" in path for path in served.asked)
+
+
 def test_cards_come_before_the_hub(served: Served) -> None:
     assert find_model("Qwen/Qwen2-7B", online=True).name == "qwen2-7b"
     assert find_config("qwen2-7b", online=True)["hidden_size"] == 3584
