@@ -15,6 +15,7 @@ from memplan.catalogue.quantization import fp8_experts_at_once
 from memplan.errors import MemplanError
 from memplan.planning.levers import levers_of
 from memplan.prequantized import stored_as
+from memplan.probe.refusals import settled
 from memplan.report.words import assumptions
 from memplan.units import rounded
 from tests.checkpoints import TINY, folder_of, of_model
@@ -346,6 +347,17 @@ def test_nothing_proposes_to_quantise_what_is_stored_quantised() -> None:
         return {key for lever in levers_of(RunSpec(model={"config": config}, method="lora")) for key in lever.keys}
 
     assert keys(TINY) - keys({**TINY, "quantization_config": GPTQ}) == {"method_qlora"}
+
+
+def test_a_probe_stores_weights_as_the_run_says_and_no_other_way() -> None:
+    def asked(stored: Any, method: str = "lora", gpu: str = "h100") -> RunSpec:
+        return RunSpec(model={"config": {**TINY, "quantization_config": stored}}, method=method, gpu=gpu)
+
+    for stored in (GPTQ, AWQ, NF4, FP8):
+        with pytest.raises(MemplanError, match="a probe makes weights of its own"):
+            settled(asked(stored))
+    for run in (asked(FP8, gpu="a100-80gb"), asked(FP8, "full"), asked(PACKED), asked({"quant_method": "mxfp4"})):
+        assert settled(run).method.kind == run.method.kind
 
 
 JSON = st.recursive(

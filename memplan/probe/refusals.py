@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from memplan.cards import find_config
+from memplan.cards import find_config, find_model
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import OPTIMIZERS
-from memplan.errors import SpecError, UnknownNameError, nearest
+from memplan.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest
+from memplan.gpus import find_gpu
+from memplan.prequantized import trained
 from memplan.refusals import refuse_on_host
 from memplan.resolve import filled
 from memplan.spec import Offload, Parallelism, RunSpec
@@ -65,7 +67,7 @@ def _refuse(run: RunSpec) -> None:
     _kernels(run)
     _precision(run)
     q = run.method.quantization
-    if q is None and run.method.kind in ADAPTERS and find_config(run.model).get("quantization_config"):
+    if run.method.kind in ADAPTERS and q is None and _stored(run):
         raise SpecError(
             "quantization_config: a probe makes weights of its own, and stores them as method.quantization says; use "
             "qlora, or a config without it",
@@ -84,6 +86,18 @@ def _refuse(run: RunSpec) -> None:
     for name, value in run.method.options.items():
         if name != "use_rslora" or not isinstance(value, bool):
             raise _not_run(f"method.options.{name}", value, "use_rslora")
+
+
+def _stored(run: RunSpec) -> bool:
+    """Whether adapters would train over the checkpoint as it is stored, of a family that memplan has a stack for."""
+    if not find_config(run.model).get("quantization_config"):
+        return False
+    try:
+        model = find_model(run.model)
+    except UnsupportedModelError:
+        return False
+    capability = find_gpu(run.gpu).compute_capability if run.gpu else None
+    return trained(model, run.method, True, capability).as_stored
 
 
 def _optimizer(run: RunSpec) -> None:
