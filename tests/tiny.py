@@ -172,6 +172,7 @@ TINY: dict[str, dict[str, Any]] = {
         mamba_chunk_size=32,
     ),
     "hunyuan_v1_dense": _base(**_HEADS),
+    "hunyuan_v1_moe": _base(num_experts=8, moe_topk=2, **_HEADS),
     "internlm3": _base(**_HEADS),
     "jamba": _base(
         num_hidden_layers=4,

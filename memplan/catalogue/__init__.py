@@ -35,7 +35,7 @@ _MODULES = {
         "stablelm": "stablelm",
         "latent": "minicpm3",
         "deepseek": "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa",
-        "moe": "deepseek ernie4_5_moe glm4_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
+        "moe": "deepseek ernie4_5_moe glm4_moe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
         "kimi": "kimi_k25",
         "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
         "dbrx": "dbrx",

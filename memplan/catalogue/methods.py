@@ -477,7 +477,7 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[s
     takes = quantisable(w, left) or (w.stacked and recipe.quantization == "fp8")
     if recipe.quantization and takes and w.name not in head:
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
-        dtype = "fp16" if recipe.library == "litgpt" else recipe.weights  # lightning quantises from fp16
+        dtype = "fp16" if recipe.library == "litgpt" else w.dtype or recipe.weights  # lightning quantises from fp16
         return w._replace(dtype=dtype, trains=False, stored=kept)
     dtype = "fp32" if recipe.preparation and w.name not in narrow else w.dtype or recipe.weights
     return w._replace(dtype=dtype, trains=False)

@@ -17,6 +17,7 @@ from memplan.catalogue.llama import (
     llama,
     llama_attention,
     returned,
+    rope_and_norm,
     runs,
 )
 from memplan.catalogue.stablelm import layer_norm
@@ -214,6 +215,33 @@ def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     return Stack(before(wiring, table_dtype="fp32"), runs(m, block), after(m, wiring, bias=bias))
 
 
+def hunyuan_v1_moe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Hunyuan with experts beside a shared MLP, and a router that is a linear layer in fp32.
+
+    Source: transformers 5.24 models/hunyuan_v1_moe/modeling_hunyuan_v1_moe.py HunYuanMoEV1Gate.
+    """
+    name, bias = "mlp.gate.wg", m.get("attention_bias", False)
+    product = experts.gate(name, "router.x", stands_for=(), matrix=True)
+    weight = product.weights[0]._replace(dtype="fp32")
+    routed = (
+        ops.cast(f"{name}.float", X, "router.x", "b s h", f"={weight.name}"),
+        product._replace(weights=(weight,)),
+        ops.leave("router.x"),
+        *ops.softmax(f"{name}.softmax", "router.logits", "router.probs", "b s E", "fp32"),
+        experts.top_k(f"{name}.topk", "router.probs", "router.top"),
+        *experts.normalised(f"{name}.normalise", "router.top", "router.normal"),
+        ops.cast(f"{name}.cast", "router.normal", experts.SCORES, experts.PAIRS, "=router.logits"),
+        ops.leave("router.probs"),
+    )
+    ffn = (
+        *gated_mlp(X, "shared", "mlp.shared_mlp"),
+        *mixture(X, routed, experts.experts(X, "routed"), leaves=False),
+        ops.add("mlp.add", "routed", "shared", Y, "b s h"),
+        ops.leave("routed", "shared", *experts.HELD, X),
+    )
+    return llama(m, wiring, bias=bias, out_bias=bias, turn=rope_and_norm, mlp=lambda _: ffn)
+
+
 def deepseek(m: ModelSpec, wiring: Wiring) -> Stack:
     """DeepSeek-MoE, by the code published with it: dense layers first, then experts that are modules, and shared ones.
 
@@ -246,6 +274,7 @@ BUILDERS = {
     "ernie4_5_moe": ernie4_5_moe,
     "phimoe": phimoe,
     "glm4_moe": glm4_moe,
+    "hunyuan_v1_moe": hunyuan_v1_moe,
     "minimax_m2": minimax_m2,
     "mixtral": mixtral,
     "olmoe": olmoe,

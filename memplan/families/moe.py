@@ -119,6 +119,12 @@ def _dbrx(m: ModelSpec) -> Mapping[str, int]:
     return {**axes, "E1": axes["E"] + 1}
 
 
+def _hunyuan(m: ModelSpec) -> Mapping[str, int]:
+    """The class has one expert where the config is silent, however many are to be chosen."""
+    experts = m.whole("num_experts", 1)
+    return {"E": experts, "e": min(m.whole("moe_topk", 1), experts), "m": m.intermediate_size}
+
+
 def _phi(m: ModelSpec) -> Mapping[str, int]:
     if m.whole("num_experts_per_tok") != 2:
         raise ConfigError("config: num_experts_per_tok must be 2: phimoe draws two experts", "num_experts_per_tok")
@@ -191,6 +197,11 @@ FAMILIES: dict[str, Family] = {
         {"head_dim": ()},
         layers=every_layer,
         axes=sized("num_local_experts", width="intermediate_size"),
+    ),
+    "hunyuan_v1_moe": Family(
+        {"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},
+        layers=every_layer,
+        axes=_hunyuan,
     ),
     "minimax_m2": Family(
         {
