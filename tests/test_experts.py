@@ -71,7 +71,7 @@ def test_all_linear_means_what_it_means_to_peft(model_type: str) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys", "ignore:target_parameters=")
 @pytest.mark.parametrize("model_type", [name for name in MIXTURES if name != "phimoe"])
 def test_peft_adapts_experts_and_routers_by_the_names_they_had(model_type: str) -> None:
     alone = in_peft(model_type, ["q_proj"])
