@@ -405,7 +405,8 @@ _SCANNED = frozenset(("s_conv", "earlier", "chunks", "borders", "s_chunks", "s_s
 
 def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[str, Size]:
     """Of a model that scans a sequence of `s` tokens: rows of a convolution that is padded at both ends, the tokens
-    before the last, chunks, their borders, rows up to whole chunks, and the same where there are more than two."""
+    before the last, chunks, their borders, rows up to whole chunks, the same where there are more than two, and the
+    sequence where it is whole chunks."""
     chunk = numbers.get("chunk", 1)
     chunks = -(-s // chunk)
     return {
@@ -414,6 +415,7 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
         "chunks": chunks,
         "borders": chunks + 1,
         "s_chunks": chunks * chunk,
+        "s_whole": by.choose(s % chunk == 0, s, 0),
         "s_several": by.choose(chunks > 2, chunks * chunk, 0),
     }
 

@@ -278,6 +278,7 @@ def _decide(
             one_mask=words["one_mask"],
             scales_apart=words["scales_apart"],
             flattens=single and model.model_type in JOINED,
+            wide=seen == "fp32",
             images=images,
             tower=_tower(model, recipe, kernels, capability) if images else "",
             checkpoints=checkpoints,

@@ -25,9 +25,9 @@ class Wiring(NamedTuple):
     joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model
     scales the embeddings, not their module. uncapped: torch's attention is taken where scores should be capped, and
     does not cap them. flattens: heads of a single sequence are flattened without a copy, and what they are views of
-    stays whole. images: the batch has some. tower: the kernel of the attention in the tower that sees them. causal: no
-    token sees those after it; an encoder's do, and there is a mask for padding only. checkpoints: blocks are
-    checkpointed, as T5's code asks.
+    stays whole. wide: what it is given is fp32. images: the batch has some. tower: the kernel of the attention in the
+    tower that sees them. causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
+    checkpoints: blocks are checkpointed, as T5's code asks.
     """
 
     backend: str
@@ -44,6 +44,7 @@ class Wiring(NamedTuple):
     one_mask: bool = False
     scales_apart: bool = False
     flattens: bool = False
+    wide: bool = False
     images: bool = False
     tower: str = "flash"
     causal: bool = True

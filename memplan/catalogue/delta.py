@@ -3,8 +3,8 @@
 transformers computes the delta rule with flash-linear-attention's kernels where they are installed, and else chunk by
 chunk in torch; this is the torch code, exact against a trace of it.
 
-Letters of their own: `lk` key heads `dk` wide, `lv` value heads `dv` wide, `convolved` channels of q, k and v together,
-`chunks` of `chunk` rows, `s_chunks` rows in all, `s_conv` rows of a convolution padded at both ends.
+Letters of their own: `lk` key heads `ldk` wide, `lv` value heads `ldv` wide, `convolved` channels of q, k and v
+together, `chunks` of `chunk` rows, `s_chunks` rows in all, `s_conv` rows of a convolution padded at both ends.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ from memplan.layers import Layer
 from memplan.models import ModelSpec
 
 _SOURCE = "transformers 5.24 models/qwen3_5/modeling_qwen3_5.py"
-_ROWS, _QK, _V = "b lv s", "b lv s dk", "b lv s dv"
-_CHUNKS, _QK_CHUNKS, _V_CHUNKS, _PAIRS = "b lv s_chunks", "b lv s_chunks dk", "b lv s_chunks dv", "b lv s_chunks chunk"
+_ROWS, _QK, _V = "b lv s", "b lv s ldk", "b lv s ldv"
+_CHUNKS, _QK_CHUNKS, _V_CHUNKS, _PAIRS = (
+    "b lv s_chunks",
+    "b lv s_chunks ldk",
+    "b lv s_chunks ldv",
+    "b lv s_chunks chunk",
+)
 
 
 def l2_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
@@ -74,9 +79,10 @@ def l2_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
     )
 
 
-def chunked_delta_rule(name: str, y: str, repeats: bool) -> tuple[Op, ...]:
-    """`query`, `key` (`b s lk dk`), `value`, `g` and `beta` to the heads' outputs, `b s lv dv`: transformers'
-    torch_chunk_gated_delta_rule. `repeats`: each key head serves several value heads.
+def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op, ...]:
+    """`query`, `key` (`b s lk ldk`), `value`, `g` and `beta` to the heads' outputs, `b s lv ldv`: transformers'
+    torch_chunk_gated_delta_rule. `repeats`: each key head serves several value heads. `wide`: they are in fp32, so that
+    nothing lays them out head by head, but for padding, and every product of a whole number of chunks does for itself.
 
     The scan over chunks keeps of each the state it began with and its corrected values. On the way back every chunk's
     part of a gradient is spread to the whole of it and added; the most is there when the second chunk from the end is
@@ -86,7 +92,7 @@ def chunked_delta_rule(name: str, y: str, repeats: bool) -> tuple[Op, ...]:
     q, k = ("query.all", "key.all") if repeats else ("query", "key")
     return (
         *(
-            ops.copy(f"{of}.repeat_{t}", t, f"{t}.all", "b s lv dk", gradient="new")
+            ops.copy(f"{of}.repeat_{t}", t, f"{t}.all", "b s lv ldk", gradient="new")
             for t in ("query", "key")
             if repeats
         ),
@@ -127,9 +133,9 @@ def chunked_delta_rule(name: str, y: str, repeats: bool) -> tuple[Op, ...]:
         ),
         mask_fill(f"{of}.causal", "pairs.difference", "later", "pairs.masked", _PAIRS),
         exp(f"{of}.pairwise_decay", "pairs.masked", "pairs", _PAIRS)._replace(autocast="fp32"),
-        ops.matmul(f"{of}.keys", "k.beta.chunks", "k.chunks", "keys", _PAIRS),
+        *_product(f"{of}.keys", "k.beta.chunks", "k.chunks", "keys", wide),
         ops.mul(f"{of}.ut_system", "keys", "pairs", "system", _PAIRS),
-        ops.matmul(f"{of}.scores", "q.chunks", "k.chunks", "scores", _PAIRS),
+        *_product(f"{of}.scores", "q.chunks", "k.chunks", "scores", wide),
         ops.mul(f"{of}.intra_chunk", "scores", "pairs", "intra", _PAIRS),
         exp(f"{of}.decay_of_keys", "cum", "cum.k_beta", _CHUNKS)._replace(autocast="fp32"),
         spread(f"{of}.decayed_k_beta", "k.beta.chunks", "cum.k_beta", "k.beta.decayed", _QK_CHUNKS),
@@ -152,12 +158,30 @@ def chunked_delta_rule(name: str, y: str, repeats: bool) -> tuple[Op, ...]:
         ops.copy(f"{of}.flatten", "outputs", "outputs.flat", _V_CHUNKS, gradient="same"),
         ops.leave("outputs"),
         ops.view(f"{of}.rows", "outputs.flat", "outputs.rows", _V, gradient="new"),
-        ops.copy(f"{of}.cast", "outputs.rows", y, "b s lv dv")._replace(
-            writes=(Tensor(y, "b s lv dv", "=query"),), gradient="new"
+        ops.copy(f"{of}.cast", "outputs.rows", y, "b s lv ldv")._replace(
+            writes=(Tensor(y, "b s lv ldv", "=query"),), gradient="new"
         ),
         ops.leave("outputs.flat"),
         ops.leave("q.decayed", "k.decayed", "v.rows", "beta.rows", "decay", "v.beta", "k.beta", "later", "cum"),
         ops.leave("pairs", "system", "intra", "k.beta.decayed", "values", "k.cumulated", "cum.chunk", "slices"),
+    )
+
+
+def _product(name: str, a: str, b: str, y: str, wide: bool) -> tuple[Op, ...]:
+    """Rows by columns of every chunk; what is not laid out head by head is copied so, and the copies are kept."""
+    product = ops.matmul(name, a, b, y, _PAIRS)
+    if not wide:
+        return (product,)
+    copies = (f"{y}.rows", f"{y}.columns")
+    return (
+        *(
+            Op(f"{name}.flatten", (x,), (Tensor(t, "b lv s_whole ldk", "fp32"),), gradient="none")
+            for x, t in zip((a, b), copies, strict=True)
+        ),
+        product._replace(
+            reads=(*product.reads, *copies),
+            keeps=(*product.keeps, Keep(copies[1], a), Keep(copies[0], b)),
+        ),
     )
 
 
@@ -180,11 +204,11 @@ def _scan(name: str) -> tuple[Op, ...]:
     Autocast casts what is multiplied, chunk by chunk: each state and its corrected values twice.
     """
     products = {"k.cumulated": _QK_CHUNKS, "q.decayed": _QK_CHUNKS, "intra": _PAIRS, "k.decayed": _QK_CHUNKS}
-    made = {"states": "b lv chunks dk dv", "corrected": _V_CHUNKS}
+    made = {"states": "b lv chunks ldk ldv", "corrected": _V_CHUNKS}
     again = {f"{t}.{part}": t for t in made for part in ("low", "again")}
     given = ("values", *(f"{t}.low" for t in products), "cum.chunk")
     kept = (*given[1:], "states", *again)
-    slices = tuple(Tensor(f"of a chunk {i}", "b lv chunk dv", "fp32") for i in range(2))
+    slices = tuple(Tensor(f"of a chunk {i}", "b lv chunk ldv", "fp32") for i in range(2))
     return (
         Op(
             f"{name}.kept",
@@ -198,7 +222,7 @@ def _scan(name: str) -> tuple[Op, ...]:
         Op(
             name,
             (*given, "states", *again),
-            (Tensor("outputs", _V_CHUNKS, "fp32"), Tensor("slices", "2 b lv chunk dv", "fp32")),
+            (Tensor("outputs", _V_CHUNKS, "fp32"), Tensor("slices", "2 b lv chunk ldv", "fp32")),
             (),
             tuple(Keep(what, of) for of in given for what in kept),
             scratch=slices,
@@ -230,7 +254,7 @@ def split_projections(n: str, x: str) -> tuple[Op, ...]:
     return (
         ops.linear(f"{n}.in_proj_qkv", x, "qkv.flat", "convolved", "h", "mixer"),
         ops.view(f"{n}.qkv", "qkv.flat", "qkv", "b s convolved", gradient="new"),
-        ops.linear(f"{n}.in_proj_z", x, "z", "lv dv", "h", "mixer"),
+        ops.linear(f"{n}.in_proj_z", x, "z", "lv ldv", "h", "mixer"),
         ops.linear(f"{n}.in_proj_b", x, "b.flat", "lv", "h", "mixer"),
         ops.view(f"{n}.b", "b.flat", "b_", "b s lv", gradient="new"),
         ops.linear(f"{n}.in_proj_a", x, "a_", "lv", "h", "mixer"),
@@ -239,18 +263,18 @@ def split_projections(n: str, x: str) -> tuple[Op, ...]:
 
 def joined_projections(n: str, x: str) -> tuple[Op, ...]:
     """Qwen3-Next's: q, k, v and z in one, by key head, b and a in another; all are copied out, q, k and v together."""
-    parts = tuple(Tensor(f"{t}.part", f"b s {w}") for t, w in (("q", "lk dk"), ("k", "lk dk"), ("v", "lv dv")))
+    parts = tuple(Tensor(f"{t}.part", f"b s {w}") for t, w in (("q", "lk ldk"), ("k", "lk ldk"), ("v", "lv ldv")))
     return (
         ops.linear(f"{n}.in_proj_qkvz", x, "qkvz", "projected", "h", "mixer"),
         ops.linear(f"{n}.in_proj_ba", x, "ba", "2 lv", "h", "mixer"),
-        ops.split(f"{n}.split", "qkvz", (*parts, Tensor("z.part", "b s lv dv"))),
+        ops.split(f"{n}.split", "qkvz", (*parts, Tensor("z.part", "b s lv ldv"))),
         ops.split(f"{n}.split_ba", "ba", (Tensor("b.part", "b s lv"), Tensor("a.part", "b s lv"))),
-        ops.copy(f"{n}.value", "v.part", "v.copy", "b s lv dv"),
-        ops.copy(f"{n}.z", "z.part", "z", "b s lv dv"),
+        ops.copy(f"{n}.value", "v.part", "v.copy", "b s lv ldv"),
+        ops.copy(f"{n}.z", "z.part", "z", "b s lv ldv"),
         ops.copy(f"{n}.b", "b.part", "b_", "b s lv"),
         ops.copy(f"{n}.a", "a.part", "a_", "b s lv"),
-        ops.copy(f"{n}.query", "q.part", "q.copy", "b s lk dk"),
-        ops.copy(f"{n}.key", "k.part", "k.copy", "b s lk dk"),
+        ops.copy(f"{n}.query", "q.part", "q.copy", "b s lk ldk"),
+        ops.copy(f"{n}.key", "k.part", "k.copy", "b s lk ldk"),
         Op(
             f"{n}.cat",
             ("q.copy", "k.copy", "v.copy"),
@@ -260,11 +284,11 @@ def joined_projections(n: str, x: str) -> tuple[Op, ...]:
     )
 
 
-def gated_delta_net(m: ModelSpec, x: str, y: str, name: str = "linear_attn") -> tuple[Op, ...]:
+def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "linear_attn") -> tuple[Op, ...]:
     """Projections, a convolution over q, k and v, the delta rule, a gated norm of each head, the output projection."""
     n = name
     repeats = m.whole("linear_num_key_heads") != m.whole("linear_num_value_heads")
-    parts = (Tensor("query", "b s lk dk"), Tensor("key", "b s lk dk"), Tensor("value", "b s lv dv"))
+    parts = (Tensor("query", "b s lk ldk"), Tensor("key", "b s lk ldk"), Tensor("value", "b s lv ldv"))
     joined = m.model_type == "qwen3_next"
     return (
         *(joined_projections if joined else split_projections)(n, x),
@@ -284,9 +308,9 @@ def gated_delta_net(m: ModelSpec, x: str, y: str, name: str = "linear_attn") -> 
         ),
         ops.activation(f"{n}.softplus", "dt", "dt.plus", "b s lv"),
         spread(f"{n}.g", "dt.plus", "decay_rate", "g", "b s lv"),
-        *chunked_delta_rule(f"{n}.rule", "core", repeats),
-        *gated_norm(f"{n}.norm", "core", "z", "core.gated", "b s lv dv", "dv"),
-        ops.linear(f"{n}.out_proj", "core.gated", y, "h", "lv dv", "mixer"),
+        *chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.wide),
+        *gated_norm(f"{n}.norm", "core", "z", "core.gated", "b s lv ldv", "ldv"),
+        ops.linear(f"{n}.out_proj", "core.gated", y, "h", "lv ldv", "mixer"),
         ops.leave("mixed", "z", "b_", "a_", "beta", "g", *(("qkvz", "ba") if joined else ()), x),
     )
 
@@ -344,7 +368,11 @@ def table() -> tuple[Op, ...]:
 def block(m: ModelSpec, wiring: Wiring, layer: Layer, mlp: tuple[Op, ...]) -> Block:
     """One layer: linear or full attention, and the MLP or the experts that are given as `mlp`, from `n2` to `mo`."""
     if layer.mixer == "linear_attention":
-        linear = (*unpadded(wiring, "n1", "n1.real", "b s h"), *gated_delta_net(m, "n1.real", "ao"), ops.leave("n1"))
+        linear = (
+            *unpadded(wiring, "n1", "n1.real", "b s h"),
+            *gated_delta_net(m, wiring, "n1.real", "ao"),
+            ops.leave("n1"),
+        )
         return decoder_block(linear, mlp, norm=rms_norm, held=("cos", "sin"))  # every layer is given them
     return decoder_block(gated_attention(m, wiring, "n1", "ao"), mlp, norm=rms_norm, held=returned(wiring))
 

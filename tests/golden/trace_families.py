@@ -35,6 +35,22 @@ MORE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lora", {"method": {"kind": "lora", "dropout": 0.1}, "kernels": {"checkpointing": "none"}}),
     ("full", {"loop": {"padded": True}, "kernels": {"checkpointing": "none"}}),
 )
+# What peft is asked to adapt where it takes not all linear layers, and what bitsandbytes leaves alone.
+TARGETS = {
+    "falcon_mamba": ["in_proj", "x_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "mamba2": ["in_proj"],
+    "nemotron_h": ["in_proj", "q_proj", "up_proj"],
+}
+SKIPPED = {"mamba": ["lm_head", "dt_proj"]}
+
+
+def method_of(model_type: str, method: dict[str, Any]) -> dict[str, Any]:
+    """The method with the targets that this family's adapters can have."""
+    kind = method.get("kind", "full")
+    targets = {"targets": TARGETS[model_type]} if kind != "full" and model_type in TARGETS else {}
+    quantised = kind == "qlora" and model_type in SKIPPED
+    return {**method, **targets, **({"quantization": {"skip": SKIPPED[model_type]}} if quantised else {})}
 
 
 def config_of(name: str, layers: int) -> dict[str, Any]:
@@ -56,8 +72,12 @@ def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, Ru
     for name in names:
         config = config_of(name, layers)
         for kind, options in (*RUNS, *(MORE if name in TINY else ())):
+            method = method_of(config["model_type"], options.get("method", {"kind": "full"}))
             batch = {"micro": 8 if name in TINY else 2, "sequence": sequence}
-            yield f"{name}-{kind}", RunSpec(model={"config": config}, batch=batch, gpu="a100-sxm-80gb", **options)
+            yield (
+                f"{name}-{kind}",
+                RunSpec(model={"config": config}, batch=batch, gpu="a100-sxm-80gb", **{**options, "method": method}),
+            )
 
 
 def main() -> None:
