@@ -3,7 +3,7 @@ classes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from memplan.errors import ConfigError
@@ -87,10 +87,13 @@ def _delta_axes(m: ModelSpec) -> dict[str, int]:
     }
 
 
-def _scan_axes(heads: int, width: int, state: int, groups: int, kernel: int, chunk: int) -> dict[str, int]:
+def _scan_axes(named: tuple[str, str], sizes: Iterable[int]) -> dict[str, int]:
+    """Of Mamba 2's mixer: heads, their width, state, groups, the convolution's kernel and the chunk. `named` are the
+    config's words for heads and groups."""
+    heads, width, state, groups, kernel, chunk = sizes
     inner = heads * width
     if heads % groups:
-        raise ConfigError(f"config: {groups} groups of state spaces do not divide {heads} heads", "n_groups")
+        raise ConfigError(f"config: {named[1]} {groups} does not divide {named[0]} {heads}", named[1])
     return {
         "mh": heads,
         "mp": width,
@@ -107,7 +110,7 @@ def _scan_axes(heads: int, width: int, state: int, groups: int, kernel: int, chu
 
 def _mamba2_axes(m: ModelSpec) -> dict[str, int]:
     names = ("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size")
-    return _scan_axes(*(m.whole(name) for name in names))
+    return _scan_axes(("num_heads", "n_groups"), (m.whole(name) for name in names))
 
 
 def _first_axes(m: ModelSpec, inner: int, state: str, rank: str, kernel: str) -> dict[str, int]:
@@ -186,7 +189,11 @@ def _granite_axes(m: ModelSpec) -> dict[str, int]:
     sizes = (m.whole(f"mamba_{name}") for name in ("d_state", "n_groups", "d_conv", "chunk_size"))
     every = m.whole("num_local_experts", least=0)
     chosen = {"E": every, "e": m.whole("num_experts_per_tok"), "m": m.intermediate_size} if every else {}
-    return {**_scan_axes(heads, width, *sizes), **chosen, "f": m.whole("shared_intermediate_size")}
+    return {
+        **_scan_axes(("mamba_n_heads", "mamba_n_groups"), (heads, width, *sizes)),
+        **chosen,
+        "f": m.whole("shared_intermediate_size"),
+    }
 
 
 _NEMOTRON_WORDS = {
@@ -239,7 +246,7 @@ def _nemotron_axes(m: ModelSpec) -> dict[str, int]:
             f"config: num_experts_per_tok {chosen} is more than the {every} of n_routed_experts", "num_experts_per_tok"
         )
     return {
-        **_scan_axes(*sizes),
+        **_scan_axes(("mamba_num_heads", "n_groups"), sizes),
         "E": every,
         "e": chosen,
         "m": m.whole("moe_intermediate_size"),
