@@ -15,7 +15,7 @@ from memplan.cli import app
 from memplan.errors import MemplanError
 from memplan.probe import gradients
 from memplan.probe.gradients import Shape, check, compare, shapes, tolerance
-from tests.tiny import SMALLEST, TINY
+from tests.tiny import SMALLEST, TARGETS, TINY
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -100,7 +100,7 @@ def test_every_shape_of_the_models_layers_is_compared_once() -> None:
 
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_has_shapes_to_compare(family: str) -> None:
-    assert shapes(lora({"model_type": family, **TINY[family]}))
+    assert shapes(lora({"model_type": family, **TINY[family]}, targets=TARGETS.get(family, "all-linear")))
 
 
 @pytest.mark.parametrize(

@@ -299,3 +299,11 @@ TINY: dict[str, dict[str, Any]] = {
     "stablelm": _base(),
     "starcoder2": _base(sliding_window=None),
 }
+
+# What peft is asked to adapt of families of which it does not take all linear layers.
+TARGETS: dict[str, list[str]] = {
+    "falcon_mamba": ["in_proj", "x_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "mamba2": ["in_proj"],
+    "nemotron_h": ["in_proj", "q_proj", "up_proj"],
+}

@@ -24,7 +24,7 @@ from memplan.errors import MemplanError
 from memplan.probe.trace import traces
 from memplan.spec import RunSpec
 from tests.golden.trace_runs import line
-from tests.tiny import TINY
+from tests.tiny import TARGETS, TINY
 
 RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((kind, {"method": {"kind": kind}}) for kind in ("full", "lora", "qlora")),
@@ -35,13 +35,7 @@ MORE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lora", {"method": {"kind": "lora", "dropout": 0.1}, "kernels": {"checkpointing": "none"}}),
     ("full", {"loop": {"padded": True}, "kernels": {"checkpointing": "none"}}),
 )
-# What peft is asked to adapt where it takes not all linear layers, and what bitsandbytes leaves alone.
-TARGETS = {
-    "falcon_mamba": ["in_proj", "x_proj"],
-    "mamba": ["in_proj", "x_proj"],
-    "mamba2": ["in_proj"],
-    "nemotron_h": ["in_proj", "q_proj", "up_proj"],
-}
+# What bitsandbytes leaves alone.
 SKIPPED = {"mamba": ["lm_head", "dt_proj"]}
 
 
