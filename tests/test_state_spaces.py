@@ -99,6 +99,18 @@ def test_an_answer_says_that_fused_kernels_take_less(model_type: str) -> None:
     assert [package in note for note in notes if package] == [True] * (package is not None)
 
 
+@pytest.mark.parametrize("loss", ["hf", "chunked", "chunked_lm_head", "fused"])
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "nemotron_h", "qwen3_5_text"])
+def test_every_loss_finds_the_head(model_type: str, loss: str) -> None:
+    tokens = 4096  # so that a chunk is less than all of them
+    made = config(model_type, vocab_size=50_000, max_position_embeddings=tokens)
+    kernels = {"loss": loss, "checkpointing": "full"}
+    answer = estimate(RunSpec(model={"config": made}, batch={"sequence": tokens}, kernels=kernels))
+    logits = tokens * 50_000 * 4
+    most = max(phase.peak for phase in answer.phases if phase.phase == "loss")
+    assert (most < logits) == (loss == "fused")
+
+
 def test_sequences_are_counted_in_whole_chunks() -> None:
     of = {"chunk": 64, "kernel": 4}
     assert chunked(of, 128, ONE_RUN) == {

@@ -219,14 +219,14 @@ def pure(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
             ops.add("add", "stream" if wide else "x", "mo", "y", "b s h"),
         ),
     )
-    *norm, weighed, returns = ops.rms_norm("backbone.norm_f", "x", "n", "b s h", "h")
-    head = lm_head("n.low", "backbone.embeddings.weight" if m.tie_word_embeddings else "")
+    *norm, weighed, returns = ops.rms_norm("backbone.norm_f", "x", "n.wide", "b s h", "h")
+    head = lm_head("n", "backbone.embeddings.weight" if m.tie_word_embeddings else "")
     after = (
         *norm,
         weighed._replace(holds="forward"),
         returns,
         ops.leave("x", "embeds"),
-        ops.cast("head_input", "n", "n.low", "b s h", "=embeds"),
+        ops.cast("head_input", "n.wide", "n", "b s h", "=embeds"),
         head._replace(writes=(head.writes[0]._replace(name="logits.low"),)),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
