@@ -29,9 +29,9 @@ def run(model_type: str = "qwen2_vl", **fields: Any) -> RunSpec:
 
 def label(case: dict[str, Any]) -> str:
     asked = case["run"]
-    images = asked["batch"].get("images", 0)
+    images = asked.get("batch", {}).get("images", 0)
     frozen = "".join(asked.get("method", {}).get("frozen", ()))
-    return f"{case['name']}-{asked['kernels'].get('checkpointing', 'full')}-{images}-{frozen}"
+    return f"{case['name']}-{asked.get('kernels', {}).get('checkpointing', 'full')}-{images}-{frozen}"
 
 
 @pytest.mark.parametrize("case", ROWS, ids=label)
@@ -40,13 +40,15 @@ def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
     compared = compared_with_trace(case)
-    assert compared.peak <= 2e-4, compared
-    assert compared.phase <= 1e-3, compared
+    peak, phase = case.get("within", (2e-4, 1e-3))
+    assert (peak > 2e-4) == bool(case.get("cause"))
+    assert compared.peak <= peak, compared
+    assert compared.phase <= phase, compared
 
 
 def test_every_family_is_traced_on_text_and_with_the_images_it_takes() -> None:
     traced = {
-        (case["run"]["model"]["config"]["model_type"], bool(case["run"]["batch"].get("images")))
+        (case["run"]["model"]["config"]["model_type"], bool(case["run"].get("batch", {}).get("images")))
         for case in ROWS
         if isinstance(case["run"]["model"], dict)
     }

@@ -146,4 +146,46 @@ TINY: dict[str, dict[str, Any]] = {
             "deepstack_visual_indexes": [1, 3],
         },
     },
+    **{
+        family: {
+            **_IDS,
+            "text_config": {
+                **_TEXT,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e6,
+                    "mrope_section": [2, 1, 1],
+                    "partial_rotary_factor": 0.25,
+                },
+                "head_dim": 32,
+                "num_hidden_layers": 5,
+                "full_attention_interval": 3,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 32,
+                "linear_value_head_dim": 32,
+                **more,
+            },
+            "vision_config": {
+                "depth": 4,
+                "hidden_size": 160,
+                "intermediate_size": 432,
+                "num_heads": 4,
+                "out_hidden_size": 128,
+                "num_position_embeddings": 256,
+            },
+        }
+        for family, more in (
+            ("qwen3_5", {}),
+            (
+                "qwen3_5_moe",
+                {
+                    "num_experts": 8,
+                    "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 96,
+                    "shared_expert_intermediate_size": 96,
+                },
+            ),
+        )
+    },
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import delta, experts, ops
 from memplan.catalogue import towers as t
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.gemma import alternating
@@ -16,7 +16,7 @@ from memplan.catalogue.llama import decoder_block, gated_mlp, llama, llama_atten
 from memplan.catalogue.mixed import renamed
 from memplan.catalogue.moe import either
 from memplan.catalogue.towers import Tower
-from memplan.families.vision import DEEPSTACK, decoder_of, places, size, stretches, windowed_runs
+from memplan.families.vision import decoder_of, deepstack, size, stretches, windowed_runs
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
@@ -140,13 +140,18 @@ def mrope_table(x: str, interleaved: bool) -> tuple[Op, ...]:
 def with_mrope(made: Stack, wiring: Wiring, interleaved: bool = False) -> Stack:
     """The stack with Qwen-VL's positions and rotary table. Without images all three positions are the token's."""
     start = next(i for i, op in enumerate(made.before) if op.name == "rotary.angles")
-    given = Op("positions", (), (Tensor("positions", "3 b s", "int64"),))
-    before = tuple(given if wiring.images and op.name == "positions" else op for op in made.before[:start])
+    before = tuple(_GIVEN if wiring.images and op.name == "positions" else op for op in made.before[:start])
     made = made._replace(before=(*before, *mrope_table("embeds", interleaved)))
     if interleaved and not wiring.images:
         return made
-    runs = tuple(r._replace(blocks=tuple(Block(b.name, _unplaced(b.ops)) for b in r.blocks)) for r in made.runs)
-    return made._replace(runs=runs)
+    return made._replace(runs=_without_positions(made.runs))
+
+
+_GIVEN = Op("positions", (), (Tensor("positions", "3 b s", "int64"),))  # in time, height and width
+
+
+def _without_positions(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    return tuple(r._replace(blocks=tuple(Block(b.name, _unplaced(b.ops)) for b in r.blocks)) for r in runs)
 
 
 def _unplaced(operations: tuple[Op, ...]) -> tuple[Op, ...]:
@@ -264,7 +269,7 @@ def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
         ops.add("visual.place", "v.patches", "v.place", "embeds", shape),
         *table,
     )
-    deep = tuple(i for i in places(m, "deepstack_visual_indexes", DEEPSTACK) if i < size(m, "depth", 27))
+    deep = deepstack(m)
     count = len(tuple(stretches(size(m, "depth", 27), deep)))
     runs = [Run((block,), "vL1")]
     for i in range(1, count):
@@ -288,15 +293,10 @@ def _deep(name: str, i: int) -> tuple[Op, ...]:
     return t.merger(name, "x", f"deep{i}", ("linear_fc1", "linear_fc2"), normed)
 
 
-def _depth(m: ModelSpec) -> int:
-    """How many of the tower's blocks have their output merged on its own."""
-    return sum(i < size(m, "depth", 27) for i in places(m, "deepstack_visual_indexes", DEEPSTACK))
-
-
 def with_deepstack(m: ModelSpec, made: Stack) -> Stack:
     """After each of the language model's first blocks the merged output of one of the tower's is added to the tokens of
     images: hidden states are copied, and rows of the copy replaced."""
-    (run,), deep = made.runs, range(_depth(m))
+    (run,), deep = made.runs, range(len(deepstack(m)))
     joints = tuple(
         (
             Op(
@@ -335,7 +335,7 @@ def _deep_embeds(m: ModelSpec) -> tuple[Op, ...]:
     shape = "b merged h"
     return tuple(
         op
-        for i in range(_depth(m))
+        for i in range(len(deepstack(m)))
         for op in (
             ops.view(f"deepstack.{i}.split", f"deep{i}", f"deep{i}.parts", shape, gradient="new"),
             ops.copy(f"deepstack.{i}.cat", f"deep{i}.parts", f"deep{i}.all", shape),
@@ -345,7 +345,7 @@ def _deep_embeds(m: ModelSpec) -> tuple[Op, ...]:
 
 def _qwen3_vl(m: ModelSpec, wiring: Wiring, text: Stack) -> Stack:
     made = with_mrope(text, wiring, interleaved=True)
-    held = ("image_embeds", "image_mask", *(f"deep{i}.all" for i in range(_depth(m))))
+    held = ("image_embeds", "image_mask", *(f"deep{i}.all" for i in range(len(deepstack(m)))))
     made = with_deepstack(m, made) if wiring.images else made
     return joined(wiring, made, qwen3_tower(m, wiring), (*scattered(), *_deep_embeds(m)), held)
 
@@ -361,6 +361,15 @@ def qwen3_vl_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     ffn = either(experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=())))
     bias = m.get("attention_bias", False)
     return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn))
+
+
+def qwen3_5(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Qwen3.5 with a tower like Qwen3-VL's, none of whose blocks' output goes further by itself."""
+    text = delta.qwen3_5(m, wiring)
+    if wiring.images:
+        before = tuple(_GIVEN if op.name == "positions" else op for op in text.before)
+        text = text._replace(before=before, runs=_without_positions(text.runs))
+    return joined(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
 
 
 # Gemma 3 and Mistral 3
@@ -582,6 +591,8 @@ BUILDERS: dict[str, Callable[[ModelSpec, Wiring], Stack]] = {
     "mllama": mllama,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
 }

@@ -60,7 +60,7 @@ def _delta_layers(m: ModelSpec) -> tuple[Layer, ...]:
 def _qwen_experts(m: ModelSpec) -> list[str]:
     """Qwen3-Next may keep some layers dense; Qwen3.5 has experts in all or in none."""
     if m.model_type != "qwen3_next":
-        return ["experts" if m.model_type == "qwen3_5_moe_text" else "dense"] * m.num_hidden_layers
+        return ["experts" if m.model_type.startswith("qwen3_5_moe") else "dense"] * m.num_hidden_layers
     every, named = m.whole("decoder_sparse_step"), numbers(m, "mlp_only_layers")
     return ["dense" if i in named or (i + 1) % every else "experts" for i in range(m.num_hidden_layers)]
 
@@ -72,7 +72,7 @@ def _delta_axes(m: ModelSpec) -> dict[str, int]:
         raise ConfigError(
             f"config: linear_num_key_heads {lk} does not divide linear_num_value_heads {lv}", "linear_num_key_heads"
         )
-    some = m.model_type in ("qwen3_5_moe_text", "qwen3_next")
+    some = m.model_type.startswith(("qwen3_5_moe", "qwen3_next"))
     return {
         **(sized(shared="shared_expert_intermediate_size")(m) if some else {}),
         "lk": lk,

@@ -16,6 +16,7 @@ from memplan.config_classes import MODEL_TYPES
 from memplan.errors import ConfigError, SpecError
 from memplan.families import Family
 from memplan.families.moe import sized, stepped
+from memplan.families.ssm import FAMILIES as SSM
 from memplan.layers import Layer, as_json, layers_of
 from memplan.models import ModelSpec
 
@@ -122,6 +123,13 @@ def qwen2_5_vl(m: ModelSpec) -> dict[str, int]:
     return {**made, "vm": hidden * size(m, "spatial_merge_size", 2) ** 2}
 
 
+def deepstack(m: ModelSpec) -> tuple[int, ...]:
+    """The blocks of Qwen3's tower whose output goes to the language model, too. Qwen3.5's has none."""
+    depth = size(m, "depth", 27)
+    found = () if m.model_type.startswith("qwen3_5") else places(m, "deepstack_visual_indexes", DEEPSTACK)
+    return tuple(i for i in found if i < depth)
+
+
 def qwen3_vl(m: ModelSpec) -> dict[str, int]:
     hidden, patch = size(m, "hidden_size", 1152), size(m, "patch_size", 16)
     made = _tower(
@@ -129,14 +137,12 @@ def qwen3_vl(m: ModelSpec) -> dict[str, int]:
         size(m, "num_heads", 16),
         size(m, "intermediate_size", 4304),
         _frames(m, size(m, "in_channels", 3), patch),
-        tuple(stretches(size(m, "depth", 27), places(m, "deepstack_visual_indexes", DEEPSTACK))),
+        tuple(stretches(size(m, "depth", 27), deepstack(m))),
     )
     positions = size(m, "num_position_embeddings", 2304)
-    depth, deep = size(m, "depth", 27), places(m, "deepstack_visual_indexes", DEEPSTACK)
-    last = max(1, m.num_hidden_layers - sum(i < depth for i in deep))
     return {
         "one": 1,
-        "after": last,
+        "after": max(1, m.num_hidden_layers - len(deepstack(m))),
         **made,
         "vm": hidden * size(m, "spatial_merge_size", 2) ** 2,
         "vpositions": positions,
@@ -145,6 +151,13 @@ def qwen3_vl(m: ModelSpec) -> dict[str, int]:
 
 def qwen3_vl_moe(m: ModelSpec) -> dict[str, int]:
     return {**sized()(m), **qwen3_vl(m)}
+
+
+def qwen3_5(m: ModelSpec) -> dict[str, int]:
+    """The tower's axes beside those of the text model."""
+    text = SSM["qwen3_5_text"].axes
+    assert text is not None
+    return {**text(m), **qwen3_vl(m)}
 
 
 def gemma3(m: ModelSpec) -> dict[str, int]:
@@ -259,6 +272,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2_vl": Family(_QWEN2_VL, layers=partial(like, "qwen2"), axes=qwen2_vl, decoder="text_config"),
     "qwen2_5_vl": Family(_QWEN2_VL, layers=partial(like, "qwen2"), axes=qwen2_5_vl, decoder="text_config"),
+    "qwen3_5": SSM["qwen3_5_text"]._replace(axes=qwen3_5, decoder="text_config"),
+    "qwen3_5_moe": SSM["qwen3_5_moe_text"]._replace(axes=qwen3_5, decoder="text_config"),
     "qwen3_vl_moe": Family(
         {
             "num_key_value_heads": 16,
@@ -335,10 +350,12 @@ PICTURES: dict[str, Callable[[ModelSpec, int, int], Picture]] = {
     "mistral3": _mistral3,
     "qwen2_vl": partial(_qwen, 56 * 56, 12_845_056),
     "qwen2_5_vl": partial(_qwen, 56 * 56, 12_845_056),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), partial(_qwen, 65_536, 16_777_216)),
     "qwen3_vl": partial(_qwen, 65_536, 16_777_216),
     "qwen3_vl_moe": partial(_qwen, 65_536, 16_777_216),
 }
-PACKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # whose images are one sequence, split for sdpa alone
+# Families whose images are one sequence, which is split for sdpa alone.
+PACKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
 FIXED = ("gemma3",)  # families that resize every image to one size
 
 

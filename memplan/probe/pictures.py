@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from memplan.cards import find_model
-from memplan.families.vision import Picture, axes_of, picture_of
+from memplan.families.vision import PACKS, Picture, axes_of, picture_of
 from memplan.probe.libraries import library
 from memplan.spec import RunSpec
 
@@ -73,7 +73,7 @@ def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     if _has_no_data(ids):
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     match model.model_type:
-        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" | "qwen3_vl_moe":
+        case family if family in PACKS:
             rows = [(1, picture.rows, picture.columns)] * images
             grid = Grid(rows, device)
             if _has_no_data(ids):
