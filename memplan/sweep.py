@@ -18,6 +18,7 @@ from memplan.cards import find_model
 from memplan.engine.walk import values
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
+from memplan.families.vision import picture_of, sees
 from memplan.program import PHASES, Program, phase_peaks, program, run_axes
 from memplan.resolve import Decided, check_batch, decide
 from memplan.segments import streams_apart
@@ -189,6 +190,9 @@ def _alike(run: RunSpec, batches: list[int], sequences: list[int]) -> Iterator[t
     ends = {0, len(sequences)}
     if model.sliding_window is not None:
         ends.add(bisect_left(sequences, model.sliding_window))
+    if run.batch.images and sees(model.model_type):
+        tokens = run.batch.images * picture_of(model, run.batch.image_size).tokens
+        ends.add(bisect_left(sequences, tokens))  # shorter ones do not hold the images
     if model.learned_positions and model.longest_sequence is not None:
         ends.add(bisect_right(sequences, model.longest_sequence))
     for rows in pairwise(sorted({0, bisect_right(batches, 1), len(batches)})):

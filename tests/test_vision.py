@@ -154,3 +154,16 @@ def test_a_broken_tower_is_refused_by_its_key(broken: tuple[str, Any]) -> None:
     config = {"model_type": "qwen2_5_vl", **TINY["qwen2_5_vl"], "vision_config": tower}
     with pytest.raises(MemplanError, match="vision_config"):
         estimate(RunSpec(model={"config": config}))
+
+
+def test_a_sweep_equals_its_runs_and_leaves_out_sequences_that_hold_no_image() -> None:
+    pytest.importorskip("numpy")
+    from memplan.sweep import grid
+
+    asked = run("gemma3", method="lora", batch={"images": 2, "sequence": 512})
+    swept = grid(asked, batch=[1, 3], sequence=[16, 32, 300])
+    for i, micro in enumerate((1, 3)):
+        assert swept.allocated[i, 0] == -1  # 2 x 16 tokens
+        for j, sequence in ((1, 32), (2, 300)):
+            one = run("gemma3", method="lora", batch={"images": 2, "sequence": sequence, "micro": micro})
+            assert swept.allocated[i, j] == estimate(one).bytes.allocated

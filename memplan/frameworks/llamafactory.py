@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.frameworks import words
 from memplan.frameworks.table import Framework, Key, Remark, Value, is_
 from memplan.frameworks.words import FORMAT, HOST, KIND, PARALLEL, PRECISION, of_4_bits, of_adapters
@@ -57,6 +59,11 @@ def _frozen(run: RunSpec) -> Value:
     return run.method.trainable_layers if run.method.kind == "freeze" else None
 
 
+def _freezes(part: str) -> Callable[[RunSpec], Value]:
+    """Whether a part of a vision-language model is frozen, as the tower and the projector are unless it is said."""
+    return lambda run: part in run.method.frozen if run.method.frozen or run.batch.images else None
+
+
 def _disabled(run: RunSpec) -> Value:
     on = words.checkpoints(run)
     return None if on is None else not on
@@ -106,6 +113,9 @@ LLAMAFACTORY = Framework(
         Key("fp16", (*PRECISION, "loop.grad_scaler"), _computes_in_fp16),
         Key("finetuning_type", (KIND,), _kind),
         Key("freeze_trainable_layers", (KIND, "method.trainable_layers"), _frozen),
+        Key("freeze_vision_tower", ("method.frozen", "batch.images"), _freezes("vision")),
+        Key("freeze_multi_modal_projector", ("method.frozen", "batch.images"), _freezes("projector")),
+        Key("freeze_language_model", ("method.frozen",), _freezes("language")),
         Key("quantization_bit", (KIND, FORMAT), words.bits),
         Key("quantization_type", (FORMAT,), of_4_bits("format")),
         Key("double_quantization", ("method.quantization.double_quant",), of_4_bits("double_quant")),
