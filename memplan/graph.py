@@ -11,7 +11,7 @@ from typing import NamedTuple, TypedDict
 from memplan.catalogue import build, losses
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
-from memplan.catalogue.methods import Recipe, apply, freeze, matrix
+from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
@@ -83,6 +83,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         for w in op.weights
         if w.stacked and w.stored
     }
+    if graph.hold_outputs:
+        stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
     stack = losses.attach(
         stack,

@@ -320,6 +320,8 @@ def _decide(
         ranks=ranks,
     )
     notes += _expert_notes(graph, capability)
+    if recipe.frozen and method.kind in ADAPTERS and not any(w.group == "adapter" for w, _, _ in weights_of(graph)):
+        raise SpecError("method.frozen: nothing is left to adapt of method.targets", "method.frozen")
     if ranks.world > 1 and any(w.idle for w, _, _ in weights_of(graph)):
         raise SpecError(
             "batch.images: without images the tower gets no gradients, which several GPUs would wait for; say images, "
@@ -568,6 +570,12 @@ def _tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple
             f"kernels.attention: {kernels.attention} is not supported yet with images of {model.model_type}; "
             f"supported: {', '.join(known)}",
             "kernels.attention",
+        )
+    if kernels.checkpointing == "offload" and model.model_type == "mistral3":
+        raise SpecError(
+            "kernels.checkpointing: offload is not supported yet with images of mistral3, whose mask of all patches "
+            "goes to the host, too; supported: none, full",
+            "kernels.checkpointing",
         )
     if kernels.attention == "flash_attention_2":
         return "flash_2"

@@ -108,6 +108,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"batch": {"images": 1, "image_size": 56}, "kernels": {"attention": "eager"}},
         "kernels.attention: eager is not supported yet with images of qwen2_vl; supported: sdpa, sdpa_efficient, flash",
     ),
+    "a mask on the host": (
+        {
+            "model": model("mistral3"),
+            "batch": {"images": 1, "image_size": 56},
+            "kernels": {"checkpointing": "offload"},
+        },
+        "kernels.checkpointing: offload is not supported yet with images of mistral3",
+    ),
+    "nothing to adapt": (
+        {"method": {"kind": "lora", "targets": ["q_proj"], "frozen": ["language"]}},
+        "method.frozen: nothing is left to adapt of method.targets",
+    ),
     "another version": (
         {"batch": {"images": 1, "image_size": 56}, "profile": "transformers-4.51"},
         "batch.images: images are counted as profile transformers-5 has them",

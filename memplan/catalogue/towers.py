@@ -84,7 +84,7 @@ def convolution(name: str, x: str, y: str, shape: str, bias: bool, asks: bool) -
             (pixels,),
             (Tensor(y, shape),),
             (w, *b),
-            (Keep(pixels, w.name),),
+            (Keep(pixels, w.name), Keep(w.name, w.name)),
             autocast="lower",
             asks=asks,
             product="matrix",

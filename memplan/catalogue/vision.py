@@ -175,7 +175,7 @@ def _qwen_after(tail: tuple[Op, ...], *more: str) -> tuple[Op, ...]:
     return (
         *tail,
         *t.held("x", "features", *more),
-        ops.leave("v.positions", "v.cos", "v.sin", "pixel_values.cast", "embeds"),
+        ops.leave("v.positions", "v.cos", "v.sin", "pixel_values.cast"),
     )
 
 

@@ -179,8 +179,7 @@ def _deepstack(hidden: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -
 def _know_sizes(base: Any, tokens: int) -> None:
     """Mistral 3 reads the sizes from a tensor that it makes of numbers."""
     module = _module(base)
-    if not isinstance(module.torch, _Torch):
-        module.torch = _Torch(tokens)
+    module.torch = _Torch(tokens)
 
 
 class _Torch:
