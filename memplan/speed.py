@@ -157,7 +157,7 @@ def _passed(graph: Graph) -> _Pass:
         nonlocal calls
         operations = sizes.operations(points)
         if operations:
-            dtype, attends = flops.computes_in(call.op, call.part == "backward"), call.op.product in flops.ATTENTION
+            dtype, attends = flops.computes_in(call.op, call.part == "backward"), flops.attends(call.op)
             key = (part, dtype, attends, operations, sizes.bytes(own))
             products[key] = products.get(key, 0) + call.copies
         for names, factor in (*sizes.bytes(beside), *(() if operations else sizes.bytes(own))):

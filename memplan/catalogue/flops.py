@@ -35,6 +35,11 @@ _FORWARD, _BACKWARD = 2, 5
 ATTENTION = ("attention", "whole attention")
 
 
+def attends(op: Op) -> bool:
+    """Whether it is both products of attention in one kernel."""
+    return op.product.partition(" over ")[0] in ATTENTION
+
+
 def causal_half(op: Op) -> bool:
     """Whether a kernel of attention leaves out what the causal mask hides, half of every product.
 
@@ -62,7 +67,7 @@ _MATRICES = ("matrix", "grouped", "fold")
 
 def forward(op: Op, tensors: Mapping[str, Tensor]) -> Iterator[Points]:
     """The products that an operation computes, with those of the gradients that it makes ahead of backward."""
-    if op.product in ATTENTION:
+    if attends(op):
         yield _attention(op, tensors, _FORWARD)
     elif op.product in _MATRICES:
         for product in _products(op, tensors):
@@ -75,7 +80,7 @@ def backward(op: Op, tensors: Mapping[str, Tensor], target: Tensor) -> Iterator[
     One kernel of attention makes all of its gradients: they are counted as that of the first read. In LoRA as one
     function the product with A is made again for the gradient of B.
     """
-    if op.product in ATTENTION:
+    if attends(op):
         if target.name == op.reads[0]:
             yield _attention(op, tensors, _BACKWARD)
     elif op.product in _MATRICES and target.name not in _ahead(op):
@@ -106,7 +111,7 @@ def backward_bytes(
 ) -> tuple[list[Moved], list[Moved]]:
     """The same for the gradient of `target`, from those `of` the outputs, but for what `scratch_back` counts."""
     kept = [tensors[name] for name in dict.fromkeys(k.what for k in op.keeps if k.of == target.name)]
-    if op.product in ATTENTION and target.name != op.reads[0]:
+    if attends(op) and target.name != op.reads[0]:
         return [Moved(target)], []
     alike = (of[0].shape, of[0].dtype) == (target.shape, target.dtype)
     if op.gradient == "same" and not kept and (op.view or alike):
@@ -161,8 +166,9 @@ class _Product(NamedTuple):
 
 
 def _attention(op: Op, tensors: Mapping[str, Tensor], products: int) -> Points:
-    """`b s a d` queries against as many keys."""
-    return Points(f"{tensors[op.reads[0]].shape} s", products * 2 // (2 if causal_half(op) else 1))
+    """`b s a d` queries against as many keys, or as many as the product says."""
+    keys = op.product.partition(" over ")[2] or "s"
+    return Points(f"{tensors[op.reads[0]].shape} {keys}", products * 2 // (2 if causal_half(op) else 1))
 
 
 def _products(op: Op, tensors: Mapping[str, Tensor]) -> list[_Product]:

@@ -226,9 +226,12 @@ BATCH = Kernel("", "b images grid va vd", "grid", "b images")
 PACKED = Kernel("", f"{P} va vd", "packed", "")
 
 
-def attention(name: str, q: str, k: str, v: str, y: str, kernel: str, over: Kernel, mask: str = "") -> Op:
+def attention(
+    name: str, q: str, k: str, v: str, y: str, kernel: str, over: Kernel, mask: str = "", keys: str = ""
+) -> Op:
     """The flash or the memory-efficient kernel, see `memplan.catalogue.attention`; of several calls the scratch is that
-    of one at a time, and the random generator's state takes 512 bytes in each."""
+    of one at a time, and the random generator's state takes 512 bytes in each. `keys`: the axis of what a query
+    attends to, where that is not all rows of a call."""
     lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
     state = f"b {over.calls} 64" if over.calls else ""
     kept = (q, k, v, y, lse, seed, offset, *((mask,) if mask else ()))
@@ -263,11 +266,12 @@ def attention(name: str, q: str, k: str, v: str, y: str, kernel: str, over: Kern
         tuple(Keep(what, of) for of in (q, k, v) for what in kept),
         scratch_back=tuple(map(Scratch, scratch)),
         autocast="lower",
+        product=f"whole attention over {keys or (P if rows == 'packed' else rows)}",
         source=source,
     )
 
 
-def _together(name: str, q: str, k: str, v: str, y: str, target: str) -> tuple[Op, ...]:
+def _together(name: str, q: str, k: str, v: str, y: str, target: str, keys: str) -> tuple[Op, ...]:
     """Flash attention 2 takes all images, or all windows, as one packed sequence, in half precision.
 
     Source: transformers 5.24 modeling_flash_attention_utils.py _flash_attention_forward.
@@ -275,7 +279,7 @@ def _together(name: str, q: str, k: str, v: str, y: str, target: str) -> tuple[O
     given = {x: f"{x}.target" if target else x for x in (q, k, v)}
     return (
         *(ops.cast(f"{name}.cast_{x}", x, to, PACKED.q, target) for x, to in given.items() if to != x),
-        attention(name, given[q], given[k], given[v], y, "flash", PACKED),
+        attention(name, given[q], given[k], given[v], y, "flash", PACKED, keys=keys),
         ops.leave(q, k, v, *given.values()),
     )
 
@@ -286,7 +290,7 @@ def chunked(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, over: Ker
     The gradients of the parts are joined into new ones.
     """
     if wiring.tower == "flash_2":
-        return _together(name, q, k, v, y, wiring.target)
+        return _together(name, q, k, v, y, wiring.target, over.rows)
     parts = tuple(ops.view(f"{name}.split_{t}", t, f"{t}.parts", over.q, gradient="new") for t in (q, k, v))
     return (
         *parts,
