@@ -72,13 +72,7 @@ TINY: dict[str, dict[str, Any]] = {
             "sliding_window": 32,
             "max_position_embeddings": 1024,
             "pad_token_id": 0,
-            "layer_types": [
-                "full_attention",
-                "sliding_attention",
-                "sliding_attention",
-                "full_attention",
-                "sliding_attention",
-            ],
+            "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention", "sliding_attention"],
         },
         "vision_config": {
             "hidden_size": 32,

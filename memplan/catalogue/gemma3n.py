@@ -276,6 +276,7 @@ def _square(name: str, x: str, y: str) -> Op:
         (),
         (Keep(x, x),),
         scratch_back=(Scratch(Tensor("pow", _ONE, f"={x}")), Scratch(Tensor("2x", _ONE, f"={x}"))),
+        autocast="fp32",
         source=f"{ops.DERIVATIVES}: pow.Tensor_Scalar",
     )
 
@@ -293,7 +294,8 @@ def _like(name: str, x: str, y: str, target: str) -> tuple[Op, ...]:
         source=f"{ops.DERIVATIVES}: mul.Tensor",
     )
     return (
-        ops.linear(name, x, f"{y}.projected", "h", "h", "mlp"),
+        ops.linear(name, x, f"{y}.product", "h", "h", "mlp"),
+        ops.cast(f"{name}.to", f"{y}.product", f"{y}.projected", _ONE, "=tokens"),
         _square(name, f"{y}.projected", y),
         Op(f"{name}.mean", (f"{y}.square",), (Tensor(f"{y}.mean", _ROW),), source=f"{ops.DERIVATIVES}: mean.dim"),
         ops.clamp(f"{name}.clamp", f"{y}.mean", clamped, _ROW, 1),
@@ -312,7 +314,7 @@ def _like(name: str, x: str, y: str, target: str) -> tuple[Op, ...]:
             ),
             source=f"{ops.DERIVATIVES}: div.Tensor",
         ),
-        ops.leave(f"{y}.projected", new),
+        ops.leave(f"{y}.product", f"{y}.projected", new),
     )
 
 

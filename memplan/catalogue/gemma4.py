@@ -21,6 +21,8 @@ from memplan.models import ModelSpec
 _SOURCE = "transformers 5.24 models/gemma4/modeling_gemma4.py"
 _Q, _K = "b s a d", "b s k d"
 
+_WIDEST = 256  # a head that flash attention takes, and that sdpa repeats itself
+
 # The axes of a layer without a window, whose heads have a width and a number of their own.
 GLOBAL = {
     "d": "dg",
@@ -109,12 +111,19 @@ def shared(sliding: bool) -> tuple[str, str]:
     return ("local_keys", "local_values") if sliding else ("keys", "values")
 
 
-def attend(m: ModelSpec, wiring: Wiring, layer: Layer, y: str, name: str, bias: bool) -> tuple[Op, ...]:
-    """Attention of q to the layer's own keys or to those of a layer before, and the output projection."""
+def attend(
+    m: ModelSpec, wiring: Wiring, layer: Layer, y: str, name: str, bias: bool, wide: bool = False
+) -> tuple[Op, ...]:
+    """Attention of q to the layer's own keys or to those of a layer before, and the output projection.
+
+    `wide`: heads are wider than 256.
+    """
     keys, values = shared(layer.sliding) if layer.mixer == REUSED else ("k", "v")
     grouped = layer.k != m.num_attention_heads
     repeated: tuple[Op, ...] = ()
-    if grouped and layer.k == 1 and wiring.has_mask(layer.sliding) and wiring.masked == "efficient":
+    masked = wiring.has_mask(layer.sliding)
+    before = masked or wide  # transformers repeats heads itself for a mask, and for heads beyond 256
+    if grouped and layer.k == 1 and before and (wiring.masked if masked else wiring.backend) == "efficient":
         repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in (keys, values))
         keys, values, grouped = f"{keys}.all", f"{values}.all", False  # one head is repeated without a copy
     stored = shared(layer.sliding) if layer.mixer == STORED else ()
@@ -130,13 +139,14 @@ def attend(m: ModelSpec, wiring: Wiring, layer: Layer, y: str, name: str, bias: 
 
 def wired(wiring: Wiring, width: int) -> Wiring:
     """Flash attention takes heads of up to 256."""
-    flash = wiring.backend == "flash" and width > 256
+    flash = wiring.backend == "flash" and width > _WIDEST
     return wiring._replace(backend="efficient") if flash else wiring
 
 
 def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
     bias = m.get("attention_bias", False)
     same = m.get("attention_k_eq_v", False) and not layer.sliding
+    wide = not layer.sliding and m.whole("global_head_dim") > _WIDEST
     made: tuple[Op, ...] = ()
     if layer.mixer != REUSED:
         v = (ops.view(f"{name}.v_is_k", "k1", "v1", _K),) if same else projected(name, x, "v", bias)
@@ -149,7 +159,7 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
             ops.leave("v1"),
         )
     own = () if layer.mixer == REUSED else ("k", "v")
-    return (*query(name, x, bias), *made, *attend(m, wiring, layer, y, name, bias), ops.leave("q", *own, "o", x))
+    return (*query(name, x, bias), *made, *attend(m, wiring, layer, y, name, bias, wide), ops.leave("q", *own, "o", x))
 
 
 def per_layer(x: str, y: str) -> tuple[Op, ...]:
@@ -173,10 +183,10 @@ def own_embeddings() -> Op:
     return Op("per_layer_input", ("per_layer_inputs",), (Tensor("per_layer", "b s ple"),), view=True)
 
 
-def per_layer_inputs(x: str, ids: str = "ids", buffers: bool = False) -> tuple[Op, ...]:
+def per_layer_inputs(x: str, ids: str = "ids", buffers: bool = False, held: bool = False) -> tuple[Op, ...]:
     """What the layers have for a token: rows of a table of their own, and a projection of the token's embedding.
 
-    `buffers`: the scales are tensors, the first multiplied in place.
+    `buffers`: the scales are tensors, the first multiplied in place. `held`: a frame outside has a name for the rows.
     """
     table = ops.embedding("model.embed_tokens_per_layer", ids, "ple.table", "v_ple", "all_ple")
     (lookup,) = ops.with_axes((table,), {"h32": "all_ple32"})
@@ -200,7 +210,7 @@ def per_layer_inputs(x: str, ids: str = "ids", buffers: bool = False) -> tuple[O
         ops.scale("model.per_layer_inputs.scale", "ple.sum", "per_layer_inputs", shape)._replace(
             weights=second, writes=(Tensor("per_layer_inputs", shape, "=ple.sum"),)
         ),
-        ops.leave("ple.normed", "ple.sum", "ple.table"),
+        ops.leave("ple.normed", "ple.sum", *(() if held else ("ple.table",))),
     )
 
 
@@ -250,8 +260,18 @@ def _mixture(x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def gemma4(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The decoder alone: a text of a vision-language model takes no tower."""
+def _text_alone(own: bool) -> tuple[Op, ...]:
+    """The model for images looks for their tokens among the ids, and puts others in their place."""
+    masks = tuple(Tensor(f"{what} mask", "b s", "bool") for what in ("image", "video", "audio", "any"))
+    return (
+        Op("model.text_ids", ("ids",), (Tensor("text.ids", "b s", "int64"),), scratch=masks, gradient="none"),
+        scaled_embedding()._replace(reads=("text.ids",), keeps=(Keep("text.ids", "model.embed_tokens.weight"),)),
+        *((Op("model.text_embeds", ("embeds",), (Tensor("text.embeds", "b s h"),), gradient="none"),) if own else ()),
+    )
+
+
+def gemma4(m: ModelSpec, wiring: Wiring, whole: bool = False) -> Stack:
+    """The decoder; `whole`: as the model for images and sound calls it for a text."""
     own = m.whole("hidden_size_per_layer_input", least=0) > 0
     wide = wired(wiring, m.whole("global_head_dim"))
 
@@ -293,8 +313,8 @@ def gemma4(m: ModelSpec, wiring: Wiring) -> Stack:
     return Stack(
         (
             given(wiring.padded),
-            scaled_embedding(),
-            *(per_layer_inputs("embeds") if own else ()),
+            *(_text_alone(own) if whole else (scaled_embedding(),)),
+            *(per_layer_inputs("embeds", "text.ids" if whole else "ids", held=whole) if own else ()),
             positions(),
             *masks(wiring, "embeds", False),
             *masks(wiring, "embeds", True),
@@ -302,21 +322,22 @@ def gemma4(m: ModelSpec, wiring: Wiring) -> Stack:
             *(tables(True)[len(tables()) :] if two else ()),
         ),
         runs(m, block),
-        forgotten(capped_logits(last) if m.get("final_logit_softcapping") is not None else last, m, own),
+        forgotten(capped_logits(last) if m.get("final_logit_softcapping") is not None else last, m, own, whole),
     )
 
 
-def forgotten(last: tuple[Op, ...], m: ModelSpec, own: bool) -> tuple[Op, ...]:
-    """`last`, where what layers shared goes as the decoder returns."""
+def forgotten(last: tuple[Op, ...], m: ModelSpec, own: bool, whole: bool = False) -> tuple[Op, ...]:
+    """`last`, where what layers shared goes as the decoder returns, and what the model around it held."""
     stored = {name for layer in m.layers if layer.mixer == STORED for name in shared(layer.sliding)}
-    names = (*sorted(stored), *(("per_layer_inputs",) if own else ()))
+    held = ("text.ids", *(("text.embeds", "ple.table") if own else ())) if whole else ()
+    names = (*sorted(stored), *(("per_layer_inputs",) if own else ()), *held)
     i = next(i for i, op in enumerate(last) if op.name == "return" and "embeds" in op.reads)
     return (*last[:i], last[i]._replace(reads=(*last[i].reads, *names)), *last[i + 1 :])
 
 
 def with_towers(m: ModelSpec, wiring: Wiring) -> Stack:
     """A text read by the model for images and sound, whose towers are there."""
-    return gemma4_towers(m, gemma4(m, wiring))
+    return gemma4_towers(m, gemma4(m, wiring, whole=True))
 
 
 BUILDERS = {"gemma4": with_towers, "gemma4_text": gemma4}

@@ -34,17 +34,9 @@ def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
     """`change` applied to every operation of the stack."""
 
     def changed(op: Op) -> Iterable[Op]:
-        made = change(op)
-        if op.skipped:
-            return (new._replace(skipped=True) for new in made)
-        return map(_ungraded, made) if any(w.idle for w in op.weights) else made
+        return (new._replace(skipped=True) for new in change(op)) if op.skipped else change(op)
 
     return rewrite_lists(stack, lambda operations: tuple(new for op in operations for new in changed(op)))
-
-
-def _ungraded(op: Op) -> Op:
-    """Around weights that never get a gradient, others do not either."""
-    return op._replace(gradient="none", keeps=(), weights=tuple(w._replace(idle=True) for w in op.weights))
 
 
 def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
@@ -304,12 +296,12 @@ def apply(stack: Stack, recipe: Recipe) -> Stack:
 
 
 def _left_out(stack: Stack) -> Stack:
-    """Of operations that a run leaves out, only the weights. What is idle would train, and has no gradient."""
+    """Of operations that a run leaves out, only the weights."""
 
     def change(op: Op) -> Iterable[Op]:
-        weights = tuple(w._replace(trains=False, idle=w.trains) if op.skipped or w.idle else w for w in op.weights)
         if not op.skipped:
-            return (op._replace(weights=weights),)
+            return (op,)
+        weights = tuple(w._replace(trains=False, idle=w.trains) for w in op.weights)
         return (Op(op.name, weights=weights, gradient="none"),) if weights else ()
 
     return rewrite_lists(stack, lambda some: tuple(new for op in some for new in change(op)))

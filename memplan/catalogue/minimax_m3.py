@@ -38,10 +38,10 @@ def _mixture(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
         *_mlp(x, "shared", f"{name}.shared_experts", "fs"),
         *unadapted(experts.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
         *experts.experts(x, "chosen", gate_up=(), down=(), act=experts.clamped(slices=False)),
-        ops.scale(f"{name}.scale", "chosen", "scaled", "b s h"),
+        ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
         ops.leave("chosen"),
-        ops.add(f"{name}.add", "scaled", "shared", y, "b s h"),
-        ops.leave("scaled", "shared", *experts.HELD, x),
+        ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
+        ops.leave("experts.scaled", "shared", *experts.HELD, x),
     )
 
 
@@ -91,12 +91,7 @@ def _masked(m: ModelSpec, wiring: Wiring, grouped: bool, name: str) -> tuple[Op,
 
 def _still(*operations: Op) -> tuple[Op, ...]:
     """What chooses gets no gradient, though its weights train."""
-    return tuple(
-        op._replace(
-            gradient="none", keeps=(), scratch_back=(), weights=tuple(w._replace(idle=True) for w in op.weights)
-        )
-        for op in operations
-    )
+    return tuple(op._replace(gradient="none", keeps=(), scratch_back=(), unit="") for op in operations)
 
 
 def _indexer(x: str, name: str) -> tuple[Op, ...]:

@@ -56,10 +56,10 @@ def _mixture(x: str, y: str, bias: bool, name: str = "mlp") -> tuple[Op, ...]:
         *_mlp(x, "shared", f"{name}.shared_experts", "fs", bias),
         *unadapted(experts.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
         *experts.experts(x, "chosen", gate_up=(), down=(), act=_expert),
-        ops.scale(f"{name}.scale", "chosen", "scaled", "b s h"),
+        ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
         ops.leave("chosen"),
-        ops.add(f"{name}.add", "scaled", "shared", y, "b s h"),
-        ops.leave("scaled", "shared", *experts.HELD, x),
+        ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
+        ops.leave("experts.scaled", "shared", *experts.HELD, x),
     )
 
 

@@ -4,8 +4,8 @@ python tests/golden/trace_odd.py gpt_oss gemma4-small >> tests/golden/traced_odd
 python tests/golden/trace_odd.py --layers 4 gpt-oss-20b >> tests/golden/traced_odd.jsonl
 
 A name is a model_type of tests/tiny.py, a config of tests/tiny_towers.py, or a card, of which `--layers` takes the
-first few. Each is traced with full, LoRA and QLoRA, with and without checkpointing, and with eager attention and in
-fp32.
+first few. Each is traced with full, LoRA and QLoRA, with and without checkpointing, and small ones with eager attention
+and in fp32.
 """
 
 from __future__ import annotations
