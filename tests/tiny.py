@@ -120,7 +120,7 @@ TINY: dict[str, dict[str, Any]] = {
         num_kv_shared_layers=2,
         layer_types=[*["sliding_attention"] * 3, "full_attention", "sliding_attention", "full_attention"],
         activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
-        laurel_rank=8,
+        laurel_rank=16,
         **_HEADS,
     ),
     "gemma4_text": _base(

@@ -41,7 +41,7 @@ def _modalities(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         ),
         ops.leave(f"{y}.normed"),
-        ops.linear(f"{name}.modality_router", f"{y}.in", f"{y}.routed", "P", "h", "mlp"),
+        ops.linear(f"{name}.modality_router", f"{y}.in", f"{y}.routed", "P", "h", "router"),
         ops.cast(f"{name}.float", f"{y}.routed", f"{y}.wide", "b s P", "fp32"),
         Op(
             f"{name}.tanh",
@@ -61,7 +61,7 @@ def _predict(name: str = "altup") -> tuple[Op, ...]:
     return (
         _stream(f"{name}.active_of_x", "x", "x.active"),
         *_modalities("x.active", "modes"),
-        ops.linear(f"{name}.prediction_coefs", "modes", "coefs", "P P", "P", "mlp"),
+        ops.linear(f"{name}.prediction_coefs", "modes", "coefs", "P P", "P", "router"),
         ops.matmul(f"{name}.mix", "x", "coefs", "mixed", _ALL),
         ops.add(f"{name}.add_x", "mixed", "x", "mixed.sum", _ALL)._replace(view=True),
         ops.copy(f"{name}.contiguous", "mixed.sum", "predicted", _ALL),
@@ -74,8 +74,8 @@ def _correct(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
 
     The coefficients are multiplied by the layer's weight itself, so that an adapter around it has no part in it.
     """
-    w = Weight(f"{name}.correction_coefs.weight", "P P", "mlp", rows=1)
-    module = ops.linear(f"{name}.correction_coefs", "modes.corrected", "unused", "P", "P", "mlp")
+    w = Weight(f"{name}.correction_coefs.weight", "P P", "router", rows=1)
+    module = ops.linear(f"{name}.correction_coefs", "modes.corrected", "unused", "P", "P", "router")
     clamped = Tensor("coefs.clamped", "P P", f"={w.name}")
     return (
         *_modalities(x, "modes.corrected"),
