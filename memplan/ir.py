@@ -126,8 +126,8 @@ class Op(NamedTuple):
     product         `matrix` where it multiplies a read by its matrices or by another read; `grouped` where each row of
                     a read by one of several matrices; `fold` where two adapters' matrices by each other; `attention`
                     where it is both products of attention in one kernel, which leaves out what a causal mask hides,
-                    `whole attention` where no mask hides anything, and `over` the axis of its keys where not s; empty where
-                    it goes element by element.
+                    `whole attention` where no mask hides anything, and `over` the axis of its keys where not s; empty
+                    where it goes element by element.
     source          where the facts come from.
     """
 
