@@ -239,6 +239,16 @@ NO_MLP_BIAS = frozenset(("hunyuan_v1_dense", "mimo", "ministral", "ministral3", 
 # Older names of keys that are no sizes.
 RENAMED = {"internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"}}
 
+# Families whose decoders transformers 5.24 also builds to classify sequences, or to reward them: GenericForSequence-
+# Classification of modeling_layers.py.
+CLASSIFIERS = frozenset(
+    (
+        *("exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "hunyuan_v1_dense", "llama", "ministral"),
+        *("ministral3", "mistral", "nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss"),
+        *("smollm3", "stablelm", "starcoder2"),
+    )
+)
+
 LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "gpt_neo", "opt"))
 POSITION_TABLES = LEARNED_POSITIONS | {"gptj"}  # models that hold a row a position, and so must know how many
 

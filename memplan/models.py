@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from memplan.config_classes import (
     BUILT_AS,
+    CLASSIFIERS,
     LEARNED_POSITIONS,
     MODEL_TYPES,
     NAMES,
@@ -39,6 +40,7 @@ def _dense(model_type: str) -> Family:
         OWN_NAMES.get(model_type, {}),
         built_as=BUILT_AS.get(model_type, ""),
         positions=model_type in LEARNED_POSITIONS,
+        objectives=("causal_lm", *(("sequence_classification",) if model_type in CLASSIFIERS else ())),
     )
 
 
@@ -298,6 +300,7 @@ class ModelSpec:
             "kd": k * d,
             "p": p,
             "p32": -(-p // 32) * 32,
+            "c": self.num_labels,
             **(self._family.axes(self) if self._family.axes is not None else {}),
         }
 

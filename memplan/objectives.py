@@ -35,14 +35,16 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
 # have it, though peft has no task of that kind.
 # Source: peft 0.21 peft_model.py PeftModelForSequenceClassification, PeftModelForTokenClassification.
 _CLASSIFIES = ("sequence_classification", "token_classification", "image_classification")
-_HEAD = "classifier"
+_HEADS = {False: "classifier", True: "score"}  # of a decoder
 _OTHER_HEADS = ("QuestionAnswering", "MultipleChoice", "Reward")
 _LONGEST = 80  # letters of a name that an error repeats
 
 
-def saved_with(objective: str, named: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules that train as a copy beside adapters: those `named`, and the head of a classification."""
-    return (*named, _HEAD) if objective in _CLASSIFIES and _HEAD not in named else named
+def saved_with(objective: str, named: tuple[str, ...], decodes: bool = False) -> tuple[str, ...]:
+    """The modules that train as a copy beside adapters: those `named`, and the head of a classification, which has
+    another name where a model `decodes`."""
+    head = _HEADS[decodes]
+    return (*named, head) if objective in _CLASSIFIES and head not in named else named
 
 
 def objective_of(config: Mapping[str, Any], able: tuple[str, ...]) -> str:
@@ -57,7 +59,7 @@ def objective_of(config: Mapping[str, Any], able: tuple[str, ...]) -> str:
     found = next((o for o, endings in _ENDINGS.items() if any(name.endswith(end) for end in endings)), "")
     if found in able:
         return found
-    decodes = able == ("causal_lm",) and found not in _CLASSIFIES and not any(head in name for head in _OTHER_HEADS)
+    decodes = able[0] == "causal_lm" and found not in _CLASSIFIES and not any(head in name for head in _OTHER_HEADS)
     if decodes:
         return able[0]
     raise UnsupportedModelError(

@@ -495,7 +495,7 @@ def _method(m: Method, model: ModelSpec) -> Method:
         return m.model_copy(update={"trainable_layers": min(m.trainable_layers, model.num_hidden_layers)})
     if m.kind not in ADAPTERS:
         return m
-    saved = saved_with(model.objective, m.modules_to_save)
+    saved = saved_with(model.objective, m.modules_to_save, model.objectives[0] == "causal_lm")
     return m.model_copy(update={"alpha": m.alpha or _PEFT_ALPHA, "modules_to_save": saved})
 
 

@@ -1,4 +1,4 @@
-"""Small configs of encoders and encoder-decoders, and the objectives that each is tested with."""
+"""Small configs of encoders and encoder-decoders, and of decoders that classify; and what each is trained for."""
 
 from __future__ import annotations
 
@@ -62,6 +62,9 @@ SMALL: dict[str, dict[str, Any]] = {
         "attention_probs_dropout_prob": 0.1,
     },
 }
+SMALL["llama"] = {"model_type": "llama", **_BERT, "num_key_value_heads": 2, "num_labels": 1}  # a reward model
+SMALL["gemma2"] = {"model_type": "gemma2", **_BERT, "num_key_value_heads": 2, "head_dim": 32, "num_labels": 4}
+
 HEADS: dict[str, tuple[str, ...]] = {
     "bert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "roberta": ("masked_lm", "sequence_classification"),
@@ -70,4 +73,6 @@ HEADS: dict[str, tuple[str, ...]] = {
     "flan-t5": ("seq2seq_lm",),
     "whisper": ("seq2seq_lm",),
     "vit": ("image_classification", "feature_extraction"),
+    "llama": ("sequence_classification",),
+    "gemma2": ("sequence_classification",),
 }

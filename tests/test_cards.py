@@ -308,7 +308,7 @@ def test_heads_must_divide(change: dict[str, int], message: str) -> None:
         ({"model_type": "fuyu", "text_config": {"hidden_size": 2560}}, "fuyu.*multimodal"),
         ({"model_type": "chatglm", "position_encoding_2d": True}, "chatglm.*first ChatGLM"),
         ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 32}, "linear_attention"),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "ForSequenceClassification"),
+        ({"model_type": "llama", "architectures": ["LlamaForQuestionAnswering"]}, "ForQuestionAnswering"),
         ({"model_type": "lama"}, "lama.*did you mean llama"),
         ({"model_type": "moe" * 1000}, "mixture of experts"),
         ({}, "model_type"),

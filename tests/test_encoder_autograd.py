@@ -1,4 +1,4 @@
-"""What BERT with each of its heads keeps for backward equals what autograd saves, to the byte; see test_autograd.py."""
+"""What BERT with each of its heads keeps for backward equals what autograd saves; what decoders that classify have."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from memplan import RunSpec, estimate
 from memplan.catalogue import build, losses, methods
 from memplan.catalogue.attention import Wiring
+from memplan.config_classes import CLASSIFIERS
 from memplan.engine.step import lower
 from memplan.models import ModelSpec, with_objective
 from memplan.probe.libraries import model_class
 from tests.encoders import SMALL
+from tests.tiny import TINY
 
 torch = pytest.importorskip("torch")
 
@@ -44,3 +47,15 @@ def test_a_bert_keeps_what_autograd_saves(objective: str, dtype: str) -> None:
     low = lower(losses.attach(stack, "hf"), {r.times: axes[r.times] for r in stack.runs}, labelled=True)
     mine = in_bytes(low, axes, ("position_ids",), statistics=dtype, masks=dtype)
     assert mine == saves(objective, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("model_type", sorted(CLASSIFIERS))
+def test_a_decoder_that_classifies_has_the_parameters_transformers_builds(model_type: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    name = model_class(model_type, objective="sequence_classification")
+    config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
+    with torch.device("meta"):
+        built = getattr(transformers, name).from_config(config)
+    options = {"objective": "sequence_classification", "batch": {"sequence": 16}}
+    answer = estimate(RunSpec(model={"config": {"model_type": model_type, **TINY[model_type]}}, **options))
+    assert answer.parameters.total == sum(p.numel() for p in built.parameters())

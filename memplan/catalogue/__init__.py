@@ -66,6 +66,10 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
         return import_module("memplan.catalogue.litgpt").build(model, wiring)
     module = import_module(f"memplan.catalogue.{_MODULES[model.model_type]}")
     stack: Stack = module.BUILDERS[model.model_type](model, wiring)
+    if model.objective == "sequence_classification" and model.objectives[0] == "causal_lm":
+        from memplan.catalogue.heads import classifying
+
+        stack = classifying(model, stack)
     if model.get("output_router_logits", False):
         from memplan.catalogue.experts import balanced
         from memplan.catalogue.methods import rewrite

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from memplan.catalogue import ops
 from memplan.catalogue.losses import nll
-from memplan.ir import Keep, Op, Tensor, Weight
+from memplan.ir import Keep, Op, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
 
@@ -44,6 +44,21 @@ def class_loss(m: ModelSpec, shape: str = "b c") -> tuple[Op, ...]:
     kept = (Keep("logits", "logits"), Keep("labels", "logits"))
     error = Op("loss.mse", ("logits", "labels"), (Tensor("loss"),), (), kept, source=f"{ops.DERIVATIVES}: mse_loss")
     return (error, ops.leave("logits", "x"))
+
+
+def classifying(m: ModelSpec, stack: Stack) -> Stack:
+    """A decoder that classifies sequences, by the scores of the last token of each, in place of its language model's
+    head. Source: transformers 5.24 modeling_layers.py GenericForSequenceClassification."""
+    start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
+    x = stack.after[start].reads[0]
+    label = labels_of(m)
+    before = tuple(
+        op._replace(writes=tuple(label if t.name == "labels" else t for t in op.writes)) for op in stack.before
+    )
+    score = ops.linear("score", x, "scores", "c", "h", "head")
+    last = Op("score.last", ("scores",), (Tensor("logits", "b c"),), source=f"{ops.DERIVATIVES}: index")
+    loss = (*class_loss(m), ops.leave(x, "scores"))
+    return stack._replace(before=before, after=(*stack.after[:start], score, last), loss=loss)
 
 
 def mean_loss(x: str) -> tuple[Op, ...]:

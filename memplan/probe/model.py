@@ -77,6 +77,8 @@ def _empty_model(run: RunSpec) -> Any:
         config = transformers.AutoConfig.for_model(model_type, **kept)
         if objective == "seq2seq_lm" and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 0  # which token a decoder begins with is no matter of memory
+        if objective == "sequence_classification" and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = 0  # a decoder looks for the last token that is none
         if not hasattr(config, "dtype"):  # as it was called before transformers 4.56
             options["torch_dtype"] = options.pop("dtype")
         with torch.device("meta"):
@@ -117,7 +119,7 @@ def _materialise(model: Any, run: RunSpec, device: torch.device) -> None:
     """Give every parameter and buffer memory on `device`, in the model's order; a shared one stays shared."""
     made: dict[int, torch.Tensor] = {}
     quantization = run.method.quantization
-    saved = saved_with(objective_of(run), run.method.modules_to_save)
+    saved = saved_with(objective_of(run), run.method.modules_to_save, hasattr(model, "score"))
     quantised = set(is_quantisable(model, quantization, saved)) if quantization is not None else set[str]()
     compute = DTYPES[str(run.precision.compute or run.precision.weights)]
 
@@ -207,7 +209,7 @@ def _adapt(model: Any, run: RunSpec) -> Any:
         lora_dropout=method.dropout,
         target_modules=_targets(run),
         exclude_modules=_parts(method.frozen) or None,
-        modules_to_save=list(saved_with(objective, method.modules_to_save)) or None,
+        modules_to_save=list(saved_with(objective, method.modules_to_save, hasattr(model, "score"))) or None,
         use_dora="dora" in method.kind,
         use_rslora=bool(method.options.get("use_rslora", False)),
     )

@@ -141,7 +141,7 @@ class Script:
         """What the model is given, and the mask, images and cache options of the run."""
         inputs = inputs_of(self.run, self.model, self.device)
         options: dict[str, Any] = {}
-        if objective_of(self.run) in ("causal_lm", "seq2seq_lm"):
+        if "use_cache" in inspect.signature(base_of(self.model).forward).parameters:  # it decodes
             options["use_cache"] = self.run.loop.use_cache
         if self.run.batch.images:
             options |= pictures(self.run, base_of(self.model), inputs["input_ids"])
