@@ -178,10 +178,8 @@ def _product(name: str, a: str, b: str, y: str, wide: bool) -> tuple[Op, ...]:
             Op(f"{name}.flatten", (x,), (Tensor(t, "b lv s_whole ldk", "fp32"),), gradient="none")
             for x, t in zip((a, b), copies, strict=True)
         ),
-        product._replace(
-            reads=(*product.reads, *copies),
-            keeps=(*product.keeps, Keep(copies[1], a), Keep(copies[0], b)),
-        ),
+        product._replace(keeps=(*product.keeps, Keep(copies[1], a), Keep(copies[0], b))),
+        ops.leave(*copies),
     )
 
 
@@ -230,7 +228,6 @@ def _scan(name: str) -> tuple[Op, ...]:
                 Scratch(Tensor("of the chunk before", "b lv s_several widest", "fp32")),
                 *(Scratch(t) for t in slices),
             ),
-            product="matrix",
             source=f"{_SOURCE} torch_chunk_gated_delta_rule",
         ),
         ops.leave("states", *again)._replace(recorded=True),

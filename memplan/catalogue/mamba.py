@@ -105,7 +105,6 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
                 Scratch(Tensor("state's gradient", token, "fp32")),
             ),
             gradient="own",
-            product="matrix",
             source=f"{_SOURCE} mamba_selective_scan",
         ),
         ops.leave(*states)._replace(recorded=True),

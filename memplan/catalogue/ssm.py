@@ -122,7 +122,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         spread(f"{of}.B_decay", "B.rows", "cum.decay", "B.decayed", _STATE_ROWS),
         ops.copy(f"{of}.x_of_states", "x.chunks", "x.states", _X_ROWS),
         ops.copy(f"{of}.B_of_states", "B.decayed", "B.states", _STATE_ROWS),
-        ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn"),
+        _of_chunks(ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn")),
         Op(f"{of}.zeros", (), (Tensor("states.zero", "b 1 mh mp mn", "fp32"),)),
         Op(
             f"{of}.cat",
@@ -139,7 +139,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         ops.copy(f"{of}.C_of_states", "C.rows", "C.states", _STATE_ROWS),
         ops.view(f"{of}.before_chunks", "states.new", "states.start", "b chunks mh mp mn", gradient=new),
         ops.copy(f"{of}.states_in", "states.start", "states.in", "b chunks mh mp mn"),
-        ops.matmul(f"{of}.C_times_states", "C.states", "states.in", "off", _X_ROWS),
+        _of_chunks(ops.matmul(f"{of}.C_times_states", "C.states", "states.in", "off", _X_ROWS)),
         spread(f"{of}.off_diagonal", "off", "cum.out", "off.decayed", _X_ROWS),
         ops.add(f"{of}.add", "diagonal", "off.decayed", "sum", _X_ROWS),
         ops.copy(f"{of}.contiguous", "sum", "sum.flat", _X_ROWS),
@@ -149,6 +149,12 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         ops.leave("diagonal", "B.decayed", "states.zero", "states.new", "decay.chunks", "cum.out", "off.decayed"),
         ops.leave("off", "cum.decay", "scores", "scores.decayed"),
     )
+
+
+def _of_chunks(product: Op) -> Op:
+    """A product of rows with what there is once a chunk: by their axes it would be counted once a chunk for each row,
+    and so its arithmetic, a hundredth of the projections', is left out."""
+    return product._replace(product="")
 
 
 def _skip(name: str) -> Op:
