@@ -491,6 +491,12 @@ def run_axes(
             axes[axis] = efficient_workspace_bytes(
                 queries, m.head_widths, b * m.num_attention_heads, half, large_tiles, by, keys
             )
+    if needs.intersection(("wc", "kc", "wh", "kh")):
+        sizes = m.axes()
+        small, large = s // sizes["rc"], s // sizes["rh"]
+        axes |= {"wc": small, "uc": small * sizes["rc"], "wc1": small + 1, "kc": s + small, "kc1": s + small + 1}
+        axes |= {"wh": large, "uh": large * sizes["rh"], "kh": s + large, "kh1": s + large + 1}
+        axes |= {"tk": by.least(small, m.whole("index_topk")), "several": by.choose(many, b, 0)}
     if "lc" in needs:
         axes["lc"] = -(-s // 8)
     if "fc" in needs:

@@ -71,7 +71,6 @@ def test_a_layer_that_shares_its_keys_has_no_indexer() -> None:
         ("deepseek_v3", {"kv_lora_rank": None}, "no kv_lora_rank"),
         ("deepseek_v3", {"qk_nope_head_dim": 0}, "qk_nope_head_dim must be a whole number from 1"),
         ("deepseek_v3", {"num_experts_per_tok": 17}, "num_experts_per_tok 17 is more than the 16 of n_routed_experts"),
-        ("deepseek_v32", {"index_head_dim": 4}, "index_head_dim 4 is less than the 8 that are rotated"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types must be a list of 3 times dense or sparse"),
         ("glm_moe_dsa", {"indexer_types": ["shared"] * 3}, "indexer_types must be a list of 3 times full or shared"),
     ],

@@ -62,8 +62,11 @@ class Wiring(NamedTuple):
 # Source: transformers 5.24, `_supports_flash_attn` and `_compatible_flash_implementations` of their classes.
 _IMAGES = "it drops the mask over images"
 NO_FLASH_2 = {
+    "deepseek_v32": "its class does not support it",
+    "deepseek_v4": "it knows no sinks, and its heads are wider than 256",
     "gemma4": _IMAGES,
     "gemma4_text": "its widest heads are wider than 256",
+    "glm_moe_dsa": "its class does not support it",
     "gpt_oss": "it knows no sinks",
     "llama4": "it attends to no chunks",
     "llama4_text": "it attends to no chunks",

@@ -98,11 +98,7 @@ def _sparse(m: ModelSpec) -> tuple[Layer, ...]:
 def _indexed(m: ModelSpec) -> Mapping[str, int]:
     """Those and the axes of `memplan.catalogue.lightning`."""
     heads, width = m.whole("index_n_heads"), m.whole("index_head_dim")
-    if width < m.head_dim:
-        raise ConfigError(
-            f"config: index_head_dim {width} is less than the {m.head_dim} that are rotated", "index_head_dim"
-        )
-    return {**_routed(m), "ih": heads, "id": width, "idp": width - m.head_dim}
+    return {**_routed(m), "ih": heads, "id": width, "idp": max(0, width - m.head_dim)}
 
 
 def _beside_a_tower(m: ModelSpec) -> Mapping[str, int]:
@@ -127,8 +123,89 @@ def _beside_a_tower(m: ModelSpec) -> Mapping[str, int]:
     }
 
 
+_COMPRESSED = {0: "sliding", 4: "sparse", 128: "heavy"}
+_KINDS = {
+    "sliding_attention": "sliding",
+    "compressed_sparse_attention": "sparse",
+    "heavily_compressed_attention": "heavy",
+}
+
+
+def _compressed(m: ModelSpec) -> tuple[Layer, ...]:
+    """V4's layers: a list of kinds or of rates, else two heavy ones and both kinds in turn; the first few hashed."""
+    count = m.num_hidden_layers
+    rates: Any = m.config.get("compress_ratios")
+    usual = ("heavy",) * min(count, 2) + tuple("sparse" if i % 2 else "heavy" for i in range(max(count - 2, 0)))
+    given: Any = m.config.get("layer_types")
+    if given is not None:
+        kinds = tuple(_KINDS.get(str(kind), "") for kind in given)
+    else:
+        kinds = tuple(_COMPRESSED.get(rate, "") for rate in rates) if rates is not None else usual
+    if len(kinds) < count or not all(kinds):
+        key = "layer_types" if given is not None else "compress_ratios"
+        raise ConfigError(f"config: {key} must be a list of {count} kinds of layers that V4 has", key)
+    hashed = m.whole("num_hash_layers", 3, least=0)
+    listed: Any = m.config.get("mlp_layer_types")
+    feeds = listed or ("hash_moe",) * hashed + ("moe",) * count
+    layer = Layer(True, True, 1, m.whole("moe_intermediate_size"))
+    return tuple(
+        layer._replace(sliding=kind == "sliding", mixer=kind, ffn="hashed" if feed == "hash_moe" else EXPERTS)
+        for kind, feed in zip(kinds[:count], feeds, strict=False)
+    )
+
+
+def _streamed(m: ModelSpec) -> Mapping[str, int]:
+    """The axes of `memplan.catalogue.deepseek_v4`."""
+    d, n, h, groups = m.head_dim, m.whole("hc_mult"), m.hidden_size, m.whole("o_groups")
+    turned = m.whole("qk_rope_head_dim", d // 8)
+    rates = m.part("compress_rates")
+    width, low = m.num_attention_heads * d // groups, m.whole("o_lora_rank")
+    return {
+        **sized("n_routed_experts")(m),
+        "m": m.whole("intermediate_size", m.whole("moe_intermediate_size")),  # the class takes the two for one
+        "rot": turned,
+        "rot2": turned // 2,
+        "n": n,
+        "nh": n * h,
+        "n2": n * n,
+        "nw": (2 + n) * n,
+        "ql": m.whole("q_lora_rank"),
+        "og": groups,
+        "ol": low,
+        "ogl": groups * low,
+        "gd": width,
+        "ih": m.whole("index_n_heads"),
+        "id": m.whole("index_head_dim"),
+        "rc": int(rates.get("compressed_sparse_attention", 4)),
+        "rh": int(rates.get("heavily_compressed_attention", 128)),
+    }
+
+
 # Source: transformers 5.24 configuration classes.
 FAMILIES = {
+    "deepseek_v4": Family(
+        {
+            "head_dim": 512,
+            "num_key_value_heads": 1,
+            "intermediate_size": None,
+            "moe_intermediate_size": 2048,
+            "q_lora_rank": 1024,
+            "num_experts_per_tok": 6,
+            "n_routed_experts": 256,
+            "hc_mult": 4,
+            "hc_sinkhorn_iters": 20,
+            "sliding_window": 128,
+            "o_groups": 8,
+            "o_lora_rank": 1024,
+            "index_n_heads": 64,
+            "index_head_dim": 128,
+            "index_topk": 512,
+        },
+        {"intermediate_size": ("moe_intermediate_size",)},
+        layers=_compressed,
+        axes=_streamed,
+        whole=("weights_proj",),
+    ),
     "deepseek_v2": Family(
         {
             **_DEEPSEEK,
@@ -136,6 +213,7 @@ FAMILIES = {
             "moe_intermediate_size": 1407,
             "n_shared_experts": 2,
             "n_routed_experts": 64,
+            "num_experts_per_tok": 6,  # as DeepSeek's own class has it; transformers' has none, and does not run
             "first_k_dense_replace": 0,
             "topk_method": "greedy",
         },
@@ -153,6 +231,7 @@ FAMILIES = {
         _NAMES,
         layers=_listed,
         axes=_indexed,
+        whole=("weights_proj",),
     ),
     "glm4_moe_lite": Family(
         {
@@ -188,6 +267,7 @@ FAMILIES = {
         _NAMES,
         layers=_sparse,
         axes=_indexed,
+        whole=("weights_proj",),
     ),
     "minicpm3": Family(
         {

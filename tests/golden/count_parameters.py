@@ -40,6 +40,7 @@ MLP |= {"altup_projections", "altup_unembed_projections"}
 MIXER = {"mamba", "mixer", "linear_attn"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FEEDS = {"experts", "shared_experts", "up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"}
+MIXER |= {"attn_hc", "ffn_hc", "hc_head"}
 ROUTER = {"gate", "router"}  # of experts; in an MLP, and no gate_proj
 ROUTER |= {"modality_router", "prediction_coefs", "correction_coefs"}  # of streams
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
