@@ -60,11 +60,14 @@ def here(model_type: str, targets: Any) -> int | None:
         return None
 
 
+# A linear layer of theirs returns more than a product, and the layer that peft puts around it fails.
+FAILING = ("deepseek_v4", "llama4_text", "phimoe")
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-@pytest.mark.parametrize("model_type", [name for name in EVERY if name not in ("phimoe", "llama4_text")])
+@pytest.mark.parametrize("model_type", [name for name in EVERY if name not in FAILING])
 def test_all_linear_means_what_it_means_to_peft(model_type: str) -> None:
-    # Phi-MoE's and Llama 4's routers return more than a product, and the layer that peft puts around them fails.
     mine = here(model_type, "all-linear")  # None where both refuse: peft adapts no out_proj of a state space
     assert mine == in_peft(model_type, "all-linear")
     assert mine is not None or model_type == "nemotron_h"
@@ -310,7 +313,7 @@ def test_a_row_is_multiplied_by_the_matrices_of_the_experts_it_chose() -> None:
 @pytest.mark.parametrize("model_type", EVERY)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_a_mixture_computes_can_be_counted(model_type: str, method: str) -> None:
-    targets = {"targets": ["out_proj" if model_type == "dbrx" else "o_proj"]}
+    targets = {"targets": [{"dbrx": "out_proj", "deepseek_v4": "o_b_proj"}.get(model_type, "o_proj")]}
     found = work(run(model_type, method=method if method == "full" else {"kind": "lora", **targets}))
     assert found.operations > found.forward > 0
 

@@ -324,6 +324,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 # What peft is asked to adapt of families of which it does not take all linear layers.
 TARGETS: dict[str, list[str]] = {
+    "deepseek_v4": ["q_a_proj", "q_b_proj", "kv_proj"],
     "falcon_mamba": ["in_proj", "x_proj"],
     "mamba": ["in_proj", "x_proj"],
     "mamba2": ["in_proj"],
