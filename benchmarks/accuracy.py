@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from operator import itemgetter
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -27,8 +28,10 @@ from benchmarks.golden import (
     verdicts,
 )
 from memplan import Estimate, RunSpec, estimate, find_gpu
+from memplan.cards import load_card
 from memplan.catalogue.overhead import cublas_workspace
 
+FAMILIES = ("traced_families.jsonl", "traced_odd.jsonl", "traced_encoders.jsonl", "traced_vision.jsonl")
 TRACED = {"forward": "fwd", "loss": "fwd", "backward": "bwd", "step": "opt"}
 
 
@@ -76,10 +79,14 @@ def traced() -> list[Compared]:
 
 @cache
 def traced_families() -> list[Compared]:
-    """Every family at a small size, everything else by chance."""
-    return [
-        compared_with_trace(row, row["run"]["model"]["config"]["model_type"]) for row in rows("traced_families.jsonl")
-    ]
+    """Every family at a small size, and many at real widths."""
+    found = [(model_type_of(row["run"]["model"]), row) for name in FAMILIES for row in rows(name)]
+    return [compared_with_trace(row, group) for group, row in sorted(found, key=itemgetter(0))]
+
+
+def model_type_of(model: str | dict[str, Any]) -> str:
+    """The family of a run's model, a card's name or a config."""
+    return load_card(model).model_type if isinstance(model, str) else model["config"]["model_type"]
 
 
 @cache
@@ -318,8 +325,8 @@ def summary() -> Iterable[str]:
     ]
     for what, errors in (
         ("traced steps of the real libraries, common models", [c.peak for c in traced()]),
-        ("traced steps of every family at real sizes, to 72 billion parameters", [c.peak for c in traced_runs()]),
-        ("traced steps of every family, small, most of them drawn at random", [c.peak for c in traced_families()]),
+        ("traced steps of every dense family at real sizes, to 72 billion parameters", [c.peak for c in traced_runs()]),
+        ("traced steps of every family, small and at real widths", [c.peak for c in traced_families()]),
         *measured,
     ):
         if errors:
@@ -347,9 +354,11 @@ accumulation in turn (`tests/golden/trace_runs.py`). Traced by `memplan probe --
 """
 
 TRACED_FAMILIES = """
-Every family that transformers can build, small, and the rest of the run drawn at random: method, dtypes, autocast,
-attention, checkpointing, optimizer, batch, dropout, accumulation, padding, preparation. The first four drawn of each,
-and fifteen more in which a fault of an earlier version showed.
+Every family that transformers can build, small and, of mixtures, hybrids, vision-language models and encoders, at real
+widths, whole or cut to a few layers. Dense decoders with the rest of the run drawn at random (the first four drawn of
+each, and fifteen more in which a fault of an earlier version showed); the others with full, LoRA and QLoRA,
+checkpointing on and off, eager attention, padding and dropout, and with images and frozen towers where there are some
+(`tests/golden/trace_families.py` and its neighbours).
 """
 
 TRACED_LOSSES = """
@@ -421,8 +430,12 @@ KNOWN = """
 - The band comes from replaying traced steps through a model of torch's allocator, not on cards. It is wide, and
   `reserved` with eager attention is 8 % too low on average.
 - No reading of the CUDA context was found for cards other than the T4, V100 and A100.
-- Families without a class in transformers (Baichuan, InternLM 2, MiniCPM, Nemotron-NAS, Qwen 1) are declared from their
-  published code and were compared with nothing that runs.
+- Families without a class in transformers (Baichuan, DeepSeek-MoE, InternLM 2, MiniCPM, Nemotron-NAS, Qwen 1) are
+  declared from their published code; none of it was traced.
+- State spaces and linear attention are counted as transformers' own torch code computes them. With mamba-ssm,
+  causal-conv1d or flash-linear-attention installed they take less; answers say so.
+- Experts in a loop over those chosen (DBRX, DeepSeek-MoE, Step 3.7) depend on the data: rows are counted as spread
+  evenly.
 """
 
 

@@ -19,7 +19,7 @@ from memplan.resolve import decide
 from memplan.speed import work
 from memplan.sweep import grid
 from tests.encoders import HEADS, SMALL
-from tests.sampling import sampled
+from tests.sampling import ALL, sampled
 from tests.test_trace import label
 
 TRACED: list[dict[str, Any]] = sampled(rows("traced_encoders.jsonl"))
@@ -44,6 +44,7 @@ def test_an_encoders_estimate_is_near_its_trace(case: dict[str, Any]) -> None:
     assert compared.phase <= phase, compared
 
 
+@ALL
 def test_the_encoders_mean_error_is_two_thousandths_at_most() -> None:
     traced = rows("traced_encoders.jsonl")
     assert {row["run"]["model"] for row in traced if isinstance(row["run"]["model"], str)} == {

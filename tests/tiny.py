@@ -329,4 +329,5 @@ TARGETS: dict[str, list[str]] = {
     "mamba": ["in_proj", "x_proj"],
     "mamba2": ["in_proj"],
     "nemotron_h": ["in_proj", "q_proj", "up_proj"],
+    "phimoe": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
