@@ -21,6 +21,7 @@ from memplan.models import ModelSpec
 from memplan.program import program, trained_parameters
 from memplan.resolve import decide
 from memplan.speed import work
+from tests.sampling import sampled
 from tests.tiny import TINY
 
 EVERY = sorted(name for name, config in TINY.items() if "E" in ModelSpec({"model_type": name, **config}).axes())

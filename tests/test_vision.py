@@ -13,6 +13,7 @@ from memplan import RunSpec, estimate
 from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.families.vision import PICTURES, picture_of
 from memplan.models import ModelSpec
+from tests.sampling import sampled
 from tests.tiny_vision import TINY
 
 GOLDEN = Path(__file__).parent / "golden" / "traced_vision.jsonl"
