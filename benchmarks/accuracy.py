@@ -31,7 +31,7 @@ from memplan import Estimate, RunSpec, estimate, find_gpu
 from memplan.cards import load_card
 from memplan.catalogue.overhead import cublas_workspace
 
-FAMILIES = ("traced_families.jsonl", "traced_odd.jsonl", "traced_encoders.jsonl", "traced_vision.jsonl")
+FAMILIES = ("traced_families.jsonl", "traced_decoders.jsonl", "traced_encoders.jsonl", "traced_vision.jsonl")
 TRACED = {"forward": "fwd", "loss": "fwd", "backward": "bwd", "step": "opt"}
 
 

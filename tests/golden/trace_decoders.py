@@ -1,7 +1,7 @@
-"""Traces decoders of their own kind at small and at real widths, and prints the rows tests/test_odd.py compares with.
+"""Traces decoders of their own kind at small and at real widths, and prints the rows tests/test_decoders.py compares with.
 
-python tests/golden/trace_odd.py gpt_oss gemma4-small >> tests/golden/traced_odd.jsonl
-python tests/golden/trace_odd.py --layers 4 gpt-oss-20b >> tests/golden/traced_odd.jsonl
+python tests/golden/trace_decoders.py gpt_oss gemma4-small >> tests/golden/traced_decoders.jsonl
+python tests/golden/trace_decoders.py --layers 4 gpt-oss-20b >> tests/golden/traced_decoders.jsonl
 
 A name is a model_type of tests/tiny.py, a config of tests/tiny_towers.py, or a card, of which `--layers` takes the
 first few. Each is traced with full, LoRA and QLoRA, with and without checkpointing, and small ones with eager attention

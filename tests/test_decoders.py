@@ -18,7 +18,7 @@ from tests.sampling import sampled
 from tests.tiny import TINY as DECODERS
 from tests.tiny_towers import TINY
 
-GOLDEN = Path(__file__).parent / "golden" / "traced_odd.jsonl"
+GOLDEN = Path(__file__).parent / "golden" / "traced_decoders.jsonl"
 ROWS: list[dict[str, Any]] = [json.loads(line) for line in GOLDEN.read_text("utf-8").splitlines()][1:]
 FAMILIES = ("gpt_oss", "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text", "minimax_m3_vl_text")
 
