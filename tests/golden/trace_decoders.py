@@ -11,7 +11,6 @@ and in fp32.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -20,11 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
-from memplan.probe.trace import traces
 from memplan.spec import RunSpec
 from tests.golden.trace_families import config_of
-from tests.golden.trace_runs import line
+from tests.golden.trace_runs import write
 from tests.tiny_towers import TINY
 
 SMALL = ("lm_head", "prediction_coefs", "correction_coefs")  # what Gemma 3n cannot have quantised
@@ -67,11 +64,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=256)
     asked = parser.parse_args()
     wanted = list(runs(asked.names, asked.layers, asked.sequence))
-    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
-        if isinstance(traced, MemplanError):
-            print(f"{name}: {traced}", file=sys.stderr, flush=True)
-        else:
-            print(json.dumps(line(name, run, traced)), flush=True)
+    write(wanted)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
 from memplan.probe.libraries import versions
-from memplan.probe.trace import traces
 from memplan.spec import RunSpec
 from tests.encoders import HEADS, SMALL
-from tests.golden.trace_runs import line
+from tests.golden.trace_runs import write
 
 REAL: dict[str, dict[str, Any]] = {
     "bert-base-uncased": {"batch": {"micro": 8, "sequence": 512}},
@@ -61,11 +59,7 @@ def main() -> None:
     about = "Training steps of encoders and encoder-decoders, traced: see tests/golden/trace_encoders.py."
     print(json.dumps({"about": about, "date": "2026-11-25", "versions": dict(versions())}), flush=True)
     wanted = [(name, RunSpec.model_validate({**run, "gpu": "a100-sxm-80gb"})) for name, run in draw()]
-    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
-        if isinstance(traced, MemplanError):
-            print(f"{name}: {traced}", file=sys.stderr, flush=True)
-        else:
-            print(json.dumps(line(name, run, traced)), flush=True)
+    write(wanted)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.cards import card_names, find_config
-from memplan.errors import MemplanError
-from memplan.probe.trace import traces
 from memplan.spec import RunSpec
-from tests.golden.trace_runs import line
+from tests.golden.trace_runs import write
 from tests.tiny import TARGETS, TINY
 
 RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -84,11 +82,7 @@ def main() -> None:
     if unknown:
         parser.error(f"neither in tests/tiny.py nor a card: {', '.join(unknown)}")
     wanted = list(runs(asked.names, asked.layers, asked.sequence))
-    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
-        if isinstance(traced, MemplanError):
-            print(f"{name}: {traced}", file=sys.stderr, flush=True)
-        else:
-            print(json.dumps(line(name, run, traced)), flush=True)
+    write(wanted)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,15 @@ def line(name: str, run: RunSpec, traced: Traced) -> dict[str, Any]:
     }
 
 
+def write(wanted: Sequence[tuple[str, RunSpec]]) -> None:
+    """Trace the runs, and print a line of each under its name; what cannot be traced goes to standard error."""
+    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
+        if isinstance(traced, MemplanError):
+            print(f"{name}: {traced}", file=sys.stderr, flush=True)
+        else:
+            print(json.dumps(line(name, run, traced)), flush=True)
+
+
 def same(run: RunSpec) -> str:
     """The run with nothing left open, as text."""
     return filled(run).model_dump_json()
@@ -172,12 +181,7 @@ def main() -> None:
     if not done:
         about = "Training steps of every dense family at real sizes, traced: see tests/golden/trace_runs.py."
         print(json.dumps({"about": about, "date": "2026-11-25", "versions": dict(versions())}), flush=True)
-    for run, traced in zip(wanted, traces(wanted), strict=True):
-        name = f"{run.model}-{run.method.kind}"
-        if isinstance(traced, MemplanError):
-            print(f"{name}: {traced}", file=sys.stderr, flush=True)
-        else:
-            print(json.dumps(line(name, run, traced)), flush=True)
+    write([(f"{run.model}-{run.method.kind}", run) for run in wanted])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ without checkpointing, on text alone and with images, and with images a frozen t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -19,10 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
-from memplan.probe.trace import traces
 from memplan.spec import RunSpec
-from tests.golden.trace_runs import line
+from tests.golden.trace_runs import write
 from tests.tiny_vision import TINY
 
 KINDS = ("full", "lora", "qlora")
@@ -61,11 +58,7 @@ def main() -> None:
     sides = [int(side) for side in asked.size.split("x") if side]
     size = tuple(sides) if len(sides) == 2 else sides[0] if sides else None
     wanted = list(runs(asked.names, asked.images, size))
-    for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
-        if isinstance(traced, MemplanError):
-            print(f"{name}: {traced}", file=sys.stderr, flush=True)
-        else:
-            print(json.dumps(line(name, run, traced)), flush=True)
+    write(wanted)
 
 
 if __name__ == "__main__":
