@@ -1,4 +1,4 @@
-"""Traces decoders of their own kind at small and at real widths, and prints the rows tests/test_decoders.py compares with.
+"""Traces decoders of their own kind, small and at real widths, and prints the rows of tests/test_decoders.py.
 
 python tests/golden/trace_decoders.py gpt_oss gemma4-small >> tests/golden/traced_decoders.jsonl
 python tests/golden/trace_decoders.py --layers 4 gpt-oss-20b >> tests/golden/traced_decoders.jsonl
