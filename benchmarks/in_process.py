@@ -24,8 +24,9 @@ from memplan.engine.walk import largest, values
 from memplan.estimator import Numbers, walk
 from memplan.planning.offers import offers
 from memplan.planning.plan import plan
-from memplan.program import PHASES, run_axes
+from memplan.program import PHASES
 from memplan.resolve import decide
+from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.usage import reserved
 

@@ -13,8 +13,9 @@ from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
-from memplan.program import PHASES, Program, host_bytes, phase_peaks, program, run_axes, step_where
+from memplan.program import PHASES, Program, host_bytes, phase_peaks, program, step_where
 from memplan.resolve import Decided, check_batch, decide
+from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
 from memplan.usage import Around, Replay, Usage, around, resident

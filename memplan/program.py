@@ -8,7 +8,6 @@ from math import prod
 from typing import NamedTuple
 
 from memplan import zero
-from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.engine import walk
@@ -26,7 +25,7 @@ from memplan.ranks import (
     trained_parts,
     whole_gradients,
 )
-from memplan.sizes import Arithmetic, Size
+from memplan.sizes import Size
 from memplan.units import ITEMSIZE
 
 
@@ -397,133 +396,6 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
         in_backward=structure.in_backward,
         on_host=structure.on_host,
     )
-
-
-_OF_TWO = ("efficient_workspace_t", "efficient_workspace_cross")  # of a decoder beside an encoder
-_SCANNED = frozenset(("s_conv", "earlier", "chunks", "borders", "s_chunks", "s_several"))
-
-
-def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[str, Size]:
-    """Of a model that scans a sequence of `s` tokens: rows of a convolution that is padded at both ends, the tokens
-    before the last, chunks, their borders, rows up to whole chunks, the same where there are more than two, and the
-    sequence where it is whole chunks."""
-    chunk = numbers.get("chunk", 1)
-    chunks = -(-s // chunk)
-    return {
-        "s_conv": s + numbers.get("kernel", 1) - 1,
-        "earlier": s - 1,
-        "chunks": chunks,
-        "borders": chunks + 1,
-        "s_chunks": chunks * chunk,
-        "s_whole": by.choose(s % chunk == 0, s, 0),
-        "s_several": by.choose(chunks > 2, chunks * chunk, 0),
-    }
-
-
-def run_axes(
-    program: Program,
-    micro: Size,
-    sequence: Size,
-    half: bool,
-    large_tiles: bool,
-    by: Arithmetic[Size],
-    pictures: Iterable[tuple[str, int]] = (),
-    target: Size | None = None,
-) -> dict[str, Size]:
-    """The axes that belong to the run, and those derived from them; `by` is how one run's are counted, or many's.
-
-    `pictures` are the axes that its images decide. `target` is the length of what the decoder of an encoder-decoder is
-    given; without, as long as the encoder's.
-    """
-    b, s, t = micro, sequence, sequence if target is None else target
-    tokens = b * s
-    m = program.structure.graph.model
-    many, sorts = b > 1, tokens > 3072
-    axes = {
-        "b": b,
-        "s": s,
-        "s1": s + 1,
-        "s8": -(-s // 8) * 8,
-        "s32": -(-s // 32) * 32,
-        "s128": -(-s // 128) * 128,
-        "targets": by.choose(many, tokens, s + 1),
-        "padded_labels": by.choose(many, b * (s + 1), 0),
-        "shifted_rows": b * (s - 1),
-        "further_chunks": (s - 1) // 128,
-        "shifted_labels": by.choose(many, b * (s - 1), 0),
-        "sorted_ids": by.choose(sorts, tokens, 0),
-        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, m.vocab_size), 0),
-    }
-    axes.update(pictures)
-    needs = program.needs
-    for axis in needs:
-        if axis.startswith("segments_") and axis.removeprefix("segments_").isdigit():  # of a table with so many rows
-            axes[axis] = by.choose(sorts, tokens // 10 + by.least(tokens, int(axis.removeprefix("segments_"))), 0)
-    if m.is_encoder_decoder:
-        targets = b * t
-        axes |= {"t": t, "t8": -(-t // 8) * 8, "t32": -(-t // 32) * 32, "t128": -(-t // 128) * 128}
-        axes["sorted_targets"] = by.choose(targets > 3072, targets, 0)
-        axes["target_segments"] = by.choose(targets > 3072, targets // 10 + by.least(targets, m.vocab_size), 0)
-    for name in needs:
-        if not name.startswith("efficient_") or name in _OF_TWO:
-            continue
-        kind, _, width = name.partition(".")  # of heads as wide as the model's, or as an axis says
-        wide = m.head_widths
-        if width:
-            one = built(program.structure.graph)[1][width]
-            wide = one, one
-        if kind == "efficient_fp32":
-            axes[name] = by.choose(half, 0, wide[1] + 1)
-        else:
-            axes[name] = efficient_workspace_bytes(s, wide, b * m.num_attention_heads, half, large_tiles, by)
-    if not _SCANNED.isdisjoint(needs):
-        axes |= chunked(built(program.structure.graph)[1], s, by)
-    if "routed" in needs:
-        sizes = built(program.structure.graph)[1]
-        axes["routed"] = -(-tokens * sizes["e"] // sizes["E"])
-    if "chosen_keys" in needs:
-        axes["chosen_keys"] = by.least(s, m.whole("index_topk"))
-        axes["several"] = by.choose(many, b, 0)
-    if pictures:
-        axes.update(_tower_axes(program, axes, large_tiles, by))
-    for axis, queries, keys in zip(_OF_TWO, (t, t), (t, s), strict=True):
-        if axis in needs:
-            axes[axis] = efficient_workspace_bytes(
-                queries, m.head_widths, b * m.num_attention_heads, half, large_tiles, by, keys
-            )
-    if needs.intersection(("wc", "kc", "wh", "kh")):
-        sizes = m.axes()
-        small, large = s // sizes["rc"], s // sizes["rh"]
-        axes |= {"wc": small, "uc": small * sizes["rc"], "wc1": small + 1, "kc": s + small, "kc1": s + small + 1}
-        axes |= {"wh": large, "uh": large * sizes["rh"], "kh": s + large, "kh1": s + large + 1}
-        axes |= {"tk": by.least(small, m.whole("index_topk")), "several": by.choose(many, b, 0)}
-    if "lc" in needs:
-        axes["lc"] = -(-s // 8)
-    if "fc" in needs:
-        chunk = -(-tokens // -(-m.vocab_size // m.hidden_size))
-        axes["fc"] = by.least(tokens, by.power_of_two(chunk))
-    return axes
-
-
-def _tower_axes(
-    program: Program, axes: Mapping[str, Size], large_tiles: bool, by: Arithmetic[Size]
-) -> Iterator[tuple[str, Size | int]]:
-    """Of attention in a tower: its workspace where that is memory-efficient, and rows of all images packed into one."""
-    fixed = program.structure.graph.model.axes()
-    d, heads, half = fixed["vd"], fixed["va"], bool(axes["tower_half"])
-    rows = axes["b"] * axes["patches"]
-    yield "packed8", -(-rows // 8) * 8
-    yield "packed32", -(-rows // 32) * 32
-    yield "packed128", -(-rows // 128) * 128
-    yield "tower_fp32", 0 if half else d + 1
-    for name, of, pairs in (
-        ("grid", axes["grid"], heads),
-        ("window", axes["window"], heads),
-        ("packed", rows, heads),
-        ("batched", axes["grid"], axes["b"] * axes["images"] * heads),
-    ):
-        if f"{name}_workspace" in program.needs:
-            yield f"{name}_workspace", efficient_workspace_bytes(of, (d, d), pairs, half, large_tiles, by)
 
 
 def phase_peaks(

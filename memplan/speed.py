@@ -20,8 +20,9 @@ from memplan.engine.work import Call
 from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
-from memplan.program import Structure, gradients_of, host_bytes, program, run_axes, trained_parameters
+from memplan.program import Structure, gradients_of, host_bytes, program, trained_parameters
 from memplan.resolve import check_batch, decide
+from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
 from memplan.units import ITEMSIZE

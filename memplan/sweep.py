@@ -19,8 +19,9 @@ from memplan.engine.walk import values
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
 from memplan.families.vision import picture_of, sees
-from memplan.program import PHASES, Program, phase_peaks, program, run_axes
+from memplan.program import PHASES, Program, phase_peaks, program
 from memplan.resolve import Decided, check_batch, decide
+from memplan.run_axes import run_axes
 from memplan.segments import streams_apart
 from memplan.sizes import ONE_RUN, Arithmetic
 from memplan.spec import RunSpec, changed

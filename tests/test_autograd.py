@@ -18,7 +18,7 @@ from memplan.engine.walk import alive
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 from memplan.probe.libraries import model_class
-from memplan.program import chunked
+from memplan.run_axes import chunked
 from memplan.sizes import ONE_RUN
 from memplan.units import ITEMSIZE
 from tests.tiny import TINY

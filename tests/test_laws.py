@@ -12,8 +12,9 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.states import optimizer_names, takes_foreach
 from memplan.engine.walk import alive, largest, moment_bytes, size, values
 from memplan.graph import built
-from memplan.program import PHASES, pass_of, program, run_axes
+from memplan.program import PHASES, pass_of, program
 from memplan.resolve import decide
+from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from tests.sampling import examples
 

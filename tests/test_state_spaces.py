@@ -11,7 +11,7 @@ from memplan import RunSpec, estimate
 from memplan.cards import load_card
 from memplan.errors import ConfigError, SpecError
 from memplan.models import ModelSpec
-from memplan.program import chunked
+from memplan.run_axes import chunked
 from memplan.sizes import ONE_RUN
 from tests.tiny import TINY
 

@@ -1,0 +1,218 @@
+"""The axes that a run decides: batch, sequence and, of models that have them, a second sequence, images, chunks,
+rows of experts and the like; and those that are derived from them.
+
+What every model has is always there. The rest is made where the program needs it: most runs need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from memplan.catalogue.attention import efficient_workspace_bytes
+from memplan.graph import built
+from memplan.models import ModelSpec
+from memplan.program import Program
+from memplan.sizes import Arithmetic, Size
+
+
+class _Run(NamedTuple):
+    """What axes are derived from: of one run ints, of many arrays. `fixed` are the axes of the model, `half` whether
+    attention computes in 16 bits, `needs` the axes that are asked for and not there yet, `axes` those that are."""
+
+    model: ModelSpec
+    fixed: Mapping[str, int]
+    needs: frozenset[str]
+    axes: Mapping[str, Any]
+    b: Any
+    s: Any
+    t: Any
+    half: bool
+    large_tiles: bool
+    by: Arithmetic[Any]
+
+    @property
+    def pairs(self) -> Any:
+        """Batch times heads."""
+        return self.b * self.model.num_attention_heads
+
+    def workspace(self, queries: Any, widths: tuple[int, int], keys: Any = None) -> Any:
+        """Bytes that memory-efficient attention's backward takes for a head."""
+        return efficient_workspace_bytes(queries, widths, self.pairs, self.half, self.large_tiles, self.by, keys)
+
+
+def run_axes(
+    program: Program,
+    micro: Size,
+    sequence: Size,
+    half: bool,
+    large_tiles: bool,
+    by: Arithmetic[Size],
+    pictures: Iterable[tuple[str, int]] = (),
+    target: Size | None = None,
+) -> dict[str, Size]:
+    """The axes that belong to the run, and those derived from them; `by` is how one run's are counted, or many's.
+
+    `pictures` are the axes that its images decide. `target` is the length of what the decoder of an encoder-decoder is
+    given; without, as long as the encoder's.
+    """
+    b, s = micro, sequence
+    tokens = b * s
+    m = program.structure.graph.model
+    many, sorts = b > 1, tokens > 3072
+    axes = {
+        "b": b,
+        "s": s,
+        "s1": s + 1,
+        "s8": -(-s // 8) * 8,
+        "s32": -(-s // 32) * 32,
+        "s128": -(-s // 128) * 128,
+        "targets": by.choose(many, tokens, s + 1),
+        "padded_labels": by.choose(many, b * (s + 1), 0),
+        "shifted_rows": b * (s - 1),
+        "further_chunks": (s - 1) // 128,
+        "shifted_labels": by.choose(many, b * (s - 1), 0),
+        "sorted_ids": by.choose(sorts, tokens, 0),
+        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, m.vocab_size), 0),
+    }
+    axes.update(pictures)
+    needs = program.needs.difference(axes)
+    if needs:
+        fixed = built(program.structure.graph)[1]
+        t = s if target is None else target
+        run = _Run(m, fixed, needs, axes, b, s, t, half, large_tiles, by)
+        for derive in _FURTHER:
+            axes.update(derive(run))
+    return axes
+
+
+def _workspaces(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Of memory-efficient attention; heads are as wide as the model's, or as an axis says (`...workspace.wide`)."""
+    for name in run.needs:
+        kind, _, width = name.partition(".")
+        widths = (run.fixed[width], run.fixed[width]) if width else run.model.head_widths
+        if kind == "efficient_fp32":
+            yield name, run.by.choose(run.half, 0, widths[1] + 1)
+        elif kind == "efficient_workspace":
+            yield name, run.workspace(run.s, widths)
+
+
+def _tables(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Partial sums of an embedding's gradient, of a table with other rows than the vocabulary's: `segments_77`."""
+    for name in run.needs:
+        rows = name.removeprefix("segments_")
+        if rows != name and rows.isdigit():
+            yield name, _segments(run, run.b * run.s, int(rows))
+
+
+def _segments(run: _Run, tokens: Any, rows: int) -> Any:
+    return run.by.choose(tokens > 3072, tokens // 10 + run.by.least(tokens, rows), 0)
+
+
+def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Of a decoder beside an encoder, whose own tokens are `t`."""
+    if not run.model.is_encoder_decoder:
+        return
+    t, targets, widths = run.t, run.b * run.t, run.model.head_widths
+    yield "t", t
+    for rounded in (8, 32, 128):
+        yield f"t{rounded}", -(-t // rounded) * rounded
+    yield "sorted_targets", run.by.choose(targets > 3072, targets, 0)
+    yield "target_segments", _segments(run, targets, run.model.vocab_size)
+    for name, keys in (("efficient_workspace_t", t), ("efficient_workspace_cross", run.s)):
+        if name in run.needs:
+            yield name, run.workspace(t, widths, keys)
+
+
+def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[str, Size]:
+    """Of a model that scans a sequence of `s` tokens: rows of a convolution that is padded at both ends, the tokens
+    before the last, chunks, their borders, rows up to whole chunks, the same where there are more than two, and the
+    sequence where it is whole chunks."""
+    chunk = numbers.get("chunk", 1)
+    chunks = -(-s // chunk)
+    return {
+        "s_conv": s + numbers.get("kernel", 1) - 1,
+        "earlier": s - 1,
+        "chunks": chunks,
+        "borders": chunks + 1,
+        "s_chunks": chunks * chunk,
+        "s_whole": by.choose(s % chunk == 0, s, 0),
+        "s_several": by.choose(chunks > 2, chunks * chunk, 0),
+    }
+
+
+_SCANNED = frozenset(("s_conv", "earlier", "chunks", "borders", "s_chunks", "s_whole", "s_several"))
+
+
+def _scans(run: _Run) -> Mapping[str, Any]:
+    return {} if _SCANNED.isdisjoint(run.needs) else chunked(run.fixed, run.s, run.by)
+
+
+def _experts(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Rows of one expert, where tokens are spread evenly."""
+    if "routed" in run.needs:
+        yield "routed", -(-run.b * run.s * run.fixed["e"] // run.fixed["E"])
+
+
+def _chosen_keys(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Of attention to keys that an indexer chooses: how many, and the batch where it is more than one sequence."""
+    if "chosen_keys" in run.needs:
+        yield "chosen_keys", run.by.least(run.s, run.model.whole("index_topk"))
+    if "several" in run.needs:
+        yield "several", run.by.choose(run.b > 1, run.b, 0)
+
+
+def _compressed_keys(run: _Run) -> Mapping[str, Any]:
+    """Of keys that stand for a window each, of a small and of a large one: how many, and with those of all tokens."""
+    if run.needs.isdisjoint(("wc", "kc", "wh", "kh")):
+        return {}
+    s, small, large = run.s, run.s // run.fixed["rc"], run.s // run.fixed["rh"]
+    return {
+        "wc": small,
+        "uc": small * run.fixed["rc"],
+        "wc1": small + 1,
+        "kc": s + small,
+        "kc1": s + small + 1,
+        "wh": large,
+        "uh": large * run.fixed["rh"],
+        "kh": s + large,
+        "kh1": s + large + 1,
+        "tk": run.by.least(small, run.model.whole("index_topk")),
+    }
+
+
+def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Of attention in a tower: its workspace where that is memory-efficient, and rows of all images packed into one."""
+    axes = run.axes
+    if "tower_half" not in axes:
+        return
+    d, heads, half = run.fixed["vd"], run.fixed["va"], bool(axes["tower_half"])
+    rows = run.b * axes["patches"]
+    for rounded in (8, 32, 128):
+        yield f"packed{rounded}", -(-rows // rounded) * rounded
+    yield "tower_fp32", 0 if half else d + 1
+    for name, of, pairs in (
+        ("grid", axes["grid"], heads),
+        ("window", axes["window"], heads),
+        ("packed", rows, heads),
+        ("batched", axes["grid"], run.b * axes["images"] * heads),
+    ):
+        if f"{name}_workspace" in run.needs:
+            yield f"{name}_workspace", efficient_workspace_bytes(of, (d, d), pairs, half, run.large_tiles, run.by)
+
+
+def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Tokens of a chunk: of LitGPT's chunked loss, and of a fused one."""
+    if "lc" in run.needs:
+        yield "lc", -(-run.s // 8)
+    if "fc" in run.needs:
+        tokens = run.b * run.s
+        chunk = -(-tokens // -(-run.model.vocab_size // run.model.hidden_size))
+        yield "fc", run.by.least(tokens, run.by.power_of_two(chunk))
+
+
+_Derive = Callable[[_Run], Iterable[tuple[str, Any]] | Mapping[str, Any]]
+_FURTHER: tuple[_Derive, ...] = (
+    *(_workspaces, _tables, _second_sequence, _scans, _experts, _chosen_keys, _compressed_keys),
+    *(_towers, _losses),
+)
