@@ -7,6 +7,7 @@ What every model has is always there. The rest is made where the program needs i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from memplan.catalogue.attention import efficient_workspace_bytes
@@ -81,7 +82,7 @@ def run_axes(
         fixed = built(program.structure.graph)[1]
         t = s if target is None else target
         run = _Run(m, fixed, needs, axes, b, s, t, half, large_tiles, by)
-        for derive in _FURTHER:
+        for derive in _derived(needs):
             axes.update(derive(run))
     return axes
 
@@ -212,7 +213,20 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 _Derive = Callable[[_Run], Iterable[tuple[str, Any]] | Mapping[str, Any]]
-_FURTHER: tuple[_Derive, ...] = (
-    *(_workspaces, _tables, _second_sequence, _scans, _experts, _chosen_keys, _compressed_keys),
-    *(_towers, _losses),
+# What the names begin with, that each of them makes.
+_FURTHER: tuple[tuple[tuple[str, ...], _Derive], ...] = (
+    (("efficient_",), _workspaces),
+    (("segments_",), _tables),
+    (("t", "sorted_targets", "efficient_workspace_"), _second_sequence),
+    (tuple(_SCANNED), _scans),
+    (("routed",), _experts),
+    (("chosen_keys", "several"), _chosen_keys),
+    (("wc", "uc", "kc", "wh", "uh", "kh", "tk"), _compressed_keys),
+    (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
+    (("lc", "fc"), _losses),
 )
+
+
+@lru_cache(maxsize=256)
+def _derived(needs: frozenset[str]) -> tuple[_Derive, ...]:
+    return tuple(derive for names, derive in _FURTHER if any(name.startswith(names) for name in needs))
