@@ -119,7 +119,7 @@ class Op(NamedTuple):
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
-                    embeddings does.
+                    embeddings does. Where no gradient flows through, checkpointing or not.
     skipped         the run leaves it out: of it there are only its weights.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
@@ -157,12 +157,14 @@ class Block(NamedTuple):
     """A repeated list of operations, one layer of the model: reads `x` (and names of `Stack.before`), makes `y`.
 
     A block is what checkpointing recomputes as a unit. What it `shares`, all that comes later may read; its run has it
-    once.
+    once. `returned`: the model hands that on by itself. Otherwise it is in a dictionary that the checkpoints of all
+    blocks refer to, where what is computed again takes its place.
     """
 
     name: str
     ops: tuple[Op, ...]
     shares: tuple[str, ...] = ()
+    returned: bool = False
 
 
 class Run(NamedTuple):

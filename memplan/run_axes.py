@@ -110,6 +110,16 @@ def _segments(run: _Run, tokens: Any, rows: int) -> Any:
     return run.by.choose(tokens > 3072, tokens // 10 + run.by.least(tokens, rows), 0)
 
 
+def _distances(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Pairs of positions whose distance is looked up in a table, of the encoder and of the decoder: as ids of an
+    embedding are sorted for its gradient."""
+    for prefix, length in (("", run.s), ("target_", run.t)):
+        if f"{prefix}pairs" in run.needs:
+            pairs = length * length
+            yield f"{prefix}pairs", run.by.choose(pairs > 3072, pairs, 0)
+            yield f"{prefix}pair_segments", _segments(run, pairs, run.fixed["buckets"])
+
+
 def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
     """Of a decoder beside an encoder, whose own tokens are `t`."""
     if not run.model.is_encoder_decoder:
@@ -217,6 +227,7 @@ _Derive = Callable[[_Run], Iterable[tuple[str, Any]] | Mapping[str, Any]]
 _FURTHER: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("efficient_",), _workspaces),
     (("segments_",), _tables),
+    (("pairs", "pair_segments", "target_pairs", "target_pair_segments"), _distances),
     (("t", "sorted_targets", "efficient_workspace_"), _second_sequence),
     (tuple(_SCANNED), _scans),
     (("routed",), _experts),

@@ -14,6 +14,8 @@ _TARGET = {
     "s128": "t128",
     "sorted_ids": "sorted_targets",
     "segments": "target_segments",
+    "pairs": "target_pairs",
+    "pair_segments": "target_pair_segments",
     "efficient_workspace": "efficient_workspace_t",
 }
 
@@ -23,13 +25,13 @@ def decoding(operations: tuple[Op, ...]) -> tuple[Op, ...]:
     return tuple(_changed(op, _own) for op in operations)
 
 
-def crossing(operations: tuple[Op, ...], y: str) -> tuple[Op, ...]:
-    """Attention of the decoder's queries to the encoder's keys and values, up to its output `y`.
+def crossing(operations: tuple[Op, ...], *outputs: str) -> tuple[Op, ...]:
+    """Attention of the decoder's queries to the encoder's keys and values, up to its `outputs`.
 
     Tensors called after keys and values, k... and v..., are of the encoder's sequence, and so is the second of two.
     All have names of their own beside those of the decoder's attention to itself.
     """
-    inner = {t.name for op in operations for t in op.writes if t.name != y}
+    inner = {t.name for op in operations for t in op.writes if t.name not in outputs}
     return tuple(_renamed(_changed(op, _cross), inner) for op in operations)
 
 

@@ -13,11 +13,12 @@ from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
 _SOURCE = "transformers 5.24 models/t5/modeling_t5.py"
+_SORTED = ("ids", "order", "original order", "counts", "starts")  # of pairs of tokens, above 3072
 
 
 def t5(m: ModelSpec, wiring: Wiring) -> Stack:
     """The head of a model that ties it scales what it is given; Flan-T5's, with a weight of its own, does not."""
-    whole = wiring._replace(causal=False)
+    whole, wiring = wiring._replace(causal=False), wiring._replace(padded=False)  # of labels no mask is made
     tied = "shared.weight" if m.tie_word_embeddings else ""
     drop = drops(m, "dropout_rate")
     last = (
@@ -25,11 +26,19 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.leave("x"),
         *dropped("decoder.dropout", "normed", "returned", "b s h", drop),
         *((ops.scale("scale", "returned", "n", "b s h"),) if tied else (ops.view("last", "returned", "n", "b s h"),)),
-        ops.leave("decoder.tokens", "decoder_ids", *_masks(wiring, "mask"), "decoder_bias", "cross_bias", "encoded"),
+        ops.leave(
+            "decoder.tokens", *_masks(wiring, "mask"), *_masks(whole, "cross_mask"), "decoder_bias", "cross_bias"
+        ),
     )
-    runs = (Run((_encoder(m, whole),), "L"), Run((_decoder(m, wiring, whole),), "D", _between(m, wiring, whole)))
-    after = (*decoding(last), decoder("lm_head", "n", tied, tokens="t"), ops.leave("returned", "n"))
-    return Stack(_before(m, whole), runs, after, language_model_loss("t"))
+    runs = (
+        Run((_encoder(m, whole, True),), "L1"),
+        Run((_encoder(m, whole, False),), "L2"),
+        Run((_decoder(m, wiring, whole, True),), "D1", _between(m, wiring, whole)),
+        Run((_decoder(m, wiring, whole, False),), "D2"),
+    )
+    after = (*decoding(last), decoder("lm_head", "n", tied, tokens="t"))
+    loss = (*language_model_loss("t"), ops.leave("decoder_ids", "encoded", "returned", "n"))
+    return Stack(_before(m, whole), tuple(run for run in runs if m.axes()[run.times]), after, loss)
 
 
 def _masks(wiring: Wiring, name: str) -> tuple[str, ...]:
@@ -95,18 +104,11 @@ def _embedded(name: str, ids: str, y: str) -> Op:
     return op._replace(weights=(w,), writes=(Tensor(y, "b s h", f"={w.name}"),), keeps=(Keep(ids, w.name),))
 
 
-def _bias(m: ModelSpec, wiring: Wiring, stack: str, y: str) -> tuple[Op, ...]:
-    """A number a head for every distance of two tokens: the first block makes it, and all of its stack add it.
-
-    It is counted before the blocks. Where these are checkpointed, the first makes the buckets again: the encoder's are
-    counted as there throughout, since its first block is the last of all on the way back.
-    """
-    rows = m.whole("relative_attention_num_buckets", 32)
-    w = Weight(
-        f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", f"{rows} a", "embedding", rows=1
-    )
+def _bias(name: str, y: str) -> tuple[Op, ...]:
+    """A number a head for every distance of two tokens: the first block makes it, and all of its stack add it."""
+    w = Weight(f"{name}.relative_attention_bias.weight", "buckets a", "embedding", rows=1)
     wide = Tensor("distances", "s s", "int64")
-    steps = ("distances", "signs", "absolute", "large", "largest")[: 5 if stack == "encoder" else 4]
+    steps = ("distances", "signs", "absolute", "large", "largest")[: 5 if y == "encoder_bias" else 4]
     return (
         Op(
             f"{y}.buckets",
@@ -120,9 +122,13 @@ def _bias(m: ModelSpec, wiring: Wiring, stack: str, y: str) -> tuple[Op, ...]:
             (f"{y}.buckets",),
             (Tensor(y, "s s a", f"={w.name}"),),
             (w,),
-            () if wiring.checkpoints and stack == "decoder" else (Keep(f"{y}.buckets", w.name),),
-            scratch_back=tuple(Scratch(wide._replace(name=part)) for part in ("ids", "positions", "sorted", "order")),
-            source=f"{ops.DERIVATIVES}: embedding",
+            (Keep(f"{y}.buckets", w.name),),
+            scratch_back=(
+                *(Scratch(Tensor(part, "pairs", "int64")) for part in _SORTED),
+                Scratch(Tensor("segments", "pair_segments", "int64")),
+                Scratch(Tensor("partial sums", "pair_segments a32", "fp32")),
+            ),
+            source="torch 2.13 aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu",
         ),
     )
 
@@ -134,7 +140,6 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         _embedded("encoder.embed_tokens", "ids", "tokens"),
         *_mask(wiring, "tokens", "encoder_mask"),
         *dropped("encoder.dropout", "tokens", "embeds", "b s h", drops(m, "dropout_rate")),
-        *_bias(m, wiring, "encoder", "encoder_bias"),
     )
 
 
@@ -145,21 +150,8 @@ def _mask(wiring: Wiring, x: str, name: str) -> tuple[Op, ...]:
 
 
 def _between(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ...]:
-    """The encoder's last norm; the decoder's ids, embeddings, masks and biases: to the encoder's tokens all are 0.
-
-    Under checkpointing these ask for a gradient, which the first block on the way back makes and the others add to.
-    """
+    """The encoder's last norm; the decoder's ids, embeddings and masks."""
     drop = drops(m, "dropout_rate")
-    zeros = Tensor("cross_bias", "a t s", "=decoder.tokens")
-    asked = (zeros._replace(name="gradient of cross_bias"),) if wiring.checkpoints else ()
-    nothing = Op(
-        "cross_bias",
-        ("decoder.tokens",),
-        (zeros, *asked),
-        gradient="none",
-        holds="step" if wiring.checkpoints else "",
-        source=f"{_SOURCE} T5Attention.forward",
-    )
     made = (
         Op(
             "decoder_input_ids",
@@ -169,8 +161,6 @@ def _between(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ...]:
         ),
         _embedded("decoder.embed_tokens", "decoder_ids", "decoder.tokens"),
         *_mask(wiring, "decoder.tokens", "mask"),
-        *dropped("decoder.dropout", "decoder.tokens", "stream", "b s h", drop),
-        *_bias(m, wiring, "decoder", "decoder_bias"),
     )
     return (
         *norm("encoder.final_layer_norm", "x", "encoded.normed", "b s h"),
@@ -178,14 +168,24 @@ def _between(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ...]:
         *dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drop),
         ops.leave("tokens", "encoder_bias", *_masks(whole, "encoder_mask")),
         *decoding(made),
-        nothing,
+        *crossing(_mask(whole, "decoder.tokens", "cross_mask"), "cross_mask"),
+        *decoding(dropped("decoder.dropout", "decoder.tokens", "stream", "b s h", drop)),
     )
 
 
 def _attention(
-    m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, bias: str, mask: str, states: str = ""
+    m: ModelSpec,
+    wiring: Wiring,
+    name: str,
+    x: str,
+    y: str,
+    bias: str,
+    mask: str,
+    states: str = "",
+    made: tuple[Op, ...] = (),
 ) -> tuple[Op, ...]:
-    """`bias` is added to the scores, and `mask` where there is one. `states`: whose keys and values they are."""
+    """`bias`, which is `made` here or in the first block, is added to the scores, and `mask` where there is one.
+    `states`: whose keys and values they are."""
     drop, masked = drops(m, "dropout_rate"), wiring.has_mask()
     n, crosses = f"{name}.attention", bool(states)
     plain = wiring
@@ -198,22 +198,19 @@ def _attention(
             tuple(
                 new
                 for op in attention(n, "q", "k", "v", "o", plain, False)
-                for new in (
-                    given
-                    if op.name == f"{n}.mask"
-                    else (_with_bias(op, crosses and wiring.checkpoints) if op.name == n else op,)
-                )
+                for new in (given if op.name == f"{n}.mask" else (_with_bias(op) if op.name == n else op,))
             ),
             drop,
         )
-    made = projections(name, x, plain, ("q", "k", "v"), bias=False)
+    projected = projections(name, x, plain, ("q", "k", "v"), bias=False)
     return (
         *(
             op._replace(reads=(states,), keeps=_of(op.keeps, x, states))
             if states and op.name[-2:] in (".k", ".v")
             else op
-            for op in made
+            for op in projected
         ),
+        *made,
         *kernel,
         ops.linear(f"{name}.o", "o", f"{y}.whole", "h", "a d", "attention"),
         ops.leave("q", "k", "v", "o"),
@@ -260,10 +257,10 @@ def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple
     return (*made, lowered)
 
 
-def _with_bias(op: Op, always: bool) -> Op:
-    """The kernel, which makes the bias's gradient for every sequence, whose sum it is; `always`: whoever asks."""
+def _with_bias(op: Op) -> Op:
+    """The kernel, which makes the bias's gradient for every sequence, whose sum it is."""
     kept = tuple(Keep(k.what, "o.bias") for k in op.keeps if k.of == op.reads[0])
-    each = Scratch(Tensor("gradient of the bias", "b a s s8", "=o.bias"), "" if always else "o.bias")
+    each = Scratch(Tensor("gradient of the bias", "b a s s8", "=o.bias"), "o.bias")
     return op._replace(keeps=(*op.keeps, *kept), scratch_back=(*op.scratch_back, each))
 
 
@@ -301,36 +298,47 @@ def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def _self(m: ModelSpec, wiring: Wiring, bias: str, mask: str) -> tuple[Op, ...]:
+def _self(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: bool) -> tuple[Op, ...]:
     name = "layer.0"
+    made = _bias(f"{name}.SelfAttention", bias) if first else ()
     return (
         *norm(f"{name}.layer_norm", "x", "n1", "b s h"),
-        *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask),
+        *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, made=made),
         ops.add(f"{name}.residual", "x", "ao", "x1", "b s h"),
         ops.leave("n1"),
     )
 
 
-def _encoder(m: ModelSpec, wiring: Wiring) -> Block:
-    held = ("probs",) if wiring.backend == "eager" else ()
-    return Block(
-        "encoder.block",
-        (*_self(m, wiring, "encoder_bias", "encoder_mask"), *_mlp(m, "layer.1", "x1", "y"), ops.leave(*held)),
-    )
+def _encoder(m: ModelSpec, wiring: Wiring, first: bool) -> Block:
+    held, bias = ("probs",) if wiring.backend == "eager" else (), "encoder_bias"
+    made = (*_self(m, wiring, bias, "encoder_mask", first), *_mlp(m, "layer.1", "x1", "y"), ops.leave(bias, *held))
+    return Block("encoder.block", made, (bias,) if first else (), returned=True)
 
 
-def _decoder(m: ModelSpec, wiring: Wiring, whole: Wiring) -> Block:
+def _decoder(m: ModelSpec, wiring: Wiring, whole: Wiring, first: bool) -> Block:
+    """The biases of the encoder's tokens are all 0; under checkpointing they ask for a gradient."""
     name, held = "layer.1", ("probs.cross",) if wiring.backend == "eager" else ()
-    cross = _attention(m, whole, f"{name}.EncDecAttention", "n2", "co", "cross_bias", "encoder_mask", "encoded")
-    first = (*_self(m, wiring, "decoder_bias", "mask"), *norm(f"{name}.layer_norm", "x1", "n2", "b s h"))
+    own, crossed = "decoder_bias", "cross_bias"
+    zeros = Op(
+        crossed,
+        ("q",),
+        (Tensor(crossed, "a s s", "=q"),),
+        gradient="none",
+        asks=wiring.checkpoints,
+        source=f"{_SOURCE} T5Attention.forward",
+    )
+    given = (zeros,) if first else ()
+    cross = _attention(m, whole, f"{name}.EncDecAttention", "n2", "co", crossed, "cross_mask", "encoded", given)
+    before = (*_self(m, wiring, own, "mask", first), *norm(f"{name}.layer_norm", "x1", "n2", "b s h"))
     after = (
         ops.leave("probs") if wiring.backend == "eager" else ops.leave("x1"),
         ops.add(f"{name}.residual", "x1", "co", "x2", "b s h"),
         ops.leave("n2"),
         *_mlp(m, "layer.2", "x2", "y"),
-        ops.leave(*held),
+        ops.leave(own, crossed, *held),
     )
-    return Block("decoder.block", (*decoding(first), *crossing(cross, "co"), *decoding(after)))
+    made = (*decoding(before), *crossing(cross, "co", crossed), *decoding(after))
+    return Block("decoder.block", made, (own, crossed) if first else (), returned=True)
 
 
 BUILDERS = {"t5": t5}

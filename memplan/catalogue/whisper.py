@@ -23,7 +23,7 @@ def whisper(m: ModelSpec, wiring: Wiring) -> Stack:
     tied = f"{_DECODER}.embed_tokens.weight" if m.tie_word_embeddings else ""
     after = (
         *decoding((ops.layer_norm(f"{_DECODER}.layer_norm", "x", "n", "b s h", "h"),)),
-        ops.leave("x", "encoded", "decoder_ids", "tokens", "places", "position_ids", *_masks(wiring)),
+        ops.leave("x", "tokens", "places", "position_ids", *_masks(wiring)),
         decoder("proj_out", "n", tied, tokens="t"),
     )
     encoder = Run((_encoder(m, whole),), "L")
@@ -31,7 +31,7 @@ def whisper(m: ModelSpec, wiring: Wiring) -> Stack:
         _before(m),
         (encoder, Run((_decoder(m, wiring, whole),), "D", _between(m, wiring))),
         after,
-        (*language_model_loss("t"), ops.leave("n")),
+        (*language_model_loss("t"), ops.leave("decoder_ids", "encoded", "n")),
     )
 
 

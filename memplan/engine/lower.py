@@ -40,6 +40,11 @@ class Moment(NamedTuple):
         return self._replace(counts=total(self.counts, other.counts), per_copy=per_copy)
 
 
+def leaves(op: Op) -> tuple[str, ...]:
+    """What the operation makes that asks for a gradient of its own."""
+    return tuple(t.name for t in op.writes) if op.asks and op.gradient == "none" else ()
+
+
 class Storage:
     """One storage alive: its size, who refers to it, and whether autograd may add into it in place."""
 
@@ -235,6 +240,8 @@ class Tape:
                 if targets:
                     frame.flows.update(t.name for t in op.writes if t.dtype in FLOATING)
                     pins = tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets))
+            elif grad:
+                frame.flows.update(leaves(op))
             nodes.append(Node(op, targets, pins))
         return nodes
 
@@ -291,6 +298,10 @@ class Tape:
                 for name in op.captures:
                     frame[name].refs += 1
                     holds["nodes"].append(frame[name])
+            if keep or not frame.reentrant:
+                for name in leaves(op):  # the node that accumulates its gradient refers to it
+                    names[name].refs += 1
+                    holds["nodes"].append(names[name])
             for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads)):
                 if last.get(name, i) == i and name not in exported and name in mine:
                     self.drop(mine.pop(name))
@@ -389,6 +400,8 @@ class Tape:
         for storage in holds["forward"]:
             self.drop(storage)
         self.backward(frame, grads)
+        for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # nothing here makes use of it
+            self.drop(grads.pop(name))
         for storage in (*gradients, *returned.values(), *inputs, *holds["step"], *holds["nodes"]):
             self.drop(storage)
 

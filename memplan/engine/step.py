@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
 from memplan.engine.gather import AFTER, BEFORE, ROOT, Gatherer, unit_of
-from memplan.engine.lower import Frame, Moment, Storage, Tape
+from memplan.engine.lower import Frame, Moment, Storage, Tape, leaves
 from memplan.ir import Block, Division, Op, Stack
 
 
@@ -77,7 +77,13 @@ class Passed(NamedTuple):
 
 
 def _copies(
-    stack: Stack, scope: Scope, flowing: Iterable[str], autocast: str | None, depth: Mapping[str, int], leaf: bool
+    stack: Stack,
+    scope: Scope,
+    flowing: Iterable[str],
+    autocast: str | None,
+    depth: Mapping[str, int],
+    leaf: bool,
+    reentrant: bool,
 ) -> list[Copies]:
     """Split off the copies that differ from those after them, from `embeds`; `flowing` has what gradients are asked of.
 
@@ -115,7 +121,7 @@ def _copies(
                 x = inner["y"]._replace(name="x")
                 if block.shares:
                     scope = Scope(scope, {name: inner[name] for name in block.shares})
-                    flowing |= made.intersection(block.shares)
+                    flowing |= _asked(block, made, reentrant)
                 blocks.append(block._replace(ops=ops))
                 scopes.append(inner)
             given = given or joins is not None
@@ -133,6 +139,21 @@ def _copies(
     return out
 
 
+def _asked(block: Block, made: Container[str], reentrant: bool) -> set[str]:
+    """What of a block's shares a gradient is asked of: of all that a function of autograd's own returns, as the
+    reentrant kind of checkpointing is one, if of any."""
+    every = reentrant and block.returned and "y" in made
+    return {name for name in block.shares if every or name in made}
+
+
+def _materialise(tape: Tape, frame: Frame, block: Block, asked: Container[str], grads: dict[str, Storage]) -> None:
+    """Zeros stand for the gradients of what a function of autograd's own returned and nothing later read. A block
+    returns what it `shares`, and what it was given of that."""
+    names = (*block.shares, *(r for op in frame.ops for r in op.reads))
+    for name in dict.fromkeys(n for n in names if n in asked and n not in grads):
+        grads[name] = tape.alloc(frame.scope[name], "temp", of="gradient of ")
+
+
 def _hands_on(block: Block) -> bool:
     """Whether the block returns what it was given, as one does that a run leaves out."""
     return any(op.view and op.reads[0] == "x" and op.writes[0].name == "y" for op in block.ops)
@@ -142,6 +163,7 @@ def _flowing(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
     """The names that gradients are asked of once the operations have run, of those they were given and have made."""
     flows = set(entering)
     for op in ops:
+        flows.update(leaves(op))
         if op.gradient != "none" and (any(w.trains for w in op.weights) or not flows.isdisjoint(op.reads)):
             flows.update(t.name for t in op.writes if t.dtype in FLOATING)
     return flows
@@ -152,7 +174,7 @@ def read_dtype(stack: Stack, writes: str, autocast: str | None, depth: Mapping[s
     scope = Scope()
     scope.resolve(stack.before, autocast)
     found: str | None = None
-    for c in _copies(stack, scope, (), autocast, depth, leaf=False):
+    for c in _copies(stack, scope, (), autocast, depth, leaf=False, reentrant=False):
         for block, inner in zip(c.blocks, c.scopes, strict=True):
             reads = [op.reads[0] for op in block.ops if any(t.name.endswith(writes) for t in op.writes)]
             found = inner[reads[0]].dtype if reads else found
@@ -274,7 +296,7 @@ def run_pass(
     leaf: tuple[str, ...] = ()
     if input_grad:
         before, leaf = _input_leaf(before)
-    copies = _copies(stack, first_scope, _flowing(before, leaf), autocast, depth, input_grad)
+    copies = _copies(stack, first_scope, _flowing(before, leaf), autocast, depth, input_grad, checkpoint and reentrant)
     if gatherer.divides:
         copies = _last_apart(copies, depth)
     if one_by_one:
@@ -370,11 +392,11 @@ def run_pass(
             for name, storage in shares.items():
                 own[name] = made[storage]
                 own[name].shared = True
-                if checkpoint and not reentrant:
+                if checkpoint and not reentrant and not block.returned:
                     own[name].refs += 1
                     frame.shared.append(own[name])
                     frame.shares = tuple(shares.values())
-            flows |= frame.flows.intersection(shares)
+            flows |= _asked(block, frame.flows, checkpoint and reentrant)
             gatherer.release(unit)
             same = y not in made  # the block hands on what it was given
             for storage in (*(() if same else (stream,)), *carried.values()):
@@ -421,7 +443,10 @@ def run_pass(
         units = copies[i].units
         several = number is not None or copies[i].skipped
         earlier = units[-1] if several else copies[i - 1].units[-1] if i else outer
-        for frame, unit, following in zip(reversed(frames), units[::-1], (*units[-2::-1], earlier), strict=True):
+        behind_each = zip(reversed(frames), units[::-1], (*units[-2::-1], earlier), copies[i].blocks[::-1], strict=True)
+        for frame, unit, following, block in behind_each:
+            if checkpoint and reentrant and block.returned and "y" in grads:
+                _materialise(tape, frame, block, flows.intersection(shared), grads)
             used = any(node.targets for node in frame.nodes)
             if used:
                 gatherer.backward(unit, frame, following)
@@ -448,8 +473,9 @@ def run_pass(
     tape.backward(first, grads)
     gatherer.reduce(outer, first)
     gatherer.end()
-    leaves = {*leaf, *(name for joint in joints for name in joint.leaf)}
-    for name in [n for n in grads if n not in leaves]:
+    asked = {*leaf, *(name for joint in joints for name in joint.leaf)}
+    asked.update(name for c in copies for block in c.blocks for op in block.ops for name in leaves(op))
+    for name in [n for n in grads if n not in asked]:
         tape.drop(grads.pop(name))
     for storage in (root, *left.values()):
         tape.drop(storage)

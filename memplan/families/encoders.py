@@ -145,7 +145,15 @@ def _any_target(m: ModelSpec) -> None:
 
 
 def _t5(m: ModelSpec) -> Mapping[str, int]:
-    return {"D": m.whole("num_decoder_layers", m.num_hidden_layers)}
+    decoders = m.whole("num_decoder_layers", m.num_hidden_layers)
+    return {
+        "L1": 1,
+        "L2": m.num_hidden_layers - 1,
+        "D1": 1,
+        "D2": decoders - 1,
+        "buckets": m.whole("relative_attention_num_buckets", 32),
+        "a32": -(-m.num_attention_heads // 32) * 32,
+    }
 
 
 # Source: transformers 5.24 configuration classes.
