@@ -204,7 +204,7 @@ def tower_dtype(model: ModelSpec, recipe: Recipe) -> str:
     stack = apply(build(model, Wiring("flash", "flash", images=True)), recipe)
     autocast = recipe.compute if recipe.autocast else None
     depth = {run.times: axes[run.times] for run in stack.runs}
-    return read_dtype(stack, "v.o.parts.lse", autocast, depth) or recipe.weights
+    return read_dtype(stack, ("v.o.parts.lse", "v.o.lse"), autocast, depth) or recipe.weights
 
 
 @lru_cache(maxsize=512)

@@ -577,6 +577,12 @@ def _tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple
             "goes to the host, too; supported: none, full",
             "kernels.checkpointing",
         )
+    if model.model_type == "llama4" and not (recipe.autocast or recipe.quantization or recipe.weights == "bf16"):
+        raise SpecError(
+            f"precision.weights: llama4's processor makes pixels in bf16, which a tower in {recipe.weights} does not "
+            "take; supported: bf16, or autocast",
+            "precision.weights",
+        )
     if kernels.attention == "flash_attention_2":
         return "flash_2"
     d = model.axes()["vd"]
@@ -662,6 +668,11 @@ def _kernel_notes(model: ModelSpec) -> Iterator[str]:
         yield (
             f"{model.model_type}: layers without attention are counted as transformers' torch code computes them; with "
             f"{package} and causal-conv1d installed, or their kernels from the hub, their activations take less"
+        )
+    if model.model_type == "llama4":
+        yield (
+            "llama4: transformers 5.24's model for images and text fails as it returns its loss, with images and "
+            "without (its decoder's outputs have no image_outputs); counted as if it had them"
         )
 
 

@@ -70,9 +70,8 @@ def test_a_text_holds_the_towers_and_gives_them_no_gradient(name: str) -> None:
     assert 2 * tower <= more < 2 * tower + 512 * 200
 
 
-@pytest.mark.parametrize("name", ["step3p7", "llama4"])
-def test_a_tower_has_layers_that_a_text_skips(name: str) -> None:
-    tower, *_ = build(ModelSpec(config(name)), Wiring("flash", "efficient")).runs
+def test_a_tower_has_layers_that_a_text_skips() -> None:
+    tower, *_ = build(ModelSpec(config("step3p7")), Wiring("flash", "efficient")).runs
     assert tower.times == "vL"
     assert [op.skipped for op in tower.blocks[0].ops] == [False] + [True] * (len(tower.blocks[0].ops) - 1)
 

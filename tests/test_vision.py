@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.accuracy import compared_with_trace
 from memplan import RunSpec, estimate
-from memplan.errors import MemplanError, SpecError, UnknownNameError
+from memplan.cards import find_model
+from memplan.errors import ConfigError, MemplanError, SpecError, UnknownNameError
 from memplan.families.vision import PICTURES, picture_of
 from memplan.models import ModelSpec
 from tests.sampling import sampled
@@ -73,6 +74,32 @@ def test_an_image_of_qwen2_vl_is_a_token_for_every_four_patches(size: Any, token
     assert picture.patches == 4 * tokens
 
 
+# 336 a side: 576 patches are 144 tokens, and three more say where that is. 1024 are grown to 4 x 4 tiles, which are
+# 17 with the whole image; 700 x 1000 to 3 x 3; 6000 x 300 shrunk to 16 x 1; every tile but the whole has a separator.
+@pytest.mark.parametrize(
+    ("size", "tiles", "tokens"),
+    [
+        (336, 1, 144 + 3),
+        (1024, 17, 17 * 144 + 16 + 3),
+        ((700, 1000), 10, 10 * 144 + 9 + 3),
+        ((6000, 300), 17, 17 * 144 + 16 + 3),
+        ((337, 336), 3, 3 * 144 + 2 + 3),
+    ],
+)
+def test_an_image_of_llama_4_is_cut_into_tiles(size: Any, tiles: int, tokens: int) -> None:
+    picture = picture_of(find_model("llama-4-scout"), size)
+    assert (picture.tiles, picture.tokens) == (tiles, tokens)
+    assert picture.patches == 24 * 24
+
+
+@pytest.mark.parametrize("key", ["intermediate_size", "projector_output_dim", "vision_output_dim"])
+def test_a_tower_of_llama_4_that_does_not_fit_itself_is_refused_with_images(key: str) -> None:
+    tower = {**TINY["llama4"]["vision_config"], key: 100}
+    config = {"model_type": "llama4", **TINY["llama4"], "vision_config": tower}
+    with pytest.raises(ConfigError, match=key):
+        estimate(RunSpec(model={"config": config}, batch={"images": 1, "image_size": 56}))
+
+
 def test_without_images_a_tower_is_there_and_takes_no_gradient() -> None:
     whole, still = (
         estimate(run(method={"kind": "full", "frozen": f}, task="train")) for f in ((), ("vision", "projector"))
@@ -120,6 +147,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing to adapt": (
         {"method": {"kind": "lora", "targets": ["q_proj"], "frozen": ["language"]}},
         "method.frozen: nothing is left to adapt of method.targets",
+    ),
+    "pixels in half": (
+        {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "precision": "fp32"},
+        "precision.weights: llama4's processor makes pixels in bf16, which a tower in fp32 does not take",
     ),
     "another version": (
         {"batch": {"images": 1, "image_size": 56}, "profile": "transformers-4.51"},

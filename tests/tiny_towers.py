@@ -82,19 +82,4 @@ TINY: dict[str, dict[str, Any]] = {
             "mlp_ratio": 2.0,
         },
     },
-    "llama4": {
-        "model_type": "llama4",
-        "text_config": {**DECODERS["llama4_text"], "model_type": "llama4_text"},
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-            "projector_input_dim": 16,
-            "projector_output_dim": 16,
-            "vision_output_dim": 16,
-        },
-    },
 }

@@ -57,6 +57,22 @@ TINY: dict[str, dict[str, Any]] = {
         "projection_hidden_size": 64,
         "tie_word_embeddings": False,
     },
+    "llama4": {
+        "text_config": {**TEXTS["llama4_text"], "model_type": "llama4_text"},
+        "vision_config": {
+            "model_type": "llama4_vision_model",
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 112,
+            "patch_size": 14,
+            "projector_input_dim": 96,
+            "projector_output_dim": 96,
+            "vision_output_dim": 96,
+        },
+        "image_token_index": 290,
+    },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "head_dim": 32, "sliding_window": None},
         "vision_config": {

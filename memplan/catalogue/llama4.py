@@ -19,7 +19,6 @@ from memplan.catalogue.llama import (
     runs,
 )
 from memplan.catalogue.llama import inputs as given
-from memplan.catalogue.resting import llama4_tower
 from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -51,25 +50,31 @@ def _rotary_table() -> tuple[Op, ...]:
     )
 
 
-def _turned(name: str, q: str, k: str, q_out: str, k_out: str) -> tuple[Op, ...]:
-    """Heads in fp32, pair by pair times a complex number, and cast back."""
-    heads = ((q, q_out, _Q), (k, k_out, _K))
+def turned(
+    name: str,
+    q: tuple[str, str, str],
+    k: tuple[str, str, str],
+    table: tuple[str, ...] = ("turns",),
+    shape: str = _TURNS,
+) -> tuple[Op, ...]:
+    """Heads (their name, what they become, their shape) in fp32, pair by pair times a complex number, and cast back."""
+    heads = (q, k)
     return (
-        *(ops.cast(f"{name}.float_{x}", x, f"{x}.wide", shape, "fp32") for x, _, shape in heads),
+        *(ops.cast(f"{name}.float_{x}", x, f"{x}.wide", whole, "fp32") for x, _, whole in heads),
         *(
             Op(
                 f"{name}.turn_{x}",
-                (f"{x}.wide", "turns"),
-                (Tensor(f"{x}.turned", shape, "fp32"),),
+                (f"{x}.wide", *table),
+                (Tensor(f"{x}.turned", whole, "fp32"),),
                 (),
-                (Keep("turns", f"{x}.wide"),),
-                scratch_back=(Scratch(Tensor("conjugate", _TURNS, "fp32")),),
+                tuple(Keep(held, f"{x}.wide") for held in table),
+                scratch_back=(Scratch(Tensor("conjugate", shape, "fp32")),),
                 source=f"{ops.DERIVATIVES}: mul.Tensor",
             )
-            for x, _, shape in heads
+            for x, _, whole in heads
         ),
-        *(ops.cast(f"{name}.type_as_{x}", f"{x}.turned", y, shape, f"={x}") for x, y, shape in heads),
-        ops.leave(*(f"{x}.{part}" for x, *_ in heads for part in ("wide", "turned")), q, k),
+        *(ops.cast(f"{name}.type_as_{x}", f"{x}.turned", y, whole, f"={x}") for x, y, whole in heads),
+        ops.leave(*(f"{x}.{part}" for x, *_ in heads for part in ("wide", "turned")), q[0], k[0]),
     )
 
 
@@ -126,7 +131,7 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
     made: list[Op] = []
     q, k = ("q2", "k2") if normed else ("q", "k")
     if layer.rotary:
-        made += _turned(f"{name}.rope", "q1", "k1", q, k)
+        made += turned(f"{name}.rope", ("q1", q, _Q), ("k1", k, _K))
     if normed:
         made += (*_norm_heads(f"{name}.qk_norm", "q2", "q", _Q), ops.leave("q2"))
         made += (*_norm_heads(f"{name}.qk_norm", "k2", "k", _K), ops.leave("k2"))
@@ -221,7 +226,7 @@ def _mlp(x: str, y: str, name: str) -> tuple[Op, ...]:
 
 
 def llama4(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The decoder alone: a text of a vision-language model takes no tower."""
+    """The decoder alone."""
 
     def block(layer: Layer) -> Block:
         ffn = (
@@ -250,9 +255,4 @@ def llama4(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
 
-def with_tower(m: ModelSpec, wiring: Wiring) -> Stack:
-    """A text read by the model for images, whose tower is there."""
-    return llama4_tower(llama4(m, wiring))
-
-
-BUILDERS = {"llama4": with_tower, "llama4_text": llama4}
+BUILDERS = {"llama4_text": llama4}

@@ -38,6 +38,8 @@ def attach(
         return _own(stack, hold_outputs, converts)
     start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
     body, head = stack.after[:start], stack.after[start:]
+    let_go = {op for op in head if op.name == "return" and "n" in op.reads}  # the frame of the loss has no name for it
+    head = tuple(op for op in head if op not in let_go)
     held = hold_outputs or (loss == "chunked_lm_head" and not converts)
     if held and not (loss == "hf" and logits == "model"):
         head = tuple(_held(op) if op is _last_writer(head) else op for op in head)
@@ -45,6 +47,8 @@ def attach(
     match loss:
         case "hf":
             own = cross_entropy(last, logits, single, fused, held)
+            own = tuple(_without(op, "n") for op in own) if let_go else own
+            head = (*head, *let_go)
             return stack._replace(after=(*body, *head), loss=(*own, *((_converted(last),) if converts else ())))
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
@@ -69,6 +73,10 @@ def _own(stack: Stack, hold_outputs: bool, converts: bool) -> Stack:
     after = tuple(_held(op) if hold_outputs and made in op.writes else op for op in stack.after)
     outputs = (_converted("logits", made.shape),) if converts else ()
     return stack._replace(after=after, loss=(*stack.loss, *outputs))
+
+
+def _without(op: Op, name: str) -> Op:
+    return op._replace(reads=tuple(r for r in op.reads if r != name))
 
 
 def _last_writer(head: tuple[Op, ...]) -> Op:

@@ -1,7 +1,6 @@
 """Towers for images and sound that a run on text does not call: of them there are only the weights.
 
-Source: transformers 5.24 models/gemma4/modeling_gemma4.py, models/llama4/modeling_llama4.py,
-models/step3p7/modeling_step3p7.py.
+Source: transformers 5.24 models/gemma4/modeling_gemma4.py, models/step3p7/modeling_step3p7.py.
 """
 
 from __future__ import annotations
@@ -140,22 +139,6 @@ def _plain_layer(projections: tuple[str, ...], norms: tuple[str, ...]) -> tuple[
         _linear("mlp.fc2", "vh", "vf", True),
         *(_norm(name, "vh", True) for name in norms),
     )
-
-
-def llama4_tower(made: Stack) -> Stack:
-    tower = "vision_model"
-    outside = (
-        _linear(f"{tower}.patch_embedding.linear", "vh", "vin"),
-        _own(tower, ("class_embedding", "vh"), ("positional_embedding_vlm", "vpositions vh")),
-        _norm(f"{tower}.layernorm_pre", "vh", True),
-        _norm(f"{tower}.layernorm_post", "vh", True),
-        _linear(f"{tower}.vision_adapter.mlp.fc1", "vp", "vf"),
-        _linear(f"{tower}.vision_adapter.mlp.fc2", "vpo", "vpo"),
-        _buffers(f"{tower}.rotary_embedding", ("freqs_ci", "vpositions vd4 4")),
-        _linear("multi_modal_projector.linear_1", "h", "vo", group="projector"),
-    )
-    layer = _plain_layer(("q_proj", "k_proj", "v_proj", "o_proj"), ("input_layernorm", "post_attention_layernorm"))
-    return _beside(made, outside, ((f"{tower}.model.layers", "vL", layer),))
 
 
 def step_tower(m: ModelSpec, made: Stack) -> Stack:

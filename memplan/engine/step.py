@@ -169,8 +169,11 @@ def _flowing(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
     return flows
 
 
-def read_dtype(stack: Stack, writes: str, autocast: str | None, depth: Mapping[str, int]) -> str | None:
-    """The dtype of the first read of the operation that writes a tensor named `...writes`, in the last such block."""
+def read_dtype(
+    stack: Stack, writes: str | tuple[str, ...], autocast: str | None, depth: Mapping[str, int]
+) -> str | None:
+    """The dtype of the first read of the operation that writes a tensor named `...writes`, in the last such block; of
+    several such names, any."""
     scope = Scope()
     scope.resolve(stack.before, autocast)
     found: str | None = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.errors import ConfigError
 from memplan.families import Family
 from memplan.families.patterns import kinds, listed
-from memplan.families.resting import llama4_tower
+from memplan.families.vision import llama4 as tower
 from memplan.layers import Layer, as_json
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _axes(m: ModelSpec) -> Mapping[str, int]:
 
 
 def _axes_with_tower(m: ModelSpec) -> Mapping[str, int]:
-    return {**_axes(m), **llama4_tower(m)}
+    return {**_axes(m), **tower(m)}
 
 
 _TEXT = {

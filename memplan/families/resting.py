@@ -1,4 +1,4 @@
-"""Sizes of the towers that Gemma 4, Llama 4 and Step-3.7 have beside their decoders, by the axes of their weights.
+"""Sizes of the towers that Gemma 4 and Step-3.7 have beside their decoders, by the axes of their weights.
 
 Source: transformers 5.24 configuration classes.
 """
@@ -62,21 +62,6 @@ def _number(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**21:
         raise ConfigError(f"config: audio_config.{key} must be a whole number from 1, not {as_json(value)}", key)
     return value
-
-
-def llama4_tower(m: ModelSpec) -> Mapping[str, int]:
-    h, side, patch = size(m, "hidden_size", 768), size(m, "image_size", 448), size(m, "patch_size", 14)
-    return {
-        "vL": size(m, "num_hidden_layers", 34),
-        "vh": h,
-        "vf": size(m, "intermediate_size", 5632),
-        "vd4": max(1, h // size(m, "num_attention_heads", 16) // 4),
-        "vin": size(m, "num_channels", 3) * patch * patch,
-        "vpositions": (side // patch) ** 2 + 1,
-        "vp": size(m, "projector_input_dim", 4096),
-        "vpo": size(m, "projector_output_dim", 4096),
-        "vo": size(m, "vision_output_dim", 7680),
-    }
 
 
 def step_tower(m: ModelSpec) -> Mapping[str, int]:

@@ -1,8 +1,9 @@
 """Vision-language models: a language model's config, the sizes of the tower beside it, and what images take of a run.
 
 A tower's axes: vh hidden, va heads, vd head dim, vf FFN width, vin numbers of a patch, vm width of merged patches; vL1,
-vL2 and so on count its layers. What a run decides: `images` of a sequence, `grid` patches of one of them, `patches` and
-`merged` (after patches are merged) of all images of a sequence.
+vL2 and so on count its layers. What a run decides: `images` of a sequence, or tiles where they are cut into those;
+`tile` patches of one of them, `grid` with what the tower adds; `patches` and `merged` (after patches are merged) of all
+images of a sequence.
 """
 
 from __future__ import annotations
@@ -184,6 +185,25 @@ def mistral3(m: ModelSpec) -> dict[str, int]:
     return {**made, "vm": hidden * m.whole("spatial_merge_size", 2) ** 2}
 
 
+def llama4(m: ModelSpec) -> dict[str, int]:
+    """The tower's axes alone; vp and vpo wide are the layers of its adapter, vo what the projector reads."""
+    hidden, patch = size(m, "hidden_size", 768), size(m, "patch_size", 14)
+    made = _tower(
+        hidden,
+        size(m, "num_attention_heads", 16),
+        size(m, "intermediate_size", 5632),
+        (size(m, "num_channels", 3), patch),
+        (size(m, "num_hidden_layers", 34),),
+    )
+    return {
+        **made,
+        "vpositions": (size(m, "image_size", 448) // patch) ** 2 + 1,
+        "vp": size(m, "projector_input_dim", 4096),
+        "vpo": size(m, "projector_output_dim", 4096),
+        "vo": size(m, "vision_output_dim", 7680),
+    }
+
+
 CROSS = (3, 8, 13, 18, 23, 28, 33, 38)  # Llama 3.2's layers that look at the image
 
 
@@ -297,11 +317,15 @@ FAMILIES: dict[str, Family] = {
 
 
 class Picture(NamedTuple):
-    """One image as the tower sees it: rows and columns of patches, and how many tokens of the sequence it is."""
+    """One image as the tower sees it: rows and columns of patches, and how many tokens of the sequence it is.
+
+    `tiles`: it sees so many, each of those rows and columns, and an image is cut into them.
+    """
 
     rows: int
     columns: int
     tokens: int
+    tiles: int = 1
 
     @property
     def patches(self) -> int:
@@ -345,8 +369,56 @@ def _mistral3(m: ModelSpec, height: int, width: int) -> Picture:
     return Picture(rows * merge, columns * merge, rows * (columns + 1))
 
 
+_MOST_TILES = 16  # `max_patches` of the image processor, but for the whole image beside them
+
+
+def _llama4(m: ModelSpec, height: int, width: int) -> Picture:
+    """An image is grown as little as it can be, or shrunk if it must be, to a rectangle of tiles; where those are
+    several, the whole image is one more. A tile's tokens have a separator after them, and the image three of its own.
+
+    Source: transformers 5.24 models/llama4/image_processing_llama4.py get_best_fit, processing_llama4.py.
+    """
+    side, patch, merge = size(m, "image_size", 448), size(m, "patch_size", 14), _shuffled(m)
+    fits = [
+        (min(rows * side / height, tiles // rows * side / width), tiles)
+        for tiles in range(1, _MOST_TILES + 1)
+        for rows in range(1, tiles + 1)
+        if tiles % rows == 0
+    ]
+    grown = [scale for scale, _ in fits if scale >= 1]
+    chosen = min(grown) if grown else max(scale for scale, _ in fits)
+    tiles = min(n for scale, n in fits if scale == chosen)
+    rows = side // patch
+    seen, separators = (tiles + 1, tiles) if tiles > 1 else (1, 0)
+    return Picture(rows, rows, seen * (rows // merge) ** 2 + separators + 3, seen)
+
+
+def _shuffled(m: ModelSpec) -> int:
+    """How many patches a side become one of Llama 4's tokens. Raises ConfigError where the tower fits not itself."""
+    ratio: object = m.part(_VISION).get("pixel_shuffle_ratio", 0.5)
+    merge = round(1 / ratio) if isinstance(ratio, (int, float)) and 0.01 < ratio <= 1 else 0
+    if not merge:
+        raise ConfigError(
+            f"config: {_VISION}.pixel_shuffle_ratio must be a number from 0.01 to 1, not {as_json(cast(Any, ratio))}",
+            "pixel_shuffle_ratio",
+        )
+    axes, rows = llama4(m), size(m, "image_size", 448) // size(m, "patch_size", 14)
+    if not rows or rows % merge:
+        raise ConfigError(f"config: {_VISION}.image_size: {rows} rows of patches do not merge by {merge}", "image_size")
+    wants = {
+        "intermediate_size": (axes["vf"], axes["vh"] * merge**2),
+        "projector_output_dim": (axes["vpo"], axes["vp"]),
+        "vision_output_dim": (axes["vo"], axes["vpo"]),
+    }
+    for key, (found, fits) in wants.items():
+        if found != fits:
+            raise ConfigError(f"config: {_VISION}.{key} is {found}, but the layer before it makes {fits}", key)
+    return merge
+
+
 PICTURES: dict[str, Callable[[ModelSpec, int, int], Picture]] = {
     "gemma3": _gemma3,
+    "llama4": _llama4,
     "mistral3": _mistral3,
     "qwen2_vl": partial(_qwen, 56 * 56, 12_845_056),
     "qwen2_5_vl": partial(_qwen, 56 * 56, 12_845_056),
@@ -359,7 +431,7 @@ PACKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_
 FIXED = ("gemma3",)  # families that resize every image to one size
 
 
-ELSEWHERE = ("kimi_k25",)  # families with a tower whose decoder another module knows
+ELSEWHERE = ("kimi_k25", "llama4")  # families with a tower whose decoder another module knows
 
 
 def is_vision(model_type: str) -> bool:
@@ -396,6 +468,10 @@ def axes_of(m: ModelSpec, images: int, picture: Picture) -> Mapping[str, int]:
         merge = (
             size(m, "image_size", 224) // size(m, "patch_size", 16) // round(sqrt(m.whole("mm_tokens_per_image", 256)))
         )
+    own = 0
+    if m.model_type == "llama4":
+        merge, own, images = _shuffled(m), 1, images * picture.tiles
+    grid = picture.patches + own
     rows, columns = picture.rows // merge, picture.columns // merge
     side = max(1, size(m, "window_size", 112) // merge // size(m, "patch_size", 14))
     window = min(side, rows) * min(side, columns) * merge**2
@@ -403,9 +479,10 @@ def axes_of(m: ModelSpec, images: int, picture: Picture) -> Mapping[str, int]:
         "images": images,
         "patches": images * picture.patches,
         "merged": images * rows * columns,
-        "grid": picture.patches,
-        "grid32": -(-picture.patches // 32) * 32,
-        "grid128": -(-picture.patches // 128) * 128,
+        "tile": picture.patches,
+        "grid": grid,
+        "grid32": -(-grid // 32) * 32,
+        "grid128": -(-grid // 128) * 128,
         "windows": images * -(-rows // side) * -(-columns // side),
         "window": window,
         "window32": -(-window // 32) * 32,

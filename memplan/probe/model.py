@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -85,6 +86,7 @@ def _empty_model(run: RunSpec) -> Any:
             model: Any = getattr(transformers, auto).from_config(config, **options)
         model.tie_weights()  # as loading does: not every version has done it by now
         _untie(model, given)
+        _let_return(model, model_type)
         return model
     except MemplanError:
         raise
@@ -104,6 +106,17 @@ def _untie(model: Any, given: Mapping[str, Any]) -> None:
     head, table = model.get_output_embeddings(), model.get_input_embeddings
     if given.get("tie_word_embeddings") is False and head is not None and head.weight is table().weight:
         head.weight = nn.Parameter(torch.empty_like(head.weight), head.weight.requires_grad)
+
+
+def _let_return(model: Any, model_type: str) -> None:
+    """Llama 4's model for images hands on outputs for which its decoder's have no name, and fails with its loss made.
+
+    Source: transformers 5.24 models/llama4/modeling_llama4.py Llama4ForConditionalGeneration.forward.
+    """
+    if model_type == "llama4":
+        outputs: Any = sys.modules[type(model).__module__].MoeCausalLMOutputWithPast
+        if not hasattr(outputs, "image_outputs"):
+            outputs.image_outputs = None
 
 
 def _plain(value: Any) -> Any:

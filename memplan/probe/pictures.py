@@ -81,6 +81,8 @@ def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             pixels = torch.empty(images * picture.patches, axes["vin"], device=device).normal_()
             sizes = grid if _has_no_data(ids) else grid.tensor
             return {"pixel_values": pixels, "image_grid_thw": sizes, "mm_token_type_ids": kinds}
+        case "llama4":
+            return {"pixel_values": _pixels(images * picture.tiles, picture, side, device, torch.bfloat16)}
         case "gemma3":
             return {"pixel_values": _pixels(images, picture, side, device), "token_type_ids": kinds}
         case "mistral3":
@@ -92,8 +94,11 @@ def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             raise AssertionError(other)
 
 
-def _pixels(images: int, picture: Picture, side: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(images, 3, picture.rows * side, picture.columns * side, device=device).normal_()
+def _pixels(
+    images: int, picture: Picture, side: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    shape = (images, 3, picture.rows * side, picture.columns * side)
+    return torch.empty(*shape, device=device, dtype=dtype).normal_()
 
 
 def _has_no_data(t: torch.Tensor) -> bool:

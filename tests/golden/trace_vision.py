@@ -23,6 +23,26 @@ from tests.golden.trace_runs import write
 from tests.tiny_vision import TINY
 
 KINDS = ("full", "lora", "qlora")
+# but Llama 4's router, which peft cannot adapt
+LLAMA4 = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "fc1",
+    "fc2",
+    "linear_1",
+    "linear",
+)
+
+
+def method(name: str, kind: str) -> dict[str, Any]:
+    """A method that peft runs with the family."""
+    named = kind != "full" and name.replace("-", "").startswith("llama4")
+    return {"kind": kind, **({"targets": LLAMA4} if named else {})}
 
 
 def runs(names: list[str], images: int, size: Any) -> Iterator[tuple[str, RunSpec]]:
@@ -41,7 +61,7 @@ def runs(names: list[str], images: int, size: Any) -> Iterator[tuple[str, RunSpe
                 f"{name}-{kind}",
                 RunSpec(
                     model=model,
-                    method={"kind": kind, "frozen": frozen},
+                    method={**method(name, kind), "frozen": frozen},
                     batch={"micro": 2 if name in TINY else 1, "sequence": sequence, **batch},
                     kernels={"checkpointing": checkpointing},
                     gpu="a100-sxm-80gb",
