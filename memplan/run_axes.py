@@ -14,7 +14,7 @@ from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.graph import built
 from memplan.models import ModelSpec
 from memplan.program import Program
-from memplan.sizes import Arithmetic, Size
+from memplan.sizes import ONE_RUN, Arithmetic, Size
 
 
 class _Run(NamedTuple):
@@ -136,23 +136,40 @@ def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[str, Size]:
-    """Of a model that scans a sequence of `s` tokens: rows of a convolution that is padded at both ends, the tokens
-    before the last, chunks, their borders, rows up to whole chunks, the same where there are more than two, and the
-    sequence where it is whole chunks."""
+    """Axes of a model that scans a sequence of `s` tokens chunk by chunk.
+
+    s_conv            rows of a convolution that is padded at both ends
+    earlier           the tokens before the last
+    chunks, borders   chunks, and the borders of them; `later`, the chunks but one
+    s_chunks          rows of whole chunks; `s_later`, of all but one
+    s_one, s_two      the same where there is one chunk, and where there are several; `slice`, one chunk of several
+    s_whole           the sequence where it is whole chunks; `s_padded`, its rows where it is not; `copied`, one chunk
+                      where it is
+    s_laid            all chunks but one where it is whole chunks, or else the rows of several
+    """
     chunk = numbers.get("chunk", 1)
     chunks = -(-s // chunk)
+    rows, whole = chunks * chunk, s % chunk == 0
+    several = by.choose(chunks > 1, rows, 0)
     return {
         "s_conv": s + numbers.get("kernel", 1) - 1,
         "earlier": s - 1,
         "chunks": chunks,
         "borders": chunks + 1,
-        "s_chunks": chunks * chunk,
-        "s_whole": by.choose(s % chunk == 0, s, 0),
-        "s_several": by.choose(chunks > 2, chunks * chunk, 0),
+        "later": chunks - 1,
+        "s_chunks": rows,
+        "s_later": rows - chunk,
+        "s_one": by.choose(chunks > 1, 0, rows),
+        "s_two": several,
+        "slice": by.choose(chunks > 1, chunk, 0),
+        "s_whole": by.choose(whole, s, 0),
+        "s_padded": by.choose(whole, 0, rows),
+        "copied": by.choose(whole, chunk, 0),
+        "s_laid": by.choose(whole, rows - chunk, several),
     }
 
 
-_SCANNED = frozenset(("s_conv", "earlier", "chunks", "borders", "s_chunks", "s_whole", "s_several"))
+_SCANNED = frozenset(chunked({}, 1, ONE_RUN))
 
 
 def _scans(run: _Run) -> Mapping[str, Any]:
@@ -160,9 +177,10 @@ def _scans(run: _Run) -> Mapping[str, Any]:
 
 
 def _experts(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Rows of one expert, where tokens are spread evenly."""
-    if "routed" in run.needs:
-        yield "routed", -(-run.b * run.s * run.fixed["e"] // run.fixed["E"])
+    """Rows of one expert, where tokens are spread evenly: over all, and over as many as there are groups of."""
+    for name, several in (("routed", "E"), ("spread", "groups")):
+        if name in run.needs:
+            yield name, -(-run.b * run.s * run.fixed["e"] // run.fixed[several])
 
 
 def _chosen_keys(run: _Run) -> Iterator[tuple[str, Any]]:
@@ -212,6 +230,12 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
             yield f"{name}_workspace", efficient_workspace_bytes(of, (d, d), pairs, half, run.large_tiles, run.by)
 
 
+def _seen(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Of attention from the text to what a tower has seen: its workspace where that is memory-efficient."""
+    if "seen_workspace" in run.needs and "seen" in run.axes:
+        yield "seen_workspace", run.workspace(run.s, run.model.head_widths, run.axes["seen"])
+
+
 def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
     """Tokens of a chunk: of LitGPT's chunked loss, and of a fused one."""
     if "lc" in run.needs:
@@ -230,10 +254,11 @@ _FURTHER: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("pairs", "pair_segments", "target_pairs", "target_pair_segments"), _distances),
     (("t", "sorted_targets", "efficient_workspace_"), _second_sequence),
     (tuple(_SCANNED), _scans),
-    (("routed",), _experts),
+    (("routed", "spread"), _experts),
     (("chosen_keys", "several"), _chosen_keys),
     (("wc", "uc", "kc", "wh", "uh", "kh", "tk"), _compressed_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
+    (("seen_",), _seen),
     (("lc", "fc"), _losses),
 )
 

@@ -21,7 +21,10 @@ from memplan.probe.libraries import model_class
 from memplan.run_axes import chunked
 from memplan.sizes import ONE_RUN
 from memplan.units import ITEMSIZE
-from tests.tiny import TINY
+from tests.tiny import TINY as DECODERS
+from tests.tiny_towers import TINY as TOWERS
+
+TINY = {**DECODERS, "step3p7": {key: value for key, value in TOWERS["step3p7"].items() if key != "model_type"}}
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -290,6 +293,8 @@ def test_a_model_keeps_what_autograd_saves(model_type: str, dtype: str) -> None:
     axes |= {"padded_labels": batch * (sequence + 1), "s1": sequence + 1}
     if "E" in axes:  # of which all tokens, being the same, choose the same: as many rows in all as if spread evenly
         axes["routed"] = batch * sequence * axes["e"] // axes["E"]
+    if "groups" in axes:
+        axes["spread"] = batch * sequence * axes["e"] // axes["groups"]
     axes |= {"several": batch, "chosen_keys": min(sequence, model.whole("index_topk", sequence))}
     axes |= chunked(axes, sequence, ONE_RUN)
     low = lower(stack, {run.times: axes[run.times] for run in stack.runs}, labelled=True)

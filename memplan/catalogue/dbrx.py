@@ -101,7 +101,7 @@ def _ffn(m: ModelSpec) -> tuple[Op, ...]:
         experts.top_k(f"{name}.topk", "router.probs", top),
         ops.leave("router.probs"),
         *(experts.divided(f"{name}.normalise", top, experts.SCORES, "norm") if normalised else ()),
-        *experts.loop(x, "mo", m.axes()["E"], "ffn.experts"),
+        *experts.loop(x, "mo", m.axes()["E"], "ffn.experts", experts.in_rows("ffn.experts")),
         ops.leave(*experts.HELD, "n2"),
     )
 

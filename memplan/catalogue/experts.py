@@ -658,13 +658,18 @@ def _module(
     )
 
 
-def loop(x: str, y: str, number: int, name: str) -> tuple[Op, ...]:
-    """Experts whose matrices lie one after the other in parameters that are not stacked: each adds to the sum in place.
+Expert = Callable[[str, str], tuple[Op, ...]]
+OF_A_GROUP = "spread"  # how many rows a group of experts has
+
+
+def loop(x: str, y: str, number: int, name: str, expert: Expert, each: str = ROWS) -> tuple[Op, ...]:
+    """Experts that are parts of parameters, one after the other: each adds to the sum in place.
 
     An expert's part of a parameter is a view, and backward makes the whole parameter's gradient for each.
-    Source: transformers 5.24 models/dbrx/modeling_dbrx.py DbrxExperts, DbrxExpertGLU.
+    `expert(name, t)`: what makes `t.out` of `t.in`. `each`: how many rows one has. Where a group of experts stands for
+    one, what is kept is the same to the byte, and what is there for a moment is a group's rows, which are more.
+    Source: transformers 5.24 models/dbrx/modeling_dbrx.py DbrxExperts, models/step3p7/modeling_step3p7.py.
     """
-    gate_, up, down = (Weight(f"{name}.mlp.{w}", "E f h", "mlp", rows=2, chosen="e") for w in ("w1", "v1", "w2"))
     out: list[Op] = [
         Op(f"{name}.zeros", (), (Tensor("experts.sum", "b s h", f"={x}"),), gradient="none"),
         Op(f"{name}.one_hot", (CHOSEN,), (Tensor("experts.mask", f"{PAIRS} E1", "int64"),), gradient="none"),
@@ -672,25 +677,21 @@ def loop(x: str, y: str, number: int, name: str) -> tuple[Op, ...]:
     ]
     last = "experts.sum"
     for i in range(number):
-        t, n, wide, rows = f"expert{i}", f"{name}.{i}", f"{ROWS} f", f"{ROWS} h"
+        t, n, rows = f"expert{i}", f"{name}.{i}", f"{each} h"
         places, added = f"{t}.places", f"{t}.sum"
         out += (
-            Op(f"{n}.where", ("experts.mask",), (Tensor(places, f"2 {ROWS}", "int64"),), gradient="none"),
+            Op(f"{n}.where", ("experts.mask",), (Tensor(places, f"2 {each}", "int64"),), gradient="none"),
             _moved(f"{n}.gather", x, places, f"{t}.in", rows),
-            _part(f"{n}.w1", f"{t}.in", f"{t}.gate", wide, gate_),
-            _part(f"{n}.v1", f"{t}.in", f"{t}.up", wide, up),
-            ops.activation(f"{n}.activation_fn", f"{t}.gate", f"{t}.act", wide),
-            ops.mul(f"{n}.product", f"{t}.act", f"{t}.up", f"{t}.inner", wide),
-            _part(f"{n}.w2", f"{t}.inner", f"{t}.out", rows, down),
-            ops.leave(f"{t}.in", f"{t}.up", f"{t}.act"),
-            _moved(f"{n}.scores", SCORES, places, f"{t}.scores", ROWS),
+            *expert(n, t),
+            _moved(f"{n}.scores", SCORES, places, f"{t}.scores", each),
             weighed(n, f"{t}.out", f"{t}.scores", f"{t}.weighted", rows),
+            ops.cast(f"{n}.cast", f"{t}.weighted", f"{t}.added", rows, f"={x}"),
             Op(
                 f"{n}.index_add",
-                (last, f"{t}.weighted", places),
+                (last, f"{t}.added", places),
                 (Tensor(added, "b s h", f"={x}"),),
                 (),
-                (Keep(places, f"{t}.weighted"), Keep(f"{t}.weighted", f"{t}.weighted")),
+                (Keep(places, f"{t}.added"), Keep(f"{t}.added", f"{t}.added")),
                 gradient="same",
                 view=True,
                 source=f"{ops.DERIVATIVES}: index_add",
@@ -698,6 +699,41 @@ def loop(x: str, y: str, number: int, name: str) -> tuple[Op, ...]:
         )
         last = added
     return (*out, ops.view(f"{name}.view", last, y, "b s h"), ops.leave("experts.mask", "experts.hit", x))
+
+
+def in_rows(name: str) -> Expert:
+    """For `loop`, a gated MLP whose matrices lie one after the other in parameters that are not stacked."""
+    gate_, up, down = (Weight(f"{name}.mlp.{w}", "E f h", "mlp", rows=2, chosen="e") for w in ("w1", "v1", "w2"))
+    wide = f"{ROWS} f"
+
+    def expert(n: str, t: str) -> tuple[Op, ...]:
+        return (
+            _part(f"{n}.w1", f"{t}.in", f"{t}.gate", wide, gate_),
+            _part(f"{n}.v1", f"{t}.in", f"{t}.up", wide, up),
+            ops.activation(f"{n}.activation_fn", f"{t}.gate", f"{t}.act", wide),
+            ops.mul(f"{n}.product", f"{t}.act", f"{t}.up", f"{t}.inner", wide),
+            _part(f"{n}.w2", f"{t}.inner", f"{t}.out", f"{ROWS} h", down),
+            ops.leave(f"{t}.in", f"{t}.up", f"{t}.act"),
+        )
+
+    return expert
+
+
+def in_stacks(name: str, act: Callable[[str, str, str], tuple[Op, ...]]) -> Expert:
+    """For `loop` in groups, matrices stacked as in `experts`, which peft takes for no linear layers, and its `act`."""
+    up = _stack(f"{name}.gate_up_proj", "E 2 m h", 3, ())
+    down = _stack(f"{name}.down_proj", "E h m", 2, ())
+
+    def expert(n: str, t: str) -> tuple[Op, ...]:
+        return (
+            _part(f"{n}.gate_up_proj", f"{t}.in", f"{t}.gate_up", f"{OF_A_GROUP} 2 m", up),
+            ops.leave(f"{t}.in"),
+            *act(n, f"{t}.gate_up", f"{t}.inner"),
+            ops.leave(f"{t}.gate_up"),
+            _part(f"{n}.down_proj", f"{t}.inner", f"{t}.out", f"{OF_A_GROUP} h", down),
+        )
+
+    return expert
 
 
 def _part(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
@@ -708,7 +744,7 @@ def _part(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
         (Tensor(y, shape),),
         (w,),
         (Keep(w.name, x), Keep(x, w.name)),
-        scratch_back=(Scratch(Tensor("of one expert", "f h", f"={w.name}"), w.name),),
+        scratch_back=(Scratch(Tensor("of one expert", w.shape.partition(" ")[2], f"={w.name}"), w.name),),
         autocast="lower",
         product="matrix",
         source=f"{ops.DERIVATIVES}: mm, select_backward",

@@ -1,7 +1,7 @@
 """Step-3.7: heads gated one by one, layers with and without a window, an expert that all share beside those chosen.
 
-transformers runs its experts in a loop over those that are chosen; here their rows are counted together, as one grouped
-product has them: what a loop holds of them is the same, but for the copies of one expert at a time.
+transformers runs its experts in a loop over those that are chosen; here each has as many rows as the others, and
+where there are many, a group of them stands for one.
 Source: transformers 5.24 models/step3p7/modeling_step3p7.py.
 """
 
@@ -35,7 +35,7 @@ def _bounded(name: str, gate: str, up: str, y: str, shape: str) -> tuple[Op, ...
 
 
 def _expert(name: str, x: str, y: str) -> tuple[Op, ...]:
-    shape = f"{experts.PAIRS} m"
+    shape = f"{experts.OF_A_GROUP} m"
     halves = (Tensor(f"{y}.half", shape), Tensor(f"{y}.other", shape))
     return (ops.split(f"{name}.chunk", x, halves), *_bounded(name, halves[0].name, halves[1].name, y, shape))
 
@@ -51,11 +51,12 @@ def _mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:
     return ops.with_axes(made, {"f": width})
 
 
-def _mixture(x: str, y: str, bias: bool, name: str = "mlp") -> tuple[Op, ...]:
+def _mixture(x: str, y: str, number: int, bias: bool, name: str = "mlp") -> tuple[Op, ...]:
+    parts = experts.in_stacks(f"{name}.experts", _expert)
     return (
         *_mlp(x, "shared", f"{name}.shared_experts", "fs", bias),
         *unadapted(experts.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
-        *experts.experts(x, "chosen", gate_up=(), down=(), act=_expert),
+        *experts.loop(x, "chosen", number, f"{name}.experts", parts, experts.OF_A_GROUP),
         ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
         ops.leave("chosen"),
         ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
@@ -98,10 +99,10 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
 
 def step3p7(m: ModelSpec, wiring: Wiring) -> Stack:
     """A text: the vision tower is there, and not called."""
-    bias = m.get("mlp_bias", False)
+    bias, number = m.get("mlp_bias", False), m.axes()["groups"]
 
     def block(layer: Layer) -> Block:
-        ffn = _mixture("n2", "mo", bias) if layer.ffn == "experts" else _mlp("n2", "mo", "mlp", "f", bias)
+        ffn = _mixture("n2", "mo", number, bias) if layer.ffn == "experts" else _mlp("n2", "mo", "mlp", "f", bias)
         made = decoder_block(_heads(m, wiring, layer, "n1", "ao"), ffn, norm=rms_norm, held=returned(wiring))
         return local(made) if layer.sliding else made
 

@@ -14,6 +14,7 @@ from memplan.layers import Layer
 if TYPE_CHECKING:
     from memplan.models import ModelSpec
 
+_GROUPS = 16  # into which hundreds of experts in a loop are put, so that an answer does not take seconds
 INDEXED = "attention to blocks of keys"
 _INDEXED = {"minimax_m3_sparse": True, "full_attention": False}
 _OLDER = {
@@ -77,9 +78,12 @@ def _step_layers(m: ModelSpec) -> tuple[Layer, ...]:
 
 def _step_axes(m: ModelSpec) -> Mapping[str, int]:
     every: Any = listed(m, "layer_types")
+    number = m.whole("n_routed_experts")
     return {
         **step_tower(m),
-        "E": m.whole("n_routed_experts"),
+        "E": number,
+        "E1": number + 1,
+        "groups": min(number, _GROUPS),
         "e": m.whole("num_experts_per_tok"),
         "m": m.whole("moe_intermediate_size"),
         "fs": m.whole("share_expert_dim"),
