@@ -190,11 +190,14 @@ def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
 
 @lru_cache(maxsize=256)
 def attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
-    """The dtype of the queries that attention is given, before any cast of its own."""
+    """The dtype of the queries that attention is given, before any cast of its own; in a model that has none, of what
+    the delta rule is given."""
     axes = model.axes()
     stack = apply(build(model, Wiring("flash_2", "flash_2")), recipe)
     autocast = recipe.compute if recipe.autocast else None
-    return read_dtype(stack, ".lse", autocast, {run.times: axes[run.times] for run in stack.runs}) or recipe.weights
+    depth = {run.times: axes[run.times] for run in stack.runs}
+    found = (read_dtype(stack, of, autocast, depth) for of in (".lse", "beta"))
+    return next(filter(None, found), recipe.weights)
 
 
 @lru_cache(maxsize=256)

@@ -52,6 +52,8 @@ class Weight(NamedTuple):
                 bitsandbytes does not take it
     several     of a linear layer whose module returns more than the product, as one that peft or bitsandbytes puts in
                 its place does not
+    direct      of a linear layer whose weight the model reads itself, and does not call its module unless it is
+                quantised: adapters around it are idle
     chosen      the axis that says how many along the first one a token uses, where it does not use all
     stacked     matrices along the first axis, as one parameter of three dimensions; `rows` counts that axis too
     stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
@@ -69,6 +71,7 @@ class Weight(NamedTuple):
     transposed: bool = False
     viewed: bool = False
     several: bool = False
+    direct: bool = False
     chosen: str = ""
     stacked: bool = False
     stands_for: tuple[str, ...] = ()

@@ -322,7 +322,13 @@ def _decide(
     notes += _expert_notes(graph, capability)
     if recipe.frozen and method.kind in ADAPTERS and not any(w.group == "adapter" for w, _, _ in weights_of(graph)):
         raise SpecError("method.frozen: nothing is left to adapt of method.targets", "method.frozen")
-    if ranks.world > 1 and any(w.idle for w, _, _ in weights_of(graph)):
+    if method.kind in ADAPTERS and not any(w.trains for w, _, _ in weights_of(graph)):
+        raise SpecError(
+            f"method.targets: {model.model_type} models do not call {', '.join(recipe.targets)}, and adapters there "
+            "get no gradients; name others too",
+            "method.targets",
+        )
+    if ranks.world > 1 and any(w.idle and w.group != "adapter" for w, _, _ in weights_of(graph)):
         raise SpecError(
             "batch.images: without images the tower gets no gradients, which several GPUs would wait for; say images, "
             "or method.frozen vision and projector",

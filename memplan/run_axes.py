@@ -143,8 +143,8 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     chunks, borders   chunks, and the borders of them; `later`, the chunks but one
     s_chunks          rows of whole chunks; `s_later`, of all but one
     s_one, s_two      the same where there is one chunk, and where there are several; `slice`, one chunk of several
-    s_whole           the sequence where it is whole chunks; `s_padded`, its rows where it is not; `copied`, one chunk
-                      where it is
+    s_whole           the sequence where it is whole chunks; `s_whole_two`, where it is several; `copied`, one chunk
+                      where it is; `s_padded`, its rows where it is not
     s_laid            all chunks but one where it is whole chunks, or else the rows of several
     """
     chunk = numbers.get("chunk", 1)
@@ -163,6 +163,7 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
         "s_two": several,
         "slice": by.choose(chunks > 1, chunk, 0),
         "s_whole": by.choose(whole, s, 0),
+        "s_whole_two": by.choose(whole, several, 0),
         "s_padded": by.choose(whole, 0, rows),
         "copied": by.choose(whole, chunk, 0),
         "s_laid": by.choose(whole, rows - chunk, several),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from memplan import RunSpec, estimate
+from memplan import Estimate, RunSpec, estimate
 from memplan.cards import load_card
 from memplan.errors import ConfigError, SpecError
 from memplan.models import ModelSpec
@@ -92,6 +92,27 @@ def test_mamba_is_not_quantised_where_it_reads_a_weight_itself() -> None:
     estimate(run("falcon_mamba", method={"kind": "qlora", "targets": ["in_proj"]}))
 
 
+def test_adapters_around_a_layer_that_is_not_called_are_there_and_get_no_gradients() -> None:
+    def answer(*targets: str, kind: str = "lora") -> Estimate:
+        return estimate(run("jamba", method={"kind": kind, "rank": 4, "targets": targets}))
+
+    made, mambas = config("jamba"), 3
+    into, out = made["mamba_dt_rank"], 2 * made["hidden_size"]
+    adapters = mambas * 4 * (into + out)
+    bytes_ = mambas * sum((4 * 4 * width + 511) // 512 * 512 for width in (into, out))
+    without, beside = answer("in_proj"), answer("in_proj", "dt_proj")
+    assert beside.parameters.trainable - without.parameters.trainable == adapters
+    assert beside.categories["optstate"] == without.categories["optstate"]
+    loaded = [next(phase.peak for phase in a.phases if phase.phase == "load") for a in (without, beside)]
+    assert loaded[1] - loaded[0] == bytes_
+    called = answer("in_proj", "dt_proj", kind="qlora").categories["optstate"]
+    steps = 2 * mambas * 512  # a number for each matrix
+    assert called - answer("in_proj", kind="qlora").categories["optstate"] == 2 * bytes_ + steps
+    with pytest.raises(SpecError, match="dt_proj") as caught:
+        answer("dt_proj")
+    assert caught.value.field == "method.targets"
+
+
 @pytest.mark.parametrize("model_type", ["jamba", "mamba2", "qwen3_next", "llama"])
 def test_an_answer_says_that_fused_kernels_take_less(model_type: str) -> None:
     notes = [note for note in estimate(run(model_type)).notes if "causal-conv1d" in note]
@@ -118,18 +139,41 @@ def test_sequences_are_counted_in_whole_chunks() -> None:
         "earlier": 127,
         "chunks": 2,
         "borders": 3,
+        "later": 1,
         "s_chunks": 128,
+        "s_later": 64,
+        "s_one": 0,
+        "s_two": 128,
+        "slice": 64,
         "s_whole": 128,
-        "s_several": 0,
+        "s_padded": 0,
+        "copied": 64,
+        "s_laid": 64,
     }
     assert chunked(of, 129, ONE_RUN) == {
         "s_conv": 129 + 3,
         "earlier": 128,
         "chunks": 3,
         "borders": 4,
+        "later": 2,
         "s_chunks": 192,
+        "s_later": 128,
+        "s_one": 0,
+        "s_two": 192,
+        "slice": 64,
         "s_whole": 0,
-        "s_several": 192,
+        "s_padded": 192,
+        "copied": 0,
+        "s_laid": 192,
+    }
+    alone = chunked(of, 50, ONE_RUN)
+    assert {name: alone[name] for name in ("later", "s_later", "s_one", "s_two", "slice", "s_laid")} == {
+        "later": 0,
+        "s_later": 0,
+        "s_one": 64,
+        "s_two": 0,
+        "slice": 0,
+        "s_laid": 0,
     }
 
 

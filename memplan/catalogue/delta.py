@@ -4,7 +4,8 @@ transformers computes the delta rule with flash-linear-attention's kernels where
 chunk in torch; this is the torch code, exact against a trace of it.
 
 Letters of their own: `lk` key heads `ldk` wide, `lv` value heads `ldv` wide, `convolved` channels of q, k and v
-together, `chunks` of `chunk` rows, `s_chunks` rows in all, `s_conv` rows of a convolution padded at both ends.
+together, `chunks` of `chunk` rows, `s_chunks` rows in all, `s_conv` rows of a convolution padded at both ends. See
+`memplan.program.chunked` for those of a single chunk, of several, and of all but one.
 """
 
 from __future__ import annotations
@@ -82,13 +83,11 @@ def l2_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op, ...]:
     """`query`, `key` (`b s lk ldk`), `value`, `g` and `beta` to the heads' outputs, `b s lv ldv`: transformers'
     torch_chunk_gated_delta_rule. `repeats`: each key head serves several value heads. `wide`: they are in fp32, so that
-    nothing lays them out head by head, but for padding, and every product of a whole number of chunks does for itself.
-
-    The scan over chunks keeps of each the state it began with and its corrected values. On the way back every chunk's
-    part of a gradient is spread to the whole of it and added; the most is there when the second chunk from the end is
-    done: the gradients of all five and two of the outputs' or one more of the largest.
+    nothing lays them out head by head, but for padding, and every product of a whole number of chunks does for itself;
+    where they are not repeated, a product of one chunk reads them as the convolution left them.
     """
     of = name
+    whole = ("s_whole" if repeats else "s_whole_two") if wide else ""
     q, k = ("query.all", "key.all") if repeats else ("query", "key")
     return (
         *(
@@ -133,17 +132,17 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
         ),
         mask_fill(f"{of}.causal", "pairs.difference", "later", "pairs.masked", _PAIRS),
         exp(f"{of}.pairwise_decay", "pairs.masked", "pairs", _PAIRS)._replace(autocast="fp32"),
-        *_product(f"{of}.keys", "k.beta.chunks", "k.chunks", "keys", wide),
+        *_product(f"{of}.keys", "k.beta.chunks", "k.chunks", "keys", whole),
         ops.mul(f"{of}.ut_system", "keys", "pairs", "system", _PAIRS),
-        *_product(f"{of}.scores", "q.chunks", "k.chunks", "scores", wide),
+        *_product(f"{of}.scores", "q.chunks", "k.chunks", "scores", whole),
         ops.mul(f"{of}.intra_chunk", "scores", "pairs", "intra", _PAIRS),
         exp(f"{of}.decay_of_keys", "cum", "cum.k_beta", _CHUNKS)._replace(autocast="fp32"),
         spread(f"{of}.decayed_k_beta", "k.beta.chunks", "cum.k_beta", "k.beta.decayed", _QK_CHUNKS),
-        _solve(f"{of}.new_values", "v.beta.chunks", "values", _V_CHUNKS),
-        _solve(f"{of}.k_cumdecay", "k.beta.decayed", "k.cumulated", _QK_CHUNKS),
+        _solve(f"{of}.new_values", "v.beta.chunks", "values", _V_CHUNKS, wide),
+        _solve(f"{of}.k_cumdecay", "k.beta.decayed", "k.cumulated", _QK_CHUNKS, wide),
         Op(f"{of}.zeros", (), (Tensor("outputs.zero", _V_CHUNKS, "fp32"),)),
         exp(f"{of}.decay_of_queries", "cum", "cum.query", _CHUNKS)._replace(autocast="fp32"),
-        spread(f"{of}.decayed_query", "q.chunks", "cum.query", "q.decayed", _QK_CHUNKS),
+        _decayed(f"{of}.decayed_query", "q.chunks", "cum.query", "q.decayed"),
         Op(
             f"{of}.to_the_end",
             ("cum",),
@@ -152,9 +151,10 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
             source=f"{ops.DERIVATIVES}: sub.Tensor",
         ),
         exp(f"{of}.decay_of_states", "cum.left", "cum.key", _CHUNKS)._replace(autocast="fp32"),
-        spread(f"{of}.decayed_key", "k.chunks", "cum.key", "k.decayed", _QK_CHUNKS),
+        ops.view(f"{of}.several_keys", "k.chunks", "k.several", "b lv s_two ldk"),
+        _decayed(f"{of}.decayed_key", "k.several", "cum.key", "k.decayed")._replace(gradient="view"),
         exp(f"{of}.chunk_decay", "cum", "cum.chunk", "b lv chunks")._replace(autocast="fp32"),
-        *_scan(f"{of}.scan"),
+        *_scan(f"{of}.scan", wide and repeats),
         ops.copy(f"{of}.flatten", "outputs", "outputs.flat", _V_CHUNKS, gradient="same"),
         ops.leave("outputs"),
         ops.view(f"{of}.rows", "outputs.flat", "outputs.rows", _V, gradient="new"),
@@ -162,75 +162,111 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
             writes=(Tensor(y, "b s lv ldv", "=query"),), gradient="new"
         ),
         ops.leave("outputs.flat"),
-        ops.leave("q.decayed", "k.decayed", "v.rows", "beta.rows", "decay", "v.beta", "k.beta", "later", "cum"),
-        ops.leave("pairs", "system", "intra", "k.beta.decayed", "values", "k.cumulated", "cum.chunk", "slices"),
+        ops.leave("q.decayed", "q.decayed.one", "k.decayed", "k.decayed.one"),
+        ops.leave("v.rows", "beta.rows", "decay", "v.beta", "k.beta", "later", "cum"),
+        ops.leave("pairs", "system", "intra", "k.beta.decayed", "values", "k.cumulated", "cum.chunk"),
+        ops.leave("corrected.last", "read"),
     )
 
 
-def _product(name: str, a: str, b: str, y: str, wide: bool) -> tuple[Op, ...]:
-    """Rows by columns of every chunk; what is not laid out head by head is copied so, and the copies are kept."""
+def _product(name: str, a: str, b: str, y: str, copied: str) -> tuple[Op, ...]:
+    """Rows by columns of every chunk; `copied` rows are not laid out head by head but copied so, and that is kept."""
     product = ops.matmul(name, a, b, y, _PAIRS)
-    if not wide:
+    if not copied:
         return (product,)
     copies = (f"{y}.rows", f"{y}.columns")
     return (
-        *(
-            Op(f"{name}.flatten", (x,), (Tensor(t, "b lv s_whole ldk", "fp32"),), gradient="none")
-            for x, t in zip((a, b), copies, strict=True)
-        ),
-        product._replace(keeps=(*product.keeps, Keep(copies[1], a), Keep(copies[0], b))),
+        *(_laid(f"{name}.flatten", x, t, copied) for x, t in zip((a, b), copies, strict=True)),
+        product._replace(keeps=(Keep(copies[1], a), Keep(copies[0], b))),
         ops.leave(*copies),
     )
 
 
-def _solve(name: str, x: str, y: str, shape: str) -> Op:
-    """A triangular system solved for every chunk. The gradient of the system is a product, negated, and its half."""
+def _laid(name: str, x: str, y: str, rows: str) -> Op:
+    """A copy that is laid out head by head."""
+    return Op(name, (x,), (Tensor(y, f"b lv {rows} ldk", "fp32"),), gradient="none")
+
+
+def _solve(name: str, x: str, y: str, shape: str, wide: bool) -> Op:
+    """A triangular system solved for every chunk. The gradient of the system is a product, negated, and its half.
+
+    The queries that were padded, and so need no copy, are kept for their product with the keys.
+    """
+    padded = (Scratch(Tensor("padded queries", "b lv s_padded ldk", "fp32")),) if wide else ()
     return Op(
         name,
         ("system", x),
         (Tensor(y, shape),),
         (),
         tuple(Keep(what, of) for of in ("system", x) for what in ("system", y)),
-        scratch_back=(Scratch(Tensor("product", _PAIRS, f"={x}"), "system"),),
+        scratch_back=(Scratch(Tensor("product", _PAIRS, f"={x}"), "system"), *padded),
         source=f"{ops.DERIVATIVES}: linalg_solve_triangular",
     )
 
 
-def _scan(name: str) -> tuple[Op, ...]:
+def _decayed(name: str, x: str, decay: str, y: str) -> Op:
+    """`x * decay`, told apart by whether there is one chunk, of which the scan keeps nothing, or several."""
+    op = spread(name, x, decay, y, _QK_CHUNKS)
+    return op._replace(writes=(Tensor(y, "b lv s_two ldk"), Tensor(f"{y}.one", "b lv s_one ldk")))
+
+
+def _scan(name: str, copied: bool) -> tuple[Op, ...]:
     """The loop over chunks as one operation, and beside it what autograd keeps of all chunks.
 
-    Autocast casts what is multiplied, chunk by chunk: each state and its corrected values twice.
+    Of each that is the state it began with, its corrected values, and what they are multiplied by: but not of the first
+    chunk, whose state is zero, what multiplies it, nor of the last what makes a state that nobody reads. Autocast casts
+    what is multiplied, chunk by chunk: each state and its corrected values twice. Where they are
+    `copied`, each chunk of the queries and keys is.
+
+    On the way back every chunk's part of a gradient is spread to the whole of it and added; the most is there when the
+    second chunk from the end is done: the gradients of all five and two of the outputs' or one more of the largest.
     """
-    products = {"k.cumulated": _QK_CHUNKS, "q.decayed": _QK_CHUNKS, "intra": _PAIRS, "k.decayed": _QK_CHUNKS}
-    made = {"states": "b lv chunks ldk ldv", "corrected": _V_CHUNKS}
+    some, state, chunk = "b lv s_later ldk", "b lv ldk ldv", "b lv chunk ldv"
+    products = {"k.cumulated": some, "q.decayed": some, "intra": "b lv s_later chunk", "k.decayed": some}
+    last = {"state.last": state, "corrected.last": chunk}
+    made = {**last, "states": "b lv later ldk ldv", "corrected": "b lv s_later ldv"}
     again = {f"{t}.{part}": t for t in made for part in ("low", "again")}
-    given = ("values", *(f"{t}.low" for t in products), "cum.chunk")
-    kept = (*given[1:], "states", *again)
-    slices = tuple(Tensor(f"of a chunk {i}", "b lv chunk ldv", "fp32") for i in range(2))
+    unread = ("corrected.last.again", "k.decayed.last")  # what the last state is made of: with it, it goes
+    given = ("values", "k.cumulated", "q.decayed", "q.decayed.one", "intra", "k.decayed", "cum.chunk")
+    beside = (*(f"{t}.low" for t in products), "intra.last", "states", *(y for y in again if y not in unread))
+    sums = (
+        Tensor("decayed state", state, "fp32"),
+        Tensor("product", state, "=k.decayed.low"),
+        Tensor("sum", state, "fp32"),
+    )
+    parts = tuple(Scratch(Tensor(f"of a chunk {i}", "b lv slice ldv", "fp32")) for i in range(2))
+
+    def part(t: str, y: str, shape: str, laid: str = "") -> tuple[Op, ...]:
+        """Some rows of `t`, cast or copied chunk by chunk; or else they are those of the whole."""
+        if copied and laid:
+            return (_laid(f"{name}.{y}", t, y, laid)._replace(recorded=True),)
+        rows = ops.view(f"{name}.{y}.rows", t, f"{y}.rows", shape, gradient="none")
+        return (rows._replace(recorded=True), lowered(f"{name}.{y}", f"{y}.rows", y, shape)._replace(recorded=True))
+
     return (
-        Op(
-            f"{name}.kept",
-            ("values",),
-            tuple(Tensor(t, shape, "fp32") for t, shape in made.items()),
-            gradient="none",
-            recorded=True,
+        *(
+            Op(f"{name}.{t}", ("values",), (Tensor(t, shape, "fp32"),), gradient="none", recorded=t not in last)
+            for t, shape in made.items()
         ),
-        *(lowered(f"{name}.{y}", t, y, made[t])._replace(recorded=True) for y, t in again.items()),
-        *(lowered(f"{name}.{t}", t, f"{t}.low", shape)._replace(recorded=True) for t, shape in products.items()),
+        *(op for y, t in again.items() for op in part(t, y, made[t])),
+        *(
+            op
+            for t, shape in products.items()
+            for op in part(t, f"{t}.low", shape, "s_laid" if t in ("q.decayed", "k.decayed") else "")
+        ),
+        *part("k.decayed", "k.decayed.last", "b lv chunk ldk", "copied"),
+        *(op._replace(recorded=False) for op in part("intra", "intra.last", "b lv chunk chunk")),
         Op(
             name,
-            (*given, "states", *again),
-            (Tensor("outputs", _V_CHUNKS, "fp32"), Tensor("slices", "2 b lv chunk ldv", "fp32")),
+            (*given, *beside),
+            (Tensor("outputs", _V_CHUNKS, "fp32"), Tensor("read", chunk, "=intra.low")),
             (),
-            tuple(Keep(what, of) for of in given for what in kept),
-            scratch=slices,
-            scratch_back=(
-                Scratch(Tensor("of the chunk before", "b lv s_several widest", "fp32")),
-                *(Scratch(t) for t in slices),
-            ),
+            tuple(Keep(what, of) for of in given for what in (*beside, "cum.chunk")),
+            scratch=(Tensor("of the outputs", chunk, "=intra.low"), Tensor("sum", chunk, "=intra.low")),
+            scratch_back=(Scratch(Tensor("of the chunk before", "b lv s_two widest", "fp32")), *parts),
             source=f"{_SOURCE} torch_chunk_gated_delta_rule",
         ),
-        ops.leave("states", *again)._replace(recorded=True),
+        Op(f"{name}.update", ("state.last", "outputs", *unread), scratch=sums),
     )
 
 

@@ -49,9 +49,10 @@ def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
     """The time step's projection multiplies by the layer's weight itself, and the product is laid out by channel. A
     quantised layer is called, and its bias taken off again, which takes the same."""
     layer = ops.linear(f"{name}.dt_proj", x, "dt.flat", "inner", "dtr", "mixer")
+    (matrix,) = layer.weights
     bias = Weight(f"{name}.dt_proj.bias", "inner", "mixer")
     return (
-        layer,
+        layer._replace(weights=(matrix._replace(direct=True),)),
         ops.copy(f"{name}.by_channel", "dt.flat", "dt.channels", _ROWS, gradient="new"),
         ops.leave("dt.flat"),
         Op(

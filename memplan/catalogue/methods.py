@@ -384,7 +384,8 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
                 litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)
             )
         if takes(op):
-            return tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
+            adapted = tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
+            return (_idle(op, adapted), op) if w.direct and not w.stored else adapted
         if w.stored:
             return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute, older, recipe.keeps))
         return (op,)
@@ -438,6 +439,12 @@ def _saved(op: Op, saved: tuple[str, ...]) -> Op:
     keeps = tuple(Keep(ours.get(k.what, k.what), ours.get(k.of, k.of)) for k in op.keeps)
     scratch = tuple(s._replace(of=ours.get(s.of, s.of)) for s in op.scratch_back)
     return op._replace(weights=(*copies, *op.weights), keeps=keeps, scratch_back=scratch)
+
+
+def _idle(op: Op, adapted: tuple[Op, ...]) -> Op:
+    """The adapters alone, around a layer that nobody calls."""
+    own = {w.name: w._replace(trains=False, idle=True) for o in adapted for w in o.weights if w.group == "adapter"}
+    return Op(f"{op.name}.adapters", weights=tuple(own.values()), gradient="none")
 
 
 def _dressed(op: Op, recipe: Recipe) -> Op:

@@ -2,6 +2,7 @@
 
 python tests/golden/trace_families.py mixtral qwen3_moe >> tests/golden/traced_families.jsonl
 python tests/golden/trace_families.py --layers 2 olmoe-1b-7b mixtral-8x7b >> tests/golden/traced_families.jsonl
+python tests/golden/trace_families.py --layers 4 --sequence 128 --autocast qwen3.5-4b-text
 
 A model_type is traced with its config in tests/tiny.py, a card with its own; `--layers` leaves all but the first layers
 of a card out, so that a model of hundreds of gigabytes can be traced at its real width. Each is traced with full, LoRA
@@ -60,7 +61,8 @@ def config_of(name: str, layers: int) -> dict[str, Any]:
     return config
 
 
-def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, RunSpec]]:
+def runs(names: list[str], layers: int, sequence: int, autocast: bool) -> Iterator[tuple[str, RunSpec]]:
+    precision = {"precision": {"weights": "fp32", "compute": "bf16", "autocast": True}} if autocast else {}
     for name in names:
         config = config_of(name, layers)
         for kind, options in (*RUNS, *(MORE if name in TINY else ())):
@@ -68,7 +70,12 @@ def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, Ru
             batch = {"micro": 8 if name in TINY else 2, "sequence": sequence}
             yield (
                 f"{name}-{kind}",
-                RunSpec(model={"config": config}, batch=batch, gpu="a100-sxm-80gb", **{**options, "method": method}),
+                RunSpec(
+                    model={"config": config},
+                    batch=batch,
+                    gpu="a100-sxm-80gb",
+                    **{**options, **precision, "method": method},
+                ),
             )
 
 
@@ -77,12 +84,12 @@ def main() -> None:
     parser.add_argument("names", nargs="+", help="model_types of tests/tiny.py, or cards")
     parser.add_argument("--layers", type=int, default=0, help="of cards: only so many")
     parser.add_argument("--sequence", type=int, default=256)
+    parser.add_argument("--autocast", action="store_true", help="in fp32 under bf16 autocast")
     asked = parser.parse_args()
     unknown = [name for name in asked.names if name not in TINY and name not in card_names()]
     if unknown:
         parser.error(f"neither in tests/tiny.py nor a card: {', '.join(unknown)}")
-    wanted = list(runs(asked.names, asked.layers, asked.sequence))
-    write(wanted)
+    write(list(runs(asked.names, asked.layers, asked.sequence, asked.autocast)))
 
 
 if __name__ == "__main__":
