@@ -118,7 +118,8 @@ class Op(NamedTuple):
     spared          of a cast: the dtype it need not be done from, because the next kernel reads that one itself.
     autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                     output is fp32 (`wide`).
-    holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them.
+    holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them; as an
+                    encoder's `states`, until an operation outside of blocks that `releases` those.
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
@@ -147,6 +148,7 @@ class Op(NamedTuple):
     spared: str = ""
     autocast: str = ""
     holds: str = ""
+    releases: bool = False
     captures: tuple[str, ...] = ()
     asks: bool = False
     skipped: bool = False
@@ -162,12 +164,14 @@ class Block(NamedTuple):
     A block is what checkpointing recomputes as a unit. What it `shares`, all that comes later may read; its run has it
     once. `returned`: the model hands that on by itself. Otherwise it is in a dictionary that the checkpoints of all
     blocks refer to, where what is computed again takes its place.
+    A `lasting` one is never checkpointed, as those of a tower whose layers the library does not checkpoint.
     """
 
     name: str
     ops: tuple[Op, ...]
     shares: tuple[str, ...] = ()
     returned: bool = False
+    lasting: bool = False
 
 
 class Run(NamedTuple):

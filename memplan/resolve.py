@@ -91,6 +91,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         batch.micro == 1,
         run.parallelism,
         bool(run.batch.images),
+        dict(pictures).get("seen", 0) % 8 != 0,
     )
     decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
     if not pictures:
@@ -209,6 +210,7 @@ def _decide(
     single: bool,
     parallelism: Parallelism,
     images: bool,
+    uneven: bool,
 ) -> Decided:
     asked = kernels.fused is not None
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
@@ -280,6 +282,7 @@ def _decide(
             flattens=single and model.model_type in JOINED,
             wide=seen == "fp32",
             images=images,
+            uneven=uneven,
             tower=_tower(model, recipe, kernels, capability) if images else "",
             checkpoints=checkpoints,
         ),

@@ -27,7 +27,8 @@ class Wiring(NamedTuple):
     does not cap them. flattens: heads of a single sequence are flattened without a copy, and what they are views of
     stays whole. wide: what it is given is fp32. images: the batch has some. tower: the kernel of the attention in the
     tower that sees them. causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
-    checkpoints: blocks are checkpointed, as T5's code asks.
+    checkpoints: blocks are checkpointed, as T5's code asks. uneven: what tokens see of images is no multiple of 8 rows,
+    to which the kernel pads their mask.
     """
 
     backend: str
@@ -49,6 +50,7 @@ class Wiring(NamedTuple):
     tower: str = "flash"
     causal: bool = True
     checkpoints: bool = False
+    uneven: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
@@ -71,6 +73,7 @@ NO_FLASH_2 = {
     "llama4": "it attends to no chunks",
     "llama4_text": "it attends to no chunks",
     "mimo_v2_flash": "it knows no sinks",
+    "mllama": "its class does not support it",
     "minimax_m3_vl_text": "it takes no mask of blocks",
     "step3p7": "its class does not support it",
 }
@@ -312,6 +315,36 @@ def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: s
             source=f"{_ATEN}/cuda/attention_backward.cu",
         ),
         ops.leave("k.heads", "v.heads"),
+    )
+
+
+def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tuple[Op, ...]:
+    """Attention from q to k and v of images (`b seen k d`) with a mask of numbers, `b s seen`: the memory-efficient
+    kernel. A mask whose rows are no multiple of 8 is padded in every layer.
+
+    Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp preprocess_mask, pad_bias.
+    """
+    given, bias = "bias.lowered", f"{y}.bias"
+    masked = (
+        _lowered(f"{name}.mask", mask, given, "b s seen"),
+        ops.copy(f"{name}.pad_mask", given, bias, "b s seen8")
+        if wiring.uneven
+        else ops.view(f"{name}.mask_same", given, bias, "b s seen"),
+    )
+
+    def seen(t: Tensor) -> Tensor:
+        own = t.name[:1] in ("k", "v")
+        shape = t.shape.replace("efficient_workspace", "seen_workspace")
+        return t._replace(shape=" ".join("seen" if own and axis == "s" else axis for axis in shape.split()))
+
+    return tuple(
+        made._replace(
+            writes=tuple(map(seen, made.writes)),
+            scratch_back=tuple(s._replace(tensor=seen(s.tensor)) for s in made.scratch_back),
+            product="whole attention over seen" if made.product else "",
+        )
+        for op in _efficient(name, "q", "k", "v", y, grouped, mask, "d")
+        for made in (masked if op.name == f"{name}.mask" else (op,))
     )
 
 

@@ -293,7 +293,10 @@ class Tape:
             if op.holds:
                 for t in op.writes:
                     names[t.name].refs += 1
-                    holds[op.holds].append(names[t.name])
+                    holds.setdefault(op.holds, []).append(names[t.name])
+            if op.releases:
+                for storage in holds.pop("states", ()):
+                    self.drop(storage)
             if op.captures and node.targets and (keep or not frame.reentrant):
                 for name in op.captures:
                     frame[name].refs += 1

@@ -196,13 +196,18 @@ def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:
     return {name: behind[last[name].name] for name in names if name in last and last[name].name in behind}
 
 
-def _behind(ops: Iterable[Op]) -> dict[str, str]:
-    """The storages behind the names that the operations make, of views what they are views of."""
-    behind: dict[str, str] = {}
+def _behind(ops: Iterable[Op], given: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The storages behind the names that the operations make or are `given`, of views what they are views of."""
+    behind = dict(given)
     for op in ops:
         for t in op.writes:
             behind[t.name] = behind[op.reads[0]] if op.view and op.reads[0] in behind else t.name
     return behind
+
+
+def _views_of_x(ops: Iterable[Op]) -> set[str]:
+    """The views of what the last block made, by which later operations may read that."""
+    return {name for name, root in _behind(ops, {"x": "x"}).items() if name != root == "x"}
 
 
 def _x(flows: bool) -> frozenset[str]:
@@ -355,7 +360,9 @@ def run_pass(
         if c.joins is not None:
             own |= {"x": stream, **carried}
             joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
-            own = tape.forward(joint, later[at] - {"x"} | {c.joins.stream}, own)
+            views = dict.fromkeys(_views_of_x(joint.ops).intersection(later[at]), stream)
+            stream.refs += len(views)
+            own = tape.forward(joint, later[at] - {"x"} | {c.joins.stream}, own) | views
             for storage in own.values():
                 storage.shared = True
             stream = own[c.joins.stream]
@@ -377,11 +384,13 @@ def run_pass(
             )
             tape.enter_run(number, firsts[number])
         tape.enter_copy(c.skipped)
+        entering = stream
         frames: list[Frame] = []
         for i, (block, inner, unit) in enumerate(zip(c.blocks, c.scopes, c.units, strict=True)):
             enters = flows | _x(x_flows)
             frame = Frame(block.ops, inner, {**own, "x": stream}, enters, block.name, last_layer + i)
-            if checkpoint:
+            again = checkpoint and not block.lasting
+            if again:
                 frame.reentrant = reentrant
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
                 frame.to_host = to_host
@@ -391,15 +400,15 @@ def run_pass(
             gatherer.gather(unit, frame)
             behind = _behind(block.ops)
             y, shares = behind["y"], {name: behind[name] for name in block.shares}
-            made = tape.forward(frame, (y, *returned.values(), *shares.values()), checkpoint=checkpoint)
+            made = tape.forward(frame, (y, *returned.values(), *shares.values()), checkpoint=again)
             for name, storage in shares.items():
                 own[name] = made[storage]
                 own[name].shared = True
-                if checkpoint and not reentrant and not block.returned:
+                if again and not reentrant and not block.returned:
                     own[name].refs += 1
                     frame.shared.append(own[name])
                     frame.shares = tuple(shares.values())
-            flows |= _asked(block, frame.flows, checkpoint and reentrant)
+            flows |= _asked(block, frame.flows, again and reentrant)
             gatherer.release(unit)
             same = y not in made  # the block hands on what it was given
             for storage in (*(() if same else (stream,)), *carried.values()):
@@ -410,6 +419,8 @@ def run_pass(
             frames.append(frame)
         if number is not None:
             tape.leave_run(stream, *carried.values(), *gatherer.handed)
+            if any(op.holds == "states" for block in c.blocks for op in block.ops):
+                entering.run = number  # it stands for what the other copies were given, and is released with them
         tape.leave_copy()
         ran.append((number, frames))
     own |= {"x": stream, **carried}

@@ -204,6 +204,16 @@ def llama4(m: ModelSpec) -> dict[str, int]:
     }
 
 
+INTERMEDIATE = (3, 7, 15, 23, 30)  # layers of Llama 3.2's tower whose output the language model sees, too
+
+
+def intermediate(m: ModelSpec) -> tuple[int, ...]:
+    """Those of the tower's first layers whose output goes to the language model beside that of the last."""
+    found = places(m, "intermediate_layers_indices", INTERMEDIATE)
+    depth = size(m, "num_hidden_layers", 32)
+    return tuple(sorted(i for i in set(found) if i < depth))
+
+
 CROSS = (3, 8, 13, 18, 23, 28, 33, 38)  # Llama 3.2's layers that look at the image
 
 
@@ -211,16 +221,19 @@ def mllama(m: ModelSpec) -> dict[str, int]:
     hidden, patch = size(m, "hidden_size", 1280), size(m, "patch_size", 14)
     tiles = size(m, "max_num_tiles", 4)
     rows = (size(m, "image_size", 448) // patch) ** 2 + 1
+    inner = intermediate(m)
+    depth = size(m, "num_hidden_layers", 32)
     ratios: object = m.part(_VISION).get("supported_aspect_ratios")
     made = _tower(
         hidden,
         size(m, "attention_heads", 16),
         size(m, "intermediate_size", 5120),
         (size(m, "num_channels", 3), patch),
-        (size(m, "num_hidden_layers", 32), size(m, "num_global_layers", 8)),
+        (*stretches(depth, inner), size(m, "num_global_layers", 8)),
     )
     return {
         **made,
+        "vinner": len(inner),
         "vo": size(m, "vision_output_dim", 7680),
         "vrows": rows,
         "vtiles": tiles,
@@ -416,10 +429,21 @@ def _shuffled(m: ModelSpec) -> int:
     return merge
 
 
+def _mllama(m: ModelSpec, height: int, width: int) -> Picture:
+    """Every image takes as many tiles as there may be, whatever its size: those it does not fill are zeros. In the
+    sequence one token stands for it, and every token after that sees all of it.
+
+    Source: transformers 5.24 models/mllama/image_processing_mllama.py pad_batches_and_tiles.
+    """
+    side = size(m, "image_size", 448) // size(m, "patch_size", 14)
+    return Picture(side * size(m, "max_num_tiles", 4), side, 1)
+
+
 PICTURES: dict[str, Callable[[ModelSpec, int, int], Picture]] = {
     "gemma3": _gemma3,
     "llama4": _llama4,
     "mistral3": _mistral3,
+    "mllama": _mllama,
     "qwen2_vl": partial(_qwen, 56 * 56, 12_845_056),
     "qwen2_5_vl": partial(_qwen, 56 * 56, 12_845_056),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), partial(_qwen, 65_536, 16_777_216)),
@@ -428,7 +452,7 @@ PICTURES: dict[str, Callable[[ModelSpec, int, int], Picture]] = {
 }
 # Families whose images are one sequence, which is split for sdpa alone.
 PACKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
-FIXED = ("gemma3",)  # families that resize every image to one size
+FIXED = ("gemma3", "mllama")  # families whose images are all of one size to the tower
 
 
 ELSEWHERE = ("kimi_k25", "llama4")  # families with a tower whose decoder another module knows
@@ -461,6 +485,8 @@ def picture_of(m: ModelSpec, pixels: int | tuple[int, int] | None) -> Picture:
 
 def axes_of(m: ModelSpec, images: int, picture: Picture) -> Mapping[str, int]:
     """The axes that the images of a run decide: those of a sequence, of one image, and of one window of it."""
+    if m.model_type == "mllama":
+        return _tiled(m, images, picture)
     merge = size(m, "spatial_merge_size", 2)
     if m.model_type == "mistral3":
         merge = m.whole("spatial_merge_size", 2)
@@ -487,4 +513,22 @@ def axes_of(m: ModelSpec, images: int, picture: Picture) -> Mapping[str, int]:
         "window": window,
         "window32": -(-window // 32) * 32,
         "window128": -(-window // 128) * 128,
+    }
+
+
+def _tiled(m: ModelSpec, images: int, picture: Picture) -> Mapping[str, int]:
+    """Llama 3.2's: `grid` rows of an image, those of its tiles, each with a row of its own and padded to whole eights;
+    `seen` by the language model of all images, not padded."""
+    tiles = size(m, "max_num_tiles", 4)
+    rows = picture.patches // tiles + 1
+    grid, seen = tiles * -(-rows // 8) * 8, images * tiles * rows
+    return {
+        "images": images,
+        "patches": images * picture.patches,
+        "merged": images,
+        "grid": grid,
+        "grid32": -(-grid // 32) * 32,
+        "window": grid,
+        "seen": seen,
+        "seen8": -(-seen // 8) * 8,
     }

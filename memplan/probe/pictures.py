@@ -90,6 +90,17 @@ def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             if _has_no_data(ids):
                 _know_sizes(base, merged // each)
             return {"pixel_values": _pixels(images, picture, side, device), "image_sizes": sizes}
+        case "mllama":
+            tiles, channels = axes["vtiles"], axes["vin"] // side**2
+            sides = picture.columns * side
+            rows = run.batch.micro, each
+            ones = torch.ones(*rows, tiles, dtype=torch.int64, device=device)
+            return {
+                "pixel_values": torch.empty(*rows, tiles, channels, sides, sides, device=device).normal_(),
+                "aspect_ratio_ids": torch.ones(rows, dtype=torch.int64, device=device),
+                "aspect_ratio_mask": ones,
+                "cross_attention_mask": ones.unsqueeze(1).repeat(1, ids.shape[1], 1, 1),
+            }
         case other:
             raise AssertionError(other)
 
