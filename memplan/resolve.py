@@ -107,7 +107,7 @@ def _pictures(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
         if batch.image_size is not None:
             raise SpecError("batch.image_size: the size of no image; say batch.images too", "batch.image_size")
         return ()
-    if not is_vision(model.model_type):
+    if not is_vision(model.model_type) and not model.part("vision_config"):
         raise SpecError(f"batch.images: {called} has no vision tower", "batch.images")
     if not sees(model.model_type):
         raise SpecError(

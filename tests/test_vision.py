@@ -15,6 +15,7 @@ from memplan.errors import ConfigError, MemplanError, SpecError, UnknownNameErro
 from memplan.families.vision import PICTURES, picture_of
 from memplan.models import ModelSpec
 from tests.sampling import sampled
+from tests.tiny_towers import TINY as RESTING
 from tests.tiny_vision import TINY
 
 GOLDEN = Path(__file__).parent / "golden" / "traced_vision.jsonl"
@@ -126,6 +127,10 @@ def test_more_images_take_more_and_a_frozen_tower_less(family: str, kind: str) -
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tower": ({"model": "qwen2-7b", "batch": {"images": 1}}, "batch.images: qwen2-7b has no vision tower"),
+    "a tower that rests": (
+        {"model": {"config": RESTING["gemma4-small"]}, "batch": {"images": 1, "image_size": 64}},
+        "batch.images: what the tower of gemma4 takes for images is not supported yet",
+    ),
     "no size": ({"batch": {"images": 1}}, "batch.image_size: "),
     "a size alone": ({"batch": {"image_size": 64}}, "batch.image_size: the size of no image; say batch.images too"),
     "too many": (
