@@ -153,6 +153,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"method": {"kind": "lora", "targets": ["q_proj"], "frozen": ["language"]}},
         "method.frozen: nothing is left to adapt of method.targets",
     ),
+    "states by name": (
+        {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "kernels": {"checkpointing": "offload"}},
+        "kernels.checkpointing: offload is not supported yet with images of llama4",
+    ),
+    "states by name, reentrant": (
+        {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "kernels": {"reentrant": True}},
+        "kernels.reentrant: true is not supported yet with images of llama4",
+    ),
     "pixels in half": (
         {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "precision": "fp32"},
         "precision.weights: llama4's processor makes pixels in bf16, which a tower in fp32 does not take",
