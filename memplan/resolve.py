@@ -580,10 +580,10 @@ def _tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple
             f"supported: {', '.join(known)}",
             "kernels.attention",
         )
-    if kernels.checkpointing == "offload" and model.model_type == "mistral3":
+    if kernels.checkpointing == "offload" and model.model_type in ("mistral3", "mllama"):
         raise SpecError(
-            "kernels.checkpointing: offload is not supported yet with images of mistral3, whose mask of all patches "
-            "goes to the host, too; supported: none, full",
+            f"kernels.checkpointing: offload is not supported yet with images of {model.model_type}, whose masks go to "
+            "the host, too; supported: none, full",
             "kernels.checkpointing",
         )
     if model.model_type == "llama4" and (kernels.checkpointing == "offload" or kernels.reentrant):

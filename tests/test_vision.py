@@ -12,7 +12,7 @@ from benchmarks.accuracy import compared_with_trace
 from memplan import RunSpec, estimate
 from memplan.cards import find_model
 from memplan.errors import ConfigError, MemplanError, SpecError, UnknownNameError
-from memplan.families.vision import PICTURES, picture_of
+from memplan.families.vision import PICTURES, axes_of, picture_of
 from memplan.models import ModelSpec
 from tests.sampling import sampled
 from tests.tiny_towers import TINY as RESTING
@@ -101,6 +101,29 @@ def test_a_tower_of_llama_4_that_does_not_fit_itself_is_refused_with_images(key:
         estimate(RunSpec(model={"config": config}, batch={"images": 1, "image_size": 56}))
 
 
+def test_an_image_of_llama_3_2_is_one_token_and_all_tiles_whatever_its_size() -> None:
+    spec = ModelSpec({"model_type": "mllama", **TINY["mllama"]})
+    pictures = {picture_of(spec, size) for size in (None, 28, (8000, 100))}
+    (picture,) = pictures
+    assert (picture.patches, picture.tokens) == (4 * (56 // 14) ** 2, 1)
+    # each tile has a row of its own, and is padded from 17 to 24 rows: the language model sees 4 x 17 of an image
+    axes = axes_of(spec, 2, picture)
+    assert (axes["grid"], axes["seen"]) == (4 * 24, 2 * 4 * 17)
+
+
+def test_a_tower_that_is_never_checkpointed_takes_the_same_either_way() -> None:
+    def more(checkpointing: str) -> int:
+        batch = {"micro": 2, "sequence": 64}
+        peaks = [
+            estimate(run("mllama", batch={**batch, "images": n}, kernels={"checkpointing": checkpointing}))
+            for n in (4, 5)
+        ]
+        return peaks[1].bytes.allocated - peaks[0].bytes.allocated
+
+    rows, kept = 2 * 4 * 24, 4 * 160 + 2 * 432  # of an image: at least q, k, v, o, and two of the MLP
+    assert more("full") > 6 * rows * kept * 2
+
+
 def test_without_images_a_tower_is_there_and_takes_no_gradient() -> None:
     whole, still = (
         estimate(run(method={"kind": "full", "frozen": f}, task="train")) for f in ((), ("vision", "projector"))
@@ -148,6 +171,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "kernels": {"checkpointing": "offload"},
         },
         "kernels.checkpointing: offload is not supported yet with images of mistral3",
+    ),
+    "masks on the host": (
+        {"model": model("mllama"), "batch": {"images": 1}, "kernels": {"checkpointing": "offload"}},
+        "kernels.checkpointing: offload is not supported yet with images of mllama",
+    ),
+    "four dimensions": (
+        {"model": model("mllama"), "kernels": {"attention": "flash_attention_2"}},
+        "kernels.attention: mllama does not run with flash_attention_2",
     ),
     "nothing to adapt": (
         {"method": {"kind": "lora", "targets": ["q_proj"], "frozen": ["language"]}},

@@ -726,6 +726,7 @@ def _mllama_tower(m: ModelSpec) -> Tower:
     for i in range(1, count):
         runs.append(Run((local,), f"vL{i + 1}", (*kept[i - 1], ops.cast("stream", "x", "stream", _ROWS, "=x"))))
     between = (
+        ops.leave("embeds"),
         *(op for view in kept[count - 1 :] for op in view),
         *t.norm(f"{n}.layernorm_post", "x", "v.post", _ROWS, "vh"),
         *_tile(f"{n}.post_tile_positional_embedding", "v.post", "v.global", _ROWS),
@@ -739,13 +740,12 @@ def _mllama_tower(m: ModelSpec) -> Tower:
         ops.view(f"{n}.inner", "v.stacked", "v.inner", "b seen vo", gradient="new"),
     )
     after = (
+        ops.leave("v.global"),
         ops.view(f"{n}.last", "x", "v.last", "b seen vo", gradient="new"),
         *(stacked if states else ()),
         Op(f"{n}.cat", parts, (Tensor("v.features", "b seen vo"),), gradient="same", source=_MLLAMA),
         ops.view("image_outputs", "v.features", "v.returned", "b seen vo")._replace(holds="forward"),
-        ops.leave("x", "embeds", "v.patches", "v.mask", *states, *(("v.stacked",) if states else ()))._replace(
-            releases=True
-        ),
+        ops.leave("x", "v.patches", "v.mask", *states, *(("v.stacked",) if states else ()))._replace(releases=True),
         t.linear("multi_modal_projector", "v.features", "features", "h", "vo", "projector", "b seen", flat=False),
     )
     inputs = (

@@ -224,7 +224,8 @@ def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]
     names: list[str] = []
     for leaf in leaves:
         module = leaf.name.removesuffix(".base_layer")
-        if not any(w.trains for other in before if other.name.startswith(module) for w in other.weights):
+        of = [w for op in before for w in op.weights if op.name.startswith(module) or w.name.startswith(module)]
+        if not any(w.trains for w in of):
             names.append(leaf.name)
     made = tuple(op._replace(holds="step") if op.name in names else op for op in before)
     return made, tuple(op.writes[0].name for op in leaves if op.name in names)
