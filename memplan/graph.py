@@ -74,6 +74,9 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     recipe, model = graph.recipe, graph.model
     axes = {**model.axes(), "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
+    if graph.wiring.by_name:
+        named = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
+        stack = stack._replace(runs=tuple(named))
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)

@@ -163,7 +163,8 @@ class Block(NamedTuple):
 
     A block is what checkpointing recomputes as a unit. What it `shares`, all that comes later may read; its run has it
     once. `returned`: the model hands that on by itself. Otherwise it is in a dictionary that the checkpoints of all
-    blocks refer to, where what is computed again takes its place.
+    blocks refer to, where what is computed again takes its place. `by_name`: so it is given what it reads besides `x`,
+    which checkpointing of the reentrant kind then refers to until the graph goes.
     A `lasting` one is never checkpointed, as those of a tower whose layers the library does not checkpoint.
     """
 
@@ -172,6 +173,7 @@ class Block(NamedTuple):
     shares: tuple[str, ...] = ()
     returned: bool = False
     lasting: bool = False
+    by_name: bool = False
 
 
 class Run(NamedTuple):

@@ -285,6 +285,7 @@ def _decide(
             uneven=uneven,
             tower=_tower(model, recipe, kernels, capability) if images else "",
             checkpoints=checkpoints,
+            by_name=words["by_name"] and checkpoints,
         ),
         checkpoint=checkpoints,
         loss=str(kernels.loss),

@@ -27,8 +27,8 @@ class Wiring(NamedTuple):
     does not cap them. flattens: heads of a single sequence are flattened without a copy, and what they are views of
     stays whole. wide: what it is given is fp32. images: the batch has some. tower: the kernel of the attention in the
     tower that sees them. causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
-    checkpoints: blocks are checkpointed, as T5's code asks. uneven: what tokens see of images is no multiple of 8 rows,
-    to which the kernel pads their mask.
+    checkpoints: blocks are checkpointed, as T5's code asks. by_name: they are given masks and positions by name.
+    uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask.
     """
 
     backend: str
@@ -51,6 +51,7 @@ class Wiring(NamedTuple):
     causal: bool = True
     checkpoints: bool = False
     uneven: bool = False
+    by_name: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and

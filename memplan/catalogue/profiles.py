@@ -34,6 +34,7 @@ WORDS = {
     "experts": "how experts are written: stacked (one parameter of three dimensions), modules (linear layers), own",
     "keeps_matrix": "a product with a GPTQ matrix keeps it dequantised for the backward pass",
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
+    "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -124,6 +125,14 @@ PROFILES = (
             Row("lingers", False, "assumed: the step is a function of its own, as in transformers' Trainer"),
             Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
             Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
+            Row("by_name", True, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer.__call__"),
+            Row(
+                "by_name",
+                False,
+                "transformers 5.24 models/t5/modeling_t5.py T5Stack.forward, and alike",
+                "",
+                ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
+            ),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
             Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
@@ -157,6 +166,7 @@ PROFILES = (
             Row(
                 "uncapped", True, "transformers 4.51.3 models/gemma2/modeling_gemma2.py _supports_sdpa", "", ("gemma2",)
             ),
+            Row("by_name", False, "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel.forward"),
             Row(
                 "gathers_again",
                 True,

@@ -95,6 +95,7 @@ class Frame:
         self.recomputed = False
         self.exported: Container[str] = ()
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
+        self.named: list[Storage] = []  # what it keeps until the graph goes
         self.to_host = False  # but for `x`, which it keeps in host memory
         self.shares: Container[str] = ()  # what it makes for later blocks, which the checkpoints of all refer to
         self.shared: list[Storage] = []
@@ -208,8 +209,11 @@ class Tape:
         frame.exported = exported
         left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
         if not any(node.pins for node in frame.nodes):  # nothing will ask for a recomputation
+            frame.checkpoint += frame.named
             self._release_checkpoint(frame)
-        elif frame.to_host:
+            return left
+        self._held["nodes"] += frame.named
+        if frame.to_host:
             self._put_away(frame.scope["x"])
         return left
 

@@ -395,8 +395,11 @@ def run_pass(
                 frame.reentrant = reentrant
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
                 frame.to_host = to_host
-                frame.checkpoint = [*([] if to_host else [stream]), *(own[r] for r in reads if r in own)]
-                for storage in frame.checkpoint:
+                given = [own[r] for r in reads if r in own]
+                if reentrant and block.by_name:
+                    frame.named, given = given, []
+                frame.checkpoint = [*([] if to_host else [stream]), *given]
+                for storage in (*frame.checkpoint, *frame.named):
                     storage.refs += 1
             gatherer.gather(unit, frame)
             behind = _behind(block.ops)
