@@ -131,10 +131,8 @@ def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
 
 
 def layer(name: str) -> str | None:
-    """The path of the layer that a parameter is in; T5's first has a table for all of its stack, not its own."""
+    """The path of the layer that a parameter is in."""
     parts = name.split(".")
-    if "relative_attention_bias" in parts:
-        return None
     found = (i for i, (at, index) in enumerate(pairwise(parts)) if at in LAYER_LISTS and index.isdigit())
     at = next(found, None)
     return None if at is None else ".".join(parts[: at + 2])
