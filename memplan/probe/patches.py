@@ -90,6 +90,7 @@ def _cuda(cuda: Any) -> None:
     cuda.current_device = lambda: 0
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     cuda._lazy_init = lambda: None
+    library("torch.utils.checkpoint").DefaultDeviceType.set_device_type("cuda")  # of blocks given no tensor by position
     for name in ("torch.cuda.amp.common", "torch.amp.grad_scaler"):
         module = library(name)
         if hasattr(module, "amp_definitely_not_available"):
