@@ -19,7 +19,7 @@ from memplan.catalogue.methods import ADAPTERS, PARTS, Recipe, inside
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
-from memplan.errors import SpecError, UnknownNameError
+from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.families.vision import PACKS, axes_of, is_vision, picture_of, sees
 from memplan.gpus import GPU, ambiguous_with, find_gpu
 from memplan.graph import (
@@ -98,6 +98,14 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         return decided
     half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
     return decided._replace(pictures=(*pictures, ("tower_half", int(half))))
+
+
+def objective_of(run: RunSpec) -> str:
+    """What the run's model is trained for; a causal language model, where memplan does not know its family."""
+    try:
+        return with_objective(find_model(run.model), run.objective).objective
+    except MemplanError:
+        return run.objective or "causal_lm"
 
 
 def _pictures(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:

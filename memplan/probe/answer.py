@@ -29,7 +29,7 @@ from memplan.planning.reach import Holding
 from memplan.probe import cache, limits
 from memplan.probe.refusals import settled
 from memplan.probe.trace import Storage, Traced, TracedPhase, Tracer, read, replayed
-from memplan.resolve import checkpoint_notes, completed, dtype_notes, gpu_notes
+from memplan.resolve import checkpoint_notes, completed, dtype_notes, gpu_notes, objective_of
 from memplan.spec import InlineModel, RunSpec
 from memplan.usage import Usage
 
@@ -123,7 +123,10 @@ def _answer(run: RunSpec, traced: Traced, notes: list[str], calibration: Calibra
     usage = Usage(details, details.resident, details.load, top.peak, gpu, around_of(gpu, 1, calibration))
     return Estimate(
         run,
-        {name: getattr(whole, name) for name in ("method", "precision", "optimizer", "kernels")},
+        {
+            **{name: getattr(whole, name) for name in ("method", "precision", "optimizer", "kernels")},
+            "objective": objective_of(run),
+        },
         Parameters(traced.parameters, traced.trainable, _active(traced)),
         usage,
         Card(gpu.name, gpu.usable, 1) if gpu else None,

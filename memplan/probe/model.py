@@ -11,13 +11,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from memplan.cards import find_config, find_model
+from memplan.cards import find_config
 from memplan.errors import MemplanError, ProbeError, SpecError
-from memplan.models import with_objective
 from memplan.objectives import saved_with
 from memplan.probe.libraries import library, model_class
 from memplan.probe.quantized import is_quantisable, quantise
-from memplan.resolve import decide
+from memplan.resolve import decide, objective_of
 from memplan.spec import RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,14 +51,6 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
         _checkpoint(model, bool(run.kernels.reentrant), run.kernels.checkpointing == "offload")
     model.train(task)
     return model
-
-
-def objective_of(run: RunSpec) -> str:
-    """What the run's model is trained for; a causal language model, where memplan does not know its family."""
-    try:
-        return with_objective(find_model(run.model), run.objective).objective
-    except MemplanError:
-        return run.objective or "causal_lm"
 
 
 def _empty_model(run: RunSpec) -> Any:

@@ -19,10 +19,11 @@ from torch import nn
 from memplan.probe.inputs import inputs_of, labels_of
 from memplan.probe.libraries import library
 from memplan.probe.losses import compute
-from memplan.probe.model import DTYPES, base_of, build_model, objective_of
+from memplan.probe.model import DTYPES, base_of, build_model
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
+from memplan.resolve import objective_of
 from memplan.spec import RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
