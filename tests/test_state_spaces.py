@@ -63,6 +63,12 @@ def test_the_length_of_nemotron_h_s_list_is_its_number_of_layers() -> None:
         ("nemotron_h", {"num_experts_per_tok": 5}, "num_experts_per_tok"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "linear_num_key_heads"),
         ("qwen3_5_text", {"layer_types": "linear_attention"}, "layer_types"),
+        ("kimi_linear", {"attn_res_block_size": 12}, "attn_res_block_size"),
+        (
+            "kimi_linear",
+            {"layer_types": None, "linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1, 2]}},
+            "linear_attn_config",
+        ),
         ("qwen3_next", {"mlp_only_layers": 3}, "mlp_only_layers"),
         ("mamba", {"state_size": 0}, "state_size"),
     ],

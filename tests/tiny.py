@@ -204,6 +204,18 @@ TINY: dict[str, dict[str, Any]] = {
         attn_layer_offset=2,
         mamba_dt_rank=16,
     ),
+    "kimi_linear": _base(
+        **{**_LATENT, "q_lora_rank": None},
+        num_key_value_heads=4,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+        linear_head_dim=32,
+        linear_num_heads=16,
+        moe_intermediate_size=48,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
     "llama": _base(),
     "mamba": _MAMBA,
     "mamba2": {

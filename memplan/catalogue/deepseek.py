@@ -14,7 +14,7 @@ from memplan.models import ModelSpec
 _V2 = "transformers 5.24 models/deepseek_v2/modeling_deepseek_v2.py DeepseekV2TopkRouter"
 
 
-def _feed(layer: Layer, routed: tuple[Op, ...], bias: bool = False) -> tuple[Op, ...]:
+def feed(layer: Layer, routed: tuple[Op, ...], bias: bool = False) -> tuple[Op, ...]:
     """A layer's MLP: a dense one, or the experts chosen with those that every token uses, as one, beside them."""
     if layer.ffn == "dense":
         return gated_mlp("n2", "mo", bias=bias)
@@ -63,7 +63,7 @@ def deepseek_v2(m: ModelSpec, wiring: Wiring) -> Stack:
     routed = _softmax_router("mlp.gate", "n2", m.get("topk_method", "") == "group_limited_greedy")
     blocks = runs(
         m,
-        lambda layer: decoder_block(heads, _feed(layer, routed, m.get("mlp_bias", False)), held=returned(wiring)),
+        lambda layer: decoder_block(heads, feed(layer, routed, m.get("mlp_bias", False)), held=returned(wiring)),
     )
     return stack(m, wiring, blocks, table=complex_table())
 
@@ -73,14 +73,14 @@ def deepseek_v3(m: ModelSpec, wiring: Wiring) -> Stack:
     turn: Turn = pairs if m.get("rope_interleave", True) else halves
     heads = latent_attention(m, wiring, "n1", "ao", turn, m.get("attention_bias", False))
     routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
-    return stack(m, wiring, runs(m, lambda layer: decoder_block(heads, _feed(layer, routed), held=returned(wiring))))
+    return stack(m, wiring, runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring))))
 
 
 def deepseek_v32(m: ModelSpec, wiring: Wiring) -> Stack:
     """V3 whose queries choose the keys they attend to."""
     routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     heads = _sparse_attention(m, wiring, lightning.indexer("self_attn", "n1", "q.normed", wiring, False))
-    blocks = runs(m, lambda layer: decoder_block(heads, _feed(layer, routed), held=returned(wiring)))
+    blocks = runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring)))
     return stack(m, wiring, blocks, made=lightning.causal_mask(wiring))
 
 
@@ -102,7 +102,7 @@ def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
     def block(layer: Layer) -> Block:
         shared = layer.mixer == "shared"
         heads = _sparse_attention(m, wiring, () if shared else indexer, keeps=True)
-        made = decoder_block(heads, _feed(layer, routed), held=returned(wiring))
+        made = decoder_block(heads, feed(layer, routed), held=returned(wiring))
         return made._replace(ops=(*made.ops, *lightning.handed_on())) if shared else made
 
     whole = stack(m, wiring, runs(m, block), made=lightning.causal_mask(wiring))

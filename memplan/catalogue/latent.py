@@ -175,7 +175,7 @@ def latent_attention(
         ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
         ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", _VALUES))),
         ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
-        *_key(name),
+        *copied_key(name),
         *sparse,
         *attend(f"{name}.attention", m, wiring, mask),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a dv", g, bias),
@@ -184,7 +184,7 @@ def latent_attention(
     )
 
 
-def _key(name: str) -> tuple[Op, ...]:
+def copied_key(name: str) -> tuple[Op, ...]:
     """The key, from `k.pass` and `k.shared`, in the dtype of what the values are in.
 
     Source: torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices::apply, CopyBackwards::apply.
@@ -211,8 +211,11 @@ def _key(name: str) -> tuple[Op, ...]:
     )
 
 
-def attend(name: str, m: ModelSpec, wiring: Wiring, mask: str) -> tuple[Op, ...]:
-    """q, k and v to `o`. Flash attention, which values as wide as keys may take, writes head by head as it reads."""
+def attend(name: str, m: ModelSpec, wiring: Wiring, mask: str, joined: bool = True) -> tuple[Op, ...]:
+    """q, k and v to `o`. `joined`: queries are of two parts, and so lie head by head in memory.
+
+    Flash attention, which values as wide as keys may take, writes head by head as it reads.
+    """
     same = m.head_widths[0] == m.head_widths[1]
     if mask != "mask":
         wiring = wiring._replace(backend=wiring.masked, padded=True)
@@ -222,7 +225,7 @@ def attend(name: str, m: ModelSpec, wiring: Wiring, mask: str) -> tuple[Op, ...]
             heads = attention(name, "q", "k", "v", "o.heads", wiring, False)
             return (*heads, ops.copy(f"{name}.contiguous", "o.heads", "o", _Q))
         case "eager" | "math":
-            flat = (f"{name}.q_flat", f"{name}.k_flat")
+            flat = (*((f"{name}.q_flat",) if joined else ()), f"{name}.k_flat")
             return tuple(
                 ops.view(op.name, op.reads[0], op.writes[0].name, _Q) if op.name in flat else op for op in kernel
             )

@@ -8,6 +8,7 @@ from typing import Any, cast
 from memplan.errors import ConfigError
 from memplan.families import Family
 from memplan.families.moe import DENSE, EXPERTS, after_first, sized
+from memplan.families.ssm import mixers
 from memplan.families.vision import size
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -123,6 +124,52 @@ def _beside_a_tower(m: ModelSpec) -> Mapping[str, int]:
     }
 
 
+_LINEAR = {
+    "head_dim": "linear_head_dim",
+    "num_heads": "linear_num_heads",
+    "short_conv_kernel_size": "linear_conv_kernel_dim",
+}
+_MIXERS = {"linear_attention": "linear_attention", "full_attention": "attention"}
+
+
+def _delta_layers(m: ModelSpec) -> tuple[Layer, ...]:
+    """Kimi Linear's: words, or lists of layers counted from 1; else every fourth attends, from the fifth."""
+    for key in ("attn_res_block_size", "routed_expert_hidden_size"):
+        if m.config.get(key) is not None:
+            raise ConfigError(f"config: {key} is of Kimi K3, which transformers 5.24 and memplan do not build", key)
+    count, part = m.num_hidden_layers, m.part("linear_attn_config")
+    default = ["attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
+    if m.config.get("layer_types") is None and "full_attn_layers" in part and "kda_layers" in part:
+        listed: dict[Any, str] = {}
+        for key, kind in (("full_attn_layers", "attention"), ("kda_layers", "linear_attention")):
+            numbers = cast(Sequence[Any], part[key] if isinstance(part[key], tuple) else ())
+            listed |= dict.fromkeys(numbers, kind)
+        if set(listed) != set(range(1, count + 1)):
+            raise ConfigError(
+                f"config: full_attn_layers and kda_layers of linear_attn_config must be lists of all {count} layers",
+                "linear_attn_config",
+            )
+        default = [listed[i + 1] for i in range(count)]
+    found = mixers(m, "layer_types", _MIXERS, default)
+    return tuple(layer._replace(mixer=mixer) for layer, mixer in zip(_listed(m), found, strict=True))
+
+
+def _delta_axes(m: ModelSpec) -> Mapping[str, int]:
+    """Those of latent attention and of experts, and of `memplan.catalogue.kimi_linear`."""
+    part = m.part("linear_attn_config")
+    width, heads, kernel = (
+        value if isinstance(value := part.get(old), int) and value > 0 else m.whole(new) for old, new in _LINEAR.items()
+    )
+    return {
+        **_routed(m),
+        "lv": heads,
+        "ldk": width,
+        "convolved": 3 * heads * width,
+        "kernel": kernel,
+        "chunk": 64,
+    }
+
+
 _COMPRESSED = {0: "sliding", 4: "sparse", 128: "heavy"}
 _KINDS = {
     "sliding_attention": "sliding",
@@ -224,6 +271,30 @@ FAMILIES = {
     "deepseek_v3": Family(_V3, _NAMES, layers=after_first, axes=_routed),
     "kimi_k25": Family(
         {**_V3, "tie_word_embeddings": True}, _NAMES, layers=after_first, axes=_beside_a_tower, decoder="text_config"
+    ),
+    "kimi_linear": Family(
+        {
+            "intermediate_size": 9216,
+            "moe_intermediate_size": 1024,
+            "n_shared_experts": 1,
+            "n_routed_experts": 256,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "linear_head_dim": 128,
+            "linear_num_heads": 32,
+            "linear_conv_kernel_dim": 4,
+        },
+        _NAMES,
+        layers=_delta_layers,
+        axes=_delta_axes,
     ),
     "kimi_k2": Family(_V3, _NAMES, layers=after_first, axes=_routed, built_as="deepseek_v3"),
     "deepseek_v32": Family(

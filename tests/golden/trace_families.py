@@ -58,6 +58,10 @@ def config_of(name: str, layers: int) -> dict[str, Any]:
         for key in ("layer_types", "mlp_layer_types", "layers_block_type"):
             if layers and isinstance(part.get(key), list):
                 part[key] = part[key][:layers]
+        kinds = part.get("linear_attn_config") or {}
+        for key in ("full_attn_layers", "kda_layers"):  # counted from 1
+            if layers and key in kinds:
+                kinds[key] = [i for i in kinds[key] if i <= layers]
     return config
 
 

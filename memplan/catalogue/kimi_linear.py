@@ -1,0 +1,404 @@
+"""Kimi Linear: a delta rule whose keys decay channel by channel, latent attention without rotation, experts.
+
+transformers computes the delta rule with flash-linear-attention's kernels where they are installed, and else chunk by
+chunk in torch; this is the torch code, exact against a trace of it. It holds a number for every two rows of a chunk and
+every channel of a key, three times, which is most of what a layer takes: `_CUBE` below.
+
+Letters of their own: `lv` heads `ldk` wide, `convolved` channels of q, k and v together, `chunks` of `chunk` rows,
+`s_chunks` rows in all, `s_later` those of the `later` chunks, all but one.
+
+Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue import experts, ops
+from memplan.catalogue.attention import Wiring
+from memplan.catalogue.deepseek import feed
+from memplan.catalogue.latent import attend, copied_key
+from memplan.catalogue.llama import decoder_block, inputs, lm_head, masks, positions, returned, runs
+from memplan.catalogue.methods import reweigh
+from memplan.catalogue.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, spread, unpadded
+from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.layers import Layer
+from memplan.models import ModelSpec
+
+_GIVEN, _HEADS = "b s lv ldk", "b lv s ldk"
+_ROWS, _NUMBERS, _SQUARE = "b lv s_chunks ldk", "b lv s_chunks", "b lv s_chunks chunk"
+_CUBE, _BEFORE = "b lv s_chunks chunk ldk", "b lv s_later ldk"
+CHUNK = 64
+
+
+def _l2_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`x / sqrt((x * x).sum(-1) + eps)`."""
+    row = "b lv s"
+    square, total, shifted, root = (f"{y}.{part}" for part in ("square", "sum", "shifted", "root"))
+    return (
+        Op(
+            f"{name}.square",
+            (x,),
+            (Tensor(square, _HEADS),),
+            (),
+            (Keep(x, x),),
+            scratch_back=(Scratch(Tensor("other factor", _HEADS, f"={x}")),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        Op(f"{name}.sum", (square,), (Tensor(total, row),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
+        ops.add_number(f"{name}.eps", total, shifted, row),
+        exp(f"{name}.sqrt", shifted, root, row),
+        Op(
+            name,
+            (x, root),
+            (Tensor(y, _HEADS),),
+            (),
+            (Keep(root, x), Keep(x, root), Keep(root, root)),
+            scratch_back=(Scratch(Tensor("quotient", _HEADS, f"={y}"), root),),
+            source=f"{ops.DERIVATIVES}: div.Tensor",
+        ),
+        ops.leave(root),
+    )
+
+
+def _chunked(name: str, y: str) -> tuple[Op, ...]:
+    """`query`, `key`, `value`, `g` and `beta` to the heads' outputs: chunk_kimi_delta_attention.
+
+    On the way back the most is there when the second chunk from the end is done.
+    """
+    n, f = name, "fp32"
+    given = {"query": _GIVEN, "key": _GIVEN, "value": _GIVEN, "beta": "b s lv", "g": _GIVEN}
+    return (
+        *(
+            op
+            for t, shape in given.items()
+            for op in (
+                ops.copy(f"{n}.{t}_heads", t, f"{t}.heads", shape),
+                ops.cast(f"{n}.{t}_float", f"{t}.heads", f"{t}32", shape, f),
+            )
+        ),
+        *_l2_norm(f"{n}.query_norm", "query32", "q.normed"),
+        *_l2_norm(f"{n}.key_norm", "key32", "k.normed"),
+        pad(f"{n}.pad_query", "q.normed", "q.rows", _ROWS),
+        ops.scale(f"{n}.scaling", "q.rows", "q", _ROWS),
+        pad(f"{n}.pad_key", "k.normed", "k", _ROWS),
+        ops.leave("q.normed", "k.normed"),
+        pad(f"{n}.pad_value", "value32", "v.rows", _ROWS),
+        pad(f"{n}.pad_decay", "g32", "decay", _ROWS),
+        pad(f"{n}.pad_beta", "beta32", "beta.rows", _NUMBERS),
+        ops.leave("value32", "g32", "beta32"),
+        spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
+        spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
+        cumulate(f"{n}.cum_decay", "decay", "cum", _ROWS),
+        *(
+            Op(f"{n}.{t}", (), (Tensor(t, "chunk chunk", "bool"),), scratch=(Tensor("ones", "chunk chunk", "bool"),))
+            for t in ("not before", "after", "also after")
+        ),
+        *_pairs(n),
+        *_inverse(f"{n}.rows", "pairs.0"),
+        ops.matmul(f"{n}.new_values", "attn", "v.beta", "values", _ROWS),
+        exp(f"{n}.decay_of_keys", "cum", "cum.exp", _ROWS)._replace(autocast=f),
+        ops.mul(f"{n}.decayed_k_beta", "k.beta", "cum.exp", "k.beta.decayed", _ROWS),
+        ops.leave("cum.exp"),
+        ops.matmul(f"{n}.k_cumdecay", "attn", "k.beta.decayed", "k.cumulated", _ROWS),
+        ops.leave("k.beta.decayed"),
+        *_scan(f"{n}.scan"),
+        ops.copy(f"{n}.contiguous", "outputs", "outputs.rows", _GIVEN),
+        ops.cast(f"{n}.cast", "outputs.rows", y, _GIVEN, "=query"),
+        ops.leave(
+            "outputs",
+            "q",
+            "k",
+            "beta.rows",
+            "v.beta",
+            "k.beta",
+            "cum",
+            "not before",
+            "after",
+            "also after",
+            "factors",
+            "attn",
+        ),
+        ops.leave("values", "k.cumulated", "scan.last", f"row{CHUNK - 1}", f"rest{CHUNK - 1}"),
+    )
+
+
+def _cube(name: str, x: str, other: str, y: str, shape: str = _CUBE) -> Op:
+    """Each row of one by each of the other, channel by channel."""
+    sums = tuple(Scratch(Tensor(f"before the sum of {of}", shape, "fp32"), of, summed=True) for of in (x, other))
+    source = f"{ops.DERIVATIVES}: mul.Tensor"
+    return Op(name, (x, other), (Tensor(y, shape),), (), (Keep(other, x), Keep(x, other)), (), sums, source=source)
+
+
+def _pairs(n: str) -> tuple[Op, ...]:
+    """How much each key of a chunk corrects each later one, `pairs.0`; `factors`, by which a key has decayed."""
+    return (
+        Op(
+            f"{n}.differences",
+            ("cum",),
+            (Tensor("differences", _CUBE),),
+            scratch_back=(Scratch(Tensor("negative", _CUBE, "fp32")),),
+            source=f"{ops.DERIVATIVES}: sub.Tensor",
+        ),
+        mask_fill(f"{n}.causal", "differences", "after", "differences.masked", _CUBE),
+        ops.leave("differences"),
+        exp(f"{n}.decay", "differences.masked", "factors", _CUBE)._replace(autocast="fp32"),
+        ops.leave("differences.masked"),
+        _cube(f"{n}.keys", "k.beta", "k", "keys"),
+        Op(f"{n}.decayed_keys", ("keys", "factors"), (Tensor("keys.decayed", _CUBE),), gradient="none"),
+        ops.leave("keys.decayed"),
+        Op(  # whose gradient is that of its sum, expanded
+            f"{n}.sum",
+            ("keys", "factors"),
+            (Tensor("sums", _SQUARE),),
+            (),
+            (Keep("factors", "keys"), Keep("keys", "factors")),
+            source=f"{ops.DERIVATIVES}: mul.Tensor, sum.dim_IntList",
+        ),
+        ops.leave("keys"),
+        mask_fill(f"{n}.strictly_causal", "sums", "not before", "sums.masked", _SQUARE),
+        ops.leave("sums"),
+        ops.scale(f"{n}.negative", "sums.masked", "pairs.0", _SQUARE),
+        ops.leave("sums.masked"),
+    )
+
+
+def _inverse(n: str, x: str) -> tuple[Op, ...]:
+    """Forward substitution row by row in place, and the identity: a copy of each row is kept, and of those above it."""
+    out: list[Op] = []
+    whole = Tensor("whole", _SQUARE, "fp32")
+    for i in range(1, CHUNK):
+        row, rest, made = f"row{i}", f"rest{i}", f"pairs.{i}"
+        one, square = f"b lv chunks {i}", f"b lv chunks {i} {i}"
+        out += (
+            Op(
+                f"{n}.{i}.clone",
+                (x,),
+                (Tensor(row, one), Tensor(rest, square)),
+                scratch_back=(Scratch(whole),),
+                source=f"{ops.DERIVATIVES}: clone, slice",
+            ),
+            Op(
+                f"{n}.{i}.set",
+                (x, row, rest),
+                (Tensor(made, _SQUARE),),
+                (),
+                (Keep(rest, row), Keep(row, rest)),
+                scratch=(Tensor("product", square, "fp32"), Tensor("sum", one, "fp32")),
+                scratch_back=(Scratch(Tensor("product", square, "fp32"), row),),
+                view=True,
+                source="torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices",
+            ),
+        )
+        x = made
+    eye = Tensor("eye", "chunk chunk", "fp32")
+    return (
+        *out,
+        Op(f"{n}.identity", (x,), (Tensor("attn", _SQUARE),), scratch=(eye,), gradient="same", source=ops.DERIVATIVES),
+        ops.leave(x),
+    )
+
+
+def _scan(name: str) -> tuple[Op, ...]:
+    """The loop over chunks as one operation, and beside it what autograd keeps of all chunks.
+
+    The state before the first chunk asks for no gradient, and that after the last is thrown away: neither keeps what
+    the others do.
+    Autocast casts what is multiplied, chunk by chunk: each state and its corrected values twice.
+    """
+    made = {
+        "q.factors": _ROWS,
+        "q.decayed": _BEFORE,
+        "q.k": _CUBE,
+        "intra": _SQUARE,
+        "corrected": _ROWS,
+        "states": "b lv chunks ldk ldk",
+        "k.factors": _BEFORE,
+        "k.decayed": _BEFORE,
+        "end": "b lv later ldk",
+    }
+    twice = {f"{t}.{part}": t for t in ("states", "corrected") for part in ("low", "again")}
+    once = {f"{t}.low": t for t in ("q.decayed", "intra", "k.decayed")}
+    shapes = {**made, "k.cumulated": _ROWS}
+    low = {**twice, **once, "k.cumulated.low": "k.cumulated"}
+    given = ("q", "k", "cum", "factors", "values", "k.cumulated.low")
+    kept = ("q", "k", "factors", "also after", "q.factors", "q.k", "states", "k.factors", "end", *low)
+    return (
+        Op(
+            f"{name}.kept",
+            ("values",),
+            tuple(Tensor(t, shape, "fp32") for t, shape in made.items()),
+            gradient="none",
+            recorded=True,
+        ),
+        *(lowered(f"{name}.{y}", t, y, shapes[t])._replace(recorded=True) for y, t in low.items()),
+        ops.leave("q.decayed", "intra", "corrected", "k.decayed")._replace(recorded=True),
+        Op(
+            name,
+            (*given, *(t for t in kept if t not in given)),
+            (Tensor("outputs", _ROWS, "fp32"), Tensor("scan.last", "4 b lv chunk ldk", "fp32")),
+            (),
+            tuple(Keep(what, of) for of in given for what in kept),
+            scratch=(Tensor("decayed", "b lv chunk chunk ldk", "fp32"),),
+            scratch_back=(Scratch(Tensor("of the chunk before", "b lv s_two chunk ldk", "fp32")),),
+            source="transformers 5.24 models/kimi_linear/modeling_kimi_linear.py chunk_kimi_delta_attention",
+        ),
+        ops.leave(*kept[4:])._replace(recorded=True),
+    )
+
+
+def _forget_gate(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`-exp(A_log) * softplus(f_b(f_a(x)) + dt_bias)` in fp32, of which large ones are taken as they are."""
+    a, f = f"{name}.A_log", "fp32"
+    return (
+        ops.linear(f"{name}.f_a_proj", x, "f.low", "ldk", "h", "mixer"),
+        ops.linear(f"{name}.f_b_proj", "f.low", "f", "lv ldk", "ldk", "mixer"),
+        ops.leave("f.low"),
+        ops.cast(f"{name}.float", "f", "f32", _GIVEN, f),
+        Op(
+            f"{name}.dt",
+            ("f32",),
+            (Tensor("dt", _GIVEN, f),),
+            (Weight(f"{name}.dt_bias", "lv ldk", "mixer", f),),
+            gradient="same",
+            source=f"{ops.DERIVATIVES}: add.Tensor",
+        ),
+        ops.leave("f32"),
+        Op(
+            f"{a}.exp",
+            (),
+            (Tensor("rate", "lv", f),),
+            (Weight(a, "1 1 lv 1", "mixer"),),
+            (Keep("rate", a),),
+            source=ops.DERIVATIVES,
+        ),
+        Op(f"{name}.large", ("dt",), (Tensor("large", _GIVEN, "bool"),), gradient="none"),
+        exp(f"{name}.exp", "dt", "dt.exp", _GIVEN)._replace(autocast=f),
+        ops.add_number(f"{name}.one", "dt.exp", "dt.more", _GIVEN),
+        ops.activation(f"{name}.log", "dt.more", "dt.log", _GIVEN)._replace(autocast=f),
+        Op(
+            f"{name}.where",
+            ("dt", "dt.log", "large"),
+            (Tensor("softplus", _GIVEN, f),),
+            (),
+            (Keep("large", "dt"), Keep("large", "dt.log")),
+            scratch_back=(Scratch(Tensor("zeros", "", f)),),
+            source=f"{ops.DERIVATIVES}: where",
+        ),
+        ops.leave("large", "dt.exp", "dt.more", "dt.log"),
+        ops.scale(f"{name}.negative", "rate", "rate.negative", "lv"),
+        spread(name, "softplus", "rate.negative", y, _GIVEN),
+        ops.leave("f", "dt", "softplus", "rate", "rate.negative"),
+    )
+
+
+def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
+    """KimiLinearRMSNormGated: all in fp32, normalised, weighed, and times the sigmoid of the gate."""
+    shape, f = _GIVEN, "fp32"
+    *normed, cast, weighed, _ = ops.rms_norm(name, x, f"{y}.weighed", shape, "ldk")
+    return (
+        *normed,
+        weighed._replace(
+            reads=cast.reads,
+            keeps=tuple(k._replace(what=cast.reads[0]) if k.what == cast.writes[0].name else k for k in weighed.keeps),
+        ),
+        ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
+        experts.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
+        ops.leave(f"{y}.gate"),
+        ops.mul(f"{name}.product", f"{y}.weighed", f"{y}.open", f"{y}.wide", shape),
+        ops.leave(f"{y}.weighed", f"{y}.open"),
+        ops.cast(f"{name}.cast", f"{y}.wide", y, shape, f"={x}"),
+        ops.leave(f"{y}.wide"),
+    )
+
+
+def _delta_attention(wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    """KimiLinearDeltaAttention."""
+    parts = ("q", "k", "v")
+    return (
+        *(ops.linear(f"{name}.{t}_proj", x, f"{t}.flat", "lv ldk", "h", "mixer") for t in parts),
+        Op(
+            f"{name}.cat",
+            tuple(f"{t}.flat" for t in parts),
+            (Tensor("qkv", "b s convolved"),),
+            gradient="view",
+            source=f"{ops.DERIVATIVES}: cat",
+        ),
+        *causal_conv(f"{name}.conv1d", "qkv", "mixed", "convolved", False),
+        ops.split(f"{name}.split", "mixed", tuple(Tensor(t, _GIVEN) for t in ("query", "key", "value"))),
+        *_forget_gate(f"{name}.forget_gate", x, "g"),
+        ops.linear(f"{name}.b_proj", x, "b_", "lv", "h", "mixer"),
+        exp(f"{name}.sigmoid", "b_", "beta", "b s lv"),
+        ops.leave("b_"),
+        *_chunked(f"{name}.rule", "core"),
+        ops.linear(f"{name}.g_a_proj", x, "gate.low", "ldk", "h", "mixer"),
+        ops.linear(f"{name}.g_b_proj", "gate.low", "out.gate", "lv ldk", "ldk", "mixer"),
+        ops.leave("gate.low"),
+        *_gated_norm(f"{name}.o_norm", "core", "out.gate", "gated"),
+        ops.linear(f"{name}.o_proj", "gated", y, "h", "lv ldk", "mixer"),
+        ops.leave("mixed", "g", "beta", "core", "out.gate", "gated", x),
+    )
+
+
+def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    """Nothing is rotated: queries are as they are projected, and a part of the keys is the same for all heads."""
+    g, bias = "attention", m.get("attention_bias", False)
+    queries = (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", g),)
+    if m.get("q_lora_rank"):
+        queries = (
+            ops.linear(f"{name}.q_a_proj", x, "q.low", "ql", "h", g, bias),
+            *ops.rms_norm(f"{name}.q_a_layernorm", "q.low", "q.normed", "b s ql", "ql"),
+            ops.leave("q.low"),
+            ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", g),
+        )
+    return (
+        *queries,
+        ops.view(f"{name}.q_heads", "q0", "q", "b s a d", gradient="new"),
+        ops.linear(f"{name}.kv_a_proj_with_mqa", x, "kv.low", "klr", "h", g, bias),
+        ops.split(f"{name}.kv_split", "kv.low", (Tensor("kv.latent", "b s kl"), Tensor("k.turned", "b s rot"))),
+        *ops.rms_norm(f"{name}.kv_a_layernorm", "kv.latent", "kv.normed", "b s kl", "kl"),
+        ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", g),
+        ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
+        ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", "b s a dv"))),
+        ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
+        *copied_key(name),
+        *attend(f"{name}.attention", m, wiring, "mask", joined=False),
+        ops.linear(f"{name}.o_proj", "o", y, "h", "a dv", g, bias),
+        ops.leave("q0", "kv.low", "kv.normed", "q", "k", "v", "o", x),
+    )
+
+
+def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Positions are counted, and nothing reads them. peft does not know what the experts stand for."""
+    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    linear = (
+        *unpadded(wiring, "n1", "n1.real", "b s h"),
+        *_delta_attention(wiring, "n1.real", "ao"),
+        ops.leave("n1"),
+    )
+
+    def block(layer: Layer) -> Block:
+        ffn = feed(layer, routed)
+        if layer.mixer == "linear_attention":
+            return decoder_block(linear, ffn)
+        return decoder_block(_latent_attention(m, wiring, "n1", "ao"), ffn, held=returned(wiring))
+
+    made = masks(wiring, "embeds")
+    before = (
+        inputs(wiring.padded),
+        ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
+        positions(),
+        *made,
+    )
+    after = (
+        *ops.rms_norm("model.norm", "x", "n", "b s h", "h"),
+        ops.leave("x", "embeds", "positions", *(op.name for op in made)),
+        lm_head("n"),  # its class ties it to nothing, whatever the config says
+    )
+    return reweigh(Stack(before, runs(m, block), after), _counted)
+
+
+def _counted(w: Weight) -> Weight:
+    """The delta rule's module is called self_attn, too."""
+    return w._replace(stands_for=(), group="attention" if w.group == "mixer" else w.group)
+
+
+BUILDERS = {"kimi_linear": kimi_linear}
