@@ -86,7 +86,7 @@ def test_every_loss_is_traced_with_every_method_that_takes_it() -> None:
 def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:
     compared = traced_families()
     looped = {"dbrx"}  # a loop over experts whose sizes depend on data has no trace (tests/test_autograd.py has it)
-    assert {row["run"]["model"]["config"]["model_type"] for row in FAMILIES} == set(TINY) - looped
+    assert {c.group for c in compared} >= set(TINY) - looped
     assert mean(c.peak for c in compared) < 1e-3
 
 

@@ -234,6 +234,7 @@ def pure(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
         ops.leave("x", "embeds"),
         ops.cast("head_input", "n.wide", "n", "b s h", "=embeds"),
         head._replace(writes=(head.writes[0]._replace(name="logits.low"),)),
+        ops.leave("n"),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
     before = (inputs(wiring.padded), ops.embedding("backbone.embeddings", "ids", "embeds", "v", "h"))
@@ -344,6 +345,7 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
         *wide_norm("model.norm_f", "x", "n", "b s h", "h"),
         ops.leave("x", "embeds", "positions", *(op.name for op in masked)),
         head._replace(writes=(head.writes[0]._replace(name="logits.low"),)),
+        ops.leave("n"),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
     return Stack(before, runs(m, block), after)
