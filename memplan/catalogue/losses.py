@@ -48,8 +48,7 @@ def attach(
         case "hf":
             own = cross_entropy(last, logits, single, fused, held)
             own = tuple(_without(op, "n") for op in own) if let_go else own
-            others = iter(head)
-            head = tuple(op if op in let_go else next(others) for op in stack.after[start:])
+            head = (*head, *let_go)
             return stack._replace(after=(*body, *head), loss=(*own, *((_converted(last),) if converts else ())))
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))

@@ -345,7 +345,6 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
         *wide_norm("model.norm_f", "x", "n", "b s h", "h"),
         ops.leave("x", "embeds", "positions", *(op.name for op in masked)),
         head._replace(writes=(head.writes[0]._replace(name="logits.low"),)),
-        ops.leave("n"),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
     return Stack(before, runs(m, block), after)
