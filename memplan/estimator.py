@@ -10,11 +10,12 @@ from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase
+from memplan.batches import check_batch
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
 from memplan.program import PHASES, Program, host_bytes, phase_peaks, program, step_where
-from memplan.resolve import Decided, check_batch, decide
+from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec

@@ -5,47 +5,39 @@ A profile (a framework and its version) says what `null` means: see `memplan.cat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
-from memplan.catalogue.attention import JOINED, NO_FLASH_2, Wiring, large_tiles
+from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.experts import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
-from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.losses import adds_in_place
-from memplan.catalogue.methods import ADAPTERS, PARTS, Recipe, inside
+from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
-from memplan.errors import MemplanError, SpecError, UnknownNameError
-from memplan.families.vision import PACKS, axes_of, is_vision, picture_of, sees
-from memplan.gpus import GPU, ambiguous_with, find_gpu
+from memplan.errors import MemplanError, SpecError
+from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
     Graph,
-    adaptable,
-    attention_dtype,
     built,
-    elements,
-    fusible_kernels,
-    gates,
-    linears,
-    modules,
-    parameter_targets,
-    several,
     tower_dtype,
     weights_of,
 )
+from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
+from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
 from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 
-_SEEN = "transformers-5"  # the profile whose vision-language models are counted with images
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
 
@@ -75,8 +67,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     refuse(run)
     model = with_objective(model or find_model(run.model), run.objective)
     window = model.sliding_window
-    pictures = _pictures(model, run)
-    batch = _batch(run.batch, model)
+    pictures = axes_of_images(model, run)
+    batch = lengths(run.batch, model)
     decided = _decide(
         model,
         run.method,
@@ -108,67 +100,6 @@ def objective_of(run: RunSpec) -> str:
         return run.objective or "causal_lm"
 
 
-def _pictures(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
-    """The axes that the images of the run decide. Raises SpecError where the model sees none, or they do not fit."""
-    batch, called = run.batch, model.name or model.model_type
-    if not batch.images:
-        if batch.image_size is not None:
-            raise SpecError("batch.image_size: the size of no image; say batch.images too", "batch.image_size")
-        return ()
-    if not is_vision(model.model_type) and not model.part("vision_config"):
-        raise SpecError(f"batch.images: {called} has no vision tower", "batch.images")
-    if not sees(model.model_type):
-        raise SpecError(
-            f"batch.images: what the tower of {model.model_type} takes for images is not supported yet; supported: 0, "
-            "text alone",
-            "batch.images",
-        )
-    if run.profile != _SEEN:
-        raise SpecError(
-            f"batch.images: images are counted as profile {_SEEN} has them, not {run.profile}", "batch.images"
-        )
-    picture = picture_of(model, batch.image_size)
-    tokens = batch.images * picture.tokens
-    if tokens > batch.sequence:
-        raise SpecError(
-            f"batch.images: {batch.images} of {picture.tokens} tokens each are more than batch.sequence, "
-            f"{batch.sequence}; at least {tokens} hold them",
-            "batch.images",
-        )
-    return tuple(axes_of(model, batch.images, picture).items())
-
-
-def _batch(batch: Batch, model: ModelSpec) -> Batch:
-    """The batch with its lengths: what an encoder of images or recordings reads, and what a decoder beside it is given.
-
-    Raises SpecError for lengths that the model does not take.
-    """
-    name = model.name or model.model_type
-    only, usual = model.only_sequence, Batch().sequence
-    if only is not None and batch.sequence not in (only, usual):
-        raise SpecError(
-            f"batch.sequence: the encoder of {name} reads {only} tokens by its config, not {batch.sequence}; "
-            "leave it out",
-            "batch.sequence",
-        )
-    if not model.is_encoder_decoder:
-        if batch.target_sequence is not None:
-            raise SpecError(
-                f"batch.target_sequence: {name} has no decoder beside an encoder; batch.sequence is its length",
-                "batch.target_sequence",
-            )
-        return batch if only is None else batch.model_copy(update={"sequence": only})
-    sequence = only or batch.sequence
-    target = batch.target_sequence or model.longest_target or sequence
-    if model.longest_target is not None and target > model.longest_target:
-        raise SpecError(
-            f"batch.target_sequence: {target} tokens, but the decoder of {name} has learned positions for "
-            f"{model.longest_target}",
-            "batch.target_sequence",
-        )
-    return batch.model_copy(update={"sequence": sequence, "target_sequence": target})
-
-
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
@@ -187,20 +118,6 @@ def completed(run: RunSpec) -> RunSpec:
             "optimizer": _optimizer(run.optimizer),
         }
     )
-
-
-def check_batch(batch: Batch, model: ModelSpec) -> str | None:
-    """A note where the sequence is longer than the model's positions; SpecError where positions are learned."""
-    most = model.longest_sequence
-    if most is None or batch.sequence <= most or model.only_sequence is not None:
-        return None
-    if model.learned_positions:
-        raise SpecError(
-            f"batch.sequence: {batch.sequence} tokens, but {model.name or model.model_type} has learned positions "
-            f"for {most}",
-            "batch.sequence",
-        )
-    return f"sequence {batch.sequence} is beyond the {most} positions of the model's config"
 
 
 @lru_cache(maxsize=4096)
@@ -238,9 +155,9 @@ def _decide(
         refuse_on_host(str(optimizer.name))
     if parallelism.world > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
-    _check_time_steps(model, method)
+    check_time_steps(model, method)
     _check_objective(model, kernels, precision, profile)
-    _check_head(model, method, kernels)
+    check_head(model, method, kernels)
     if kernels.loss == "chunked_lm_head" and precision.autocast and not words["converts"]:
         raise SpecError(
             "kernels.loss: chunked_lm_head under autocast is not supported but by profile litgpt-...; chunked is",
@@ -263,22 +180,22 @@ def _decide(
         notes.append(_DEEPSPEED)
     notes += dtype_notes(gpu, str(precision.compute))
     notes += [*stored_notes(model), *over.notes]
-    notes += _kernel_notes(model)
-    recipe, more = _recipe(model, method, precision, words["code"], over.as_stored)
-    recipe = recipe._replace(frozen=_frozen(model, method), keeps=words["keeps_matrix"])
-    kernels, idle = _fusing(model, method, kernels, words["code"], words["keeps_matrix"])
+    notes += kernel_notes(model)
+    recipe, more = recipe_of(model, method, precision, words["code"], over.as_stored)
+    recipe = recipe._replace(frozen=frozen_parts(model, method), keeps=words["keeps_matrix"])
+    kernels, idle = fused_kernels(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates)
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
-    attention, checkpoints, more = _had(model, kernels, profile, words)
+    attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
     notes += more
-    seen = _attention_dtype(model, recipe)
+    seen = dtype_of_attention(model, recipe)
     graph = Graph(
         model,
         recipe,
-        _wiring(model, attention, seen, recipe, capability, loop.padded, windowed)._replace(
+        wiring_of(model, attention, seen, recipe, capability, loop.padded, windowed)._replace(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
             triangles=words["triangles"],
@@ -291,7 +208,7 @@ def _decide(
             wide=seen == "fp32",
             images=images,
             uneven=uneven,
-            tower=_tower(model, recipe, kernels, capability) if images else "",
+            tower=kernel_of_tower(model, recipe, kernels, capability) if images else "",
             checkpoints=checkpoints,
             by_name=words["by_name"] and checkpoints,
         ),
@@ -331,23 +248,8 @@ def _decide(
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
     )
-    notes += _expert_notes(graph, capability)
-    if recipe.frozen and method.kind in ADAPTERS and not any(w.group == "adapter" for w, _, _ in weights_of(graph)):
-        raise SpecError("method.frozen: nothing is left to adapt of method.targets", "method.frozen")
-    if method.kind in ADAPTERS and not any(w.trains for w, _, _ in weights_of(graph)):
-        raise SpecError(
-            f"method.targets: {model.model_type} models do not call {', '.join(recipe.targets)}, and adapters there "
-            "get no gradients; name others too",
-            "method.targets",
-        )
-    if ranks.world > 1 and any(w.idle and w.group != "adapter" for w, _, _ in weights_of(graph)):
-        raise SpecError(
-            "batch.images: without images the tower gets no gradients, which several GPUs would wait for; say images, "
-            "or method.frozen vision and projector",
-            "batch.images",
-        )
-    if ranks.world > 1 and ranks.row.flat:
-        _check_flat(graph, ranks)
+    notes += expert_notes(graph, capability)
+    _check_trained(graph, ranks)
     if (
         spares_embeddings(str(optimizer.name))
         and not loop.trainer
@@ -425,6 +327,28 @@ def _ranks(
     )
 
 
+def _check_trained(graph: Graph, ranks: Ranks) -> None:
+    """Raise SpecError where nothing is left to train, or where ranks would wait for gradients that never come."""
+    weights, recipe = [w for w, _, _ in weights_of(graph)], graph.recipe
+    adapts = recipe.kind in ADAPTERS
+    if recipe.frozen and adapts and not any(w.group == "adapter" for w in weights):
+        raise SpecError("method.frozen: nothing is left to adapt of method.targets", "method.frozen")
+    if adapts and not any(w.trains for w in weights):
+        raise SpecError(
+            f"method.targets: {graph.model.model_type} models do not call {', '.join(recipe.targets)}, and adapters "
+            "there get no gradients; name others too",
+            "method.targets",
+        )
+    if ranks.world > 1 and any(w.idle and w.group != "adapter" for w in weights):
+        raise SpecError(
+            "batch.images: without images the tower gets no gradients, which several GPUs would wait for; say images, "
+            "or method.frozen vision and projector",
+            "batch.images",
+        )
+    if ranks.world > 1 and ranks.row.flat:
+        _check_flat(graph, ranks)
+
+
 def _check_flat(graph: Graph, ranks: Ranks) -> None:
     """Raise SpecError where FSDP1 would lay weights of several dtypes together, or keeps what is not modelled.
 
@@ -457,18 +381,6 @@ def _check_flat(graph: Graph, ranks: Ranks) -> None:
         )
 
 
-def _had(model: ModelSpec, kernels: Kernels, profile: str, words: Mapping[str, Any]) -> tuple[str, bool, list[str]]:
-    """The attention and whether blocks are checkpointed, as the version has them for the model, and what it lacks."""
-    attention, checkpoints, notes = kernels.attention, kernels.checkpointing != "none", list[str]()
-    if words["no_sdpa"] and attention == "sdpa":
-        attention = "eager"
-        notes.append(f"{profile} has no sdpa for {model.model_type}: eager attention is counted")
-    if words["no_checkpoints"] and checkpoints:
-        checkpoints = False
-        notes.append(f"{profile} does not checkpoint {model.model_type}, though it is asked to: nothing is recomputed")
-    return attention, checkpoints, notes
-
-
 def _filled(
     method: Method, optimizer: Optimizer, kernels: Kernels, precision: Precision, words: Mapping[str, Any]
 ) -> tuple[Method, Optimizer, Kernels]:
@@ -484,23 +396,6 @@ def _filled(
     if method.quantization is not None:
         method = method.model_copy(update={"quantization": fill(method.quantization, "method.quantization")})
     return method, fill(optimizer, "optimizer"), fill(kernels, "kernels")
-
-
-def dtype_notes(gpu: GPU | None, compute: str) -> Iterator[str]:
-    """What to know of a card on which a run computes in some dtype."""
-    if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
-        yield f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory"
-
-
-def gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
-    """What to know of a card, and of the name it was asked by."""
-    others = () if typed == gpu.name else ambiguous_with(typed)
-    if others:
-        yield f"{typed!r} is taken as {gpu.title}; also: {', '.join(o.name for o in others)}"
-    if gpu.driver_basis == "rule":
-        yield f"no driver reading of {gpu.title}'s usable memory was found: a conservative rule stands in for it"
-    if gpu.vendor != "NVIDIA":
-        yield f"kernels are taken as on an NVIDIA card of compute capability 8.0, not measured on {gpu.vendor}"
 
 
 def _precision(p: Precision) -> Precision:
@@ -525,378 +420,6 @@ def _optimizer(o: Optimizer) -> Optimizer:
     foreach = o.foreach if o.foreach is not None else takes_foreach(name)
     momentum = o.momentum if o.momentum is not None else 0.0
     return o.model_copy(update={"foreach": foreach, "momentum": momentum})
-
-
-def _attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
-    """The dtype attention computes in. Whether norms that were cast to fp32 hand on fp32 depends on the family."""
-    if recipe.autocast:
-        return recipe.compute
-    return attention_dtype(model, recipe) if recipe.preparation else recipe.weights
-
-
-def _wiring(
-    model: ModelSpec,
-    attention: str,
-    dtype: str,
-    recipe: Recipe,
-    capability: tuple[int, int] | None,
-    padded: bool,
-    windowed: bool,
-) -> Wiring:
-    """The kernel torch takes: flash needs 16 bits, no mask, compute capability 8 and heads up to 256 wide; the
-    memory-efficient one needs head widths of a multiple of 16 bytes; what is left is the plain product. Flash takes no
-    values of another width than the keys'. For flash attention 2 transformers itself casts fp32 queries to the dtype
-    the model was loaded in, or autocast's.
-
-    Source: torch 2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, transformers 5.24
-    integrations/flash_attention.py get_target_dtype.
-    """
-    half = dtype != "fp32"
-    widths = model.head_widths
-    aligned = all(width % (8 if half else 4) == 0 for width in widths)
-    efficient = "efficient" if aligned else "math"
-    if attention == "eager":
-        return Wiring("eager", "eager", padded, windowed)
-    if attention == "sdpa_math":
-        return Wiring("math", "math", padded, windowed)
-    if attention == "sdpa_efficient":
-        return Wiring(efficient, efficient, padded, windowed)
-    if attention == "flash_attention_2":
-        if model.model_type in NO_FLASH_2:
-            raise SpecError(
-                f"kernels.attention: {model.model_type} does not run with flash_attention_2: "
-                f"{NO_FLASH_2[model.model_type]}; say sdpa",
-                "kernels.attention",
-            )
-        target = recipe.compute if recipe.autocast else recipe.weights
-        if target == "fp32":
-            raise SpecError("kernels.attention: flash_attention_2 needs bf16 or fp16", "kernels.attention")
-        if capability is not None and capability < (8, 0):
-            raise SpecError(
-                "kernels.attention: flash_attention_2 needs compute capability 8.0 or later", "kernels.attention"
-            )
-        return Wiring("flash_2", "flash_2", padded, windowed, target)
-    flash = half and widths[0] == widths[1] <= 256 and (capability is None or capability >= (8, 0))
-    return Wiring("flash" if flash else efficient, efficient, padded, windowed)
-
-
-def _tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
-    """The kernel of the attention in the tower that sees images, by the same rules."""
-    known = ("sdpa", "sdpa_efficient", *(("flash_attention_2",) if model.model_type in PACKS else ()))
-    if kernels.attention not in known:
-        raise SpecError(
-            f"kernels.attention: {kernels.attention} is not supported yet with images of {model.model_type}; "
-            f"supported: {', '.join(known)}",
-            "kernels.attention",
-        )
-    if kernels.checkpointing == "offload" and model.model_type in ("mistral3", "mllama"):
-        raise SpecError(
-            f"kernels.checkpointing: offload is not supported yet with images of {model.model_type}, whose masks go to "
-            "the host, too; supported: none, full",
-            "kernels.checkpointing",
-        )
-    if model.model_type == "llama4" and (kernels.checkpointing == "offload" or kernels.reentrant):
-        field, value = ("reentrant", "true") if kernels.reentrant else ("checkpointing", "offload")
-        raise SpecError(
-            f"kernels.{field}: {value} is not supported yet with images of llama4, whose tower's layers are given "
-            "hidden states by name: those neither go to the host nor have gradients by reentrant checkpointing; "
-            "supported: none, full, not reentrant",
-            f"kernels.{field}",
-        )
-    if model.model_type == "llama4" and not (recipe.autocast or recipe.quantization or recipe.weights == "bf16"):
-        raise SpecError(
-            f"precision.weights: llama4's processor makes pixels in bf16, which a tower in {recipe.weights} does not "
-            "take; supported: bf16, or autocast",
-            "precision.weights",
-        )
-    if kernels.attention == "flash_attention_2":
-        return "flash_2"
-    d = model.axes()["vd"]
-    half = tower_dtype(model, recipe) != "fp32"
-    if d % (8 if half else 4):
-        raise SpecError(
-            f"batch.images: the tower's heads are {d} wide, for which no kernel of sdpa is counted yet", "batch.images"
-        )
-    flash = kernels.attention == "sdpa" and half and d <= 256 and (capability is None or capability >= (8, 0))
-    return "flash" if flash else "efficient"
-
-
-def _frozen(model: ModelSpec, method: Method) -> tuple[str, ...]:
-    """The parts of the model that neither train nor are adapted, checked."""
-    for part in method.frozen:
-        if part not in PARTS:
-            raise UnknownNameError("method.frozen", part, tuple(PARTS))
-    if method.frozen and not is_vision(model.model_type):
-        raise SpecError(f"method.frozen: {model.model_type} has no parts beside the language model", "method.frozen")
-    if set(method.frozen) == set(PARTS):
-        raise SpecError("method.frozen: nothing is left to train", "method.frozen")
-    return tuple(part for part in PARTS if part in method.frozen)
-
-
-def _recipe(
-    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool
-) -> tuple[Recipe, list[str]]:
-    """What the run asks of the methods, and notes. `stored`: the checkpoint itself is quantised."""
-    compute, autocast = str(precision.compute), precision.autocast
-    if method.kind in ("full", "freeze"):
-        if method.quantization is not None:
-            raise SpecError(
-                f"method.quantization: {method.kind} does not train quantised weights; qlora and qdora adapt them",
-                "method.quantization",
-            )
-        return Recipe(method.kind, precision.weights, compute, autocast), []
-    q = method.quantization
-    if method.kind in ("lora", "dora") and q is not None and not stored:
-        raise SpecError(f"method.quantization: use q{method.kind} for quantised weights", "method.quantization")
-    targets, notes = _targets(model, method) if code == "transformers" else (_switches(method), [])
-    saved = _modules(model, "method.modules_to_save", method.modules_to_save)
-    recipe = Recipe(
-        method.kind,
-        precision.weights,
-        compute,
-        autocast,
-        targets,
-        saved,
-        method.dropout > 0,
-        str(method.adapter_dtype),
-        library="peft" if code == "transformers" else code,
-    )
-    if q is None:
-        return recipe, notes
-    preparation = {True: "fp32", False: "", "trl": "trl", None: ""}[q.kbit_preparation]
-    clamped, more = _unquantised(model, tuple(q.skip or ()))
-    notes += more
-    if q.format == "int8":
-        notes.append("LLM.int8 layers hold their inputs until the step ends, with or without checkpointing")
-    return recipe._replace(
-        quantization=q.format,
-        double_quant=q.double_quant and q.format in ("nf4", "fp4"),
-        block_size=q.block_size,
-        skip=(
-            *(n for n in q.skip or () if n == "lm_head"),
-            *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head")),
-            *clamped,
-            *model.unquantised,
-        ),
-        preparation=preparation,
-        packed=stored or q.format not in ("nf4", "fp4", "int8"),
-    ), notes
-
-
-# Packages whose kernels transformers takes in place of its torch code, by what mixes tokens. Source: transformers 5.24
-# models/mamba2, models/qwen3_next: use_kernel_func_from_hub_with_fallback.
-_KERNELS = {"mamba": "mamba-ssm", "linear_attention": "flash-linear-attention"}
-
-
-def _kernel_notes(model: ModelSpec) -> Iterator[str]:
-    """What a model with fused kernels takes is less than what is counted."""
-    for package in sorted({_KERNELS[layer.mixer] for layer in model.layers if layer.mixer in _KERNELS}):
-        yield (
-            f"{model.model_type}: layers without attention are counted as transformers' torch code computes them; with "
-            f"{package} and causal-conv1d installed, or their kernels from the hub, their activations take less"
-        )
-    if model.model_type == "llama4":
-        yield (
-            "llama4: transformers 5.24's model for images and text fails as it returns its loss, with images and "
-            "without (its decoder's outputs have no image_outputs); counted as if it had them"
-        )
-
-
-def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:
-    """What a config says of a checkpoint that is stored quantised, where the run is traced: dense, or as the run
-    quantises it. Raises SpecError where it does not train so."""
-    stored: Any = config.get("quantization_config")
-    if not isinstance(stored, Mapping) or not stored:
-        return
-    how = str(cast(Mapping[str, object], stored).get("quant_method", "?"))
-    if how in ("fp8", "mxfp4", "compressed-tensors"):
-        yield f"the checkpoint is stored in {how}, and is taken as dequantised in {precision.weights}"
-    elif how != "bitsandbytes":
-        raise SpecError(f"quantization_config: a checkpoint of {how:.40} is not supported yet", "model")
-    elif method.quantization is None:
-        raise SpecError("quantization_config: the checkpoint is quantised by bitsandbytes; use qlora or qdora", "model")
-
-
-def _expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[str]:
-    """How much of a mixture of experts bitsandbytes quantises: linear layers alone, and experts are parameters. Before
-    compute capability 8.0 torch has no grouped product.
-
-    Source: transformers 5.24 integrations/moe.py _can_use_grouped_mm, _grouped_mm_fallback_setup_context.
-    """
-    _, axes = built(graph)
-    weights = [(w, elements(w, axes) * n) for w, n, _ in weights_of(graph) if w.group not in ("adapter", "buffer")]
-    left = {w.dtype for w, _ in weights if w.chosen and not w.stored}
-    frozen = any(w.stacked and not w.trains for w, _ in weights)
-    if frozen and capability is not None and capability < (8, 0):
-        yield (
-            "before compute capability 8.0 transformers multiplies experts in a loop of its own, which keeps their "
-            "rows and makes gradients of matrices that are frozen: that is not counted"
-        )
-    if graph.recipe.quantization and left:
-        share = 100 * sum(n for w, n in weights if w.stored) / sum(n for _, n in weights)
-        yield (
-            f"{share:.1f}% of the parameters are quantised: experts are no linear layers in transformers 5, and "
-            f"bitsandbytes leaves them in {' and '.join(sorted(left))}"
-        )
-
-
-# A role that a family may have fused into one matrix, and what the fused ones are called.
-_FUSED = {
-    **dict.fromkeys(
-        ("q_proj", "k_proj", "v_proj"),
-        ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack"),
-    ),
-    **dict.fromkeys(("gate_proj", "up_proj"), ("gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "w1")),
-    "o_proj": ("dense", "out_proj", "c_proj", "wo"),
-    "down_proj": ("dense_4h_to_h", "c_proj", "fc2", "w2"),
-}
-
-
-# Models of which peft takes no adapter around a mixer's convolution and output projection, because fused kernels read
-# their weights. Source: peft 0.21 tuners/tuners_utils.py _check_lora_target_modules_mamba.
-_READ_BY_KERNELS = ("out_proj", "conv1d")
-_WITH_KERNELS = frozenset(("falcon_mamba", "mamba", "mamba2", "nemotron_h"))
-
-
-def _refuse_read_by_kernels(model: ModelSpec, targets: Iterable[str], layers: Iterable[str]) -> None:
-    if model.model_type not in _WITH_KERNELS:
-        return
-    names = dict.fromkeys(path.rpartition(".")[2] for path in layers if "embed" not in path and path != "lm_head")
-    found = next((name for name in targets if name in _READ_BY_KERNELS), None)
-    if found is not None or tuple(targets) == ("all-linear",):
-        able = ", ".join(name for name in names if name not in _READ_BY_KERNELS)
-        raise SpecError(
-            f"method.targets: peft takes no adapters around {found or 'out_proj'} in {model.model_type} models; "
-            f"name others: {able}",
-            "method.targets",
-        )
-
-
-# Families that peft's all-linear does not run with.
-# Source: peft 0.21 tuners/lora/layer.py Linear.forward;
-# transformers 5.24 models/llama4/modeling_llama4.py Llama4Router.
-_ROUTER = (
-    "peft's all-linear takes Llama 4's router too, and fails at its first step; name q_proj and the like. All linear "
-    "layers but the router are counted"
-)
-_NO_ALL = {"llama4": _ROUTER, "llama4_text": _ROUTER}
-
-
-def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[str]]:
-    """The names of the layers the adapters take, checked; a fused role is the whole fused matrix."""
-    layers, groups = adaptable(model), parameter_targets(model)
-    stood_for = {name for group in groups for name in group}
-    layers = {path: dims for path, dims in layers.items() if path.rpartition(".")[2] not in stood_for}
-    passed_over = [path for path in adaptable(model) if path not in layers]
-    names = {path.rpartition(".")[2] for path in layers}
-    more = several(model)
-    for name in more if method.targets == "all-linear" else more.intersection(map(_end, method.targets)):
-        raise SpecError(
-            f"method.targets: the {name} of {model.model_type} returns more than its product, and peft's layer around "
-            "it fails; name other targets",
-            "method.targets",
-        )
-    asked = (method.targets,) if isinstance(method.targets, str) else tuple(method.targets)
-    _refuse_read_by_kernels(model, tuple(target.rpartition(".")[2] for target in asked), layers)
-    if method.targets == "all-linear":
-        inner = {
-            path: dims
-            for path, dims in linears(model).items()
-            if path in layers
-            and model.vocab_size not in dims
-            and min(dims) > 1
-            and not inside(path, method.modules_to_save)
-        }
-        if not inner:
-            raise SpecError(f"method: {model.model_type} has no linear layers to adapt", "method")
-        few = gates(model)  # of a few rows each, adapted whatever the rank
-        for path, dims in sorted(inner.items(), key=lambda item: min(item[1])):
-            if path not in few and method.rank > min(dims):
-                _refuse_rank(method.rank, path, dims)
-        if groups:
-            _check_parameters(method, "all-linear")
-        notes = [f"method.targets: {_NO_ALL[model.model_type]}"] if model.model_type in _NO_ALL else []
-        return ("all-linear",), [*notes, *_passed_over(passed_over)]
-    if not method.targets:
-        raise SpecError("method.targets: no module named", "method.targets")
-    if "all-linear" in method.targets:
-        raise SpecError("method.targets: all-linear stands alone, not in a list", "method.targets")
-    found: list[str] = []
-    notes: list[str] = []
-    for target in method.targets:
-        if _end(target) in stood_for:
-            _check_parameters(method, target)
-            found.append(_end(target))
-            continue
-        name = _last(target, "method.targets", layers)
-        if name not in names:
-            fused = next((f for f in _FUSED.get(name, ()) if f in names), None)
-            if fused is None:
-                raise UnknownNameError("method.targets", target, (*sorted(names | stood_for), "all-linear"))
-            notes.append(f"{name} is part of {fused} in this family: the adapter is on all of {fused}")
-            name = fused
-        for path, dims in layers.items():
-            if path.rpartition(".")[2] == name and method.rank > min(dims) > 1:
-                _refuse_rank(method.rank, path, dims)
-        found.append(name)
-    for group in groups:
-        lacking = [name for name in group if name not in found]
-        if lacking and len(lacking) < len(group):
-            raise SpecError(
-                f"method.targets: {' and '.join(group)} are one parameter in this family, which peft adapts as a "
-                f"whole; name {' and '.join(lacking)} too",
-                "method.targets",
-            )
-    return tuple(dict.fromkeys(found)), notes + (_passed_over(passed_over) if stood_for.intersection(found) else [])
-
-
-def _end(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _check_parameters(method: Method, target: str) -> None:
-    """Raise SpecError for what peft does not do where it adapts parameters that are no linear layers.
-
-    Source: peft 0.21 tuners/lora/layer.py ParamWrapper.
-    """
-    which = f"{target} is on experts or a router here, which are parameters"
-    if "dora" in method.kind:
-        raise SpecError(f"method.kind: {which}, and peft has no DoRA for those; name other targets", "method.kind")
-    if method.dropout:
-        raise SpecError(
-            f"method.dropout: {which}, and peft drops nothing there; say 0, or name other targets", "method.dropout"
-        )
-
-
-def _passed_over(paths: list[str]) -> list[str]:
-    """A note where linear layers are called as those are that experts stand for."""
-    if not paths:
-        return []
-    return [f"peft takes these names for those of experts, and adapts no {', '.join(sorted(paths))}"]
-
-
-def _check_time_steps(model: ModelSpec, method: Method) -> None:
-    """Raise SpecError where the model multiplies by a layer's weight itself, and that is quantised: packed codes.
-
-    Source: transformers 5.24 models/mamba/modeling_mamba.py MambaMixer.forward; Falcon Mamba and Jamba call the layer.
-    """
-    q, field = method.quantization, "method.quantization.skip"
-    if model.model_type == "mamba" and q is not None and "dt_proj" not in (q.skip or ()):
-        raise SpecError(f"{field}: mamba models multiply by dt_proj's weight itself; name lm_head and dt_proj", field)
-
-
-# Linear layers whose weights a family's own forward changes or reads, so that it cannot run with them quantised.
-# Source: transformers 5.24 models/gemma3n/modeling_gemma3n.py Gemma3nTextAltUp.predict, correct.
-_CLAMPED = {"gemma3n_text": ("prediction_coefs", "correction_coefs")}
-
-
-def _unquantised(model: ModelSpec, skip: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """Layers that a family clamps as it trains, of those that `skip` does not name; and a note of them."""
-    missing = tuple(name for name in _CLAMPED.get(model.model_type, ()) if name not in skip)
-    if not missing:
-        return (), []
-    note = f"{', '.join(missing)} cannot be quantised, as the model clamps them: name them in method.quantization.skip"
-    return missing, [f"{note}. They are counted as they are"]
 
 
 def _check_objective(model: ModelSpec, kernels: Kernels, precision: Precision, profile: str) -> None:
@@ -927,81 +450,3 @@ def _check_objective(model: ModelSpec, kernels: Kernels, precision: Precision, p
         raise SpecError(
             f"profile: {profile} is not supported yet for {model.objective}; supported: transformers-5", "profile"
         )
-
-
-def _check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
-    """Raise SpecError where the output projection, or another layer, is quantised and cannot be."""
-    q, field = method.quantization, "method.quantization.skip"
-    if q is None:
-        return
-    for name in several(model).difference(q.skip or ()):
-        raise SpecError(
-            f"{field}: the {name} of {model.model_type} returns more than its product, and bitsandbytes' layer in its "
-            "place does not; name it",
-            field,
-        )
-    if "lm_head" in (q.skip or ()):
-        return
-    if model.tie_word_embeddings:
-        raise SpecError(f"{field}: the embeddings are the lm_head's weight, and are not quantised; name it", field)
-    if kernels.loss == "fused":
-        raise SpecError(f"{field}: a fused loss multiplies by the lm_head's weight as it is; name lm_head", field)
-
-
-def _fusing(model: ModelSpec, method: Method, kernels: Kernels, code: str, keeps: bool) -> tuple[Kernels, list[str]]:
-    """The kernels with those fused ones that have something to do, and the names of those that have not.
-
-    Joined adapters are of bitsandbytes' and auto-gptq's weights; `keeps` says that GPTQ's are another's.
-    """
-    asked = kernels.fused or ()
-    if not asked:
-        return kernels, []
-    able = set(fusible_kernels(model, code))
-    if kernels.loss == "hf" and model.objective == "causal_lm":
-        able.add("cross_entropy")
-    q = method.quantization
-    apart = q is not None and (q.format in ("awq-int4", "fp8") or (keeps and q.format.startswith("gptq")))
-    if method.kind in ("lora", "qlora") and code == "transformers" and not apart:
-        able.add("lora")
-    used = tuple(name for name in asked if name in able)
-    return kernels.model_copy(update={"fused": used}), [name for name in asked if name not in able]
-
-
-def _switches(method: Method) -> tuple[str, ...]:
-    """The layers that LitGPT's LoRA adapts, as the switches of its command."""
-    if method.targets == "all-linear":
-        return tuple(switch for switch in SWITCHES if switch != "head")
-    found = [ROLES.get(name.rpartition(".")[2], name) for name in method.targets]
-    for name, switch in zip(method.targets, found, strict=True):
-        if switch not in SWITCHES:
-            raise UnknownNameError("method.targets", name, (*ROLES, *SWITCHES, "all-linear"))
-    return tuple(switch for switch in SWITCHES if switch in found)
-
-
-def _refuse_rank(rank: int, path: str, dims: tuple[int, int]) -> None:
-    raise SpecError(
-        f"method.rank: {rank} is larger than the smaller side of {path} ({dims[0]} x {dims[1]})", "method.rank"
-    )
-
-
-def _modules(model: ModelSpec, field: str, named: Iterable[str]) -> tuple[str, ...]:
-    """The names of modules that a field lists, checked."""
-    listed = tuple(named)
-    if not listed:
-        return ()
-    names, found = modules(model), list[str]()
-    for name in listed:
-        last = _last(name, field, adaptable(model))
-        if last not in names:
-            raise UnknownNameError(field, name, sorted(names))
-        found.append(last)
-    return tuple(found)
-
-
-def _last(name: str, field: str, paths: Iterable[str]) -> str:
-    """The last part of a dotted name, where that means the same modules."""
-    last = name.rpartition(".")[2]
-    alike = [path for path in paths if path.rpartition(".")[2] == last]
-    if "." in name and not all(f".{path}".endswith(f".{name}") for path in alike):
-        raise SpecError(f"{field}: {name!r} is not every {last}, and some of them alone are not supported yet", field)
-    return last

@@ -12,6 +12,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
+from memplan.batches import check_batch
 from memplan.catalogue import flops, rates
 from memplan.catalogue.flops import Moved, Points
 from memplan.catalogue.rates import Rate
@@ -21,7 +22,7 @@ from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
 from memplan.program import Structure, gradients_of, host_bytes, program, trained_parameters
-from memplan.resolve import check_batch, decide
+from memplan.resolve import decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec

@@ -14,13 +14,14 @@ from operator import index, mul
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from memplan.answer import ANSWERS
+from memplan.batches import check_batch
 from memplan.cards import find_model
 from memplan.engine.walk import values
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
 from memplan.families.vision import picture_of, sees
 from memplan.program import PHASES, Program, phase_peaks, program
-from memplan.resolve import Decided, check_batch, decide
+from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.segments import streams_apart
 from memplan.sizes import ONE_RUN, Arithmetic

@@ -25,11 +25,12 @@ from memplan.estimator import around_of, calibration_of
 from memplan.gguf_configs import parameters_in
 from memplan.gpus import GPU, all_gpus, find_gpu
 from memplan.headers import Checkpoint
+from memplan.notes import checkpoint_notes, dtype_notes, gpu_notes
 from memplan.planning.reach import Holding
 from memplan.probe import cache, limits
 from memplan.probe.refusals import settled
 from memplan.probe.trace import Storage, Traced, TracedPhase, Tracer, read, replayed
-from memplan.resolve import checkpoint_notes, completed, dtype_notes, gpu_notes, objective_of
+from memplan.resolve import completed, objective_of
 from memplan.spec import InlineModel, RunSpec
 from memplan.usage import Usage
 

@@ -1,0 +1,85 @@
+"""How long a run's sequences are, for the model that reads them, and what its images make of them."""
+
+from __future__ import annotations
+
+from memplan.errors import SpecError
+from memplan.families.vision import axes_of, is_vision, picture_of, sees
+from memplan.models import ModelSpec
+from memplan.spec import Batch, RunSpec
+
+_SEEN = "transformers-5"  # the profile whose vision-language models are counted with images
+
+
+def axes_of_images(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
+    """The axes that the images of the run decide. Raises SpecError where the model sees none, or they do not fit."""
+    batch, called = run.batch, model.name or model.model_type
+    if not batch.images:
+        if batch.image_size is not None:
+            raise SpecError("batch.image_size: the size of no image; say batch.images too", "batch.image_size")
+        return ()
+    if not is_vision(model.model_type) and not model.part("vision_config"):
+        raise SpecError(f"batch.images: {called} has no vision tower", "batch.images")
+    if not sees(model.model_type):
+        raise SpecError(
+            f"batch.images: what the tower of {model.model_type} takes for images is not supported yet; supported: 0, "
+            "text alone",
+            "batch.images",
+        )
+    if run.profile != _SEEN:
+        raise SpecError(
+            f"batch.images: images are counted as profile {_SEEN} has them, not {run.profile}", "batch.images"
+        )
+    picture = picture_of(model, batch.image_size)
+    tokens = batch.images * picture.tokens
+    if tokens > batch.sequence:
+        raise SpecError(
+            f"batch.images: {batch.images} of {picture.tokens} tokens each are more than batch.sequence, "
+            f"{batch.sequence}; at least {tokens} hold them",
+            "batch.images",
+        )
+    return tuple(axes_of(model, batch.images, picture).items())
+
+
+def lengths(batch: Batch, model: ModelSpec) -> Batch:
+    """The batch with its lengths: what an encoder of images or recordings reads, and what a decoder beside it is given.
+
+    Raises SpecError for lengths that the model does not take.
+    """
+    name = model.name or model.model_type
+    only, usual = model.only_sequence, Batch().sequence
+    if only is not None and batch.sequence not in (only, usual):
+        raise SpecError(
+            f"batch.sequence: the encoder of {name} reads {only} tokens by its config, not {batch.sequence}; "
+            "leave it out",
+            "batch.sequence",
+        )
+    if not model.is_encoder_decoder:
+        if batch.target_sequence is not None:
+            raise SpecError(
+                f"batch.target_sequence: {name} has no decoder beside an encoder; batch.sequence is its length",
+                "batch.target_sequence",
+            )
+        return batch if only is None else batch.model_copy(update={"sequence": only})
+    sequence = only or batch.sequence
+    target = batch.target_sequence or model.longest_target or sequence
+    if model.longest_target is not None and target > model.longest_target:
+        raise SpecError(
+            f"batch.target_sequence: {target} tokens, but the decoder of {name} has learned positions for "
+            f"{model.longest_target}",
+            "batch.target_sequence",
+        )
+    return batch.model_copy(update={"sequence": sequence, "target_sequence": target})
+
+
+def check_batch(batch: Batch, model: ModelSpec) -> str | None:
+    """A note where the sequence is longer than the model's positions; SpecError where positions are learned."""
+    most = model.longest_sequence
+    if most is None or batch.sequence <= most or model.only_sequence is not None:
+        return None
+    if model.learned_positions:
+        raise SpecError(
+            f"batch.sequence: {batch.sequence} tokens, but {model.name or model.model_type} has learned positions "
+            f"for {most}",
+            "batch.sequence",
+        )
+    return f"sequence {batch.sequence} is beyond the {most} positions of the model's config"

@@ -1,0 +1,91 @@
+"""What to know beside an answer: of the card, of the model's code, of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from memplan.errors import SpecError
+from memplan.gpus import GPU, ambiguous_with
+from memplan.graph import (
+    Graph,
+    built,
+    elements,
+    weights_of,
+)
+from memplan.models import ModelSpec
+from memplan.spec import Method, Precision
+
+
+def dtype_notes(gpu: GPU | None, compute: str) -> Iterator[str]:
+    """What to know of a card on which a run computes in some dtype."""
+    if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
+        yield f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory"
+
+
+def gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
+    """What to know of a card, and of the name it was asked by."""
+    others = () if typed == gpu.name else ambiguous_with(typed)
+    if others:
+        yield f"{typed!r} is taken as {gpu.title}; also: {', '.join(o.name for o in others)}"
+    if gpu.driver_basis == "rule":
+        yield f"no driver reading of {gpu.title}'s usable memory was found: a conservative rule stands in for it"
+    if gpu.vendor != "NVIDIA":
+        yield f"kernels are taken as on an NVIDIA card of compute capability 8.0, not measured on {gpu.vendor}"
+
+
+# Packages whose kernels transformers takes in place of its torch code, by what mixes tokens. Source: transformers 5.24
+# models/mamba2, models/qwen3_next: use_kernel_func_from_hub_with_fallback.
+_KERNELS = {"mamba": "mamba-ssm", "linear_attention": "flash-linear-attention"}
+
+
+def kernel_notes(model: ModelSpec) -> Iterator[str]:
+    """What a model with fused kernels takes is less than what is counted."""
+    for package in sorted({_KERNELS[layer.mixer] for layer in model.layers if layer.mixer in _KERNELS}):
+        yield (
+            f"{model.model_type}: layers without attention are counted as transformers' torch code computes them; with "
+            f"{package} and causal-conv1d installed, or their kernels from the hub, their activations take less"
+        )
+    if model.model_type == "llama4":
+        yield (
+            "llama4: transformers 5.24's model for images and text fails as it returns its loss, with images and "
+            "without (its decoder's outputs have no image_outputs); counted as if it had them"
+        )
+
+
+def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:
+    """What a config says of a checkpoint that is stored quantised, where the run is traced: dense, or as the run
+    quantises it. Raises SpecError where it does not train so."""
+    stored: Any = config.get("quantization_config")
+    if not isinstance(stored, Mapping) or not stored:
+        return
+    how = str(cast(Mapping[str, object], stored).get("quant_method", "?"))
+    if how in ("fp8", "mxfp4", "compressed-tensors"):
+        yield f"the checkpoint is stored in {how}, and is taken as dequantised in {precision.weights}"
+    elif how != "bitsandbytes":
+        raise SpecError(f"quantization_config: a checkpoint of {how:.40} is not supported yet", "model")
+    elif method.quantization is None:
+        raise SpecError("quantization_config: the checkpoint is quantised by bitsandbytes; use qlora or qdora", "model")
+
+
+def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[str]:
+    """How much of a mixture of experts bitsandbytes quantises: linear layers alone, and experts are parameters. Before
+    compute capability 8.0 torch has no grouped product.
+
+    Source: transformers 5.24 integrations/moe.py _can_use_grouped_mm, _grouped_mm_fallback_setup_context.
+    """
+    _, axes = built(graph)
+    weights = [(w, elements(w, axes) * n) for w, n, _ in weights_of(graph) if w.group not in ("adapter", "buffer")]
+    left = {w.dtype for w, _ in weights if w.chosen and not w.stored}
+    frozen = any(w.stacked and not w.trains for w, _ in weights)
+    if frozen and capability is not None and capability < (8, 0):
+        yield (
+            "before compute capability 8.0 transformers multiplies experts in a loop of its own, which keeps their "
+            "rows and makes gradients of matrices that are frozen: that is not counted"
+        )
+    if graph.recipe.quantization and left:
+        share = 100 * sum(n for w, n in weights if w.stored) / sum(n for _, n in weights)
+        yield (
+            f"{share:.1f}% of the parameters are quantised: experts are no linear layers in transformers 5, and "
+            f"bitsandbytes leaves them in {' and '.join(sorted(left))}"
+        )
