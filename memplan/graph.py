@@ -13,6 +13,7 @@ from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
+from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
 from memplan.engine.walk import size
@@ -29,7 +30,8 @@ class Graph(NamedTuple):
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
     that stand in for several; `converts`: what the model returns is cast to fp32;
     `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings' output asks
-    for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory.
+    for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
+    `degrees` the part of it that one rank computes.
     """
 
     model: ModelSpec
@@ -50,6 +52,7 @@ class Graph(NamedTuple):
     lingers: bool = False
     leaf: bool = False
     to_host: bool = False
+    degrees: Degrees = WHOLE
 
 
 class Held(NamedTuple):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from memplan import zero
 from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
+from memplan.degrees import WHOLE
 from memplan.engine import walk
 from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
@@ -187,7 +188,7 @@ def program(structure: Structure) -> Program:
     _, axes = built(structure.graph)
     ways = tuple(_way(structure, later) for later in (False, True)[: 1 + structure.accumulates])
     moments = _moments(structure.graph, ways, structure.holds_outputs)
-    weights = tuple(weights_of(structure.graph))
+    weights = tuple(weights_of(structure.graph._replace(degrees=WHOLE)))
     resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
     optimizer = _optimizer(structure, trained)

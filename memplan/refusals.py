@@ -11,6 +11,7 @@ from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.parallel import ELEMENTWISE, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
+from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
 from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
 
@@ -64,14 +65,14 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
         if getattr(p, field) != getattr(_ONE_GPU, field):
             only = str(getattr(_ONE_GPU, field)).lower()
             yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
-    if p.world != p.dp:
-        field = "parallelism.world" if p.world > 1 else "parallelism.dp"
-        yield SpecError(f"{field}: data parallel alone is supported yet: world {p.world} needs dp {p.world}", field)
+    wrong = check_product(p)
+    if wrong is not None:
+        yield wrong
     if p.strategy not in ("none", *STRATEGIES):
         yield _later("parallelism.strategy", p.strategy, ", ".join(STRATEGIES))
-    if p.world > 1 and p.strategy == "none":
+    if replicas(p) > 1 and p.strategy == "none":
         yield SpecError(
-            f"parallelism.strategy: says how {p.world} GPUs divide the run: {', '.join(STRATEGIES)}",
+            f"parallelism.strategy: says how {replicas(p)} GPUs divide the run: {', '.join(STRATEGIES)}",
             "parallelism.strategy",
         )
     if p.offload.parameters:

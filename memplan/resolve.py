@@ -19,6 +19,7 @@ from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
+from memplan.degrees import replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
@@ -146,14 +147,15 @@ def _decide(
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
-    sharded = parallelism.world > 1 and parallelism.strategy in FSDP
+    alike = replicas(parallelism)
+    sharded = alike > 1 and parallelism.strategy in FSDP
     if sharded:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels, sharded)
     if parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
-    if parallelism.world > 1:
+    if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
     check_time_steps(model, method)
     _check_objective(model, kernels, precision, profile)
@@ -175,7 +177,7 @@ def _decide(
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
-    if parallelism.world > 1 and parallelism.strategy in ZERO:
+    if alike > 1 and parallelism.strategy in ZERO:
         precision, method = _under_deepspeed(precision, method)
         notes.append(_DEEPSPEED)
     notes += dtype_notes(gpu, str(precision.compute))
@@ -308,9 +310,10 @@ def _ranks(
     Source: accelerate 1.15 accelerator.py prepare_model, utils/fsdp_utils.py fsdp2_prepare_model; transformers 5.24
     distributed/fsdp.py update_fsdp_plugin_peft.
     """
-    if parallelism.world == 1:
+    alike = replicas(parallelism)
+    if alike == 1:
         return recipe, ONE
-    ranks = Ranks(parallelism.strategy, parallelism.world)
+    ranks = Ranks(parallelism.strategy, alike)
     if parallelism.strategy not in FSDP:
         return recipe, ranks
     ranks = ranks._replace(delayed=trainer and accumulates)

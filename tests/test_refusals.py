@@ -36,13 +36,12 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"method": {"kind": "lora", "options": {"bias": "all"}}}, "method.options.bias"),
     ({"method": {"kind": "lora", "targets": ["model.layers.0.self_attn.q_proj"]}}, "method.targets"),
     ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
-    ({"parallelism": {"world": 2}}, "parallelism.world"),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "megatron_dist_opt"}}, "parallelism.strategy"),
     ({"parallelism": {"world": 2, "tp": 2}}, "parallelism.tp"),
     ({"parallelism": {"stage": 0}}, "parallelism.stage"),
     ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
     ({"parallelism": {"offload": {"activations": True}}}, "parallelism.offload"),
-    ({"parallelism": {"world": 2, "offload": {"optimizer": True}}}, "parallelism.world"),
+    ({"parallelism": {"world": 2, "dp": 2, "strategy": "ddp", "offload": {"optimizer": True}}}, "parallelism.offload"),
 ]
 
 
@@ -51,6 +50,12 @@ def test_what_is_known_and_not_supported_yet_says_so(fields: dict[str, Any], fie
     error = refused(**fields)
     assert error.field == field
     assert "supported yet" in str(error)
+
+
+def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> None:
+    assert str(refused(parallelism={"world": 8, "dp": 3, "strategy": "ddp"})) == (
+        "parallelism.world: a world of 8 GPUs is not dp 3 x tp 1 x pp 1 x cp 1 = 3"
+    )
 
 
 @pytest.mark.parametrize("field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "stage")])

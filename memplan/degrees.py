@@ -1,0 +1,49 @@
+"""The degrees that divide a run among GPUs by something else than its data: who computes which part of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from memplan.errors import SpecError
+from memplan.spec import Parallelism
+
+
+class Degrees(NamedTuple):
+    """Which part of the model and of a sequence one rank computes.
+
+    tp                 ranks that divide each matrix; `sequence_parallel`: they divide the sequence between matrices too
+    cp                 ranks that divide the sequence
+    ep, etp            ranks that divide the experts, and each expert's matrices
+    pp, stage          stages of a pipeline, and this rank's, the first being 0
+    virtual_stages     chunks of layers that a stage has
+    """
+
+    tp: int = 1
+    sequence_parallel: bool = False
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    pp: int = 1
+    stage: int = 0
+    virtual_stages: int = 1
+
+
+WHOLE = Degrees()
+
+
+def check_product(p: Parallelism) -> SpecError | None:
+    """The error of a world that is not the product of its degrees, naming every one."""
+    product = p.dp * p.tp * p.pp * p.cp
+    if p.world == product:
+        return None
+    field = "parallelism.world" if p.world > 1 else "parallelism.dp"
+    degrees = " x ".join(f"{name} {getattr(p, name)}" for name in ("dp", "tp", "pp", "cp"))
+    return SpecError(f"{field}: a world of {p.world} GPUs is not {degrees} = {product}", field)
+
+
+def replicas(p: Parallelism) -> int:
+    """The ranks that hold the same part of the model, among whom its weights, gradients and states may be divided.
+
+    Those of context parallelism are among them: each has all weights.
+    """
+    return p.dp * p.cp
