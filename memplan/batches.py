@@ -46,8 +46,8 @@ def lengths(batch: Batch, model: ModelSpec) -> Batch:
     Raises SpecError for lengths that the model does not take.
     """
     name = model.name or model.model_type
-    only, usual = model.only_sequence, Batch().sequence
-    if only is not None and batch.sequence not in (only, usual):
+    only = model.only_sequence
+    if only is not None and batch.sequence not in (only, Batch().sequence):
         raise SpecError(
             f"batch.sequence: the encoder of {name} reads {only} tokens by its config, not {batch.sequence}; "
             "leave it out",
