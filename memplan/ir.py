@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Axes that are another one rounded up, and so never smaller.
+# Axes that are never smaller than another one: that one rounded up, or the tokens that its chunks are of.
 AT_LEAST = {
+    "s": "chunks",
     **dict.fromkeys(("s1", "s8", "s32", "s128", "s_conv", "s_chunks"), "s"),
     **dict.fromkeys(("t8", "t32", "t128"), "t"),
 }

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.methods import PARTS, Recipe, inside
 from memplan.errors import SpecError, UnknownNameError
-from memplan.families.vision import is_vision
 from memplan.graph import (
     adaptable,
     gates,
@@ -28,7 +27,11 @@ def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     for part in method.frozen:
         if part not in PARTS:
             raise UnknownNameError("method.frozen", part, tuple(PARTS))
-    if method.frozen and not is_vision(model.model_type):
+    if not method.frozen:
+        return ()
+    from memplan.families.vision import is_vision
+
+    if not is_vision(model.model_type):
         raise SpecError(f"method.frozen: {model.model_type} has no parts beside the language model", "method.frozen")
     if set(method.frozen) == set(PARTS):
         raise SpecError("method.frozen: nothing is left to train", "method.frozen")

@@ -1,8 +1,10 @@
-"""What holds for every test: no profile of the machine's own changes an answer, and garbage is seldom collected."""
+"""What holds for every test: no profile of the machine's own changes an answer, garbage is seldom collected, and of the
+processes that tests start only the first compiles what it imports."""
 
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 
@@ -13,3 +15,6 @@ gc.set_threshold(2_000_000, 10, 10)  # lowering makes tuples by the thousand, wh
 def _no_profile_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> None:  # pyright: ignore[reportUnusedFunction]
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+    if sys.dont_write_bytecode:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("compiled")))

@@ -161,18 +161,22 @@ class Tape:
             self._deferred.append(storage)  # the run's last copy drops it
             return
         self.note()
-        self._counts[storage.size] -= 1
+        left = self._counts.get(storage.size, 0) - 1
+        if left:
+            self._counts[storage.size] = left
+        else:  # moments are many, and each has a copy
+            self._counts.pop(storage.size, None)
         self._born.discard(storage)
         if storage.run is not None and storage.run != self._in_run:
             copies = dict(self._per_copy[storage.run])
-            copies[storage.size] -= 1
+            copies[storage.size] = copies.get(storage.size, 0) - 1
             self._per_copy[storage.run] = copies
 
     def note(self) -> None:
         """Write the moment down, if memory rose since the last one."""
         if self._rising:
             self._rising = False
-            self.moments.append(self.snapshot()._replace(where=self._peak_where))
+            self.moments.append(Moment(self.phase, self._peak_where, dict(self._counts), dict(self._per_copy)))
 
     def snapshot(self) -> Moment:
         """What is alive now."""
@@ -533,17 +537,17 @@ class Tape:
         self.note()
         run = self._in_run
         assert run is not None
-        left = {k: n - self._before.get(k, 0) for k, n in self._counts.items() if n != self._before.get(k, 0)}
-        old = self._per_copy.get(run, {})
-        new = {k: old.get(k, 0) + left.get(k, 0) for k in {*old, *left}}
+        old, before, now = self._per_copy.get(run, {}), self._before, self._counts
+        new = {k: old.get(k, 0) + now.get(k, 0) - before.get(k, 0) for k in sorted({*old, *before, *now})}
+        new = {k: n for k, n in new.items() if n}
         renamed = self._renamed(new, passed_on)
         for i in range(self._first_moment, len(self.moments)):
             m = self.moments[i]
-            last = m._replace(counts=self._as_last(m.counts, renamed), per_copy={**m.per_copy, run: new})
+            counts, per_copy = self._as_last(m.counts, renamed), {**m.per_copy, run: new}
             if self.phase == "backward":
-                self.moments.append(last._replace(where=self._first_copy(m.where)))
+                self.moments.append(Moment(m.phase, self._first_copy(m.where), counts, per_copy))
             else:  # each copy leaves more alive, so the last one peaks
-                self.moments[i] = last
+                self.moments[i] = Moment(m.phase, m.where, counts, per_copy)
         self._per_copy[run] = new
         for storage in self._born:
             if storage not in passed_on:
@@ -565,7 +569,7 @@ class Tape:
             if handed is not None and storage in self._born:
                 out[handed] = storage.size
                 left[handed] += 1
-                left[storage.size] -= 1
+                left[storage.size] = left.get(storage.size, 0) - 1
         return out
 
     def _as_last(self, counts: Counts, renamed: Mapping[int, int]) -> Counts:
