@@ -162,9 +162,12 @@ def mixed(name: str, x: str) -> tuple[Op, ...]:
             f"{t}.mixes",
             (Tensor(f"{t}.pre.raw", "b s n"), Tensor(f"{t}.post.raw", "b s n"), Tensor(f"{t}.comb.raw", "b s n2")),
         ),
-        Op(f"{name}.base", (), (Tensor(f"{t}.base", "nw", "fp32"),), (Weight(f"{name}.base", "nw", "mixer", "fp32"),)),
+        Op(f"{name}.base", (), (Tensor(f"{t}.bases", "nw", "fp32"),), (Weight(f"{name}.base", "nw", "mixer", "fp32"),)),
         Op(
-            f"{name}.scales", (), (Tensor(f"{t}.scale", "3", "fp32"),), (Weight(f"{name}.scale", "3", "mixer", "fp32"),)
+            f"{name}.scales",
+            (),
+            (Tensor(f"{t}.scales", "3", "fp32"),),
+            (Weight(f"{name}.scale", "3", "mixer", "fp32"),),
         ),
         *_scaled(f"{name}.pre", f"{t}.pre.raw", f"{t}.pre.sum", "b s n", t),
         experts.sigmoid(f"{name}.pre.sigmoid", f"{t}.pre.sum", f"{t}.pre.gate", "b s n"),
@@ -193,8 +196,8 @@ def _mixes(name: str, x: str, out: str, weight: str, t: str) -> tuple[Op, ...]:
 
 def _scaled(name: str, x: str, y: str, shape: str, t: str) -> tuple[Op, ...]:
     return (
-        times(f"{name}.scale", x, f"{t}.scale", f"{y}.scaled", shape),
-        Op(f"{name}.shift", (f"{y}.scaled", f"{t}.base"), (Tensor(y, shape),), gradient="same"),
+        times(f"{name}.scale", x, f"{t}.scales", f"{y}.scaled", shape),
+        Op(f"{name}.shift", (f"{y}.scaled", f"{t}.bases"), (Tensor(y, shape),), gradient="same"),
     )
 
 
@@ -226,7 +229,7 @@ def entered(name: str, x: str, y: str, iterations: int) -> tuple[Op, ...]:
         times(f"{name}.weigh", x, f"{t}.pre", f"{t}.weighed", _STREAMS),
         *summed(f"{name}.collapse", f"{t}.weighed", f"{t}.one", "b s h"),
         ops.cast(f"{name}.to", f"{t}.one", y, "b s h", f"={x}"),
-        ops.leave(f"{t}.normed", f"{t}.mixes", f"{t}.pre", f"{t}.base", f"{t}.scale"),
+        ops.leave(f"{t}.normed", f"{t}.mixes", f"{t}.pre", f"{t}.bases", f"{t}.scales"),
         ops.view(f"{name}.comb", last, f"{t}.comb", "b s n2"),
     )
 
