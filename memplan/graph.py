@@ -27,10 +27,10 @@ class Graph(NamedTuple):
     """What decides which operations a forward and a backward pass run, and what they keep.
 
     `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
-    of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
-    that stand in for several; `converts`: what the model returns is cast to fp32;
-    `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings' output asks
-    for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
+    of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `short`: a loss in chunks
+    of tokens has one chunk only; `fused` the kernels that stand in for several; `converts`: what the model returns is
+    cast to fp32; `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings'
+    output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
     `degrees` the part of it that one rank computes.
     """
 
@@ -46,6 +46,7 @@ class Graph(NamedTuple):
     reentrant: bool = False
     logits: str = "padded"
     single: bool = False
+    short: bool = False
     fused: tuple[str, ...] = ()
     converts: bool = False
     code: str = "transformers"
@@ -102,6 +103,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         graph.single,
         "cross_entropy" in graph.fused,
         graph.converts,
+        graph.short,
     )
     return stack, axes
 

@@ -123,6 +123,8 @@ class Op(NamedTuple):
                     encoder's `states`, until an operation outside of blocks that `releases` those.
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
+    wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients
+                    are made though nothing reads them, and stay until the graph goes at the end of the step.
     asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
                     embeddings does. Where no gradient flows through, checkpointing or not.
     skipped         the run leaves it out: of it there are only its weights.
@@ -151,6 +153,7 @@ class Op(NamedTuple):
     holds: str = ""
     releases: bool = False
     captures: tuple[str, ...] = ()
+    wraps: tuple[Tensor, ...] = ()
     asks: bool = False
     skipped: bool = False
     recorded: bool = False

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from memplan.catalogue.attention import efficient_workspace_bytes
+from memplan.catalogue.losses import CHUNK
 from memplan.graph import built
 from memplan.models import ModelSpec
 from memplan.program import Program
@@ -60,7 +61,7 @@ def run_axes(
     b, s = micro, sequence
     tokens = b * s
     m = program.structure.graph.model
-    many, sorts = b > 1, tokens > 3072
+    many, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
     axes = {
         "b": b,
         "s": s,
@@ -71,7 +72,12 @@ def run_axes(
         "targets": by.choose(many, tokens, s + 1),
         "padded_labels": by.choose(many, b * (s + 1), 0),
         "shifted_rows": b * (s - 1),
-        "further_chunks": (s - 1) // 128,
+        "further_chunks": further,
+        "lm_one": by.choose(further > 1, CHUNK, 0),
+        "lm_rest": by.choose(further > 1, CHUNK * (further - 1), 0),
+        "lm_next": by.choose(further > 0, CHUNK, 0),
+        "lm_last": s - CHUNK * further,
+        "lm_rows": s - CHUNK * further - 1,
         "shifted_labels": by.choose(many, b * (s - 1), 0),
         "sorted_ids": by.choose(sorts, tokens, 0),
         "segments": by.choose(sorts, tokens // 10 + by.least(tokens, m.vocab_size), 0),

@@ -300,7 +300,7 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     block = gpt_block(heads, mlp(m, "n2", "mo", resid), returned(wiring))
     before = learned(m, wiring, drops(m, "embed_dropout"))
-    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places")))
+    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places", *returned(wiring))))
 
 
 def gptj(m: ModelSpec, wiring: Wiring) -> Stack:

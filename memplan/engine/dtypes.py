@@ -91,6 +91,8 @@ class Scope:
         for t in op.writes:
             writes.append(literal(t))
             tensors[t.name] = writes[-1]
+        wraps = tuple(literal(t) for t in op.wraps)
+        tensors.update((t.name, t) for t in wraps)
         if op.cast:
             source = tensors[reads[0] if reads else weights[0].name]
             if source.dtype in (writes[0].dtype, op.spared):
@@ -105,6 +107,7 @@ class Scope:
                     Keep(new_name.get(what, what), new_name.get(of, of), becomes) for what, of, becomes in op.keeps
                 ),
                 captures=tuple(new_name.get(c, c) for c in op.captures),
+                wraps=wraps,
                 scratch=tuple(literal(t) for t in op.scratch),
                 scratch_back=tuple(
                     s._replace(tensor=literal(s.tensor), of=new_name.get(s.of, s.of)) for s in op.scratch_back

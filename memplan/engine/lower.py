@@ -245,6 +245,7 @@ class Tape:
             if grad and op.gradient != "none":
                 targets = tuple(r for r in dict.fromkeys(op.reads) if r in frame.flows)
                 targets += tuple(w.name for w in op.weights if w.trains)
+                targets += tuple(t.name for t in op.wraps)
                 if targets:
                     frame.flows.update(t.name for t in op.writes if t.dtype in FLOATING)
                     pins = tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets))
@@ -410,7 +411,10 @@ class Tape:
         returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
         for storage in holds["forward"]:
             self.drop(storage)
+        before = len(self._held["nodes"])
         self.backward(frame, grads)
+        holds["nodes"] += self._held["nodes"][before:]
+        del self._held["nodes"][before:]
         for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # nothing here makes use of it
             self.drop(grads.pop(name))
         for storage in (*gradients, *returned.values(), *inputs, *holds["step"], *holds["nodes"]):
@@ -439,9 +443,11 @@ class Tape:
             for _, storage in incoming:
                 self.drop(storage)
         self._release(node)
-        weights = {w.name for w in op.weights}
+        weights, wrapped = {w.name for w in op.weights}, {t.name for t in op.wraps}
         for target, storage in made:
-            if target in weights:
+            if target in wrapped:
+                self._held["nodes"].append(storage)
+            elif target in weights:
                 self._weight_gradient(frame, target, storage)
             else:
                 grads[target] = self._sum(frame.scope[target], grads.get(target), storage)
@@ -585,4 +591,4 @@ class Tape:
 
 
 def _kind(op: Op, target: str) -> str:
-    return "gradient" if any(w.name == target for w in op.weights) else "temp"
+    return "gradient" if any(t.name == target for t in (*op.weights, *op.wraps)) else "temp"
