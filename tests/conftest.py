@@ -1,5 +1,6 @@
-"""What holds for every test: no profile of the machine's own changes an answer, garbage is seldom collected, and of the
-processes that tests start only the first compiles what it imports."""
+"""What holds for every test: no profile of the machine's own changes an answer, garbage is seldom collected, of the
+processes that tests start only the first compiles what it imports, and examples are as many as `tests.sampling` says,
+however long one takes."""
 
 from __future__ import annotations
 
@@ -7,8 +8,14 @@ import gc
 import sys
 
 import pytest
+from hypothesis import settings
+
+from tests.sampling import examples
 
 gc.set_threshold(2_000_000, 10, 10)  # lowering makes tuples by the thousand, which are in no cycle: a fifth of the time
+
+settings.register_profile("memplan", max_examples=examples(100), deadline=None)
+settings.load_profile("memplan")
 
 
 @pytest.fixture(autouse=True, scope="session")

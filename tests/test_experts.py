@@ -21,7 +21,7 @@ from memplan.models import ModelSpec
 from memplan.program import program, trained_parameters
 from memplan.resolve import decide
 from memplan.speed import work
-from tests.sampling import sampled
+from tests.sampling import examples, sampled
 from tests.tiny import TINY
 
 EVERY = sorted(name for name, config in TINY.items() if "E" in ModelSpec({"model_type": name, **config}).axes())
@@ -186,7 +186,7 @@ def test_ranks_divide_stacks_as_they_divide_all_else(strategy: str, each: float)
     assert held == pytest.approx(each * estimate(spec).parameters.total, rel=0.01)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(experts=st.integers(1, 64), chosen=st.integers(1, 64), width=st.integers(1, 512))
 def test_only_as_many_experts_can_be_chosen_as_there_are(experts: int, chosen: int, width: int) -> None:
     sizes = {"num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": width}
