@@ -260,6 +260,11 @@ CLASSIFIERS = frozenset(
     )
 )
 
+# Families whose MLPs, which no gate multiplies, have their activation written out where it is no kernel of its own.
+WRITE_OUT = frozenset(
+    ("falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "nemotron", "opt", "phi", "starcoder2")
+)
+
 LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "gpt_neo", "opt"))
 POSITION_TABLES = LEARNED_POSITIONS | {"gptj"}  # models that hold a row a position, and so must know how many
 

@@ -143,9 +143,9 @@ def sliding_layers(config: Mapping[str, Any], default: list[bool]) -> list[bool]
     if config.get("layer_types") is None:
         return default
     kinds = _list(config, "layer_types", len(default))
-    unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
-    if unknown is not None:
-        raise UnsupportedModelError(f"layer_types: {as_json(unknown)} is not supported yet", "layer_types")
+    unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
+    if unknown:
+        raise UnsupportedModelError(f"layer_types: {as_json(unknown[0])} is not supported yet", "layer_types")
     return [kind == "sliding_attention" for kind in kinds]
 
 

@@ -19,10 +19,11 @@ from memplan.config_classes import (
     OWN_NAMES,
     POSITION_TABLES,
     RENAMED,
+    WRITE_OUT,
     family_of,
 )
-from memplan.errors import ConfigError
-from memplan.families import Family, family
+from memplan.errors import ConfigError, UnsupportedModelError
+from memplan.families import ONE_KERNEL, WRITTEN_OUT, Family, family
 from memplan.headers import Checkpoint
 from memplan.layers import Layer, Repeated, as_json, layers_of, runs_of
 from memplan.objectives import objective_of, trained_for
@@ -41,6 +42,7 @@ def _dense(model_type: str) -> Family:
         built_as=BUILT_AS.get(model_type, ""),
         positions=model_type in LEARNED_POSITIONS,
         objectives=("causal_lm", *(("sequence_classification",) if model_type in CLASSIFIERS else ())),
+        acts=WRITTEN_OUT if model_type in WRITE_OUT else ONE_KERNEL,
     )
 
 
@@ -113,6 +115,7 @@ class ModelSpec:
                 f"num_attention_heads {self.num_attention_heads}",
                 "num_key_value_heads",
             )
+        self.hidden_act = self._activation()
         self.tie_word_embeddings = bool(self.get("tie_word_embeddings", False))
         self.objective = objective_of(config, self._family.objectives)
         self.layers = self._layers()
@@ -182,10 +185,18 @@ class ModelSpec:
             case _:
                 return stated or a
 
-    @cached_property
-    def hidden_act(self) -> str:
+    def _activation(self) -> str:
+        """transformers' name of the MLP's activation. Raises UnsupportedModelError for one that no stack of the family
+        has."""
         key = self._key("hidden_act")
-        return str(self.config[key]) if key is not None else "silu"
+        named = self.config.get(key) if key is not None else None
+        if named is not None and named not in self._family.acts:
+            raise UnsupportedModelError(
+                f"{key}: {as_json(named)} is not supported yet for model_type {self.model_type}; "
+                f"supported: {', '.join(self._family.acts)}",
+                str(key),
+            )
+        return str(named or "silu")
 
     @cached_property
     def sliding_window(self) -> int | None:

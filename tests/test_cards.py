@@ -544,3 +544,56 @@ def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(model_type: 
             assert model.rotary_width == int(model.head_dim * share), config
         compared += 1
     assert compared >= 5
+
+
+@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize("named", ["fatrelu", "quick_gelu", "gelu_python", 1, ["silu"], ""])
+def test_an_activation_that_no_stack_has_is_refused_by_name(model_type: str, named: Any) -> None:
+    model = ModelSpec({"model_type": model_type, **TINY[model_type]})
+    key = model._key("hidden_act")  # pyright: ignore[reportPrivateUsage]
+    if key is None:
+        return
+    with pytest.raises(
+        UnsupportedModelError, match=f"^{key}: .* is not supported yet for model_type .*silu|relu2"
+    ) as e:
+        ModelSpec({"model_type": model_type, **TINY[model_type], key: named})
+    assert e.value.field == key
+
+
+def test_a_gate_is_multiplied_by_an_activation_of_one_kernel_and_other_mlps_have_those_written_out_too() -> None:
+    """transformers' gelu_new is eight operations, and relu keeps what it makes: neither is silu's kernel."""
+    for act in ("gelu_new", "relu", "relu2"):
+        with pytest.raises(
+            UnsupportedModelError, match=f'hidden_act: "{act}" is not supported yet for model_type llama'
+        ):
+            ModelSpec({"model_type": "llama", **TINY["llama"], "hidden_act": act})
+        for model_type in ("gpt_neox", "phi", "starcoder2"):
+            model = ModelSpec({"model_type": model_type, **TINY[model_type], "hidden_act": act})
+            assert build(model, Wiring("flash", "efficient"))
+    with pytest.raises(
+        UnsupportedModelError, match='feed_forward_proj: "gated-x" is not supported yet; supported: silu'
+    ):
+        ModelSpec({**read_card("t5-base")["config"], "feed_forward_proj": "gated-x"}).axes()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [
+        ("granitemoehybrid", "layer_types"),
+        ("gemma2", "layer_types"),
+        ("gpt_oss", "layer_types"),
+        ("qwen3", "layer_types"),
+    ],
+)
+def test_a_null_among_the_kinds_of_layers_is_no_kind(model_type: str, key: str) -> None:
+    config = {"model_type": model_type, **TINY[model_type], key: [None] * 64}
+    with pytest.raises(ConfigError, match=f"{key}.*null"):
+        ModelSpec(config)
+
+
+def test_a_config_with_nan_in_it_is_the_same_model_when_read_again(tmp_path: Path) -> None:
+    """What is worked out of a model is kept by it, and NaN is equal to nothing."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **TINY["llama"], "attention_dropout": float("nan")}))
+    assert find_model(str(path)) == find_model(str(path))
+    assert hash(find_model(str(path))) == hash(find_model(str(path)))

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.mixed import renamed
+from memplan.errors import UnsupportedModelError
+from memplan.families import ONE_KERNEL
 from memplan.ir import Block, Keep, Op, Run, Scratch, Tensor, Weight
 
 P = "b patches"
@@ -153,8 +155,15 @@ def quick_gelu(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 
 def acted(act: str, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """The activation of that name in transformers."""
-    return quick_gelu(name, x, y, shape) if act == "quick_gelu" else (ops.activation(name, x, y, shape),)
+    """The activation of that name in transformers. Raises UnsupportedModelError for one that is not written down."""
+    if act == "quick_gelu":
+        return quick_gelu(name, x, y, shape)
+    if act not in ONE_KERNEL:
+        supported = ", ".join(("quick_gelu", *ONE_KERNEL))
+        raise UnsupportedModelError(
+            f"vision_config.hidden_act: {act!r:.40} is not supported yet; supported: {supported}", "vision_config"
+        )
+    return (ops.activation(name, x, y, shape),)
 
 
 def mlp(
