@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from memplan.errors import SpecError
-from memplan.families.vision import axes_of, is_vision, picture_of, sees
+from memplan.families.pictures import axes_of, picture_of, sees
+from memplan.families.vision import is_vision
 from memplan.models import ModelSpec
 from memplan.spec import Batch, RunSpec
 

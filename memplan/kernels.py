@@ -8,7 +8,7 @@ from typing import Any
 from memplan.catalogue.attention import NO_FLASH_2, Wiring
 from memplan.catalogue.methods import Recipe
 from memplan.errors import SpecError
-from memplan.families.vision import PACKS
+from memplan.families.pictures import PACKS
 from memplan.graph import (
     attention_dtype,
     fusible_kernels,

@@ -9,14 +9,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue import build
+from memplan.catalogue.attention import Wiring
 from memplan.catalogue.states import optimizer_names, takes_foreach
 from memplan.engine.walk import alive, largest, moment_bytes, size, values
+from memplan.families.pictures import PICTURES
 from memplan.graph import built
+from memplan.ir import operations
+from memplan.models import ModelSpec
 from memplan.program import PHASES, pass_of, program
 from memplan.resolve import decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
+from tests.encoders import SMALL as ENCODERS
 from tests.sampling import examples
+from tests.tiny import TINY as DECODERS
+from tests.tiny_vision import TINY as TOWERS
 
 laws = settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -72,6 +80,16 @@ def answer(run: dict[str, Any], **changes: Any) -> Estimate:
 
 def allocated(run: dict[str, Any], **changes: Any) -> int:
     return answer(run, **changes).bytes.allocated
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *TOWERS, *ENCODERS])
+def test_no_tensor_has_a_weights_name(name: str) -> None:
+    """A gradient is known by the name of what it is of, and would be one for both."""
+    config = {"model_type": name, **{**DECODERS, **TOWERS, **ENCODERS}[name]}
+    for wiring in (Wiring("flash", "efficient"), Wiring("eager", "eager", padded=True, images=name in PICTURES)):
+        made = tuple(operations(build(ModelSpec(config), wiring)))
+        weights = {w.name for op in made for w in op.weights}
+        assert weights.isdisjoint(t.name for op in made for t in op.writes)
 
 
 @laws

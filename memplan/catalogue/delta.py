@@ -10,7 +10,7 @@ together, `chunks` of `chunk` rows, `s_chunks` rows in all, `s_conv` rows of a c
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.gemma import rms_norm
 from memplan.catalogue.glm import attend_heads_first, partly_rotated
@@ -419,14 +419,14 @@ def shared_mixture(x: str, y: str, normalise: bool, by_name: bool) -> tuple[Op, 
     router, up, down = named if by_name else ((), (), ())
     return (
         *gated_mlp(x, "shared.whole", "mlp.shared_expert", width="fs", flat=True),
-        *experts.softmax_router("mlp.gate", x, normalise, stands_for=router),
+        *routers.softmax_router("mlp.gate", x, normalise, stands_for=router),
         *experts.experts(x, "routed", gate_up=up, down=down),
         ops.linear("mlp.shared_expert_gate", x, "shared.gate", "1", "h", "mlp", flat=True),
         exp("mlp.shared_expert_gate.sigmoid", "shared.gate", "shared.share", "b s 1"),
         spread("mlp.shared_expert_gate.product", "shared.whole", "shared.share", "shared", "b s h"),
         ops.leave("shared.whole"),
         ops.add("mlp.add", "routed", "shared", y, "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, x),
+        ops.leave("routed", "shared", *routers.HELD, x),
     )
 
 

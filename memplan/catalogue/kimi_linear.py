@@ -12,7 +12,7 @@ Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.deepseek import feed
 from memplan.catalogue.latent import attend, copied_key
@@ -301,7 +301,7 @@ def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
             keeps=tuple(k._replace(what=cast.reads[0]) if k.what == cast.writes[0].name else k for k in weighed.keeps),
         ),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
-        experts.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
+        routers.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
         ops.leave(f"{y}.gate"),
         ops.mul(f"{name}.product", f"{y}.weighed", f"{y}.open", f"{y}.wide", shape),
         ops.leave(f"{y}.weighed", f"{y}.open"),
@@ -368,7 +368,7 @@ def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = 
 
 def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
     """Positions are counted, and nothing reads them. peft does not know what the experts stand for."""
-    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     linear = (
         *unpadded(wiring, "n1", "n1.real", "b s h"),
         *_delta_attention(wiring, "n1.real", "ao"),

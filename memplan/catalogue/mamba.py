@@ -9,7 +9,7 @@ which a token's time step and the two projections of its state are made.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.llama import (
     decoder_block,
@@ -197,7 +197,7 @@ def jamba(m: ModelSpec, wiring: Wiring) -> Stack:
         norms="weighed",
     )
     heads = llama_attention(m, wiring, "n1", "ao", rotary=False)
-    routed = experts.softmax_router(f"{name}.router", "n2", normalise=False, stands_for=())
+    routed = routers.softmax_router(f"{name}.router", "n2", normalise=False, stands_for=())
     mixture = experts.mixture("n2", routed, experts.experts("n2", "mo", f"{name}.experts", (), ()))
     mlp = gated_mlp("n2", "mo", name)
 

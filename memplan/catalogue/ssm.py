@@ -9,7 +9,7 @@ Letters of their own: `mh` heads `mp` wide of a state of `mn` numbers each, in `
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.glm import fused_mlp
 from memplan.catalogue.granite import scaled_branch, scaled_embeddings, scaled_logits
@@ -26,7 +26,7 @@ from memplan.catalogue.llama import (
 )
 from memplan.catalogue.mixed import renamed
 from memplan.catalogue.recurrent import causal_conv, cumulate, exp, mask_fill, negative_exp, pad, spread, unpadded
-from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.ir import Block, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
@@ -74,15 +74,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: add.Tensor",
         ),
         ops.activation(f"{of}.softplus", "dt.biased", "dt.plus", _STEPS)._replace(autocast="fp32"),
-        Op(
-            f"{of}.clamp",
-            ("dt.plus",),
-            (Tensor("dt.step", _STEPS),),
-            (),
-            (Keep("dt.plus", "dt.plus"),),
-            scratch_back=(Scratch(Tensor("above", _STEPS, "bool")), Scratch(Tensor("below", _STEPS, "bool"))),
-            source=f"{ops.DERIVATIVES}: clamp",
-        ),
+        ops.clamp(f"{of}.clamp", "dt.plus", "dt.step", _STEPS, 2),
         ops.cast(f"{of}.x_float", "x.heads", "x32", _X, "fp32"),
         *(
             op
@@ -257,7 +249,7 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, rotary=rotary)
     dense = fused_mlp("n2", "dense.out", "shared_mlp", ("input_linear", "output_linear"))
-    routed = experts.late_softmax_router(f"{name}.router", "n2")
+    routed = routers.late_softmax_router(f"{name}.router", "n2")
     mixture = experts.mixture("n2", routed, experts.experts("n2", "routed", f"{name}.experts", gate_up=(), down=()))
     both = (*mixture, *dense, ops.add("add_experts", "routed", "dense.out", "mo", "b s h"))
     ffn = (*both, ops.leave("routed", "dense.out")) if m.whole("num_local_experts", 8, least=0) else _named(dense, "mo")
@@ -365,7 +357,7 @@ def _nemotron_experts(m: ModelSpec, n: str, bias: bool) -> tuple[Op, ...]:
     x, routed, width = ("latent", "routed.latent", "latent") if latent else ("n1", "routed", "h")
     made = experts.experts(x, routed, f"{n}.experts", (), (), plain=True, width=width)
     return (
-        *experts.grouped_router(f"{n}.gate", "n1", m.get("norm_topk_prob", True)),
+        *routers.grouped_router(f"{n}.gate", "n1", m.get("norm_topk_prob", True)),
         *((ops.linear(f"{n}.fc1_latent_proj", "n1", "latent", width, "h", "mlp", bias, flat=True),) if latent else ()),
         *made,
         *((ops.leave("latent"),) if latent else ()),
@@ -376,7 +368,7 @@ def _nemotron_experts(m: ModelSpec, n: str, bias: bool) -> tuple[Op, ...]:
         ),
         *_relu2_mlp("n1", "shared", f"{n}.shared_experts", "fs", bias),
         ops.add(f"{n}.add", "routed", "shared", "mo", "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, "n1"),
+        ops.leave("routed", "shared", *routers.HELD, "n1"),
     )
 
 
