@@ -53,15 +53,7 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str, affine: bool = Tr
             cast=True,
             source=f"{_SOURCE} Gemma4RMSNorm",
         ),
-        Op(
-            f"{name}.weight",
-            (n32, factor),
-            (Tensor(y32, shape),),
-            (),
-            (Keep(factor, n32), Keep(n32, factor)),
-            scratch_back=(Scratch(Tensor("product", shape, f"={y32}"), factor),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.spread(f"{name}.weight", n32, factor, y32, shape),
         ops.cast(f"{name}.type_as", y32, y, shape, f"={x}"),
     )
 
