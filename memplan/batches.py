@@ -16,7 +16,8 @@ def axes_of_images(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...
         if batch.image_size is not None:
             raise SpecError("batch.image_size: the size of no image; say batch.images too", "batch.image_size")
         return ()
-    from memplan.families.vision import axes_of, is_vision, picture_of, sees
+    from memplan.families.pictures import axes_of, picture_of, sees
+    from memplan.families.vision import is_vision
 
     if not is_vision(model.model_type) and not model.part("vision_config"):
         raise SpecError(f"batch.images: {called} has no vision tower", "batch.images")

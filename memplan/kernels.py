@@ -86,7 +86,7 @@ def wiring_of(
 
 def kernel_of_tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
     """The kernel of the attention in the tower that sees images, by the same rules."""
-    from memplan.families.vision import PACKS
+    from memplan.families.pictures import PACKS
 
     known = ("sdpa", "sdpa_efficient", *(("flash_attention_2",) if model.model_type in PACKS else ()))
     if kernels.attention not in known:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
 from memplan.catalogue.attention import JOINED, large_tiles
-from memplan.catalogue.experts import AS_MODULES
+from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe

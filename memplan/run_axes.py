@@ -229,7 +229,7 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
     yield "tower_fp32", 0 if half else d + 1
     for name, of, pairs in (
         ("grid", axes["grid"], heads),
-        ("window", axes["window"], heads),
+        ("window", axes.get("window", 0), heads),
         ("packed", rows, heads),
         ("batched", axes["grid"], run.b * axes["images"] * heads),
     ):

@@ -21,7 +21,7 @@ from memplan.catalogue.losses import CHUNK
 from memplan.engine.walk import values
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
-from memplan.families.vision import picture_of, sees
+from memplan.families.pictures import picture_of, sees
 from memplan.program import PHASES, Program, phase_peaks, program
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes

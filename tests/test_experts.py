@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from benchmarks.golden import SLACK
 from memplan import RunSpec, estimate
 from memplan.cards import load_card
-from memplan.catalogue import experts
-from memplan.catalogue.experts import AS_MODULES
+from memplan.catalogue import expert_loops, routers
+from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.errors import ConfigError, MemplanError
 from memplan.families.moe import FAMILIES
 from memplan.graph import parameters_of, weights_of
@@ -271,9 +271,9 @@ def test_experts_that_are_modules_keep_what_the_published_loop_does() -> None:
 
     number, chosen, width = 4, 2, 48
     axes = {**AXES, "E": number, "e": chosen, "m": width, "routed": B * S * chosen // number}
-    inputs = (Tensor("in", "b s h", "bf16"), Tensor(experts.SCORES, "b s e", "bf16"))
-    choice = (Tensor(experts.CHOSEN, "b s e", "int64"),)
-    made = experts.modules("in", "out", number, chosen)
+    inputs = (Tensor("in", "b s h", "bf16"), Tensor(routers.SCORES, "b s e", "bf16"))
+    choice = (Tensor(routers.CHOSEN, "b s e", "int64"),)
+    made = expert_loops.modules("in", "out", number, chosen)
     mine = in_bytes(one_block(made, "bf16", "out", inputs, constants=choice), axes, ("embeds", "y", "loss"))
 
     x, scores = (leaf(B * S, n, dtype=torch.bfloat16) for n in (H, chosen))

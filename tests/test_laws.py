@@ -10,15 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue import build
+from memplan.catalogue.attention import Wiring
 from memplan.catalogue.states import optimizer_names, takes_foreach
 from memplan.engine.walk import alive, largest, moment_bytes, rows, size, values
+from memplan.families.pictures import PICTURES
 from memplan.graph import built
+from memplan.ir import operations
+from memplan.models import ModelSpec
 from memplan.program import PHASES, pass_of, program
 from memplan.resolve import decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
+from tests.encoders import SMALL as ENCODERS
 from tests.sampling import examples
-from tests.tiny import TINY
+from tests.tiny import TINY as DECODERS
+from tests.tiny_vision import TINY as TOWERS
 
 laws = settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -74,6 +81,16 @@ def answer(run: dict[str, Any], **changes: Any) -> Estimate:
 
 def allocated(run: dict[str, Any], **changes: Any) -> int:
     return answer(run, **changes).bytes.allocated
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *TOWERS, *ENCODERS])
+def test_no_tensor_has_a_weights_name(name: str) -> None:
+    """A gradient is known by the name of what it is of, and would be one for both."""
+    config = {"model_type": name, **{**DECODERS, **TOWERS, **ENCODERS}[name]}
+    for wiring in (Wiring("flash", "efficient"), Wiring("eager", "eager", padded=True, images=name in PICTURES)):
+        made = tuple(operations(build(ModelSpec(config), wiring)))
+        weights = {w.name for op in made for w in op.weights}
+        assert weights.isdisjoint(t.name for op in made for t in op.writes)
 
 
 @laws
@@ -224,7 +241,7 @@ def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, seq
 @pytest.mark.parametrize("family", ["gemma2", "kimi_linear", "mamba2", "qwen3_next"])
 def test_pruned_moments_of_layers_that_differ_never_miss_the_peak(family: str) -> None:
     """Where attention has a window, and where a scan goes by chunks: axes of their own, on the chain or beside it."""
-    model = {"config": {"model_type": family, **TINY[family]}}
+    model = {"config": {"model_type": family, **DECODERS[family]}}
     run = RunSpec.model_validate({"model": model, "kernels": {"checkpointing": "none"}})
     structure = decide(run).structure
     p, low, own = program(structure), pass_of(structure), built(structure.graph)[1]
@@ -251,7 +268,7 @@ def test_the_ledger_sums_to_the_peak_under_every_optimizer(name: str) -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_ledger_sums_to_the_peak_where_a_run_is_handed_what_it_did_not_make(method: str) -> None:
     # Gemma 4's later layers read keys and values that earlier ones share, by the reentrant kind of checkpointing too.
-    model = {"config": {"model_type": "gemma4_text", **TINY["gemma4_text"]}}
+    model = {"config": {"model_type": "gemma4_text", **DECODERS["gemma4_text"]}}
     batch, kernels = {"micro": 2, "sequence": 96}, {"checkpointing": "full", "reentrant": True}
     a = answer({"model": model, "method": method, "batch": batch, "kernels": kernels})
     assert sum(line.bytes for line in a.ledger) == a.bytes.allocated

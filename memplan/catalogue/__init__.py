@@ -78,8 +78,8 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
 
         stack = classifying(model, stack)
     if model.get("output_router_logits", False):
-        from memplan.catalogue.experts import balanced
         from memplan.catalogue.methods import rewrite
+        from memplan.catalogue.routers import balanced
 
         stack = rewrite(stack, lambda op: (balanced(op),))
     if not wiring.flattens:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring, mask
 from memplan.catalogue.latent import joined
 from memplan.catalogue.lightning import detached
@@ -170,10 +170,10 @@ def mixed(name: str, x: str) -> tuple[Op, ...]:
             (Weight(f"{name}.scale", "3", "mixer", "fp32"),),
         ),
         *_scaled(f"{name}.pre", f"{t}.pre.raw", f"{t}.pre.sum", "b s n", t),
-        experts.sigmoid(f"{name}.pre.sigmoid", f"{t}.pre.sum", f"{t}.pre.gate", "b s n"),
+        routers.sigmoid(f"{name}.pre.sigmoid", f"{t}.pre.sum", f"{t}.pre.gate", "b s n"),
         Op(f"{name}.pre.eps", (f"{t}.pre.gate",), (Tensor(f"{t}.pre", "b s n"),), gradient="same"),
         *_scaled(f"{name}.post", f"{t}.post.raw", f"{t}.post.sum", "b s n", t),
-        experts.sigmoid(f"{name}.post.sigmoid", f"{t}.post.sum", f"{t}.post.gate", "b s n"),
+        routers.sigmoid(f"{name}.post.sigmoid", f"{t}.post.sum", f"{t}.post.gate", "b s n"),
         ops.scale(f"{name}.post.twice", f"{t}.post.gate", f"{t}.post", "b s n"),
         *_scaled(f"{name}.comb", f"{t}.comb.raw", f"{t}.comb.sum", "b s n2", t),
         *ops.softmax(f"{name}.comb.softmax", f"{t}.comb.sum", f"{t}.comb.soft", "b s n2"),
@@ -524,18 +524,10 @@ def attention(x: str, y: str, w: Windows) -> tuple[Op, ...]:
 # Experts
 
 
-def clamped(name: str, x: str, y: str, shape: str, bounds: int) -> Op:
-    """Keeps its input, and compares it with each of its bounds again for the gradient."""
-    masks = tuple(Scratch(Tensor(f"within bound {i}", shape, "bool")) for i in range(bounds))
-    return Op(
-        name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), scratch_back=masks, source=f"{ops.DERIVATIVES}: clamp"
-    )
-
-
 def _limited(name: str, gate: str, up: str, y: str, shape: str) -> tuple[Op, ...]:
     return (
-        clamped(f"{name}.clamp_gate", gate, f"{y}.gate", shape, 1),
-        clamped(f"{name}.clamp_up", up, f"{y}.up", shape, 2),
+        ops.clamp(f"{name}.clamp_gate", gate, f"{y}.gate", shape, 1),
+        ops.clamp(f"{name}.clamp_up", up, f"{y}.up", shape, 2),
         ops.activation(f"{name}.act_fn", f"{y}.gate", f"{y}.act", shape),
         ops.mul(f"{name}.product", f"{y}.act", f"{y}.up", y, shape),
         ops.leave(f"{y}.gate", f"{y}.up"),
@@ -543,7 +535,7 @@ def _limited(name: str, gate: str, up: str, y: str, shape: str) -> tuple[Op, ...
 
 
 def _gated(name: str, x: str, y: str) -> tuple[Op, ...]:
-    shape = f"{experts.PAIRS} m"
+    shape = f"{routers.PAIRS} m"
     return (
         ops.split(f"{name}.chunk", x, (Tensor(f"{y}.gate0", shape), Tensor(f"{y}.up0", shape))),
         *_limited(name, f"{y}.gate0", f"{y}.up0", y, shape),
@@ -557,15 +549,15 @@ def router(name: str, x: str, hashed: bool) -> tuple[Op, ...]:
     bias = Weight(f"{name}.e_score_correction_bias", "E", "buffer", "fp32", False)
     listed = Weight(f"{name}.tid2eid", "v e", "buffer", "int64", False)
     chosen = (
-        (Op(f"{name}.lookup", ("ids",), (Tensor(experts.CHOSEN, experts.PAIRS, "int64"),), (listed,), gradient="none"),)
+        (Op(f"{name}.lookup", ("ids",), (Tensor(routers.CHOSEN, routers.PAIRS, "int64"),), (listed,), gradient="none"),)
         if hashed
         else (
             Op(f"{name}.bias", (scores,), (Tensor("router.biased", "b s E", "fp32"),), (bias,), gradient="none"),
-            experts.top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
+            routers.top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
         )
     )
     return (
-        experts.gate(name, x, logits),
+        routers.gate(name, x, logits),
         ops.activation(f"{name}.softplus", logits, soft, "b s E")._replace(autocast="fp32"),
         Op(
             f"{name}.sqrt",
@@ -577,13 +569,13 @@ def router(name: str, x: str, hashed: bool) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: sqrt",
         ),
         *chosen,
-        experts.gathered(f"{name}.gather", scores, experts.CHOSEN, "router.picked"),
+        routers.gathered(f"{name}.gather", scores, routers.CHOSEN, "router.picked"),
         Op(f"{name}.sum", ("router.picked",), (Tensor("router.total", "b s 1"),), autocast="wide"),
         Op(f"{name}.eps", ("router.total",), (Tensor("router.total.eps", "b s 1"),), gradient="same"),
         Op(
             f"{name}.divide",
             ("router.picked", "router.total.eps"),
-            (Tensor("router.normal", experts.PAIRS),),
+            (Tensor("router.normal", routers.PAIRS),),
             (),
             (
                 Keep("router.total.eps", "router.picked"),
@@ -592,7 +584,7 @@ def router(name: str, x: str, hashed: bool) -> tuple[Op, ...]:
             ),
         ),
         ops.leave("router.picked"),
-        ops.scale(f"{name}.scale", "router.normal", experts.SCORES, experts.PAIRS),
+        ops.scale(f"{name}.scale", "router.normal", routers.SCORES, routers.PAIRS),
         ops.leave(scores, "router.normal"),
     )
 
@@ -602,15 +594,15 @@ def feed(x: str, y: str, hashed: bool, bias: bool) -> tuple[Op, ...]:
     return (
         *experts.mixture(x, router("mlp.gate", x, hashed), experts.experts(x, "routed", act=_gated), leaves=False),
         ops.linear(f"{n}.gate_proj", x, "shared.gate0", "m", "h", "mlp", bias),
-        clamped(f"{n}.clamp_gate", "shared.gate0", "shared.gate", "b s m", 1),
+        ops.clamp(f"{n}.clamp_gate", "shared.gate0", "shared.gate", "b s m", 1),
         ops.linear(f"{n}.up_proj", x, "shared.up0", "m", "h", "mlp", bias),
-        clamped(f"{n}.clamp_up", "shared.up0", "shared.up", "b s m", 2),
+        ops.clamp(f"{n}.clamp_up", "shared.up0", "shared.up", "b s m", 2),
         ops.activation(f"{n}.act_fn", "shared.gate", "shared.act", "b s m"),
         ops.mul(f"{n}.product", "shared.act", "shared.up", "shared.product", "b s m"),
         ops.linear(f"{n}.down_proj", "shared.product", "shared", "h", "m", "mlp", bias),
         ops.leave("shared.gate", "shared.up"),
         ops.add("mlp.add", "routed", "shared", y, "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, x),
+        ops.leave("routed", "shared", *routers.HELD, x),
     )
 
 
@@ -669,7 +661,7 @@ def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
             (Weight(f"{h}.hc_base", "n", "mixer", "fp32"),),
             gradient="same",
         ),
-        experts.sigmoid(f"{h}.sigmoid", "head.sum", "head.gate", "b s n"),
+        routers.sigmoid(f"{h}.sigmoid", "head.sum", "head.gate", "b s n"),
         Op(f"{h}.eps", ("head.gate",), (Tensor("head.pre", "b s n"),), gradient="same"),
         times(f"{h}.weigh", "x", "head.pre", "head.weighed", _STREAMS),
         *summed(f"{h}.collapse", "head.weighed", "head.one", "b s h"),

@@ -12,13 +12,13 @@ Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.deepseek import feed
 from memplan.catalogue.latent import attend, copied_key
-from memplan.catalogue.llama import decoder_block, inputs, lm_head, masks, positions, returned, runs
+from memplan.catalogue.llama import before, decoder_block, lm_head, masks, returned, runs
 from memplan.catalogue.methods import reweigh
-from memplan.catalogue.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, spread, unpadded
+from memplan.catalogue.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, unpadded
 from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -85,8 +85,8 @@ def _chunked(name: str, y: str) -> tuple[Op, ...]:
         pad(f"{n}.pad_decay", "g32", "decay", _ROWS),
         pad(f"{n}.pad_beta", "beta32", "beta.rows", _NUMBERS),
         ops.leave("value32", "g32", "beta32"),
-        spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
-        spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
+        ops.spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
+        ops.spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
         cumulate(f"{n}.cum_decay", "decay", "cum", _ROWS),
         *(
             Op(f"{n}.{t}", (), (Tensor(t, "chunk chunk", "bool"),), scratch=(Tensor("ones", "chunk chunk", "bool"),))
@@ -285,7 +285,7 @@ def _forget_gate(name: str, x: str, y: str) -> tuple[Op, ...]:
         ),
         ops.leave("large", "dt.exp", "dt.more", "dt.log"),
         ops.scale(f"{name}.negative", "rate", "rate.negative", "lv"),
-        spread(name, "softplus", "rate.negative", y, _GIVEN),
+        ops.spread(name, "softplus", "rate.negative", y, _GIVEN),
         ops.leave("f", "dt", "softplus", "rate", "rate.negative"),
     )
 
@@ -301,7 +301,7 @@ def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
             keeps=tuple(k._replace(what=cast.reads[0]) if k.what == cast.writes[0].name else k for k in weighed.keeps),
         ),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
-        experts.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
+        routers.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
         ops.leave(f"{y}.gate"),
         ops.mul(f"{name}.product", f"{y}.weighed", f"{y}.open", f"{y}.wide", shape),
         ops.leave(f"{y}.weighed", f"{y}.open"),
@@ -368,7 +368,7 @@ def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = 
 
 def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
     """Positions are counted, and nothing reads them. peft does not know what the experts stand for."""
-    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     linear = (
         *unpadded(wiring, "n1", "n1.real", "b s h"),
         *_delta_attention(wiring, "n1.real", "ao"),
@@ -382,18 +382,12 @@ def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
         return decoder_block(_latent_attention(m, wiring, "n1", "ao"), ffn, held=returned(wiring))
 
     made = masks(wiring, "embeds")
-    before = (
-        inputs(wiring.padded),
-        ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
-        positions(),
-        *made,
-    )
     after = (
         *ops.rms_norm("model.norm", "x", "n", "b s h", "h"),
         ops.leave("x", "embeds", "positions", *(op.name for op in made)),
         lm_head("n"),  # its class ties it to nothing, whatever the config says
     )
-    return reweigh(Stack(before, runs(m, block), after), _counted)
+    return reweigh(Stack(before(wiring, rotary=False), runs(m, block), after), _counted)
 
 
 def _counted(w: Weight) -> Weight:

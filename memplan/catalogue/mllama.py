@@ -224,7 +224,7 @@ def _mllama_tower(m: ModelSpec) -> Tower:
         ),
     )
     local, last = _mllama_layer("transformer", ()), _mllama_layer("global_transformer", ("gate_attn", "gate_ffn"))
-    count = len(tuple(stretches(size(m, "num_hidden_layers", 32), inner)))
+    count = len(tuple(stretches(size(m, "num_hidden_layers"), inner)))
     states = tuple(f"v.state{i}" for i in range(len(inner)))
     # a view has the shape of what its gradient is a view of
     kept = tuple((ops.view(state, "x", state, "b images grid vinner vh"),) for state in states)

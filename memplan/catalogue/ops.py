@@ -235,6 +235,19 @@ def weigh(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
     )
 
 
+def spread(name: str, x: str, small: str, y: str, shape: str) -> Op:
+    """`x * small`, which has fewer elements: the product for its gradient is made whole, and then summed."""
+    return Op(
+        name,
+        (x, small),
+        (Tensor(y, shape),),
+        (),
+        (Keep(small, x), Keep(x, small)),
+        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), small),),
+        source=f"{DERIVATIVES}: mul.Tensor",
+    )
+
+
 def layer_norm(
     name: str, x: str, y: str, shape: str, axis: str, *, bias: bool = True, affine: bool = True, group: str = "norm"
 ) -> Op:

@@ -3,7 +3,7 @@ hand their output to the language model, too (`deepstack`)."""
 
 from __future__ import annotations
 
-from memplan.catalogue import delta, experts, ops
+from memplan.catalogue import delta, experts, ops, routers
 from memplan.catalogue import towers as t
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.llama import llama
@@ -66,13 +66,13 @@ def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
         *table,
     )
     deep = deepstack(m)
-    count = len(tuple(stretches(size(m, "depth", 27), deep)))
+    count = len(tuple(stretches(size(m, "depth"), deep)))
     runs = [Run((block,), "vL1")]
     for i in range(1, count):
         name = f"visual.deepstack_merger_list.{i - 1}"
         runs.append(Run((block,), f"vL{i + 1}", (*_deep(name, i - 1), ops.cast("stream", "x", "stream", shape, "=x"))))
     normed = t.norm("visual.merger.norm", "x", "features.normed", shape, "vh", "projector")
-    last = max(deep, default=-1) == size(m, "depth", 27) - 1
+    last = max(deep, default=-1) == size(m, "depth") - 1
     tail = (*(_deep(f"visual.deepstack_merger_list.{len(deep) - 1}", len(deep) - 1) if last else ()),)
     merged = merger("visual.merger", "x", "features", layers, normed)
     more = tuple(f"deep{i}" for i in range(len(deep)))
@@ -155,7 +155,7 @@ def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def qwen3_vl_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     """Qwen3-VL with experts, of which peft adapts nothing."""
-    routed = experts.softmax_router("mlp.gate", "n2", normalise=True, stands_for=())
+    routed = routers.softmax_router("mlp.gate", "n2", normalise=True, stands_for=())
     ffn = either(experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=())))
     bias = m.get("attention_bias", False)
     return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn))

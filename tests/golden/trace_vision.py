@@ -1,6 +1,7 @@
 """Traces steps of vision-language models, and prints the rows that tests/test_vision.py compares with.
 
 python tests/golden/trace_vision.py qwen2_vl qwen2_5_vl >> tests/golden/traced_vision.jsonl
+python tests/golden/trace_vision.py --size 352x480 qwen3_vl qwen3_5 >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --images 1 --size 1024 qwen2-vl-2b >> tests/golden/traced_vision.jsonl
 
 A model_type is traced with its config in tests/tiny_vision.py, a card with its own: full, LoRA and QLoRA with and
