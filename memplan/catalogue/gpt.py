@@ -199,15 +199,22 @@ def dropped_attention(
 
 
 def with_dropout(kernel: tuple[Op, ...], drop: bool) -> tuple[Op, ...]:
-    """Dropout of the probabilities where attention is written out; the fused kernels have it inside them."""
-    out: list[Op] = []
-    for op in kernel:
-        if drop and any(t.name == "probs" for t in op.writes):
-            out.append(_renamed(op, "probs", "probs.whole"))
-            out.append(ops.dropout(f"{op.name}.dropout", "probs.whole", "probs", "b a s s"))
-        else:
-            out.append(op)
-    return tuple(out)
+    """Dropout of the probabilities where attention is written out; the fused kernels have it inside them.
+
+    The statement that makes the probabilities takes their name from the scores before they are dropped.
+    """
+    made = next((i for i, op in enumerate(kernel) if any(t.name == "probs" for t in op.writes)), None)
+    if not drop or made is None:
+        return kernel
+    op = kernel[made]
+    after = made + 2 if kernel[made + 1].name == "return" else made + 1
+    return (
+        *kernel[:made],
+        _renamed(op, "probs", "probs.whole"),
+        *kernel[made + 1 : after],
+        ops.dropout(f"{op.name}.dropout", "probs.whole", "probs", "b a s s"),
+        *kernel[after:],
+    )
 
 
 def _renamed(op: Op, old: str, new: str) -> Op:
