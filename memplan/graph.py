@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypedDict
 
-from memplan.catalogue import build, losses
+from memplan.catalogue import build, losses, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
@@ -16,7 +16,7 @@ from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, stora
 from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
-from memplan.engine.walk import size
+from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.ir import Division, Op, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
@@ -75,7 +75,9 @@ _ANY_RANK = 0  # of a graph whose structure is asked for: adapters of every rank
 @lru_cache(maxsize=128)
 def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
-    recipe, model = graph.recipe, graph.model
+    recipe, model, degrees = graph.recipe, graph.model, graph.degrees
+    if degrees.tp > 1:
+        model = tensor_parallel.part_of(model, degrees)
     axes = {**model.axes(), "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.by_name:
@@ -84,6 +86,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
+    if degrees.tp > 1:
+        stack = tensor_parallel.divide(stack, model.model_type, degrees)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)
@@ -290,7 +294,7 @@ def modules(model: ModelSpec) -> set[str]:
 
 
 def _dims(w: Weight, axes: Mapping[str, int]) -> list[int]:
-    return [int(t) if t.isdigit() else axes[t] for t in w.shape.split()]
+    return [int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in w.shape.split()]
 
 
 def elements(w: Weight, axes: Mapping[str, int]) -> int:

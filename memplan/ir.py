@@ -59,6 +59,7 @@ class Weight(NamedTuple):
     stacked     matrices along the first axis, as one parameter of three dimensions; `rows` counts that axis too
     stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
     idle        would train, but never has a gradient: the run's operations do not use it, or only without one
+    gradient    the shape of its gradient, where that is not the weight's: of a part of a table, the whole table's
     """
 
     name: str
@@ -77,6 +78,7 @@ class Weight(NamedTuple):
     stacked: bool = False
     stands_for: tuple[str, ...] = ()
     idle: bool = False
+    gradient: str = ""
 
 
 class Keep(NamedTuple):

@@ -315,6 +315,20 @@ class ModelSpec:
             **(self._family.axes(self) if self._family.axes is not None else {}),
         }
 
+    def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int) -> ModelSpec:
+        """The model with so many heads, as wide as they are, and an FFN of that width."""
+        wanted = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_value_heads,
+            "intermediate_size": intermediate_size,
+            "head_dim": self.head_dim,
+        }
+        keys = ((self._key(name) or next(iter(self._names[name]), ""), n) for name, n in wanted.items())
+        config = {key: n for key, n in keys if key}
+        made = ModelSpec({**self.config, **config}, self.name, self.card, self.checkpoint)
+        made.head_dim = self.head_dim  # of families whose config has no word for it
+        return made
+
     def _key(self, name: str) -> str | None:
         """The key of the config that has the standard `name`: one that was given, else one that was filled in."""
         names = [n for n in self._names[name] if n in self.config]

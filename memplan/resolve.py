@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
+from memplan.catalogue import tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
@@ -19,7 +20,7 @@ from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
-from memplan.degrees import replicas
+from memplan.degrees import degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
@@ -36,7 +37,7 @@ from memplan.prequantized import trained
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
-from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts
+from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts, refuse_parts_of_matrices
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
@@ -149,12 +150,16 @@ def _decide(
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
+    degrees = degrees_of(parallelism)
     alike = replicas(parallelism)
     sharded = alike > 1 and parallelism.strategy in FSDP
     if sharded:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels, sharded)
+    if degrees.tp > 1:
+        refuse_parts_of_matrices(parallelism, method, optimizer, kernels, profile, words["tensor_parallel"])
+        tensor_parallel.check(model, degrees)
     if parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
@@ -236,6 +241,7 @@ def _decide(
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
         code=words["code"],
         lingers=words["lingers"],
+        degrees=degrees,
     )
     structure = Structure(
         graph,

@@ -35,8 +35,8 @@ class _Run(NamedTuple):
 
     @property
     def pairs(self) -> Any:
-        """Batch times heads."""
-        return self.b * self.model.num_attention_heads
+        """Batch times heads, of those that a rank has."""
+        return self.b * self.fixed["a"]
 
     def workspace(self, queries: Any, widths: tuple[int, int], keys: Any = None) -> Any:
         """Bytes that memory-efficient attention's backward takes for a head."""

@@ -468,6 +468,8 @@ class Tape:
     ) -> tuple[Storage, bool]:
         """The gradient of `target`, and whether it is still to be cast from the promoted dtype, or to be summed."""
         op, like = node.op, frame.scope[target]
+        whole = next((w.gradient for w in op.weights if w.gradient and w.name == target), "")
+        like = like._replace(shape=whole) if whole else like
         becomes = next((k.what for k in op.keeps if k.becomes and k.of == target), None)
         if becomes is not None:
             kept = frame[becomes]
