@@ -236,18 +236,21 @@ BUILT_AS = {"exaone": "llama"}
 # Families whose class has no such key; with it, the others add biases to the MLP's linears.
 NO_MLP_BIAS = frozenset(("hunyuan_v1_dense", "mimo", "ministral", "ministral3", "mistral", "qwen2", "qwen3"))
 
+_KIMI = {
+    "model_max_length": "max_position_embeddings",
+    "moe_renormalize": "norm_topk_prob",
+    "num_expert_group": "n_group",
+    "num_experts": "n_routed_experts",
+    "num_local_experts": "n_routed_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+}
+
 # Older names of keys that are no sizes.
 RENAMED = {
     "internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"},
-    "kimi_linear": {
-        "model_max_length": "max_position_embeddings",
-        "moe_renormalize": "norm_topk_prob",
-        "num_expert_group": "n_group",
-        "num_experts": "n_routed_experts",
-        "num_local_experts": "n_routed_experts",
-        "num_experts_per_token": "num_experts_per_tok",
-        "num_shared_experts": "n_shared_experts",
-    },
+    "kimi_k3": _KIMI,
+    "kimi_linear": _KIMI,
 }
 
 # Families whose decoders transformers 5.24 also builds to classify sequences, or to reward them: GenericForSequence-

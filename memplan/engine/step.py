@@ -412,6 +412,8 @@ def run_pass(
                     own[name].refs += 1
                     frame.shared.append(own[name])
                     frame.shares = tuple(shares.values())
+            for name in block.replaces:
+                tape.drop(own.pop(name))
             flows |= _asked(block, frame.flows, again and reentrant)
             gatherer.release(unit)
             same = y not in made  # the block hands on what it was given

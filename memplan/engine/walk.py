@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import prod
-from operator import ge, mul
+from operator import ge, is_not, mul
 from typing import Any, NamedTuple
 
-from memplan.engine.lower import Moment
+from memplan.engine.lower import Counts, Moment
 from memplan.ir import AT_LEAST
 from memplan.sizes import Size
 from memplan.units import ITEMSIZE, rounded
@@ -117,15 +117,20 @@ def rows(
     place = [(index[v], n) for v, n in sizes]
     copies = [axes[axis] - counted for axis, counted in runs]
     out: list[tuple[int, ...]] = []
+    copied: tuple[list[Counts], list[int]] = ([], [0] * len(variables))  # moments in a row have the same copies
     for moment in moments:
-        row = [0] * len(variables)
+        every = list(moment.per_copy.values())
+        if len(every) != len(copied[0]) or any(map(is_not, every, copied[0])):
+            copied = (every, [0] * len(variables))
+            for run, counts in moment.per_copy.items():
+                for key, count in counts.items():
+                    i, n = place[key]
+                    copied[1][i] += n * count * copies[run]
+        row = copied[1].copy()
         for key, count in moment.counts.items():
-            i, n = place[key]
-            row[i] += n * count
-        for run, counts in moment.per_copy.items():
-            for key, count in counts.items():
+            if count:
                 i, n = place[key]
-                row[i] += n * count * copies[run]
+                row[i] += n * count
         out.append(tuple(row))
     return out
 

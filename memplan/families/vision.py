@@ -455,7 +455,7 @@ PACKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_
 FIXED = ("gemma3", "mllama")  # families whose images are all of one size to the tower
 
 
-ELSEWHERE = ("kimi_k25", "llama4")  # families with a tower whose decoder another module knows
+ELSEWHERE = ("kimi_k25", "kimi_k3", "llama4")  # families with a tower whose decoder another module knows
 
 
 def is_vision(model_type: str) -> bool:
