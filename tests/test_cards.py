@@ -325,6 +325,32 @@ def test_another_kind_of_model_is_refused_by_its_family(config: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
+    ("model_type", "keys", "nearest"),
+    [
+        ("kimi_k4", {"vision_config": {"patch_size": 14}}, "kimi_k3 or kimi_k25 or kimi_k2"),
+        ("kimi_linear2", {"num_experts": 64}, "kimi_linear or "),
+        ("qwen4", {}, "qwen3 or qwen2 or qwen"),
+        ("qwen4_moe", {"num_experts": 64}, "qwen3_moe or "),
+        ("qwen4_vl", {"vision_config": {"depth": 27}}, "qwen3_vl or "),
+        ("llama5", {}, "llama or "),
+        ("llama5_text", {"num_local_experts": 16}, "llama4_text or "),
+        ("deepseek_v5", {"kv_lora_rank": 512, "n_routed_experts": 64}, "deepseek_v4 or deepseek_v3 or "),
+        ("gemma5", {}, "gemma4_text or "),
+        ("gpt_oss2", {"num_local_experts": 64}, "gpt_oss or "),
+        ("bamba", {"mamba_d_state": 16}, "mamba or |jamba or "),
+        ("distilbert", {}, "bert or "),
+        ("llama", {"num_local_experts": 8}, "llama4_text or "),
+    ],
+)
+def test_a_family_without_a_stack_is_refused_with_the_nearest_that_has_one(
+    model_type: str, keys: dict[str, Any], nearest: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"not supported yet; did you mean ({nearest})") as caught:
+        ModelSpec({**{k: v for k, v in LLAMA.items() if k != "model_type"}, "model_type": model_type, **keys})
+    assert caught.value.field == "model_type"
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "not JSON"),
