@@ -62,7 +62,7 @@ def _bloom_attention(m: ModelSpec, name: str = "self_attention") -> tuple[Op, ..
     return (
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", bias=True),
         *(ops.view(f"{name}.{t}_select", "qkv", f"{t}.view", _Q, gradient="new") for t in "qkv"),
-        *(ops.copy(f"{name}.{t}_reshape", f"{t}.view", t, _Q) for t in "qkv"),
+        *(ops.copy(f"{name}.{t}_flat", f"{t}.view", t, _Q) for t in "qkv"),
         Op(
             f"{name}.baddbmm",
             ("alibi", "q", "k"),
