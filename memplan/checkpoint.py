@@ -171,6 +171,8 @@ def _safetensors(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
     if missing:
         yield f"the checkpoint lacks {_kinds(missing)}: made anew when the model is loaded"
     dtypes = stored_bytes(seen.tensors)
+    if model.get("quantization_config"):
+        yield f"the checkpoint has {_by_type(dtypes)}"
     most = next(iter(dtypes), "")
     said = model.get("dtype") or model.get("torch_dtype")
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -187,9 +189,13 @@ def _gguf(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
             "model's config.json",
             "model",
         )
-    dtypes = stored_bytes(seen.tensors)
-    by_type = ", ".join(f"{dtype} {gib(n)}" for dtype, n in list(dtypes.items())[:_NAMED])
-    yield f"the GGUF file has {gib(sum(dtypes.values()))} of tensors ({by_type}), which transformers trains dequantised"
+    yield f"the GGUF file has {_by_type(stored_bytes(seen.tensors))}, which transformers trains dequantised"
+
+
+def _by_type(dtypes: Mapping[str, int]) -> str:
+    """Bytes of tensors, and of which dtypes most of them are."""
+    most = ", ".join(f"{dtype} {gib(n)}" for dtype, n in list(dtypes.items())[:_NAMED])
+    return f"{gib(sum(dtypes.values()))} of tensors ({most})"
 
 
 def _kinds(names: Iterable[str], layers: Container[str] = ()) -> str:

@@ -168,6 +168,18 @@ class ModelSpec:
             )
         return value
 
+    def probability(self, key: str, part: str = "") -> float:
+        """A probability of dropout that the config has, or a `part` of it; 0 where it is absent or null.
+
+        Raises ConfigError where it is no number from 0 to 1.
+        """
+        value = (self.part(part) if part else self.config).get(key)
+        if value is None:
+            return 0.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ConfigError(f"config: {key} must be a number from 0 to 1, not {as_json(value)}", key)
+        return float(value)
+
     def part(self, key: str) -> Mapping[str, Any]:
         """A nested config, empty where there is none. Raises ConfigError where it is something else."""
         return _part(self.config, key)

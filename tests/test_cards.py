@@ -591,6 +591,36 @@ def test_a_null_among_the_kinds_of_layers_is_no_kind(model_type: str, key: str) 
         ModelSpec(config)
 
 
+@pytest.mark.parametrize("key", ["compress_ratios", "layer_types", "mlp_layer_types"])
+@pytest.mark.parametrize("bad", [float("inf"), 4, "moe", [None] * 4, ["x"] * 4, [4]])
+def test_what_v4_says_of_its_layers_is_a_list_of_words_that_it_has(key: str, bad: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: \\S+ is not supported yet|{key} must be a list"):
+        ModelSpec({"model_type": "deepseek_v4", **TINY["deepseek_v4"], key: bad})
+
+
+@pytest.mark.parametrize("bad", [5, -0.1, True, "x", [0.1]])
+def test_a_probability_of_dropout_is_a_number_from_0_to_1(bad: Any) -> None:
+    for model_type, changed in (
+        ("gpt_neox", {"attention_dropout": bad}),
+        ("mpt", {"attn_config": {"attn_pdrop": bad}}),
+    ):
+        model = ModelSpec({"model_type": model_type, **TINY[model_type], **changed})
+        with pytest.raises(ConfigError, match=r"drop.* must be a number from 0 to 1, not"):
+            build(model, Wiring("flash", "efficient"))
+    with pytest.raises(ConfigError, match="attn_config must be a config of its own, not 5"):
+        build(ModelSpec({"model_type": "mpt", **TINY["mpt"], "attn_config": 5}), Wiring("flash", "efficient"))
+
+
+def test_an_empty_key_says_nothing() -> None:
+    config = {"model_type": "nemotron_h", **TINY["nemotron_h"]}
+    assert ModelSpec({**config, "": 5}).axes() == ModelSpec(config).axes()
+
+
+def test_a_list_of_indexers_is_a_list() -> None:
+    with pytest.raises(ConfigError, match="indexer_types must be a list of"):
+        ModelSpec({**read_card("glm-5")["config"], "indexer_types": 5})
+
+
 def test_a_config_with_nan_in_it_is_the_same_model_when_read_again(tmp_path: Path) -> None:
     """What is worked out of a model is kept by it, and NaN is equal to nothing."""
     path = tmp_path / "config.json"
