@@ -236,8 +236,10 @@ BUILT_AS = {"exaone": "llama"}
 # Families whose class has no such key; with it, the others add biases to the MLP's linears.
 NO_MLP_BIAS = frozenset(("hunyuan_v1_dense", "mimo", "ministral", "ministral3", "mistral", "qwen2", "qwen3"))
 
-# Older names of keys that are no sizes.
+# Other names of keys that are no sizes: older ones, and those that a config class of transformers 5.24 writes.
 RENAMED = {
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "qwen3_vl_moe": {"num_local_experts": "num_experts"},
     "internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"},
     "kimi_linear": {
         "model_max_length": "max_position_embeddings",

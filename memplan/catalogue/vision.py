@@ -322,12 +322,14 @@ def with_deepstack(m: ModelSpec, made: Stack) -> Stack:
         )
         for i in deep
     )
+    if not joints:
+        return made
     runs = (
         Run(run.blocks, "one"),
         *(Run(run.blocks, "one", joint) for joint in joints[:-1]),
         Run(run.blocks, "after", joints[-1]),
     )
-    return made._replace(runs=runs) if joints else made
+    return made._replace(runs=runs)
 
 
 def _deep_embeds(m: ModelSpec) -> tuple[Op, ...]:
