@@ -87,6 +87,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         bool(run.batch.images),
         dict(pictures).get("seen", 0) % 8 != 0,
     )
+    tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
     if not pictures:
         return decided
@@ -148,7 +149,7 @@ def _decide(
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
-    degrees = degrees_of(parallelism)
+    degrees = degrees_of(parallelism, words["tensor_parallel"])
     alike = replicas(parallelism)
     sharded = alike > 1 and parallelism.strategy in FSDP
     if sharded:
@@ -156,7 +157,7 @@ def _decide(
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels, sharded)
     if degrees.tp > 1:
-        refuse_parts_of_matrices(parallelism, method, optimizer, kernels, profile, words["tensor_parallel"])
+        refuse_parts_of_matrices(parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"])
         tensor_parallel.check(model, degrees)
     if parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
@@ -252,7 +253,7 @@ def _decide(
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
-        holds_outputs=loop.hold_outputs == "step",
+        holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from memplan.catalogue import megatron_parallel
 from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.graph import built
 from memplan.models import ModelSpec
@@ -60,6 +61,8 @@ def run_axes(
     b, s = micro, sequence
     tokens = b * s
     m = program.structure.graph.model
+    degrees = program.structure.graph.degrees
+    rows = megatron_parallel.padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
     many, sorts = b > 1, tokens > 3072
     axes = {
         "b": b,
@@ -74,8 +77,10 @@ def run_axes(
         "further_chunks": (s - 1) // 128,
         "shifted_labels": by.choose(many, b * (s - 1), 0),
         "sorted_ids": by.choose(sorts, tokens, 0),
-        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, m.vocab_size), 0),
+        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, rows), 0),
     }
+    if degrees.sequence_parallel:
+        axes["s_tp"] = -(-s // degrees.tp)
     axes.update(pictures)
     needs = program.needs.difference(axes)
     if needs:
