@@ -35,7 +35,8 @@ WHOLE = Degrees()
 
 def degrees_of(p: Parallelism, style: str) -> Degrees:
     """The degrees of a rank of such a world, whose profile has tensor parallelism of that style."""
-    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel, style=style if p.tp > 1 else WHOLE.style)
+    style = style if p.tp > 1 else WHOLE.style
+    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel, cp=p.cp, style=style)
 
 
 def check_product(p: Parallelism) -> SpecError | None:

@@ -61,7 +61,7 @@ def _later(field: str, value: object, supported: str) -> SpecError:
 
 def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     """Several GPUs, named by what divides the work among them where something else than data does."""
-    for field in ("pp", "cp", "ep", "etp", "virtual_stages", "stage"):
+    for field in ("pp", "ep", "etp", "virtual_stages", "stage"):
         if getattr(p, field) != getattr(_ONE_GPU, field):
             only = str(getattr(_ONE_GPU, field)).lower()
             yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
@@ -183,6 +183,25 @@ def refuse_parts_of_matrices(
         raise _later("kernels.loss", kernels.loss, "hf with tensor parallelism")
     if kernels.fused:
         raise _later("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
+
+
+def refuse_parts_of_sequences(p: Parallelism, kernels: Kernels, loop: Loop, profile: str, style: str) -> None:
+    """Raise SpecError for what ranks that divide sequences cannot do, or memplan not yet. `style`: of the profile's
+    tensor parallelism, by which it is known which library it has."""
+    field = "parallelism.cp"
+    if style != "transformers":
+        raise _later(field, p.cp, f"1 with profile {profile}; profile transformers-5 has more")
+    if p.tp > 1:
+        raise _later(field, p.cp, "1 with tensor parallelism")
+    if p.strategy != "fsdp2":
+        raise SpecError(
+            "parallelism.strategy: accelerate's context parallelism divides weights by FSDP2; say fsdp2",
+            "parallelism.strategy",
+        )
+    if kernels.loss != "hf":
+        raise _later("kernels.loss", kernels.loss, "hf with context parallelism")
+    if loop.padded:
+        raise SpecError("loop.padded: accelerate's context parallelism takes no masks", "loop.padded")
 
 
 def _method(m: Method, sharded: bool) -> Iterator[SpecError]:

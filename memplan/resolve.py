@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
-from memplan.catalogue import tensor_parallel
+from memplan.catalogue import context_parallel, tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.experts import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
@@ -37,7 +37,16 @@ from memplan.prequantized import trained
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
-from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts, refuse_parts_of_matrices
+from memplan.refusals import (
+    FSDP,
+    ZERO,
+    refuse,
+    refuse_divided,
+    refuse_on_host,
+    refuse_parts,
+    refuse_parts_of_matrices,
+    refuse_parts_of_sequences,
+)
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
@@ -87,6 +96,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         bool(run.batch.images),
         dict(pictures).get("seen", 0) % 8 != 0,
     )
+    context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
     if not pictures:
@@ -163,6 +173,8 @@ def _decide(
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
+    if degrees.cp > 1:
+        refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"])
     check_time_steps(model, method)
     _check_objective(model, kernels, precision, profile)
     check_head(model, method, kernels)
@@ -240,6 +252,10 @@ def _decide(
         lingers=words["lingers"],
         degrees=degrees,
     )
+    if degrees.cp > 1:
+        wiring = graph.wiring
+        masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
+        context_parallel.check(model.model_type, wiring.backend, masked, degrees)
     structure = Structure(
         graph,
         accumulates=accumulates and not optimizer.in_backward,

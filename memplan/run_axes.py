@@ -58,10 +58,10 @@ def run_axes(
     `pictures` are the axes that its images decide. `target` is the length of what the decoder of an encoder-decoder is
     given; without, as long as the encoder's.
     """
-    b, s = micro, sequence
+    degrees = program.structure.graph.degrees
+    b, s = micro, -(-sequence // degrees.cp)
     tokens = b * s
     m = program.structure.graph.model
-    degrees = program.structure.graph.degrees
     rows = megatron_parallel.padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
     many, sorts = b > 1, tokens > 3072
     axes = {
@@ -79,6 +79,8 @@ def run_axes(
         "sorted_ids": by.choose(sorts, tokens, 0),
         "segments": by.choose(sorts, tokens // 10 + by.least(tokens, rows), 0),
     }
+    if degrees.cp > 1:
+        axes["s_cp"] = sequence
     if degrees.sequence_parallel:
         axes["s_tp"] = -(-s // degrees.tp)
     axes.update(pictures)
