@@ -13,9 +13,9 @@ from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
 from memplan.catalogue import context_parallel, tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
-from memplan.catalogue.experts import AS_MODULES
+from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
-from memplan.catalogue.losses import adds_in_place
+from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
@@ -92,6 +92,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         run.batch.accumulation > 1,
         window is not None and batch.sequence >= window,
         batch.micro == 1,
+        batch.sequence <= CHUNK,
         run.parallelism,
         bool(run.batch.images),
         dict(pictures).get("seen", 0) % 8 != 0,
@@ -146,6 +147,7 @@ def _decide(
     accumulates: bool,
     windowed: bool,
     single: bool,
+    short: bool,
     parallelism: Parallelism,
     images: bool,
     uneven: bool,
@@ -244,7 +246,9 @@ def _decide(
         and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
         logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
-        single=single and kernels.loss in ("hf", "fused") and words["logits"] != "padded",
+        single=single
+        and (kernels.loss == "chunked_lm_head" or (kernels.loss in ("hf", "fused") and words["logits"] != "padded")),
+        short=short and kernels.loss == "chunked_lm_head",
         fused=tuple(sorted(kernels.fused or ())),
         converts=words["converts"]
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),

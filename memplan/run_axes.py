@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from memplan.catalogue import megatron_parallel
 from memplan.catalogue.attention import efficient_workspace_bytes
+from memplan.catalogue.losses import CHUNK
 from memplan.graph import built
 from memplan.models import ModelSpec
 from memplan.program import Program
@@ -63,7 +64,7 @@ def run_axes(
     tokens = b * s
     m = program.structure.graph.model
     rows = megatron_parallel.padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
-    many, sorts = b > 1, tokens > 3072
+    many, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
     axes = {
         "b": b,
         "s": s,
@@ -74,7 +75,12 @@ def run_axes(
         "targets": by.choose(many, tokens, s + 1),
         "padded_labels": by.choose(many, b * (s + 1), 0),
         "shifted_rows": b * (s - 1),
-        "further_chunks": (s - 1) // 128,
+        "further_chunks": further,
+        "lm_one": by.choose(further > 1, CHUNK, 0),
+        "lm_rest": by.choose(further > 1, CHUNK * (further - 1), 0),
+        "lm_next": by.choose(further > 0, CHUNK, 0),
+        "lm_last": s - CHUNK * further,
+        "lm_rows": s - CHUNK * further - 1,
         "shifted_labels": by.choose(many, b * (s - 1), 0),
         "sorted_ids": by.choose(sorts, tokens, 0),
         "segments": by.choose(sorts, tokens // 10 + by.least(tokens, rows), 0),
@@ -230,7 +236,7 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
     yield "tower_fp32", 0 if half else d + 1
     for name, of, pairs in (
         ("grid", axes["grid"], heads),
-        ("window", axes["window"], heads),
+        ("window", axes.get("window", 0), heads),
         ("packed", rows, heads),
         ("batched", axes["grid"], run.b * axes["images"] * heads),
     ):
