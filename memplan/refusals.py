@@ -33,16 +33,43 @@ def refuse(run: RunSpec) -> None:
 
 
 def refuse_parts(
-    method: Method, precision: Precision, optimizer: Optimizer, kernels: Kernels, sharded: bool = False
+    method: Method,
+    precision: Precision,
+    optimizer: Optimizer,
+    kernels: Kernels,
+    sharded: bool = False,
+    selects: bool = False,
 ) -> None:
     """Raise SpecError for what the parts of a run must not say, each as it was asked. `sharded`: ranks hold parts of
-    the weights."""
-    if kernels.checkpointing == "selective":
+    the weights; `selects`: the model's code can recompute attention alone."""
+    if kernels.checkpointing == "selective" and not selects:
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
     for refused in (*_method(method, sharded), *_precision(precision, method.quantization), *_optimizer(optimizer)):
         raise refused
+
+
+def refuse_of_megatron(profile: str, method: Method, precision: Precision, kernels: Kernels, loop: Loop) -> None:
+    """Raise SpecError for what a model of Megatron-core's own layers is not run with."""
+    if profile != "megatron-core":
+        raise SpecError(
+            f"profile: megatron_gpt is of Megatron-core's layers; say megatron-core, not {profile}", "profile"
+        )
+    if method.kind != "full":
+        raise _later("method.kind", method.kind, "full with megatron_gpt")
+    if precision.autocast:
+        raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
+    if kernels.loss != "hf":
+        raise _later("kernels.loss", kernels.loss, "hf with megatron_gpt, which is Megatron-core's own")
+    if kernels.fused:
+        raise _later(
+            "kernels.fused", ", ".join(kernels.fused), "none with megatron_gpt, whose kernels are fused anyway"
+        )
+    if kernels.checkpointing == "offload":
+        raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, selective with megatron_gpt")
+    if loop.padded:
+        raise _later("loop.padded", True, "false with megatron_gpt")
 
 
 def refuse_on_host(optimizer: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
-from memplan.catalogue import context_parallel, tensor_parallel
+from memplan.catalogue import context_parallel, megatron, tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
@@ -42,6 +42,7 @@ from memplan.refusals import (
     ZERO,
     refuse,
     refuse_divided,
+    refuse_of_megatron,
     refuse_on_host,
     refuse_parts,
     refuse_parts_of_matrices,
@@ -167,7 +168,10 @@ def _decide(
     if sharded:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
-    refuse_parts(method, precision, optimizer, kernels, sharded)
+    own = model.model_type == megatron.KIND
+    refuse_parts(method, precision, optimizer, kernels, sharded, own)
+    if own:
+        refuse_of_megatron(profile, method, precision, kernels, loop)
     if degrees.tp > 1:
         refuse_parts_of_matrices(parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"])
         tensor_parallel.check(model, degrees)
@@ -232,7 +236,8 @@ def _decide(
             uneven=uneven,
             tower=kernel_of_tower(model, recipe, kernels, capability) if images else "",
             checkpoints=checkpoints,
-            by_name=words["by_name"] and checkpoints,
+            by_name=words["by_name"] and checkpoints and not own,
+            recomputes=kernels.checkpointing == "selective",
         ),
         checkpoint=checkpoints,
         loss=str(kernels.loss),
@@ -268,7 +273,7 @@ def _decide(
         state_dtype=optimizer.state_dtype,
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
-        grads=precision.grads if precision.grads != precision.weights else None,
+        grads=precision.grads if own or precision.grads != precision.weights else None,
         master=None if ranks.strategy in ZERO else precision.master,
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
@@ -276,6 +281,8 @@ def _decide(
         holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
+        buffers=own,
+        workspace=megatron.workspace(capability) if own else 0,
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)

@@ -447,13 +447,14 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
+            Row("kernels.reentrant", True, "megatron-core 0.12.0 tensor_parallel/random.py CheckpointFunction"),
             Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
             Row("tensor_parallel", "megatron", "megatron-core 0.12.0 tensor_parallel/layers.py"),
             Row("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
         ),
         (
             "gradients and masters in fp32: say precision mixed with grads fp32",
-            "Megatron's own layers (fused norms, rotary positions, biases with dropout) and megatron_gpt configs",
+            "its own layers are those of a megatron_gpt config; other models are counted with transformers' layers",
             "context and pipeline parallelism, and the distributed optimizer",
         ),
     ),
