@@ -14,7 +14,7 @@ from memplan.degrees import WHOLE
 from memplan.engine import walk
 from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
-from memplan.graph import Graph, Held, active, built, elements, loading, lowered, shape_of, weights_of
+from memplan.graph import EMPTIED, Graph, Held, active, built, elements, loading, lowered, shape_of, weights_of
 from memplan.ir import Division
 from memplan.ranks import (
     ONE,
@@ -208,7 +208,8 @@ def program(structure: Structure) -> Program:
         optimizer=optimizer,
         states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
-        host=sum(s.bytes * s.count for s in optimizer.states if s.host),
+        host=sum(h.bytes * h.copies for h in host_of(structure))
+        + sum(s.bytes * s.count for s in optimizer.states if s.host),
         away=tuple(_away(_lowered(structure.graph, ways[0]), axes)),
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
@@ -226,7 +227,7 @@ def _most(events: Iterable[tuple[int, int]]) -> int:
             alive[number] = bytes_
             live += bytes_
             most = max(most, live)
-        else:
+        elif number != EMPTIED:
             live -= alive.pop(number)
     return most
 
@@ -252,6 +253,9 @@ def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
 def _optimizer(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
     """The optimizer's memory; at ZeRO's stage 3 it steps one sub-group after the other, with that one's scratch."""
     found = _with_parts(optimizer_of(structure, trained), structure)
+    if structure.ranks.knobs.optimizer:
+        states = tuple(s._replace(bytes=0, host=True) for s in found.states)
+        return found._replace(states=states, first=0, later=0, scratch="", listed=())
     if zero.stage(structure.ranks) < 3:
         return found
     sub_group = Parameter("", (zero.in_sub_group(structure.graph, structure.ranks),), "fp32")
@@ -283,6 +287,20 @@ def _clipping(structure: Structure, trained: list[Parameter]) -> int:
 def converting_of(structure: Structure) -> tuple[Held, ...]:
     """What DeepSpeed makes the partition's gradient of, beside it."""
     return tuple(zero.converting(structure.graph, structure.ranks)) if zero.stage(structure.ranks) else ()
+
+
+def host_of(structure: Structure) -> tuple[Held, ...]:
+    """What DeepSpeed has in a rank's host memory."""
+    ranks = structure.ranks
+    if not zero.stage(ranks) or not (ranks.knobs.optimizer or ranks.knobs.parameters):
+        return ()
+    states = optimizer_of(structure, trained_parameters(structure)).states
+    return tuple(zero.in_host_memory(structure.graph, ranks, states, structure.accumulates))
+
+
+def host_notes(structure: Structure) -> Iterator[str]:
+    """What to know of the host memory that ranks share."""
+    return zero.host_notes(structure.graph, structure.ranks, host_of(structure))
 
 
 def passing_of(structure: Structure, phase: str) -> tuple[Held, ...]:
@@ -411,7 +429,7 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
         momentum=structure.momentum,
         master=structure.master,
         in_backward=structure.in_backward,
-        on_host=structure.on_host,
+        on_host=structure.on_host and not structure.ranks.knobs.optimizer,
     )
 
 

@@ -62,7 +62,7 @@ def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> Non
     "field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "stage", "tp")]
 )
 def test_no_field_of_parallelism_is_ignored(field: str) -> None:
-    value = True if field == "sequence_parallel" else 2
+    value: Any = {"sequence_parallel": True, "zero": {"reduce_bucket_size": 2}}.get(field, 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"
 
 
