@@ -172,6 +172,7 @@ class Block(NamedTuple):
     blocks refer to, where what is computed again takes its place. `by_name`: so it is given what it reads besides `x`,
     which checkpointing of the reentrant kind then refers to until the graph goes.
     A `lasting` one is never checkpointed, as those of a tower whose layers the library does not checkpoint.
+    What it shares takes the place of what it `replaces`, which earlier blocks shared: the model names that no more.
     """
 
     name: str
@@ -180,6 +181,7 @@ class Block(NamedTuple):
     returned: bool = False
     lasting: bool = False
     by_name: bool = False
+    replaces: tuple[str, ...] = ()
 
 
 class Run(NamedTuple):

@@ -14,6 +14,8 @@ from memplan.cards import find_model
 from memplan.errors import ConfigError, MemplanError, SpecError, UnknownNameError
 from memplan.families.pictures import PICTURES, axes_of, picture_of
 from memplan.models import ModelSpec
+from memplan.program import pass_of
+from memplan.resolve import decide
 from tests.sampling import sampled
 from tests.tiny_towers import TINY as RESTING
 from tests.tiny_vision import TINY
@@ -172,6 +174,15 @@ def test_without_images_a_tower_is_there_and_takes_no_gradient() -> None:
     tower = whole.parameters.trainable - still.parameters.trainable
     language = estimate(run(method={"frozen": ("language",)})).parameters.trainable
     assert tower == language > 0
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_layers_are_numbered_as_their_own_module_does(family: str) -> None:
+    """A tower's blocks before them are counted by themselves."""
+    low = pass_of(decide(run(family)).structure)
+    numbers = {m.where.split(".layers.")[1].partition(".")[0] for m in low.moments if "model.layers." in m.where}
+    layers = find_model(run(family).model).num_hidden_layers
+    assert max(map(int, numbers)) == layers - 1
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])

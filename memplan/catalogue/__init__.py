@@ -36,7 +36,7 @@ _MODULES = {
         "latent": "minicpm3",
         "deepseek": "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa",
         "moe": "deepseek ernie4_5_moe glm4_moe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
-        "kimi": "kimi_k25",
+        "kimi": "kimi_k25 kimi_k3",
         "kimi_linear": "kimi_linear",
         "deepseek_v4": "deepseek_v4",
         "qwen2_vl": "qwen2_vl qwen2_5_vl",

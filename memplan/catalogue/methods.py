@@ -407,7 +407,8 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
                 litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)
             )
         if takes(op):
-            adapted = tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
+            called = op if op.reads else _as_called(op)
+            adapted = tuple(_dressed(o, recipe) for o in adapt(called, adapter, recipe.autocast))
             return (_idle(op, adapted), op) if w.direct and not w.stored else adapted
         if w.stored:
             return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute, older, recipe.keeps))
@@ -462,6 +463,13 @@ def _saved(op: Op, saved: tuple[str, ...]) -> Op:
     keeps = tuple(Keep(ours.get(k.what, k.what), ours.get(k.of, k.of)) for k in op.keeps)
     scratch = tuple(s._replace(of=ours.get(s.of, s.of)) for s in op.scratch_back)
     return op._replace(weights=(*copies, *op.weights), keeps=keeps, scratch_back=scratch)
+
+
+def _as_called(op: Op) -> Op:
+    """A layer that is not called, of which the model reads the weight alone, as if it were: adapters are around it."""
+    w = next(w for w in op.weights if w.matrix)
+    out, into = (" ".join(axes) for axes in (w.shape.split()[: w.rows], w.shape.split()[w.rows :]))
+    return ops.linear(op.name, "of nothing", "nothing", out, into, w.group)
 
 
 def _idle(op: Op, adapted: tuple[Op, ...]) -> Op:

@@ -359,7 +359,7 @@ def run_pass(
     joined: dict[int, Frame] = {}  # what ran before a copy, outside of blocks
     runs: list[tuple[str, int]] = []
     firsts: list[dict[str, str]] = []
-    layer = 0
+    counted: Counter[str] = Counter()  # the blocks of each name that came before
     carried: dict[str, Storage] = {}
     for at, c in enumerate(copies):
         if c.joins is not None:
@@ -376,11 +376,12 @@ def run_pass(
             else:
                 del own[c.joins.stream]
             flows = frozenset(joint.flows - {"x"})
-            x_flows, carried, layer = c.joins.stream in joint.flows, {}, 0
+            x_flows, carried = c.joins.stream in joint.flows, {}
         number = None
-        first_layer, period = layer, len(c.blocks)
-        layer += period * (c.count(depth) + c.skipped)
-        last_layer = layer - period
+        name, period = c.blocks[0].name, len(c.blocks)
+        first_layer = counted[name]
+        counted[name] += period * (c.count(depth) + c.skipped)
+        last_layer = counted[name] - period
         if not c.alone:
             number = len(runs)
             runs.append((c.times, c.less + 1 + c.after))
@@ -416,6 +417,8 @@ def run_pass(
                     own[name].refs += 1
                     frame.shared.append(own[name])
                     frame.shares = tuple(shares.values())
+            for name in block.replaces:
+                tape.drop(own.pop(name))
             flows |= _asked(block, frame.flows, again and reentrant)
             gatherer.release(unit)
             same = y not in made  # the block hands on what it was given

@@ -61,8 +61,8 @@ class Family(NamedTuple):
 
 # Which module knows which model_type: only the one asked for is imported.
 _MODEL_TYPES: dict[str, str] = {
-    "mla": "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_linear "
-    "minicpm3",
+    "mla": "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
+    "kimi_linear minicpm3",
     "moe": "dbrx deepseek ernie4_5_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe "
     "qwen2_moe qwen3_moe",
     "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",

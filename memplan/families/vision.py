@@ -354,7 +354,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-ELSEWHERE = ("kimi_k25", "llama4")  # families with a tower whose decoder another module knows
+ELSEWHERE = ("kimi_k25", "kimi_k3", "llama4")  # families with a tower whose decoder another module knows
 
 
 def is_vision(model_type: str) -> bool:
