@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from memplan import zero
+from memplan import megatron, zero
 from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.degrees import WHOLE
@@ -312,6 +312,8 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
     """What loading allocates and frees, in order, see `memplan.graph.loading`."""
     if zero.stage(structure.ranks):
         return zero.loading_events(structure.graph, structure.ranks)
+    if megatron.divides(structure.ranks):
+        return megatron.loading_events(structure.graph, structure.ranks, str(structure.grads))
     if division_of(structure) is not None:
         return loading_events(structure.graph, structure.ranks)
     return loading(structure.graph)
@@ -330,6 +332,8 @@ def resident_of(structure: Structure) -> Iterator[Held]:
     """The weights and buffers that a rank holds."""
     if zero.stage(structure.ranks):
         return zero.parameters(structure.graph, structure.ranks)
+    if megatron.divides(structure.ranks):
+        return megatron.parameters(structure.graph, structure.ranks)
     return parameters_held(structure.graph, structure.ranks)
 
 
@@ -353,6 +357,9 @@ def gradients_of(structure: Structure) -> Iterator[Held]:
     """The gradient of every weight that trains, or the rank's part of it, as the optimizer reads it."""
     if zero.stage(structure.ranks):
         yield from zero.stepping(structure.graph, structure.ranks)
+        return
+    if megatron.divides(structure.ranks):
+        yield from megatron.gradients(structure.graph, structure.ranks, str(structure.grads))
         return
     if division_of(structure) is not None:
         yield from gradients_held(structure.graph, structure.ranks)
@@ -388,6 +395,8 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
     """The parameters the optimizer is given, in the model's order; a run of layers as its first and the others."""
     if zero.stage(structure.ranks):
         return zero.trained(structure.graph, structure.ranks)
+    if megatron.divides(structure.ranks):
+        return megatron.trained(structure.graph, structure.ranks)
     if division_of(structure) is not None:
         return trained_parts(structure.graph, structure.ranks)
     _, axes = built(structure.graph)

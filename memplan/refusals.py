@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
-from memplan.catalogue.parallel import ELEMENTWISE, STAGES, STRATEGIES
+from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, STAGES, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
@@ -133,7 +133,11 @@ def _zero(p: Parallelism) -> Iterator[SpecError]:
 # What FSDP and DeepSpeed divide rightly.
 FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
 ZERO = tuple(STAGES)
-_METHODS = {**dict.fromkeys(FSDP, ("full", "lora", "qlora")), **dict.fromkeys(ZERO, ("full", "lora"))}
+_METHODS = {
+    **dict.fromkeys(FSDP, ("full", "lora", "qlora")),
+    **dict.fromkeys(ZERO, ("full", "lora")),
+    MEGATRON: ("full",),
+}
 _FLOATS = ("bf16", "fp16", "fp32")
 
 
@@ -155,6 +159,14 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
         raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
     if row is not None and optimizer.name not in ELEMENTWISE:
         raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with {p.strategy}")
+    if p.strategy == MEGATRON:
+        if precision.autocast:
+            raise SpecError(
+                "precision.autocast: Megatron computes in the weights' dtype; say precision mixed", "precision.autocast"
+            )
+        if loop.grad_scaler:
+            raise SpecError("loop.grad_scaler: Megatron scales the loss itself", "loop.grad_scaler")
+        return
     if precision.grads not in (None, precision.weights):
         raise _later("precision.grads", precision.grads, f"{precision.weights}, as the weights, with {p.strategy}")
     if p.strategy in ZERO:

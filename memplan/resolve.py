@@ -17,7 +17,7 @@ from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
-from memplan.catalogue.parallel import Knobs
+from memplan.catalogue.parallel import MEGATRON, Knobs
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
@@ -200,6 +200,9 @@ def _decide(
         precision, method = _under_deepspeed(precision, method)
         if parallelism.zero == Zero():
             notes.append(_DEEPSPEED)
+    if alike > 1 and parallelism.strategy == MEGATRON:
+        precision = _under_megatron(precision)
+        notes.append(_MEGATRON)
     notes += dtype_notes(gpu, str(precision.compute))
     notes += [*stored_notes(model), *over.notes]
     notes += kernel_notes(model)
@@ -264,7 +267,7 @@ def _decide(
         state_dtype=optimizer.state_dtype,
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
-        grads=precision.grads if precision.grads != precision.weights else None,
+        grads=precision.grads if precision.grads != precision.weights or ranks.strategy == MEGATRON else None,
         master=None if ranks.strategy in ZERO else precision.master,
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
@@ -299,6 +302,18 @@ _DEEPSPEED = (
     "DeepSpeed: fp32 masters, and its own defaults (reduce_bucket_size and sub_group_size 5e8 and 1e9, overlap_comm as "
     "the stage has it, stage3_prefetch_bucket_size 5e7, stage3_max_reuse_distance 1e9), not transformers' auto"
 )
+
+
+_MEGATRON = (
+    "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
+    "--overlap-grad-reduce; what is computed is transformers' code, not Megatron's"
+)
+
+
+def _under_megatron(precision: Precision) -> Precision:
+    """Main gradients and masters are in fp32. Source: Megatron-LM megatron/training/arguments.py."""
+    master = None if precision.weights == "fp32" else "fp32"
+    return precision.model_copy(update={"grads": "fp32", "master": master})
 
 
 def _under_deepspeed(precision: Precision, method: Method) -> tuple[Precision, Method]:

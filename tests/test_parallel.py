@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.golden import SLACK, rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.overhead import COVERAGE, SHOWN_OF_RANKS
-from memplan.catalogue.parallel import BUCKET, ELEMENTWISE, FIRST_BUCKET, STRATEGIES, Strategy, buckets
+from memplan.catalogue.parallel import BUCKET, ELEMENTWISE, FIRST_BUCKET, MEGATRON, STRATEGIES, Strategy, buckets
 from memplan.catalogue.parameters import Parameter
 from memplan.errors import SpecError
 from memplan.graph import Held, weights_of
@@ -64,8 +64,10 @@ def runs(draw: st.DrawFn, kinds: tuple[str, ...] = ("full", "lora", "qlora")) ->
 
 def divided(run: dict[str, Any], strategy: str, world: int) -> dict[str, Any]:
     """The run on so many GPUs, as the strategy takes it."""
-    if strategy in ZERO and world > 1:
-        run = {**run, "method": "lora" if run.get("method") == "qlora" else run.get("method", "full")}
+    if strategy in (*ZERO, MEGATRON) and world > 1:
+        other = "full" if strategy == MEGATRON else "lora"
+        adapted = run.get("method", "full") == "qlora" or strategy == MEGATRON
+        run = {**run, "method": other if adapted else run.get("method", "full")}
         run["precision"] = "mixed" if run.get("precision") == "amp" else run.get("precision", "pure")
     run = {**run, "parallelism": {"world": world, "dp": world, "strategy": strategy}}
     if strategy == "fsdp2" and world > 1 and run.get("method", "full") != "full":
@@ -116,7 +118,7 @@ def test_the_ledger_of_a_rank_sums_to_its_peak(run: dict[str, Any], strategy: st
 
 
 @laws
-@given(runs(), st.sampled_from((*SHARDED, *ZERO)), st.integers(2, 6), st.integers(1, 4))
+@given(runs(), st.sampled_from((*SHARDED, *ZERO, MEGATRON)), st.integers(2, 6), st.integers(1, 4))
 def test_more_ranks_never_hold_more_each(run: dict[str, Any], strategy: str, world: int, times: int) -> None:
     assert persistent(run, strategy, world * times) <= persistent(run, strategy, world)
 
@@ -133,7 +135,7 @@ def test_what_a_row_says_is_divided_is(row: Strategy) -> None:
     whole = 4 if row.gathers else 12
     for divides, found, each in (
         (row.parameters, weights, 2),
-        (row.gradients, sum(h.bytes * h.copies for h in gradients), 2),
+        (row.gradients, sum(h.bytes * h.copies for h in gradients), 4 if row.name == MEGATRON else 2),
         (row.states, masters + program(structure).states, whole),
     ):
         assert found == pytest.approx(parameters * each / (4 if divides else 1), rel=2e-3)

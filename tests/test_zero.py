@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.golden import rows
-from memplan import Estimate, RunSpec, estimate
+from memplan import Estimate, RunSpec, estimate, megatron
 from memplan.catalogue.parallel import Knobs
 from memplan.errors import SpecError
 from memplan.fetching import whole
@@ -19,6 +19,7 @@ from memplan.graph import Held, built, weights_of
 from memplan.program import (
     Structure,
     accumulated_of,
+    gradients_of,
     host_of,
     passing_of,
     program,
@@ -325,3 +326,50 @@ def test_what_torch_reserved_under_zero_3_offload_is_met(row: dict[str, Any]) ->
     error = a.bytes.reserved / row["reserved"] - 1
     assert a.bytes.allocated < row["reserved"]
     assert (-0.12 if row["run"]["batch"]["sequence"] < 2**16 else -0.005) < error < 0.005
+
+
+# Megatron's distributed optimizer
+
+
+@pytest.mark.parametrize("world", [2, 8, 24, 512])
+def test_megatron_divides_twelve_bytes_of_eighteen(world: int) -> None:
+    """bf16 weights 2 and fp32 main gradients 4 whole, master and both moments 12 of a part, of all numbers and the
+    padding: weights from a multiple of 64 on, all of them to a multiple of 128 and of the ranks."""
+    run = structure("megatron_dist_opt", world)
+    whole = megatron.buffer(run.graph, run.ranks)
+    weights = sum(n for w, n, _ in weights_of(run.graph) if w.trains)
+    assert whole % world == whole % 128 == 0
+    assert 0 <= whole - PARAMETERS < 64 * weights + lcm(world, 128)
+    states = sum(prod(s.shape) * ITEMSIZE[s.dtype] * s.count for s in program(run).optimizer.states)
+    held = exact(run, (h for h in resident_of(run) if h.kind == "parameter"))
+    assert held == 2 * whole
+    assert exact(run, gradients_of(run)) == 4 * whole
+    assert states == 12 * whole // world
+
+
+def test_replicas_with_fp32_gradients_and_masters_have_eighteen_bytes_a_parameter() -> None:
+    precision = {"weights": "bf16", "grads": "fp32", "master": "fp32"}
+    run = structure("ddp", 8, precision=precision)
+    held = exact(run, (h for h in (*resident_of(run), *gradients_of(run)) if h.kind != "buffer"))
+    assert held + sum(prod(s.shape) * 4 * s.count for s in program(run).optimizer.states) == 18 * PARAMETERS
+
+
+@laws
+@given(st.integers(2, 64), st.integers(1, 4), st.sampled_from(["adamw_torch", "sgd"]))
+def test_more_ranks_never_hold_more_under_megatron(world: int, times: int, optimizer: str) -> None:
+    few, many = (answer("megatron_dist_opt", n, optimizer=optimizer, **RUN) for n in (world, world * times))
+    padding = 6 * lcm(world * times, 128)
+    assert many.bytes.allocated <= few.bytes.allocated + padding
+    assert sum(line.bytes for line in few.ledger) == few.bytes.allocated
+
+
+def test_one_gpu_is_the_plain_estimate_under_megatron() -> None:
+    assert answer("megatron_dist_opt", 1, **RUN).phases == answer("none", 1, **RUN).phases
+
+
+def test_the_main_gradients_stay_and_nothing_is_gathered_apart() -> None:
+    a = answer("megatron_dist_opt", 8, optimizer="adamw_torch_fused")
+    by = {p.phase: p.peak for p in a.phases if p.step in (2, None)}
+    fixed = 6 * PARAMETERS + 12 * PARAMETERS // 8
+    assert by["step"] == pytest.approx(fixed, rel=0.01)
+    assert by["load"] == pytest.approx(8 * PARAMETERS, rel=0.01)

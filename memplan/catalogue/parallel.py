@@ -32,6 +32,8 @@ class Strategy(NamedTuple):
     source: str
 
 
+MEGATRON = "megatron_dist_opt"
+
 STRATEGIES = {
     row.name: row
     for row in (
@@ -40,6 +42,15 @@ STRATEGIES = {
         Strategy("zero1", False, False, True, True, False, "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py"),
         Strategy("zero2", False, True, True, True, False, "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py"),
         Strategy("zero3", True, True, True, False, False, "DeepSpeed 0.19.8 runtime/zero/stage3.py"),
+        Strategy(
+            MEGATRON,
+            False,
+            False,
+            True,
+            True,
+            False,
+            "megatron-core 0.16.1 core/distributed/param_and_grad_buffer.py, core/optimizer/distrib_optimizer.py",
+        ),
         Strategy("fsdp2", True, True, True, False, True, "torch 2.13 distributed/fsdp/_fully_shard/"),
     )
 }
@@ -94,6 +105,9 @@ class Knobs(NamedTuple):
     pins: tuple[bool, bool] = (True, True)
     swaps: tuple[int, int, int, int] = (4, 5, 100_000_000, 1_000_000_000)
 
+
+PARAMETER_START = 64  # numbers that Megatron aligns every weight of its buffers to
+BUCKET_END = 128  # and, with the number of ranks, the end of a bucket
 
 ALIGNED = 16  # bytes that FSDP1 aligns every weight of a flat parameter to, under use_orig_params
 
