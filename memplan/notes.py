@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from memplan.catalogue.pipeline import ENGINES
+from memplan.catalogue.profiles import find_profile
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
 from memplan.graph import (
@@ -14,6 +16,7 @@ from memplan.graph import (
     weights_of,
 )
 from memplan.models import ModelSpec
+from memplan.program import Pipe
 from memplan.spec import Method, Precision
 
 
@@ -89,3 +92,15 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
             f"{share:.1f}% of the parameters are quantised: experts are no linear layers in transformers 5, and "
             f"bitsandbytes leaves them in {' and '.join(sorted(left))}"
         )
+
+
+def pipeline_notes(pipe: Pipe, profile: str) -> list[str]:
+    """What runs a pipeline, where the profile's own library does not."""
+    if not pipe.engine:
+        return []
+    notes = [f"pipeline: {pipe.schedule} of {pipe.microbatches} microbatches by {ENGINES[pipe.engine].title}"]
+    if pipe.engine == "torch" and find_profile(profile).name != "torchtitan":
+        notes.append(
+            "pipeline: transformers has none for training but device_map; counted is torch.distributed.pipelining"
+        )
+    return notes

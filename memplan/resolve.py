@@ -30,14 +30,15 @@ from memplan.graph import (
 )
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, pipeline_notes
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
-from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts
+from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts, refuse_staged
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
+from memplan.stages import piped
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
@@ -85,6 +86,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         run.parallelism,
         bool(run.batch.images),
         dict(pictures).get("seen", 0) % 8 != 0,
+        run.batch.accumulation if run.parallelism.pp > 1 else 1,
     )
     decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
     if not pictures:
@@ -137,6 +139,7 @@ def _decide(
     parallelism: Parallelism,
     images: bool,
     uneven: bool,
+    microbatches: int,
 ) -> Decided:
     asked = kernels.fused is not None
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
@@ -157,6 +160,8 @@ def _decide(
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
+    if parallelism.pp > 1:
+        refuse_staged(parallelism, method, loop, model.objective, images)
     check_time_steps(model, method)
     _check_objective(model, kernels, precision, profile)
     check_head(model, method, kernels)
@@ -194,6 +199,8 @@ def _decide(
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
     notes += more
     seen = dtype_of_attention(model, recipe)
+    staged = piped(parallelism, len(model.layers), words["pipeline"], microbatches)
+    notes += pipeline_notes(staged.pipe, profile)
     graph = Graph(
         model,
         recipe,
@@ -231,7 +238,9 @@ def _decide(
         converts=words["converts"]
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
         code=words["code"],
-        lingers=words["lingers"],
+        lingers=words["lingers"] and parallelism.pp == 1,
+        degrees=staged.degrees,
+        keeps_sent=staged.keeps_sent,
     )
     structure = Structure(
         graph,
@@ -249,6 +258,7 @@ def _decide(
         holds_outputs=loop.hold_outputs == "step",
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
+        pipe=staged.pipe,
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)

@@ -276,7 +276,11 @@ class Offload(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work."""
+    """`world` GPUs and how they divide the work.
+
+    `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
+    `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts.
+    """
 
     world: Count = 1
     dp: Count = 1
@@ -290,6 +294,9 @@ class Parallelism(Part, frozen=True):
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     offload: Offload = Offload()
     stage: Natural | None = None
+    schedule: Literal["1f1b", "gpipe"] | None = None
+    first_stage_layers: Count | None = None
+    last_stage_layers: Count | None = None
 
 
 class InlineModel(Part, frozen=True):

@@ -38,7 +38,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "megatron_dist_opt"}}, "parallelism.strategy"),
     ({"parallelism": {"world": 2, "tp": 2}}, "parallelism.tp"),
-    ({"parallelism": {"stage": 0}}, "parallelism.stage"),
     ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
     ({"parallelism": {"offload": {"activations": True}}}, "parallelism.offload"),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "ddp", "offload": {"optimizer": True}}}, "parallelism.offload"),
@@ -58,9 +57,9 @@ def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> Non
     )
 
 
-@pytest.mark.parametrize("field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "stage")])
+@pytest.mark.parametrize("field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "pp")])
 def test_no_field_of_parallelism_is_ignored(field: str) -> None:
-    value = True if field == "sequence_parallel" else 2
+    value = {"sequence_parallel": True, "schedule": "gpipe"}.get(field, 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"
 
 

@@ -35,6 +35,7 @@ WORDS = {
     "keeps_matrix": "a product with a GPTQ matrix keeps it dequantised for the backward pass",
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
+    "pipeline": "what runs a pipeline's stages: megatron, torch (catalogue/pipeline.py)",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -134,6 +135,11 @@ PROFILES = (
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
+            Row(
+                "pipeline",
+                "torch",
+                "transformers 5.24 has no pipeline for training but device_map: torch 2.13 distributed/pipelining",
+            ),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
             Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
             Row("trains_fp8", True, "transformers 5.24 integrations/finegrained_fp8.py FP8LinearFunction"),
@@ -430,7 +436,7 @@ PROFILES = (
             Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
-            "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor and pipeline parallelism",
+            "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor parallelism",
             "selective checkpointing of operations, and compiled blocks and loss",
         ),
     ),
@@ -442,12 +448,13 @@ PROFILES = (
         (
             Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
             Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
+            Row("pipeline", "megatron", "megatron-core 0.12.0 pipeline_parallel/schedules.py"),
             Row("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
         ),
         (
             "gradients and masters in fp32: say precision mixed with grads fp32",
             "Megatron's own layers (fused norms, rotary positions, biases with dropout) and megatron_gpt configs",
-            "tensor, sequence, context and pipeline parallelism and the distributed optimizer",
+            "tensor, sequence and context parallelism and the distributed optimizer",
         ),
     ),
     Profile(

@@ -521,7 +521,27 @@ def estimate(
         option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
-    pp: Annotated[int | None, option("Pipeline stages (refused as yet). Default 1.", of=SEVERAL)] = None,
+    pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
+    virtual_stages: Annotated[
+        int | None, option("Chunks of layers on each stage, which 1F1B interleaves. Default 1.", of=SEVERAL)
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        option(
+            "How a pipeline runs its microbatches, which are --grad-accum: 1f1b, gpipe. Default 1f1b.",
+            of=SEVERAL,
+            complete=_choices("1f1b", "gpipe"),
+        ),
+    ] = None,
+    first_stage_layers: Annotated[
+        int | None, option("Layers on the first stage. Default as the profile divides them.", of=SEVERAL)
+    ] = None,
+    last_stage_layers: Annotated[
+        int | None, option("Layers on the last stage. Default as the profile divides them.", of=SEVERAL)
+    ] = None,
+    stage: Annotated[
+        int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)
+    ] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
     ep: Annotated[int | None, option("Expert-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
     spec: Annotated[
@@ -565,6 +585,9 @@ def estimate(
     json: Annotated[bool, option("Short for --format json.", "--json", of=OUTPUT)] = False,
     output: Annotated[str | None, option("Write to this file. Default standard output.", of=OUTPUT)] = None,
     explain: Annotated[bool, option("Every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)] = False,
+    ranks: Annotated[
+        bool, option("Every rank that differs: the stages of a pipeline. Default off.", "--ranks", of=OUTPUT)
+    ] = False,
     strict: Annotated[
         bool,
         option("Exit 1 if tight, and 4 if something unsupported was left out. Default off.", "--strict", of=OUTPUT),
@@ -592,7 +615,7 @@ def left_out(name: str, value: object) -> bool:
     return value in (None, [], ()) or (value is False and name in _SWITCHES)
 
 
-_SWITCHES = ("online", "json", "explain", "strict")
+_SWITCHES = ("online", "json", "explain", "strict", "ranks")
 
 
 def _estimate(given: Mapping[str, Any]) -> int:
@@ -610,7 +633,7 @@ def _estimate(given: Mapping[str, Any]) -> int:
         from memplan.report.text import Screen
 
         to = Screen()
-    show(render(format, answers, "explain" in given, to), format, given.get("output"))
+    show(render(format, answers, "explain" in given, to, "ranks" in given), format, given.get("output"))
     return exit_code(answers, "strict" in given)
 
 
