@@ -19,7 +19,7 @@ from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
-from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, parameters_of
+from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, one_process, parameters_of
 from memplan.usage import Around, Replay, Usage, around, resident
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
 def _usage(run: RunSpec, decided: Decided, walked: Walked, calibration: Calibration | None) -> Usage:
     """What a rank takes of its card."""
     replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
-    beside = around_of(decided.gpu, run.parallelism.world, calibration)
+    world = 1 if one_process(decided.structure) else run.parallelism.world
+    beside = around_of(decided.gpu, world, calibration)
     return Usage(replay, resident(walked.program), walked.phases[0].peak, walked.top.peak, decided.gpu, beside)
 
 

@@ -32,7 +32,8 @@ class Graph(NamedTuple):
     that stand in for several; `converts`: what the model returns is cast to fp32;
     `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings' output asks
     for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
-    `degrees` the part of it that one rank computes; `keeps_sent`: what a stage hands on stays until its backward.
+    `degrees` the part of it that one rank computes; `keeps_sent`: what a stage hands on stays until its backward,
+    `moves_sent`: it is copied to another GPU of the process.
     """
 
     model: ModelSpec
@@ -55,6 +56,7 @@ class Graph(NamedTuple):
     to_host: bool = False
     degrees: Degrees = WHOLE
     keeps_sent: bool = False
+    moves_sent: bool = False
 
 
 class Held(NamedTuple):
@@ -123,7 +125,7 @@ def _stage(graph: Graph) -> tuple[Stack, dict[str, int]]:
         field = "parallelism.pp"
         raise SpecError(f"{field}: stages of {graph.model.model_type} models are not supported yet", field)
 
-    return pipeline.staged(stack, axes, layers, stages, *handed_on(graph), graph.keeps_sent)
+    return pipeline.staged(stack, axes, layers, stages, *handed_on(graph), graph.keeps_sent, graph.moves_sent)
 
 
 @lru_cache(maxsize=512)

@@ -30,6 +30,7 @@ from memplan.program import (
     passing_of,
     reducing_of,
     resident_of,
+    returned,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
             flown = walked.program.flown[later][index]
             out += _flown(walked, flown)
             out += _between(structure, flown.beside, axes)
+            out += _returned(structure, axes) if flown.moment < 0 else ()
         elif holds:
             out += _between(structure, None, axes)
     elif index >= 0 or holds:
@@ -66,7 +68,7 @@ def _flown(walked: Walked, flown: Flown) -> Iterator[Line]:
     for i, structure in enumerate(chunks_of(walked.program.structure)):
         low = pass_of(structure, i == beside.chunk and beside.graded[i], labelled=True)
         if i == beside.chunk:
-            yield from _alive(structure, low, low.moments[flown.moment], walked)
+            yield from _alive(structure, low, low.moments[flown.moment] if flown.moment >= 0 else low.kept, walked)
         if beside.others[i]:
             passes = f"{beside.others[i]} of {total} microbatches in flight"
             if len(beside.others) > 1:
@@ -74,6 +76,16 @@ def _flown(walked: Walked, flown: Flown) -> Iterator[Line]:
             for line in _alive(structure, low, low.kept, walked):
                 count, bytes_ = line.count * beside.others[i], line.bytes * beside.others[i]
                 yield line._replace(count=count, bytes=bytes_, why=f"{passes}: {line.why}")
+
+
+def _returned(structure: Structure, axes: Mapping[str, int]) -> Iterator[Line]:
+    """The logits on the first GPU, which a model's outputs are moved to."""
+    logits = returned(structure)
+    if logits is not None:
+        bytes_ = size(logits.shape, logits.dtype, axes)[1]
+        shape, dims, source = _letters(logits.shape), _dims(logits.shape, axes), ENGINES[structure.pipe.engine].source
+        why = "what the model returns is moved to where its inputs are"
+        yield Line("logits", "activation", "return", shape, dims, logits.dtype, 1, bytes_, why, source)
 
 
 _BETWEEN = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from memplan.catalogue.pipeline import ENGINES
-from memplan.catalogue.profiles import find_profile
+from memplan.degrees import Degrees
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
 from memplan.graph import (
@@ -17,7 +17,7 @@ from memplan.graph import (
 )
 from memplan.models import ModelSpec
 from memplan.program import Pipe
-from memplan.spec import Method, Precision
+from memplan.spec import Method, Parallelism, Precision
 
 
 def dtype_notes(gpu: GPU | None, compute: str) -> Iterator[str]:
@@ -94,13 +94,14 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
         )
 
 
-def pipeline_notes(pipe: Pipe, profile: str) -> list[str]:
-    """What runs a pipeline, where the profile's own library does not."""
+def pipeline_notes(degrees: Degrees, pipe: Pipe, asked: Parallelism) -> Iterator[str]:
+    """What runs a pipeline, and GPUs that it leaves empty."""
     if not pipe.engine:
-        return []
-    notes = [f"pipeline: {pipe.schedule} of {pipe.microbatches} microbatches by {ENGINES[pipe.engine].title}"]
-    if pipe.engine == "torch" and find_profile(profile).name != "torchtitan":
-        notes.append(
-            "pipeline: transformers has none for training but device_map; counted is torch.distributed.pipelining"
-        )
-    return notes
+        return
+    engine = ENGINES[pipe.engine]
+    if not engine.moves:
+        yield f"pipeline: {pipe.schedule} of {pipe.microbatches} microbatches by {engine.title}"
+        return
+    yield "device_map: one process, one GPU at a time; say schedule 1f1b for a pipeline of torch.distributed.pipelining"
+    if degrees.pp < asked.pp:
+        yield f"device_map: layers are on {degrees.pp} GPUs, and {asked.pp - degrees.pp} stay empty"

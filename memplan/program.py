@@ -79,7 +79,8 @@ class Structure(NamedTuple):
 
 
 class Flown(NamedTuple):
-    """A moment of a pipeline: that of a pass through a chunk of the rank's layers, with what is there beside it."""
+    """A moment of a pipeline: that of a pass through a chunk of the rank's layers, with what is there beside it. With
+    `moment` -1 it is when the model has returned, and its logits are there as well."""
 
     beside: pipeline.Moment
     moment: int
@@ -245,6 +246,17 @@ def beside_of(structure: Structure, moment: pipeline.Moment | None) -> Iterator[
             yield tensor, what, count
 
 
+def returned(structure: Structure) -> Tensor | None:
+    """The logits that a model moves from its last GPU to the first one, where it does."""
+    d, pipe = structure.graph.degrees, structure.pipe
+    if not pipe.engine or not pipeline.ENGINES[pipe.engine].moves or d.stage:
+        return None
+    last = structure.graph._replace(degrees=d._replace(stage=d.pp - 1))
+    made = {t.name for op in built(last)[0].after for t in op.writes if "v" in t.shape.split()}
+    found = [key for key in lowered(last, labelled=True).sizes if key[2] == "activation" and key[5] in made]
+    return Tensor("logits", *found[-1][:2]) if found else None
+
+
 def _logits(graph: Graph) -> Tensor | None:
     """What the last stage's model returns, where that has logits."""
     low = lowered(graph)
@@ -284,6 +296,9 @@ def _flown(structure: Structure) -> _Moments:
     beside = {m: [(size(t.shape, t.dtype, axes), n) for t, _, n in beside_of(structure, m)] for m in (*moments, None)}
     used = {v for (i, _), way in ways.items() for v, _ in _sizes(chunks[i].graph, way)}
     used.update(v for of in beside.values() for (v, _), _ in of)
+    logits = returned(structure)
+    if logits is not None:
+        used.add(size(logits.shape, logits.dtype, axes)[0])
     variables = (walk.ONE, *sorted(used - {walk.ONE}))
     index = {v: i for i, v in enumerate(variables)}
     passed = {key: _passed(chunks[key[0]].graph, way, variables) for key, way in ways.items()}
@@ -313,6 +328,13 @@ def _flown(structure: Structure) -> _Moments:
                     found[phase].append((tuple(map(add, row, term.coefficients)), len(places)))
                     where[len(places)] = low.moments[term.moment].where
                     places.append(Flown(moment, term.moment))
+            if logits is not None and not moment.backward:
+                variable, bytes_ = size(logits.shape, logits.dtype, axes)
+                whole = [a + b for a, b in zip(row, own.kept, strict=True)]
+                whole[index[variable]] += bytes_
+                found["loss"].append((tuple(whole), len(places)))
+                where[len(places)] = "return"
+                places.append(Flown(moment, -1))
         terms = {phase: prune(some, variables) if some else () for phase, some in found.items()}
         tables.append((terms, tuple(places), where))
     (first_terms, *_), (later_terms, *_) = tables

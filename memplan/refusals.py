@@ -86,7 +86,7 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
 
 def _pipeline(p: Parallelism) -> Iterator[SpecError]:
     """What is said of a pipeline that is none, or has not so many stages."""
-    for field in ("virtual_stages", "schedule", "first_stage_layers", "last_stage_layers"):
+    for field in ("virtual_stages", "schedule", "first_stage_layers", "last_stage_layers", "ends_as_layers"):
         if p.pp == 1 and getattr(p, field) != getattr(_ONE_GPU, field):
             value = getattr(p, field)
             yield SpecError(f"parallelism.{field}: {value} is of a pipeline, and pp is 1", f"parallelism.{field}")

@@ -199,8 +199,6 @@ def _decide(
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
     notes += more
     seen = dtype_of_attention(model, recipe)
-    staged = piped(parallelism, len(model.layers), words["pipeline"], microbatches)
-    notes += pipeline_notes(staged.pipe, profile)
     graph = Graph(
         model,
         recipe,
@@ -239,9 +237,9 @@ def _decide(
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
         code=words["code"],
         lingers=words["lingers"] and parallelism.pp == 1,
-        degrees=staged.degrees,
-        keeps_sent=staged.keeps_sent,
     )
+    graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
+    notes += pipeline_notes(graph.degrees, pipe, parallelism)
     structure = Structure(
         graph,
         accumulates=accumulates and not optimizer.in_backward,
@@ -258,7 +256,7 @@ def _decide(
         holds_outputs=loop.hold_outputs == "step",
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
-        pipe=staged.pipe,
+        pipe=pipe,
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)

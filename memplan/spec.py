@@ -279,7 +279,8 @@ class Parallelism(Part, frozen=True):
     """`world` GPUs and how they divide the work.
 
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
-    `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts.
+    `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
+    `ends_as_layers`, embeddings count as a layer there, and the head as one.
     """
 
     world: Count = 1
@@ -294,9 +295,10 @@ class Parallelism(Part, frozen=True):
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     offload: Offload = Offload()
     stage: Natural | None = None
-    schedule: Literal["1f1b", "gpipe"] | None = None
+    schedule: Literal["1f1b", "gpipe", "device_map"] | None = None
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
+    ends_as_layers: Flag | None = None
 
 
 class InlineModel(Part, frozen=True):

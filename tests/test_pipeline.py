@@ -106,7 +106,7 @@ def test_a_pipeline_of_one_stage_is_the_plain_estimate(profile: str) -> None:
 
 def test_only_the_first_stage_embeds_and_only_the_last_has_norm_head_and_loss() -> None:
     structure = decide(
-        RunSpec(model="llama-3.1-8b", parallelism={"world": 4, "pp": 4}, batch={"accumulation": 4})
+        RunSpec(model="llama-3.1-8b", parallelism={"world": 4, "pp": 4}, batch={"accumulation": 4}, **TITAN)
     ).structure
     outside = [{w.name for w, _, where in weights_of(s.graph) if not where} for s in every_stage(structure)]
     buffers = {f"model.rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq")}
@@ -117,7 +117,8 @@ def test_only_the_first_stage_embeds_and_only_the_last_has_norm_head_and_loss() 
         {"model.norm.weight", "lm_head.weight"},
     ]
     assert all(buffers <= names for names in outside)
-    assert [any(p.phase == "loss" for p in piped(4, 4, stage=i).phases) for i in range(4)] == [False] * 3 + [True]
+    losses = [any(p.phase == "loss" for p in piped(4, 4, TITAN, stage=i).phases) for i in range(4)]
+    assert losses == [False, False, False, True]
 
 
 def test_layers_are_divided_as_each_library_divides_them() -> None:
@@ -131,6 +132,10 @@ def test_layers_are_divided_as_each_library_divides_them() -> None:
     assert split(torch, 32, 4, 1, None, None) == (9 - 1, 9, 8, 8 - 1)
     assert split(torch, 32, 2, 2, None, None) == (9 - 1, 9, 8, 8 - 1)
     assert split(torch, 32, 4, 1, 5, None) == (5, 9, 9, 9)
+    # account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split: 126 + 2 = 16 x 8
+    assert split(megatron, 126, 16, 1, None, None, ends=True) == (8 - 1, *[8] * 14, 8 - 1)
+    assert split(megatron, 126, 8, 4, None, None, ends=True) == (4 - 1, *[4] * 30, 4 - 1)
+    assert split(torch, 30, 4, 1, None, None, ends=False) == (8, 8, 7, 7)
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 8, 32])
@@ -248,10 +253,66 @@ def test_what_is_there_beside_a_pass_is_no_more_than_is_in_flight() -> None:
             assert sum(moment.others) + 1 <= most_in_flight("1f1b", 4, stage, 2, 8)
 
 
+def test_device_map_deals_layers_by_their_bytes() -> None:
+    """What transformers 5.24's infer_auto_device_map does with Llama 3.1 8B; of 8 GPUs it leaves two empty."""
+    for gpus, layers in ((2, (16, 16)), (3, (10, 15, 7)), (4, (7, 12, 12, 1)), (8, (2, 7, 7, 7, 7, 2))):
+        a = piped(gpus, 1, {"model": "llama-3.1-8b"})
+        assert tuple(r.layers for r in a.ranks) == layers
+        assert a.run.parallelism.schedule == "device_map"
+        assert any("2 stay empty" in note for note in a.notes) == (gpus == 8)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("gpus", [2, 3, 5])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2-7b", "mistral-7b-v0.3", "qwen3-8b", "llama-3.1-70b"])
+def test_device_map_deals_layers_as_transformers_does(name: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    library = pytest.importorskip("transformers.integrations.accelerate")
+    monkeypatch.setattr(library, "get_max_memory", dict)
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(find_model(name).config)))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    room = library.get_balanced_memory(model, dict.fromkeys(range(gpus), 2**50), model._no_split_modules)
+    found = library.infer_auto_device_map(model, room, model._no_split_modules)
+    on = [gpu for module, gpu in found.items() if ".layers." in module]
+    assert [r.layers for r in piped(gpus, 1, {"model": name}).ranks] == [on.count(gpu) for gpu in sorted(set(on))]
+
+
+def test_device_map_is_one_process_in_which_one_microbatch_is_in_flight() -> None:
+    a = piped(2, 4, {"model": "llama-3.1-8b", "gpu": "a100-80gb"})
+    assert [r.in_flight for r in a.ranks] == [1, 1]
+    plain = estimate(RunSpec(model="llama-3.1-8b", gpu="a100-80gb", batch={"sequence": 128, "accumulation": 4}))
+    context = plain.bytes.used - plain.bytes.reserved
+    assert all(r.bytes.used - r.bytes.reserved == context for r in a.ranks)  # no NCCL
+    assert sum(r.parameters for r in a.ranks) == plain.parameters.total
+    assert work(a.run).idle == 1
+
+
+def test_a_device_map_brings_the_logits_back_to_the_first_gpu() -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 4,
+        "vocab_size": 32_000,
+        "max_position_embeddings": 1024,
+    }
+    fields = {"model": {"config": config}, "method": "lora", "batch": {"sequence": 1024}}
+    first = piped(2, 1, fields, stage=0)
+    assert (first.peak.phase, first.peak.where) == ("loss", "return")
+    logits = next(line for line in first.ledger if line.what == "logits")
+    assert logits.bytes == 1024 * 32_000 * 2
+    assert sum(line.bytes for line in first.ledger) == first.bytes.allocated
+    fused = piped(2, 1, {**fields, "kernels": {"loss": "fused"}}, stage=0)
+    assert first.bytes.allocated - fused.bytes.allocated > logits.bytes // 2
+    assert all(phase.phase != "loss" for phase in fused.phases)
+
+
 REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] = [
     ({"pp": 64}, 64, MEGATRON, "parallelism.pp", ("pp 64", "16 layers")),
     ({"pp": 8, "virtual_stages": 4}, 8, MEGATRON, "parallelism.pp", ("pp 8", "virtual_stages 4", "32", "16 layers")),
-    ({"pp": 3}, 3, MEGATRON, "parallelism.pp", ("pp 3", "16 layers", "--first-stage-layers")),
+    ({"pp": 5}, 5, MEGATRON, "parallelism.pp", ("pp 5", "16 layers", "--first-stage-layers")),
     ({"pp": 4, "first_stage_layers": 3}, 4, MEGATRON, "parallelism.pp", ("pp 4", "16 layers", "3", "first")),
     ({"pp": 2, "first_stage_layers": 3, "last_stage_layers": 4}, 4, MEGATRON, "parallelism.pp", ("3 + 4",)),
     ({"pp": 4, "schedule": "gpipe"}, 4, MEGATRON, "parallelism.schedule", ("megatron", "1f1b")),
@@ -260,7 +321,13 @@ REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] 
     ({"pp": 4}, 3, TITAN, "batch.accumulation", ("3", "pp 4", "gpipe")),
     ({"pp": 4, "virtual_stages": 2}, 9, TITAN, "batch.accumulation", ("9", "pp 4", "virtual_stages 2", "2 equal")),
     ({"pp": 2, "virtual_stages": 2, "schedule": "gpipe"}, 4, TITAN, "parallelism.virtual_stages", ("gpipe", "1f1b")),
-    ({"pp": 16}, 16, TITAN, "parallelism.pp", ("pp 16", "without layers")),
+    ({"pp": 16}, 16, TITAN, "parallelism.pp", ("pp 16", "without any of 16 layers")),
+    ({"pp": 9}, 9, MEGATRON, "parallelism.pp", ("pp 9", "16 layers", "--ends-as-layers does")),
+    ({"pp": 4, "ends_as_layers": True}, 4, MEGATRON, "parallelism.pp", ("pp 4", "16 layers", "one each")),
+    (
+        {"pp": 4, "ends_as_layers": True, "first_stage_layers": 4},
+        *(4, MEGATRON, "parallelism.ends_as_layers", ("first_stage_layers",)),
+    ),
     ({"pp": 4, "stage": 4}, 4, MEGATRON, "parallelism.stage", ("pp 4", "stage 4", "0 to 3")),
     ({"stage": 1}, 1, MEGATRON, "parallelism.stage", ("pp 1",)),
     ({"virtual_stages": 2}, 1, MEGATRON, "parallelism.virtual_stages", ("pp is 1",)),
@@ -269,7 +336,28 @@ REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] 
     ({"pp": 2}, 2, {"method": "freeze"}, "method.kind", ("freeze", "pp 2")),
     ({"pp": 2}, 2, {"loop": {"hold_outputs": True}}, "loop.hold_outputs", ("pp 2",)),
     ({"pp": 2}, 2, {"model": "roberta-base"}, "parallelism.pp", ("masked_lm",)),
-    ({"pp": 2}, 2, {"model": "gemma-3n-e4b"}, "parallelism.pp", ("gemma3n",)),
+    ({"pp": 2, "schedule": "1f1b"}, 2, {"model": "gemma-3n-e4b"}, "parallelism.pp", ("gemma3n",)),
+    ({"pp": 2, "schedule": "device_map"}, 1, MEGATRON, "parallelism.schedule", ("megatron", "1f1b")),
+    (
+        {"pp": 2, "dp": 2, "strategy": "ddp", "schedule": "device_map"},
+        1,
+        {},
+        "parallelism.schedule",
+        ("pp 2", "world of 4"),
+    ),
+    ({"pp": 2, "schedule": "device_map"}, 1, {}, "parallelism.schedule", ("tied", "1f1b")),
+    ({"pp": 8, "stage": 6}, 1, {"model": "llama-3.1-8b"}, "parallelism.stage", ("6 of pp 8", "0 to 5")),
+    (
+        {"pp": 2},
+        *(
+            1,
+            {
+                "model": "llama-3.1-8b",
+                "method": {"kind": "qlora", "quantization": {"format": "gptq-int4", "block_size": 128}},
+            },
+        ),
+        *("parallelism.schedule", ("gptq-int4", "nf4")),
+    ),
 ]
 
 

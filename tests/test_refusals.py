@@ -59,7 +59,7 @@ def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> Non
 
 @pytest.mark.parametrize("field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "pp")])
 def test_no_field_of_parallelism_is_ignored(field: str) -> None:
-    value = {"sequence_parallel": True, "schedule": "gpipe"}.get(field, 2)
+    value = {"sequence_parallel": True, "schedule": "gpipe", "ends_as_layers": True}.get(field, 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"
 
 

@@ -7,7 +7,7 @@ last. The others are given hidden states, and are handed back the gradient of wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,12 +18,15 @@ from memplan.ir import Op, Run, Stack, Tensor, operations
 class Engine(NamedTuple):
     """How a library runs a pipeline.
 
-    schedules   that it has: 1f1b, gpipe; `interleaves`: several chunks of layers on a rank
+    schedules   that it has: 1f1b, gpipe, or device_map: each microbatch all the way and back before the next
+    interleaves several chunks of layers on a rank
     even        layers divide by stages, or it is said how many the first or the last has. Otherwise embeddings count as
                 a layer, and the head as one, and the earlier stages have those left over
     fills       1F1B needs as many microbatches as there are stages
     keeps       what a stage hands on stays until its backward, and a last stage's logits; otherwise it goes once sent
     buffers     what is received has storage for every microbatch, throughout
+    moves       one process has all stages and moves tensors from one GPU to the next, and what the model returns to the
+                first; layers are dealt by their bytes
     """
 
     name: str
@@ -34,6 +37,7 @@ class Engine(NamedTuple):
     fills: bool
     keeps: bool
     buffers: bool
+    moves: bool
     source: str
 
 
@@ -49,6 +53,7 @@ ENGINES = {
             False,
             False,
             False,
+            False,
             "megatron-core 0.12.0 pipeline_parallel/schedules.py; Megatron-LM training/arguments.py "
             "deallocate_pipeline_outputs",
         ),
@@ -61,8 +66,21 @@ ENGINES = {
             True,
             True,
             True,
+            False,
             "torch 2.13 distributed/pipelining/stage.py, schedules.py; torchtitan 0.3.0 "
             "distributed/pipeline_parallel.py",
+        ),
+        Engine(
+            "device_map",
+            "transformers' device_map",
+            ("device_map",),
+            False,
+            False,
+            False,
+            False,
+            False,
+            True,
+            "transformers 5.24 integrations/accelerate.py; accelerate 1.15 hooks.py AlignDevicesHook",
         ),
     )
 }
@@ -72,22 +90,26 @@ ENGINES = {
 
 
 def split(
-    engine: Engine, layers: int, stages: int, chunks: int, first: int | None, last: int | None
+    engine: Engine, layers: int, stages: int, chunks: int, first: int | None, last: int | None, ends: bool | None = None
 ) -> tuple[int, ...]:
     """How many layers each stage has, in the order of layers; of a rank with several `chunks` each is a stage here.
 
-    `first` and `last` are those of the first and last rank, where they are said. Raises SpecError.
+    `first` and `last` are those of the first and last rank, where they are said. `ends`: embeddings count as a layer,
+    and the head as one; None as the engine has it. Raises SpecError.
     """
-    parts = stages * chunks
-    if parts > layers:
+    if stages * chunks > layers:
         raise _unsplit(layers, stages, chunks, f"are more than its {layers} layers")
-    if first is None and last is None and not engine.even:
-        return _weighted(layers, stages, chunks)
+    if first is None and last is None:
+        return _shared_out(layers, stages, chunks, not engine.even if ends is None else ends, engine.even)
+    if ends:
+        raise SpecError(
+            "parallelism.ends_as_layers: is for stages of equal size, not with first_stage_layers or last_stage_layers",
+            "parallelism.ends_as_layers",
+        )
     rest, left = layers - (first or 0) - (last or 0), stages - (first is not None) - (last is not None)
     if left and (rest <= 0 or rest % (left * chunks)):
         beside = "".join(f", {n} of them the {end}'s" for n, end in ((first, "first"), (last, "last")) if n is not None)
-        hint = "" if beside else "; --first-stage-layers or --last-stage-layers say otherwise"
-        raise _unsplit(layers, stages, chunks, f"do not divide {layers} layers{beside}{hint}")
+        raise _unsplit(layers, stages, chunks, f"do not divide {layers} layers{beside}")
     of_rank = [rest // left if left else 0] * stages
     if first is not None:
         of_rank[0] = first
@@ -95,21 +117,63 @@ def split(
         of_rank[-1] = last
     if sum(of_rank) != layers or any(n % chunks for n in of_rank):
         raise _unsplit(layers, stages, chunks, f"do not divide {layers} layers as {' + '.join(map(str, of_rank))}")
-    return tuple(of_rank[i % stages] // chunks for i in range(parts))
+    return tuple(of_rank[i % stages] // chunks for i in range(stages * chunks))
 
 
-def _weighted(layers: int, stages: int, chunks: int) -> tuple[int, ...]:
-    """Embeddings and head count as a layer each. Source: torchtitan 0.3.0 distributed/pipeline_parallel.py
-    _generate_llm_fqn_per_model_part, with pipeline_parallel_first_stage_less_layers and _last_ as they are: 1."""
+def _shared_out(layers: int, stages: int, chunks: int, ends: bool, even: bool) -> tuple[int, ...]:
+    """As many layers on each stage, or, where they need not be `even`, one more on the earlier ones; with `ends`
+    embeddings and head count as one each.
+
+    Source: megatron-core 0.12.0 transformer/transformer_block.py get_num_layers_to_build,
+    account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split; torchtitan 0.3.0
+    distributed/pipeline_parallel.py _generate_llm_fqn_per_model_part with
+    pipeline_parallel_first_stage_less_layers and pipeline_parallel_last_stage_less_layers 1, or 0.
+    """
     parts = stages * chunks
-    each, more = divmod(layers + 2, parts)
+    each, more = divmod(layers + 2 * ends, parts)
+    if even and more:
+        other = not ends and (layers + 2) % parts == 0
+        hint = "--ends-as-layers does" if other else "--first-stage-layers or --last-stage-layers say otherwise"
+        counted = ", embeddings and head counted as one each" if ends else ""
+        raise _unsplit(layers, stages, chunks, f"do not divide {layers} layers{counted}; {hint}")
     found = [each + (i < more) for i in range(parts)]
-    found[0] -= 1
-    found[-1] -= 1
+    found[0] -= ends
+    found[-1] -= ends
     if not all(found):
-        said = "leave a stage without layers, as embeddings and head count as one each"
-        raise _unsplit(layers, stages, chunks, said)
+        raise _unsplit(layers, stages, chunks, f"leave one without any of {layers} layers, which is not supported yet")
     return tuple(found)
+
+
+class Dealt(NamedTuple):
+    """How a device_map deals a model: layers on each GPU that has any, whether embeddings are on the first of those,
+    and whether all that comes after the layers is on the last."""
+
+    layers: tuple[int, ...]
+    embeds_first: bool
+    ends_last: bool
+
+
+def dealt(embeddings: int, layers: Sequence[int], after: Sequence[int], leaf: int, gpus: int, quantised: bool) -> Dealt:
+    """Deal the modules one after another, each of so many bytes, until a GPU has its share; the last takes the rest.
+
+    A share is the model's bytes by the number of GPUs, and a buffer of 1.25 times its largest layer or `leaf`, a module
+    without modules; nine tenths of that where bitsandbytes quantises. On the first GPU it leaves room for the largest
+    module to come. Source: transformers 5.24 integrations/accelerate.py get_balanced_memory, infer_auto_device_map;
+    quantizers/quantizer_bnb_4bit.py adjust_max_memory.
+    """
+    modules = [embeddings, *layers, *after]
+    share = (sum(modules) // gpus + int(1.25 * max(*layers, leaf))) * (9 if quantised else 10) // 10
+    on = [0] * len(modules)
+    gpu = used = 0
+    for i, size in enumerate(modules):
+        while gpu < gpus - 1 and used + size > share - (max(modules[i + 1 :], default=0) if gpu == 0 else 0):
+            gpu, used = gpu + 1, 0
+        on[i] = gpu
+        used += size
+    of_layers = on[1 : 1 + len(layers)]
+    there = sorted(set(of_layers))
+    counts = tuple(of_layers.count(gpu) for gpu in there)
+    return Dealt(counts, on[0] == there[0], set(on[1 + len(layers) :]) == {there[-1]})
 
 
 def _unsplit(layers: int, stages: int, chunks: int, why: str) -> SpecError:
@@ -125,11 +189,12 @@ def staged(
     received: Tensor | None,
     sent: Tensor | None,
     keeps: bool,
+    moves: bool,
 ) -> tuple[Stack, dict[str, int]]:
     """The stack of a rank that has these `stages`, of which each has so many `layers`; and the axes with its numbers.
 
     `received`: what the first of them is given, None of the very first; `sent`: what the last of them hands on, None of
-    the very last. `keeps`: that stays until its backward.
+    the very last. `keeps`: that stays until its backward. `moves`: it is copied to another GPU of the process.
     """
     out = dict(axes)
     runs: list[Run] = []
@@ -142,7 +207,7 @@ def staged(
             known = {t.name for op in before for t in op.writes}
             stack = stack._replace(after=tuple(_known(op, stack, known) for op in stack.after))
         return stack._replace(before=before, runs=tuple(runs)), out
-    return stack._replace(before=before, runs=tuple(runs), **_handing_on(stack, before, sent, keeps)), out
+    return stack._replace(before=before, runs=tuple(runs), **_handing_on(stack, before, sent, keeps, moves)), out
 
 
 def depth_of(stack: Stack, axes: Mapping[str, int]) -> int:
@@ -236,21 +301,24 @@ def _known(op: Op, stack: Stack, known: set[str]) -> Op:
     return op._replace(reads=tuple(r for r in op.reads if r not in gone)) if _leaves(op) else op
 
 
-def _handing_on(stack: Stack, before: tuple[Op, ...], sent: Tensor, keeps: bool) -> dict[str, tuple[Op, ...]]:
-    """What a stage but the last does after its layers. What it made stands where the loss does: its gradient comes
-    from the next stage, and stays until the backward pass is over."""
+def _handing_on(
+    stack: Stack, before: tuple[Op, ...], sent: Tensor, keeps: bool, moves: bool
+) -> dict[str, tuple[Op, ...]]:
+    """What a stage but the last does after its layers. What it made is named as the loss is: its gradient comes
+    from the next stage, and stays until the backward pass is over, unless autograd itself moves it."""
     known = {t.name for op in before for t in op.writes}
     read = {r for op in stack.after if _leaves(op) for r in op.reads} & known
     send = Op(
         "send",
         ("x",),
-        (sent._replace(name="loss"),),
-        gradient="same",
-        view=True,
+        (Tensor("loss", "", sent.dtype) if moves else sent._replace(name="loss"),),
+        gradient="new" if moves else "same",
+        view=not moves,
         holds="step" if keeps else "",
         source="what the next stage is given",
     )
-    return {"after": (Op("return", tuple(sorted(read))),) if read else (), "loss": (send,)}
+    leave = (Op("return", tuple(sorted(read))),) if read else ()
+    return {"after": (*leave, send), "loss": ()}
 
 
 def unstageable(stack: Stack) -> bool:
@@ -319,6 +387,10 @@ def order(schedule: str, stages: int, stage: int, chunks: int, microbatches: int
     Source: torch 2.13 distributed/pipelining/schedules.py ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1F1B;
     megatron-core 0.12.0 pipeline_parallel/schedules.py get_pp_rank_microbatches, get_schedule_table.
     """
+    if schedule == "device_map":
+        for _ in range(microbatches):
+            yield from ((False, 0), (True, 0))
+        return
     every = microbatches * chunks
     warm = every if schedule == "gpipe" else warm_up(stages, stage, chunks, microbatches)
     table = _table(stages, chunks, microbatches)
@@ -357,6 +429,8 @@ def _table(stages: int, chunks: int, microbatches: int) -> list[int]:
 
 def enough(schedule: str, stages: int, stage: int, chunks: int, microbatches: int) -> int:
     """So many microbatches that with more nothing is there that was not: a step of 1F1B goes on as it does by then."""
+    if schedule == "device_map":
+        return min(2, microbatches)
     if schedule == "gpipe":
         return microbatches
     few = warm_up(stages, stage, chunks, microbatches) + 3 if chunks == 1 else 3 * stages
@@ -389,7 +463,7 @@ def beside(
                 found["received", chunk] += microbatches - moment.others[chunk] - own
             if not last:
                 found["sent", chunk] += microbatches - (own and moment.backward)
-        if not own or moment.first or (engine.buffers and (schedule != "1f1b" or chunks > 1)):
+        if not own or moment.first or engine.moves or (engine.buffers and (schedule != "1f1b" or chunks > 1)):
             continue
         found["received", chunk] += not first
         if engine.buffers:

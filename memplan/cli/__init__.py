@@ -528,9 +528,10 @@ def estimate(
     schedule: Annotated[
         str | None,
         option(
-            "How a pipeline runs its microbatches, which are --grad-accum: 1f1b, gpipe. Default 1f1b.",
+            "How a pipeline runs its microbatches, which are --grad-accum: 1f1b, gpipe, or device_map (transformers', "
+            "one GPU after another). Default as the profile has it.",
             of=SEVERAL,
-            complete=_choices("1f1b", "gpipe"),
+            complete=_choices("1f1b", "gpipe", "device_map"),
         ),
     ] = None,
     first_stage_layers: Annotated[
@@ -538,6 +539,14 @@ def estimate(
     ] = None,
     last_stage_layers: Annotated[
         int | None, option("Layers on the last stage. Default as the profile divides them.", of=SEVERAL)
+    ] = None,
+    ends_as_layers: Annotated[
+        bool | None,
+        option(
+            "Embeddings count as a layer where stages divide them, and the head as one. Default as the profile has it.",
+            "--ends-as-layers/--no-ends-as-layers",
+            of=SEVERAL,
+        ),
     ] = None,
     stage: Annotated[
         int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)

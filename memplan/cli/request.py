@@ -43,6 +43,7 @@ FIELDS = {
     "schedule": "parallelism.schedule",
     "first_stage_layers": "parallelism.first_stage_layers",
     "last_stage_layers": "parallelism.last_stage_layers",
+    "ends_as_layers": "parallelism.ends_as_layers",
     "cp": "parallelism.cp",
     "ep": "parallelism.ep",
     "profile": "profile",

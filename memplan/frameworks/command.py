@@ -50,6 +50,7 @@ OPTIONS = {
     "parallelism.schedule": "--schedule",
     "parallelism.first_stage_layers": "--first-stage-layers",
     "parallelism.last_stage_layers": "--last-stage-layers",
+    "parallelism.ends_as_layers": "--ends-as-layers",
     "parallelism.stage": "--stage",
     "parallelism.cp": "--cp",
     "parallelism.ep": "--ep",

@@ -42,7 +42,7 @@ def parts(answer: Estimate) -> list[Part]:
             )
     held = answer.bytes
     out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
-    several = answer.run.parallelism.world > 1
+    several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
     beside = "the driver's, loaded kernels and NCCL's" if several else "the driver's, and loaded kernels"
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
@@ -292,7 +292,8 @@ def _pipeline(run: RunSpec) -> str:
     chunks = f", {p.virtual_stages} chunks of layers on each" if p.virtual_stages > 1 else ""
     ends = ((p.first_stage_layers, "first"), (p.last_stage_layers, "last"))
     uneven = "".join(f"; {n} layers on the {end}" for n, end in ends if n is not None)
-    return f"{p.pp} stages{chunks}, {p.schedule}{uneven}; this is stage {p.stage}"
+    ends_ = {True: "; embeddings and head count as layers", False: "; only layers count", None: ""}[p.ends_as_layers]
+    return f"{p.pp} stages{chunks}, {p.schedule}{uneven}{ends_}; this is stage {p.stage}"
 
 
 def _images(batch: Batch) -> str:
