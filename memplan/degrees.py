@@ -45,6 +45,11 @@ class Degrees(NamedTuple):
 WHOLE = Degrees()
 
 
+def degrees_of(p: Parallelism) -> Degrees:
+    """The degrees of a rank of such a world."""
+    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel)
+
+
 def check_product(p: Parallelism) -> SpecError | None:
     """The error of a world that is not the product of its degrees, naming every one."""
     product = p.dp * p.tp * p.pp * p.cp

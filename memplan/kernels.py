@@ -8,7 +8,6 @@ from typing import Any
 from memplan.catalogue.attention import NO_FLASH_2, Wiring
 from memplan.catalogue.methods import Recipe
 from memplan.errors import SpecError
-from memplan.families.vision import PACKS
 from memplan.graph import (
     attention_dtype,
     fusible_kernels,
@@ -87,6 +86,8 @@ def wiring_of(
 
 def kernel_of_tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
     """The kernel of the attention in the tower that sees images, by the same rules."""
+    from memplan.families.pictures import PACKS
+
     known = ("sdpa", "sdpa_efficient", *(("flash_attention_2",) if model.model_type in PACKS else ()))
     if kernels.attention not in known:
         raise SpecError(

@@ -113,7 +113,7 @@ def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Wa
     optimizer = walked.program.optimizer
     keepers = _keepers(stack)
     counts = alive(moment, low.runs, axes)
-    for key, count in counts.items():
+    for key, count in sorted(counts.items()):
         if count:
             shape, dtype, kind, block, op, name, source = low.sizes[key]
             where = f"{block}.{op}" if block else op

@@ -367,9 +367,9 @@ def _every_moment(structure: Structure) -> _Moments:
 @lru_cache(maxsize=2048)
 def program(structure: Structure) -> Program:
     """Lower the structure and put its model's numbers in: milliseconds, and then kept."""
-    _, axes = built(structure.graph)
+    whole = structure.graph._replace(degrees=WHOLE)
     moments = _every_moment(structure)
-    weights = tuple(weights_of(structure.graph._replace(degrees=WHOLE)))
+    weights, numbers = tuple(weights_of(whole)), built(whole)[1]
     resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
     optimizer = _optimizer(structure, trained)
@@ -390,9 +390,9 @@ def program(structure: Structure) -> Program:
         host=sum(s.bytes * s.count for s in optimizer.states if s.host),
         away=tuple(_away(structure)),
         clipping=_clipping(structure, trained),
-        total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
-        trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains or w.idle),
-        active_parameters=sum(active(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
+        total_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
+        trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.trains or w.idle),
+        active_parameters=sum(active(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
     )
 
 
@@ -436,12 +436,26 @@ def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
 
 def _optimizer(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
     """The optimizer's memory; at ZeRO's stage 3 it steps one sub-group after the other, with that one's scratch."""
-    found = optimizer_of(structure, trained)
+    found = _with_parts(optimizer_of(structure, trained), structure)
     if zero.stage(structure.ranks) < 3:
         return found
     sub_group = Parameter("", (zero.in_sub_group(structure.graph, structure.ranks),), "fp32")
     one = optimizer_of(structure, [sub_group])
     return found._replace(first=one.first, later=one.later, listed=one.listed)
+
+
+def _with_parts(found: OptimizerMemory, structure: Structure) -> OptimizerMemory:
+    """The same, where gradients are of whole weights of which a rank has parts: one copy of those parts at a time.
+
+    Source: torch 2.13 distributed/tensor/_dispatch.py redistribute_local_args.
+    """
+    _, axes = built(structure.graph)
+    whole = [(w, n) for w, n, _ in weights_of(structure.graph) if w.gradient and w.trains]
+    parted = sum(size(w.shape, w.dtype, axes)[1] * n for w, n in whole)
+    if max(found.first, found.later) >= parted or found.frees_gradients or structure.optimizer == "none":
+        return found
+    scratch = "the rank's parts of whole gradients"
+    return found._replace(first=max(found.first, parted), later=max(found.later, parted), scratch=scratch)
 
 
 def _clipping(structure: Structure, trained: list[Parameter]) -> int:
@@ -518,8 +532,9 @@ def _whole_gradients(structure: Structure) -> Iterator[Held]:
     for w, count, where in weights_of(structure.graph):
         if w.trains:
             dtype = structure.grads or w.dtype
-            bytes_ = size(w.shape, dtype, axes)[1]
-            yield Held("gradient", f"{w.name}.grad", where.rstrip("."), w.shape, dtype, count, bytes_, "autograd")
+            shape = w.gradient or w.shape
+            bytes_ = size(shape, dtype, axes)[1]
+            yield Held("gradient", f"{w.name}.grad", where.rstrip("."), shape, dtype, count, bytes_, "autograd")
 
 
 def accumulated_of(structure: Structure) -> Iterator[Held]:

@@ -61,7 +61,7 @@ def _later(field: str, value: object, supported: str) -> SpecError:
 
 def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     """Several GPUs, named by what divides the work among them where something else than data does."""
-    for field in ("tp", "cp", "ep", "etp", "sequence_parallel"):
+    for field in ("cp", "ep", "etp", "sequence_parallel"):
         if getattr(p, field) != getattr(_ONE_GPU, field):
             only = str(getattr(_ONE_GPU, field)).lower()
             yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
@@ -161,6 +161,34 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
     q = method.quantization
     if q is not None and q.format not in ("nf4", "fp4"):
         raise _later("method.quantization.format", q.format, f"nf4, fp4 with {p.strategy}")
+
+
+def refuse_parts_of_matrices(
+    p: Parallelism, method: Method, optimizer: Optimizer, kernels: Kernels, profile: str, style: str
+) -> None:
+    """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's."""
+    if style == "":
+        raise SpecError(
+            f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5",
+            "parallelism.tp",
+        )
+    if p.dp > 1 and p.strategy != "fsdp2":
+        raise SpecError(
+            f"parallelism.strategy: {p.strategy} does not divide what tensor parallelism has divided; fsdp2 does",
+            "parallelism.strategy",
+        )
+    if method.kind not in ("full", "freeze", "lora"):
+        raise _later("method.kind", method.kind, "full, freeze, lora with tensor parallelism")
+    if method.modules_to_save:
+        raise _later("method.modules_to_save", ", ".join(method.modules_to_save), "none with tensor parallelism")
+    if optimizer.name not in ELEMENTWISE:
+        raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with tensor parallelism")
+    if optimizer.in_backward:
+        raise _later("optimizer.in_backward", True, "false with tensor parallelism")
+    if kernels.loss != "hf":
+        raise _later("kernels.loss", kernels.loss, "hf with tensor parallelism")
+    if kernels.fused:
+        raise _later("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
 
 
 def _method(m: Method, sharded: bool) -> Iterator[SpecError]:

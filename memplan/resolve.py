@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
+from memplan.catalogue import tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
-from memplan.catalogue.experts import AS_MODULES
+from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
-from memplan.catalogue.losses import adds_in_place
+from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
-from memplan.degrees import replicas
+from memplan.degrees import degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
@@ -36,7 +37,16 @@ from memplan.prequantized import trained
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
-from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts, refuse_staged
+from memplan.refusals import (
+    FSDP,
+    ZERO,
+    refuse,
+    refuse_divided,
+    refuse_on_host,
+    refuse_parts,
+    refuse_parts_of_matrices,
+    refuse_staged,
+)
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 from memplan.stages import piped
 
@@ -83,6 +93,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         run.batch.accumulation > 1,
         window is not None and batch.sequence >= window,
         batch.micro == 1,
+        batch.sequence <= CHUNK,
         run.parallelism,
         bool(run.batch.images),
         dict(pictures).get("seen", 0) % 8 != 0,
@@ -136,6 +147,7 @@ def _decide(
     accumulates: bool,
     windowed: bool,
     single: bool,
+    short: bool,
     parallelism: Parallelism,
     images: bool,
     uneven: bool,
@@ -150,12 +162,16 @@ def _decide(
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
+    degrees = degrees_of(parallelism)
     alike = replicas(parallelism)
     sharded = alike > 1 and parallelism.strategy in FSDP
     if sharded:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     refuse_parts(method, precision, optimizer, kernels, sharded)
+    if degrees.tp > 1:
+        refuse_parts_of_matrices(parallelism, method, optimizer, kernels, profile, words["tensor_parallel"])
+        tensor_parallel.check(model, degrees)
     if parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
@@ -231,12 +247,15 @@ def _decide(
         and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
         logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
-        single=single and kernels.loss in ("hf", "fused") and words["logits"] != "padded",
+        single=single
+        and (kernels.loss == "chunked_lm_head" or (kernels.loss in ("hf", "fused") and words["logits"] != "padded")),
+        short=short and kernels.loss == "chunked_lm_head",
         fused=tuple(sorted(kernels.fused or ())),
         converts=words["converts"]
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
         code=words["code"],
         lingers=words["lingers"] and parallelism.pp == 1,
+        degrees=degrees,
     )
     graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
     notes += pipeline_notes(graph.degrees, pipe, parallelism)

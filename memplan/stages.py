@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from memplan.catalogue.pipeline import ENGINES, Engine, dealt, most_in_flight, split
-from memplan.degrees import Degrees
 from memplan.engine.walk import size
 from memplan.errors import SpecError
 from memplan.graph import Graph, built, elements, first_alike, weights_of
@@ -39,7 +38,7 @@ def piped(graph: Graph, p: Parallelism, profiles: str, microbatches: int) -> tup
         )
     if stages == 1:
         return graph, Pipe()
-    degrees = Degrees(pp=stages, stage=p.stage or 0, virtual_stages=p.virtual_stages, layers=parts)
+    degrees = graph.degrees._replace(pp=stages, stage=p.stage or 0, virtual_stages=p.virtual_stages, layers=parts)
     graph = graph._replace(degrees=degrees, keeps_sent=row.keeps, moves_sent=row.moves)
     return graph, Pipe(row.name, schedule, microbatches)
 

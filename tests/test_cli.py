@@ -182,7 +182,7 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
 @pytest.mark.parametrize(
     "options",
     [
-        "--tp 2",
+        "--tp 2 --profile transformers-4.48",
         "--gpus 4 --pp 2 --fsdp fsdp2",
         "--gpus 4 --cp 2 --fsdp fsdp2",
         "--offload optimizer --gpus 2",
@@ -503,7 +503,10 @@ MISTAKES = {
     "qwen2-7b --optimizer adamw": ("optimizer.name (--optimizer)", "adamw_torch"),
     "qwen2-7b --tp 99999999999999999999": ("parallelism.tp (--tp)", "at most"),
     "qwen2-7b --gpus 99999999999999999999": ("parallelism.world (--gpus)", "at most"),
-    "qwen2-7b --tp 2": ("parallelism.tp (--tp)", "2 is not supported yet; supported: 1, and data"),
+    "qwen2-7b --tp 3": ("parallelism.tp (--tp)", "3 does not divide 28 attention heads and 4 key/value heads"),
+    "qwen2-7b --pp 3 --profile megatron-core": ("parallelism.pp (--pp)", "pp 3 stages do not divide 28 layers"),
+    "qwen2-7b --pp 4 --schedule 1f1b": ("batch.accumulation", "fewer than pp 4"),
+    "qwen2-7b --pp 4 --schedule 1f2b": ("parallelism.schedule (--schedule)", "1f1b"),
     "qwen2-7b --gpus 4 --fsdp fsdp2 --method dora": ("method.kind (--method)", "supported: full, lora"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --optimizer adafactor": ("optimizer.name (--optimizer)", "adamw_torch_fused"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --method qlora": ("method.quantization.storage", "bf16, fp16, fp32"),
@@ -715,7 +718,7 @@ def test_the_manual_has_every_option_as_help_has_it() -> None:
 
 def test_help_says_which_options_are_refused() -> None:
     for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
-        several = parameter.name in ("tp", "cp", "ep", "offload")
+        several = parameter.name in ("cp", "ep", "offload")
         panel = getattr(parameter, "rich_help_panel", None) or ""
         assert ("refused" in f"{panel} {parameter.help}") == several, parameter.name
 

@@ -309,6 +309,15 @@ def test_a_device_map_brings_the_logits_back_to_the_first_gpu() -> None:
     assert all(phase.phase != "loss" for phase in fused.phases)
 
 
+def test_stages_may_divide_their_matrices_too() -> None:
+    """Of every stage tensor parallelism leaves a half, but for norms, which are whole."""
+    one, two = (piped(4, 4, {"model": "llama-3.1-8b"}, world=4 * tp, tp=tp, schedule="1f1b") for tp in (1, 2))
+    assert sum(line.bytes for line in two.ledger) == two.bytes.allocated
+    assert all(b.bytes.allocated < a.bytes.allocated for a, b in zip(one.ranks, two.ranks, strict=True))
+    norms = 2 * 8 * 4096  # of the 8 layers of the third stage
+    assert two.ranks[2].parameters - norms == (one.ranks[2].parameters - norms) // 2
+
+
 REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] = [
     ({"pp": 64}, 64, MEGATRON, "parallelism.pp", ("pp 64", "16 layers")),
     ({"pp": 8, "virtual_stages": 4}, 8, MEGATRON, "parallelism.pp", ("pp 8", "virtual_stages 4", "32", "16 layers")),

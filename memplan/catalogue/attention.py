@@ -80,7 +80,10 @@ NO_FLASH_2 = {
 }
 
 # Families whose heads are views of a projection of more than them: of a single sequence they can be flattened as views.
-JOINED = ("deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "kimi_k25", "minicpm3")
+JOINED = (
+    *("bloom", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "kimi_k25"),
+    *("deepseek_v4", "minicpm3", "mpt", "phi3"),
+)
 
 
 def flattened(op: Op) -> Op:

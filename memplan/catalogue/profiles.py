@@ -36,6 +36,7 @@ WORDS = {
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
+    "tensor_parallel": "whose tensor parallelism it is: transformers, or none (catalogue/tensor_parallel.py)",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -136,6 +137,7 @@ PROFILES = (
             ),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
             Row("pipeline", "device_map", "transformers 5.24 has no other for training: integrations/accelerate.py"),
+            Row("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
             Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
             Row("trains_fp8", True, "transformers 5.24 integrations/finegrained_fp8.py FP8LinearFunction"),
@@ -152,6 +154,7 @@ PROFILES = (
             ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
             Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
+            Row("tensor_parallel", "", "transformers 4.51.3 integrations/tensor_parallel.py: not read"),
             Row("keeps_matrix", False, "auto-gptq 0.7 qlinear_tritonv2.py QuantLinearFunction"),
             Row("trains_fp8", False, "transformers 4.51.3 quantizers/quantizer_finegrained_fp8.py is_trainable"),
             Row(
@@ -337,6 +340,7 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.reentrant", True, "axolotl 0.12.2 utils/config/__init__.py normalize_config"),
+            Row("tensor_parallel", "", "axolotl 0.12.2, with transformers 4.55: not read"),
             Row(
                 "method.quantization.kbit_preparation",
                 False,
@@ -401,6 +405,7 @@ PROFILES = (
             Row("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
             Row("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
             Row("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
+            Row("tensor_parallel", "", "torchtune 0.6.1 training/_distributed.py: not read"),
             Row("experts", "own", "torchtune 0.6.1 modules/moe/experts.py"),
         ),
         (
@@ -430,6 +435,7 @@ PROFILES = (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
             Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
+            Row("tensor_parallel", "", "torchtitan 0.3.0 models/common/decoder_sharding.py: not read"),
             Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
@@ -446,6 +452,7 @@ PROFILES = (
             Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
             Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
             Row("pipeline", "megatron", "megatron-core 0.12.0 pipeline_parallel/schedules.py"),
+            Row("tensor_parallel", "", "megatron-core 0.12.0 tensor_parallel/layers.py: not read"),
             Row("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
         ),
         (
@@ -473,6 +480,7 @@ PROFILES = (
         "transformers-5",
         (
             Row("code", "litgpt", "litgpt 0.5.3 model.py"),
+            Row("tensor_parallel", "", "litgpt 0.5.3: no training with it"),
             Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
             Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),
             Row("kernels.checkpointing", "none", "litgpt 0.5.3 finetune/lora.py: only under FSDP"),

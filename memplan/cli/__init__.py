@@ -520,7 +520,7 @@ def estimate(
         str | None,
         option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
     ] = None,
-    tp: Annotated[int | None, option("Tensor-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
+    tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
     virtual_stages: Annotated[
         int | None, option("Chunks of layers on each stage, which 1F1B interleaves. Default 1.", of=SEVERAL)

@@ -51,8 +51,15 @@ def _refuse(run: RunSpec) -> None:
     offload = run.parallelism.offload
     if offload != Offload(optimizer=offload.optimizer):
         raise _not_run("parallelism.offload", "parameters or activations", "optimizer")
-    if run.parallelism != Parallelism(offload=offload):
-        raise SpecError("parallelism: a probe runs on one GPU", "parallelism")
+    tp = run.parallelism.tp
+    if run.parallelism != Parallelism(world=tp, tp=tp, offload=offload):
+        raise SpecError("parallelism: a probe runs on one GPU, or as one rank of tensor parallelism", "parallelism")
+    if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
+        raise SpecError(
+            f"parallelism.tp: a probe runs no {tp} ranks with an optimizer on the host or in backward, or with "
+            "quantised weights",
+            "parallelism.tp",
+        )
     if offload.optimizer:
         refuse_on_host(str(run.optimizer.name))
         if run.loop.grad_scaler:

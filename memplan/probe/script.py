@@ -23,6 +23,7 @@ from memplan.probe.model import DTYPES, base_of, build_model
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
+from memplan.probe.tensor_parallel import clip, group_by_mesh
 from memplan.resolve import objective_of
 from memplan.spec import RunSpec
 
@@ -81,6 +82,8 @@ class Script:
         make = OnHost if run.parallelism.offload.optimizer else make_optimizer
         if not run.optimizer.in_backward:
             optimizer = make(run.optimizer, self.parameters)
+            if optimizer is not None and run.parallelism.tp > 1:
+                group_by_mesh(optimizer)
             self.optimizers += [optimizer] if optimizer is not None else []
             return optimizer
         for parameter in self.parameters:
@@ -105,7 +108,11 @@ class Script:
             if self.scaler is not None and self.optimizer is not None and clips:
                 self.scaler.unscale_(self.optimizer)
             if clips:
-                nn.utils.clip_grad_norm_(self.parameters, float(run.loop.clip_grad_norm or 0), foreach=True)
+                norm = float(run.loop.clip_grad_norm or 0)
+                if run.parallelism.tp > 1:
+                    clip(self.parameters, norm)
+                else:
+                    nn.utils.clip_grad_norm_(self.parameters, norm, foreach=True)
         with phase("step"):
             if self.optimizer is not None:
                 if self.scaler is not None:

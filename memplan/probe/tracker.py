@@ -33,6 +33,9 @@ _NEVER_KEPT = frozenset(
 
 _TWICE = -2
 
+# Tensors made of others, which know what to do with themselves.
+_WRAPPERS = frozenset(("DTensor", "AsyncCollectiveTensor"))
+
 # FunctionsManual.cpp writes into the gradient it has just made, unless a tensor subclass is about.
 _IN_PLACE = {
     _aten._index_put_impl.default: _aten._index_put_impl_.default,
@@ -176,6 +179,7 @@ class Tracker(TorchDispatchMode):
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
         """The number of the storage a tensor lies in; None where it is not on the device."""
+        tensor = getattr(tensor, "_local_tensor", tensor)
         found = self._live.get(tensor.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
         return None if found is None else found.number
 
@@ -212,6 +216,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _C._only_lift_cpu_tensors():  # autograd's own thread, which runs a checkpointed forward again
             _C._set_only_lift_cpu_tensors(True)
+        if any(getattr(kind, "__name__", "") in _WRAPPERS for kind in types):
+            return NotImplemented  # they call again with what they are made of
         if func is _DEVICE and type(args[0]) is FakeTensor:
             return args[0].fake_device
         if _graph_task() != -1 and not torch.is_grad_enabled():
