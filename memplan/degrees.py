@@ -17,6 +17,7 @@ class Degrees(NamedTuple):
     pp, stage          stages of a pipeline, and this rank's, the first being 0
     virtual_stages     chunks of layers that a stage has
     layers             how many of the model's each stage has, in order; of several chunks each is a stage here
+    style              whose tensor parallelism it is: transformers, megatron
     """
 
     tp: int = 1
@@ -28,6 +29,7 @@ class Degrees(NamedTuple):
     stage: int = 0
     virtual_stages: int = 1
     layers: tuple[int, ...] = ()
+    style: str = "transformers"
 
     @property
     def of_all_layers(self) -> Degrees:
@@ -45,9 +47,10 @@ class Degrees(NamedTuple):
 WHOLE = Degrees()
 
 
-def degrees_of(p: Parallelism) -> Degrees:
-    """The degrees of a rank of such a world."""
-    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel)
+def degrees_of(p: Parallelism, style: str) -> Degrees:
+    """The degrees of a rank of such a world, whose profile has tensor parallelism of that style."""
+    style = style if p.tp > 1 else WHOLE.style
+    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel, cp=p.cp, style=style)
 
 
 def check_product(p: Parallelism) -> SpecError | None:

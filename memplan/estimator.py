@@ -14,7 +14,7 @@ from memplan.batches import check_batch
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
-from memplan.program import PHASES, Program, host_bytes, phase_peaks, program, step_where
+from memplan.program import PHASES, Program, host_bytes, host_notes, phase_peaks, program, step_where
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
@@ -41,7 +41,12 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.top
     calibration = calibration_of(decided.gpu, calibration)
-    notes = [*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())]
+    notes = [
+        *decided.notes,
+        *host_notes(decided.structure),
+        *((note,) if note else ()),
+        *((calibration.named(),) if calibration else ()),
+    ]
     return Estimate(
         run,
         {**decided.parts, **_staged(run, decided), "objective": p.structure.graph.model.objective},

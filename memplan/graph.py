@@ -8,14 +8,14 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypedDict
 
-from memplan.catalogue import build, losses, pipeline, tensor_parallel
+from memplan.catalogue import build, context_parallel, losses, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record
-from memplan.engine.step import Lowered, lower, read_dtype, stream_of
+from memplan.engine.step import Lowered, lower, made_by, read_dtype, stream_of
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.errors import SpecError
@@ -94,6 +94,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     stack = apply(stack, recipe)
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees)
+    if degrees.cp > 1:
+        stack = context_parallel.around(stack, degrees)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)
@@ -147,6 +149,14 @@ def handed_on(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
     received = stream(sum(layers[: stages[0]])) if stages[0] else None
     sent = stream(sum(layers[: stages[-1] + 1])) if stages[-1] < len(layers) - 1 else None
     return received, sent
+
+
+@lru_cache(maxsize=512)
+def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
+    """The buffers that all passes of a pipeline's rank share."""
+    stack, _ = built(_unstaged(graph))
+    autocast = _ways(graph)["autocast"]
+    return tuple(t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
 
 
 @lru_cache(maxsize=512)
@@ -410,6 +420,9 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 
 
+EMPTIED = -1  # in place of a storage's number: torch's allocator gives back what nothing uses
+
+
 def loading(graph: Graph) -> Iterator[tuple[int, int]]:
     """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0.
 
@@ -428,7 +441,7 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
         return of[id(w)]
 
     numbers = itertools.count()
-    weights = list(_in_order(graph))
+    weights = list(in_order(graph))
     widened = "fp32" if graph.recipe.preparation else ""
     waiting: list[tuple[int, Weight, str]] = []
     for w in weights:
@@ -460,7 +473,7 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
             yield next(numbers), sizes(w)[1][0]
 
 
-def _in_order(graph: Graph) -> Iterator[Weight]:
+def in_order(graph: Graph) -> Iterator[Weight]:
     """The model's weights: those before the layers, the layers one by one, the rest; each once."""
     stack, axes = built(graph)
     outside: set[str] = set()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
-from memplan.catalogue.parallel import ELEMENTWISE, STRATEGIES
+from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, STAGES, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
@@ -33,16 +33,43 @@ def refuse(run: RunSpec) -> None:
 
 
 def refuse_parts(
-    method: Method, precision: Precision, optimizer: Optimizer, kernels: Kernels, sharded: bool = False
+    method: Method,
+    precision: Precision,
+    optimizer: Optimizer,
+    kernels: Kernels,
+    sharded: bool = False,
+    selects: bool = False,
 ) -> None:
     """Raise SpecError for what the parts of a run must not say, each as it was asked. `sharded`: ranks hold parts of
-    the weights."""
-    if kernels.checkpointing == "selective":
+    the weights; `selects`: the model's code can recompute attention alone."""
+    if kernels.checkpointing == "selective" and not selects:
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
     for refused in (*_method(method, sharded), *_precision(precision, method.quantization), *_optimizer(optimizer)):
         raise refused
+
+
+def refuse_of_megatron(profile: str, method: Method, precision: Precision, kernels: Kernels, loop: Loop) -> None:
+    """Raise SpecError for what a model of Megatron-core's own layers is not run with."""
+    if profile != "megatron-core":
+        raise SpecError(
+            f"profile: megatron_gpt is of Megatron-core's layers; say megatron-core, not {profile}", "profile"
+        )
+    if method.kind != "full":
+        raise _later("method.kind", method.kind, "full with megatron_gpt")
+    if precision.autocast:
+        raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
+    if kernels.loss != "hf":
+        raise _later("kernels.loss", kernels.loss, "hf with megatron_gpt, which is Megatron-core's own")
+    if kernels.fused:
+        raise _later(
+            "kernels.fused", ", ".join(kernels.fused), "none with megatron_gpt, whose kernels are fused anyway"
+        )
+    if kernels.checkpointing == "offload":
+        raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, selective with megatron_gpt")
+    if loop.padded:
+        raise _later("loop.padded", True, "false with megatron_gpt")
 
 
 def refuse_on_host(optimizer: str) -> None:
@@ -54,6 +81,23 @@ def refuse_on_host(optimizer: str) -> None:
         )
 
 
+def refuse_on_deepspeeds_host(p: Parallelism, optimizer: str, trainer: bool) -> None:
+    """Raise SpecError for what DeepSpeed does not offload, or not configure."""
+    if p.offload.optimizer and optimizer not in _CPU_OPTIMIZERS:
+        raise SpecError(
+            f"parallelism.offload: optimizer.name {optimizer} has no step of DeepSpeed's on the host; "
+            f"{', '.join(_CPU_OPTIMIZERS)} have",
+            "parallelism.offload",
+        )
+    for name, value in p.zero:
+        if value == "auto" and not trainer:
+            field = f"parallelism.zero.{name}"
+            raise SpecError(f"{field}: auto is transformers' Trainer's to fill in (loop.trainer)", field)
+
+
+_CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # DeepSpeedCPUAdam, DeepSpeedCPUAdagrad
+
+
 def _later(field: str, value: object, supported: str) -> SpecError:
     shown = "true" if value is True else repr(value)
     return SpecError(f"{field}: {shown} is not supported yet; supported: {supported}", field)
@@ -61,7 +105,7 @@ def _later(field: str, value: object, supported: str) -> SpecError:
 
 def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     """Several GPUs, named by what divides the work among them where something else than data does."""
-    for field in ("cp", "ep", "etp", "sequence_parallel"):
+    for field in ("ep", "etp"):
         if getattr(p, field) != getattr(_ONE_GPU, field):
             only = str(getattr(_ONE_GPU, field)).lower()
             yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
@@ -69,6 +113,11 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     wrong = check_product(p)
     if wrong is not None:
         yield wrong
+    if p.sequence_parallel and p.tp == 1:
+        yield SpecError(
+            "parallelism.sequence_parallel: divides tokens among the ranks that divide matrices; say tp too",
+            "parallelism.sequence_parallel",
+        )
     if p.strategy not in ("none", *STRATEGIES):
         yield _later("parallelism.strategy", p.strategy, ", ".join(STRATEGIES))
     if replicas(p) > 1 and p.strategy == "none":
@@ -76,12 +125,42 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             f"parallelism.strategy: says how {replicas(p)} GPUs divide the run: {', '.join(STRATEGIES)}",
             "parallelism.strategy",
         )
-    if p.offload.parameters:
-        yield _later("parallelism.offload", "parameters", "optimizer")
+    if p.offload.parameters and not (p.strategy == "zero3" and p.world > 1):
+        yield _later("parallelism.offload", "parameters", "optimizer; parameters too with several GPUs under zero3")
     if p.offload.activations:
         yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
-    if p.offload.optimizer and p.world > 1:
-        yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs")
+    if p.offload.optimizer and p.world > 1 and p.strategy not in ZERO:
+        yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs but under {', '.join(ZERO)}")
+    yield from _zero(p)
+
+
+def _zero(p: Parallelism) -> Iterator[SpecError]:
+    """How DeepSpeed is configured, where it is not there, or does not take it."""
+    if p.zero != _ONE_GPU.zero and p.strategy not in ZERO:
+        yield SpecError(
+            f"parallelism.zero: configures DeepSpeed, whose strategies are {', '.join(ZERO)}, not {p.strategy}",
+            "parallelism.zero",
+        )
+    for part, moved in (("offload_optimizer", p.offload.optimizer), ("offload_param", p.offload.parameters)):
+        field = f"parallelism.zero.{part}"
+        if getattr(p.zero, part) != getattr(_ONE_GPU.zero, part) and not moved:
+            yield SpecError(f"{field}: parallelism.offload moves none of it to the host", field)
+        elif moved and getattr(p.zero, part).device == "nvme" and p.strategy != "zero3":
+            yield SpecError(f"{field}.device: nvme is for zero3, not {p.strategy}", f"{field}.device")
+    for name in (
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "sub_group_size",
+        "zero3_init_flag",
+    ):
+        field = f"parallelism.zero.{name}"
+        if getattr(p.zero, name) != getattr(_ONE_GPU.zero, name) and p.strategy in ZERO and p.strategy != "zero3":
+            yield SpecError(f"{field}: is for zero3, not {p.strategy}", field)
+    if p.zero.round_robin_gradients and p.strategy == "zero3":
+        field = "parallelism.zero.round_robin_gradients"
+        yield SpecError(f"{field}: is for zero1 and zero2, not zero3", field)
 
 
 def _pipeline(p: Parallelism) -> Iterator[SpecError]:
@@ -94,7 +173,7 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
         stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
         yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
     if p.pp > 1 and p.strategy in ("fsdp", "fsdp2", "zero2", "zero3"):
-        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1 with pp {p.pp}")
+        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1, megatron_dist_opt with pp {p.pp}")
     if p.pp > 1 and p.offload.optimizer:
         yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
 
@@ -115,8 +194,12 @@ def refuse_staged(p: Parallelism, method: Method, loop: Loop, objective: str, im
 
 # What FSDP and DeepSpeed divide rightly.
 FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
-ZERO = tuple(name for name, row in STRATEGIES.items() if row.states and not row.gathers)
-_METHODS = {**dict.fromkeys(FSDP, ("full", "lora", "qlora")), **dict.fromkeys(ZERO, ("full", "lora"))}
+ZERO = tuple(STAGES)
+_METHODS = {
+    **dict.fromkeys(FSDP, ("full", "lora", "qlora")),
+    **dict.fromkeys(ZERO, ("full", "lora")),
+    MEGATRON: ("full",),
+}
 _FLOATS = ("bf16", "fp16", "fp32")
 
 
@@ -138,6 +221,14 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
         raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
     if row is not None and optimizer.name not in ELEMENTWISE:
         raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with {p.strategy}")
+    if p.strategy == MEGATRON:
+        if precision.autocast:
+            raise SpecError(
+                "precision.autocast: Megatron computes in the weights' dtype; say precision mixed", "precision.autocast"
+            )
+        if loop.grad_scaler:
+            raise SpecError("loop.grad_scaler: Megatron scales the loss itself", "loop.grad_scaler")
+        return
     if precision.grads not in (None, precision.weights):
         raise _later("precision.grads", precision.grads, f"{precision.weights}, as the weights, with {p.strategy}")
     if p.strategy in ZERO:
@@ -164,13 +255,32 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
 
 
 def refuse_parts_of_matrices(
-    p: Parallelism, method: Method, optimizer: Optimizer, kernels: Kernels, profile: str, style: str
+    p: Parallelism,
+    method: Method,
+    precision: Precision,
+    optimizer: Optimizer,
+    kernels: Kernels,
+    profile: str,
+    style: str,
 ) -> None:
     """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's."""
     if style == "":
         raise SpecError(
-            f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5",
+            f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
+            "megatron-core",
             "parallelism.tp",
+        )
+    if style == "megatron":
+        if method.kind != "full":
+            raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
+        if p.dp > 1:
+            raise _later("parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}")
+        if precision.autocast:
+            raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
+    elif p.sequence_parallel:
+        raise SpecError(
+            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
+            "parallelism.sequence_parallel",
         )
     if p.dp > 1 and p.strategy != "fsdp2":
         raise SpecError(
@@ -189,6 +299,25 @@ def refuse_parts_of_matrices(
         raise _later("kernels.loss", kernels.loss, "hf with tensor parallelism")
     if kernels.fused:
         raise _later("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
+
+
+def refuse_parts_of_sequences(p: Parallelism, kernels: Kernels, loop: Loop, profile: str, style: str) -> None:
+    """Raise SpecError for what ranks that divide sequences cannot do, or memplan not yet. `style`: of the profile's
+    tensor parallelism, by which it is known which library it has."""
+    field = "parallelism.cp"
+    if style != "transformers":
+        raise _later(field, p.cp, f"1 with profile {profile}; profile transformers-5 has more")
+    if p.tp > 1:
+        raise _later(field, p.cp, "1 with tensor parallelism")
+    if p.strategy != "fsdp2":
+        raise SpecError(
+            "parallelism.strategy: accelerate's context parallelism divides weights by FSDP2; say fsdp2",
+            "parallelism.strategy",
+        )
+    if kernels.loss != "hf":
+        raise _later("kernels.loss", kernels.loss, "hf with context parallelism")
+    if loop.padded:
+        raise SpecError("loop.padded: accelerate's context parallelism takes no masks", "loop.padded")
 
 
 def _method(m: Method, sharded: bool) -> Iterator[SpecError]:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
-from memplan.catalogue import tensor_parallel
+from memplan.catalogue import context_parallel, megatron, tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.parallel import MEGATRON, Knobs
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
@@ -42,12 +43,15 @@ from memplan.refusals import (
     ZERO,
     refuse,
     refuse_divided,
+    refuse_of_megatron,
+    refuse_on_deepspeeds_host,
     refuse_on_host,
     refuse_parts,
     refuse_parts_of_matrices,
+    refuse_parts_of_sequences,
     refuse_staged,
 )
-from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
+from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
 from memplan.stages import piped
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
@@ -99,6 +103,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         dict(pictures).get("seen", 0) % 8 != 0,
         run.batch.accumulation if run.parallelism.pp > 1 else 1,
     )
+    context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
+    tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
     if not pictures:
         return decided
@@ -162,22 +168,29 @@ def _decide(
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
-    degrees = degrees_of(parallelism)
+    degrees = degrees_of(parallelism, words["tensor_parallel"])
     alike = replicas(parallelism)
     sharded = alike > 1 and parallelism.strategy in FSDP
     if sharded:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
-    refuse_parts(method, precision, optimizer, kernels, sharded)
+    own = model.model_type == megatron.KIND
+    refuse_parts(method, precision, optimizer, kernels, sharded, own)
+    if own:
+        refuse_of_megatron(profile, method, precision, kernels, loop)
     if degrees.tp > 1:
-        refuse_parts_of_matrices(parallelism, method, optimizer, kernels, profile, words["tensor_parallel"])
+        refuse_parts_of_matrices(parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"])
         tensor_parallel.check(model, degrees)
-    if parallelism.offload.optimizer:
+    if alike > 1 and parallelism.strategy in ZERO:
+        refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
+    elif parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
     if parallelism.pp > 1:
         refuse_staged(parallelism, method, loop, model.objective, images)
+    if degrees.cp > 1:
+        refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"])
     check_time_steps(model, method)
     _check_objective(model, kernels, precision, profile)
     check_head(model, method, kernels)
@@ -200,7 +213,11 @@ def _decide(
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
     if alike > 1 and parallelism.strategy in ZERO:
         precision, method = _under_deepspeed(precision, method)
-        notes.append(_DEEPSPEED)
+        if parallelism.zero == Zero():
+            notes.append(_DEEPSPEED)
+    if alike > 1 and parallelism.strategy == MEGATRON:
+        precision = _under_megatron(precision)
+        notes.append(_MEGATRON)
     notes += dtype_notes(gpu, str(precision.compute))
     notes += [*stored_notes(model), *over.notes]
     notes += kernel_notes(model)
@@ -209,7 +226,7 @@ def _decide(
     kernels, idle = fused_kernels(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
-    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates)
+    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
@@ -233,7 +250,8 @@ def _decide(
             uneven=uneven,
             tower=kernel_of_tower(model, recipe, kernels, capability) if images else "",
             checkpoints=checkpoints,
-            by_name=words["by_name"] and checkpoints,
+            by_name=words["by_name"] and checkpoints and not own,
+            recomputes=kernels.checkpointing == "selective",
         ),
         checkpoint=checkpoints,
         loss=str(kernels.loss),
@@ -257,6 +275,10 @@ def _decide(
         lingers=words["lingers"] and parallelism.pp == 1,
         degrees=degrees,
     )
+    if degrees.cp > 1:
+        wiring = graph.wiring
+        masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
+        context_parallel.check(model.model_type, wiring.backend, masked, degrees)
     graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
     notes += pipeline_notes(graph.degrees, pipe, parallelism)
     structure = Structure(
@@ -267,15 +289,17 @@ def _decide(
         state_dtype=optimizer.state_dtype,
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
-        grads=precision.grads if precision.grads != precision.weights else None,
+        grads=precision.grads if own or precision.grads != precision.weights or ranks.strategy == MEGATRON else None,
         master=None if ranks.strategy in ZERO else precision.master,
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
-        holds_outputs=loop.hold_outputs == "step",
+        holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
         pipe=pipe,
+        buffers=own,
+        workspace=megatron.workspace(capability) if own else 0,
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)
@@ -305,6 +329,18 @@ _DEEPSPEED = (
 )
 
 
+_MEGATRON = (
+    "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
+    "--overlap-grad-reduce; what is computed is transformers' code, not Megatron's"
+)
+
+
+def _under_megatron(precision: Precision) -> Precision:
+    """Main gradients and masters are in fp32. Source: Megatron-LM megatron/training/arguments.py."""
+    master = None if precision.weights == "fp32" else "fp32"
+    return precision.model_copy(update={"grads": "fp32", "master": master})
+
+
 def _under_deepspeed(precision: Precision, method: Method) -> tuple[Precision, Method]:
     """The model, adapters too, is in one dtype, with an fp32 copy of what trains.
 
@@ -314,6 +350,35 @@ def _under_deepspeed(precision: Precision, method: Method) -> tuple[Precision, M
     if method.kind in ADAPTERS:
         method = method.model_copy(update={"adapter_dtype": precision.weights})
     return precision.model_copy(update={"master": master}), method
+
+
+def _knobs(p: Parallelism, hidden: int) -> Knobs:
+    """DeepSpeed's configuration with nothing left open.
+
+    Source: transformers 5.24 integrations/deepspeed.py trainer_config_finalize; DeepSpeed runtime/zero/config.py.
+    """
+    z = p.zero
+
+    def filled(value: int | str, auto: int) -> int:
+        return value if isinstance(value, int) else auto
+
+    optimizer, weights = z.offload_optimizer, z.offload_param
+    return Knobs(
+        reduce_bucket=filled(z.reduce_bucket_size, hidden * hidden),
+        prefetch=filled(z.stage3_prefetch_bucket_size, 9 * hidden * hidden // 10),
+        persistent=filled(z.stage3_param_persistence_threshold, 10 * hidden),
+        live=z.stage3_max_live_parameters,
+        reuse=z.stage3_max_reuse_distance,
+        sub_group=z.sub_group_size,
+        overlaps=p.strategy == "zero3" if z.overlap_comm is None else z.overlap_comm,
+        contiguous=z.contiguous_gradients,
+        round_robin=z.round_robin_gradients,
+        divides_loading=z.zero3_init_flag,
+        optimizer=optimizer.device if p.offload.optimizer else "",
+        parameters=weights.device if p.offload.parameters else "",
+        pins=(optimizer.pin_memory, weights.pin_memory),
+        swaps=(optimizer.buffer_count, weights.buffer_count, weights.buffer_size, weights.max_in_cpu),
+    )
 
 
 def _unprepared(method: Method) -> Method:
@@ -328,7 +393,7 @@ def _unprepared(method: Method) -> Method:
 
 
 def _ranks(
-    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool
+    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool, hidden: int
 ) -> tuple[Recipe, Ranks]:
     """How ranks divide the run, and the recipe of what they compute.
 
@@ -341,6 +406,8 @@ def _ranks(
     if alike == 1:
         return recipe, ONE
     ranks = Ranks(parallelism.strategy, alike)
+    if parallelism.strategy in ZERO:
+        return recipe, ranks._replace(knobs=_knobs(parallelism, hidden))
     if parallelism.strategy not in FSDP:
         return recipe, ranks
     ranks = ranks._replace(delayed=trainer and accumulates)

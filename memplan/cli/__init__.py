@@ -521,6 +521,14 @@ def estimate(
         option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
+    sequence_parallel: Annotated[
+        bool | None,
+        option(
+            "Tensor-parallel GPUs divide the tokens too, where no matrix is. Default off.",
+            "--sequence-parallel/--no-sequence-parallel",
+            of=SEVERAL,
+        ),
+    ] = None,
     pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
     virtual_stages: Annotated[
         int | None, option("Chunks of layers on each stage, which 1F1B interleaves. Default 1.", of=SEVERAL)
@@ -551,7 +559,7 @@ def estimate(
     stage: Annotated[
         int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)
     ] = None,
-    cp: Annotated[int | None, option("Context-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
+    cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     ep: Annotated[int | None, option("Expert-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
