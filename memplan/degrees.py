@@ -16,8 +16,8 @@ class Degrees(NamedTuple):
     ep, etp            ranks that divide the experts, and each expert's matrices
     pp, stage          stages of a pipeline, and this rank's, the first being 0
     virtual_stages     chunks of layers that a stage has
-    style              whose tensor parallelism it is: transformers, megatron
     layers             how many of the model's each stage has, in order; of several chunks each is a stage here
+    style              whose tensor parallelism it is: transformers, megatron
     """
 
     tp: int = 1
@@ -28,8 +28,8 @@ class Degrees(NamedTuple):
     pp: int = 1
     stage: int = 0
     virtual_stages: int = 1
-    style: str = "transformers"
     layers: tuple[int, ...] = ()
+    style: str = "transformers"
 
     @property
     def of_all_layers(self) -> Degrees:

@@ -15,7 +15,7 @@ from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record
-from memplan.engine.step import Lowered, lower, read_dtype, stream_of
+from memplan.engine.step import Lowered, lower, made_by, read_dtype, stream_of
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.errors import SpecError
@@ -149,6 +149,14 @@ def handed_on(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
     received = stream(sum(layers[: stages[0]])) if stages[0] else None
     sent = stream(sum(layers[: stages[-1] + 1])) if stages[-1] < len(layers) - 1 else None
     return received, sent
+
+
+@lru_cache(maxsize=512)
+def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
+    """The buffers that all passes of a pipeline's rank share."""
+    stack, _ = built(_unstaged(graph))
+    autocast = _ways(graph)["autocast"]
+    return tuple(t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
 
 
 @lru_cache(maxsize=512)

@@ -92,16 +92,19 @@ _BETWEEN = {
     "received": ("hidden states received, or their gradient sent", "receive"),
     "sent": ("hidden states sent, or their gradient received", "send"),
     "logits": ("logits of the microbatch before", "loss"),
+    "buffer": ("", ""),
 }
 
 
 def _between(structure: Structure, moment: Moment | None, axes: Mapping[str, int]) -> Iterator[Line]:
     """What a pipeline's rank has of hidden states beside those of passes."""
     engine = ENGINES[structure.pipe.engine]
-    why = "a buffer for every microbatch" if engine.buffers else "the loop's names have no other yet"
     for tensor, which, count in beside_of(structure, moment):
         bytes_ = size(tensor.shape, tensor.dtype, axes)[1] * count
+        why = "a buffer for every microbatch" if engine.buffers else "the loop's names have no other yet"
         what, where = _BETWEEN[which]
+        if which == "buffer":
+            what, why = tensor.name, "one buffer for all microbatches"
         shape, dims = _letters(tensor.shape), _dims(tensor.shape, axes)
         yield Line(what, "activation", where, shape, dims, tensor.dtype, count, bytes_, why, engine.source)
 

@@ -28,6 +28,7 @@ from memplan.graph import (
     loading,
     lowered,
     shape_of,
+    shared_buffers,
     weights_of,
 )
 from memplan.ir import Division, Tensor
@@ -249,6 +250,8 @@ def beside_of(structure: Structure, moment: pipeline.Moment | None) -> Iterator[
     else:
         found = pipeline.beside(engine, pipe.schedule, moment, d.pp, d.stage, pipe.microbatches)
     chunks = chunks_of(structure)
+    for tensor in shared_buffers(structure.graph):
+        yield tensor, "buffer", 1
     for (what, chunk), count in found.items():
         graph = chunks[chunk].graph
         tensor = _logits(graph) if what == "logits" else handed_on(graph)[what == "sent"]

@@ -172,12 +172,8 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
     if p.stage is not None and p.stage >= p.pp:
         stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
         yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
-    for field in ("cp", "sequence_parallel"):
-        if p.pp > 1 and getattr(p, field) != getattr(_ONE_GPU, field):
-            only = str(getattr(_ONE_GPU, field)).lower()
-            yield _later(f"parallelism.{field}", getattr(p, field), f"{only} with pp {p.pp}")
-    if p.pp > 1 and p.strategy in ("fsdp", "fsdp2", "zero2", "zero3", MEGATRON):
-        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1 with pp {p.pp}")
+    if p.pp > 1 and p.strategy in ("fsdp", "fsdp2", "zero2", "zero3"):
+        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1, megatron_dist_opt with pp {p.pp}")
     if p.pp > 1 and p.offload.optimizer:
         yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
 

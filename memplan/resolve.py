@@ -187,10 +187,10 @@ def _decide(
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
-    if degrees.cp > 1:
-        refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"])
     if parallelism.pp > 1:
         refuse_staged(parallelism, method, loop, model.objective, images)
+    if degrees.cp > 1:
+        refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"])
     check_time_steps(model, method)
     _check_objective(model, kernels, precision, profile)
     check_head(model, method, kernels)
@@ -297,9 +297,9 @@ def _decide(
         holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
+        pipe=pipe,
         buffers=own,
         workspace=megatron.workspace(capability) if own else 0,
-        pipe=pipe,
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)

@@ -334,8 +334,8 @@ class Parallelism(Part, frozen=True):
 
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
-    `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is
-    configured, under the strategies zero1 to zero3.
+    `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
+    under the strategies zero1 to zero3.
     """
 
     world: Count = 1

@@ -318,6 +318,34 @@ def test_stages_may_divide_their_matrices_too() -> None:
     assert two.ranks[2].parameters - norms == (one.ranks[2].parameters - norms) // 2
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_all_microbatches_share_the_buffer_that_tokens_are_gathered_in(chunks: int) -> None:
+    """Megatron's GlobalMemoryBuffer: of 128 tokens of 2048 numbers in bf16, once, whatever is in flight."""
+    for stage in range(4):
+        more = {"world": 8, "tp": 2, "sequence_parallel": True, "stage": stage, "virtual_stages": chunks}
+        a = piped(4, 8, MEGATRON, **more)
+        assert [line.bytes for line in a.ledger if line.what == "gathered"] == [128 * 2048 * 2]
+        assert sum(line.bytes for line in a.ledger) == a.bytes.allocated
+
+
+def test_megatrons_own_layers_and_its_distributed_optimizer_run_in_stages() -> None:
+    config = {"model_type": "megatron_gpt", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    config |= {"num_attention_heads": 4, "vocab_size": 1024, "max_position_embeddings": 512}
+    fields = {
+        "model": {"config": config},
+        "precision": {"weights": "bf16", "grads": "fp32", "master": "fp32"},
+        "kernels": {"attention": "flash_attention_2", "checkpointing": "selective"},
+        **MEGATRON,
+    }
+    one = piped(4, 8, fields)
+    two = piped(4, 8, fields, world=8, dp=2, strategy="megatron_dist_opt")
+    for a in (one, two):
+        assert [r.in_flight for r in a.ranks] == [4, 3, 2, 1]
+        assert sum(line.bytes for line in a.ledger) == a.bytes.allocated
+    for r, s in zip(one.ranks, two.ranks, strict=True):  # masters and two moments in fp32, each to a half
+        assert r.bytes.allocated - s.bytes.allocated == pytest.approx(12 * r.parameters / 2, rel=0.01)
+
+
 REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] = [
     ({"pp": 64}, 64, MEGATRON, "parallelism.pp", ("pp 64", "16 layers")),
     ({"pp": 8, "virtual_stages": 4}, 8, MEGATRON, "parallelism.pp", ("pp 8", "virtual_stages 4", "32", "16 layers")),

@@ -201,6 +201,7 @@ def staged(
     for stage in stages:
         start = sum(layers[:stage])
         runs += _between(stack, out, start, start + layers[stage])
+    stack = stack._replace(before=tuple(op for op in stack.before if op not in lasting_buffers(stack)))
     before = stack.before if received is None else _without_embeddings(stack, received)
     if sent is None:
         if received is not None:
@@ -208,6 +209,14 @@ def staged(
             stack = stack._replace(after=tuple(_known(op, stack, known) for op in stack.after))
         return stack._replace(before=before, runs=tuple(runs)), out
     return stack._replace(before=before, runs=tuple(runs), **_handing_on(stack, before, sent, keeps, moves)), out
+
+
+def lasting_buffers(stack: Stack) -> tuple[Op, ...]:
+    """What makes a buffer that nothing is said to read, held for its own sake: all passes share it."""
+    inside = [op for run in stack.runs for block in run.blocks for op in block.ops]
+    read = {r for op in (*stack.before, *inside, *stack.after, *stack.loss) if not _leaves(op) for r in op.reads}
+    held = (op for op in stack.before if op.holds == "step" and op.name != "inputs")
+    return tuple(op for op in held if read.isdisjoint(t.name for t in op.writes))
 
 
 def depth_of(stack: Stack, axes: Mapping[str, int]) -> int:

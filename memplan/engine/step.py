@@ -188,6 +188,11 @@ def read_dtype(
     return found
 
 
+def made_by(op: Op, stack: Stack, autocast: str | None) -> tuple[Tensor, ...]:
+    """What an operation before the blocks makes, with literal dtypes."""
+    return next(found.writes for found in Scope().resolve(stack.before, autocast) if found.name == op.name)
+
+
 def stream_of(stack: Stack, autocast: str | None, depth: Mapping[str, int]) -> Tensor:
     """What the stack's last block hands on; without blocks, what the first would be given."""
     scope = Scope()
