@@ -85,8 +85,6 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     wrong = check_product(p)
     if wrong is not None:
         yield wrong
-    if p.strategy not in ("none", *STRATEGIES):
-        yield _later("parallelism.strategy", p.strategy, ", ".join(STRATEGIES))
     if replicas(p) > 1 and p.strategy == "none":
         yield SpecError(
             f"parallelism.strategy: says how {replicas(p)} GPUs divide the run: {', '.join(STRATEGIES)}",
