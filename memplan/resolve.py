@@ -163,14 +163,15 @@ def _decide(
     degrees = degrees_of(parallelism)
     alike = replicas(parallelism)
     sharded = alike > 1 and parallelism.strategy in FSDP
-    if sharded:
+    under_deepspeed = alike > 1 and parallelism.strategy in ZERO
+    if sharded or under_deepspeed:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
-    refuse_parts(method, precision, optimizer, kernels, sharded)
+    refuse_parts(method, precision, optimizer, kernels, _storages(sharded, under_deepspeed, precision))
     if degrees.tp > 1:
         refuse_parts_of_matrices(parallelism, method, optimizer, kernels, profile, words["tensor_parallel"])
         tensor_parallel.check(model, degrees)
-    if alike > 1 and parallelism.strategy in ZERO:
+    if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
     elif parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
@@ -196,7 +197,7 @@ def _decide(
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
-    if alike > 1 and parallelism.strategy in ZERO:
+    if under_deepspeed:
         precision, method = _under_deepspeed(precision, method)
         if parallelism.zero == Zero():
             notes.append(_DEEPSPEED)
@@ -356,6 +357,13 @@ def _knobs(p: Parallelism, hidden: int) -> Knobs:
     )
 
 
+def _storages(sharded: bool, under_deepspeed: bool, precision: Precision) -> tuple[str, ...]:
+    """What 4-bit weights may be stored in: FSDP divides no integers; DeepSpeed would cast another float."""
+    if sharded:
+        return ("bf16", "fp16", "fp32")
+    return ("uint8", precision.weights) if under_deepspeed else ("uint8",)
+
+
 def _unprepared(method: Method) -> Method:
     """Weights that are divided are not prepared for training in 4 bits, unless that is said.
 
@@ -382,7 +390,12 @@ def _ranks(
         return recipe, ONE
     ranks = Ranks(parallelism.strategy, alike)
     if parallelism.strategy in ZERO:
-        return recipe, ranks._replace(knobs=_knobs(parallelism, hidden))
+        q = method.quantization
+        knobs = _knobs(parallelism, hidden)
+        if q is None:
+            return recipe, ranks._replace(knobs=knobs)
+        # transformers makes no quantised model under deepspeed.zero.Init: modeling_utils.py get_init_context
+        return recipe, ranks._replace(knobs=knobs._replace(divides_loading=False), storage=q.storage)
     if parallelism.strategy not in FSDP:
         return recipe, ranks
     ranks = ranks._replace(delayed=trainer and accumulates)
@@ -417,7 +430,7 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
             "or method.frozen vision and projector",
             "batch.images",
         )
-    if ranks.world > 1 and ranks.row.flat:
+    if ranks.world > 1 and ranks.row.flat and ranks.row.gathers:
         _check_flat(graph, ranks)
 
 

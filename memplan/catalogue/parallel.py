@@ -61,6 +61,10 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # of DeepSpeed's ZeRO
 # has the same states of it. bitsandbytes' kernels do not take FSDP2's parts.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "none")
 
+# DeepSpeed's partition is one flat fp32 parameter, of which bitsandbytes' kernels keep states as of any other; it is
+# none of the embeddings that transformers asks fp32 states for.
+OF_FLAT_PARTS = ("adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "lion_32bit", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")
+
 # The bytes of gradients that DDP's reducer gathers for one all-reduce, after the first step. The buckets hold all
 # gradients again (gradient_as_bucket_view is off, in torch and in transformers' Trainer).
 FIRST_BUCKET, BUCKET = MIB, 25 * MIB
