@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from memplan import zero
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
 from memplan.catalogue import tensor_parallel
@@ -279,6 +280,9 @@ def _decide(
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)
+    if under_deepspeed and gpu is not None:
+        knobs = ranks.knobs._replace(flattens=zero.flattens(graph, gpu.usable))
+        structure = structure._replace(ranks=ranks._replace(knobs=knobs))
     if (
         spares_embeddings(str(optimizer.name))
         and not loop.trainer

@@ -282,11 +282,21 @@ def loading_events(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
             yield last, bytes_
         numbers = itertools.count(last + 1)
         yield EMPTIED, 0
-        flat = next(numbers)
-        yield flat, size(str(trained), dtype, {})[1]
-        yield flat, 0
+        if ranks.knobs.flattens:
+            flat = next(numbers)
+            yield flat, size(str(trained), dtype, {})[1]
+            yield flat, 0
     if not ranks.knobs.optimizer:
         yield next(numbers), mine
+
+
+def flattens(graph: Graph, room: int) -> bool:
+    """Whether a GPU with so many bytes has room for the weights and, of those that train, another copy.
+
+    Source: DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py (flatten_on_accelerator).
+    """
+    trained, dtype = _trained(graph)
+    return sum(h.bytes * h.copies for h in parameters_of(graph)) + trained * ITEMSIZE[dtype] <= room
 
 
 def _dividing(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Iterator[tuple[int, int]]:

@@ -279,6 +279,14 @@ def test_a_model_that_is_loaded_whole_is_on_the_gpu_before_it_is_divided() -> No
     assert at_once.phases[1:] == divided.phases[1:]
 
 
+def test_weights_are_laid_together_by_way_of_the_host_where_a_gpu_has_no_room_for_them_twice() -> None:
+    """8B in bf16 is 15 GiB: 48 GB have room for 30, 24 have not. What both hold afterwards is the same."""
+    large, small = (answer("zero2", 8, ("optimizer",), gpu=gpu) for gpu in ("a40", "rtx-3090"))
+    assert large.phases[0].peak == pytest.approx(4 * PARAMETERS, rel=0.01)
+    assert small.phases[0].peak == pytest.approx(2 * PARAMETERS, rel=0.01)
+    assert large.phases[1].peak == small.phases[1].peak
+
+
 REFUSED: list[tuple[str, int, tuple[str, ...], dict[str, Any], str, str]] = [
     ("ddp", 2, (), {"reduce_bucket_size": 5}, "parallelism.zero", "zero1, zero2, zero3"),
     ("zero2", 2, (), {"sub_group_size": 5}, "parallelism.zero.sub_group_size", "zero3"),

@@ -89,6 +89,7 @@ class Knobs(NamedTuple):
     contiguous      gradients are copied into buckets; otherwise they wait where they are
     round_robin     weights are laid one after the other by turns of the ranks
     divides_loading at stage 3 each weight is divided as it is loaded (deepspeed.zero.Init), by all ranks
+    flattens        at stages 1 and 2 weights are laid together on the GPU, which has them twice then; else on the host
     optimizer       where its states are if not on the GPU: cpu or nvme; `parameters` likewise
     pins            whether host memory of the optimizer is pinned, and of the parameters
     swaps           NVMe's buffers of the optimizer, of the parameters, numbers of one, numbers kept in host memory
@@ -104,6 +105,7 @@ class Knobs(NamedTuple):
     contiguous: bool = True
     round_robin: bool = False
     divides_loading: bool = True
+    flattens: bool = True
     optimizer: str = ""
     parameters: str = ""
     pins: tuple[bool, bool] = (True, True)
