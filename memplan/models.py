@@ -329,12 +329,13 @@ class ModelSpec:
             **(self._family.axes(self) if self._family.axes is not None else {}),
         }
 
-    def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int) -> ModelSpec:
-        """The model with so many heads, as wide as they are, and an FFN of that width."""
+    def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int, vocab_size: int) -> ModelSpec:
+        """The model with so many heads, as wide as they are, an FFN of that width and so many tokens."""
         wanted = {
             "num_attention_heads": heads,
             "num_key_value_heads": key_value_heads,
             "intermediate_size": intermediate_size,
+            "vocab_size": vocab_size,
             "head_dim": self.head_dim,
         }
         keys = ((self._key(name) or next(iter(self._names[name]), ""), n) for name, n in wanted.items())

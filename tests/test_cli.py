@@ -183,7 +183,6 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
     [
         "--tp 2 --profile transformers-4.48",
         "--gpus 4 --pp 2",
-        "--gpus 4 --cp 2 --fsdp fsdp2",
         "--offload optimizer --gpus 2",
         "--ep 2 --gpus 2",
     ],
@@ -682,7 +681,7 @@ def test_the_manual_has_every_option_as_help_has_it() -> None:
 
 def test_help_says_which_options_are_refused() -> None:
     for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
-        several = parameter.name in ("pp", "cp", "ep", "offload")
+        several = parameter.name in ("pp", "ep", "offload")
         panel = getattr(parameter, "rich_help_panel", None) or ""
         assert ("refused" in f"{panel} {parameter.help}") == several, parameter.name
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -10,6 +16,7 @@ import pytest
 from benchmarks.accuracy import compared_with_trace, rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.answer import Line
+from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.tensor_parallel import PLANS
 from memplan.errors import SpecError
 from memplan.program import gradients_of
@@ -102,17 +109,101 @@ def test_fsdp2_divides_the_rest_of_the_weights_once_more() -> None:
     assert both.gpu is None or both.gpu.count == 8
 
 
+def megatron(tp: int, tokens_divided: bool = False, **options: Any) -> Estimate:
+    return estimate(
+        run(tp, profile="megatron-core", parallelism={"sequence_parallel": tokens_divided}, **options),
+    )
+
+
+def test_megatron_pads_the_vocabulary_and_keeps_no_gradient_of_a_whole_table() -> None:
+    table = weights(megatron(4, config={"vocab_size": 4097}))[" lm_head.weight"]
+    assert table.dims == (9 * 128, 512)  # 4097 / (128 * 4), rounded up, times 128
+    asked = run(4, profile="megatron-core")
+    (held,) = (held for held in gradients_of(decide(asked).structure) if held.what == "model.embed_tokens.weight.grad")
+    assert held.bytes == 2 * 4096 * 512 // 4
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_dividing_the_tokens_never_takes_more(checkpointing: str) -> None:
+    options: dict[str, Any] = {"kernels": {"checkpointing": checkpointing}, "batch": {"sequence": 4096}}
+    plain, divided = megatron(4, **options), megatron(4, tokens_divided=True, **options)
+    assert persistent(plain) == persistent(divided)
+    assert divided.bytes.allocated < plain.bytes.allocated
+
+
+def test_what_matrices_read_is_gathered_into_one_buffer() -> None:
+    answer = megatron(4, tokens_divided=True, batch={"sequence": 4096})
+    (line,) = (line for line in answer.ledger if line.what == "gathered")
+    assert (line.count, line.bytes) == (1, 2 * 4096 * 512)
+    kept = next(line for line in answer.ledger if line.what == "n1")
+    assert kept.dims == (1, 1024, 512)
+
+
+CHILD = Path(__file__).parent / "divided_child.py"
+SMALL = {**LLAMA, "vocab_size": 1000, "max_position_embeddings": 256}
+UNDER_FSDP2 = (
+    {"config": SMALL, "dp": 2, "tp": 2, "checkpoint": False, "tokens": 32},
+    {"config": SMALL, "dp": 4, "tp": 4, "checkpoint": True, "tokens": 32},
+)
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(any(find_spec(name) is None for name in ("torch", "transformers", "peft")), reason="torch runs it")
+def test_a_rank_under_fsdp2_holds_what_torch_allocates_for_it() -> None:
+    """Within a hundredth in every phase. What is left is torch's: scalars, and other kernels of the CPU."""
+    lines = "".join(json.dumps(asked) + "\n" for asked in UNDER_FSDP2)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(CHILD.parents[1]), *sys.path))}
+    command = [sys.executable, "-W", "ignore", str(CHILD)]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for asked, line in zip(UNDER_FSDP2, done.stdout.splitlines(), strict=True):
+        dp, tp = asked["dp"], asked["tp"]
+        answer = estimate(
+            RunSpec(
+                model={"config": SMALL},
+                precision="fp32",
+                optimizer="adamw_torch",
+                batch={"sequence": asked["tokens"]},
+                kernels={"checkpointing": "full" if asked["checkpoint"] else "none"},
+                loop={"clip_grad_norm": None},
+                parallelism={"world": dp * tp, "dp": dp, "tp": tp, "strategy": "fsdp2"},
+            )
+        )
+        mine: dict[str, int] = {}
+        for p in answer.phases:
+            if p.step in (2, None) and p.phase != "load":
+                phase = "forward" if p.phase == "loss" else p.phase
+                mine[phase] = max(mine.get(phase, 0), p.peak - 2 * cublas_workspace(None).usual)
+        for phase, bytes_ in json.loads(line).items():
+            assert mine[phase] == pytest.approx(bytes_, rel=0.01), (asked, phase)
+
+
 REFUSED = {
     "heads": (run(3), "parallelism.tp: 3 does not divide 8 attention heads and 4 key/value heads"),
     "key heads": (run(8), "parallelism.tp: 8 does not divide 4 key/value heads"),
     "family": (
         RunSpec(model="gpt2", parallelism={"world": 2, "tp": 2}),
-        "parallelism.tp: transformers has no plan for gpt2, or one that is not supported yet; supported: cohere",
+        "parallelism.tp: 2 is not supported yet for gpt2; supported: cohere, cohere2",
     ),
     "strategy": (run(2, parallelism={"world": 4, "dp": 2, "strategy": "ddp"}), "fsdp2 does"),
     "method": (run(2, method="qlora"), "method.kind: 'qlora' is not supported yet"),
     "optimizer": (run(2, optimizer="adafactor"), "optimizer.name: 'adafactor' is not supported yet"),
     "loss": (run(2, kernels={"loss": "fused"}), "kernels.loss: 'fused' is not supported yet"),
+    "tokens": (
+        run(4, profile="megatron-core", parallelism={"sequence_parallel": True}, batch={"sequence": 1002}),
+        "parallelism.sequence_parallel: 4 ranks do not divide a sequence of 1002 tokens",
+    ),
+    "width": (
+        run(4, {"intermediate_size": 1538}, profile="megatron-core"),
+        "parallelism.tp: 4 does not divide 1538 of the FFN's width",
+    ),
+    "style": (run(2, parallelism={"sequence_parallel": True}), "parallelism.sequence_parallel: profile transformers-5"),
+    "alone": (run(1, parallelism={"sequence_parallel": True}), "parallelism.sequence_parallel: divides tokens among"),
+    "replicas": (
+        run(2, profile="megatron-core", parallelism={"world": 4, "dp": 2, "strategy": "ddp"}),
+        "parallelism.dp",
+    ),
+    "adapters": (run(2, profile="megatron-core", method="lora"), "method.kind: 'lora' is not supported yet"),
     "profile": (run(2, profile="transformers-4.48"), "parallelism.tp: 2 is not supported yet with profile"),
 }
 
