@@ -236,8 +236,10 @@ def main() -> None:
         return
 
     def build(run: RunSpec, phase: Phase) -> Stepping:
+        from memplan.probe.refusals import refuse_several
         from memplan.probe.script import build as built
 
+        refuse_several(run, "a measurement")
         return built(run, "cuda", phase)
 
     watch(RunSpec.model_validate(request["run"]), request["steps"], cuda, build, emit)

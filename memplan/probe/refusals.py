@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.cards import find_config, find_model
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import OPTIMIZERS
+from memplan.degrees import check_product
 from memplan.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest
 from memplan.gpus import find_gpu
 from memplan.prequantized import trained
@@ -47,12 +48,19 @@ def settled(run: RunSpec) -> RunSpec:
     return run
 
 
+def refuse_several(run: RunSpec, what: str) -> None:
+    """Raise SpecError for a run on several GPUs, of which only a trace shows a rank."""
+    if run.parallelism.world > 1:
+        raise SpecError(
+            f"parallelism: {what} is of one GPU; memplan probe --trace shows a rank of several", "parallelism"
+        )
+
+
 def _refuse(run: RunSpec) -> None:
     offload = run.parallelism.offload
     if offload != Offload(optimizer=offload.optimizer):
         raise _not_run("parallelism.offload", "parameters or activations", "optimizer")
-    if run.parallelism != Parallelism(offload=offload):
-        raise SpecError("parallelism: a probe runs on one GPU", "parallelism")
+    _parallelism(run)
     if offload.optimizer:
         refuse_on_host(str(run.optimizer.name))
         if run.loop.grad_scaler:
@@ -76,7 +84,7 @@ def _refuse(run: RunSpec) -> None:
     if q is not None:
         if q.format not in ("nf4", "fp4", "int8"):
             raise _not_run("method.quantization.format", q.format, "nf4, fp4, int8")
-        if q.storage != "uint8":
+        if q.storage != "uint8" and run.parallelism.world == 1:
             raise _not_run("method.quantization.storage", q.storage, "uint8")
         if run.method.kind in ("full", "freeze", "lora", "dora") and run.task == "train":
             raise SpecError(
@@ -86,6 +94,29 @@ def _refuse(run: RunSpec) -> None:
     for name, value in run.method.options.items():
         if name != "use_rslora" or not isinstance(value, bool):
             raise _not_run(f"method.options.{name}", value, "use_rslora")
+
+
+_STRATEGIES = ("ddp", "fsdp", "fsdp2")
+
+
+def _parallelism(run: RunSpec) -> None:
+    """Several GPUs are traced where data divides the work among them, and the loss is the model's own."""
+    p = run.parallelism
+    if p == Parallelism(offload=p.offload):
+        return
+    wrong = check_product(p)
+    if wrong is not None:
+        raise wrong
+    if p.dp != p.world:
+        raise SpecError("parallelism: a probe divides data only among GPUs: parallelism.dp", "parallelism")
+    if p.world > 1 and p.strategy not in _STRATEGIES:
+        raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
+    if run.task != "train" and p.world > 1:
+        raise _not_run("task", run.task, "train, on several GPUs")
+    if p.static_graph:  # it counts which parameters were used in pinned memory
+        raise _not_run("parallelism.static_graph", "true", "false")
+    if run.kernels.loss != "hf" and p.world > 1:
+        raise _not_run("kernels.loss", run.kernels.loss, "hf, on several GPUs")
 
 
 def _stored(run: RunSpec) -> bool:
