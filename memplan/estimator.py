@@ -105,7 +105,10 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     found = [(False, *_best(p, False, phase, numbers)) for phase in PHASES]
     if p.structure.accumulates:
         later = [(True, *_best(p, True, phase, numbers)) for phase in PHASES]
-        found = [max(a, (b[0], b[1] + p.accumulated, b[2]), key=_bytes) for a, b in zip(found, later, strict=True)]
+        found = [
+            max(a, (b[0], b[1] + p.accumulated[phase], b[2]), key=_bytes)
+            for a, b, phase in zip(found, later, PHASES, strict=True)
+        ]
     moving = [size for _, size, _ in found]
     held = sum(map(mul, p.held, numbers.values))
     phases = [Phase("load", None, p.loading, "")]

@@ -21,6 +21,7 @@ from memplan.program import (
     passing_of,
     reducing_of,
     resident_of,
+    stay_throughout,
 )
 
 if TYPE_CHECKING:
@@ -75,11 +76,11 @@ def timeline(walked: Walked) -> Iterator[Phase]:
     sizes = [size(key[0], key[1], axes) for key in low.sizes]
     numbers = dict(zip(p.variables, walked.numbers.values, strict=True))
     base = p.parameters + p.buffered + p.reducing + p.scaler + p.states + 2 * walked.workspace
-    base += p.accumulated if later else 0
     for moment in low.moments:
         combination = moment_bytes(alive(moment, low.runs, axes), sizes)
         live = sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
-        yield Phase(moment.phase, None, base + p.passing[moment.phase] + live, moment.where)
+        beside = p.passing[moment.phase] + (p.accumulated[moment.phase] if later else 0)
+        yield Phase(moment.phase, None, base + beside + live, moment.where)
     yield walked.phases[-1]
 
 
@@ -141,7 +142,8 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
     for held in reducing_of(structure):
         yield _held(held, axes, "where gradients are summed over ranks")
     if p.buffered or ((phase.phase == "step" or later) and p.gradients):
-        for held in accumulated_of(structure) if later else gradients_of(structure):
+        throughout = stay_throughout(structure, phase.phase)
+        for held in () if not throughout else accumulated_of(structure) if later else gradients_of(structure):
             yield _held(held, axes, "needed by the optimizer")
     if phase.phase == "step":
         scratch = p.optimizer.first if phase.step == 1 else p.optimizer.later

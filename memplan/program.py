@@ -63,7 +63,8 @@ class Program(NamedTuple):
     where           what the operations of those moments are called, by pass and moment
     parameters      bytes of weights and buffers; `loading` at most while they are loaded
     gradients       bytes of all gradients together, when backward is done; `buffered` of those in a dtype of their own,
-                    which have buffers throughout; `accumulated` of those that a later micro-batch finds
+                    which have buffers throughout; `accumulated` of those that a later micro-batch finds, where they
+                    are there throughout a phase of it
     reducing        bytes of what ranks have throughout to reduce gradients; `passing` of what they have in a phase of a
                     pass
     states          bytes of the optimizer's states on the GPU, `host` of those beside it
@@ -82,7 +83,7 @@ class Program(NamedTuple):
     loading: int
     gradients: int
     buffered: int
-    accumulated: int
+    accumulated: dict[str, int]
     reducing: int
     passing: dict[str, int]
     optimizer: OptimizerMemory
@@ -116,7 +117,10 @@ class _Way(NamedTuple):
 def _way(structure: Structure, later: bool) -> _Way:
     exist = later or spends_gradients(structure)
     follows = later or not structure.accumulates  # without accumulation, of every step but the first
-    return _Way(exist, updates_of(structure), follows, division_of(structure))
+    found = division_of(structure)
+    if found is not None and later and structure.ranks.delayed:
+        found = found._replace(sums=True)
+    return _Way(exist, updates_of(structure), follows, found)
 
 
 def _lowered(graph: Graph, way: _Way, labelled: bool = False) -> Lowered:
@@ -130,6 +134,8 @@ def division_of(structure: Structure) -> Division | None:
 
 def spends_gradients(structure: Structure) -> bool:
     """Whether a pass leaves no gradient: each is used up as it comes, or added to what is there, or sent away."""
+    if in_buckets(structure) and not structure.ranks.delayed:
+        return True
     return structure.grads is not None or frees_gradients(structure) or zero.stage(structure.ranks) > 1
 
 
@@ -192,8 +198,11 @@ def program(structure: Structure) -> Program:
     resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
     optimizer = _optimizer(structure, trained)
-    gradients = 0 if frees_gradients(structure) else sum(h.bytes * h.copies for h in gradients_of(structure))
-    accumulated = sum(h.bytes * h.copies for h in accumulated_of(structure)) if structure.accumulates else 0
+    spent = frees_gradients(structure) or in_buckets(structure)
+    gradients = 0 if spent else sum(h.bytes * h.copies for h in gradients_of(structure))
+    finds = structure.accumulates and (structure.ranks.delayed or not in_buckets(structure))
+    found = sum(h.bytes * h.copies for h in accumulated_of(structure)) if finds else 0
+    accumulated = {phase: found if stay_throughout(structure, phase) and not structure.grads else 0 for phase in PHASES}
     return Program(
         structure=structure,
         **moments._asdict(),
@@ -201,7 +210,7 @@ def program(structure: Structure) -> Program:
         loading=_loading(structure),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
-        accumulated=0 if structure.grads else accumulated,
+        accumulated=accumulated,
         reducing=sum(h.bytes * h.copies for h in reducing_of(structure)),
         passing={phase: sum(h.bytes * h.copies for h in passing_of(structure, phase)) for phase in PHASES},
         optimizer=optimizer,
@@ -336,6 +345,12 @@ def _whole_gradients(structure: Structure) -> Iterator[Held]:
             yield Held("gradient", f"{w.name}.grad", where.rstrip("."), w.shape, dtype, count, bytes_, "autograd")
 
 
+def stay_throughout(structure: Structure, phase: str) -> bool:
+    """Whether the gradients that a later micro-batch finds are there throughout a phase of it: not where ranks reduce
+    them then, unit by unit."""
+    return not (phase == "backward" and structure.ranks.delayed and division_of(structure) is not None)
+
+
 def accumulated_of(structure: Structure) -> Iterator[Held]:
     """The gradients that a later micro-batch finds."""
     match zero.stage(structure.ranks):
@@ -379,6 +394,12 @@ def _flush(blocks: dict[str, list[tuple[Parameter, int]]], out: list[Parameter])
         out += [p for p, _ in group]
         out += [p._replace(copies=n - 1) for p, n in group if n > 1]
     blocks.clear()
+
+
+def in_buckets(structure: Structure) -> bool:
+    """Whether gradients lie in the buckets that ranks reduce, and nowhere else: of several micro-batches where they are
+    reduced in the last only, not before that."""
+    return structure.ranks.views and structure.ranks.world > 1
 
 
 def frees_gradients(structure: Structure) -> bool:

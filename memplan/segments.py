@@ -22,12 +22,14 @@ from memplan.graph import built, recorded
 from memplan.program import (
     Program,
     Structure,
+    accumulated_of,
     division_of,
     gradients_of,
     loading_of,
     passing_of,
     reducing_of,
     spends_gradients,
+    stay_throughout,
     updates_of,
 )
 from memplan.units import ITEMSIZE
@@ -63,6 +65,8 @@ def segments(
         gradients: list[Block] = []
         for later in (False, True)[: 1 + structure.accumulates]:
             between = [allocator.alloc(held.bytes) for held in passing_of(structure, "backward")]
+            if later and not stay_throughout(structure, "backward"):  # whole until then
+                between += [allocator.alloc(h.bytes) for h in accumulated_of(structure) for _ in range(h.copies)]
             made, held = _pass(pass_of(structure, later), numbers, allocator, handles, waiting)
             gradients += made
             if structure.graph.lingers or (structure.holds_outputs and later == structure.accumulates):

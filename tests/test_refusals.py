@@ -60,7 +60,8 @@ def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> Non
 
 @pytest.mark.parametrize("field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "stage")])
 def test_no_field_of_parallelism_is_ignored(field: str) -> None:
-    value = True if field == "sequence_parallel" else 2
+    words = {"sequence_parallel": True, "backward_prefetch": "post", "reshard_after_forward": False}
+    value = words.get(field, Parallelism.model_fields[field].default is False or 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"
 
 

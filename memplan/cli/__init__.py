@@ -518,7 +518,11 @@ def estimate(
     zero: Annotated[int | None, option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=SEVERAL)] = None,
     fsdp: Annotated[
         str | None,
-        option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
+        option(
+            "full_shard, shard_grad_op, hybrid_shard, fsdp2. Default none.",
+            of=SEVERAL,
+            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "fsdp2"),
+        ),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
     pp: Annotated[int | None, option("Pipeline stages (refused as yet). Default 1.", of=SEVERAL)] = None,
