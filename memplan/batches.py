@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from memplan.errors import SpecError
-from memplan.families.vision import axes_of, is_vision, picture_of, sees
 from memplan.models import ModelSpec
 from memplan.spec import Batch, RunSpec
 
@@ -17,6 +16,9 @@ def axes_of_images(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...
         if batch.image_size is not None:
             raise SpecError("batch.image_size: the size of no image; say batch.images too", "batch.image_size")
         return ()
+    from memplan.families.pictures import axes_of, picture_of, sees
+    from memplan.families.vision import is_vision
+
     if not is_vision(model.model_type) and not model.part("vision_config"):
         raise SpecError(f"batch.images: {called} has no vision tower", "batch.images")
     if not sees(model.model_type):
@@ -46,8 +48,8 @@ def lengths(batch: Batch, model: ModelSpec) -> Batch:
     Raises SpecError for lengths that the model does not take.
     """
     name = model.name or model.model_type
-    only, usual = model.only_sequence, Batch().sequence
-    if only is not None and batch.sequence not in (only, usual):
+    only = model.only_sequence
+    if only is not None and batch.sequence not in (only, Batch().sequence):
         raise SpecError(
             f"batch.sequence: the encoder of {name} reads {only} tokens by its config, not {batch.sequence}; "
             "leave it out",

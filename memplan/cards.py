@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -230,7 +231,12 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"model: {where} cannot be read ({_reason(error)})", "model") from None
     if len(raw) > _MAX_CONFIG_BYTES:
         raise ConfigError(f"model: {where} is larger than {_MAX_CONFIG_BYTES // 2**20} MiB, so no config.json", "model")
-    return _parse(text, where, parse_constant=float)  # NaN stands in published configs, as Python writes it
+    return _parse(text, where, parse_constant=_CONSTANTS.__getitem__)
+
+
+# They stand in published configs, as Python writes them. NaN is one object here: as itself a config is equal to itself,
+# so that what has been worked out of it once is found again.
+_CONSTANTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _reason(error: Exception) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from memplan.errors import ConfigError, UnknownNameError, UnsupportedModelError
+from memplan.errors import ConfigError, UnsupportedModelError
 from memplan.families import MODULES
 
 _LONGEST = 80  # letters of a name that an error repeats
@@ -236,18 +238,23 @@ BUILT_AS = {"exaone": "llama"}
 # Families whose class has no such key; with it, the others add biases to the MLP's linears.
 NO_MLP_BIAS = frozenset(("hunyuan_v1_dense", "mimo", "ministral", "ministral3", "mistral", "qwen2", "qwen3"))
 
-# Older names of keys that are no sizes.
+_KIMI = {
+    "model_max_length": "max_position_embeddings",
+    "moe_renormalize": "norm_topk_prob",
+    "num_expert_group": "n_group",
+    "num_experts": "n_routed_experts",
+    "num_local_experts": "n_routed_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+}
+
+# Other names of keys that are no sizes: older ones, and those that a config class of transformers 5.24 writes.
 RENAMED = {
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "qwen3_vl_moe": {"num_local_experts": "num_experts"},
     "internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"},
-    "kimi_linear": {
-        "model_max_length": "max_position_embeddings",
-        "moe_renormalize": "norm_topk_prob",
-        "num_expert_group": "n_group",
-        "num_experts": "n_routed_experts",
-        "num_local_experts": "n_routed_experts",
-        "num_experts_per_token": "num_experts_per_tok",
-        "num_shared_experts": "n_shared_experts",
-    },
+    "kimi_k3": _KIMI,
+    "kimi_linear": _KIMI,
 }
 
 # Families whose decoders transformers 5.24 also builds to classify sequences, or to reward them: GenericForSequence-
@@ -258,6 +265,11 @@ CLASSIFIERS = frozenset(
         *("ministral3", "mistral", "nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss"),
         *("smollm3", "stablelm", "starcoder2"),
     )
+)
+
+# Families whose MLPs, which no gate multiplies, have their activation written out where it is no kernel of its own.
+WRITE_OUT = frozenset(
+    ("falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "nemotron", "opt", "phi", "starcoder2")
 )
 
 LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "gpt_neo", "opt"))
@@ -312,15 +324,73 @@ def family_of(config: Mapping[str, Any]) -> str:
         kinds = {"multimodal": None}
     if not kinds and model_type not in MODEL_TYPES:
         kinds = {kind: None for part, kind in _KINDS_BY_NAME.items() if part in model_type}
-    if kinds:
+    if kinds or model_type not in MODEL_TYPES:
+        said = f" ({', '.join(kinds)})" if kinds else ""
+        near = " or ".join(nearest_families(model_type, kinds))
         raise UnsupportedModelError(
-            f"model_type: {shown} ({', '.join(kinds)}) is not supported yet; dense decoders are, and some others",
-            "model_type",
+            f"model_type: {shown}{said} is not supported yet; did you mean {near}?", "model_type"
         )
-    if model_type not in MODEL_TYPES:
-        nearest = " or ".join(UnknownNameError("model_type", model_type, (*MODEL_TYPES, *MODULES)).nearest)
-        raise UnsupportedModelError(f"model_type: {shown} is not supported yet; did you mean {nearest}?", "model_type")
     return model_type
+
+
+# What a family is, by the module of `memplan.families` that knows it; the others are dense decoders.
+_KINDS_OF_MODULES = {
+    "vision": "vision-language",
+    "llama4": "mixture of experts",
+    "moe": "mixture of experts",
+    "mla": "mixture of experts, multi-head latent attention",
+    "blocks": "mixture of experts",
+    "sinks": "mixture of experts",
+    "ssm": "state space, recurrent, linear attention",
+    "encoders": "encoder",
+}
+_TOWERS = ("gemma4", "kimi_k25", "kimi_k3", "llama4")  # that other modules know
+
+
+def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, ...]:
+    """The three families with a stack that are most like `model_type`, which has none, and like what its config says.
+
+    Those whose names begin alike come first, of these the ones of its kind, and of these the nearest versions.
+
+    >>> nearest_families("qwen4"), nearest_families("qwen4", ["mixture of experts"])
+    (('qwen3', 'qwen2', 'qwen'), ('qwen3_moe', 'qwen2_moe', 'qwen3_5'))
+    """
+    said, (stem, version, rest) = " ".join(kinds), _words(model_type[:_LONGEST].lower())
+    alike = {name: difflib.SequenceMatcher(None, model_type[:_LONGEST].lower(), name).ratio() for name in _families()}
+
+    def distance(name: str) -> tuple[float, ...]:
+        stem_of, version_of, rest_of = _words(name)
+        common = next((i for i, (a, b) in enumerate(zip(stem, stem_of, strict=False)) if a != b), None)
+        common = min(len(stem), len(stem_of)) if common is None else common
+        kind = _kind(name)
+        other = float(not any(part in said for part in kind.split(", ")) if kind else bool(said))
+        if not common:
+            return 0, other, -alike[name]
+        return -common, other, len(set(rest) ^ set(rest_of)), abs(version - version_of), -alike[name]
+
+    return tuple(sorted((name for name in _families() if name != model_type), key=distance)[:3])
+
+
+def _families() -> tuple[str, ...]:
+    return (*MODEL_TYPES, *MODULES)
+
+
+def _kind(name: str) -> str:
+    tower = name in _TOWERS or "_vl" in name.removesuffix("_text")
+    return "vision-language" if tower else _KINDS_OF_MODULES.get(MODULES.get(name, ""), "")
+
+
+def _words(name: str) -> tuple[list[str], float, list[str]]:
+    """The words that a name begins with, the version after them, and the other words.
+
+    >>> _words("kimi_k25"), _words("qwen3_5_moe"), _words("gemma3_text")
+    ((['kimi', 'k'], 25.0, []), (['qwen'], 3.5, ['moe']), (['gemma'], 3.0, []))
+    """
+    parts = re.findall(r"[a-z]+|[0-9]+", name)
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    numbers = [part for part in parts[at : at + 2] if part.isdigit()]
+    version = float(".".join(numbers)) if numbers else 1.0
+    return parts[:at], version, [part for part in parts[at + len(numbers) :] if part != "text"]
 
 
 def _says(config: Mapping[str, Any], key: str) -> bool:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypedDict
 
-from memplan.catalogue import build, losses
+from memplan.catalogue import build, context_parallel, losses, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
@@ -16,7 +16,7 @@ from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, stora
 from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record
 from memplan.engine.step import Lowered, lower, read_dtype
-from memplan.engine.walk import size
+from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.ir import Division, Op, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
@@ -27,10 +27,10 @@ class Graph(NamedTuple):
     """What decides which operations a forward and a backward pass run, and what they keep.
 
     `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
-    of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `fused` the kernels
-    that stand in for several; `converts`: what the model returns is cast to fp32;
-    `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings' output asks
-    for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
+    of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `short`: a loss in chunks
+    of tokens has one chunk only; `fused` the kernels that stand in for several; `converts`: what the model returns is
+    cast to fp32; `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings'
+    output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
     `degrees` the part of it that one rank computes.
     """
 
@@ -46,6 +46,7 @@ class Graph(NamedTuple):
     reentrant: bool = False
     logits: str = "padded"
     single: bool = False
+    short: bool = False
     fused: tuple[str, ...] = ()
     converts: bool = False
     code: str = "transformers"
@@ -74,7 +75,9 @@ _ANY_RANK = 0  # of a graph whose structure is asked for: adapters of every rank
 @lru_cache(maxsize=128)
 def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
-    recipe, model = graph.recipe, graph.model
+    recipe, model, degrees = graph.recipe, graph.model, graph.degrees
+    if degrees.tp > 1:
+        model = tensor_parallel.part_of(model, degrees)
     axes = {**model.axes(), "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.by_name:
@@ -83,6 +86,10 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
+    if degrees.tp > 1:
+        stack = tensor_parallel.divide(stack, model.model_type, degrees)
+    if degrees.cp > 1:
+        stack = context_parallel.around(stack, degrees)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)
@@ -102,6 +109,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         graph.single,
         "cross_entropy" in graph.fused,
         graph.converts,
+        graph.short,
     )
     return stack, axes
 
@@ -216,10 +224,16 @@ def tower_dtype(model: ModelSpec, recipe: Recipe) -> str:
     return read_dtype(stack, ("v.o.parts.lse", "v.o.lse"), autocast, depth) or recipe.weights
 
 
+@lru_cache(maxsize=32)
+def _plain(model: ModelSpec, code: str = "transformers") -> Stack:
+    """The model's operations for questions that no kernel of attention changes: several are asked of each model."""
+    return build(model, Wiring("flash", "efficient"), code)
+
+
 @lru_cache(maxsize=512)
 def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
     """The linear layers and embeddings by their path in a layer, with the rows and columns of their matrices."""
-    stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
+    stack, axes = _plain(model), model.axes()
     return {
         op.name: matrix_shape(w, axes)
         for op in operations(stack)
@@ -231,14 +245,14 @@ def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
 @lru_cache(maxsize=512)
 def gates(model: ModelSpec) -> frozenset[str]:
     """The paths of linear layers of routers and of what mixes tokens without attention: some have a few rows only."""
-    stack = build(model, Wiring("flash", "efficient"))
+    stack = _plain(model)
     return frozenset(op.name for op in operations(stack) for w in op.weights if w.group in ("mixer", "router"))
 
 
 @lru_cache(maxsize=512)
 def parameter_targets(model: ModelSpec) -> tuple[tuple[str, ...], ...]:
     """The names of linear layers that peft takes a parameter for, parameter by parameter: of experts and routers."""
-    stack = build(model, Wiring("flash", "efficient"))
+    stack = _plain(model)
     found = {w.stands_for for op in operations(stack) for w in op.weights if w.stands_for and not w.matrix}
     return tuple(sorted(found))
 
@@ -246,7 +260,7 @@ def parameter_targets(model: ModelSpec) -> tuple[tuple[str, ...], ...]:
 @lru_cache(maxsize=512)
 def several(model: ModelSpec) -> frozenset[str]:
     """The names of linear layers whose modules return more than the product."""
-    stack = build(model, Wiring("flash", "efficient"))
+    stack = _plain(model)
     return frozenset(
         op.name.rpartition(".")[2] for op in operations(stack) for w in op.weights if w.matrix and w.several
     )
@@ -255,26 +269,26 @@ def several(model: ModelSpec) -> frozenset[str]:
 @lru_cache(maxsize=512)
 def stacks(model: ModelSpec) -> dict[str, tuple[str, ...]]:
     """The experts' stacks of matrices by name, with the linear layers that each stands for to peft."""
-    stack = build(model, Wiring("flash", "efficient"))
+    stack = _plain(model)
     return {w.name: w.stands_for for op in operations(stack) for w in op.weights if w.stacked}
 
 
 @lru_cache(maxsize=512)
 def linears(model: ModelSpec) -> dict[str, tuple[int, int]]:
     """The linear layers by their path in a layer, as `adaptable` has them."""
-    stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
+    stack, axes = _plain(model), model.axes()
     return {op.name: matrix_shape(w, axes) for op in operations(stack) if (w := matrix(op)) is not None}
 
 
 @lru_cache(maxsize=512)
 def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
     """The fused kernels that find operations of the model to stand in for."""
-    return frozenset(fusible(build(model, Wiring("flash", "efficient"), code)))
+    return frozenset(fusible(_plain(model, code)))
 
 
 def modules(model: ModelSpec) -> set[str]:
     """The names of the model's modules that have weights, and of those that they are parts of."""
-    stack = build(model, Wiring("flash", "efficient"))
+    stack = _plain(model)
     paths = {w.name.rpartition(".")[0] for op in operations(stack) for w in op.weights if w.group != "buffer"}
     return {name for path in paths for name in path.split(".")} | {
         op.name.rpartition(".")[2] for op in stack.after if matrix(op)
@@ -282,7 +296,7 @@ def modules(model: ModelSpec) -> set[str]:
 
 
 def _dims(w: Weight, axes: Mapping[str, int]) -> list[int]:
-    return [int(t) if t.isdigit() else axes[t] for t in w.shape.split()]
+    return [int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in w.shape.split()]
 
 
 def elements(w: Weight, axes: Mapping[str, int]) -> int:

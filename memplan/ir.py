@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Axes that are another one rounded up, and so never smaller.
+# Axes that are never smaller than another one: that one rounded up, or the tokens that its chunks are of.
 AT_LEAST = {
+    "s": "chunks",
     **dict.fromkeys(("s1", "s8", "s32", "s128", "s_conv", "s_chunks"), "s"),
     **dict.fromkeys(("t8", "t32", "t128"), "t"),
 }
@@ -58,6 +59,7 @@ class Weight(NamedTuple):
     stacked     matrices along the first axis, as one parameter of three dimensions; `rows` counts that axis too
     stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
     idle        would train, but never has a gradient: the run's operations do not use it, or only without one
+    gradient    the shape of its gradient, where that is not the weight's: of a part of a table, the whole table's
     """
 
     name: str
@@ -76,6 +78,7 @@ class Weight(NamedTuple):
     stacked: bool = False
     stands_for: tuple[str, ...] = ()
     idle: bool = False
+    gradient: str = ""
 
 
 class Keep(NamedTuple):
@@ -122,6 +125,8 @@ class Op(NamedTuple):
                     encoder's `states`, until an operation outside of blocks that `releases` those.
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
+    wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients
+                    are made though nothing reads them, and stay until the graph goes at the end of the step.
     asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
                     embeddings does. Where no gradient flows through, checkpointing or not.
     skipped         the run leaves it out: of it there are only its weights.
@@ -150,6 +155,7 @@ class Op(NamedTuple):
     holds: str = ""
     releases: bool = False
     captures: tuple[str, ...] = ()
+    wraps: tuple[Tensor, ...] = ()
     asks: bool = False
     skipped: bool = False
     recorded: bool = False
@@ -166,6 +172,7 @@ class Block(NamedTuple):
     blocks refer to, where what is computed again takes its place. `by_name`: so it is given what it reads besides `x`,
     which checkpointing of the reentrant kind then refers to until the graph goes.
     A `lasting` one is never checkpointed, as those of a tower whose layers the library does not checkpoint.
+    What it shares takes the place of what it `replaces`, which earlier blocks shared: the model names that no more.
     """
 
     name: str
@@ -174,6 +181,7 @@ class Block(NamedTuple):
     returned: bool = False
     lasting: bool = False
     by_name: bool = False
+    replaces: tuple[str, ...] = ()
 
 
 class Run(NamedTuple):

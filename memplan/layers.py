@@ -21,6 +21,8 @@ class Layer(NamedTuple):
     """One layer: whether its attention has a window and rotates; its key/value heads and FFN width, 0 for none.
 
     `mixer` is what mixes tokens and `ffn` what follows it, in words that a family's facts and its builder share.
+    `sums` counts the sums of earlier layers that it chooses from beside what it is given; one that `opens` puts what it
+    is given to them, and begins the next sum.
     """
 
     sliding: bool
@@ -29,6 +31,8 @@ class Layer(NamedTuple):
     f: int
     mixer: str = "attention"
     ffn: str = "dense"
+    sums: int = 0
+    opens: bool = False
 
 
 class Repeated(NamedTuple):
@@ -143,9 +147,9 @@ def sliding_layers(config: Mapping[str, Any], default: list[bool]) -> list[bool]
     if config.get("layer_types") is None:
         return default
     kinds = _list(config, "layer_types", len(default))
-    unknown = next((kind for kind in kinds if kind not in ("sliding_attention", "full_attention")), None)
-    if unknown is not None:
-        raise UnsupportedModelError(f"layer_types: {as_json(unknown)} is not supported yet", "layer_types")
+    unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
+    if unknown:
+        raise UnsupportedModelError(f"layer_types: {as_json(unknown[0])} is not supported yet", "layer_types")
     return [kind == "sliding_attention" for kind in kinds]
 
 

@@ -44,7 +44,7 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
         low = pass_of(structure, structure.accumulates if holds else later, labelled=True)
         keepers = _keepers(stack)
         counts = alive(low.held if holds else low.moments[index], low.runs, axes)
-        for key, count in counts.items():
+        for key, count in sorted(counts.items()):
             if count:
                 shape, dtype, kind, block, op, name, source = low.sizes[key]
                 where = f"{block}.{op}" if block else op

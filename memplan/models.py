@@ -19,10 +19,11 @@ from memplan.config_classes import (
     OWN_NAMES,
     POSITION_TABLES,
     RENAMED,
+    WRITE_OUT,
     family_of,
 )
-from memplan.errors import ConfigError
-from memplan.families import Family, family
+from memplan.errors import ConfigError, UnsupportedModelError
+from memplan.families import ONE_KERNEL, WRITTEN_OUT, Family, family
 from memplan.headers import Checkpoint
 from memplan.layers import Layer, Repeated, as_json, layers_of, runs_of
 from memplan.objectives import objective_of, trained_for
@@ -41,6 +42,7 @@ def _dense(model_type: str) -> Family:
         built_as=BUILT_AS.get(model_type, ""),
         positions=model_type in LEARNED_POSITIONS,
         objectives=("causal_lm", *(("sequence_classification",) if model_type in CLASSIFIERS else ())),
+        acts=WRITTEN_OUT if model_type in WRITE_OUT else ONE_KERNEL,
     )
 
 
@@ -113,6 +115,7 @@ class ModelSpec:
                 f"num_attention_heads {self.num_attention_heads}",
                 "num_key_value_heads",
             )
+        self.hidden_act = self._activation()
         self.tie_word_embeddings = bool(self.get("tie_word_embeddings", False))
         self.objective = objective_of(config, self._family.objectives)
         self.layers = self._layers()
@@ -149,8 +152,8 @@ class ModelSpec:
             raise ConfigError(f"config: {key} must be a number from 0 to {_LIMIT:,}, not {as_json(value)}", key)
         return value
 
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A further size of the config: a whole number from `least`; `default` where it is absent or null.
+    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = _LIMIT) -> int:
+        """A further size of the config: a whole number from `least` to `most`; `default` where it is absent or null.
 
         Raises ConfigError where it is no such number, or absent without a default.
         """
@@ -159,11 +162,23 @@ class ModelSpec:
             if default is None:
                 raise ConfigError(f"config: no {key}", key)
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LIMIT:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise ConfigError(
-                f"config: {key} must be a whole number from {least} to {_LIMIT:,}, not {as_json(value)}", key
+                f"config: {key} must be a whole number from {least} to {most:,}, not {as_json(value)}", key
             )
         return value
+
+    def probability(self, key: str, part: str = "") -> float:
+        """A probability of dropout that the config has, or a `part` of it; 0 where it is absent or null.
+
+        Raises ConfigError where it is no number from 0 to 1.
+        """
+        value = (self.part(part) if part else self.config).get(key)
+        if value is None:
+            return 0.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ConfigError(f"config: {key} must be a number from 0 to 1, not {as_json(value)}", key)
+        return float(value)
 
     def part(self, key: str) -> Mapping[str, Any]:
         """A nested config, empty where there is none. Raises ConfigError where it is something else."""
@@ -182,10 +197,18 @@ class ModelSpec:
             case _:
                 return stated or a
 
-    @cached_property
-    def hidden_act(self) -> str:
+    def _activation(self) -> str:
+        """transformers' name of the MLP's activation. Raises UnsupportedModelError for one that no stack of the family
+        has."""
         key = self._key("hidden_act")
-        return str(self.config[key]) if key is not None else "silu"
+        named = self.config.get(key) if key is not None else None
+        if named is not None and named not in self._family.acts:
+            raise UnsupportedModelError(
+                f"{key}: {as_json(named)} is not supported yet for model_type {self.model_type}; "
+                f"supported: {', '.join(self._family.acts)}",
+                str(key),
+            )
+        return str(named or "silu")
 
     @cached_property
     def sliding_window(self) -> int | None:
@@ -193,6 +216,8 @@ class ModelSpec:
         key = self._names.get("sliding_window", ("sliding_window",))[0]
         if key not in self._defaults:
             return None
+        if self.config.get(key) is not None and self.whole(key, least=0, most=_LIMITS["max_position_embeddings"]) == 0:
+            return None  # as Qwen2-MoE's config class writes that there is none
         window = self._whole(key, _LIMITS["max_position_embeddings"])
         used = "use_sliding_window" not in self._defaults or self.get("use_sliding_window", False)
         return window if used else None
@@ -303,6 +328,21 @@ class ModelSpec:
             "c": self.num_labels,
             **(self._family.axes(self) if self._family.axes is not None else {}),
         }
+
+    def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int, vocab_size: int) -> ModelSpec:
+        """The model with so many heads, as wide as they are, an FFN of that width and so many tokens."""
+        wanted = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_value_heads,
+            "intermediate_size": intermediate_size,
+            "vocab_size": vocab_size,
+            "head_dim": self.head_dim,
+        }
+        keys = ((self._key(name) or next(iter(self._names[name]), ""), n) for name, n in wanted.items())
+        config = {key: n for key, n in keys if key}
+        made = ModelSpec({**self.config, **config}, self.name, self.card, self.checkpoint)
+        made.head_dim = self.head_dim  # of families whose config has no word for it
+        return made
 
     def _key(self, name: str) -> str | None:
         """The key of the config that has the standard `name`: one that was given, else one that was filled in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from memplan.catalogue.kimi_k3 import of_its_own
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
 from memplan.graph import (
@@ -45,6 +46,13 @@ def kernel_notes(model: ModelSpec) -> Iterator[str]:
         yield (
             f"{model.model_type}: layers without attention are counted as transformers' torch code computes them; with "
             f"{package} and causal-conv1d installed, or their kernels from the hub, their activations take less"
+        )
+    if model.model_type in ("kimi_k3", "kimi_linear") and of_its_own(model):
+        yield (
+            "kimi_k3: transformers 5.24 has no class for it. Its own parts (attention residuals, bounded activation "
+            "and decay, gates, a narrower space for experts) were read in the modeling_kimi_linear.py published with "
+            "its weights. That calls flash-linear-attention and runs routed experts without gradients: that it trains "
+            "as transformers' Kimi Linear does is assumed. Nothing of it was traced"
         )
     if model.model_type == "llama4":
         yield (

@@ -34,7 +34,8 @@ class Structure(NamedTuple):
     """Everything of a run but its batch and sequence: what decides which tensors exist and when they are alive.
 
     `holds_outputs`: what the script holds of a pass is there in the optimizer's step too. `on_host`: the optimizer and
-    its step are in host memory.
+    its step are in host memory. `buffers`: gradients lie in buffers that ranks reduce as they are, and weights are not
+    sent around. `workspace`: bytes of one that the model's own kernels have throughout.
     """
 
     graph: Graph
@@ -52,6 +53,8 @@ class Structure(NamedTuple):
     holds_outputs: bool = False
     on_host: bool = False
     ranks: Ranks = ONE
+    buffers: bool = False
+    workspace: int = 0
 
 
 class Program(NamedTuple):
@@ -191,10 +194,11 @@ def _moments(graph: Graph, ways: tuple[_Way, ...], holds_outputs: bool) -> _Mome
 @lru_cache(maxsize=2048)
 def program(structure: Structure) -> Program:
     """Lower the structure and put its model's numbers in: milliseconds, and then kept."""
+    whole = structure.graph._replace(degrees=WHOLE)
     _, axes = built(structure.graph)
     ways = tuple(_way(structure, later) for later in (False, True)[: 1 + structure.accumulates])
     moments = _moments(structure.graph, ways, structure.holds_outputs)
-    weights = tuple(weights_of(structure.graph._replace(degrees=WHOLE)))
+    weights, numbers = tuple(weights_of(whole)), built(whole)[1]
     resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
     optimizer = _optimizer(structure, trained)
@@ -219,9 +223,9 @@ def program(structure: Structure) -> Program:
         host=sum(s.bytes * s.count for s in optimizer.states if s.host),
         away=tuple(_away(_lowered(structure.graph, ways[0]), axes)),
         clipping=_clipping(structure, trained),
-        total_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
-        trainable_parameters=sum(elements(w, axes) * n for w, n, _ in weights if w.trains or w.idle),
-        active_parameters=sum(active(w, axes) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
+        total_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
+        trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.trains or w.idle),
+        active_parameters=sum(active(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
     )
 
 
@@ -259,12 +263,26 @@ def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
 
 def _optimizer(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
     """The optimizer's memory; at ZeRO's stage 3 it steps one sub-group after the other, with that one's scratch."""
-    found = optimizer_of(structure, trained)
+    found = _with_parts(optimizer_of(structure, trained), structure)
     if zero.stage(structure.ranks) < 3:
         return found
     sub_group = Parameter("", (zero.in_sub_group(structure.graph, structure.ranks),), "fp32")
     one = optimizer_of(structure, [sub_group])
     return found._replace(first=one.first, later=one.later, listed=one.listed)
+
+
+def _with_parts(found: OptimizerMemory, structure: Structure) -> OptimizerMemory:
+    """The same, where gradients are of whole weights of which a rank has parts: one copy of those parts at a time.
+
+    Source: torch 2.13 distributed/tensor/_dispatch.py redistribute_local_args.
+    """
+    _, axes = built(structure.graph)
+    whole = [(w, n) for w, n, _ in weights_of(structure.graph) if w.gradient and w.trains]
+    parted = sum(size(w.shape, w.dtype, axes)[1] * n for w, n in whole)
+    if max(found.first, found.later) >= parted or found.frees_gradients or structure.optimizer == "none":
+        return found
+    scratch = "the rank's parts of whole gradients"
+    return found._replace(first=max(found.first, parted), later=max(found.later, parted), scratch=scratch)
 
 
 def _clipping(structure: Structure, trained: list[Parameter]) -> int:
@@ -296,7 +314,7 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
 def _loading(structure: Structure) -> int:
     """The most bytes at once until the first step. DDP sends the first rank's weights to the others."""
     most = _most(loading_of(structure))
-    if structure.ranks.strategy != "ddp" or structure.ranks.world == 1:
+    if structure.ranks.strategy != "ddp" or structure.ranks.world == 1 or structure.buffers:
         return most
     resident = sum(h.bytes * h.copies for h in resident_of(structure))
     return max(most, resident + min(resident, BROADCASTS * BROADCAST))
@@ -310,7 +328,12 @@ def resident_of(structure: Structure) -> Iterator[Held]:
 
 
 def reducing_of(structure: Structure) -> tuple[Held, ...]:
-    """The buckets that gradients are copied into, to be summed over ranks, and at ZeRO's stage 3 where the sums go."""
+    """The buckets that gradients are copied into, to be summed over ranks, and at ZeRO's stage 3 where the sums go; and
+    a workspace of the model's own."""
+    if structure.workspace:
+        source = "TransformerEngine 2.3 pytorch/module/base.py get_workspace"
+        shape = str(structure.workspace)
+        return (Held("other", "workspace of Transformer Engine", "", shape, "uint8", 1, structure.workspace, source),)
     if zero.stage(structure.ranks):
         return tuple(zero.reducing(structure.graph, structure.ranks))
     if structure.ranks.world == 1 or structure.ranks.strategy != "ddp":
@@ -341,8 +364,9 @@ def _whole_gradients(structure: Structure) -> Iterator[Held]:
     for w, count, where in weights_of(structure.graph):
         if w.trains:
             dtype = structure.grads or w.dtype
-            bytes_ = size(w.shape, dtype, axes)[1]
-            yield Held("gradient", f"{w.name}.grad", where.rstrip("."), w.shape, dtype, count, bytes_, "autograd")
+            shape = w.gradient or w.shape
+            bytes_ = size(shape, dtype, axes)[1]
+            yield Held("gradient", f"{w.name}.grad", where.rstrip("."), shape, dtype, count, bytes_, "autograd")
 
 
 def stay_throughout(structure: Structure, phase: str) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from memplan.catalogue.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.methods import PARTS, Recipe, inside
 from memplan.errors import SpecError, UnknownNameError
-from memplan.families.vision import is_vision
 from memplan.graph import (
     adaptable,
     gates,
@@ -28,7 +27,11 @@ def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     for part in method.frozen:
         if part not in PARTS:
             raise UnknownNameError("method.frozen", part, tuple(PARTS))
-    if method.frozen and not is_vision(model.model_type):
+    if not method.frozen:
+        return ()
+    from memplan.families.vision import is_vision
+
+    if not is_vision(model.model_type):
         raise SpecError(f"method.frozen: {model.model_type} has no parts beside the language model", "method.frozen")
     if set(method.frozen) == set(PARTS):
         raise SpecError("method.frozen: nothing is left to train", "method.frozen")
@@ -235,16 +238,23 @@ def check_time_steps(model: ModelSpec, method: Method) -> None:
 
 
 # Linear layers whose weights a family's own forward changes or reads, so that it cannot run with them quantised.
-# Source: transformers 5.24 models/gemma3n/modeling_gemma3n.py Gemma3nTextAltUp.predict, correct.
-_CLAMPED = {"gemma3n_text": ("prediction_coefs", "correction_coefs")}
+# Source: transformers 5.24 models/gemma3n/modeling_gemma3n.py Gemma3nTextAltUp.predict, correct;
+# modeling_kimi_linear.py of moonshotai/Kimi-K3, _apply_attn_res.
+_CHOOSING = ("self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj")
+_ITS_OWN = {
+    "gemma3n_text": ("clamps", ("prediction_coefs", "correction_coefs")),
+    **dict.fromkeys(("kimi_k3", "kimi_linear"), ("multiplies by", _CHOOSING)),
+}
 
 
 def _unquantised(model: ModelSpec, skip: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """Layers that a family clamps as it trains, of those that `skip` does not name; and a note of them."""
-    missing = tuple(name for name in _CLAMPED.get(model.model_type, ()) if name not in skip)
+    """Layers whose weights a family uses by itself, of those that `skip` does not name; and a note of them."""
+    does, names = _ITS_OWN.get(model.model_type, ("", ()))
+    there = () if names is _CHOOSING and not model.config.get("attn_res_block_size") else names
+    missing = tuple(name for name in there if name not in skip)
     if not missing:
         return (), []
-    note = f"{', '.join(missing)} cannot be quantised, as the model clamps them: name them in method.quantization.skip"
+    note = f"{', '.join(missing)} cannot be quantised, as the model {does} them: name them in method.quantization.skip"
     return missing, [f"{note}. They are counted as they are"]
 
 

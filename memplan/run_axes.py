@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from memplan.catalogue import megatron_parallel
 from memplan.catalogue.attention import efficient_workspace_bytes
+from memplan.catalogue.losses import CHUNK
 from memplan.graph import built
 from memplan.models import ModelSpec
 from memplan.program import Program
@@ -34,8 +36,8 @@ class _Run(NamedTuple):
 
     @property
     def pairs(self) -> Any:
-        """Batch times heads."""
-        return self.b * self.model.num_attention_heads
+        """Batch times heads, of those that a rank has."""
+        return self.b * self.fixed["a"]
 
     def workspace(self, queries: Any, widths: tuple[int, int], keys: Any = None) -> Any:
         """Bytes that memory-efficient attention's backward takes for a head."""
@@ -57,10 +59,12 @@ def run_axes(
     `pictures` are the axes that its images decide. `target` is the length of what the decoder of an encoder-decoder is
     given; without, as long as the encoder's.
     """
-    b, s = micro, sequence
+    degrees = program.structure.graph.degrees
+    b, s = micro, -(-sequence // degrees.cp)
     tokens = b * s
     m = program.structure.graph.model
-    many, sorts = b > 1, tokens > 3072
+    rows = megatron_parallel.padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
+    many, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
     axes = {
         "b": b,
         "s": s,
@@ -71,11 +75,20 @@ def run_axes(
         "targets": by.choose(many, tokens, s + 1),
         "padded_labels": by.choose(many, b * (s + 1), 0),
         "shifted_rows": b * (s - 1),
-        "further_chunks": (s - 1) // 128,
+        "further_chunks": further,
+        "lm_one": by.choose(further > 1, CHUNK, 0),
+        "lm_rest": by.choose(further > 1, CHUNK * (further - 1), 0),
+        "lm_next": by.choose(further > 0, CHUNK, 0),
+        "lm_last": s - CHUNK * further,
+        "lm_rows": s - CHUNK * further - 1,
         "shifted_labels": by.choose(many, b * (s - 1), 0),
         "sorted_ids": by.choose(sorts, tokens, 0),
-        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, m.vocab_size), 0),
+        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, rows), 0),
     }
+    if degrees.cp > 1:
+        axes["s_cp"] = sequence
+    if degrees.sequence_parallel:
+        axes["s_tp"] = -(-s // degrees.tp)
     axes.update(pictures)
     needs = program.needs.difference(axes)
     if needs:
@@ -223,7 +236,7 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
     yield "tower_fp32", 0 if half else d + 1
     for name, of, pairs in (
         ("grid", axes["grid"], heads),
-        ("window", axes["window"], heads),
+        ("window", axes.get("window", 0), heads),
         ("packed", rows, heads),
         ("batched", axes["grid"], run.b * axes["images"] * heads),
     ):

@@ -1,7 +1,8 @@
 """Many runs at once: batch x sequence x rank as arrays, by the walk of one run over arrays instead of numbers.
 
 A program's moments are linear in its variables (see `memplan.engine.walk`): for many runs that is a product of
-matrices. Each rank is a program of its own, and so are a batch of one sequence and sequences beyond the model's window.
+matrices. Each rank is a program of its own, as are a batch of one sequence, sequences beyond the model's window, and
+those of one chunk of the loss.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from memplan.answer import ANSWERS
 from memplan.batches import check_batch
 from memplan.cards import find_model
+from memplan.catalogue.losses import CHUNK
 from memplan.engine.walk import values
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
-from memplan.families.vision import picture_of, sees
+from memplan.families.pictures import picture_of, sees
 from memplan.program import PHASES, Program, phase_peaks, program
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
@@ -195,6 +197,8 @@ def _alike(run: RunSpec, batches: list[int], sequences: list[int]) -> Iterator[t
     if run.batch.images and sees(model.model_type):
         tokens = run.batch.images * picture_of(model, run.batch.image_size).tokens
         ends.add(bisect_left(sequences, tokens))  # shorter ones do not hold the images
+    if run.kernels.loss == "chunked_lm_head":
+        ends.add(bisect_right(sequences, CHUNK))
     if model.learned_positions and model.longest_sequence is not None:
         ends.add(bisect_right(sequences, model.longest_sequence))
     for rows in pairwise(sorted({0, bisect_right(batches, 1), len(batches)})):

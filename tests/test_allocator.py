@@ -21,6 +21,7 @@ from memplan.segments import pass_of, segments
 from memplan.usage import reserved
 from tests.sampling import examples
 from tests.test_laws import laws, runs
+from tests.tiny import TINY
 
 MIB = 2**20
 
@@ -222,3 +223,15 @@ def test_a_card_with_room_is_no_limit_and_one_below_the_tensors_does_not_suffice
     assert segments(w.program, w.axes, w.workspace, capacity=free) == free
     with pytest.raises(OutOfMemoryError):
         segments(w.program, w.axes, w.workspace, capacity=max(p.peak for p in w.phases[1:]) - 2 * w.workspace - 1)
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_pass_of_every_family_frees_what_it_made_and_nothing_twice(model_type: str) -> None:
+    model = {"config": {"model_type": model_type, **TINY[model_type]}}
+    run = RunSpec(model=model, batch={"sequence": 64})
+    structure = decide(run).structure
+    assert sizes_of(structure, {"b": 1, "s": 64}, *pass_of(structure, later=False)[:2])
+    stack, _ = built(structure.graph)
+    for ops in (stack.before, stack.after, *(block.ops for part in stack.runs for block in part.blocks)):
+        weights = {weight.name for op in ops for weight in op.weights}
+        assert weights.isdisjoint(tensor.name for op in ops for tensor in op.writes)

@@ -325,6 +325,32 @@ def test_another_kind_of_model_is_refused_by_its_family(config: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
+    ("model_type", "keys", "nearest"),
+    [
+        ("kimi_k4", {"vision_config": {"patch_size": 14}}, "kimi_k3 or kimi_k25 or kimi_k2"),
+        ("kimi_linear2", {"num_experts": 64}, "kimi_linear or "),
+        ("qwen4", {}, "qwen3 or qwen2 or qwen"),
+        ("qwen4_moe", {"num_experts": 64}, "qwen3_moe or "),
+        ("qwen4_vl", {"vision_config": {"depth": 27}}, "qwen3_vl or "),
+        ("llama5", {}, "llama or "),
+        ("llama5_text", {"num_local_experts": 16}, "llama4_text or "),
+        ("deepseek_v5", {"kv_lora_rank": 512, "n_routed_experts": 64}, "deepseek_v4 or deepseek_v3 or "),
+        ("gemma5", {}, "gemma4_text or "),
+        ("gpt_oss2", {"num_local_experts": 64}, "gpt_oss or "),
+        ("bamba", {"mamba_d_state": 16}, "mamba or |jamba or "),
+        ("distilbert", {}, "bert or "),
+        ("llama", {"num_local_experts": 8}, "llama4_text or "),
+    ],
+)
+def test_a_family_without_a_stack_is_refused_with_the_nearest_that_has_one(
+    model_type: str, keys: dict[str, Any], nearest: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"not supported yet; did you mean ({nearest})") as caught:
+        ModelSpec({**{k: v for k, v in LLAMA.items() if k != "model_type"}, "model_type": model_type, **keys})
+    assert caught.value.field == "model_type"
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "not JSON"),
@@ -544,3 +570,117 @@ def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(model_type: 
             assert model.rotary_width == int(model.head_dim * share), config
         compared += 1
     assert compared >= 5
+
+
+@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize("named", ["fatrelu", "quick_gelu", "gelu_python", 1, ["silu"], ""])
+def test_an_activation_that_no_stack_has_is_refused_by_name(model_type: str, named: Any) -> None:
+    model = ModelSpec({"model_type": model_type, **TINY[model_type]})
+    key = model._key("hidden_act")  # pyright: ignore[reportPrivateUsage]
+    if key is None:
+        return
+    with pytest.raises(
+        UnsupportedModelError, match=f"^{key}: .* is not supported yet for model_type .*silu|relu2"
+    ) as e:
+        ModelSpec({"model_type": model_type, **TINY[model_type], key: named})
+    assert e.value.field == key
+
+
+def test_a_gate_is_multiplied_by_an_activation_of_one_kernel_and_other_mlps_have_those_written_out_too() -> None:
+    """transformers' gelu_new is eight operations, and relu keeps what it makes: neither is silu's kernel."""
+    for act in ("gelu_new", "relu", "relu2"):
+        with pytest.raises(
+            UnsupportedModelError, match=f'hidden_act: "{act}" is not supported yet for model_type llama'
+        ):
+            ModelSpec({"model_type": "llama", **TINY["llama"], "hidden_act": act})
+        for model_type in ("gpt_neox", "phi", "starcoder2"):
+            model = ModelSpec({"model_type": model_type, **TINY[model_type], "hidden_act": act})
+            assert build(model, Wiring("flash", "efficient"))
+    with pytest.raises(
+        UnsupportedModelError, match='feed_forward_proj: "gated-x" is not supported yet; supported: silu'
+    ):
+        ModelSpec({**read_card("t5-base")["config"], "feed_forward_proj": "gated-x"}).axes()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [
+        ("granitemoehybrid", "layer_types"),
+        ("gemma2", "layer_types"),
+        ("gpt_oss", "layer_types"),
+        ("qwen3", "layer_types"),
+    ],
+)
+def test_a_null_among_the_kinds_of_layers_is_no_kind(model_type: str, key: str) -> None:
+    config = {"model_type": model_type, **TINY[model_type], key: [None] * 64}
+    with pytest.raises(ConfigError, match=f"{key}.*null"):
+        ModelSpec(config)
+
+
+@pytest.mark.parametrize("key", ["compress_ratios", "layer_types", "mlp_layer_types"])
+@pytest.mark.parametrize("bad", [float("inf"), 4, "moe", [None] * 4, ["x"] * 4, [4]])
+def test_what_v4_says_of_its_layers_is_a_list_of_words_that_it_has(key: str, bad: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: \\S+ is not supported yet|{key} must be a list"):
+        ModelSpec({"model_type": "deepseek_v4", **TINY["deepseek_v4"], key: bad})
+
+
+@pytest.mark.parametrize("bad", [5, -0.1, True, "x", [0.1]])
+def test_a_probability_of_dropout_is_a_number_from_0_to_1(bad: Any) -> None:
+    for model_type, changed in (
+        ("gpt_neox", {"attention_dropout": bad}),
+        ("mpt", {"attn_config": {"attn_pdrop": bad}}),
+    ):
+        model = ModelSpec({"model_type": model_type, **TINY[model_type], **changed})
+        with pytest.raises(ConfigError, match=r"drop.* must be a number from 0 to 1, not"):
+            build(model, Wiring("flash", "efficient"))
+    with pytest.raises(ConfigError, match="attn_config must be a config of its own, not 5"):
+        build(ModelSpec({"model_type": "mpt", **TINY["mpt"], "attn_config": 5}), Wiring("flash", "efficient"))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_vl_moe"])
+def test_experts_are_counted_by_the_name_that_transformers_writes_too(model_type: str) -> None:
+    """Their config classes write num_experts as num_local_experts (attribute_map of transformers 5.24)."""
+    like = {"qwen3_moe": {**TINY["qwen3_moe"]}, "qwen3_vl_moe": {"text_config": {**TINY["qwen3_moe"]}}}[model_type]
+    config = {"model_type": model_type, **copy.deepcopy(like)}
+    part = config.get("text_config", config)
+    part["num_local_experts"] = part.pop("num_experts")
+    assert ModelSpec(config).axes()["E"] == 8
+
+
+def test_a_window_of_0_is_none_as_transformers_writes_it() -> None:
+    config = {"model_type": "qwen2_moe", **TINY["qwen2_moe"], "sliding_window": 0}
+    assert ModelSpec(config).sliding_window is None
+    with pytest.raises(ConfigError, match="sliding_window must be a whole number from 0"):
+        _ = ModelSpec({**config, "sliding_window": -1})
+
+
+def test_a_tower_too_shallow_to_hand_anything_to_the_language_model_is_built() -> None:
+    config = copy.deepcopy(read_card("qwen3-vl-8b")["config"])
+    config["vision_config"]["depth"] = 5
+    assert build(ModelSpec(config), Wiring("flash", "efficient", images=True))
+
+
+def test_gemma_4s_heads_layer_by_layer_are_those_of_all_or_refused() -> None:
+    config = {"model_type": "gemma4_text", **TINY["gemma4_text"]}
+    same = {"1": {"head_dim": config["global_head_dim"]}}
+    assert ModelSpec({**config, "per_layer_config": same}).axes() == ModelSpec(config).axes()
+    with pytest.raises(UnsupportedModelError, match=r"per_layer_config: .*say global_head_dim, which is 512 here"):
+        ModelSpec({**config, "global_head_dim": 512, "per_layer_config": same})
+
+
+def test_an_empty_key_says_nothing() -> None:
+    config = {"model_type": "nemotron_h", **TINY["nemotron_h"]}
+    assert ModelSpec({**config, "": 5}).axes() == ModelSpec(config).axes()
+
+
+def test_a_list_of_indexers_is_a_list() -> None:
+    with pytest.raises(ConfigError, match="indexer_types must be a list of"):
+        ModelSpec({**read_card("glm-5")["config"], "indexer_types": 5})
+
+
+def test_a_config_with_nan_in_it_is_the_same_model_when_read_again(tmp_path: Path) -> None:
+    """What is worked out of a model is kept by it, and NaN is equal to nothing."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **TINY["llama"], "attention_dropout": float("nan")}))
+    assert find_model(str(path)) == find_model(str(path))
+    assert hash(find_model(str(path))) == hash(find_model(str(path)))

@@ -188,7 +188,12 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
 
 @pytest.mark.parametrize(
     "options",
-    ["--tp 2", "--gpus 4 --pp 2", "--gpus 4 --cp 2 --fsdp fsdp2", "--offload optimizer --gpus 2", "--ep 2 --gpus 2"],
+    [
+        "--tp 2 --profile transformers-4.48",
+        "--gpus 4 --pp 2",
+        "--offload optimizer --gpus 2",
+        "--ep 2 --gpus 2",
+    ],
 )
 def test_what_is_not_supported_yet_says_so(memplan_: Memplan, options: str) -> None:
     fails(memplan_("qwen2-7b", *options.split()), 2, "parallelism", "not supported yet")
@@ -471,7 +476,8 @@ MISTAKES = {
     "qwen2-7b --optimizer adamw": ("optimizer.name (--optimizer)", "adamw_torch"),
     "qwen2-7b --tp 99999999999999999999": ("parallelism.tp (--tp)", "at most"),
     "qwen2-7b --gpus 99999999999999999999": ("parallelism.world (--gpus)", "at most"),
-    "qwen2-7b --tp 2": ("parallelism.tp (--tp)", "2 is not supported yet; supported: 1, and data"),
+    "qwen2-7b --tp 3": ("parallelism.tp (--tp)", "3 does not divide 28 attention heads and 4 key/value heads"),
+    "qwen2-7b --pp 2": ("parallelism.pp (--pp)", "2 is not supported yet; supported: 1, and data"),
     "qwen2-7b --gpus 4 --fsdp full_shard --method dora": ("method.kind (--method)", "supported: full, freeze, lora"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --optimizer adafactor": ("optimizer.name (--optimizer)", "adamw_torch_fused"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --method qlora": ("method.quantization.storage", "bf16, fp16, fp32"),
@@ -683,7 +689,7 @@ def test_the_manual_has_every_option_as_help_has_it() -> None:
 
 def test_help_says_which_options_are_refused() -> None:
     for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
-        several = parameter.name in ("tp", "pp", "cp", "ep", "offload")
+        several = parameter.name in ("pp", "ep", "offload")
         panel = getattr(parameter, "rich_help_panel", None) or ""
         assert ("refused" in f"{panel} {parameter.help}") == several, parameter.name
 

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from typer.main import get_command
 
 from benchmarks import accuracy
+from memplan.cli import app
 from tests.sampling import ALL, sampled
 
+COMMAND = get_command(app)
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [
@@ -61,24 +64,36 @@ def test_the_examples_in_docstrings_run_as_written(module: str) -> None:
     assert doctest.testmod(import_module(module)).failed == 0
 
 
-def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """One line of a shell block, with this interpreter's memplan; CI runs the line whole, `pip install` included."""
-    words = shlex.split(line.rpartition("&&")[2], comments=True)
-    assert words[0] == "memplan", line
+def words_of(line: str) -> list[str]:
+    """What follows `memplan` in a line of a shell block; CI runs the line whole, `pip install` included."""
+    name, *words = shlex.split(line.rpartition("&&")[2], comments=True)
+    assert name == "memplan", line
+    return words
+
+
+def test_the_first_command_of_the_readme_prints_what_it_says_in_a_process_of_its_own(tmp_path: Path) -> None:
+    block = COMMANDS[0]
     env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
-    return subprocess.run(
-        [sys.executable, "-m", "memplan", *words[1:]],
-        check=False,
-        cwd=folder,
+    done = subprocess.run(
+        [sys.executable, "-m", "memplan", *words_of(block.text)],
+        check=True,
+        cwd=tmp_path,
         env={**env, "COLUMNS": "100", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         encoding="utf-8",
     )
+    assert (done.stdout, done.stderr) == (block.printed, "")
 
 
 @pytest.mark.parametrize("block", COMMANDS, ids=lambda block: f"{block.page}: {block.text.splitlines()[0][:60]}")
-def test_a_shell_block_does_what_the_page_says(block: Block, tmp_path: Path) -> None:
+def test_a_shell_block_does_what_the_page_says(
+    block: Block, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
     config = tmp_path / "path" / "to" / "config.json"
     config.parent.mkdir(parents=True)
     config.write_text(
@@ -93,10 +108,11 @@ def test_a_shell_block_does_what_the_page_says(block: Block, tmp_path: Path) -> 
         if line.endswith("pytest"):
             assert line == "pip install '.[test]' && pytest"  # .ci/run reads and runs it, which runs this
             continue
-        done = run(line, tmp_path)
-        assert done.returncode in (0, 1), done.stderr
-        assert done.stderr == ""
-        printed += done.stdout
+        with pytest.raises(SystemExit) as left:
+            COMMAND.main(words_of(line))
+        out, err = capsys.readouterr()
+        assert (left.value.code in (0, 1), err) == (True, "")
+        printed += out
     if block.printed is not None:
         assert printed == block.printed
 

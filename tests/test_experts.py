@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from benchmarks.golden import SLACK
 from memplan import RunSpec, estimate
 from memplan.cards import load_card
-from memplan.catalogue import experts
-from memplan.catalogue.experts import AS_MODULES
+from memplan.catalogue import expert_loops, routers
+from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.errors import ConfigError, MemplanError
 from memplan.families.moe import FAMILIES
 from memplan.graph import parameters_of, weights_of
@@ -21,7 +21,7 @@ from memplan.models import ModelSpec
 from memplan.program import program, trained_parameters
 from memplan.resolve import decide
 from memplan.speed import work
-from tests.sampling import sampled
+from tests.sampling import examples, sampled
 from tests.tiny import TINY
 
 EVERY = sorted(name for name, config in TINY.items() if "E" in ModelSpec({"model_type": name, **config}).axes())
@@ -186,7 +186,7 @@ def test_ranks_divide_stacks_as_they_divide_all_else(strategy: str, each: float)
     assert held == pytest.approx(each * estimate(spec).parameters.total, rel=0.01)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(experts=st.integers(1, 64), chosen=st.integers(1, 64), width=st.integers(1, 512))
 def test_only_as_many_experts_can_be_chosen_as_there_are(experts: int, chosen: int, width: int) -> None:
     sizes = {"num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": width}
@@ -271,9 +271,9 @@ def test_experts_that_are_modules_keep_what_the_published_loop_does() -> None:
 
     number, chosen, width = 4, 2, 48
     axes = {**AXES, "E": number, "e": chosen, "m": width, "routed": B * S * chosen // number}
-    inputs = (Tensor("in", "b s h", "bf16"), Tensor(experts.SCORES, "b s e", "bf16"))
-    choice = (Tensor(experts.CHOSEN, "b s e", "int64"),)
-    made = experts.modules("in", "out", number, chosen)
+    inputs = (Tensor("in", "b s h", "bf16"), Tensor(routers.SCORES, "b s e", "bf16"))
+    choice = (Tensor(routers.CHOSEN, "b s e", "int64"),)
+    made = expert_loops.modules("in", "out", number, chosen)
     mine = in_bytes(one_block(made, "bf16", "out", inputs, constants=choice), axes, ("embeds", "y", "loss"))
 
     x, scores = (leaf(B * S, n, dtype=torch.bfloat16) for n in (H, chosen))

@@ -30,6 +30,8 @@ FLOORS = (
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "huggingface_hub")
+# What a dense model needs nothing of.
+OTHERS = ("memplan.families.vision", "memplan.families.ssm", "memplan.catalogue.vision", "memplan.hub", "memplan.sweep")
 
 
 def imported(path: Path) -> set[str]:
@@ -93,7 +95,7 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import memplan
 answer = memplan.estimate(memplan.RunSpec(model="qwen2-7b", method="qlora", gpu="3090"))
 answer.model_dump_json()
-print(answer.verdict.answer, *(m for m in {HEAVY!r} + ("rich", "typer", "yaml") if m in sys.modules))
+print(answer.verdict.answer, *(m for m in {HEAVY!r} + ("rich", "typer", "yaml", *{OTHERS!r}) if m in sys.modules))
 """
     assert fresh(code) == "fits"
 

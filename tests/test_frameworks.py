@@ -486,7 +486,6 @@ def _with(asked: RunSpec, changed: RunSpec, path: str) -> RunSpec | None:
 TEXT = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")))
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import mul
 from typing import Any
 
 import pytest
@@ -9,14 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue import build
+from memplan.catalogue.attention import Wiring
 from memplan.catalogue.states import optimizer_names, takes_foreach
-from memplan.engine.walk import alive, largest, moment_bytes, size, values
+from memplan.engine.walk import alive, largest, moment_bytes, rows, size, values
+from memplan.families.pictures import PICTURES
 from memplan.graph import built
+from memplan.ir import operations
+from memplan.models import ModelSpec
 from memplan.program import PHASES, pass_of, program
 from memplan.resolve import decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
+from tests.encoders import SMALL as ENCODERS
 from tests.sampling import examples
+from tests.tiny import TINY as DECODERS
+from tests.tiny_vision import TINY as TOWERS
 
 laws = settings(max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -72,6 +81,16 @@ def answer(run: dict[str, Any], **changes: Any) -> Estimate:
 
 def allocated(run: dict[str, Any], **changes: Any) -> int:
     return answer(run, **changes).bytes.allocated
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *TOWERS, *ENCODERS])
+def test_no_tensor_has_a_weights_name(name: str) -> None:
+    """A gradient is known by the name of what it is of, and would be one for both."""
+    config = {"model_type": name, **{**DECODERS, **TOWERS, **ENCODERS}[name]}
+    for wiring in (Wiring("flash", "efficient"), Wiring("eager", "eager", padded=True, images=name in PICTURES)):
+        made = tuple(operations(build(ModelSpec(config), wiring)))
+        weights = {w.name for op in made for w in op.weights}
+        assert weights.isdisjoint(t.name for op in made for t in op.writes)
 
 
 @laws
@@ -219,6 +238,23 @@ def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, seq
         assert largest(p.first[phase], numbers, products)[0] == max(every)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "kimi_linear", "mamba2", "qwen3_next"])
+def test_pruned_moments_of_layers_that_differ_never_miss_the_peak(family: str) -> None:
+    """Where attention has a window, and where a scan goes by chunks: axes of their own, on the chain or beside it."""
+    model = {"config": {"model_type": family, **DECODERS[family]}}
+    run = RunSpec.model_validate({"model": model, "kernels": {"checkpointing": "none"}})
+    structure = decide(run).structure
+    p, low, own = program(structure), pass_of(structure), built(structure.graph)[1]
+    every = rows(low.moments, low.runs, own, [size(key[0], key[1], own) for key in low.sizes], p.variables)
+    for micro, sequence in ((1, 1), (1, 2), (3, 1), (1, 63), (2, 64), (1, 65), (5, 257), (1, 4096)):
+        axes = run_axes(p, micro, sequence, True, True, ONE_RUN)
+        numbers = values(p.variables, axes), values(p.products, axes)
+        for phase in PHASES:
+            of_phase = [row for row, m in zip(every, low.moments, strict=True) if m.phase == phase]
+            most = max(sum(map(mul, row, numbers[0])) for row in of_phase)
+            assert largest(p.first[phase], *numbers)[0] == most, (micro, sequence, phase)
+
+
 @pytest.mark.parametrize("name", optimizer_names())
 def test_the_ledger_sums_to_the_peak_under_every_optimizer(name: str) -> None:
     for foreach in (None, False) if takes_foreach(name) else (None,):
@@ -227,3 +263,13 @@ def test_the_ledger_sums_to_the_peak_under_every_optimizer(name: str) -> None:
         assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated == max(p.peak for p in answer.phases)
         if answer.peak.where == "optimizer":
             assert any(line.kind == "temp" and line.bytes for line in answer.ledger)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_ledger_sums_to_the_peak_where_a_run_is_handed_what_it_did_not_make(method: str) -> None:
+    # Gemma 4's later layers read keys and values that earlier ones share, by the reentrant kind of checkpointing too.
+    model = {"config": {"model_type": "gemma4_text", **DECODERS["gemma4_text"]}}
+    batch, kernels = {"micro": 2, "sequence": 96}, {"checkpointing": "full", "reentrant": True}
+    a = answer({"model": model, "method": method, "batch": batch, "kernels": kernels})
+    assert sum(line.bytes for line in a.ledger) == a.bytes.allocated
+    assert all(line.count > 0 for line in a.ledger)

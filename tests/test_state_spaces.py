@@ -52,6 +52,9 @@ def test_the_length_of_nemotron_h_s_list_is_its_number_of_layers() -> None:
     assert model.layers == ModelSpec(stated).layers
 
 
+KINDS = {"layer_types": ["linear_attention"] * 129, "mlp_layer_types": ["dense"] * 129}
+
+
 @pytest.mark.parametrize(
     ("model_type", "changed", "field"),
     [
@@ -63,7 +66,8 @@ def test_the_length_of_nemotron_h_s_list_is_its_number_of_layers() -> None:
         ("nemotron_h", {"num_experts_per_tok": 5}, "num_experts_per_tok"),
         ("qwen3_5_text", {"linear_num_key_heads": 3}, "linear_num_key_heads"),
         ("qwen3_5_text", {"layer_types": "linear_attention"}, "layer_types"),
-        ("kimi_linear", {"attn_res_block_size": 12}, "attn_res_block_size"),
+        ("kimi_linear", {"attn_res_block_size": 0}, "attn_res_block_size"),
+        ("kimi_linear", {"attn_res_block_size": 1, "num_hidden_layers": 129, **KINDS}, "attn_res_block_size"),
         (
             "kimi_linear",
             {"layer_types": None, "linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1, 2]}},

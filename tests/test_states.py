@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.catalogue.optimizers import REFUSED
@@ -759,7 +759,6 @@ def lists_of(dtype: str, most: int = 5) -> st.SearchStrategy[list[Parameter]]:
 dtypes = st.sampled_from(["fp32", "bf16", "fp16"])
 
 
-@settings(deadline=None)
 @given(name=st.sampled_from(optimizer_names()), data=st.data(), dtype=dtypes)
 def test_more_parameters_never_have_less_state(name: str, data: st.DataObject, dtype: str) -> None:
     some, more = data.draw(lists_of(dtype)), data.draw(lists_of(dtype))
@@ -768,7 +767,6 @@ def test_more_parameters_never_have_less_state(name: str, data: st.DataObject, d
     assert host(less) <= host(all_)
 
 
-@settings(deadline=None)
 @given(name=st.sampled_from(optimizer_names()), data=st.data(), dtype=dtypes, copies=st.integers(1, 6))
 def test_copies_are_the_parameters_again(name: str, data: st.DataObject, dtype: str, copies: int) -> None:
     before, block, after = (data.draw(lists_of(dtype, 3)) for _ in range(3))
@@ -779,7 +777,6 @@ def test_copies_are_the_parameters_again(name: str, data: st.DataObject, dtype: 
     assert (short.first, short.later, short.backward) == (long.first, long.later, long.backward)
 
 
-@settings(deadline=None)
 @given(name=st.sampled_from([name for name in NAMES if name.startswith("paged_")]), data=st.data(), dtype=dtypes)
 def test_states_on_the_host_are_not_on_the_gpu(name: str, data: st.DataObject, dtype: str) -> None:
     parameters = [p._replace(name=str(i)) for i, p in enumerate(data.draw(lists_of(dtype)))]

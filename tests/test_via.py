@@ -28,6 +28,7 @@ from memplan.report.schema import answer_model
 from memplan.units import GIB, MIB
 from memplan.via import estimates
 from tests.checkpoints import folder_of
+from tests.sampling import examples
 from tests.tiny import SMALLEST
 
 COMMAND = get_command(app)
@@ -383,7 +384,7 @@ def refusal(config: dict[str, Any]) -> str:
     return ""
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(st.dictionaries(st.sampled_from([*XGLM, "num_experts", "depths", "x"]), JSON))
 def test_any_config_is_taken_or_one_line(config: dict[str, Any]) -> None:
     assert re.fullmatch(r"(config: .+)?", refusal(config))

@@ -12,8 +12,10 @@ from benchmarks.accuracy import compared_with_trace
 from memplan import RunSpec, estimate
 from memplan.cards import find_model
 from memplan.errors import ConfigError, MemplanError, SpecError, UnknownNameError
-from memplan.families.vision import PICTURES, axes_of, picture_of
+from memplan.families.pictures import PICTURES, axes_of, picture_of
 from memplan.models import ModelSpec
+from memplan.program import pass_of
+from memplan.resolve import decide
 from tests.sampling import sampled
 from tests.tiny_towers import TINY as RESTING
 from tests.tiny_vision import TINY
@@ -73,6 +75,45 @@ def test_an_image_of_qwen2_vl_is_a_token_for_every_four_patches(size: Any, token
     picture = picture_of(spec, size)
     assert picture.tokens == tokens
     assert picture.patches == 4 * tokens
+
+
+# A patch of Qwen3-VL has 16 pixels a side unless its config says otherwise, so 32 become one token's; 100 x 100 are
+# grown to 256 x 256, 640 x 96 by 1.03 to 672 x 128, and 6000 x 6000 shrunk to 4096 x 4096.
+@pytest.mark.parametrize(("size", "tokens"), [(1024, 32 * 32), ((640, 96), 21 * 4), (100, 8 * 8), (6000, 128 * 128)])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
+def test_an_image_of_qwen3_is_a_token_for_every_square_of_32_pixels(family: str, size: Any, tokens: int) -> None:
+    picture = picture_of(ModelSpec({"model_type": family, **TINY[family]}), size)
+    assert (picture.tokens, picture.patches) == (tokens, 4 * tokens)
+
+
+# Each is shrunk until its long side has 560 pixels, and 28 of a side are one token; a row of them ends with one more.
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(560, 20 * 21), ((1120, 560), 20 * (10 + 1)), ((100, 30), 4 * (2 + 1)), (28, 1 + 1)]
+)
+def test_an_image_of_mistral_3_has_a_token_more_a_row(size: Any, tokens: int) -> None:
+    picture = picture_of(ModelSpec({"model_type": "mistral3", **TINY["mistral3"]}), size)
+    assert picture.tokens == tokens
+
+
+def test_an_image_of_gemma_3_is_as_many_tokens_as_its_config_says() -> None:
+    spec = ModelSpec({"model_type": "gemma3", **TINY["gemma3"]})
+    (picture,) = {picture_of(spec, size) for size in (None, 28, (8000, 100))}
+    assert (picture.patches, picture.tokens, axes_of(spec, 2, picture)["merged"]) == (8 * 8, 16, 2 * 16)
+
+
+def test_a_window_of_qwen2_5_vl_is_as_large_as_its_config_says() -> None:
+    tower = {**TINY["qwen2_5_vl"]["vision_config"], "window_size": 56}
+    spec = ModelSpec({"model_type": "qwen2_5_vl", **TINY["qwen2_5_vl"], "vision_config": tower})
+    axes = axes_of(spec, 3, picture_of(spec, (140, 420)))  # 5 x 15 merged patches, in windows of 2 x 2
+    assert (axes["windows"], axes["window"], axes["window32"]) == (3 * 3 * 8, 4 * 4, 32)
+
+
+def test_a_tower_that_hands_on_no_block_is_answered_with_images() -> None:
+    tower = {**TINY["qwen3_vl"]["vision_config"], "deepstack_visual_indexes": []}
+    config = {"model_type": "qwen3_vl", **TINY["qwen3_vl"], "vision_config": tower}
+    batch = {"sequence": 512, "images": 1, "image_size": 320}
+    without = estimate(run("qwen3_vl", model={"config": config}, batch=batch))
+    assert without.bytes.allocated < estimate(run("qwen3_vl", batch=batch)).bytes.allocated
 
 
 # 336 a side: 576 patches are 144 tokens, and three more say where that is. 1024 are grown to 4 x 4 tiles, which are
@@ -135,6 +176,15 @@ def test_without_images_a_tower_is_there_and_takes_no_gradient() -> None:
     assert tower == language > 0
 
 
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_layers_are_numbered_as_their_own_module_does(family: str) -> None:
+    """A tower's blocks before them are counted by themselves."""
+    low = pass_of(decide(run(family)).structure)
+    numbers = {m.where.split(".layers.")[1].partition(".")[0] for m in low.moments if "model.layers." in m.where}
+    layers = find_model(run(family).model).num_hidden_layers
+    assert max(map(int, numbers)) == layers - 1
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_more_images_take_more_and_a_frozen_tower_less(family: str, kind: str) -> None:
@@ -155,6 +205,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "batch.images: what the tower of gemma4 takes for images is not supported yet",
     ),
     "no size": ({"batch": {"images": 1}}, "batch.image_size: "),
+    "a strip": (
+        {"batch": {"images": 1, "image_size": [14, 2801], "sequence": 8192}},
+        "batch.image_size: qwen2_vl takes no image with a side more than 200 times the other; 14 x 2801 has one",
+    ),
     "a size alone": ({"batch": {"image_size": 64}}, "batch.image_size: the size of no image; say batch.images too"),
     "too many": (
         {"batch": {"images": 3, "image_size": 280, "sequence": 128}},

@@ -36,10 +36,14 @@ _MODULES = {
         "latent": "minicpm3",
         "deepseek": "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa",
         "moe": "deepseek ernie4_5_moe glm4_moe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
-        "kimi": "kimi_k25",
+        "kimi": "kimi_k25 kimi_k3",
         "kimi_linear": "kimi_linear",
         "deepseek_v4": "deepseek_v4",
-        "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",
+        "qwen2_vl": "qwen2_vl qwen2_5_vl",
+        "qwen3_vl": "qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",
+        "gemma3_vision": "gemma3",
+        "mistral3": "mistral3",
+        "mllama": "mllama",
         "dbrx": "dbrx",
         "delta": "qwen3_5_moe_text qwen3_5_text qwen3_next",
         "mamba": "falcon_mamba jamba mamba",
@@ -50,6 +54,7 @@ _MODULES = {
         "llama4_vision": "llama4",
         "minimax_m3": "minimax_m3_vl_text",
         "step3p7": "step3p7",
+        "megatron": "megatron_gpt",
         "sinks": "gpt_oss mimo_v2_flash",
         "bert": "bert roberta xlm-roberta",
         "t5": "t5",
@@ -74,8 +79,8 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
 
         stack = classifying(model, stack)
     if model.get("output_router_logits", False):
-        from memplan.catalogue.experts import balanced
         from memplan.catalogue.methods import rewrite
+        from memplan.catalogue.routers import balanced
 
         stack = rewrite(stack, lambda op: (balanced(op),))
     if not wiring.flattens:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import expert_loops, ops, routers
 from memplan.catalogue.attention import Wiring, attention
 from memplan.catalogue.gpt import drops, with_dropout
 from memplan.catalogue.llama import inputs, lm_head, mask_name, masks, positions, returned, rope, rotary_table
-from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor
+from memplan.ir import Block, Op, Run, Stack, Tensor
 from memplan.models import ModelSpec
 
 _Q, _K = "b s a d", "b s k d"
@@ -62,16 +62,7 @@ def _dropped(name: str, x: str, y: str, drop: bool) -> tuple[Op, ...]:
 def _attention(m: ModelSpec, wiring: Wiring, name: str) -> tuple[Op, ...]:
     """The parts of the projection are views of it; clipped, it is new, and what it was before is kept."""
     grouped, clipped = m.num_key_value_heads != m.num_attention_heads, m.get("clip_qkv", 0.0) > 0
-    inside = (Scratch(Tensor("inside", "b s qkv", "bool")), Scratch(Tensor("also inside", "b s qkv", "bool")))
-    clamp = Op(
-        f"{name}.clamp",
-        ("projected",),
-        (Tensor("qkv", "b s qkv"),),
-        (),
-        (Keep("projected", "projected"),),
-        scratch_back=inside,
-        source=f"{ops.DERIVATIVES}: clamp",
-    )
+    clamp = ops.clamp(f"{name}.clamp", "projected", "qkv", "b s qkv", 2)
     return (
         ops.linear(f"{name}.Wqkv", "n1", "projected" if clipped else "qkv", "qkv", "h", "attention"),
         *((clamp, ops.leave("projected")) if clipped else ()),
@@ -92,17 +83,17 @@ def _ffn(m: ModelSpec) -> tuple[Op, ...]:
     noisy = ffn.get("moe_jitter_eps") is not None
     x = "n2.noisy" if noisy else "n2"
     normalised = ffn.get("moe_normalize_expert_weights", 1.0) is not None
-    top = "router.top" if normalised else experts.SCORES
+    top = "router.top" if normalised else routers.SCORES
     softmax = ops.softmax(f"{name}.softmax", "router.logits", "router.probs", "b s E")
     return (
-        *(experts.jitter(f"{name}.jitter", "n2", x) if noisy else ()),
-        experts.gate(f"{name}.layer", x, stands_for=(), matrix=True),
+        *(routers.jitter(f"{name}.jitter", "n2", x) if noisy else ()),
+        routers.gate(f"{name}.layer", x, stands_for=(), matrix=True),
         *(op._replace(autocast="") for op in softmax),
-        experts.top_k(f"{name}.topk", "router.probs", top),
+        routers.top_k(f"{name}.topk", "router.probs", top),
         ops.leave("router.probs"),
-        *(experts.divided(f"{name}.normalise", top, experts.SCORES, "norm") if normalised else ()),
-        *experts.loop(x, "mo", m.axes()["E"], "ffn.experts", experts.in_rows("ffn.experts")),
-        ops.leave(*experts.HELD, "n2"),
+        *(routers.divided(f"{name}.normalise", top, routers.SCORES, "norm") if normalised else ()),
+        *expert_loops.loop(x, "mo", "ffn.experts", [expert_loops.in_rows("ffn.experts")] * m.axes()["E"]),
+        ops.leave(*routers.HELD, "n2"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, lightning, ops
+from memplan.catalogue import experts, lightning, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.experts import mixture
 from memplan.catalogue.latent import Turn, complex_pairs, complex_table, halves, latent_attention, pairs, stack
@@ -22,7 +22,7 @@ def feed(layer: Layer, routed: tuple[Op, ...], bias: bool = False) -> tuple[Op, 
         *mixture("n2", routed, experts.experts("n2", "routed"), leaves=False),
         *gated_mlp("n2", "shared", "mlp.shared_experts", bias, width="fs"),
         ops.add("mlp.add", "routed", "shared", "mo", "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, "n2"),
+        ops.leave("routed", "shared", *routers.HELD, "n2"),
     )
 
 
@@ -30,7 +30,7 @@ def _softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
     """Softmax over all experts, and the largest, scaled. `limited`: of the best groups, those of the others being 0."""
     shape, probs, top = "b s E", "router.probs", "router.top"
     scores = "router.limited" if limited else probs
-    product = experts.gate(name, "router.x")
+    product = routers.gate(name, "router.x")
     groups = (
         Op(
             f"{name}.groups",
@@ -41,7 +41,7 @@ def _softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
             source=_V2,
         ),
         Op(f"{name}.others", ("router.mask",), (Tensor("router.others", shape, "bool"),), gradient="none"),
-        experts.masked(f"{name}.masked_fill", probs, "router.others", scores, shape),
+        routers.masked(f"{name}.masked_fill", probs, "router.others", scores, shape),
         ops.leave("router.others"),
     )
     return (
@@ -50,8 +50,8 @@ def _softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
         ops.leave("router.x"),
         *ops.softmax(f"{name}.softmax", "router.logits", probs, shape, "fp32"),
         *(groups if limited else ()),
-        experts.top_k(f"{name}.topk", scores, top),
-        ops.scale(f"{name}.scale", top, experts.SCORES, experts.PAIRS),
+        routers.top_k(f"{name}.topk", scores, top),
+        ops.scale(f"{name}.scale", top, routers.SCORES, routers.PAIRS),
         ops.leave(probs, scores, top, *(("router.mask",) if limited else ())),
     )
 
@@ -72,13 +72,13 @@ def deepseek_v3(m: ModelSpec, wiring: Wiring) -> Stack:
     """DeepSeek V3 and R1, Kimi K2, Moonlight, GLM 4.7 Flash: sigmoids, and a bias that balances the experts' load."""
     turn: Turn = pairs if m.get("rope_interleave", True) else halves
     heads = latent_attention(m, wiring, "n1", "ao", turn, m.get("attention_bias", False))
-    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     return stack(m, wiring, runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring))))
 
 
 def deepseek_v32(m: ModelSpec, wiring: Wiring) -> Stack:
     """V3 whose queries choose the keys they attend to."""
-    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     heads = _sparse_attention(m, wiring, lightning.indexer("self_attn", "n1", "q.normed", wiring, False))
     blocks = runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring)))
     return stack(m, wiring, blocks, made=lightning.causal_mask(wiring))
@@ -96,7 +96,7 @@ def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
 
     A checkpoint keeps them of every layer, which is not counted.
     """
-    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     indexer = lightning.indexer("self_attn", "n1", "q.normed", wiring, True)
 
     def block(layer: Layer) -> Block:

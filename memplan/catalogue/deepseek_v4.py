@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring, mask
 from memplan.catalogue.latent import joined
 from memplan.catalogue.lightning import detached
@@ -162,15 +162,18 @@ def mixed(name: str, x: str) -> tuple[Op, ...]:
             f"{t}.mixes",
             (Tensor(f"{t}.pre.raw", "b s n"), Tensor(f"{t}.post.raw", "b s n"), Tensor(f"{t}.comb.raw", "b s n2")),
         ),
-        Op(f"{name}.base", (), (Tensor(f"{t}.base", "nw", "fp32"),), (Weight(f"{name}.base", "nw", "mixer", "fp32"),)),
+        Op(f"{name}.base", (), (Tensor(f"{t}.bases", "nw", "fp32"),), (Weight(f"{name}.base", "nw", "mixer", "fp32"),)),
         Op(
-            f"{name}.scales", (), (Tensor(f"{t}.scale", "3", "fp32"),), (Weight(f"{name}.scale", "3", "mixer", "fp32"),)
+            f"{name}.scales",
+            (),
+            (Tensor(f"{t}.scales", "3", "fp32"),),
+            (Weight(f"{name}.scale", "3", "mixer", "fp32"),),
         ),
         *_scaled(f"{name}.pre", f"{t}.pre.raw", f"{t}.pre.sum", "b s n", t),
-        experts.sigmoid(f"{name}.pre.sigmoid", f"{t}.pre.sum", f"{t}.pre.gate", "b s n"),
+        routers.sigmoid(f"{name}.pre.sigmoid", f"{t}.pre.sum", f"{t}.pre.gate", "b s n"),
         Op(f"{name}.pre.eps", (f"{t}.pre.gate",), (Tensor(f"{t}.pre", "b s n"),), gradient="same"),
         *_scaled(f"{name}.post", f"{t}.post.raw", f"{t}.post.sum", "b s n", t),
-        experts.sigmoid(f"{name}.post.sigmoid", f"{t}.post.sum", f"{t}.post.gate", "b s n"),
+        routers.sigmoid(f"{name}.post.sigmoid", f"{t}.post.sum", f"{t}.post.gate", "b s n"),
         ops.scale(f"{name}.post.twice", f"{t}.post.gate", f"{t}.post", "b s n"),
         *_scaled(f"{name}.comb", f"{t}.comb.raw", f"{t}.comb.sum", "b s n2", t),
         *ops.softmax(f"{name}.comb.softmax", f"{t}.comb.sum", f"{t}.comb.soft", "b s n2"),
@@ -193,8 +196,8 @@ def _mixes(name: str, x: str, out: str, weight: str, t: str) -> tuple[Op, ...]:
 
 def _scaled(name: str, x: str, y: str, shape: str, t: str) -> tuple[Op, ...]:
     return (
-        times(f"{name}.scale", x, f"{t}.scale", f"{y}.scaled", shape),
-        Op(f"{name}.shift", (f"{y}.scaled", f"{t}.base"), (Tensor(y, shape),), gradient="same"),
+        times(f"{name}.scale", x, f"{t}.scales", f"{y}.scaled", shape),
+        Op(f"{name}.shift", (f"{y}.scaled", f"{t}.bases"), (Tensor(y, shape),), gradient="same"),
     )
 
 
@@ -226,7 +229,7 @@ def entered(name: str, x: str, y: str, iterations: int) -> tuple[Op, ...]:
         times(f"{name}.weigh", x, f"{t}.pre", f"{t}.weighed", _STREAMS),
         *summed(f"{name}.collapse", f"{t}.weighed", f"{t}.one", "b s h"),
         ops.cast(f"{name}.to", f"{t}.one", y, "b s h", f"={x}"),
-        ops.leave(f"{t}.normed", f"{t}.mixes", f"{t}.pre", f"{t}.base", f"{t}.scale"),
+        ops.leave(f"{t}.normed", f"{t}.mixes", f"{t}.pre", f"{t}.bases", f"{t}.scales"),
         ops.view(f"{name}.comb", last, f"{t}.comb", "b s n2"),
     )
 
@@ -334,10 +337,12 @@ def indexer(name: str, x: str, latent: str) -> tuple[Op, ...]:
         ops.leave(f"{i}.q0"),
         ops.cast(f"{name}.q_float", f"{i}.query", f"{i}.q32", "b s ih id", "fp32"),
         ops.cast(f"{name}.k_float", f"{i}.keys", f"{i}.k32", f"b {w.number} id", "fp32"),
+        # rows of several sequences, which lie head by head, are copied to lie one after another
+        ops.copy(f"{name}.q_flat", f"{i}.q32", f"{i}.q.flat", "b s ih id"),
         ops.copy(f"{name}.k_expand", f"{i}.k32", f"{i}.k.every", f"several s id {w.number}"),
         Op(
             f"{name}.products",
-            (f"{i}.q32", f"{i}.k32", f"{i}.k.every"),
+            (f"{i}.q.flat", f"{i}.k32", f"{i}.k.every"),
             (Tensor(f"{i}.products", scores),),
             autocast="lower",
             product="matrix",
@@ -372,7 +377,7 @@ def indexer(name: str, x: str, latent: str) -> tuple[Op, ...]:
         compressed(f"{i}.keys", double=True),
         # what autograd has recorded goes with the function
         ops.leave(
-            *(f"{i}.{t}" for t in ("relu", "scores", "w", "q32", "k32", "k.every")),
+            *(f"{i}.{t}" for t in ("relu", "scores", "w", "q.flat", "k32", "k.every")),
             *(f"{i}.keys.c.{t}" for t in ("kv.laid", "soft", "weights", "normed.x32", "normed.n32")),
         )._replace(recorded=True),
     )
@@ -521,18 +526,10 @@ def attention(x: str, y: str, w: Windows) -> tuple[Op, ...]:
 # Experts
 
 
-def clamped(name: str, x: str, y: str, shape: str, bounds: int) -> Op:
-    """Keeps its input, and compares it with each of its bounds again for the gradient."""
-    masks = tuple(Scratch(Tensor(f"within bound {i}", shape, "bool")) for i in range(bounds))
-    return Op(
-        name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), scratch_back=masks, source=f"{ops.DERIVATIVES}: clamp"
-    )
-
-
 def _limited(name: str, gate: str, up: str, y: str, shape: str) -> tuple[Op, ...]:
     return (
-        clamped(f"{name}.clamp_gate", gate, f"{y}.gate", shape, 1),
-        clamped(f"{name}.clamp_up", up, f"{y}.up", shape, 2),
+        ops.clamp(f"{name}.clamp_gate", gate, f"{y}.gate", shape, 1),
+        ops.clamp(f"{name}.clamp_up", up, f"{y}.up", shape, 2),
         ops.activation(f"{name}.act_fn", f"{y}.gate", f"{y}.act", shape),
         ops.mul(f"{name}.product", f"{y}.act", f"{y}.up", y, shape),
         ops.leave(f"{y}.gate", f"{y}.up"),
@@ -540,7 +537,7 @@ def _limited(name: str, gate: str, up: str, y: str, shape: str) -> tuple[Op, ...
 
 
 def _gated(name: str, x: str, y: str) -> tuple[Op, ...]:
-    shape = f"{experts.PAIRS} m"
+    shape = f"{routers.PAIRS} m"
     return (
         ops.split(f"{name}.chunk", x, (Tensor(f"{y}.gate0", shape), Tensor(f"{y}.up0", shape))),
         *_limited(name, f"{y}.gate0", f"{y}.up0", y, shape),
@@ -554,15 +551,15 @@ def router(name: str, x: str, hashed: bool) -> tuple[Op, ...]:
     bias = Weight(f"{name}.e_score_correction_bias", "E", "buffer", "fp32", False)
     listed = Weight(f"{name}.tid2eid", "v e", "buffer", "int64", False)
     chosen = (
-        (Op(f"{name}.lookup", ("ids",), (Tensor(experts.CHOSEN, experts.PAIRS, "int64"),), (listed,), gradient="none"),)
+        (Op(f"{name}.lookup", ("ids",), (Tensor(routers.CHOSEN, routers.PAIRS, "int64"),), (listed,), gradient="none"),)
         if hashed
         else (
             Op(f"{name}.bias", (scores,), (Tensor("router.biased", "b s E", "fp32"),), (bias,), gradient="none"),
-            experts.top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
+            routers.top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
         )
     )
     return (
-        experts.gate(name, x, logits),
+        routers.gate(name, x, logits),
         ops.activation(f"{name}.softplus", logits, soft, "b s E")._replace(autocast="fp32"),
         Op(
             f"{name}.sqrt",
@@ -574,13 +571,13 @@ def router(name: str, x: str, hashed: bool) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: sqrt",
         ),
         *chosen,
-        experts.gathered(f"{name}.gather", scores, experts.CHOSEN, "router.picked"),
+        routers.gathered(f"{name}.gather", scores, routers.CHOSEN, "router.picked"),
         Op(f"{name}.sum", ("router.picked",), (Tensor("router.total", "b s 1"),), autocast="wide"),
         Op(f"{name}.eps", ("router.total",), (Tensor("router.total.eps", "b s 1"),), gradient="same"),
         Op(
             f"{name}.divide",
             ("router.picked", "router.total.eps"),
-            (Tensor("router.normal", experts.PAIRS),),
+            (Tensor("router.normal", routers.PAIRS),),
             (),
             (
                 Keep("router.total.eps", "router.picked"),
@@ -589,7 +586,7 @@ def router(name: str, x: str, hashed: bool) -> tuple[Op, ...]:
             ),
         ),
         ops.leave("router.picked"),
-        ops.scale(f"{name}.scale", "router.normal", experts.SCORES, experts.PAIRS),
+        ops.scale(f"{name}.scale", "router.normal", routers.SCORES, routers.PAIRS),
         ops.leave(scores, "router.normal"),
     )
 
@@ -599,15 +596,15 @@ def feed(x: str, y: str, hashed: bool, bias: bool) -> tuple[Op, ...]:
     return (
         *experts.mixture(x, router("mlp.gate", x, hashed), experts.experts(x, "routed", act=_gated), leaves=False),
         ops.linear(f"{n}.gate_proj", x, "shared.gate0", "m", "h", "mlp", bias),
-        clamped(f"{n}.clamp_gate", "shared.gate0", "shared.gate", "b s m", 1),
+        ops.clamp(f"{n}.clamp_gate", "shared.gate0", "shared.gate", "b s m", 1),
         ops.linear(f"{n}.up_proj", x, "shared.up0", "m", "h", "mlp", bias),
-        clamped(f"{n}.clamp_up", "shared.up0", "shared.up", "b s m", 2),
+        ops.clamp(f"{n}.clamp_up", "shared.up0", "shared.up", "b s m", 2),
         ops.activation(f"{n}.act_fn", "shared.gate", "shared.act", "b s m"),
         ops.mul(f"{n}.product", "shared.act", "shared.up", "shared.product", "b s m"),
         ops.linear(f"{n}.down_proj", "shared.product", "shared", "h", "m", "mlp", bias),
         ops.leave("shared.gate", "shared.up"),
         ops.add("mlp.add", "routed", "shared", y, "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, x),
+        ops.leave("routed", "shared", *routers.HELD, x),
     )
 
 
@@ -666,7 +663,7 @@ def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
             (Weight(f"{h}.hc_base", "n", "mixer", "fp32"),),
             gradient="same",
         ),
-        experts.sigmoid(f"{h}.sigmoid", "head.sum", "head.gate", "b s n"),
+        routers.sigmoid(f"{h}.sigmoid", "head.sum", "head.gate", "b s n"),
         Op(f"{h}.eps", ("head.gate",), (Tensor("head.pre", "b s n"),), gradient="same"),
         times(f"{h}.weigh", "x", "head.pre", "head.weighed", _STREAMS),
         *summed(f"{h}.collapse", "head.weighed", "head.one", "b s h"),

@@ -10,7 +10,7 @@ together, `chunks` of `chunk` rows, `s_chunks` rows in all, `s_conv` rows of a c
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.gemma import rms_norm
 from memplan.catalogue.glm import attend_heads_first, partly_rotated
@@ -34,7 +34,6 @@ from memplan.catalogue.recurrent import (
     mask_fill,
     negative_exp,
     pad,
-    spread,
     unpadded,
 )
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
@@ -76,7 +75,7 @@ def l2_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
             scratch_back=(Scratch(Tensor("cube", row, "fp32")), Scratch(Tensor("half", row, "fp32"))),
             source=f"{ops.DERIVATIVES}: rsqrt",
         ),
-        spread(f"{name}.scale", x, inverse, y, shape),
+        ops.spread(f"{name}.scale", x, inverse, y, shape),
     )
 
 
@@ -110,8 +109,8 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
         pad(f"{of}.pad_beta", "beta32", "beta.rows", _CHUNKS),
         pad(f"{of}.pad_decay", "g", "decay", _CHUNKS),
         ops.leave("beta32"),
-        spread(f"{of}.v_beta", "v.rows", "beta.rows", "v.beta", _V_CHUNKS),
-        spread(f"{of}.k_beta", "k.rows", "beta.rows", "k.beta", _QK_CHUNKS),
+        ops.spread(f"{of}.v_beta", "v.rows", "beta.rows", "v.beta", _V_CHUNKS),
+        ops.spread(f"{of}.k_beta", "k.rows", "beta.rows", "k.beta", _QK_CHUNKS),
         ops.view(f"{of}.query_chunks", "q.rows", "q.chunks", _QK_CHUNKS),
         ops.view(f"{of}.key_chunks", "k.rows", "k.chunks", _QK_CHUNKS, gradient="view"),
         ops.view(f"{of}.k_beta_chunks", "k.beta", "k.beta.chunks", _QK_CHUNKS, gradient="new"),
@@ -137,7 +136,7 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
         *_product(f"{of}.scores", "q.chunks", "k.chunks", "scores", whole),
         ops.mul(f"{of}.intra_chunk", "scores", "pairs", "intra", _PAIRS),
         exp(f"{of}.decay_of_keys", "cum", "cum.k_beta", _CHUNKS)._replace(autocast="fp32"),
-        spread(f"{of}.decayed_k_beta", "k.beta.chunks", "cum.k_beta", "k.beta.decayed", _QK_CHUNKS),
+        ops.spread(f"{of}.decayed_k_beta", "k.beta.chunks", "cum.k_beta", "k.beta.decayed", _QK_CHUNKS),
         _solve(f"{of}.new_values", "v.beta.chunks", "values", _V_CHUNKS, wide),
         _solve(f"{of}.k_cumdecay", "k.beta.decayed", "k.cumulated", _QK_CHUNKS, wide),
         Op(f"{of}.zeros", (), (Tensor("outputs.zero", _V_CHUNKS, "fp32"),)),
@@ -206,7 +205,7 @@ def _solve(name: str, x: str, y: str, shape: str, wide: bool) -> Op:
 
 def _decayed(name: str, x: str, decay: str, y: str) -> Op:
     """`x * decay`, told apart by whether there is one chunk, of which the scan keeps nothing, or several."""
-    op = spread(name, x, decay, y, _QK_CHUNKS)
+    op = ops.spread(name, x, decay, y, _QK_CHUNKS)
     return op._replace(writes=(Tensor(y, "b lv s_two ldk"), Tensor(f"{y}.one", "b lv s_one ldk")))
 
 
@@ -340,7 +339,7 @@ def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "l
             source=f"{ops.DERIVATIVES}: add.Tensor",
         ),
         ops.activation(f"{n}.softplus", "dt", "dt.plus", "b s lv"),
-        spread(f"{n}.g", "dt.plus", "decay_rate", "g", "b s lv"),
+        ops.spread(f"{n}.g", "dt.plus", "decay_rate", "g", "b s lv"),
         *chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.wide),
         *gated_norm(f"{n}.norm", "core", "z", "core.gated", "b s lv ldv", "ldv"),
         ops.linear(f"{n}.out_proj", "core.gated", y, "h", "lv ldv", "mixer"),
@@ -419,14 +418,14 @@ def shared_mixture(x: str, y: str, normalise: bool, by_name: bool) -> tuple[Op, 
     router, up, down = named if by_name else ((), (), ())
     return (
         *gated_mlp(x, "shared.whole", "mlp.shared_expert", width="fs", flat=True),
-        *experts.softmax_router("mlp.gate", x, normalise, stands_for=router),
+        *routers.softmax_router("mlp.gate", x, normalise, stands_for=router),
         *experts.experts(x, "routed", gate_up=up, down=down),
         ops.linear("mlp.shared_expert_gate", x, "shared.gate", "1", "h", "mlp", flat=True),
         exp("mlp.shared_expert_gate.sigmoid", "shared.gate", "shared.share", "b s 1"),
-        spread("mlp.shared_expert_gate.product", "shared.whole", "shared.share", "shared", "b s h"),
+        ops.spread("mlp.shared_expert_gate.product", "shared.whole", "shared.share", "shared", "b s h"),
         ops.leave("shared.whole"),
         ops.add("mlp.add", "routed", "shared", y, "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, x),
+        ops.leave("routed", "shared", *routers.HELD, x),
     )
 
 

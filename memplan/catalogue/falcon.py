@@ -89,7 +89,8 @@ def _block(m: ModelSpec, wiring: Wiring) -> Block:
 def _linear(name: str, x: str, y: str, out: str, into: str, group: str, bias: bool) -> tuple[Op, ...]:
     """The bias is added after the product, to a result of its own."""
     product = ops.linear(name, x, f"{y}.product" if bias else y, out, into, group)
-    product = product._replace(weights=(product.weights[0]._replace(viewed=True),))
+    made = product.writes[0]._replace(dtype=f"={x}")
+    product = product._replace(writes=(made,), weights=(product.weights[0]._replace(viewed=True),))
     if not bias:
         return (product,)
     weight = Weight(f"{name}.bias", out, group)

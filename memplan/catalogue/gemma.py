@@ -8,7 +8,7 @@ from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, attention
 from memplan.catalogue.llama import decoder_block, gated_mlp, llama_attention, returned, rope, runs
 from memplan.catalogue.mixed import Norm, after, before, local, normed_block, tables
-from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.ir import Block, Op, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
@@ -31,15 +31,7 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]
             gradient="own",
             source=f"{_SOURCE} Gemma2RMSNorm",
         ),
-        Op(
-            f"{name}.weight",
-            (n32, factor),
-            (Tensor(y32, shape),),
-            (),
-            (Keep(factor, n32), Keep(n32, factor)),
-            scratch_back=(Scratch(Tensor("product", shape, f"={y32}"), factor),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.spread(f"{name}.weight", n32, factor, y32, shape),
         ops.cast(f"{name}.type_as", y32, y, shape, f"={x}"),
     )
 

@@ -6,7 +6,7 @@ Source: transformers 5.24 models/gemma4/modeling_gemma4.py.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring, attention
 from memplan.catalogue.gemma import capped_logits, scaled_embedding
 from memplan.catalogue.llama import gated_mlp, mask_name, masks, positions, returned, runs
@@ -53,15 +53,7 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str, affine: bool = Tr
             cast=True,
             source=f"{_SOURCE} Gemma4RMSNorm",
         ),
-        Op(
-            f"{name}.weight",
-            (n32, factor),
-            (Tensor(y32, shape),),
-            (),
-            (Keep(factor, n32), Keep(n32, factor)),
-            scratch_back=(Scratch(Tensor("product", shape, f"={y32}"), factor),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.spread(f"{name}.weight", n32, factor, y32, shape),
         ops.cast(f"{name}.type_as", y32, y, shape, f"={x}"),
     )
 
@@ -214,7 +206,7 @@ def per_layer_inputs(x: str, ids: str = "ids", buffers: bool = False, held: bool
     )
 
 
-_HELD = ("router.probs", experts.SCORES, experts.CHOSEN, "ho.normed", "eo.normed")
+_HELD = ("router.probs", routers.SCORES, routers.CHOSEN, "ho.normed", "eo.normed")
 
 
 def _router(x: str) -> tuple[Op, ...]:
@@ -230,17 +222,17 @@ def _router(x: str) -> tuple[Op, ...]:
         ops.leave("router.in", "router.scaled"),
         ops.linear("router.proj", "router.input", "router.logits", "E", "h", "router", flat=True),
         *ops.softmax("router.softmax", "router.logits", "router.probs", "b s E", "fp32"),
-        experts.top_k("router.topk", "router.probs", "router.top"),
-        *experts.normalised("router.normalise", "router.top", "router.normal"),
+        routers.top_k("router.topk", "router.probs", "router.top"),
+        *routers.normalised("router.normalise", "router.top", "router.normal"),
         Op(
             "router.scale_of",
-            (experts.CHOSEN,),
-            (Tensor("router.own", experts.PAIRS, f"={scale.name}"),),
+            (routers.CHOSEN,),
+            (Tensor("router.own", routers.PAIRS, f"={scale.name}"),),
             (scale,),
-            (Keep(experts.CHOSEN, scale.name),),
+            (Keep(routers.CHOSEN, scale.name),),
             source=f"{ops.DERIVATIVES}: index",
         ),
-        ops.mul("router.weigh", "router.normal", "router.own", experts.SCORES, experts.PAIRS),
+        ops.mul("router.weigh", "router.normal", "router.own", routers.SCORES, routers.PAIRS),
         ops.leave("router.input", "router.logits", "router.normal", "router.own"),
     )
 

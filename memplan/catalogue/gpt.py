@@ -13,7 +13,7 @@ _Q, _K = "b s a d", "b s k d"
 
 def drops(m: ModelSpec, *keys: str) -> bool:
     """Whether the config's probability of dropout is above 0."""
-    return any(float(m.get(key, 0.0)) > 0 for key in keys)
+    return any(m.probability(key) > 0 for key in keys)
 
 
 def dropped(name: str, x: str, y: str, shape: str, drop: bool) -> tuple[Op, ...]:
@@ -199,15 +199,22 @@ def dropped_attention(
 
 
 def with_dropout(kernel: tuple[Op, ...], drop: bool) -> tuple[Op, ...]:
-    """Dropout of the probabilities where attention is written out; the fused kernels have it inside them."""
-    out: list[Op] = []
-    for op in kernel:
-        if drop and any(t.name == "probs" for t in op.writes):
-            out.append(_renamed(op, "probs", "probs.whole"))
-            out.append(ops.dropout(f"{op.name}.dropout", "probs.whole", "probs", "b a s s"))
-        else:
-            out.append(op)
-    return tuple(out)
+    """Dropout of the probabilities where attention is written out; the fused kernels have it inside them.
+
+    The statement that makes the probabilities takes their name from the scores before they are dropped.
+    """
+    made = next((i for i, op in enumerate(kernel) if any(t.name == "probs" for t in op.writes)), None)
+    if not drop or made is None:
+        return kernel
+    op = kernel[made]
+    after = made + 2 if kernel[made + 1].name == "return" else made + 1
+    return (
+        *kernel[:made],
+        _renamed(op, "probs", "probs.whole"),
+        *kernel[made + 1 : after],
+        ops.dropout(f"{op.name}.dropout", "probs.whole", "probs", "b a s s"),
+        *kernel[after:],
+    )
 
 
 def _renamed(op: Op, old: str, new: str) -> Op:
@@ -300,7 +307,7 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     block = gpt_block(heads, mlp(m, "n2", "mo", resid), returned(wiring))
     before = learned(m, wiring, drops(m, "embed_dropout"))
-    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places")))
+    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places", *returned(wiring))))
 
 
 def gptj(m: ModelSpec, wiring: Wiring) -> Stack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.gpt import drops, with_dropout
 from memplan.catalogue.llama import after, before, decoder_block, gated_mlp, llama_attention, returned
@@ -43,7 +43,7 @@ def scaled_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
 def granitemoe(m: ModelSpec, wiring: Wiring) -> Stack:
     """The same with experts, which peft and bitsandbytes both pass over."""
     bias, name = m.get("attention_bias", False), "block_sparse_moe"
-    routed = experts.late_softmax_router(f"{name}.router", "n2")
+    routed = routers.late_softmax_router(f"{name}.router", "n2")
     made = experts.experts("n2", "mo", f"{name}.experts", gate_up=(), down=())
     heads = with_dropout(
         llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias), drops(m, "attention_dropout")

@@ -1,4 +1,5 @@
-"""Kimi K2.5: DeepSeek V3's decoder beside a tower for images and films, of which only the weights are counted."""
+"""Kimi K2.5 and K3: DeepSeek V3's decoder and Kimi Linear's beside a tower for images and films, of which only the
+weights are counted."""
 
 from __future__ import annotations
 
@@ -6,10 +7,11 @@ from memplan.catalogue import ops
 from memplan.catalogue import towers as t
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.deepseek import deepseek_v3
+from memplan.catalogue.kimi_linear import kimi_linear
 from memplan.catalogue.methods import reweigh
 from memplan.catalogue.towers import Tower
 from memplan.catalogue.vision import joined
-from memplan.ir import Op, Run, Stack, Tensor, Weight
+from memplan.ir import Block, Op, Run, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
 
@@ -66,4 +68,45 @@ def _masked(text: Stack) -> Stack:
     return text._replace(before=before, after=after)
 
 
-BUILDERS = {"kimi_k25": kimi_k25}
+def kimi_k3(m: ModelSpec, wiring: Wiring) -> Stack:
+    """On text alone. Of the tower there is what has weights: how it attends is not written down.
+
+    Source: modeling_kimi_k3.py of moonshotai/Kimi-K3, 2026.
+    """
+    vision = m.part("vision_config")
+    bias, biased = (bool(vision.get(key, True)) for key in ("attn_bias", "linear_bias"))
+    shape, place, p = f"{t.P} vh", "vision_tower.patch_embed", "mm_projector"
+    block = Block(
+        "vision_tower.encoder.blocks",
+        (
+            *t.rms_norm("norm0", "x", "v.n1", shape, "vh"),
+            t.linear("wqkv", "v.n1", "v.qkv", "3 vq", "vh", bias=bias),
+            t.linear("wo", "v.qkv", "v.ao", "vh", "vq", bias=bias),
+            *t.rms_norm("norm1", "v.ao", "v.n2", shape, "vh"),
+            t.linear("mlp.fc0", "v.n2", "v.up", "vf", "vh", bias=biased),
+            t.linear("mlp.fc1", "v.up", "y", "vh", "vf", bias=biased),
+        ),
+    )
+    tables = (
+        Weight(f"{place}.pos_emb.weight", "vrows vcolumns vh", "vision", rows=2),
+        Weight(f"{place}.pos_emb.time_weight", "vframes vh", "buffer", "fp32", False),
+    )
+    patches = bool(vision.get("patch_embed_proj_bias", True))
+    tower = Tower(
+        (Tensor("pixel_values", f"{t.P} vin", "fp32"),),
+        (
+            *t.convolution(f"{place}.proj", "pixel_values", "v.patches", shape, patches, asks=True),
+            Op(f"{place}.pos_emb", ("v.patches",), (Tensor("embeds", shape),), tables),
+        ),
+        (Run((block,), "vL1"),),
+        (
+            *t.rms_norm("vision_tower.encoder.final_layernorm", "x", "v.last", shape, "vh"),
+            t.linear(f"{p}.proj.0", "v.last", "v.m1", "vm", "vm", "projector", "b merged", bias=False),
+            t.linear(f"{p}.proj.2", "v.m1", "v.m2", "h", "vm", "projector", "b merged", bias=False),
+            *t.rms_norm(f"{p}.post_norm", "v.m2", "features", "b merged h", "h", "projector"),
+        ),
+    )
+    return joined(wiring, kimi_linear(m, wiring), tower)
+
+
+BUILDERS = {"kimi_k25": kimi_k25, "kimi_k3": kimi_k3}

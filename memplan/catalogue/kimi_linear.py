@@ -12,13 +12,13 @@ Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import kimi_k3, ops, routers
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.deepseek import feed
+from memplan.catalogue.kimi_k3 import chosen, sums_of
 from memplan.catalogue.latent import attend, copied_key
-from memplan.catalogue.llama import decoder_block, inputs, lm_head, masks, positions, returned, runs
+from memplan.catalogue.llama import before, decoder_block, lm_head, masks, returned, runs
 from memplan.catalogue.methods import reweigh
-from memplan.catalogue.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, spread, unpadded
+from memplan.catalogue.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, unpadded
 from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -59,10 +59,11 @@ def _l2_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def _chunked(name: str, y: str) -> tuple[Op, ...]:
+def _chunked(name: str, y: str, at_once: bool = False) -> tuple[Op, ...]:
     """`query`, `key`, `value`, `g` and `beta` to the heads' outputs: chunk_kimi_delta_attention.
 
-    On the way back the most is there when the second chunk from the end is done.
+    On the way back the most is there when the second chunk from the end is done. `at_once`: the rows of the inverse are
+    one operation.
     """
     n, f = name, "fp32"
     given = {"query": _GIVEN, "key": _GIVEN, "value": _GIVEN, "beta": "b s lv", "g": _GIVEN}
@@ -85,15 +86,15 @@ def _chunked(name: str, y: str) -> tuple[Op, ...]:
         pad(f"{n}.pad_decay", "g32", "decay", _ROWS),
         pad(f"{n}.pad_beta", "beta32", "beta.rows", _NUMBERS),
         ops.leave("value32", "g32", "beta32"),
-        spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
-        spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
+        ops.spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
+        ops.spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
         cumulate(f"{n}.cum_decay", "decay", "cum", _ROWS),
         *(
             Op(f"{n}.{t}", (), (Tensor(t, "chunk chunk", "bool"),), scratch=(Tensor("ones", "chunk chunk", "bool"),))
             for t in ("not before", "after", "also after")
         ),
         *_pairs(n),
-        *_inverse(f"{n}.rows", "pairs.0"),
+        *(_inverse_at_once if at_once else _inverse)(f"{n}.rows", "pairs.0"),
         ops.matmul(f"{n}.new_values", "attn", "v.beta", "values", _ROWS),
         exp(f"{n}.decay_of_keys", "cum", "cum.exp", _ROWS)._replace(autocast=f),
         ops.mul(f"{n}.decayed_k_beta", "k.beta", "cum.exp", "k.beta.decayed", _ROWS),
@@ -189,9 +190,39 @@ def _inverse(n: str, x: str) -> tuple[Op, ...]:
             ),
         )
         x = made
+    return (*out, *_identity(n, x))
+
+
+def _inverse_at_once(n: str, x: str) -> tuple[Op, ...]:
+    """All rows as one operation, for a model whose layers are many and differ: the same is kept, in one tensor, and
+    what is there on the way back is a row's."""
+    last, whole = CHUNK - 1, Tensor("whole", _SQUARE, "fp32")
+    kept = sum(i + i * i for i in range(1, last))
+    product = Tensor("product", f"b lv chunks {last} {last}", "fp32")
+    rows = (Tensor(f"row{last}", f"b lv chunks {last}"), Tensor(f"rest{last}", product.shape))
+    names = ("rows.kept", *(t.name for t in rows))
+    return (
+        Op(f"{n}.clone", (x,), rows, gradient="none"),
+        Op(f"{n}.kept", (x,), (Tensor("rows.kept", f"b lv chunks {kept}", "fp32"),), gradient="none", recorded=True),
+        Op(
+            f"{n}.set",
+            (x, *names),
+            (Tensor(f"pairs.{last}", _SQUARE),),
+            (),
+            tuple(Keep(name, x) for name in names),
+            scratch=(product, Tensor("sum", f"b lv chunks {last}", "fp32")),
+            scratch_back=(Scratch(whole), Scratch(product)),
+            view=True,
+            source="torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices",
+        ),
+        ops.leave("rows.kept")._replace(recorded=True),
+        *_identity(n, f"pairs.{last}"),
+    )
+
+
+def _identity(n: str, x: str) -> tuple[Op, ...]:
     eye = Tensor("eye", "chunk chunk", "fp32")
     return (
-        *out,
         Op(f"{n}.identity", (x,), (Tensor("attn", _SQUARE),), scratch=(eye,), gradient="same", source=ops.DERIVATIVES),
         ops.leave(x),
     )
@@ -245,8 +276,9 @@ def _scan(name: str) -> tuple[Op, ...]:
     )
 
 
-def _forget_gate(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """`-exp(A_log) * softplus(f_b(f_a(x)) + dt_bias)` in fp32, of which large ones are taken as they are."""
+def _forget_gate(name: str, x: str, y: str, bounded: bool) -> tuple[Op, ...]:
+    """`-exp(A_log) * softplus(f_b(f_a(x)) + dt_bias)` in fp32, of which large ones are taken as they are. `bounded`:
+    `bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias))`."""
     a, f = f"{name}.A_log", "fp32"
     return (
         ops.linear(f"{name}.f_a_proj", x, "f.low", "ldk", "h", "mixer"),
@@ -270,6 +302,25 @@ def _forget_gate(name: str, x: str, y: str) -> tuple[Op, ...]:
             (Keep("rate", a),),
             source=ops.DERIVATIVES,
         ),
+        *(_bounded(name, y) if bounded else _softplus(name, y)),
+        ops.leave("f", "dt", "rate"),
+    )
+
+
+def _bounded(name: str, y: str) -> tuple[Op, ...]:
+    """Source: transformers 5.24 models/glm5_next/modeling_glm5_next.py Glm5NextTextForgetGate."""
+    return (
+        ops.spread(f"{name}.decay", "dt", "rate", "decayed", _GIVEN),
+        routers.sigmoid(f"{name}.sigmoid", "decayed", "opened", _GIVEN),
+        ops.leave("decayed"),
+        ops.scale(name, "opened", y, _GIVEN),
+        ops.leave("opened"),
+    )
+
+
+def _softplus(name: str, y: str) -> tuple[Op, ...]:
+    f = "fp32"
+    return (
         Op(f"{name}.large", ("dt",), (Tensor("large", _GIVEN, "bool"),), gradient="none"),
         exp(f"{name}.exp", "dt", "dt.exp", _GIVEN)._replace(autocast=f),
         ops.add_number(f"{name}.one", "dt.exp", "dt.more", _GIVEN),
@@ -285,8 +336,8 @@ def _forget_gate(name: str, x: str, y: str) -> tuple[Op, ...]:
         ),
         ops.leave("large", "dt.exp", "dt.more", "dt.log"),
         ops.scale(f"{name}.negative", "rate", "rate.negative", "lv"),
-        spread(name, "softplus", "rate.negative", y, _GIVEN),
-        ops.leave("f", "dt", "softplus", "rate", "rate.negative"),
+        ops.spread(name, "softplus", "rate.negative", y, _GIVEN),
+        ops.leave("softplus", "rate.negative"),
     )
 
 
@@ -301,7 +352,7 @@ def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
             keeps=tuple(k._replace(what=cast.reads[0]) if k.what == cast.writes[0].name else k for k in weighed.keeps),
         ),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
-        experts.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
+        routers.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
         ops.leave(f"{y}.gate"),
         ops.mul(f"{name}.product", f"{y}.weighed", f"{y}.open", f"{y}.wide", shape),
         ops.leave(f"{y}.weighed", f"{y}.open"),
@@ -310,9 +361,18 @@ def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def _delta_attention(wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
-    """KimiLinearDeltaAttention."""
-    parts = ("q", "k", "v")
+def _delta_attention(m: ModelSpec, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    """KimiLinearDeltaAttention; Kimi K3's output gate is one matrix, and its decay has a bound."""
+    parts, config = ("q", "k", "v"), m.part("linear_attn_config")
+    gate: tuple[Op, ...] = (
+        ops.linear(f"{name}.g_a_proj", x, "gate.low", "ldk", "h", "mixer"),
+        ops.linear(f"{name}.g_b_proj", "gate.low", "out.gate", "lv ldk", "ldk", "mixer"),
+        ops.leave("gate.low"),
+    )
+    if config.get("use_full_rank_gate"):
+        gate = (ops.linear(f"{name}.g_proj", x, "out.gate", "lv ldk", "h", "mixer"),)
+    differ = bool(m.config.get("attn_res_block_size"))
+    rule = _chunked(f"{name}.rule", "core", at_once=differ)
     return (
         *(ops.linear(f"{name}.{t}_proj", x, f"{t}.flat", "lv ldk", "h", "mixer") for t in parts),
         Op(
@@ -324,14 +384,12 @@ def _delta_attention(wiring: Wiring, x: str, y: str, name: str = "self_attn") ->
         ),
         *causal_conv(f"{name}.conv1d", "qkv", "mixed", "convolved", False),
         ops.split(f"{name}.split", "mixed", tuple(Tensor(t, _GIVEN) for t in ("query", "key", "value"))),
-        *_forget_gate(f"{name}.forget_gate", x, "g"),
+        *_forget_gate(f"{name}.forget_gate", x, "g", config.get("gate_lower_bound") is not None),
         ops.linear(f"{name}.b_proj", x, "b_", "lv", "h", "mixer"),
         exp(f"{name}.sigmoid", "b_", "beta", "b s lv"),
         ops.leave("b_"),
-        *_chunked(f"{name}.rule", "core"),
-        ops.linear(f"{name}.g_a_proj", x, "gate.low", "ldk", "h", "mixer"),
-        ops.linear(f"{name}.g_b_proj", "gate.low", "out.gate", "lv ldk", "ldk", "mixer"),
-        ops.leave("gate.low"),
+        *(kimi_k3.assumed(rule, kimi_k3.DELTA_RULE) if kimi_k3.of_its_own(m) else rule),
+        *gate,
         *_gated_norm(f"{name}.o_norm", "core", "out.gate", "gated"),
         ops.linear(f"{name}.o_proj", "gated", y, "h", "lv ldk", "mixer"),
         ops.leave("mixed", "g", "beta", "core", "out.gate", "gated", x),
@@ -339,7 +397,8 @@ def _delta_attention(wiring: Wiring, x: str, y: str, name: str = "self_attn") ->
 
 
 def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
-    """Nothing is rotated: queries are as they are projected, and a part of the keys is the same for all heads."""
+    """Nothing is rotated: queries are as they are projected, and a part of the keys is the same for all heads. Kimi K3
+    gates what is attended to."""
     g, bias = "attention", m.get("attention_bias", False)
     queries = (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", g),)
     if m.get("q_lora_rank"):
@@ -348,6 +407,18 @@ def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = 
             *ops.rms_norm(f"{name}.q_a_layernorm", "q.low", "q.normed", "b s ql", "ql"),
             ops.leave("q.low"),
             ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", g),
+        )
+    o, gate = "o", ()
+    if m.get("mla_use_output_gate", False):
+        o, gate = (
+            "o.gated",
+            (
+                ops.linear(f"{name}.g_proj", x, "o.gate", "a dv", "h", g),
+                routers.sigmoid(f"{name}.sigmoid", "o.gate", "o.open", "b s a dv"),
+                ops.leave("o.gate"),
+                ops.mul(f"{name}.gate", "o", "o.open", "o.gated", "b s a dv"),
+                ops.leave("o"),
+            ),
         )
     return (
         *queries,
@@ -361,39 +432,42 @@ def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = 
         ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
         *copied_key(name),
         *attend(f"{name}.attention", m, wiring, "mask", joined=False),
-        ops.linear(f"{name}.o_proj", "o", y, "h", "a dv", g, bias),
-        ops.leave("q0", "kv.low", "kv.normed", "q", "k", "v", "o", x),
+        *gate,
+        ops.linear(f"{name}.o_proj", o, y, "h", "a dv", g, bias),
+        ops.leave("q0", "kv.low", "kv.normed", "q", "k", "v", o, *(("o.open",) if gate else ()), x),
     )
 
 
 def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Positions are counted, and nothing reads them. peft does not know what the experts stand for."""
-    routed = experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    """Positions are counted, and nothing reads them. peft does not know what the experts stand for. A config may have
+    any of Kimi K3's parts."""
+    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     linear = (
         *unpadded(wiring, "n1", "n1.real", "b s h"),
-        *_delta_attention(wiring, "n1.real", "ao"),
+        *_delta_attention(m, "n1.real", "ao"),
         ops.leave("n1"),
     )
 
     def block(layer: Layer) -> Block:
-        ffn = feed(layer, routed)
-        if layer.mixer == "linear_attention":
-            return decoder_block(linear, ffn)
-        return decoder_block(_latent_attention(m, wiring, "n1", "ao"), ffn, held=returned(wiring))
+        ffn, is_linear = kimi_k3.feed(m, layer, routed), layer.mixer == "linear_attention"
+        mixed = linear if is_linear else _latent_attention(m, wiring, "n1", "ao")
+        held = () if is_linear else returned(wiring)
+        if layer.opens or layer.sums:
+            return kimi_k3.block(layer, mixed, ffn, held)
+        return decoder_block(mixed, ffn, held=held)
 
+    last, sums = m.layers[-1], ()
+    number, normed = last.sums + last.opens, "x"
+    if number:
+        sums, normed = (sums_of(number),), "x.chosen"
     made = masks(wiring, "embeds")
-    before = (
-        inputs(wiring.padded),
-        ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
-        positions(),
-        *made,
-    )
     after = (
-        *ops.rms_norm("model.norm", "x", "n", "b s h", "h"),
-        ops.leave("x", "embeds", "positions", *(op.name for op in made)),
+        *((*chosen("model.output_attn_res", "x", normed, number), ops.leave("x")) if number else ()),
+        *ops.rms_norm("model.norm", normed, "n", "b s h", "h"),
+        ops.leave(normed, *sums, "embeds", "positions", *(op.name for op in made)),
         lm_head("n"),  # its class ties it to nothing, whatever the config says
     )
-    return reweigh(Stack(before, runs(m, block), after), _counted)
+    return reweigh(Stack(before(wiring, rotary=False), runs(m, block), after), _counted)
 
 
 def _counted(w: Weight) -> Weight:

@@ -208,15 +208,20 @@ def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
 
 
 def before(
-    wiring: Wiring, sliding: tuple[bool, ...] = (False,), embedded: tuple[Op, ...] = (), table_dtype: str = ""
+    wiring: Wiring,
+    sliding: tuple[bool, ...] = (False,),
+    embedded: tuple[Op, ...] = (),
+    table_dtype: str = "",
+    rotary: bool = True,
 ) -> tuple[Op, ...]:
-    """Up to the first block. `sliding`: which kinds of layers there are. `embedded`: instead of plain embeddings."""
+    """Up to the first block. `sliding`: which kinds of layers there are. `embedded`: instead of plain embeddings.
+    `rotary`: positions turn heads, by one table for all layers."""
     return (
         inputs(wiring.padded),
         *(embedded or (ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),)),
         positions(),
         *(op for kind in sliding for op in masks(wiring, "embeds", kind)),
-        *rotary_table("embeds", dtype=table_dtype),
+        *(rotary_table("embeds", dtype=table_dtype) if rotary else ()),
     )
 
 
@@ -226,12 +231,15 @@ def after(
     sliding: tuple[bool, ...] = (False,),
     bias: bool = False,
     norm: Callable[[str, str, str, str, str], tuple[Op, ...]] = ops.rms_norm,
+    rotary: bool = True,
+    name: str = "model.norm",
 ) -> tuple[Op, ...]:
-    """The last norm and the output projection."""
+    """The last norm and the output projection. `rotary` as in `before`."""
     made = [op.name for kind in sliding for op in masks(wiring, "embeds", kind)]
+    table = ("cos", "sin") if rotary else ()
     return (
-        *norm("model.norm", "x", "n", "b s h", "h"),
-        ops.leave("x", "embeds", "positions", "cos", "sin", *made),
+        *norm(name, "x", "n", "b s h", "h"),
+        ops.leave("x", "embeds", "positions", *table, *made),
         lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else "", bias),
     )
 

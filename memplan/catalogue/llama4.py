@@ -6,7 +6,7 @@ Source: transformers 5.24 models/llama4/modeling_llama4.py.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import ops, routers
 from memplan.catalogue.attention import Wiring, attention
 from memplan.catalogue.llama import (
     after,
@@ -156,20 +156,20 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
 def _router(x: str, name: str) -> tuple[Op, ...]:
     """The sigmoid of the largest logits, and 0 for the others."""
     return (
-        experts.gate(name, x, stands_for=()),
-        experts.top_k(f"{name}.topk", "router.logits", "router.top"),
+        routers.gate(name, x, stands_for=()),
+        routers.top_k(f"{name}.topk", "router.logits", "router.top"),
         Op(
             f"{name}.scatter",
-            ("router.top", experts.CHOSEN),
+            ("router.top", routers.CHOSEN),
             (Tensor("router.sparse", "b s E", "=router.top"),),
             (),
-            (Keep(experts.CHOSEN, "router.top"),),
+            (Keep(routers.CHOSEN, "router.top"),),
             source=f"{ops.DERIVATIVES}: scatter.src",
         ),
         ops.cast(f"{name}.float", "router.sparse", "router.wide", "b s E", "fp32"),
-        experts.sigmoid(f"{name}.sigmoid", "router.wide", "router.sigmoids", "b s E"),
+        routers.sigmoid(f"{name}.sigmoid", "router.wide", "router.sigmoids", "b s E"),
         ops.cast(f"{name}.to", "router.sigmoids", "router.scores", "b s E", "=router.sparse"),
-        ops.leave("router.top", experts.CHOSEN, "router.sparse"),
+        ops.leave("router.top", routers.CHOSEN, "router.sparse"),
     )
 
 

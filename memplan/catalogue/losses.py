@@ -8,6 +8,7 @@ from memplan.catalogue import ops
 from memplan.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 
 _CHUNKS = 8  # torchtune 0.6 CEWithChunkedOutputLoss: num_output_chunks
+CHUNK = 128  # tokens of each sequence; litgpt 0.5 lm_head_chunk_size
 
 
 def attach(
@@ -20,12 +21,14 @@ def attach(
     single: bool = False,
     fused: bool = False,
     converts: bool = False,
+    short: bool = False,
 ) -> Stack:
     """`stack` with the loss of that kind; `hold_outputs` where the script's variable keeps the logits through backward.
 
     `autocast` is the compute dtype, or None; `adds_in_place` is for the fused loss, see `adds_in_place`; `logits`
     and `single` are for transformers' own, see `cross_entropy`; `fused` where a kernel of its own writes the gradient
-    over the logits; `converts` where accelerate or Fabric make what the model returns fp32.
+    over the logits; `converts` where accelerate or Fabric make what the model returns fp32; `short` where no sequence
+    has more than a chunk of CHUNK tokens.
 
     A stack that has a loss already, its class's own, keeps it.
 
@@ -53,9 +56,13 @@ def attach(
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
-            head = tuple(_cast_by_chunk(_summed_by_chunk(op), autocast) for op in _through_by_chunk(head))
-            loss_ops = _chunked_lm_head(last) if not converts else _converted_chunks(last)
-            return stack._replace(after=(*body, *head), loss=loss_ops)
+            if not converts:
+                parts = _PARTS[-1:] if short else _PARTS
+                after = (*body, *_heads_by_chunk(head, parts, single))
+                return stack._replace(after=after, loss=tuple(_chunked_lm_head(last, parts, single)))
+            summed = head if short else tuple(map(_summed_by_chunk, head))
+            head = tuple(_cast_by_chunk(op, autocast) for op in _through_by_chunk(summed))
+            return stack._replace(after=(*body, *head), loss=_converted_chunks(last))
         case "fused":
             matrix = next(w for op in head for w in op.weights if w.rows)
             unused = tuple(w for op in head for w in op.weights if w is not matrix)  # a bias, which Liger leaves out
@@ -232,15 +239,15 @@ def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
     yield ops.leave(*(f"{logits}{i}" for i in chunks), "padded_labels")
 
 
-def _chunk_of(op: Op, i: int) -> Op:
-    """The head's operation for chunk `i`: all its tensors are the chunk's own, but not its weights."""
+def _chunk_of(op: Op, i: int | str, rows: str = "lc") -> Op:
+    """The head's operation for chunk `i` of `rows` tokens: all its tensors are the chunk's own, but not its weights."""
 
     def rename(name: str) -> str:
         return name if any(name == w.name for w in op.weights) else f"{name}{i}"
 
     def tensor(t: Tensor) -> Tensor:
         dtype = f"={rename(t.dtype[1:])}" if t.dtype.startswith("=") else t.dtype
-        return Tensor(rename(t.name), t.shape.replace("b s ", "b lc ", 1), dtype)
+        return Tensor(rename(t.name), t.shape.replace("b s ", f"b {rows} ", 1), dtype)
 
     return op._replace(
         reads=tuple(map(rename, op.reads)),
@@ -253,7 +260,7 @@ def _chunk_of(op: Op, i: int) -> Op:
     )
 
 
-def _through_by_chunk(head: tuple[Op, ...]) -> Iterator[Op]:
+def _through_by_chunk(head: tuple[Op, ...], chunk: str = "128") -> Iterator[Op]:
     """What lies between the projection and the logits comes chunk by chunk, and so do its gradients; only what is kept
     of it is there for all tokens."""
     last = _last_writer(head)
@@ -261,7 +268,7 @@ def _through_by_chunk(head: tuple[Op, ...]) -> Iterator[Op]:
     inner = {t.name for op in head if op is not last for t in op.writes if t.shape == "b s v"} - same
     kept = {k.what for op in head for k in op.keeps} & inner
     for op in head:
-        made = tuple(t._replace(shape="b 128 v") if t.name in inner else t for t in op.writes)
+        made = tuple(t._replace(shape=f"b {chunk} v") if t.name in inner else t for t in op.writes)
         whole = tuple(Tensor(f"{t.name}.kept", "b s v", f"={t.name}") for t in op.writes if t.name in kept)
         keeps = tuple(k._replace(what=f"{k.what}.kept") if k.what in kept else k for k in op.keeps)
         yield op._replace(writes=(*made, *whole), keeps=keeps)
@@ -285,26 +292,53 @@ def _cast_by_chunk(op: Op, autocast: str | None) -> Op:
 _SUM = ("gradient of a chunk", "sum of gradients")
 
 
-def _chunked_lm_head(logits: str) -> tuple[Op, ...]:
+# Of chunks of CHUNK tokens, by the axes that count their tokens: all before the last two, the one before the last, and
+# the last. On the way back the last is first, and the head's gradients of it and of the one before are summed.
+_PARTS = ("lm_rest", "lm_next", "lm_last")
+
+
+def _heads_by_chunk(head: tuple[Op, ...], parts: tuple[str, ...], single: bool) -> Iterator[Op]:
+    """Hidden states are split, which copies a chunk of several sequences, and every chunk has its own product."""
+    source = "litgpt 0.5 model.py GPT.forward"
+    yield ops.split("lm_head.split", "n", tuple(Tensor(f"n.{part}", f"b {part} h") for part in parts))
+    for part in parts:
+        yield ops.copy("lm_head.flatten", f"n.{part}", f"n{part}", f"b {part} h")._replace(view=single, source=source)
+        for op in _through_by_chunk(head, "lm_one") if part == "lm_rest" else head:
+            yield _chunk_of(op, part, part)
+        yield ops.leave(f"n{part}")
+    yield ops.leave("n")
+
+
+def _chunked_lm_head(logits: str, parts: tuple[str, ...], single: bool) -> Iterator[Op]:
     """Log-probabilities stay in the logits' dtype; a chunk's gradient comes as its log-probabilities go.
 
-    Under autocast they do not, and a frozen fp32 head is cast for every chunk: refused where the run is decided.
+    The last row of the last chunk has no label: without it, several sequences' logits are copied, and their gradient is
+    made whole again. Under autocast all is otherwise, and a frozen fp32 head is cast for every chunk: refused where the
+    run is decided.
     """
     source = "litgpt 0.5 utils.py chunked_cross_entropy"
-    chunk = Tensor("gradient of a chunk", "b 128 v", f"={logits}")
-    return (
-        _targets(source),
-        Op(
+    *others, last = parts
+    read = {**{part: f"{logits}{part}" for part in others}, last: "loss.rows"}
+    labels = (Tensor("targets", "shifted_labels", "int64"),)
+    yield Op("loss.shift_labels", ("labels",), labels, view=single, source=source)
+    shifted = (Tensor("loss.rows", "b lm_rows v"),)
+    yield Op("loss.shift", (f"{logits}{last}",), shifted, view=single, source=source)
+    for part in parts:
+        x, log_probs, rows = read[part], f"log_probs.{part}", "lm_rows" if part == last else part
+        chunk = Tensor("gradient of a chunk", f"b {'lm_one' if part == 'lm_rest' else rows} v", f"={x}")
+        yield Op(
             "loss.chunks",
-            (logits, "targets"),
-            (Tensor("loss", "", "fp32"), Tensor("log_probs", "b s v", f"={logits}")),
+            (x, "targets"),
+            (Tensor(f"losses.{part}", f"b {rows}", f"={x}"), Tensor(log_probs, f"b {rows} v", f"={x}")),
             (),
-            (Keep("log_probs", logits, becomes=True), Keep("targets", logits)),
+            (Keep(log_probs, x, becomes=True), Keep("targets", x)),
             scratch_back=(Scratch(chunk), Scratch(chunk)),
             source=source,
-        ),
-        ops.leave("padded_labels", logits, "n"),
-    )
+        )
+    losses = tuple(f"losses.{part}" for part in parts)
+    yield Op("loss.cat", losses, (Tensor("losses", "shifted_rows"),), gradient="view", source=source)
+    yield Op("loss.sum", ("losses",), (Tensor("loss", "", "fp32"),), gradient="view", source=source)
+    yield ops.leave("losses", *losses, "loss.rows", "targets", *(f"{logits}{part}" for part in parts))
 
 
 def _converted_chunks(logits: str) -> tuple[Op, ...]:

@@ -9,20 +9,10 @@ which a token's time step and the two projections of its state are made.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.llama import (
-    decoder_block,
-    gated_mlp,
-    inputs,
-    llama_attention,
-    lm_head,
-    masks,
-    positions,
-    returned,
-    runs,
-)
-from memplan.catalogue.recurrent import causal_conv, exp, negative_exp, spread, unpadded
+from memplan.catalogue.llama import after, before, decoder_block, gated_mlp, llama_attention, returned, runs
+from memplan.catalogue.recurrent import causal_conv, exp, negative_exp, unpadded
 from memplan.catalogue.ssm import pure
 from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
@@ -74,14 +64,14 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
     given = ("discrete.A", "delta.B.u", "C.scan")
     token, states = "b inner mn", ("states", "states.low", "state.first", "state.last")
     return (
-        spread(f"{of}.A_dt", "dt.plus", "rate", "A.dt", _STATES)._replace(
+        ops.spread(f"{of}.A_dt", "dt.plus", "rate", "A.dt", _STATES)._replace(
             scratch_back=(Scratch(Tensor("product", _STATES, "fp32")),)
         ),
         exp(f"{of}.discrete_A", "A.dt", "discrete.A", _STATES)._replace(autocast="fp32"),
         ops.cast(f"{of}.B_float", "B.scan", "B32", "b s mn", "fp32"),
-        spread(f"{of}.discrete_B", "dt.plus", "B32", "discrete.B", _STATES),
+        ops.spread(f"{of}.discrete_B", "dt.plus", "B32", "discrete.B", _STATES),
         ops.cast(f"{of}.x_float", x, "x32", _ROWS, "fp32"),
-        spread(f"{of}.delta_B_u", "discrete.B", "x32", "delta.B.u", _STATES),
+        ops.spread(f"{of}.delta_B_u", "discrete.B", "x32", "delta.B.u", _STATES),
         Op(
             f"{of}.scan.kept",
             ("discrete.A",),
@@ -120,7 +110,7 @@ def _skip(name: str, x: str, y: str) -> tuple[Op, ...]:
     w = Weight(f"{name}.D", "inner", "mixer")
     return (
         Op(f"{name}.D_float", (), (Tensor("D32", "inner", "fp32"),), (w,), cast=True, source=_SOURCE),
-        spread(f"{name}.D", x, "D32", "x.skipped", _ROWS),
+        ops.spread(f"{name}.D", x, "D32", "x.skipped", _ROWS),
         ops.add(f"{name}.skip", "scanned", "x.skipped", "with_skip", _ROWS),
         ops.activation(f"{name}.silu", "gate.z", "gate.act", _ROWS),
         ops.mul(f"{name}.product", "with_skip", "gate.act", y, _ROWS),
@@ -197,7 +187,7 @@ def jamba(m: ModelSpec, wiring: Wiring) -> Stack:
         norms="weighed",
     )
     heads = llama_attention(m, wiring, "n1", "ao", rotary=False)
-    routed = experts.softmax_router(f"{name}.router", "n2", normalise=False, stands_for=())
+    routed = routers.softmax_router(f"{name}.router", "n2", normalise=False, stands_for=())
     mixture = experts.mixture("n2", routed, experts.experts("n2", "mo", f"{name}.experts", (), ()))
     mlp = gated_mlp("n2", "mo", name)
 
@@ -210,19 +200,8 @@ def jamba(m: ModelSpec, wiring: Wiring) -> Stack:
             held=returned(wiring) if mixes else (),
         )
 
-    masked = masks(wiring, "embeds")
-    before = (
-        inputs(wiring.padded),
-        ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
-        positions(),
-        *masked,
-    )
-    after = (
-        *ops.rms_norm("model.final_layernorm", "x", "n", "b s h", "h"),
-        ops.leave("x", "embeds", "positions", *(op.name for op in masked)),
-        lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else ""),
-    )
-    return Stack(before, runs(m, block), after)
+    last = after(m, wiring, rotary=False, name="model.final_layernorm")
+    return Stack(before(wiring, rotary=False), runs(m, block), last)
 
 
 BUILDERS = {"falcon_mamba": mamba, "jamba": jamba, "mamba": mamba}

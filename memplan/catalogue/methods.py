@@ -114,7 +114,7 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
         adapted = f"{p}.dropped"
         yield ops.dropout(f"{n}.lora_dropout", inner, adapted, f"{lead} {into}")
     if adapter.dora:
-        yield from _dora(op, adapted, result, adapter)
+        yield from _dora(op, adapted, result, adapter, adapter.compute if autocast else "")
     else:
         yield ops.linear(f"{n}.lora_A", adapted, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
         yield ops.linear(f"{n}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
@@ -174,10 +174,17 @@ def _renamed(op: Op, result: str) -> Op:
     return op._replace(name=f"{op.name}.base_layer", writes=(op.writes[0]._replace(name=result),))
 
 
-def _dora(op: Op, x: str, result: str, adapter: Adapter) -> Iterator[Op]:
+_DORA = "peft 0.21 tuners/lora/dora.py"
+_TRANSPOSED = (
+    f"{_DORA} with utils/other.py transpose, which makes a parameter of the weight, where no cast made it less"
+)
+
+
+def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[Op]:
     """DoRA: the norm of `W + scaling * B A` row by row, as a constant, scales the product and the base result.
 
-    The product B A is made by running the adapter on an identity matrix as wide as the input.
+    The product B A is made by running the adapter on an identity matrix as wide as the input. `low`: what autocast
+    multiplies in.
     Source: peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward.
     """
     y = op.writes[0]
@@ -220,16 +227,32 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter) -> Iterator[Op]:
     base = result
     if adapter.dropout or adapter.again:  # the base result must see the same dropped input
         base = f"{p}.dropped_base"
+        weight, wraps = f"{p}.w", ()
+        if w.transposed and not w.stored and w.dtype == adapter.dtype:
+            wraps = (Tensor(f"{p}.transposed", full, w.dtype),)
+        if wraps and low and w.dtype == "fp32":  # autocast keeps what it casts of a parameter
+            weight = f"{p}.low"
+            yield Op(
+                f"{n}.transposed",
+                (f"{p}.w",),
+                (Tensor(weight, full, low),),
+                cast=True,
+                holds="forward",
+                wraps=wraps,
+                source=_TRANSPOSED,
+            )
+            wraps = ()
         yield Op(
             f"{n}.base",
-            (x, f"{p}.w"),
+            (x, weight),
             (Tensor(base, y.shape),),
             (),
-            (Keep(f"{p}.w", x),),
+            (Keep(weight, x), *(Keep(x, t) for t in (weight, *(t.name for t in wraps)))),
+            wraps=wraps,
             gradient=op.gradient,
             autocast="lower",
             product="matrix",
-            source="peft 0.21 tuners/lora/dora.py",
+            source=_TRANSPOSED if w.transposed else _DORA,
         )
     elif bias := tuple(v._replace(trains=False) for v in op.weights if not v.matrix):
         base = f"{p}.unbiased"
@@ -384,7 +407,8 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
                 litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)
             )
         if takes(op):
-            adapted = tuple(_dressed(o, recipe) for o in adapt(op, adapter, recipe.autocast))
+            called = op if op.reads else _as_called(op)
+            adapted = tuple(_dressed(o, recipe) for o in adapt(called, adapter, recipe.autocast))
             return (_idle(op, adapted), op) if w.direct and not w.stored else adapted
         if w.stored:
             return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute, older, recipe.keeps))
@@ -439,6 +463,13 @@ def _saved(op: Op, saved: tuple[str, ...]) -> Op:
     keeps = tuple(Keep(ours.get(k.what, k.what), ours.get(k.of, k.of)) for k in op.keeps)
     scratch = tuple(s._replace(of=ours.get(s.of, s.of)) for s in op.scratch_back)
     return op._replace(weights=(*copies, *op.weights), keeps=keeps, scratch_back=scratch)
+
+
+def _as_called(op: Op) -> Op:
+    """A layer that is not called, of which the model reads the weight alone, as if it were: adapters are around it."""
+    w = next(w for w in op.weights if w.matrix)
+    out, into = (" ".join(axes) for axes in (w.shape.split()[: w.rows], w.shape.split()[w.rows :]))
+    return ops.linear(op.name, "of nothing", "nothing", out, into, w.group)
 
 
 def _idle(op: Op, adapted: tuple[Op, ...]) -> Op:

@@ -6,7 +6,7 @@ Source: transformers 5.24 models/minimax_m3_vl/modeling_minimax_m3_vl.py.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring, attention
 from memplan.catalogue.gemma import rms_norm
 from memplan.catalogue.llama import decoder_block, returned, runs
@@ -36,12 +36,12 @@ def _mixture(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
     """An expert that all share, then those chosen, scaled."""
     return (
         *_mlp(x, "shared", f"{name}.shared_experts", "fs"),
-        *unadapted(experts.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
+        *unadapted(routers.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
         *experts.experts(x, "chosen", gate_up=(), down=(), act=experts.clamped(slices=False)),
         ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
         ops.leave("chosen"),
         ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
-        ops.leave("experts.scaled", "shared", *experts.HELD, x),
+        ops.leave("experts.scaled", "shared", *routers.HELD, x),
     )
 
 

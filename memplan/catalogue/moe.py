@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import expert_loops, experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.ernie import rope_in_fp32
 from memplan.catalogue.experts import mixture
@@ -50,9 +50,9 @@ def _modules(
     """Router and experts before transformers 5: linear layers all."""
     sizes, (gate, up, down) = m.axes(), roles
     return (
-        *experts.softmax_router(f"{name}.gate", X, normalise, stands_for=(), module=True),
-        *experts.added(X, y, sizes["E"], sizes["e"], f"{name}.experts", (gate, up, down)),
-        *((ops.leave(*experts.HELD, X),) if y == Y else ()),
+        *routers.softmax_router(f"{name}.gate", X, normalise, stands_for=(), module=True),
+        *expert_loops.added(X, y, sizes["E"], sizes["e"], f"{name}.experts", (gate, up, down)),
+        *((ops.leave(*routers.HELD, X),) if y == Y else ()),
     )
 
 
@@ -61,7 +61,7 @@ def mixtral(m: ModelSpec, wiring: Wiring) -> Stack:
     if before_5(m):
         return llama(m, wiring, mlp=either(_modules(m, True, name="block_sparse_moe", roles=("w1", "w3", "w2"))))
     x, noise = _noisy(m)
-    routed = experts.softmax_router("mlp.gate", x, normalise=True, narrow=False, together=False)
+    routed = routers.softmax_router("mlp.gate", x, normalise=True, narrow=False, together=False)
     made = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
     return llama(m, wiring, mlp=either((*noise, *mixture(X, routed, made))))
 
@@ -70,13 +70,13 @@ def _noisy(m: ModelSpec) -> tuple[str, tuple[Op, ...]]:
     """What router and experts read: where the config has noise for it, x times that."""
     if m.get("router_jitter_noise", 0.0) <= 0:
         return X, ()
-    return "n2.noisy", experts.jitter("mlp.jitter", X, "n2.noisy")
+    return "n2.noisy", routers.jitter("mlp.jitter", X, "n2.noisy")
 
 
 def qwen3_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     """Qwen3 with experts."""
     normalise = m.get("norm_topk_prob", False)
-    routed = experts.softmax_router("mlp.gate", X, normalise)
+    routed = routers.softmax_router("mlp.gate", X, normalise)
     bias = m.get("attention_bias", False)
     ffn = either(_modules(m, normalise) if before_5(m) else mixture(X, routed, experts.experts(X, Y)))
     return llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn)
@@ -90,16 +90,16 @@ def qwen2_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     """
     old, normalise = before_5(m), m.get("norm_topk_prob", False)
     shared = gated_mlp(X, "shared.whole", "mlp.shared_expert", width="fs", flat=True)
-    routed = experts.softmax_router("mlp.gate", X, normalise, stands_for=())
+    routed = routers.softmax_router("mlp.gate", X, normalise, stands_for=())
     now = mixture(X, routed, experts.experts(X, "routed", gate_up=(), down=()), leaves=False)
     ffn = (
         *((*_modules(m, normalise, "routed"), *shared) if old else (*shared, *now)),
         ops.linear("mlp.shared_expert_gate", X, "shared.gate", "1", "h", "mlp", flat=True),
-        experts.sigmoid("mlp.shared_expert_gate.sigmoid", "shared.gate", "shared.share", "b s 1"),
+        routers.sigmoid("mlp.shared_expert_gate.sigmoid", "shared.gate", "shared.share", "b s 1"),
         _scaled("mlp.shared_expert_gate.product", "shared.share", "shared.whole", "shared"),
         ops.leave("shared.whole"),
         ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, X),
+        ops.leave("routed", "shared", *routers.HELD, X),
     )
     made = llama(m, wiring, bias=m.get("qkv_bias", True), mixed=True, mlp=either(ffn))
     if m.sliding_window is not None or old:
@@ -127,7 +127,7 @@ def olmoe(m: ModelSpec, wiring: Wiring) -> Stack:
         raise UnsupportedModelError("clip_qkv: is not supported yet for olmoe", "clip_qkv")
     bias = m.get("attention_bias", False)
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, whole_norm=True)
-    routed = experts.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False))
+    routed = routers.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False))
     made = mixture(X, routed, experts.experts(X, Y))
     if before_5(m):
         made = _modules(m, m.get("norm_topk_prob", False))
@@ -143,7 +143,7 @@ def minimax_m2(m: ModelSpec, wiring: Wiring) -> Stack:
     """OLMoE's norms, a part of each head rotated, and scores that are sigmoids."""
     heads = llama_attention(m, wiring, "n1", "ao", whole_norm=True, turn=_partial_rope(m), attend=attend_heads_first)
     x, noise = _noisy(m)
-    routed = experts.sigmoid_router("mlp.gate", x, "mlp.e_score_correction_bias")
+    routed = routers.sigmoid_router("mlp.gate", x, "mlp.e_score_correction_bias")
     made = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
     block = decoder_block(heads, (*noise, *mixture(X, routed, made)), held=returned(wiring))
     return Stack(before(wiring), runs(m, lambda _: block), after(m, wiring))
@@ -151,13 +151,13 @@ def minimax_m2(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def glm4_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     """Dense layers first; then experts and shared ones, a router in fp32, and a part of each head rotated."""
-    routed = experts.grouped_router("mlp.gate", X, m.get("norm_topk_prob", True))
+    routed = routers.grouped_router("mlp.gate", X, m.get("norm_topk_prob", True))
     ffn = either(
         (
             *mixture(X, routed, experts.experts(X, "routed"), leaves=False),
             *gated_mlp(X, "shared", "mlp.shared_experts", width="fs"),
             ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-            ops.leave("routed", "shared", *experts.HELD, X),
+            ops.leave("routed", "shared", *routers.HELD, X),
         )
     )
     heads = llama_attention(
@@ -183,9 +183,9 @@ def phimoe(m: ModelSpec, wiring: Wiring) -> Stack:
     noisy = m.get("input_jitter_noise", 0.0) > 0
     x, seen = ("n2.noisy", "n2.noisier") if noisy else (X, X)
     ffn = (
-        *(experts.jitter("mlp.jitter", X, x) if noisy else ()),
-        *(experts.jitter("mlp.router.jitter", x, seen) if noisy else ()),
-        *mixture(X, experts.sparse_mixer("mlp.router", seen), experts.experts(seen, Y, gate_up=(), down=())),
+        *(routers.jitter("mlp.jitter", X, x) if noisy else ()),
+        *(routers.jitter("mlp.router.jitter", x, seen) if noisy else ()),
+        *mixture(X, routers.sparse_mixer("mlp.router", seen), experts.experts(seen, Y, gate_up=(), down=())),
     )
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, sliding=sliding[0])
     block = decoder_block(heads, ffn, norm=layer_norm, held=returned(wiring))
@@ -197,15 +197,15 @@ def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     """Ernie 4.5 with experts, and shared ones whose sum is made first."""
     bias = m.get("use_bias", False)
     shared = gated_mlp(X, "shared", "mlp.shared_experts", width="fs", bias=bias, flat=True)
-    mixed = mixture(X, experts.biased_softmax_router("mlp.gate", X), experts.experts(X, "routed"), leaves=False)
+    mixed = mixture(X, routers.biased_softmax_router("mlp.gate", X), experts.experts(X, "routed"), leaves=False)
     sparse = (
         *shared,
         *mixed,
         ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, X),
+        ops.leave("routed", "shared", *routers.HELD, X),
     )
     if not m.whole("moe_num_shared_experts", 2, least=0):
-        sparse = mixture(X, experts.biased_softmax_router("mlp.gate", X), experts.experts(X, Y))
+        sparse = mixture(X, routers.biased_softmax_router("mlp.gate", X), experts.experts(X, Y))
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, turn=rope_in_fp32)
 
     def block(layer: Layer) -> Block:
@@ -221,23 +221,23 @@ def hunyuan_v1_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     Source: transformers 5.24 models/hunyuan_v1_moe/modeling_hunyuan_v1_moe.py HunYuanMoEV1Gate.
     """
     name, bias = "mlp.gate.wg", m.get("attention_bias", False)
-    product = experts.gate(name, "router.x", stands_for=(), matrix=True)
+    product = routers.gate(name, "router.x", stands_for=(), matrix=True)
     weight = product.weights[0]._replace(dtype="fp32")
     routed = (
         ops.cast(f"{name}.float", X, "router.x", "b s h", f"={weight.name}"),
         product._replace(weights=(weight,)),
         ops.leave("router.x"),
         *ops.softmax(f"{name}.softmax", "router.logits", "router.probs", "b s E", "fp32"),
-        experts.top_k(f"{name}.topk", "router.probs", "router.top"),
-        *experts.normalised(f"{name}.normalise", "router.top", "router.normal"),
-        ops.cast(f"{name}.cast", "router.normal", experts.SCORES, experts.PAIRS, "=router.logits"),
+        routers.top_k(f"{name}.topk", "router.probs", "router.top"),
+        *routers.normalised(f"{name}.normalise", "router.top", "router.normal"),
+        ops.cast(f"{name}.cast", "router.normal", routers.SCORES, routers.PAIRS, "=router.logits"),
         ops.leave("router.probs"),
     )
     ffn = (
         *gated_mlp(X, "shared", "mlp.shared_mlp"),
         *mixture(X, routed, experts.experts(X, "routed"), leaves=False),
         ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, X),
+        ops.leave("routed", "shared", *routers.HELD, X),
     )
     return llama(m, wiring, bias=bias, out_bias=bias, turn=rope_and_norm, mlp=lambda _: ffn)
 
@@ -250,20 +250,20 @@ def deepseek(m: ModelSpec, wiring: Wiring) -> Stack:
     scores, top, shape = "router.probs", "router.top", "b s E"
     normalise = m.get("norm_topk_prob", False) and m.whole("num_experts_per_tok") > 1
     routed = (
-        experts.gate("mlp.gate", X, stands_for=()),
+        routers.gate("mlp.gate", X, stands_for=()),
         *ops.softmax("mlp.gate.softmax", "router.logits", scores, shape),
-        experts.top_k("mlp.gate.topk", scores, top if normalise else experts.SCORES),
-        *(experts.divided("mlp.gate.normalise", top, experts.SCORES) if normalise else ()),
+        routers.top_k("mlp.gate.topk", scores, top if normalise else routers.SCORES),
+        *(routers.divided("mlp.gate.normalise", top, routers.SCORES) if normalise else ()),
         ops.leave("router.logits", scores),
     )
     sizes = m.axes()
     ffn = either(
         (
             *routed,
-            *experts.modules(X, "routed", sizes["E"], sizes["e"]),
+            *expert_loops.modules(X, "routed", sizes["E"], sizes["e"]),
             *gated_mlp(X, "shared", "mlp.shared_experts", width="fs"),
             ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-            ops.leave("routed", "shared", experts.SCORES, experts.CHOSEN, X),
+            ops.leave("routed", "shared", routers.SCORES, routers.CHOSEN, X),
         )
     )
     return llama(m, wiring, bias=m.get("attention_bias", False), out_bias=m.get("attention_bias", False), mlp=ffn)

@@ -169,19 +169,22 @@ def leave(*names: str) -> Op:
     return Op("return", names)
 
 
-def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = False) -> tuple[Op, ...]:
     """LlamaRMSNorm as transformers writes it: fp32 inside, `weight * x.to(input dtype)` outside.
 
     Keeps x in fp32, one fp32 number a row, and the normalised x in the input's dtype for the weight's gradient.
+    `of_x`: T5LayerNorm, which multiplies x as it is by that number, and casts to the weight's dtype.
     """
     row = shape.rsplit(" ", 1)[0]
     x32, square, mean, shifted, rstd, n32, hat = (
         f"{y}.{part}" for part in ("x32", "square", "mean", "shifted", "rstd", "n32", "hat")
     )
     w = Weight(f"{name}.weight", axis, "norm")
-    source = "transformers 5.24 models/llama/modeling_llama.py LlamaRMSNorm"
-    return unit(
-        f"rms_norm {name}",
+    scaled, like = (x, f"={w.name}") if of_x else (x32, f"={x}")
+    source = "transformers 5.24 " + (
+        "models/t5/modeling_t5.py T5LayerNorm" if of_x else "models/llama/modeling_llama.py LlamaRMSNorm"
+    )
+    made = (
         Op(f"{name}.float", (x,), (Tensor(x32, shape, "fp32"),), cast=True, source=source),
         Op(
             f"{name}.pow",
@@ -205,17 +208,18 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]
         ),
         Op(
             f"{name}.scale",
-            (x32, rstd),
-            (Tensor(n32, shape),),
+            (scaled, rstd),
+            (Tensor(n32, shape, "fp32" if of_x else ""),),
             (),
-            (Keep(rstd, x32), Keep(x32, rstd)),
+            (Keep(rstd, scaled), Keep(scaled, rstd)),
             scratch_back=(Scratch(Tensor("product", shape, "fp32"), rstd),),
             source=f"{DERIVATIVES}: mul.Tensor",
         ),
-        Op(f"{name}.cast", (n32,), (Tensor(hat, shape, f"={x}"),), cast=True, source=source),
+        Op(f"{name}.cast", (n32,), (Tensor(hat, shape, like),), cast=True, source=source),
         weigh(f"{name}.weight", hat, y, shape, w),
-        leave(mean, n32),
+        leave(mean) if of_x else leave(mean, n32),
     )
+    return made if of_x else unit(f"rms_norm {name}", *made)
 
 
 def weigh(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
@@ -227,6 +231,19 @@ def weigh(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
         (w,),
         (Keep(w.name, x), Keep(x, w.name)),
         scratch_back=(Scratch(Tensor("product", shape, f"={y}"), w.name),),
+        source=f"{DERIVATIVES}: mul.Tensor",
+    )
+
+
+def spread(name: str, x: str, small: str, y: str, shape: str) -> Op:
+    """`x * small`, which has fewer elements: the product for its gradient is made whole, and then summed."""
+    return Op(
+        name,
+        (x, small),
+        (Tensor(y, shape),),
+        (),
+        (Keep(small, x), Keep(x, small)),
+        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), small),),
         source=f"{DERIVATIVES}: mul.Tensor",
     )
 

@@ -35,6 +35,7 @@ WORDS = {
     "keeps_matrix": "a product with a GPTQ matrix keeps it dequantised for the backward pass",
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
+    "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -134,6 +135,7 @@ PROFILES = (
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
+            Row("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
             Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
             Row("trains_fp8", True, "transformers 5.24 integrations/finegrained_fp8.py FP8LinearFunction"),
@@ -150,6 +152,7 @@ PROFILES = (
             ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
             Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
+            Row("tensor_parallel", "", "transformers 4.51.3 integrations/tensor_parallel.py: not read"),
             Row("keeps_matrix", False, "auto-gptq 0.7 qlinear_tritonv2.py QuantLinearFunction"),
             Row("trains_fp8", False, "transformers 4.51.3 quantizers/quantizer_finegrained_fp8.py is_trainable"),
             Row(
@@ -335,6 +338,7 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.reentrant", True, "axolotl 0.12.2 utils/config/__init__.py normalize_config"),
+            Row("tensor_parallel", "", "axolotl 0.12.2, with transformers 4.55: not read"),
             Row(
                 "method.quantization.kbit_preparation",
                 False,
@@ -399,6 +403,7 @@ PROFILES = (
             Row("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
             Row("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
             Row("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
+            Row("tensor_parallel", "", "torchtune 0.6.1 training/_distributed.py: not read"),
             Row("experts", "own", "torchtune 0.6.1 modules/moe/experts.py"),
         ),
         (
@@ -427,6 +432,7 @@ PROFILES = (
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
+            Row("tensor_parallel", "", "torchtitan 0.3.0 models/common/decoder_sharding.py: not read"),
             Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
@@ -441,13 +447,15 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
+            Row("kernels.reentrant", True, "megatron-core 0.12.0 tensor_parallel/random.py CheckpointFunction"),
             Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
+            Row("tensor_parallel", "megatron", "megatron-core 0.12.0 tensor_parallel/layers.py"),
             Row("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
         ),
         (
             "gradients and masters in fp32: say precision mixed with grads fp32",
-            "Megatron's own layers (fused norms, rotary positions, biases with dropout) and megatron_gpt configs",
-            "tensor, sequence, context and pipeline parallelism and the distributed optimizer",
+            "its own layers are those of a megatron_gpt config; other models are counted with transformers' layers",
+            "context and pipeline parallelism, and the distributed optimizer",
         ),
     ),
     Profile(
@@ -469,6 +477,7 @@ PROFILES = (
         "transformers-5",
         (
             Row("code", "litgpt", "litgpt 0.5.3 model.py"),
+            Row("tensor_parallel", "", "litgpt 0.5.3: no training with it"),
             Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
             Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),
             Row("kernels.checkpointing", "none", "litgpt 0.5.3 finetune/lora.py: only under FSDP"),

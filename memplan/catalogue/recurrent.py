@@ -12,19 +12,6 @@ def exp(name: str, x: str, y: str, shape: str) -> Op:
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: exp, sigmoid")
 
 
-def spread(name: str, x: str, small: str, y: str, shape: str) -> Op:
-    """`x * small`, which has fewer elements: the product for its gradient is made whole, and then summed."""
-    return Op(
-        name,
-        (x, small),
-        (Tensor(y, shape),),
-        (),
-        (Keep(small, x), Keep(x, small)),
-        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), small),),
-        source=f"{ops.DERIVATIVES}: mul.Tensor",
-    )
-
-
 def pad(name: str, x: str, y: str, shape: str) -> Op:
     """Rows up to a whole number of chunks: a copy, with none to add too."""
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), source=f"{ops.DERIVATIVES}: constant_pad_nd")

@@ -6,7 +6,7 @@ Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py, models/mimo_v2_fla
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.llama import decoder_block, gated_mlp, mask_name, returned, rotary_table, runs
 from memplan.catalogue.mixed import after as last
@@ -162,8 +162,8 @@ def _router(x: str, name: str = "mlp.router") -> tuple[Op, ...]:
     weights = tuple(w._replace(matrix=False) for w in product.weights)
     return (
         product._replace(weights=weights),
-        experts.top_k(f"{name}.topk", "router.logits", "router.top"),
-        *ops.softmax(f"{name}.softmax", "router.top", experts.SCORES, experts.PAIRS, "=router.top"),
+        routers.top_k(f"{name}.topk", "router.logits", "router.top"),
+        *ops.softmax(f"{name}.softmax", "router.top", routers.SCORES, routers.PAIRS, "=router.top"),
         ops.leave("router.top"),
     )
 
@@ -174,11 +174,11 @@ def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
     mlp = (
         *_router("n2"),
         *experts.experts("n2", "mo", gate_up=(), down=(), act=experts.clamped(slices=True), biased=True),
-        ops.leave("router.logits", experts.CHOSEN, "n2", *returned(wiring)),
+        ops.leave("router.logits", routers.CHOSEN, "n2", *returned(wiring)),
     )
 
     def block(layer: Layer) -> Block:
-        return decoder_block(_gpt_oss_attention(m, layer), mlp, norm=rms_norm, held=(experts.SCORES,))
+        return decoder_block(_gpt_oss_attention(m, layer), mlp, norm=rms_norm, held=(routers.SCORES,))
 
     table = tuple(op for op in rotary_table("embeds") if op.name != "rotary.cat")
     halves = tuple(op._replace(reads=tuple("angles" if r == "both" else r for r in op.reads)) for op in table)
@@ -221,9 +221,9 @@ def mimo(m: ModelSpec, wiring: Wiring) -> Stack:
     """Layers with a window have more key heads, sinks, and a rotary table of their own."""
     wiring = wiring._replace(backend="eager", masked="eager")
     mixture = (
-        *unadapted(experts.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))),
+        *unadapted(routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))),
         *experts.experts("n2", "mo", gate_up=(), down=()),
-        ops.leave(*experts.HELD, "n2"),
+        ops.leave(*routers.HELD, "n2"),
     )
 
     def block(layer: Layer) -> Block:

@@ -9,24 +9,24 @@ Letters of their own: `mh` heads `mp` wide of a state of `mn` numbers each, in `
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.glm import fused_mlp
 from memplan.catalogue.granite import scaled_branch, scaled_embeddings, scaled_logits
 from memplan.catalogue.llama import (
+    after,
+    before,
     decoder_block,
     inputs,
     llama_attention,
     lm_head,
     masks,
-    positions,
     returned,
-    rotary_table,
     runs,
 )
 from memplan.catalogue.mixed import renamed
-from memplan.catalogue.recurrent import causal_conv, cumulate, exp, mask_fill, negative_exp, pad, spread, unpadded
-from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.catalogue.recurrent import causal_conv, cumulate, exp, mask_fill, negative_exp, pad, unpadded
+from memplan.ir import Block, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
@@ -74,15 +74,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: add.Tensor",
         ),
         ops.activation(f"{of}.softplus", "dt.biased", "dt.plus", _STEPS)._replace(autocast="fp32"),
-        Op(
-            f"{of}.clamp",
-            ("dt.plus",),
-            (Tensor("dt.step", _STEPS),),
-            (),
-            (Keep("dt.plus", "dt.plus"),),
-            scratch_back=(Scratch(Tensor("above", _STEPS, "bool")), Scratch(Tensor("below", _STEPS, "bool"))),
-            source=f"{ops.DERIVATIVES}: clamp",
-        ),
+        ops.clamp(f"{of}.clamp", "dt.plus", "dt.step", _STEPS, 2),
         ops.cast(f"{of}.x_float", "x.heads", "x32", _X, "fp32"),
         *(
             op
@@ -95,9 +87,9 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         pad(f"{of}.pad_x", "x32", "x.rows", _X_ROWS),
         _skip(f"{of}.D"),
         ops.cast(f"{of}.dt_float", "dt.step", "dt32", _STEPS, "fp32"),
-        spread(f"{of}.x_dt", "x32", "dt32", "x.dt", _X),
+        ops.spread(f"{of}.x_dt", "x32", "dt32", "x.dt", _X),
         ops.cast(f"{of}.dt_again", "dt.step", "dt32.again", _STEPS, "fp32"),
-        spread(f"{of}.steps", "dt32.again", "rate", "steps", _STEPS),
+        ops.spread(f"{of}.steps", "dt32.again", "rate", "steps", _STEPS),
         pad(f"{of}.chunks_of_x", "x.dt", "x.chunks", _X_ROWS),
         pad(f"{of}.chunks_of_steps", "steps", "steps.rows", "b s_chunks mh"),
         pad(f"{of}.chunks_of_B", "B.heads", "B.rows", _STATE_ROWS),
@@ -119,7 +111,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: sub.Tensor",
         ),
         exp(f"{of}.decay_of_states", "cum.left", "cum.decay", _ROWS)._replace(autocast="fp32"),
-        spread(f"{of}.B_decay", "B.rows", "cum.decay", "B.decayed", _STATE_ROWS),
+        ops.spread(f"{of}.B_decay", "B.rows", "cum.decay", "B.decayed", _STATE_ROWS),
         ops.copy(f"{of}.x_of_states", "x.chunks", "x.states", _X_ROWS),
         ops.copy(f"{of}.B_of_states", "B.decayed", "B.states", _STATE_ROWS),
         _of_chunks(ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn")),
@@ -140,7 +132,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         ops.view(f"{of}.before_chunks", "states.new", "states.start", "b chunks mh mp mn", gradient=new),
         ops.copy(f"{of}.states_in", "states.start", "states.in", "b chunks mh mp mn"),
         _of_chunks(ops.matmul(f"{of}.C_times_states", "C.states", "states.in", "off", _X_ROWS)),
-        spread(f"{of}.off_diagonal", "off", "cum.out", "off.decayed", _X_ROWS),
+        ops.spread(f"{of}.off_diagonal", "off", "cum.out", "off.decayed", _X_ROWS),
         ops.add(f"{of}.add", "diagonal", "off.decayed", "sum", _X_ROWS),
         ops.copy(f"{of}.contiguous", "sum", "sum.flat", _X_ROWS),
         ops.leave("sum"),
@@ -227,7 +219,7 @@ def pure(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
     )
     *norm, weighed, returns = ops.rms_norm("backbone.norm_f", "x", "n.wide", "b s h", "h")
     head = lm_head("n", "backbone.embeddings.weight" if m.tie_word_embeddings else "")
-    after = (
+    last = (
         *norm,
         weighed._replace(holds="forward"),
         returns,
@@ -237,8 +229,8 @@ def pure(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
         ops.leave("n"),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
-    before = (inputs(wiring.padded), ops.embedding("backbone.embeddings", "ids", "embeds", "v", "h"))
-    return Stack(before, runs(m, lambda _: block), after)
+    first = (inputs(wiring.padded), ops.embedding("backbone.embeddings", "ids", "embeds", "v", "h"))
+    return Stack(first, runs(m, lambda _: block), last)
 
 
 def granite(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -257,7 +249,7 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, rotary=rotary)
     dense = fused_mlp("n2", "dense.out", "shared_mlp", ("input_linear", "output_linear"))
-    routed = experts.late_softmax_router(f"{name}.router", "n2")
+    routed = routers.late_softmax_router(f"{name}.router", "n2")
     mixture = experts.mixture("n2", routed, experts.experts("n2", "routed", f"{name}.experts", gate_up=(), down=()))
     both = (*mixture, *dense, ops.add("add_experts", "routed", "dense.out", "mo", "b s h"))
     ffn = (*both, ops.leave("routed", "dense.out")) if m.whole("num_local_experts", 8, least=0) else _named(dense, "mo")
@@ -267,20 +259,8 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
         held = (*table, *(returned(wiring) if mixes else ()))
         return decoder_block(heads if mixes else mixer, ffn, scaled_branch, held=held)
 
-    masked = masks(wiring, "embeds")
-    before = (
-        inputs(wiring.padded),
-        *scaled_embeddings(),
-        positions(),
-        *masked,
-        *(rotary_table("embeds") if rotary else ()),
-    )
-    after = (
-        *ops.rms_norm("model.norm", "x", "n", "b s h", "h"),
-        ops.leave("x", "embeds", "positions", *table, *(op.name for op in masked)),
-        lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else ""),
-    )
-    return Stack(before, runs(m, block), scaled_logits(after))
+    first = before(wiring, embedded=scaled_embeddings(), rotary=rotary)
+    return Stack(first, runs(m, block), scaled_logits(after(m, wiring, rotary=rotary)))
 
 
 def _named(some: tuple[Op, ...], y: str) -> tuple[Op, ...]:
@@ -296,7 +276,7 @@ def wide_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...
     return (
         *normalise,
         Op(f"{name}.weight_float", (), (Tensor(factor, axis, "fp32"),), weight, cast=True, source=source),
-        spread(f"{name}.weight", n32, factor, wide, shape),
+        ops.spread(f"{name}.weight", n32, factor, wide, shape),
         ops.cast(f"{name}.cast_back", wide, y, shape, f"={x}"),
         returns,
     )
@@ -334,20 +314,15 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
         )
 
     masked = masks(wiring, "embeds")
-    before = (
-        inputs(wiring.padded),
-        ops.embedding("model.embeddings", "ids", "embeds", "v", "h"),
-        positions(),
-        *masked,
-    )
+    embedded = (ops.embedding("model.embeddings", "ids", "embeds", "v", "h"),)
     head = lm_head("n")
-    after = (
+    last = (
         *wide_norm("model.norm_f", "x", "n", "b s h", "h"),
         ops.leave("x", "embeds", "positions", *(op.name for op in masked)),
         head._replace(writes=(head.writes[0]._replace(name="logits.low"),)),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
-    return Stack(before, runs(m, block), after)
+    return Stack(before(wiring, embedded=embedded, rotary=False), runs(m, block), last)
 
 
 def _relu2_mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:
@@ -365,7 +340,7 @@ def _nemotron_experts(m: ModelSpec, n: str, bias: bool) -> tuple[Op, ...]:
     x, routed, width = ("latent", "routed.latent", "latent") if latent else ("n1", "routed", "h")
     made = experts.experts(x, routed, f"{n}.experts", (), (), plain=True, width=width)
     return (
-        *experts.grouped_router(f"{n}.gate", "n1", m.get("norm_topk_prob", True)),
+        *routers.grouped_router(f"{n}.gate", "n1", m.get("norm_topk_prob", True)),
         *((ops.linear(f"{n}.fc1_latent_proj", "n1", "latent", width, "h", "mlp", bias, flat=True),) if latent else ()),
         *made,
         *((ops.leave("latent"),) if latent else ()),
@@ -376,7 +351,7 @@ def _nemotron_experts(m: ModelSpec, n: str, bias: bool) -> tuple[Op, ...]:
         ),
         *_relu2_mlp("n1", "shared", f"{n}.shared_experts", "fs", bias),
         ops.add(f"{n}.add", "routed", "shared", "mo", "b s h"),
-        ops.leave("routed", "shared", *experts.HELD, "n1"),
+        ops.leave("routed", "shared", *routers.HELD, "n1"),
     )
 
 

@@ -7,7 +7,7 @@ Source: transformers 5.24 models/step3p7/modeling_step3p7.py.
 
 from __future__ import annotations
 
-from memplan.catalogue import experts, ops
+from memplan.catalogue import expert_loops, ops, routers
 from memplan.catalogue.attention import Wiring, attention
 from memplan.catalogue.gemma import rms_norm
 from memplan.catalogue.llama import decoder_block, mask_name, returned, runs
@@ -35,7 +35,7 @@ def _bounded(name: str, gate: str, up: str, y: str, shape: str) -> tuple[Op, ...
 
 
 def _expert(name: str, x: str, y: str) -> tuple[Op, ...]:
-    shape = f"{experts.OF_A_GROUP} m"
+    shape = f"{expert_loops.OF_A_GROUP} m"
     halves = (Tensor(f"{y}.half", shape), Tensor(f"{y}.other", shape))
     return (ops.split(f"{name}.chunk", x, halves), *_bounded(name, halves[0].name, halves[1].name, y, shape))
 
@@ -52,15 +52,15 @@ def _mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:
 
 
 def _mixture(x: str, y: str, number: int, bias: bool, name: str = "mlp") -> tuple[Op, ...]:
-    parts = experts.in_stacks(f"{name}.experts", _expert)
+    parts = expert_loops.in_stacks(f"{name}.experts", _expert)
     return (
         *_mlp(x, "shared", f"{name}.shared_experts", "fs", bias),
-        *unadapted(experts.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
-        *experts.loop(x, "chosen", number, f"{name}.experts", parts, experts.OF_A_GROUP),
+        *unadapted(routers.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
+        *expert_loops.loop(x, "chosen", f"{name}.experts", [parts] * number, expert_loops.OF_A_GROUP),
         ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
         ops.leave("chosen"),
         ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
-        ops.leave("experts.scaled", "shared", *experts.HELD, x),
+        ops.leave("experts.scaled", "shared", *routers.HELD, x),
     )
 
 
@@ -80,7 +80,7 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
         *rotate_part(f"{name}.rope", partial=m.rotary_width < m.head_dim),
         ops.leave("q1", "k1"),
         *attention(f"{name}.attention", "q", "k", "v", "oh", wiring, True, layer.sliding, mask_name(layer.sliding)),
-        experts.sigmoid(f"{name}.sigmoid", "gates", "gates.open", "b s a"),
+        routers.sigmoid(f"{name}.sigmoid", "gates", "gates.open", "b s a"),
         Op(
             f"{name}.gate",
             ("oh", "gates.open"),

@@ -22,7 +22,7 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
     tied = "shared.weight" if m.tie_word_embeddings else ""
     drop = drops(m, "dropout_rate")
     last = (
-        *norm("decoder.final_layer_norm", "x", "normed", "b s h"),
+        *norm("decoder.final_layer_norm", "x", "normed"),
         ops.leave("x"),
         *dropped("decoder.dropout", "normed", "returned", "b s h", drop),
         *((ops.scale("scale", "returned", "n", "b s h"),) if tied else (ops.view("last", "returned", "n", "b s h"),)),
@@ -45,56 +45,8 @@ def _masks(wiring: Wiring, name: str) -> tuple[str, ...]:
     return (name,) if wiring.has_mask() else ()
 
 
-def norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """The squares are of x in fp32; the product is of x as it is with an fp32 number a row, and cast to the weight's
-    dtype. Source: T5LayerNorm."""
-    row = shape.rsplit(" ", 1)[0]
-    x32, square, mean, shifted, rstd, n32, hat = (
-        f"{y}.{part}" for part in ("x32", "square", "mean", "shifted", "rstd", "n32", "hat")
-    )
-    w = Weight(f"{name}.weight", "h", "norm")
-    return (
-        Op(f"{name}.float", (x,), (Tensor(x32, shape, "fp32"),), cast=True, source=_SOURCE),
-        Op(
-            f"{name}.pow",
-            (x32,),
-            (Tensor(square, shape),),
-            (),
-            (Keep(x32, x32),),
-            scratch_back=(Scratch(Tensor("pow", shape, "fp32")), Scratch(Tensor("2x", shape, "fp32"))),
-            source=f"{ops.DERIVATIVES}: pow.Tensor_Scalar",
-        ),
-        Op(f"{name}.mean", (square,), (Tensor(mean, row),), source=f"{ops.DERIVATIVES}: mean.dim"),
-        Op(f"{name}.eps", (mean,), (Tensor(shifted, row),), gradient="same", source=f"{ops.DERIVATIVES}: add.Scalar"),
-        Op(
-            f"{name}.rsqrt",
-            (shifted,),
-            (Tensor(rstd, row),),
-            (),
-            (Keep(rstd, shifted),),
-            scratch_back=(Scratch(Tensor("cube", row, "fp32")), Scratch(Tensor("half", row, "fp32"))),
-            source=f"{ops.DERIVATIVES}: rsqrt",
-        ),
-        Op(
-            f"{name}.scale",
-            (x, rstd),
-            (Tensor(n32, shape, "fp32"),),
-            (),
-            (Keep(rstd, x), Keep(x, rstd)),
-            scratch_back=(Scratch(Tensor("product", shape, "fp32"), rstd),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
-        Op(
-            f"{name}.weight",
-            (n32,),
-            (Tensor(hat, shape, f"={w.name}"), Tensor(y, shape, f"={w.name}")),
-            (w,),
-            (Keep(w.name, n32), Keep(hat, w.name)),
-            scratch_back=(Scratch(Tensor("product", shape, f"={y}"), w.name),),
-            source=f"{ops.DERIVATIVES}: _to_copy, mul.Tensor",
-        ),
-        ops.leave(mean),
-    )
+def norm(name: str, x: str, y: str) -> tuple[Op, ...]:
+    return ops.rms_norm(name, x, y, "b s h", "h", of_x=True)
 
 
 def _embedded(name: str, ids: str, y: str) -> Op:
@@ -163,7 +115,7 @@ def _between(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ...]:
         *_mask(wiring, "decoder.tokens", "mask"),
     )
     return (
-        *norm("encoder.final_layer_norm", "x", "encoded.normed", "b s h"),
+        *norm("encoder.final_layer_norm", "x", "encoded.normed"),
         ops.leave("x"),
         *dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drop),
         ops.leave("tokens", "encoder_bias", *_masks(whole, "encoder_mask")),
@@ -278,7 +230,7 @@ def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:
     else:
         made = (ops.activation(f"{inner}.act", "gate", "act", shape),)
     return (
-        *norm(f"{name}.layer_norm", x, "n.ff", "b s h"),
+        *norm(f"{name}.layer_norm", x, "n.ff"),
         ops.linear(f"{inner}.{one}", "n.ff", "gate", "f", "h", "mlp"),
         *made,
         *(
@@ -302,7 +254,7 @@ def _self(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: bool) -> tu
     name = "layer.0"
     made = _bias(f"{name}.SelfAttention", bias) if first else ()
     return (
-        *norm(f"{name}.layer_norm", "x", "n1", "b s h"),
+        *norm(f"{name}.layer_norm", "x", "n1"),
         *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, made=made),
         ops.add(f"{name}.residual", "x", "ao", "x1", "b s h"),
         ops.leave("n1"),
@@ -329,7 +281,7 @@ def _decoder(m: ModelSpec, wiring: Wiring, whole: Wiring, first: bool) -> Block:
     )
     given = (zeros,) if first else ()
     cross = _attention(m, whole, f"{name}.EncDecAttention", "n2", "co", crossed, "cross_mask", "encoded", given)
-    before = (*_self(m, wiring, own, "mask", first), *norm(f"{name}.layer_norm", "x1", "n2", "b s h"))
+    before = (*_self(m, wiring, own, "mask", first), *norm(f"{name}.layer_norm", "x1", "n2"))
     after = (
         ops.leave("probs") if wiring.backend == "eager" else ops.leave("x1"),
         ops.add(f"{name}.residual", "x1", "co", "x2", "b s h"),

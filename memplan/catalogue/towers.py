@@ -12,6 +12,8 @@ from typing import NamedTuple
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.mixed import renamed
+from memplan.errors import UnsupportedModelError
+from memplan.families import ONE_KERNEL
 from memplan.ir import Block, Keep, Op, Run, Scratch, Tensor, Weight
 
 P = "b patches"
@@ -153,8 +155,15 @@ def quick_gelu(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 
 def acted(act: str, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """The activation of that name in transformers."""
-    return quick_gelu(name, x, y, shape) if act == "quick_gelu" else (ops.activation(name, x, y, shape),)
+    """The activation of that name in transformers. Raises UnsupportedModelError for one that is not written down."""
+    if act == "quick_gelu":
+        return quick_gelu(name, x, y, shape)
+    if act not in ONE_KERNEL:
+        supported = ", ".join(("quick_gelu", *ONE_KERNEL))
+        raise UnsupportedModelError(
+            f"vision_config.hidden_act: {act!r:.40} is not supported yet; supported: {supported}", "vision_config"
+        )
+    return (ops.activation(name, x, y, shape),)
 
 
 def mlp(
@@ -311,55 +320,9 @@ def plain_attention(names: tuple[str, ...], wiring: Wiring, lead: str, bias: boo
     )
 
 
-# Qwen's
-
-
-def qwen_attention(wiring: Wiring, over: Kernel = IMAGE) -> tuple[Op, ...]:
-    """q, k and v in one projection; q and k rotated in fp32 and cast back.
-
-    Source: transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py VisionAttention.
-    """
-    shape, half = f"{P} va vd", f"{P} va vd2"
-    return (
-        linear("attn.qkv", "v.n1", "v.qkv", "3 va vd", "vh"),
-        ops.view("attn.heads", "v.qkv", "v.heads", f"{P} 3 va vd", gradient="new"),
-        ops.split("attn.unbind", "v.heads", (Tensor("v.q0", shape), Tensor("v.k0", shape), Tensor("v.v", shape))),
-        *(ops.cast(f"attn.float_{t}", f"v.{t}0", f"v.{t}32", shape, "fp32") for t in "qk"),
-        *(op for t in "qk" for op in rotated(f"attn.rope_{t}", f"v.{t}32", f"v.{t}turned", shape, half)),
-        *(ops.cast(f"attn.cast_{t}", f"v.{t}turned", f"v.{t}", shape, f"=v.{t}0") for t in "qk"),
-        ops.leave("v.q32", "v.k32", "v.q0", "v.k0"),
-        *chunked("attn.attention", "v.q", "v.k", "v.v", "v.o", wiring, over),
-        linear("attn.proj", "v.o", "v.ao", "vh", "va vd"),
-        ops.leave("v.o", "v.n1"),
-    )
-
-
-def merger(name: str, x: str, y: str, layers: tuple[str, str], normed: tuple[Op, ...]) -> tuple[Op, ...]:
-    """`normed` makes `{y}.normed` of x; patches of a square side by side; then two layers with a GELU between them."""
-    first, second = layers
-    lead, g = "b merged", "projector"
-    return (
-        *normed,
-        ops.view(f"{name}.view", f"{y}.normed", f"{y}.square", f"{lead} vm"),
-        linear(f"{name}.{first}", f"{y}.square", f"{y}.first", "vm", "vm", g, lead),
-        ops.activation(f"{name}.gelu", f"{y}.first", f"{y}.act", f"{lead} vm"),
-        linear(f"{name}.{second}", f"{y}.act", y, "h", "vm", g, lead),
-        ops.leave(f"{y}.normed", f"{y}.square", x),
-    )
-
-
 def held(x: str, *more: str) -> tuple[Op, ...]:
     """The model returns the tower's last hidden states, and what is made of them, with its own."""
     return tuple(
         ops.view(f"image_outputs.{name}", name, f"{name}.returned", shape)._replace(holds="forward")
         for name, shape in ((x, f"{P} vh"), *((m, "b merged h") for m in more))
-    )
-
-
-def qwen_inputs() -> tuple[Tensor, ...]:
-    """Pixels in fp32, the sizes of the images, and which tokens stand for them."""
-    return (
-        Tensor("pixel_values", f"{P} vin", "fp32"),
-        Tensor("image_grid_thw", "b images 3", "int64"),
-        Tensor("mm_token_type_ids", "b s", "int64"),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from memplan.ir import Op, Tensor, Weight
+from memplan.ir import Keep, Op, Tensor, Weight
 
 FLOATING = frozenset(("fp32", "bf16", "fp16"))
 _AUTOCAST = "torch 2.13 aten/src/ATen/autocast_mode.cpp cached_cast"
@@ -80,16 +80,19 @@ class Scope:
         inputs = [tensors[r].dtype for r in reads] + [w.dtype for w in weights]
 
         def literal(t: Tensor) -> Tensor:
-            if t.dtype.startswith("="):
-                return t._replace(dtype=tensors[new_name.get(t.dtype[1:], t.dtype[1:])].dtype)
+            name, shape, dtype = t
+            if dtype.startswith("="):
+                return Tensor(name, shape, tensors[new_name.get(dtype[1:], dtype[1:])].dtype)
             if autocast and op.autocast == "wide":
-                return t._replace(dtype="fp32")
-            return t if t.dtype else t._replace(dtype=promote(inputs))
+                return Tensor(name, shape, "fp32")
+            return t if dtype else Tensor(name, shape, promote(inputs))
 
         writes: list[Tensor] = []
         for t in op.writes:
             writes.append(literal(t))
             tensors[t.name] = writes[-1]
+        wraps = tuple(literal(t) for t in op.wraps)
+        tensors.update((t.name, t) for t in wraps)
         if op.cast:
             source = tensors[reads[0] if reads else weights[0].name]
             if source.dtype in (writes[0].dtype, op.spared):
@@ -101,9 +104,10 @@ class Scope:
                 writes=tuple(writes),
                 weights=weights,
                 keeps=tuple(
-                    k._replace(what=new_name.get(k.what, k.what), of=new_name.get(k.of, k.of)) for k in op.keeps
+                    Keep(new_name.get(what, what), new_name.get(of, of), becomes) for what, of, becomes in op.keeps
                 ),
                 captures=tuple(new_name.get(c, c) for c in op.captures),
+                wraps=wraps,
                 scratch=tuple(literal(t) for t in op.scratch),
                 scratch_back=tuple(
                     s._replace(tensor=literal(s.tensor), of=new_name.get(s.of, s.of)) for s in op.scratch_back

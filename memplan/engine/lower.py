@@ -163,11 +163,15 @@ class Tape:
             self._deferred.append(storage)  # the run's last copy drops it
             return
         self.note()
-        self._counts[storage.size] -= 1
+        left = self._counts.get(storage.size, 0) - 1
+        if left:
+            self._counts[storage.size] = left
+        else:  # moments are many, and each has a copy
+            self._counts.pop(storage.size, None)
         self._born.discard(storage)
         if storage.run is not None and storage.run != self._in_run:
             copies = dict(self._per_copy[storage.run])
-            copies[storage.size] -= 1
+            copies[storage.size] = copies.get(storage.size, 0) - 1
             self._per_copy[storage.run] = copies
 
     def of_copies(self, storage: Storage, run: int) -> None:
@@ -181,7 +185,7 @@ class Tape:
         """Write the moment down, if memory rose since the last one."""
         if self._rising:
             self._rising = False
-            self.moments.append(self.snapshot()._replace(where=self._peak_where))
+            self.moments.append(Moment(self.phase, self._peak_where, dict(self._counts), dict(self._per_copy)))
 
     def snapshot(self) -> Moment:
         """What is alive now."""
@@ -250,6 +254,7 @@ class Tape:
             if grad and op.gradient != "none":
                 targets = tuple(r for r in dict.fromkeys(op.reads) if r in frame.flows)
                 targets += tuple(w.name for w in op.weights if w.trains)
+                targets += tuple(t.name for t in op.wraps)
                 if targets:
                     frame.flows.update(t.name for t in op.writes if t.dtype in FLOATING)
                     pins = tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets))
@@ -430,7 +435,10 @@ class Tape:
         returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
         for storage in holds["forward"]:
             self.drop(storage)
+        before = len(self._held["nodes"])
         self.backward(frame, grads)
+        holds["nodes"] += self._held["nodes"][before:]
+        del self._held["nodes"][before:]
         for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # nothing here makes use of it
             self.drop(grads.pop(name))
         for storage in (*gradients, *returned.values(), *inputs, *holds["step"], *holds["nodes"]):
@@ -461,9 +469,11 @@ class Tape:
             for _, storage in incoming:
                 self.drop(storage)
         self._release(node)
-        weights = {w.name for w in op.weights}
+        weights, wrapped = {w.name for w in op.weights}, {t.name for t in op.wraps}
         for target, storage in made:
-            if target in self.nested:
+            if target in wrapped:
+                self._held["nodes"].append(storage)
+            elif target in self.nested:
                 self._reduced(self.nested[target], storage, whole)
             elif target in weights:
                 self._weight_gradient(frame, target, storage)
@@ -499,6 +509,8 @@ class Tape:
     ) -> tuple[Storage, bool]:
         """The gradient of `target`, and whether it is still to be cast from the promoted dtype, or to be summed."""
         op, like = node.op, frame.scope[target]
+        whole = next((w.gradient for w in op.weights if w.gradient and w.name == target), "")
+        like = like._replace(shape=whole) if whole else like
         becomes = next((k.what for k in op.keeps if k.becomes and k.of == target), None)
         if becomes is not None:
             kept = frame[becomes]
@@ -574,17 +586,17 @@ class Tape:
         self.note()
         run = self._in_run
         assert run is not None
-        left = {k: n - self._before.get(k, 0) for k, n in self._counts.items() if n != self._before.get(k, 0)}
-        old = self._per_copy.get(run, {})
-        new = {k: old.get(k, 0) + left.get(k, 0) for k in {*old, *left}}
+        old, before, now = self._per_copy.get(run, {}), self._before, self._counts
+        new = {k: old.get(k, 0) + now.get(k, 0) - before.get(k, 0) for k in sorted({*old, *before, *now})}
+        new = {k: n for k, n in new.items() if n}
         renamed = self._renamed(new, passed_on)
         for i in range(self._first_moment, len(self.moments)):
             m = self.moments[i]
-            last = m._replace(counts=self._as_last(m.counts, renamed), per_copy={**m.per_copy, run: new})
+            counts, per_copy = self._as_last(m.counts, renamed), {**m.per_copy, run: new}
             if self.phase == "backward":
-                self.moments.append(last._replace(where=self._first_copy(m.where)))
+                self.moments.append(Moment(m.phase, self._first_copy(m.where), counts, per_copy))
             else:  # each copy leaves more alive, so the last one peaks
-                self.moments[i] = last
+                self.moments[i] = Moment(m.phase, m.where, counts, per_copy)
         self._per_copy[run] = new
         for storage in self._born:
             if storage not in passed_on:
@@ -606,7 +618,7 @@ class Tape:
             if handed is not None and storage in self._born:
                 out[handed] = storage.size
                 left[handed] += 1
-                left[storage.size] -= 1
+                left[storage.size] = left.get(storage.size, 0) - 1
         return out
 
     def _as_last(self, counts: Counts, renamed: Mapping[int, int]) -> Counts:
@@ -622,4 +634,4 @@ class Tape:
 
 
 def _kind(op: Op, target: str) -> str:
-    return "gradient" if any(w.name == target for w in op.weights) else "temp"
+    return "gradient" if any(t.name == target for t in (*op.weights, *op.wraps)) else "temp"

@@ -146,11 +146,14 @@ def _asked(block: Block, made: Container[str], reentrant: bool) -> set[str]:
     return {name for name in block.shares if every or name in made}
 
 
-def _materialise(tape: Tape, frame: Frame, block: Block, asked: Container[str], grads: dict[str, Storage]) -> None:
+def _materialise(
+    tape: Tape, frame: Frame, block: Block, asked: Container[str], also: Iterable[str], grads: dict[str, Storage]
+) -> None:
     """Zeros stand for the gradients of what a function of autograd's own returned and nothing later read. A block
-    returns what it `shares`, and what it was given of that."""
-    names = (*block.shares, *(r for op in frame.ops for r in op.reads))
-    for name in dict.fromkeys(n for n in names if n in asked and n not in grads):
+    returns what it `shares`, what it was given of that, and `also` what the model holds until the next one returns."""
+    shared = (*block.shares, *(r for op in frame.ops for r in op.reads)) if block.returned else ()
+    names = [*(n for n in shared if n in asked), *(frame.scope[n].name for n in also if n in frame.scope)]
+    for name in dict.fromkeys(n for n in names if n not in grads and frame.scope[n].dtype in FLOATING):
         grads[name] = tape.alloc(frame.scope[name], "temp", of="gradient of ")
 
 
@@ -164,7 +167,8 @@ def _flowing(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
     flows = set(entering)
     for op in ops:
         flows.update(leaves(op))
-        if op.gradient != "none" and (any(w.trains for w in op.weights) or not flows.isdisjoint(op.reads)):
+        trains = op.wraps or any(w.trains for w in op.weights)
+        if op.gradient != "none" and (trains or not flows.isdisjoint(op.reads)):
             flows.update(t.name for t in op.writes if t.dtype in FLOATING)
     return flows
 
@@ -356,7 +360,7 @@ def run_pass(
     joined: dict[int, Frame] = {}  # what ran before a copy, outside of blocks
     runs: list[tuple[str, int]] = []
     firsts: list[dict[str, str]] = []
-    layer = 0
+    counted: Counter[str] = Counter()  # the blocks of each name that came before
     carried: dict[str, Storage] = {}
     for at, c in enumerate(copies):
         if c.joins is not None:
@@ -373,11 +377,12 @@ def run_pass(
             else:
                 del own[c.joins.stream]
             flows = frozenset(joint.flows - {"x"})
-            x_flows, carried, layer = c.joins.stream in joint.flows, {}, 0
+            x_flows, carried = c.joins.stream in joint.flows, {}
         number = None
-        first_layer, period = layer, len(c.blocks)
-        layer += period * (c.count(depth) + c.skipped)
-        last_layer = layer - period
+        name, period = c.blocks[0].name, len(c.blocks)
+        first_layer = counted[name]
+        counted[name] += period * (c.count(depth) + c.skipped)
+        last_layer = counted[name] - period
         if not c.alone:
             number = len(runs)
             runs.append((c.times, c.less + 1 + c.after))
@@ -415,6 +420,8 @@ def run_pass(
                     own[name].refs += 1
                     frame.shared.append(own[name])
                     frame.shares = tuple(shares.values())
+            for name in block.replaces:
+                tape.drop(own.pop(name))
             flows |= _asked(block, frame.flows, again and reentrant)
             gatherer.leave(unit)
             same = y not in made  # the block hands on what it was given
@@ -478,8 +485,8 @@ def run_pass(
         earlier = units[-1] if several else copies[i - 1].units[-1] if i else outer
         behind_each = zip(reversed(frames), units[::-1], (*units[-2::-1], earlier), copies[i].blocks[::-1], strict=True)
         for frame, unit, following, block in behind_each:
-            if checkpoint and reentrant and block.returned and "y" in grads:
-                _materialise(tape, frame, block, flows.intersection(shared), grads)
+            if checkpoint and reentrant and not block.lasting and "y" in grads:
+                _materialise(tape, frame, block, flows.intersection(shared), returned, grads)
             used = any(node.targets for node in frame.nodes)
             if used:
                 gatherer.backward(unit, frame, following)

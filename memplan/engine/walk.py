@@ -6,6 +6,7 @@ another of its phase never falls below is left out; the others are those that ca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import prod
@@ -116,30 +117,45 @@ def rows(
     index = {v: i for i, v in enumerate(variables)}
     place = [(index[v], n) for v, n in sizes]
     copies = [axes[axis] - counted for axis, counted in runs]
+    further: Mapping[int, Mapping[int, int]] = {}  # what copies beyond the first add, which many moments share
+    added = none = [0] * len(variables)
     out: list[tuple[int, ...]] = []
     for moment in moments:
-        row = [0] * len(variables)
+        if moment.per_copy != further:
+            further, added = moment.per_copy, list(none)
+            for run, counts in further.items():
+                for key, count in counts.items():
+                    i, n = place[key]
+                    added[i] += n * count * copies[run]
+        row = list(added)
         for key, count in moment.counts.items():
             i, n = place[key]
             row[i] += n * count
-        for run, counts in moment.per_copy.items():
-            for key, count in counts.items():
-                i, n = place[key]
-                row[i] += n * count * copies[run]
         out.append(tuple(row))
     return out
 
 
 def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
-    """The longest chain of products of axes among the variables, largest first: each is at least the next, always.
+    """The longest chain of products of axes among the variables, largest first: each is at least the next, always. Of
+    several, one that most variables are of.
 
     1 <= s <= b s <= b s s, and s rounded up is at least s.
     """
+    of = Counter(v.axes for v in variables)
+
+    def reach(products: list[tuple[str, ...]]) -> tuple[int, int]:
+        return len(products), sum(of[axes] for axes in products)
+
     best: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for axes in sorted({v.axes for v in variables}, key=lambda p: (len(p), sum(a in AT_LEAST for a in p))):
+    for axes in sorted(of, key=lambda p: (len(p), sum(map(_height, p)), p)):
         below = [best[other] for other in best if _at_most(other, axes)]
-        best[axes] = [axes, *(max(below, key=len) if below else ())]
-    return max(best.values(), key=len)
+        best[axes] = [axes, *max(below, key=reach, default=())]
+    return max(best.values(), key=reach)
+
+
+def _height(axis: str) -> int:
+    """How many axes are known to be no larger than this one."""
+    return 1 + _height(AT_LEAST[axis]) if axis in AT_LEAST else 0
 
 
 def prune(candidates: Iterable[tuple[tuple[int, ...], int]], variables: Sequence[Variable]) -> tuple[Term, ...]:
@@ -152,28 +168,47 @@ def prune(candidates: Iterable[tuple[tuple[int, ...], int]], variables: Sequence
     chained = [v.axes in products and v.per == 1 for v in variables]
     rounds = [i for i, v in enumerate(variables) if v.itemsize and chained[i]]
     others = [i for i, inside in enumerate(chained) if not inside]
-    terms: dict[tuple[int, ...], Term] = {}
+    multiples = [(i, products[v.axes], v.factor * (v.itemsize or 1)) for i, v in enumerate(variables) if chained[i]]
+    found: dict[tuple[int, ...], _Candidate] = {}
     for row, moment in candidates:
-        if row in terms:
+        if row in found:
             continue
         linear = [0] * len(products)
-        for v, n, inside in zip(variables, row, chained, strict=True):
-            if inside:
-                linear[products[v.axes]] += n * v.factor * (v.itemsize or 1)
-        slack = None if any(row[i] for i in others) else 511 * sum(row[i] for i in rounds)
-        terms[row] = Term(row, tuple(linear), slack, moment)
-    kept: list[tuple[Term, list[int]]] = []
-    downward = ((t, list(accumulate(t.at_least))) for t in terms.values())
-    for term, sums in sorted(downward, key=lambda item: item[1], reverse=True):
-        row = term.coefficients
-        for other, other_sums in kept:
-            if all(map(ge, other_sums, sums)) and all(other.coefficients[i] >= row[i] for i in others):
-                slack = 511 * sum(max(0, row[i] - other.coefficients[i]) for i in rounds)
+        for i, product, multiple in multiples:
+            linear[product] += row[i] * multiple
+        rounding, apart = [row[i] for i in rounds], [row[i] for i in others]
+        slack = None if any(apart) else 511 * sum(rounding)
+        term = Term(row, tuple(linear), slack, moment)
+        found[row] = _Candidate([*accumulate(linear)], sum(apart), apart, rounding, term)
+    kept: list[Term] = []
+    larger: list[_Candidate] = []  # those kept, the one last found larger first: it often is again
+    for one in sorted(found.values(), key=_sums, reverse=True):
+        sums, whole, apart, rounding, _ = one
+        for at, (other_sums, other_whole, other_apart, other_rounding, _) in enumerate(larger):
+            if other_whole >= whole and all(map(ge, other_apart, apart)) and all(map(ge, other_sums, sums)):
+                slack = 511 * sum(n - m for n, m in zip(rounding, other_rounding, strict=True) if n > m)
                 if other_sums[-1] >= sums[-1] + slack:
+                    larger.insert(0, larger.pop(at))
                     break
         else:
-            kept.append((term, sums))
-    return tuple(term for term, _ in kept)
+            kept.append(one.term)
+            larger.append(one)
+    return tuple(kept)
+
+
+class _Candidate(NamedTuple):
+    """A term, the sums of its coefficients along the chain, those of variables outside it (`whole`: all together), and
+    those of variables that are rounded."""
+
+    sums: list[int]
+    whole: int
+    apart: list[int]
+    rounding: list[int]
+    term: Term
+
+
+def _sums(candidate: _Candidate) -> list[int]:
+    return candidate.sums
 
 
 def _at_most(small: tuple[str, ...], large: tuple[str, ...]) -> bool:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # what a config must say
 
+# transformers' activations that are one kernel, which keeps what it reads. Source: torch 2.13 derivatives.yaml.
+ONE_KERNEL = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "hardswish", "leaky_relu", "mish", "relu6")
+WRITTEN_OUT = (*ONE_KERNEL, "gelu_new", "relu", "relu2")  # and those that `memplan.catalogue.gpt.activation` has beside
+
 
 class Family(NamedTuple):
     """One model_type.
@@ -35,6 +39,7 @@ class Family(NamedTuple):
     whole      modules that transformers never quantises: what it would keep in fp32 of an fp16 model
     lacks      kernels of attention that its classes do not take
     target     the longest sequence that the decoder of an encoder-decoder takes; None where it has no table
+    acts       activations, by transformers' names, whose kernels its stack has
     """
 
     defaults: Mapping[str, Any]
@@ -51,12 +56,13 @@ class Family(NamedTuple):
     lacks: tuple[str, ...] = ()
     only: Callable[[ModelSpec], int] | None = None
     target: Callable[[ModelSpec], int | None] | None = None
+    acts: tuple[str, ...] = ONE_KERNEL
 
 
 # Which module knows which model_type: only the one asked for is imported.
 _MODEL_TYPES: dict[str, str] = {
-    "mla": "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_linear "
-    "minicpm3",
+    "mla": "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
+    "kimi_linear minicpm3",
     "moe": "dbrx deepseek ernie4_5_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe "
     "qwen2_moe qwen3_moe",
     "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",
@@ -65,6 +71,7 @@ _MODEL_TYPES: dict[str, str] = {
     "gemma": "gemma3n_text gemma4 gemma4_text",
     "llama4": "llama4 llama4_text",
     "sinks": "gpt_oss mimo_v2_flash",
+    "megatron": "megatron_gpt",
     "encoders": "bert roberta xlm-roberta t5 whisper vit",
 }
 MODULES: dict[str, str] = {

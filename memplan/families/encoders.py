@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import ConfigError, UnsupportedModelError
-from memplan.families import Family
+from memplan.families import WRITTEN_OUT, Family
 from memplan.layers import as_json
 
 if TYPE_CHECKING:
@@ -36,7 +36,13 @@ def _counted(m: ModelSpec) -> int:
 
 
 _ROBERTA = Family(
-    {**_BERT, "pad_token_id": 1}, _NO_GROUPS, axes=_classes, positions=True, objectives=_HEADS, longest=_counted
+    {**_BERT, "pad_token_id": 1},
+    _NO_GROUPS,
+    axes=_classes,
+    positions=True,
+    objectives=_HEADS,
+    longest=_counted,
+    acts=WRITTEN_OUT,
 )
 
 _VIT: dict[str, Any] = {
@@ -146,6 +152,13 @@ def _any_target(m: ModelSpec) -> None:
 
 def _t5(m: ModelSpec) -> Mapping[str, int]:
     decoders = m.whole("num_decoder_layers", m.num_hidden_layers)
+    feeds = m.get("feed_forward_proj", "relu")
+    if not isinstance(feeds, str) or feeds.removeprefix("gated-") not in WRITTEN_OUT:
+        raise UnsupportedModelError(
+            f"feed_forward_proj: {as_json(feeds)} is not supported yet; supported: {', '.join(WRITTEN_OUT)}, each also "
+            "with gated- before it",
+            "feed_forward_proj",
+        )
     return {
         "L1": 1,
         "L2": m.num_hidden_layers - 1,
@@ -158,7 +171,7 @@ def _t5(m: ModelSpec) -> Mapping[str, int]:
 
 # Source: transformers 5.24 configuration classes.
 FAMILIES: dict[str, Family] = {
-    "bert": Family(_BERT, _NO_GROUPS, axes=_classes, positions=True, objectives=_HEADS),
+    "bert": Family(_BERT, _NO_GROUPS, axes=_classes, positions=True, objectives=_HEADS, acts=WRITTEN_OUT),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "t5": Family(
@@ -194,6 +207,7 @@ FAMILIES: dict[str, Family] = {
         objectives=("seq2seq_lm",),
         only=_frames,
         target=_targets,
+        acts=WRITTEN_OUT,
     ),
     "vit": Family(
         _VIT,
@@ -202,5 +216,6 @@ FAMILIES: dict[str, Family] = {
         axes=_vit,
         objectives=("image_classification", "feature_extraction"),
         only=_tokens,
+        acts=WRITTEN_OUT,
     ),
 }

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from memplan.errors import ConfigError
-from memplan.families import Family
+from memplan.families import ONE_KERNEL, Family
 from memplan.families.moe import DENSE, EXPERTS, after_first, sized
+from memplan.families.patterns import kinds, listed
 from memplan.families.ssm import mixers
 from memplan.families.vision import size
-from memplan.layers import Layer
+from memplan.layers import Layer, as_json
 from memplan.models import ModelSpec
+
+_SITU = (*ONE_KERNEL, "situ")  # of Kimi K3, whose parts a kimi_linear config may have
 
 # A head as these configs' classes mean it is the part that is rotated.
 _NAMES: dict[str, tuple[str, ...]] = {"head_dim": ("qk_rope_head_dim",), "num_key_value_heads": ()}
@@ -88,7 +91,8 @@ def _sparse(m: ModelSpec) -> tuple[Layer, ...]:
     every, offset = max(1, m.whole("index_topk_freq", 1, least=0)), m.whole("index_skip_topk_offset", 2, least=0)
     regular = tuple(FULL if max(i - offset + 1, 0) % every == 0 else SHARED for i in range(count))
     given: Any = m.config.get("indexer_types") or m.config.get("index_topk_pattern") or regular
-    kinds = [{"F": FULL, "S": SHARED}.get(str(kind), str(kind)) for kind in cast(Sequence[Any], given)]
+    each = cast(Sequence[Any], given) if isinstance(given, (str, tuple)) else ()
+    kinds = [{"F": FULL, "S": SHARED}.get(str(kind), str(kind)) for kind in each]
     if len(kinds) < count or not set(kinds) <= {FULL, SHARED} or kinds[0] != FULL:
         raise ConfigError(
             f"config: indexer_types must be a list of {count} times full or shared, the first full", "indexer_types"
@@ -133,10 +137,8 @@ _MIXERS = {"linear_attention": "linear_attention", "full_attention": "attention"
 
 
 def _delta_layers(m: ModelSpec) -> tuple[Layer, ...]:
-    """Kimi Linear's: words, or lists of layers counted from 1; else every fourth attends, from the fifth."""
-    for key in ("attn_res_block_size", "routed_expert_hidden_size"):
-        if m.config.get(key) is not None:
-            raise ConfigError(f"config: {key} is of Kimi K3, which transformers 5.24 and memplan do not build", key)
+    """Kimi Linear's: words, or lists of layers counted from 1; else every fourth attends, from the fifth. Kimi K3 sums
+    the outputs of so many layers, and chooses from the sums before in each."""
     count, part = m.num_hidden_layers, m.part("linear_attn_config")
     default = ["attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
     if m.config.get("layer_types") is None and "full_attn_layers" in part and "kda_layers" in part:
@@ -151,7 +153,19 @@ def _delta_layers(m: ModelSpec) -> tuple[Layer, ...]:
             )
         default = [listed[i + 1] for i in range(count)]
     found = mixers(m, "layer_types", _MIXERS, default)
-    return tuple(layer._replace(mixer=mixer) for layer, mixer in zip(_listed(m), found, strict=True))
+    every = m.whole("attn_res_block_size", 0)
+    if every and -(-count // every) > _MOST_SUMS:
+        raise ConfigError(
+            f"config: attn_res_block_size {every} makes more than {_MOST_SUMS} sums of {count} layers",
+            "attn_res_block_size",
+        )
+    return tuple(
+        layer._replace(mixer=mixer, sums=-(-i // every) if every else 0, opens=bool(every) and i % every == 0)
+        for i, (layer, mixer) in enumerate(zip(_listed(m), found, strict=True))
+    )
+
+
+_MOST_SUMS = 128  # no model in use has more than 8; every layer chooses from those before it
 
 
 def _delta_axes(m: ModelSpec) -> Mapping[str, int]:
@@ -167,8 +181,51 @@ def _delta_axes(m: ModelSpec) -> Mapping[str, int]:
         "convolved": 3 * heads * width,
         "kernel": kernel,
         "chunk": 64,
+        "hl": m.whole("routed_expert_hidden_size", m.hidden_size),
     }
 
+
+def _delta_beside_a_tower(m: ModelSpec) -> Mapping[str, int]:
+    """Those of `memplan.catalogue.kimi_linear` and of the tower, as `memplan.families.vision` calls them; `vq` is the
+    width of its queries."""
+    vision = m.part("vision_config")
+    for key, only in (("mm_projector_type", "patchmergerv2"), ("norm_type", "rmsnorm"), ("mlp_type", "mlp2")):
+        if vision.get(key, only) != only:
+            raise ConfigError(f"config: {key} of Kimi K3 must be {only}, not {as_json(vision[key])}", key)
+    hidden, kernel = size(m, "hidden_size", 1024, "vt_hidden_size"), size(m, "merge_kernel_size", 2)
+    return {
+        **_delta_axes(m),
+        "vh": hidden,
+        "vq": size(m, "qkv_hidden_size", hidden),
+        "vf": size(m, "intermediate_size", 4096, "vt_intermediate_size"),
+        "vin": 3 * size(m, "patch_size", 14) ** 2,
+        "vL1": size(m, "num_hidden_layers", 27, "vt_num_hidden_layers"),
+        "vm": size(m, "mm_hidden_size", hidden) * kernel**2,
+        "vrows": size(m, "pos_emb_height", 64, "init_pos_emb_height"),
+        "vcolumns": size(m, "pos_emb_width", 64, "init_pos_emb_width"),
+        "vframes": size(m, "pos_emb_time", 4, "init_pos_emb_time"),
+    }
+
+
+_KIMI_LINEAR: dict[str, Any] = {
+    "intermediate_size": 9216,
+    "moe_intermediate_size": 1024,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "linear_head_dim": 128,
+    "linear_num_heads": 32,
+    "linear_conv_kernel_dim": 4,
+}
 
 _COMPRESSED = {0: "sliding", 4: "sparse", 128: "heavy"}
 _KINDS = {
@@ -181,23 +238,18 @@ _KINDS = {
 def _compressed(m: ModelSpec) -> tuple[Layer, ...]:
     """V4's layers: a list of kinds or of rates, else two heavy ones and both kinds in turn; the first few hashed."""
     count = m.num_hidden_layers
-    rates: Any = m.config.get("compress_ratios")
     usual = ("heavy",) * min(count, 2) + tuple("sparse" if i % 2 else "heavy" for i in range(max(count - 2, 0)))
-    given: Any = m.config.get("layer_types")
-    if given is not None:
-        kinds = tuple(_KINDS.get(str(kind), "") for kind in given)
-    else:
-        kinds = tuple(_COMPRESSED.get(rate, "") for rate in rates) if rates is not None else usual
-    if len(kinds) < count or not all(kinds):
-        key = "layer_types" if given is not None else "compress_ratios"
+    key = "layer_types" if m.config.get("layer_types") is not None else "compress_ratios"
+    given, known = listed(m, key), _KINDS if key == "layer_types" else _COMPRESSED
+    found = usual if given is None else tuple(known.get(kind, "") for kind in given)
+    if not all(found):
         raise ConfigError(f"config: {key} must be a list of {count} kinds of layers that V4 has", key)
     hashed = m.whole("num_hash_layers", 3, least=0)
-    listed: Any = m.config.get("mlp_layer_types")
-    feeds = listed or ("hash_moe",) * hashed + ("moe",) * count
+    feeds = kinds(m, "mlp_layer_types", {"hash_moe": True, "moe": False}, [i < hashed for i in range(count)])
     layer = Layer(True, True, 1, m.whole("moe_intermediate_size"))
     return tuple(
-        layer._replace(sliding=kind == "sliding", mixer=kind, ffn="hashed" if feed == "hash_moe" else EXPERTS)
-        for kind, feed in zip(kinds[:count], feeds, strict=False)
+        layer._replace(sliding=kind == "sliding", mixer=kind, ffn="hashed" if feed else EXPERTS)
+        for kind, feed in zip(found, feeds, strict=True)
     )
 
 
@@ -272,30 +324,10 @@ FAMILIES = {
     "kimi_k25": Family(
         {**_V3, "tie_word_embeddings": True}, _NAMES, layers=after_first, axes=_beside_a_tower, decoder="text_config"
     ),
-    "kimi_linear": Family(
-        {
-            "intermediate_size": 9216,
-            "moe_intermediate_size": 1024,
-            "n_shared_experts": 1,
-            "n_routed_experts": 256,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "first_k_dense_replace": 1,
-            "kv_lora_rank": 512,
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "linear_head_dim": 128,
-            "linear_num_heads": 32,
-            "linear_conv_kernel_dim": 4,
-        },
-        _NAMES,
-        layers=_delta_layers,
-        axes=_delta_axes,
+    "kimi_k3": Family(
+        _KIMI_LINEAR, _NAMES, layers=_delta_layers, axes=_delta_beside_a_tower, decoder="text_config", acts=_SITU
     ),
+    "kimi_linear": Family(_KIMI_LINEAR, _NAMES, layers=_delta_layers, axes=_delta_axes, acts=_SITU),
     "kimi_k2": Family(_V3, _NAMES, layers=after_first, axes=_routed, built_as="deepseek_v3"),
     "deepseek_v32": Family(
         {**_V3, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},

@@ -33,9 +33,9 @@ def kinds(m: ModelSpec, key: str, known: Mapping[str, bool], default: Sequence[b
     words = listed(m, key)
     if words is None:
         return list(default)
-    unknown = next((word for word in words if word not in known), None)
-    if unknown is not None:
-        raise UnsupportedModelError(f"{key}: {as_json(unknown)} is not supported yet", key)
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        raise UnsupportedModelError(f"{key}: {as_json(unknown[0])} is not supported yet", key)
     return [known[word] for word in words]
 
 

@@ -28,9 +28,9 @@ def words(m: ModelSpec, key: str, known: Mapping[str, str]) -> list[str]:
     """The config's list of what its layers are, in its words, of which `known` has ours."""
     value: object = m.config.get(key)
     given = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
-    wrong = next((word for word in given if word not in known), None)
-    if not given or wrong is not None:
-        shown = as_json(m.config.get(key) if wrong is None else wrong)
+    wrong = [word for word in given if word not in known]
+    if not given or wrong:
+        shown = as_json(wrong[0]) if wrong else as_json(m.config.get(key))
         raise ConfigError(f"config: {key} must be a list of {', '.join(known)}, not {shown}", key)
     return [known[str(word)] for word in given]
 
@@ -238,7 +238,9 @@ _OLDER = {
 
 def _nemotron_axes(m: ModelSpec) -> dict[str, int]:
     names = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size")
-    sizes = (m.whole(_OLDER[name] if m.config.get(_OLDER.get(name, "")) is not None else name) for name in names)
+    older = (_OLDER.get(name, name) for name in names)
+    said = [old if m.config.get(old) is not None else name for old, name in zip(older, names, strict=True)]
+    sizes = map(m.whole, said)
     latent = m.config.get("moe_latent_size")
     every, chosen = m.whole("n_routed_experts"), m.whole("num_experts_per_tok")
     if chosen > every:
@@ -293,10 +295,13 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 7688,
             "moe_shared_expert_intermediate_size": 7688,
+            "mlp_hidden_act": "relu2",
         },
+        {"hidden_act": ("mlp_hidden_act",)},
         required=("hidden_size", "num_attention_heads", "vocab_size"),
         layers=_nemotron_layers,
         axes=_nemotron_axes,
+        acts=("relu2",),
     ),
     "granitemoehybrid": Family(
         {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
-from memplan.errors import MemplanError, printable
+from memplan.errors import MemplanError, SpecError, printable
 from memplan.probe.driver import in_use
 from memplan.probe.libraries import library, versions
 from memplan.spec import RunSpec
@@ -236,10 +236,10 @@ def main() -> None:
         return
 
     def build(run: RunSpec, phase: Phase) -> Stepping:
-        from memplan.probe.refusals import refuse_several
         from memplan.probe.script import build as built
 
-        refuse_several(run, "a measurement")
+        if run.parallelism.world > 1:
+            raise SpecError("parallelism: one GPU is measured; --trace follows one rank of several", "parallelism")
         return built(run, "cuda", phase)
 
     watch(RunSpec.model_validate(request["run"]), request["steps"], cuda, build, emit)

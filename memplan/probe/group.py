@@ -24,22 +24,9 @@ def apply() -> None:
         return
     _done.append(True)
     library("torch.distributed._tools.fake_collectives")
-    _shapes_unseen()
     _meshes_real()
     _card_for_fsdp()
     _no_look_at_the_others()
-
-
-def _shapes_unseen() -> None:
-    """DTensor works out a call's shapes with tensors of its own, which are no memory of the run's."""
-    propagator: Any = library("torch.distributed.tensor._sharding_prop").ShardingPropagator
-    asked: Callable[..., Any] = propagator._propagate_tensor_meta_non_cached
-
-    def propagate(self: Any, schema: Any) -> Any:
-        with _disable_current_modes():
-            return asked(self, schema)
-
-    propagator._propagate_tensor_meta_non_cached = propagate
 
 
 def _meshes_real() -> None:

@@ -68,9 +68,20 @@ def without_data() -> dict[Any, Callable[..., Any]]:
         "bitsandbytes::int8_vectorwise_quant": _quantise_rows,
         "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
         "aten::masked_scatter_backward": _select_masked,
+        "_c10d_functional::wait_tensor": _same,
+        "_c10d_functional::_wrap_tensor_autograd": _alias,
     }
     operations = ((_operation(name), function) for name, function in found.items())
     return {op: function for op, function in operations if op is not None}
+
+
+def _same(tensor: Any) -> Any:
+    """Waiting for a collective makes no other tensor, as torch's own rule for tensors without data has it."""
+    return tensor
+
+
+def _alias(tensor: Any) -> Any:
+    return torch.ops.aten.alias.default(tensor)
 
 
 def _quantise_rows(values: Any, threshold: float = 0.0) -> Any:

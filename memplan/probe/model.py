@@ -16,6 +16,7 @@ from memplan.errors import MemplanError, ProbeError, SpecError
 from memplan.objectives import saved_with
 from memplan.probe.libraries import library, model_class
 from memplan.probe.quantized import is_quantisable, quantise
+from memplan.probe.tensor_parallel import divide, is_part, local_of, part_of
 from memplan.resolve import decide, objective_of
 from memplan.spec import Precision, RunSpec
 
@@ -80,6 +81,8 @@ def _empty_model(run: RunSpec) -> Any:
             options["torch_dtype"] = options.pop("dtype")
         with torch.device("meta"):
             model: Any = getattr(transformers, auto).from_config(config, **options)
+        if run.parallelism.tp > 1:
+            divide(model, run.parallelism.tp)
         model.tie_weights()  # as loading does: not every version has done it by now
         _untie(model, given)
         _let_return(model, model_type)
@@ -134,7 +137,7 @@ def _materialise(model: Any, run: RunSpec, device: torch.device) -> None:
 
     def real(t: torch.Tensor) -> torch.Tensor:
         if id(t) not in made:
-            new = _random(t, device)
+            new = part_of(t, _random(local_of(t), device)) if is_part(t) else _random(t, device)
             made[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
         return made[id(t)]
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from memplan.probe import attention, experts, older, streams
 from memplan.probe.kernels import Card
 from memplan.probe.libraries import library
+from memplan.probe.tensor_parallel import watch_parts_only
 
 _done: list[bool] = []
 
@@ -35,6 +36,7 @@ def apply(card: Card) -> None:
         _transformers()
         _peft()
         _bitsandbytes()
+        watch_parts_only()
     library("bitsandbytes.functional").name2qmap.clear()  # tables of the run before
     library("bitsandbytes.optim").GlobalOptimManager._instance = None
 

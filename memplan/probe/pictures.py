@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from memplan.cards import find_model
-from memplan.families.vision import PACKS, Picture, axes_of, picture_of
+from memplan.families.pictures import PACKS, Picture, axes_of, picture_of
 from memplan.probe.libraries import library
 from memplan.spec import RunSpec
 

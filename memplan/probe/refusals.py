@@ -61,6 +61,15 @@ def _refuse(run: RunSpec) -> None:
     if offload != Offload(optimizer=offload.optimizer):
         raise _not_run("parallelism.offload", "parameters or activations", "optimizer")
     _parallelism(run)
+    tp, cp = run.parallelism.tp, run.parallelism.cp
+    if run.batch.sequence % (2 * cp if cp > 1 else 1):
+        raise SpecError(f"parallelism.cp: {2 * cp} slices do not divide {run.batch.sequence} tokens", "parallelism.cp")
+    if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
+        raise SpecError(
+            f"parallelism.tp: a probe runs no {tp} ranks with an optimizer on the host or in backward, or with "
+            "quantised weights",
+            "parallelism.tp",
+        )
     if offload.optimizer:
         refuse_on_host(str(run.optimizer.name))
         if run.loop.grad_scaler:
@@ -100,18 +109,23 @@ _STRATEGIES = ("ddp", "fsdp", "fsdp2")
 
 
 def _parallelism(run: RunSpec) -> None:
-    """Several GPUs are traced where data divides the work among them, and the loss is the model's own."""
+    """Several GPUs are traced where they divide one thing: the batch, a matrix or the sequence; the batch where the
+    loss is the model's own."""
     p = run.parallelism
-    if p == Parallelism(offload=p.offload):
-        return
     wrong = check_product(p)
     if wrong is not None:
         raise wrong
+    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, offload=p.offload) and min(p.tp, p.cp) == 1:
+        return
     if p.dp != p.world:
-        raise SpecError("parallelism: a probe divides data only among GPUs: parallelism.dp", "parallelism")
-    if p.world > 1 and p.strategy not in _STRATEGIES:
+        raise SpecError(
+            "parallelism: a probe runs on one GPU, or as one rank of those that divide the batch, of tensor or of "
+            "context parallelism, and not of several together",
+            "parallelism",
+        )
+    if p.dp > 1 and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
-    if run.task != "train" and p.world > 1:
+    if run.task != "train" and p.dp > 1:
         raise _not_run("task", run.task, "train, on several GPUs")
     if p.static_graph:  # it counts which parameters were used in pinned memory
         raise _not_run("parallelism.static_graph", "true", "false")

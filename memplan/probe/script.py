@@ -23,6 +23,7 @@ from memplan.probe.model import base_of, build_model, lower_of
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
+from memplan.probe.tensor_parallel import attends_around, group_by_mesh, part_of_tokens
 from memplan.probe.wrapping import accumulating, clip, home, wrap
 from memplan.resolve import objective_of
 from memplan.spec import RunSpec
@@ -54,7 +55,7 @@ class Script:
     """
 
     def __init__(self, run: RunSpec, device: torch.device, phase: Phase = no_phase) -> None:
-        self.run, self.device, self.phase = run, device, phase
+        self.run, self.device, self.phase = part_of_tokens(run), device, phase
         self.model: Any
         with phase("load"):
             model = build_model(run, home(run, device))
@@ -71,7 +72,8 @@ class Script:
 
     def step(self) -> None:
         """One step of the task, all its phases; nothing of it is left but what training keeps."""
-        with self._attention():
+        cp = self.run.parallelism.cp
+        with self._attention(), attends_around(cp) if cp > 1 else nullcontext():
             match self.run.task:
                 case "train":
                     self._train()
@@ -87,6 +89,8 @@ class Script:
         make = OnHost if run.parallelism.offload.optimizer else make_optimizer
         if not run.optimizer.in_backward:
             optimizer = make(run.optimizer, self.parameters)
+            if optimizer is not None and run.parallelism.tp > 1:
+                group_by_mesh(optimizer)
             self.optimizers += [optimizer] if optimizer is not None else []
             return optimizer
         for parameter in self.parameters:
@@ -135,7 +139,7 @@ class Script:
             cast = torch.autocast(self.device.type, dtype=lower_of(precision))
         with cast:
             loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
-        alone = run.parallelism.world == 1  # else the model is wrapped so
+        alone = run.parallelism.dp == 1  # else the model is wrapped so
         if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
             outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
         held = outputs if run.loop.hold_outputs or run.kernels.loss == "chunked_lm_head" else None

@@ -31,8 +31,10 @@ _NEVER_KEPT = frozenset(
     ("set_", "resize_", "resize_as_", "_local_scalar_dense", "lift_fresh", "equal", "nonzero", "_resize_output_")
 )
 
-_DISTRIBUTED: Any = library("torch.distributed.tensor").DTensor
 _TWICE = -2
+
+# Tensors made of others, which know what to do with themselves.
+_WRAPPERS = frozenset(("DTensor", "AsyncCollectiveTensor"))
 
 # FunctionsManual.cpp writes into the gradient it has just made, unless a tensor subclass is about.
 _IN_PLACE = {
@@ -246,8 +248,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _C._only_lift_cpu_tensors():  # autograd's own thread, which runs a checkpointed forward again
             _C._set_only_lift_cpu_tensors(True)
-        if _DISTRIBUTED in types:  # which takes the call apart, into calls on the part that is here
-            return NotImplemented
+        if any(getattr(kind, "__name__", "") in _WRAPPERS for kind in types):
+            return NotImplemented  # they call again with what they are made of
         if func is _DEVICE and type(args[0]) is FakeTensor:
             return args[0].fake_device
         if _graph_task() != -1 and not torch.is_grad_enabled():

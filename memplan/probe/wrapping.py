@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from memplan.catalogue.methods import ADAPTERS
-from memplan.probe import group
+from memplan.probe import group, tensor_parallel
 from memplan.probe.libraries import library
 from memplan.probe.model import DTYPES, lower_of
 from memplan.spec import RunSpec
@@ -28,7 +28,7 @@ _SHARDED = ("fsdp", "fsdp2")
 
 def home(run: RunSpec, device: torch.device) -> torch.device:
     """Where the model is made: FSDP divides one that is in host memory, or on the GPU where it is quantised before."""
-    divides = run.parallelism.strategy in _SHARDED and run.parallelism.world > 1
+    divides = run.parallelism.strategy in _SHARDED and run.parallelism.dp > 1
     return torch.device("cpu") if divides and run.method.quantization is None else device
 
 
@@ -36,12 +36,14 @@ def home(run: RunSpec, device: torch.device) -> torch.device:
 def ranks(run: RunSpec) -> Generator[None]:
     """While inside, this process is the first of the run's ranks."""
     distributed: Any = library("torch.distributed")
-    if run.parallelism.world == 1:
+    if run.parallelism.dp == 1:
         yield
         return
     fake = library("torch.testing._internal.distributed.fake_pg")
     group.apply()
     with _disable_current_modes():
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         distributed.init_process_group("fake", rank=0, world_size=run.parallelism.world, store=fake.FakeStore())
     try:
         yield
@@ -52,7 +54,7 @@ def ranks(run: RunSpec) -> Generator[None]:
 
 def wrap(model: Any, run: RunSpec, device: torch.device) -> Any:
     """The model as the script calls it; itself on one GPU."""
-    if run.parallelism.world == 1:
+    if run.parallelism.dp == 1:
         return model
     if run.precision.autocast and run.loop.trainer:
         _cast(model, lower_of(run.precision), device)
@@ -196,7 +198,7 @@ def _bottom_up(module: Any) -> Generator[Any]:
 
 def accumulating(model: Any, run: RunSpec) -> AbstractContextManager[None]:
     """While inside, backward keeps the gradients whole: they are reduced in the last micro-batch only."""
-    if run.parallelism.world == 1:
+    if run.parallelism.dp == 1:
         return nullcontext()
     if run.parallelism.strategy == "fsdp2":
         return _unreduced(model)
@@ -215,7 +217,9 @@ def _unreduced(model: Any) -> Generator[None]:
 def clip(model: Any, run: RunSpec, parameters: list[Any]) -> None:
     """Clip the gradients' norm, FSDP1's by its own method."""
     most = float(run.loop.clip_grad_norm or 0)
-    if run.parallelism.world > 1 and run.parallelism.strategy == "fsdp":
+    if run.parallelism.tp > 1:
+        tensor_parallel.clip(parameters, most)
+    elif run.parallelism.dp > 1 and run.parallelism.strategy == "fsdp":
         model.clip_grad_norm_(most)
     else:
         torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True)

@@ -36,6 +36,7 @@ ATTENTION |= {"cross_attn", "cross_attn_attn_gate", "cross_attn_mlp_gate"}
 MLP = {"mlp", "ffn", "fc1", "fc2", "feed_forward", "block_sparse_moe", "DenseReluDense", "intermediate", "output"}
 MLP |= {"shared_mlp"}
 MLP |= {"experts", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"}
+ATTENTION |= {"self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"}
 MLP |= {"altup_projections", "altup_unembed_projections"}
 MIXER = {"mamba", "mixer", "linear_attn"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -92,6 +93,12 @@ def nearest(config: Config) -> Config | None:
 
 
 def build(config: Config) -> PreTrainedModel:
+    if config["model_type"] == "kimi_k3":
+        sys.path.insert(0, str(CARDS.parent))
+        from tests.kimi_k3 import Whole
+
+        with torch.device("meta"):
+            return Whole(config)  # pyright: ignore[reportReturnType]
     keys = {key: value for key, value in config.items() if key != "model_type"}
     named = getattr(transformers, next(iter(config.get("architectures", ())), ""), None)
     with torch.device("meta"):
@@ -180,7 +187,8 @@ def count(card: Config) -> Config:
         model = build(substitute or config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         found, tied = list(parameters(model)), head is not None and head.weight is getattr(embedding, "weight", None)
-        via = type(model).__name__ + (f" (equal shapes; {config['model_type']} is remote code)" if substitute else "")
+        via = type(model).__name__ if config["model_type"] != "kimi_k3" else "tests/kimi_k3.py"
+        via += f" (equal shapes; {config['model_type']} is remote code)" if substitute else ""
     by_kind = dict.fromkeys((*KINDS, *FURTHER), 0)
     by_layer: dict[str, int] = {}
     for of_kind, index, number in found:

@@ -3,10 +3,13 @@
 python tests/golden/trace_families.py mixtral qwen3_moe >> tests/golden/traced_families.jsonl
 python tests/golden/trace_families.py --layers 2 olmoe-1b-7b mixtral-8x7b >> tests/golden/traced_families.jsonl
 python tests/golden/trace_families.py --layers 4 --sequence 128 --autocast qwen3.5-4b-text
+python tests/golden/trace_families.py --sequence 128 --reentrant bloom mpt falcon gpt_neo
+python tests/golden/trace_families.py --sequence 128 --dora gpt2
 
 A model_type is traced with its config in tests/tiny.py, a card with its own; `--layers` leaves all but the first layers
 of a card out, so that a model of hundreds of gigabytes can be traced at its real width. Each is traced with full, LoRA
-and QLoRA, with and without checkpointing, and once each with eager attention, with padding and with dropout.
+and QLoRA, with and without checkpointing, and once each with eager attention, with padding and with dropout; or, by
+option, with the reentrant kind of checkpointing, or with DoRA and dropout.
 """
 
 from __future__ import annotations
@@ -33,6 +36,23 @@ MORE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("full", {"kernels": {"checkpointing": "none", "attention": "eager"}}),
     ("lora", {"method": {"kind": "lora", "dropout": 0.1}, "kernels": {"checkpointing": "none"}}),
     ("full", {"loop": {"padded": True}, "kernels": {"checkpointing": "none"}}),
+)
+REENTRANT: tuple[tuple[str, dict[str, Any]], ...] = tuple(
+    (kind, {"method": {"kind": kind}, "kernels": {"checkpointing": "full", "reentrant": True, "attention": attention}})
+    for kind in ("full", "lora")
+    for attention in ("sdpa", "eager")
+)
+DORA: tuple[tuple[str, dict[str, Any]], ...] = tuple(
+    (
+        "dora",
+        {"method": {"kind": "dora", "dropout": 0.1, "adapter_dtype": adapters}, "precision": precision, "kernels": how},
+    )
+    for adapters, precision in (
+        ("bf16", {"weights": "bf16"}),
+        ("fp32", {"weights": "bf16"}),
+        ("fp32", {"weights": "fp32", "compute": "bf16", "autocast": True}),
+    )
+    for how in ({"checkpointing": "none"}, {"checkpointing": "full"}, {"checkpointing": "full", "reentrant": True})
 )
 # What bitsandbytes leaves alone.
 SKIPPED = {"mamba": ["lm_head", "dt_proj"]}
@@ -65,11 +85,13 @@ def config_of(name: str, layers: int) -> dict[str, Any]:
     return config
 
 
-def runs(names: list[str], layers: int, sequence: int, autocast: bool) -> Iterator[tuple[str, RunSpec]]:
+def runs(
+    names: list[str], layers: int, sequence: int, autocast: bool, only: tuple[tuple[str, dict[str, Any]], ...] = ()
+) -> Iterator[tuple[str, RunSpec]]:
     precision = {"precision": {"weights": "fp32", "compute": "bf16", "autocast": True}} if autocast else {}
     for name in names:
         config = config_of(name, layers)
-        for kind, options in (*RUNS, *(MORE if name in TINY else ())):
+        for kind, options in only or (*RUNS, *(MORE if name in TINY else ())):
             method = method_of(config["model_type"], options.get("method", {"kind": "full"}))
             batch = {"micro": 8 if name in TINY else 2, "sequence": sequence}
             yield (
@@ -89,11 +111,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="of cards: only so many")
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--autocast", action="store_true", help="in fp32 under bf16 autocast")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--reentrant", dest="only", action="store_const", const=REENTRANT, default=())
+    kinds.add_argument("--dora", dest="only", action="store_const", const=DORA)
     asked = parser.parse_args()
     unknown = [name for name in asked.names if name not in TINY and name not in card_names()]
     if unknown:
         parser.error(f"neither in tests/tiny.py nor a card: {', '.join(unknown)}")
-    write(list(runs(asked.names, asked.layers, asked.sequence, asked.autocast)))
+    write(list(runs(asked.names, asked.layers, asked.sequence, asked.autocast, asked.only)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""A model divided among ranks as transformers divides it, on a process group that sends nothing: one rank's part."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from memplan.errors import ProbeError
+from memplan.probe.libraries import library
+from memplan.spec import RunSpec
+
+
+def mesh_of(degree: int, rank: int = 0) -> Any:
+    """A mesh of `degree` ranks of which this process is one, and the others are not there."""
+    dist = library("torch.distributed")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    store = library("torch.testing._internal.distributed.fake_pg").FakeStore()
+    dist.init_process_group("fake", rank=rank, world_size=degree, store=store)
+    with library("torch.utils._python_dispatch")._disable_current_modes():  # it looks for its rank in real numbers
+        return library("torch.distributed.device_mesh").init_device_mesh("cuda", (degree,))
+
+
+def divide(model: Any, degree: int) -> None:
+    """Give a model without memory the rank's part of every weight, and the collectives, as its plan says.
+
+    Source: transformers 5.24 distributed/mixin.py maybe_distribute_model.
+    """
+    if not model.tp_plan:
+        raise ProbeError(f"parallelism.tp: transformers has no plan for {type(model).__name__}", "parallelism.tp")
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is table.weight:  # they are tied when both are divided
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight), head.weight.requires_grad)
+    model._device_mesh, model._tp_size = mesh_of(degree), degree
+    config: Any = library("transformers.distributed").DistributedConfig(tp_size=degree)
+    model.config.distributed_config = config  # by which peft knows
+    library("transformers.distributed.tensor_parallel").apply_tensor_parallelism(
+        model, model._device_mesh, model._expand_parallel_plan(model.tp_plan)
+    )
+
+
+def watch_parts_only() -> None:
+    """DTensor finds out the shape of a whole result by computing it without memory; that is none of the run's."""
+    propagator: Any = library("torch.distributed.tensor._sharding_prop").ShardingPropagator
+    asked = propagator._propagate_tensor_meta_non_cached
+
+    def _propagate_tensor_meta_non_cached(self: Any, schema: Any) -> Any:
+        with library("torch.utils._python_dispatch")._disable_current_modes():
+            return asked(self, schema)
+
+    propagator._propagate_tensor_meta_non_cached = _propagate_tensor_meta_non_cached
+
+
+def is_part(tensor: Any) -> bool:
+    """Whether it is a rank's part of a tensor that is divided, or is replicated among ranks that divide others."""
+    return isinstance(tensor, library("torch.distributed.tensor").DTensor)
+
+
+def local_of(tensor: Any) -> Any:
+    """What this rank has of it; the tensor itself, where it is not divided."""
+    return tensor._local_tensor if is_part(tensor) else tensor
+
+
+def part_of(tensor: Any, local: torch.Tensor) -> Any:
+    """A part of the same tensor, in `local`."""
+    return library("torch.distributed.tensor").DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def by_mesh(parameters: Iterable[Any]) -> list[list[Any]]:
+    """The parameters that are parts of divided ones, and those that are not: no call takes both.
+
+    Source: transformers 5.24 trainer.py create_optimizer, _mixed_mesh_grad_norm.
+    """
+    groups: dict[bool, list[Any]] = {}
+    for parameter in parameters:
+        groups.setdefault(is_part(parameter), []).append(parameter)
+    return list(groups.values())
+
+
+def group_by_mesh(optimizer: Any) -> None:
+    """A group of each kind of parameters."""
+    (group,) = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": params} for params in by_mesh(group["params"])]
+
+
+def clip(parameters: Iterable[Any], norm: float) -> None:
+    """Clip gradients, the norm of each kind of parameters by itself."""
+    groups = by_mesh(p for p in parameters if p.grad is not None)
+    clipping: Any = library("torch.nn.utils")
+    linalg: Any = library("torch.linalg")
+    norms = [clipping.get_total_norm([p.grad for p in group], foreach=True) for group in groups]
+    total = linalg.vector_norm(torch.stack([n.full_tensor() if is_part(n) else n for n in norms]))
+    for group in groups:
+        clipping.clip_grads_with_norm_(group, norm, total, foreach=True)
+
+
+@contextmanager
+def attends_around(degree: int) -> Generator[None]:
+    """While inside, each rank has a part of the tokens, and torch's attention passes keys and values around.
+
+    Of more than two ranks one in the middle has most: see `memplan.catalogue.context_parallel`.
+    Source: torch 2.13 distributed/tensor/experimental/_context_parallel/_attention.py context_parallel.
+    """
+    cp: Any = library("torch.distributed.tensor.experimental._context_parallel._attention")
+    cp._dispatch_mode, cp._cp_options.enable_load_balance = cp._DispatchMode.MONKEY_PATCH, True
+    cp._enable_context_parallel_dispatcher_impl(seq_dim=2, mesh=mesh_of(degree, degree // 2 if degree > 2 else 0))
+    try:
+        yield
+    finally:
+        cp._disable_context_parallel_dispatcher_impl()
+
+
+def part_of_tokens(run: RunSpec) -> RunSpec:
+    """The run of sequences as long as one rank's part of them."""
+    batch = run.batch.model_copy(update={"sequence": run.batch.sequence // run.parallelism.cp})
+    return run.model_copy(update={"batch": batch})

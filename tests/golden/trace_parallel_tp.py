@@ -1,0 +1,103 @@
+"""Traces one rank's training step under tensor or context parallelism, and prints the rows of golden files.
+
+python tests/golden/trace_parallel_tp.py tp > tests/golden/traced_parallel_tp.jsonl
+python tests/golden/trace_parallel_tp.py cp > tests/golden/traced_parallel_cp.jsonl
+
+transformers' own plan divides the model, on a process group that sends nothing; every family of tests/tiny.py that has
+a plan, on two ranks, and a few at their real widths on as many as are common. torch's context parallelism divides
+sequences, of weights that are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.catalogue.context_parallel import FAMILIES
+from memplan.catalogue.tensor_parallel import PLANS
+from memplan.probe.libraries import versions
+from memplan.spec import RunSpec
+from tests.golden.trace_families import config_of
+from tests.golden.trace_runs import write
+from tests.tiny import TINY
+
+_KINDS: tuple[dict[str, Any], ...] = (
+    {"kernels": {"checkpointing": "none"}},
+    {"kernels": {"checkpointing": "full"}, "optimizer": "adamw_torch"},
+    {"kernels": {"checkpointing": "full"}, "method": {"kind": "lora"}},
+)
+_MORE: tuple[dict[str, Any], ...] = (
+    {"kernels": {"checkpointing": "none", "attention": "eager"}},
+    {"kernels": {"checkpointing": "none"}, "method": {"kind": "lora", "dropout": 0.1, "adapter_dtype": "bf16"}},
+    {"precision": "amp", "batch": {"micro": 2, "sequence": 256, "accumulation": 2}},
+    {"loop": {"padded": True, "hold_outputs": True}, "kernels": {"checkpointing": "none"}, "optimizer": "sgd"},
+)
+_REAL: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
+    ("llama-3.1-8b", 0, 4, {}),
+    ("llama-3.1-8b", 0, 8, {"kernels": {"checkpointing": "none"}}),
+    ("qwen2.5-0.5b", 0, 2, {"kernels": {"checkpointing": "none"}}),
+    ("qwen2.5-72b", 4, 8, {}),
+    ("qwen3-8b", 0, 4, {"optimizer": "adamw_torch", "precision": "amp"}),
+    ("gemma-2-9b", 0, 4, {"kernels": {"checkpointing": "none"}}),
+    ("phi-4", 0, 2, {}),
+    ("pythia-6.9b", 0, 4, {"kernels": {"checkpointing": "none"}}),
+    ("olmo-2-1b", 0, 4, {}),
+    ("llama-3.1-8b", 0, 2, {"method": {"kind": "lora", "rank": 64}}),
+    ("mistral-7b-v0.3", 0, 8, {"kernels": {"attention": "flash_attention_2"}}),
+)
+
+
+def _run(config: dict[str, Any], tp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
+    parallelism = {"world": tp, "tp": tp}
+    given = {"batch": batch, **options}
+    return RunSpec(model={"config": config}, parallelism=parallelism, gpu="a100-sxm-80gb", **given)
+
+
+def runs() -> Iterator[tuple[str, RunSpec]]:
+    for name in sorted(PLANS):
+        if name not in TINY:
+            continue
+        for options in (*_KINDS, *(_MORE if name in ("llama", "qwen3", "gpt_neox", "phi3", "gemma2") else ())):
+            yield f"{name}-tp2", _run(config_of(name, 0), 2, {"micro": 2, "sequence": 256}, options)
+    for name, layers, tp, options in _REAL:
+        yield f"{name}-tp{tp}", _run(config_of(name, layers), tp, {"micro": 1, "sequence": 2048}, options)
+
+
+def context_runs() -> Iterator[tuple[str, RunSpec]]:
+    for name in sorted(FAMILIES):
+        for cp, options in ((2, _KINDS[0]), (4, _KINDS[1]), (8, _KINDS[2])):
+            yield f"{name}-cp{cp}", _context(config_of(name, 0), cp, {"micro": 2, "sequence": 256 * cp}, options)
+    for name, cp, options in (
+        ("llama-3.1-8b", 4, {}),
+        ("llama-3.1-8b", 8, {"method": {"kind": "lora", "rank": 64}, "kernels": {"checkpointing": "none"}}),
+        ("qwen3-4b", 2, {"optimizer": "adamw_torch"}),
+        ("mistral-7b-v0.3", 16, {"batch": {"micro": 1, "sequence": 32768, "accumulation": 2}}),
+    ):
+        yield f"{name}-cp{cp}", _context(config_of(name, 0), cp, {"micro": 1, "sequence": 16384}, options)
+
+
+def _context(config: dict[str, Any], cp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
+    given = {"batch": batch, **options}
+    return RunSpec(model={"config": config}, parallelism={"world": cp, "cp": cp}, gpu="a100-sxm-80gb", **given)
+
+
+KINDS = {"tp": ("transformers' own tensor parallelism", runs), "cp": ("torch's context parallelism", context_runs)}
+
+
+def main() -> None:
+    what, wanted = KINDS[sys.argv[1]]
+    about = (
+        f"Training steps of one rank of several under {what}, traced on a process group that sends nothing: see "
+        "tests/golden/trace_parallel_tp.py."
+    )
+    print(json.dumps({"about": about, "date": "2026-11-26", "versions": dict(versions())}), flush=True)
+    write(list(wanted()))
+
+
+if __name__ == "__main__":
+    main()
