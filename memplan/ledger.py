@@ -21,7 +21,6 @@ from memplan.program import (
     passing_of,
     reducing_of,
     resident_of,
-    stay_throughout,
 )
 
 if TYPE_CHECKING:
@@ -141,9 +140,9 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         )
     for held in reducing_of(structure):
         yield _held(held, axes, "where gradients are summed over ranks")
-    if p.buffered or ((phase.phase == "step" or later) and p.gradients):
-        throughout = stay_throughout(structure, phase.phase)
-        for held in () if not throughout else accumulated_of(structure) if later else gradients_of(structure):
+    listed = p.gradients if phase.phase == "step" else later and p.accumulated[phase.phase]
+    if p.buffered or listed:
+        for held in accumulated_of(structure) if later else gradients_of(structure):
             yield _held(held, axes, "needed by the optimizer")
     if phase.phase == "step":
         scratch = p.optimizer.first if phase.step == 1 else p.optimizer.later

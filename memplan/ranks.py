@@ -11,7 +11,7 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from memplan.catalogue.parallel import STRATEGIES, Strategy, aligned, part, rows_of
+from memplan.catalogue.parallel import STRATEGIES, Knobs, Strategy, aligned, part, rows_of
 from memplan.catalogue.parameters import Parameter
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, unit_of
 from memplan.engine.walk import size
@@ -33,6 +33,7 @@ class Ranks(NamedTuple):
     wraps     every block is a unit of its own; else all but the embeddings and the head are one
     views     gradients lie in DDP's buckets
     replicated  there are several such groups of ranks, which sum what each has reduced
+    knobs     how DeepSpeed is configured
     """
 
     strategy: str = "none"
@@ -48,6 +49,7 @@ class Ranks(NamedTuple):
     wraps: bool = True
     views: bool = False
     replicated: bool = False
+    knobs: Knobs = Knobs()
 
     @property
     def row(self) -> Strategy:

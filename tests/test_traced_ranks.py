@@ -5,6 +5,7 @@ The rows are in tests/golden/traced_ranks.jsonl, which tests/golden/trace_ranks.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from statistics import mean
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from benchmarks.accuracy import rows, without_workspaces
 from memplan import RunSpec, estimate
+from memplan.probe.libraries import NAMES
+from memplan.probe.trace import Traced, traces
 from tests.sampling import ALL, sampled
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_ranks.jsonl"), 8)
@@ -49,3 +52,19 @@ def test_the_mean_error_of_a_strategy_is_below_a_hundredth(strategy: str) -> Non
     errors = [abs(error(case)) for case in CASES if case["run"]["parallelism"]["strategy"] == strategy]
     assert len(errors) > 60
     assert mean(errors) < 0.01
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(any(find_spec(name) is None for name in NAMES), reason="the libraries take the step")
+def test_a_traced_rank_is_the_golden_one() -> None:
+    """The small Llama in full on two GPUs, every strategy, and one GPU after them in the same process."""
+    wanted = ("full-fsdp2-w2", "full-fsdp-w2", "full-ddp-w2")
+    found = [case for case in rows("traced_ranks.jsonl") if label(case) in wanted]
+    alone = RunSpec(**{key: found[0]["run"][key] for key in ("model", "batch", "gpu")})
+    *ranks, one = traces([*(RunSpec(**case["run"]) for case in found), alone])
+    assert len(ranks) == 3
+    for case, traced in zip(found, ranks, strict=True):
+        assert isinstance(traced, Traced), traced
+        assert max(p.peak for p in traced.phases if p.step) == case["peak"]
+    assert isinstance(one, Traced), one
+    assert one.peak == max(without_workspaces(estimate(alone)).values())
