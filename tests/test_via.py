@@ -309,7 +309,7 @@ def test_code_from_a_hub_is_never_run_and_the_line_says_so(traces: Traces) -> No
 
 def test_a_run_that_a_probe_does_not_take_is_refused_with_its_field(traces: Traces) -> None:
     asked = traces()
-    with pytest.raises(UnsupportedModelError, match="nor can its step be traced: parallelism: a probe runs on one GPU"):
+    with pytest.raises(UnsupportedModelError, match="nor can its step be traced: parallelism: an answer by trace is"):
         memplan.estimate(xglm(parallelism={"world": 2, "dp": 2, "strategy": "ddp"}), via="auto")
     with pytest.raises(SpecError, match=r"optimizer\.name: a probe does not run galore_adamw"):
         memplan.estimate(xglm(optimizer="galore_adamw"), via="trace")

@@ -527,7 +527,11 @@ def estimate(
     ] = None,
     fsdp: Annotated[
         str | None,
-        option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
+        option(
+            "full_shard, shard_grad_op, hybrid_shard, fsdp2. Default none.",
+            of=SEVERAL,
+            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "fsdp2"),
+        ),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     sequence_parallel: Annotated[

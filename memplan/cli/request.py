@@ -257,8 +257,16 @@ def _precision(word: str, dtype: str | None) -> dict[str, Any]:
     return precision_of(word, dtype or "bf16")
 
 
-_FSDP = {"full_shard": "fsdp", "fsdp": "fsdp", "fsdp1": "fsdp", "fsdp2": "fsdp2", "no_shard": "ddp"}
-_LATER_FSDP = ("shard_grad_op", "hybrid_shard", "hybrid_shard_zero2", "offload")
+_FSDP = {
+    "full_shard": "fsdp",
+    "fsdp": "fsdp",
+    "fsdp1": "fsdp",
+    "fsdp2": "fsdp2",
+    "no_shard": "ddp",
+    **dict.fromkeys(("shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
+}
+_KEEPS_WHOLE = ("shard_grad_op", "hybrid_shard_zero2")
+_NODE = 8  # GPUs of a group whose size is not said: those of a node
 _MOST = 2**40  # GPUs
 
 
@@ -284,6 +292,11 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     said = "deepspeed" in given and "strategy" in parallelism and not {"zero", "fsdp"} & set(given)
     if strategy is not None and not said:
         spec["parallelism"]["strategy"] = strategy
+    word = given.get("fsdp")
+    if word in _KEEPS_WHOLE:
+        spec["parallelism"]["reshard_after_forward"] = False
+    if str(word).startswith("hybrid") and "shard_group" not in spec["parallelism"] and world // rest > 1:
+        spec["parallelism"]["shard_group"] = min(_NODE, world // rest)
 
 
 def idle(given: Iterable[str], method: Method) -> MemplanError | None:
@@ -309,8 +322,6 @@ def _strategy(given: Mapping[str, Any], replicas: int) -> str | None:
             raise SpecError(f"parallelism.strategy: ZeRO has stages 0 to 3, not {zero}", "parallelism.strategy")
         return f"zero{zero}" if zero else ("ddp" if replicas > 1 else "none")
     if "fsdp" in given:
-        if given["fsdp"] in _LATER_FSDP:
-            raise SpecError(f"parallelism.strategy: {given['fsdp']!r} is not supported yet", "parallelism.strategy")
         if given["fsdp"] not in _FSDP:
             raise UnknownNameError("parallelism.strategy", given["fsdp"], _FSDP)
         return _FSDP[given["fsdp"]]
