@@ -49,16 +49,24 @@ def notes(model: ModelSpec) -> list[str]:
     return [*facts, *(_gguf(model, seen) if seen.kind == "gguf" else _safetensors(model, seen))]
 
 
-@lru_cache(maxsize=64)
 def built_tensors(model: ModelSpec) -> Mapping[str, Built]:
     """Every parameter of the model by the name it has in transformers' state dict; a tied one once."""
+    return _built(model)[0]
+
+
+@lru_cache(maxsize=64)
+def _built(model: ModelSpec) -> tuple[Mapping[str, Built], frozenset[str]]:
+    """The parameters, and the names of buffers."""
     stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
     found: dict[str, Built] = {}
+    buffers: set[str] = set()
 
     def add(prefix: str, operations: Iterable[Op]) -> None:
         for op in operations:
             for w in op.weights:
-                if w.group != "buffer":
+                if w.group == "buffer":
+                    buffers.add(prefix + w.name)
+                else:
                     shape = shape_of(w, axes)
                     found.setdefault(prefix + w.name, Built(shape, shape[::-1] if w.transposed else shape))
 
@@ -75,7 +83,7 @@ def built_tensors(model: ModelSpec) -> Mapping[str, Built]:
         for name in {block.name for block in run.blocks}:
             first[name] += period * copies
     add("", stack.after)
-    return found
+    return found, frozenset(buffers)
 
 
 # What libraries call the tensors that stand for a module's weight. Source: gptqmodel 7.7, bitsandbytes 0.50,
@@ -91,10 +99,12 @@ _PACKED_STACK = re.compile(r"_(blocks|scales|scale_inv)$")
 
 
 class Compared(NamedTuple):
-    """The tensors that only the checkpoint has, and the names of parameters that only the model has."""
+    """The tensors that only the checkpoint has, the names of parameters that only the model has, and the tensors that
+    are buffers of the model."""
 
     extra: list[StoredTensor]
     missing: list[str]
+    buffers: list[StoredTensor]
 
 
 @lru_cache(maxsize=64)
@@ -129,7 +139,10 @@ def compared(model: ModelSpec, tensors: tuple[StoredTensor, ...]) -> Compared:
                 f"model: {_shown(tensor.name)} is {has} in the checkpoint, and {builds} by its config", "model"
             )
     lacks = [name for name, _ in missing.values() if _layer(name) not in packed]
-    return _same_elsewhere(Compared(extra, lacks), built_tensors(model))
+    known = {_rootless(name) for name in _built(model)[1]}
+    buffers = [tensor for tensor in extra if _rootless(tensor.name) in known]
+    others = [tensor for tensor in extra if _rootless(tensor.name) not in known]
+    return _same_elsewhere(Compared(others, lacks, buffers), built_tensors(model))
 
 
 def _wholes(name: str) -> Iterator[str]:
@@ -156,6 +169,7 @@ def _same_elsewhere(found: Compared, parameters: Mapping[str, Built]) -> Compare
     return Compared(
         [tensor for tensor in found.extra if _layer(tensor.name) not in same],
         [name for name in found.missing if _layer(name) not in same],
+        found.buffers,
     )
 
 
@@ -171,6 +185,8 @@ def _safetensors(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
     if missing:
         yield f"the checkpoint lacks {_kinds(missing)}: made anew when the model is loaded"
     dtypes = stored_bytes(seen.tensors)
+    if model.get("quantization_config"):
+        yield f"the checkpoint has {_by_type(dtypes)}"
     most = next(iter(dtypes), "")
     said = model.get("dtype") or model.get("torch_dtype")
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -187,9 +203,13 @@ def _gguf(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
             "model's config.json",
             "model",
         )
-    dtypes = stored_bytes(seen.tensors)
-    by_type = ", ".join(f"{dtype} {gib(n)}" for dtype, n in list(dtypes.items())[:_NAMED])
-    yield f"the GGUF file has {gib(sum(dtypes.values()))} of tensors ({by_type}), which transformers trains dequantised"
+    yield f"the GGUF file has {_by_type(stored_bytes(seen.tensors))}, which transformers trains dequantised"
+
+
+def _by_type(dtypes: Mapping[str, int]) -> str:
+    """Bytes of tensors, and of which dtypes most of them are."""
+    most = ", ".join(f"{dtype} {gib(n)}" for dtype, n in list(dtypes.items())[:_NAMED])
+    return f"{gib(sum(dtypes.values()))} of tensors ({most})"
 
 
 def _kinds(names: Iterable[str], layers: Container[str] = ()) -> str:

@@ -248,8 +248,10 @@ _KIMI = {
     "num_shared_experts": "n_shared_experts",
 }
 
-# Older names of keys that are no sizes.
+# Other names of keys that are no sizes: older ones, and those that a config class of transformers 5.24 writes.
 RENAMED = {
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "qwen3_vl_moe": {"num_local_experts": "num_experts"},
     "internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"},
     "kimi_k3": _KIMI,
     "kimi_linear": _KIMI,

@@ -16,6 +16,7 @@ class Degrees(NamedTuple):
     ep, etp            ranks that divide the experts, and each expert's matrices
     pp, stage          stages of a pipeline, and this rank's, the first being 0
     virtual_stages     chunks of layers that a stage has
+    style              whose tensor parallelism it is: transformers, megatron
     """
 
     tp: int = 1
@@ -26,14 +27,16 @@ class Degrees(NamedTuple):
     pp: int = 1
     stage: int = 0
     virtual_stages: int = 1
+    style: str = "transformers"
 
 
 WHOLE = Degrees()
 
 
-def degrees_of(p: Parallelism) -> Degrees:
-    """The degrees of a rank of such a world."""
-    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel)
+def degrees_of(p: Parallelism, style: str) -> Degrees:
+    """The degrees of a rank of such a world, whose profile has tensor parallelism of that style."""
+    style = style if p.tp > 1 else WHOLE.style
+    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel, cp=p.cp, style=style)
 
 
 def check_product(p: Parallelism) -> SpecError | None:

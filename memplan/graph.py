@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypedDict
 
-from memplan.catalogue import build, losses, tensor_parallel
+from memplan.catalogue import build, context_parallel, losses, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
@@ -88,6 +88,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     stack = apply(stack, recipe)
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees)
+    if degrees.cp > 1:
+        stack = context_parallel.around(stack, degrees)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)

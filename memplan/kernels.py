@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memplan.catalogue import megatron
 from memplan.catalogue.attention import NO_FLASH_2, Wiring
 from memplan.catalogue.methods import Recipe
 from memplan.errors import SpecError
@@ -21,7 +22,7 @@ def as_the_version_has(
     model: ModelSpec, kernels: Kernels, profile: str, words: Mapping[str, Any]
 ) -> tuple[str, bool, list[str]]:
     """The attention and whether blocks are checkpointed, as the version has them for the model, and what it lacks."""
-    attention, checkpoints, notes = kernels.attention, kernels.checkpointing != "none", list[str]()
+    attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in ("none", "selective"), list[str]()
     if words["no_sdpa"] and attention == "sdpa":
         attention = "eager"
         notes.append(f"{profile} has no sdpa for {model.model_type}: eager attention is counted")
@@ -59,6 +60,15 @@ def wiring_of(
     widths = model.head_widths
     aligned = all(width % (8 if half else 4) == 0 for width in widths)
     efficient = "efficient" if aligned else "math"
+    if model.model_type == megatron.KIND and attention.startswith("sdpa_"):
+        raise SpecError(
+            f"kernels.attention: {attention} is torch's, and Megatron-core takes Transformer Engine's: sdpa for what "
+            "that chooses, flash_attention_2, eager",
+            "kernels.attention",
+        )
+    if model.model_type == megatron.KIND and attention == "sdpa":
+        own = megatron.chosen(half, capability)
+        return Wiring(own, own)
     if attention == "eager":
         return Wiring("eager", "eager", padded, windowed)
     if attention == "sdpa_math":

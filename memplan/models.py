@@ -152,8 +152,8 @@ class ModelSpec:
             raise ConfigError(f"config: {key} must be a number from 0 to {_LIMIT:,}, not {as_json(value)}", key)
         return value
 
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A further size of the config: a whole number from `least`; `default` where it is absent or null.
+    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = _LIMIT) -> int:
+        """A further size of the config: a whole number from `least` to `most`; `default` where it is absent or null.
 
         Raises ConfigError where it is no such number, or absent without a default.
         """
@@ -162,11 +162,23 @@ class ModelSpec:
             if default is None:
                 raise ConfigError(f"config: no {key}", key)
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LIMIT:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise ConfigError(
-                f"config: {key} must be a whole number from {least} to {_LIMIT:,}, not {as_json(value)}", key
+                f"config: {key} must be a whole number from {least} to {most:,}, not {as_json(value)}", key
             )
         return value
+
+    def probability(self, key: str, part: str = "") -> float:
+        """A probability of dropout that the config has, or a `part` of it; 0 where it is absent or null.
+
+        Raises ConfigError where it is no number from 0 to 1.
+        """
+        value = (self.part(part) if part else self.config).get(key)
+        if value is None:
+            return 0.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ConfigError(f"config: {key} must be a number from 0 to 1, not {as_json(value)}", key)
+        return float(value)
 
     def part(self, key: str) -> Mapping[str, Any]:
         """A nested config, empty where there is none. Raises ConfigError where it is something else."""
@@ -204,6 +216,8 @@ class ModelSpec:
         key = self._names.get("sliding_window", ("sliding_window",))[0]
         if key not in self._defaults:
             return None
+        if self.config.get(key) is not None and self.whole(key, least=0, most=_LIMITS["max_position_embeddings"]) == 0:
+            return None  # as Qwen2-MoE's config class writes that there is none
         window = self._whole(key, _LIMITS["max_position_embeddings"])
         used = "use_sliding_window" not in self._defaults or self.get("use_sliding_window", False)
         return window if used else None
@@ -315,12 +329,13 @@ class ModelSpec:
             **(self._family.axes(self) if self._family.axes is not None else {}),
         }
 
-    def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int) -> ModelSpec:
-        """The model with so many heads, as wide as they are, and an FFN of that width."""
+    def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int, vocab_size: int) -> ModelSpec:
+        """The model with so many heads, as wide as they are, an FFN of that width and so many tokens."""
         wanted = {
             "num_attention_heads": heads,
             "num_key_value_heads": key_value_heads,
             "intermediate_size": intermediate_size,
+            "vocab_size": vocab_size,
             "head_dim": self.head_dim,
         }
         keys = ((self._key(name) or next(iter(self._names[name]), ""), n) for name, n in wanted.items())

@@ -86,11 +86,12 @@ def _published(model: ModelSpec, parameters: int) -> Iterator[str]:
 def _difference(model: ModelSpec, stored: tuple[StoredTensor, ...], difference: int) -> str:
     """The tensors that are stored and not built, with their arithmetic; or those that are built and not stored."""
     found, parameters = compared(model, stored), built_tensors(model)
+    extra = [*found.extra, *found.buffers]
     if found.missing:
         fewer = [f"{name} {parameters[name].elements}" for name in found.missing[:3]]
-        more = f"; it also stores {', '.join(_kinds(found.extra))}" if found.extra else ""
+        more = f"; it also stores {', '.join(_kinds(extra))}" if extra else ""
         return f"the checkpoint does not store {', '.join(fewer)}{more}, {difference:+}"
-    kinds = _kinds(found.extra)
+    kinds = _kinds(extra)
     return f"the checkpoint also stores {' and '.join(kinds)}, {' + '.join(kinds.values())} = {difference}"
 
 

@@ -34,7 +34,8 @@ class Structure(NamedTuple):
     """Everything of a run but its batch and sequence: what decides which tensors exist and when they are alive.
 
     `holds_outputs`: what the script holds of a pass is there in the optimizer's step too. `on_host`: the optimizer and
-    its step are in host memory.
+    its step are in host memory. `buffers`: gradients lie in buffers that ranks reduce as they are, and weights are not
+    sent around. `workspace`: bytes of one that the model's own kernels have throughout.
     """
 
     graph: Graph
@@ -52,6 +53,8 @@ class Structure(NamedTuple):
     holds_outputs: bool = False
     on_host: bool = False
     ranks: Ranks = ONE
+    buffers: bool = False
+    workspace: int = 0
 
 
 class Program(NamedTuple):
@@ -302,7 +305,7 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
 def _loading(structure: Structure) -> int:
     """The most bytes at once until the first step. DDP sends the first rank's weights to the others."""
     most = _most(loading_of(structure))
-    if structure.ranks.strategy != "ddp" or structure.ranks.world == 1:
+    if structure.ranks.strategy != "ddp" or structure.ranks.world == 1 or structure.buffers:
         return most
     resident = sum(h.bytes * h.copies for h in resident_of(structure))
     return max(most, resident + min(resident, BROADCASTS * BROADCAST))
@@ -316,7 +319,12 @@ def resident_of(structure: Structure) -> Iterator[Held]:
 
 
 def reducing_of(structure: Structure) -> tuple[Held, ...]:
-    """The buckets that gradients are copied into, to be summed over ranks, and at ZeRO's stage 3 where the sums go."""
+    """The buckets that gradients are copied into, to be summed over ranks, and at ZeRO's stage 3 where the sums go; and
+    a workspace of the model's own."""
+    if structure.workspace:
+        source = "TransformerEngine 2.3 pytorch/module/base.py get_workspace"
+        shape = str(structure.workspace)
+        return (Held("other", "workspace of Transformer Engine", "", shape, "uint8", 1, structure.workspace, source),)
     if zero.stage(structure.ranks):
         return tuple(zero.reducing(structure.graph, structure.ranks))
     if structure.ranks.world == 1 or structure.ranks.strategy != "ddp":

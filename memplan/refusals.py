@@ -33,16 +33,43 @@ def refuse(run: RunSpec) -> None:
 
 
 def refuse_parts(
-    method: Method, precision: Precision, optimizer: Optimizer, kernels: Kernels, sharded: bool = False
+    method: Method,
+    precision: Precision,
+    optimizer: Optimizer,
+    kernels: Kernels,
+    sharded: bool = False,
+    selects: bool = False,
 ) -> None:
     """Raise SpecError for what the parts of a run must not say, each as it was asked. `sharded`: ranks hold parts of
-    the weights."""
-    if kernels.checkpointing == "selective":
+    the weights; `selects`: the model's code can recompute attention alone."""
+    if kernels.checkpointing == "selective" and not selects:
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
     for refused in (*_method(method, sharded), *_precision(precision, method.quantization), *_optimizer(optimizer)):
         raise refused
+
+
+def refuse_of_megatron(profile: str, method: Method, precision: Precision, kernels: Kernels, loop: Loop) -> None:
+    """Raise SpecError for what a model of Megatron-core's own layers is not run with."""
+    if profile != "megatron-core":
+        raise SpecError(
+            f"profile: megatron_gpt is of Megatron-core's layers; say megatron-core, not {profile}", "profile"
+        )
+    if method.kind != "full":
+        raise _later("method.kind", method.kind, "full with megatron_gpt")
+    if precision.autocast:
+        raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
+    if kernels.loss != "hf":
+        raise _later("kernels.loss", kernels.loss, "hf with megatron_gpt, which is Megatron-core's own")
+    if kernels.fused:
+        raise _later(
+            "kernels.fused", ", ".join(kernels.fused), "none with megatron_gpt, whose kernels are fused anyway"
+        )
+    if kernels.checkpointing == "offload":
+        raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, selective with megatron_gpt")
+    if loop.padded:
+        raise _later("loop.padded", True, "false with megatron_gpt")
 
 
 def refuse_on_host(optimizer: str) -> None:
@@ -61,13 +88,18 @@ def _later(field: str, value: object, supported: str) -> SpecError:
 
 def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     """Several GPUs, named by what divides the work among them where something else than data does."""
-    for field in ("pp", "cp", "ep", "etp", "virtual_stages", "sequence_parallel", "stage"):
+    for field in ("pp", "ep", "etp", "virtual_stages", "stage"):
         if getattr(p, field) != getattr(_ONE_GPU, field):
             only = str(getattr(_ONE_GPU, field)).lower()
             yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
     wrong = check_product(p)
     if wrong is not None:
         yield wrong
+    if p.sequence_parallel and p.tp == 1:
+        yield SpecError(
+            "parallelism.sequence_parallel: divides tokens among the ranks that divide matrices; say tp too",
+            "parallelism.sequence_parallel",
+        )
     if p.strategy not in ("none", *STRATEGIES):
         yield _later("parallelism.strategy", p.strategy, ", ".join(STRATEGIES))
     if replicas(p) > 1 and p.strategy == "none":
@@ -134,13 +166,32 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
 
 
 def refuse_parts_of_matrices(
-    p: Parallelism, method: Method, optimizer: Optimizer, kernels: Kernels, profile: str, style: str
+    p: Parallelism,
+    method: Method,
+    precision: Precision,
+    optimizer: Optimizer,
+    kernels: Kernels,
+    profile: str,
+    style: str,
 ) -> None:
     """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's."""
     if style == "":
         raise SpecError(
-            f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5",
+            f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
+            "megatron-core",
             "parallelism.tp",
+        )
+    if style == "megatron":
+        if method.kind != "full":
+            raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
+        if p.dp > 1:
+            raise _later("parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}")
+        if precision.autocast:
+            raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
+    elif p.sequence_parallel:
+        raise SpecError(
+            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
+            "parallelism.sequence_parallel",
         )
     if p.dp > 1 and p.strategy != "fsdp2":
         raise SpecError(
@@ -159,6 +210,25 @@ def refuse_parts_of_matrices(
         raise _later("kernels.loss", kernels.loss, "hf with tensor parallelism")
     if kernels.fused:
         raise _later("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
+
+
+def refuse_parts_of_sequences(p: Parallelism, kernels: Kernels, loop: Loop, profile: str, style: str) -> None:
+    """Raise SpecError for what ranks that divide sequences cannot do, or memplan not yet. `style`: of the profile's
+    tensor parallelism, by which it is known which library it has."""
+    field = "parallelism.cp"
+    if style != "transformers":
+        raise _later(field, p.cp, f"1 with profile {profile}; profile transformers-5 has more")
+    if p.tp > 1:
+        raise _later(field, p.cp, "1 with tensor parallelism")
+    if p.strategy != "fsdp2":
+        raise SpecError(
+            "parallelism.strategy: accelerate's context parallelism divides weights by FSDP2; say fsdp2",
+            "parallelism.strategy",
+        )
+    if kernels.loss != "hf":
+        raise _later("kernels.loss", kernels.loss, "hf with context parallelism")
+    if loop.padded:
+        raise SpecError("loop.padded: accelerate's context parallelism takes no masks", "loop.padded")
 
 
 def _method(m: Method, sharded: bool) -> Iterator[SpecError]:

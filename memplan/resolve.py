@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
-from memplan.catalogue import tensor_parallel
+from memplan.catalogue import context_parallel, megatron, tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
@@ -37,7 +37,17 @@ from memplan.prequantized import trained
 from memplan.program import Structure
 from memplan.ranks import ONE, Ranks, mixed
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
-from memplan.refusals import FSDP, ZERO, refuse, refuse_divided, refuse_on_host, refuse_parts, refuse_parts_of_matrices
+from memplan.refusals import (
+    FSDP,
+    ZERO,
+    refuse,
+    refuse_divided,
+    refuse_of_megatron,
+    refuse_on_host,
+    refuse_parts,
+    refuse_parts_of_matrices,
+    refuse_parts_of_sequences,
+)
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
@@ -88,6 +98,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         bool(run.batch.images),
         dict(pictures).get("seen", 0) % 8 != 0,
     )
+    context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
+    tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
     if not pictures:
         return decided
@@ -150,20 +162,25 @@ def _decide(
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
-    degrees = degrees_of(parallelism)
+    degrees = degrees_of(parallelism, words["tensor_parallel"])
     alike = replicas(parallelism)
     sharded = alike > 1 and parallelism.strategy in FSDP
     if sharded:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
-    refuse_parts(method, precision, optimizer, kernels, sharded)
+    own = model.model_type == megatron.KIND
+    refuse_parts(method, precision, optimizer, kernels, sharded, own)
+    if own:
+        refuse_of_megatron(profile, method, precision, kernels, loop)
     if degrees.tp > 1:
-        refuse_parts_of_matrices(parallelism, method, optimizer, kernels, profile, words["tensor_parallel"])
+        refuse_parts_of_matrices(parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"])
         tensor_parallel.check(model, degrees)
     if parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
+    if degrees.cp > 1:
+        refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"])
     check_time_steps(model, method)
     _check_objective(model, kernels, precision, profile)
     check_head(model, method, kernels)
@@ -219,7 +236,8 @@ def _decide(
             uneven=uneven,
             tower=kernel_of_tower(model, recipe, kernels, capability) if images else "",
             checkpoints=checkpoints,
-            by_name=words["by_name"] and checkpoints,
+            by_name=words["by_name"] and checkpoints and not own,
+            recomputes=kernels.checkpointing == "selective",
         ),
         checkpoint=checkpoints,
         loss=str(kernels.loss),
@@ -243,6 +261,10 @@ def _decide(
         lingers=words["lingers"],
         degrees=degrees,
     )
+    if degrees.cp > 1:
+        wiring = graph.wiring
+        masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
+        context_parallel.check(model.model_type, wiring.backend, masked, degrees)
     structure = Structure(
         graph,
         accumulates=accumulates and not optimizer.in_backward,
@@ -251,14 +273,16 @@ def _decide(
         state_dtype=optimizer.state_dtype,
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
-        grads=precision.grads if precision.grads != precision.weights else None,
+        grads=precision.grads if own or precision.grads != precision.weights else None,
         master=None if ranks.strategy in ZERO else precision.master,
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
-        holds_outputs=loop.hold_outputs == "step",
+        holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
+        buffers=own,
+        workspace=megatron.workspace(capability) if own else 0,
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)

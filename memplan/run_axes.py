@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from memplan.catalogue import megatron_parallel
 from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.catalogue.losses import CHUNK
 from memplan.graph import built
@@ -58,9 +59,11 @@ def run_axes(
     `pictures` are the axes that its images decide. `target` is the length of what the decoder of an encoder-decoder is
     given; without, as long as the encoder's.
     """
-    b, s = micro, sequence
+    degrees = program.structure.graph.degrees
+    b, s = micro, -(-sequence // degrees.cp)
     tokens = b * s
     m = program.structure.graph.model
+    rows = megatron_parallel.padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
     many, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
     axes = {
         "b": b,
@@ -80,8 +83,12 @@ def run_axes(
         "lm_rows": s - CHUNK * further - 1,
         "shifted_labels": by.choose(many, b * (s - 1), 0),
         "sorted_ids": by.choose(sorts, tokens, 0),
-        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, m.vocab_size), 0),
+        "segments": by.choose(sorts, tokens // 10 + by.least(tokens, rows), 0),
     }
+    if degrees.cp > 1:
+        axes["s_cp"] = sequence
+    if degrees.sequence_parallel:
+        axes["s_tp"] = -(-s // degrees.tp)
     axes.update(pictures)
     needs = program.needs.difference(axes)
     if needs:

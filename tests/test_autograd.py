@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from memplan.catalogue import attention, build, losses, methods, ops
+from memplan.catalogue import attention, build, losses, methods, ops, vision
 from memplan.catalogue.attention import Wiring
 from memplan.engine.step import Lowered, lower
 from memplan.engine.walk import alive
@@ -248,6 +248,15 @@ def test_flash_attention_keeps_q_k_v_its_output_and_a_number_a_row_and_head() ->
         saved = saved_bytes(lambda: _discard(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
     # the CPU's kernel keeps no state of a random generator
     assert saved == 4 * B * A * S * D * 2 + B * A * S * 4
+
+
+def test_features_put_in_place_of_tokens_keep_one_mask() -> None:
+    op = vision.scattered()[-1]
+    assert op.keeps == (Keep("image_mask", "text"), Keep("image_mask", "image_embeds"))
+    text, features = (leaf(B, rows, H, dtype=torch.float32) for rows in (S, S // 2))
+    mask = (torch.arange(S) < S // 2).repeat(B, 1)
+    saved = saved_bytes(lambda: _discard(text.masked_scatter(mask.unsqueeze(-1).expand_as(text), features)))
+    assert saved == B * S
 
 
 def test_embedding_keeps_the_ids() -> None:

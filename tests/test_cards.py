@@ -617,6 +617,67 @@ def test_a_null_among_the_kinds_of_layers_is_no_kind(model_type: str, key: str) 
         ModelSpec(config)
 
 
+@pytest.mark.parametrize("key", ["compress_ratios", "layer_types", "mlp_layer_types"])
+@pytest.mark.parametrize("bad", [float("inf"), 4, "moe", [None] * 4, ["x"] * 4, [4]])
+def test_what_v4_says_of_its_layers_is_a_list_of_words_that_it_has(key: str, bad: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: \\S+ is not supported yet|{key} must be a list"):
+        ModelSpec({"model_type": "deepseek_v4", **TINY["deepseek_v4"], key: bad})
+
+
+@pytest.mark.parametrize("bad", [5, -0.1, True, "x", [0.1]])
+def test_a_probability_of_dropout_is_a_number_from_0_to_1(bad: Any) -> None:
+    for model_type, changed in (
+        ("gpt_neox", {"attention_dropout": bad}),
+        ("mpt", {"attn_config": {"attn_pdrop": bad}}),
+    ):
+        model = ModelSpec({"model_type": model_type, **TINY[model_type], **changed})
+        with pytest.raises(ConfigError, match=r"drop.* must be a number from 0 to 1, not"):
+            build(model, Wiring("flash", "efficient"))
+    with pytest.raises(ConfigError, match="attn_config must be a config of its own, not 5"):
+        build(ModelSpec({"model_type": "mpt", **TINY["mpt"], "attn_config": 5}), Wiring("flash", "efficient"))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_vl_moe"])
+def test_experts_are_counted_by_the_name_that_transformers_writes_too(model_type: str) -> None:
+    """Their config classes write num_experts as num_local_experts (attribute_map of transformers 5.24)."""
+    like = {"qwen3_moe": {**TINY["qwen3_moe"]}, "qwen3_vl_moe": {"text_config": {**TINY["qwen3_moe"]}}}[model_type]
+    config = {"model_type": model_type, **copy.deepcopy(like)}
+    part = config.get("text_config", config)
+    part["num_local_experts"] = part.pop("num_experts")
+    assert ModelSpec(config).axes()["E"] == 8
+
+
+def test_a_window_of_0_is_none_as_transformers_writes_it() -> None:
+    config = {"model_type": "qwen2_moe", **TINY["qwen2_moe"], "sliding_window": 0}
+    assert ModelSpec(config).sliding_window is None
+    with pytest.raises(ConfigError, match="sliding_window must be a whole number from 0"):
+        _ = ModelSpec({**config, "sliding_window": -1})
+
+
+def test_a_tower_too_shallow_to_hand_anything_to_the_language_model_is_built() -> None:
+    config = copy.deepcopy(read_card("qwen3-vl-8b")["config"])
+    config["vision_config"]["depth"] = 5
+    assert build(ModelSpec(config), Wiring("flash", "efficient", images=True))
+
+
+def test_gemma_4s_heads_layer_by_layer_are_those_of_all_or_refused() -> None:
+    config = {"model_type": "gemma4_text", **TINY["gemma4_text"]}
+    same = {"1": {"head_dim": config["global_head_dim"]}}
+    assert ModelSpec({**config, "per_layer_config": same}).axes() == ModelSpec(config).axes()
+    with pytest.raises(UnsupportedModelError, match=r"per_layer_config: .*say global_head_dim, which is 512 here"):
+        ModelSpec({**config, "global_head_dim": 512, "per_layer_config": same})
+
+
+def test_an_empty_key_says_nothing() -> None:
+    config = {"model_type": "nemotron_h", **TINY["nemotron_h"]}
+    assert ModelSpec({**config, "": 5}).axes() == ModelSpec(config).axes()
+
+
+def test_a_list_of_indexers_is_a_list() -> None:
+    with pytest.raises(ConfigError, match="indexer_types must be a list of"):
+        ModelSpec({**read_card("glm-5")["config"], "indexer_types": 5})
+
+
 def test_a_config_with_nan_in_it_is_the_same_model_when_read_again(tmp_path: Path) -> None:
     """What is worked out of a model is kept by it, and NaN is equal to nothing."""
     path = tmp_path / "config.json"

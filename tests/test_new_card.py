@@ -21,6 +21,7 @@ from memplan.new_card import Facts, card
 from tests.checkpoints import TINY, folder_of, of_model
 from tests.sampling import examples, sampled
 from tests.test_hub import COMMIT, Served, served  # noqa: F401
+from tests.tiny import TINY as DECODERS
 
 FACTS = Facts("some/tiny", "config.json", "2026-11-25", "mit")
 Written = Callable[..., dict[str, Any]]
@@ -125,3 +126,29 @@ def test_the_manual_has_every_option_as_help_has_it() -> None:
     for parameter in new.params:
         if parameter.param_type_name == "option":
             assert " ".join(f"{parameter.opts[0]} {parameter.help}".split()) in manual.replace(" <str>", ""), parameter
+
+
+def test_experts_one_by_one_and_a_buffer_are_the_model_and_the_card_names_the_buffer(tmp_path: Path) -> None:
+    """As transformers saves DeepSeek V3: a matrix an expert, and the router's correction, which is a buffer."""
+    config = {"model_type": "deepseek_v3", **DECODERS["deepseek_v3"]}
+    tensors = dict(of_model(config))
+    layers = set()
+    for name in [name for name in tensors if ".experts." in name]:
+        dtype, (experts, out, into) = tensors.pop(name)
+        layers.add(name.partition(".experts.")[0])
+        parts = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+        for i in range(experts):
+            tensors |= {
+                f"{name.rpartition('.')[0]}.{i}.{part}.weight": (dtype, (out // len(parts), into)) for part in parts
+            }
+    tensors |= {f"{layer}.gate.e_score_correction_bias": ("F32", (experts,)) for layer in layers}
+    folder = folder_of(tmp_path, config, tensors)
+    notes = estimate(RunSpec(model=str(folder), batch={"sequence": 64})).notes
+    assert not [note for note in notes if "checkpoint" in note]
+    model = find_model(str(folder))
+    made = tomllib.loads(card(model, config, Facts("a/b", "here", "2026-01-01", "")))
+    assert made["published"] - made["parameters"] == len(layers) * experts
+    buffers = f"{len(layers)} x {experts} = {len(layers) * experts}"
+    assert made["difference"] == (
+        f"the checkpoint also stores model.layers.*.mlp.gate.e_score_correction_bias, {buffers}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from memplan.planning.levers import levers_of
 from memplan.prequantized import stored_as
 from memplan.probe.refusals import settled
 from memplan.report.words import assumptions
-from memplan.units import rounded
+from memplan.units import gib, rounded
 from tests.checkpoints import TINY, folder_of, of_model
 from tests.sampling import examples
 
@@ -338,8 +339,16 @@ def test_blocks_of_mxfp4_are_no_surprise(tmp_path: Path) -> None:
         e, out, into = tensors.pop(name)[1]
         tensors[f"{name}_blocks"] = ("U8", (e, out, into // 32, 16))
         tensors[f"{name}_scales"] = ("U8", (e, out, into // 32))
-    (note,) = estimate(RunSpec(model=str(folder_of(tmp_path, config, tensors)), method="full")).notes
-    assert "stored in mxfp4" in note
+    notes = estimate(RunSpec(model=str(folder_of(tmp_path, config, tensors)), method="full")).notes
+    stored = {
+        dtype: sum(prod(s) * n for d, s in tensors.values() if d == dtype) for dtype, n in (("BF16", 2), ("U8", 1))
+    }
+    most, least = sorted(stored, key=lambda dtype: -stored[dtype])
+    by_type = f"{most} {gib(stored[most])}, {least} {gib(stored[least])}"
+    assert [note for note in notes if "mxfp4" not in note] == [
+        f"the checkpoint has {gib(sum(stored.values()))} of tensors ({by_type})"
+    ]
+    assert any("stored in mxfp4" in note for note in notes)
 
 
 def test_nothing_proposes_to_quantise_what_is_stored_quantised() -> None:

@@ -59,7 +59,7 @@ def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> Non
 
 
 @pytest.mark.parametrize(
-    "field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "stage", "tp")]
+    "field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "stage", "tp", "cp")]
 )
 def test_no_field_of_parallelism_is_ignored(field: str) -> None:
     value = True if field == "sequence_parallel" else 2

@@ -102,17 +102,62 @@ def test_fsdp2_divides_the_rest_of_the_weights_once_more() -> None:
     assert both.gpu is None or both.gpu.count == 8
 
 
+def megatron(tp: int, tokens_divided: bool = False, **options: Any) -> Estimate:
+    return estimate(
+        run(tp, profile="megatron-core", parallelism={"sequence_parallel": tokens_divided}, **options),
+    )
+
+
+def test_megatron_pads_the_vocabulary_and_keeps_no_gradient_of_a_whole_table() -> None:
+    table = weights(megatron(4, config={"vocab_size": 4097}))[" lm_head.weight"]
+    assert table.dims == (9 * 128, 512)  # 4097 / (128 * 4), rounded up, times 128
+    asked = run(4, profile="megatron-core")
+    (held,) = (held for held in gradients_of(decide(asked).structure) if held.what == "model.embed_tokens.weight.grad")
+    assert held.bytes == 2 * 4096 * 512 // 4
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_dividing_the_tokens_never_takes_more(checkpointing: str) -> None:
+    options: dict[str, Any] = {"kernels": {"checkpointing": checkpointing}, "batch": {"sequence": 4096}}
+    plain, divided = megatron(4, **options), megatron(4, tokens_divided=True, **options)
+    assert persistent(plain) == persistent(divided)
+    assert divided.bytes.allocated < plain.bytes.allocated
+
+
+def test_what_matrices_read_is_gathered_into_one_buffer() -> None:
+    answer = megatron(4, tokens_divided=True, batch={"sequence": 4096})
+    (line,) = (line for line in answer.ledger if line.what == "gathered")
+    assert (line.count, line.bytes) == (1, 2 * 4096 * 512)
+    kept = next(line for line in answer.ledger if line.what == "n1")
+    assert kept.dims == (1, 1024, 512)
+
+
 REFUSED = {
     "heads": (run(3), "parallelism.tp: 3 does not divide 8 attention heads and 4 key/value heads"),
     "key heads": (run(8), "parallelism.tp: 8 does not divide 4 key/value heads"),
     "family": (
         RunSpec(model="gpt2", parallelism={"world": 2, "tp": 2}),
-        "parallelism.tp: transformers has no plan for gpt2, or one that is not supported yet; supported: cohere",
+        "parallelism.tp: 2 is not supported yet for gpt2; supported: cohere, cohere2",
     ),
     "strategy": (run(2, parallelism={"world": 4, "dp": 2, "strategy": "ddp"}), "fsdp2 does"),
     "method": (run(2, method="qlora"), "method.kind: 'qlora' is not supported yet"),
     "optimizer": (run(2, optimizer="adafactor"), "optimizer.name: 'adafactor' is not supported yet"),
     "loss": (run(2, kernels={"loss": "fused"}), "kernels.loss: 'fused' is not supported yet"),
+    "tokens": (
+        run(4, profile="megatron-core", parallelism={"sequence_parallel": True}, batch={"sequence": 1002}),
+        "parallelism.sequence_parallel: 4 ranks do not divide a sequence of 1002 tokens",
+    ),
+    "width": (
+        run(4, {"intermediate_size": 1538}, profile="megatron-core"),
+        "parallelism.tp: 4 does not divide 1538 of the FFN's width",
+    ),
+    "style": (run(2, parallelism={"sequence_parallel": True}), "parallelism.sequence_parallel: profile transformers-5"),
+    "alone": (run(1, parallelism={"sequence_parallel": True}), "parallelism.sequence_parallel: divides tokens among"),
+    "replicas": (
+        run(2, profile="megatron-core", parallelism={"world": 4, "dp": 2, "strategy": "ddp"}),
+        "parallelism.dp",
+    ),
+    "adapters": (run(2, profile="megatron-core", method="lora"), "method.kind: 'lora' is not supported yet"),
     "profile": (run(2, profile="transformers-4.48"), "parallelism.tp: 2 is not supported yet with profile"),
 }
 

@@ -54,6 +54,7 @@ _MODULES = {
         "llama4_vision": "llama4",
         "minimax_m3": "minimax_m3_vl_text",
         "step3p7": "step3p7",
+        "megatron": "megatron_gpt",
         "sinks": "gpt_oss mimo_v2_flash",
         "bert": "bert roberta xlm-roberta",
         "t5": "t5",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, mask
 from memplan.catalogue.gpt import dropped, drops
@@ -62,7 +60,7 @@ def _bloom_attention(m: ModelSpec, name: str = "self_attention") -> tuple[Op, ..
     return (
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", bias=True),
         *(ops.view(f"{name}.{t}_select", "qkv", f"{t}.view", _Q, gradient="new") for t in "qkv"),
-        *(ops.copy(f"{name}.{t}_reshape", f"{t}.view", t, _Q) for t in "qkv"),
+        *(ops.copy(f"{name}.{t}_flat", f"{t}.view", t, _Q) for t in "qkv"),
         Op(
             f"{name}.baddbmm",
             ("alibi", "q", "k"),
@@ -125,9 +123,8 @@ def mpt(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def _mpt_block(m: ModelSpec) -> Block:
-    config: Any = m.get("attn_config", {})
-    drop = float(config.get("attn_pdrop") or 0.0) > 0
-    clipped = bool(config.get("clip_qkv"))
+    drop = m.probability("attn_pdrop", "attn_config") > 0
+    clipped = bool(m.part("attn_config").get("clip_qkv"))
     return Block(
         "transformer.blocks",
         (

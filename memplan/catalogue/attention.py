@@ -28,6 +28,7 @@ class Wiring(NamedTuple):
     stays whole. wide: what it is given is fp32. images: the batch has some. tower: the kernel of the attention in the
     tower that sees them. causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
     checkpoints: blocks are checkpointed, as T5's code asks. by_name: they are given masks and positions by name.
+    recomputes: what attention makes of q, k and v is made again on the way back.
     uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask.
     """
 
@@ -52,6 +53,7 @@ class Wiring(NamedTuple):
     checkpoints: bool = False
     uneven: bool = False
     by_name: bool = False
+    recomputes: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
@@ -80,7 +82,10 @@ NO_FLASH_2 = {
 }
 
 # Families whose heads are views of a projection of more than them: of a single sequence they can be flattened as views.
-JOINED = ("deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "kimi_k25", "minicpm3")
+JOINED = (
+    *("bloom", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "kimi_k25"),
+    *("deepseek_v4", "megatron_gpt", "minicpm3", "mpt", "phi3"),
+)
 
 
 def flattened(op: Op) -> Op:

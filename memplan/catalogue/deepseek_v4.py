@@ -337,10 +337,12 @@ def indexer(name: str, x: str, latent: str) -> tuple[Op, ...]:
         ops.leave(f"{i}.q0"),
         ops.cast(f"{name}.q_float", f"{i}.query", f"{i}.q32", "b s ih id", "fp32"),
         ops.cast(f"{name}.k_float", f"{i}.keys", f"{i}.k32", f"b {w.number} id", "fp32"),
+        # rows of several sequences, which lie head by head, are copied to lie one after another
+        ops.copy(f"{name}.q_flat", f"{i}.q32", f"{i}.q.flat", "b s ih id"),
         ops.copy(f"{name}.k_expand", f"{i}.k32", f"{i}.k.every", f"several s id {w.number}"),
         Op(
             f"{name}.products",
-            (f"{i}.q32", f"{i}.k32", f"{i}.k.every"),
+            (f"{i}.q.flat", f"{i}.k32", f"{i}.k.every"),
             (Tensor(f"{i}.products", scores),),
             autocast="lower",
             product="matrix",
@@ -375,7 +377,7 @@ def indexer(name: str, x: str, latent: str) -> tuple[Op, ...]:
         compressed(f"{i}.keys", double=True),
         # what autograd has recorded goes with the function
         ops.leave(
-            *(f"{i}.{t}" for t in ("relu", "scores", "w", "q32", "k32", "k.every")),
+            *(f"{i}.{t}" for t in ("relu", "scores", "w", "q.flat", "k32", "k.every")),
             *(f"{i}.keys.c.{t}" for t in ("kv.laid", "soft", "weights", "normed.x32", "normed.n32")),
         )._replace(recorded=True),
     )

@@ -13,7 +13,7 @@ _Q, _K = "b s a d", "b s k d"
 
 def drops(m: ModelSpec, *keys: str) -> bool:
     """Whether the config's probability of dropout is above 0."""
-    return any(float(m.get(key, 0.0)) > 0 for key in keys)
+    return any(m.probability(key) > 0 for key in keys)
 
 
 def dropped(name: str, x: str, y: str, shape: str, drop: bool) -> tuple[Op, ...]:

@@ -35,7 +35,7 @@ WORDS = {
     "keeps_matrix": "a product with a GPTQ matrix keeps it dequantised for the backward pass",
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
-    "tensor_parallel": "whose tensor parallelism it is: transformers, or none (catalogue/tensor_parallel.py)",
+    "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -447,14 +447,15 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
+            Row("kernels.reentrant", True, "megatron-core 0.12.0 tensor_parallel/random.py CheckpointFunction"),
             Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
-            Row("tensor_parallel", "", "megatron-core 0.12.0 tensor_parallel/layers.py: not read"),
+            Row("tensor_parallel", "megatron", "megatron-core 0.12.0 tensor_parallel/layers.py"),
             Row("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
         ),
         (
             "gradients and masters in fp32: say precision mixed with grads fp32",
-            "Megatron's own layers (fused norms, rotary positions, biases with dropout) and megatron_gpt configs",
-            "tensor, sequence, context and pipeline parallelism and the distributed optimizer",
+            "its own layers are those of a megatron_gpt config; other models are counted with transformers' layers",
+            "context and pipeline parallelism, and the distributed optimizer",
         ),
     ),
     Profile(

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from memplan.catalogue import ops
+from memplan.catalogue import megatron_parallel, ops
 from memplan.catalogue.methods import matrix, rewrite
 from memplan.degrees import Degrees
 from memplan.errors import SpecError
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     @property
     def heads(self) -> bool:
         """Whether a rank computes the attention of some heads only."""
-        return not {"q_proj", "query_key_value"}.isdisjoint(self.columns)
+        return not {"q_proj", "query_key_value", "c_attn", "qkv_proj"}.isdisjoint(self.columns)
 
     @property
     def width(self) -> bool:
@@ -72,38 +72,57 @@ PLANS: dict[str, Plan] = {
 }
 
 
+# Megatron-core has one projection of q, k and v, whose rows lie group by group, and one of gate and up.
+MEGATRON: dict[str, Plan] = {
+    **{name: plan for name, plan in PLANS.items() if not plan.gathered},
+    **dict.fromkeys(("glm", "glm4"), Plan((*_QKV, "gate_up_proj"), ("o_proj", "down_proj"))),
+    "gpt2": Plan(("c_attn", "c_fc"), ("c_proj",)),
+    "phi3": Plan(("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
+}
+STYLES = {"transformers": PLANS, "megatron": MEGATRON}
+
+
 def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
     """The model that one rank computes: as many heads as it has, and as much of the FFN's width."""
-    t, plan = degrees.tp, PLANS[model.model_type]
+    t, plan, v = degrees.tp, STYLES[degrees.style][model.model_type], model.vocab_size
     a, k, f = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
     if plan.heads:
         a, k = a // t, k // t
-    return model.narrowed(a, k, -(-f // t) if plan.width else f)
+    if degrees.style == "megatron":
+        v = megatron_parallel.padded(v, t)
+    return model.narrowed(a, k, -(-f // t) if plan.width else f, v)
 
 
 def check(model: ModelSpec, degrees: Degrees) -> None:
     """Raise SpecError for a family that cannot be divided, naming those that can, or by a degree that does not divide
     its heads, naming every number that it does not divide."""
     t, field = degrees.tp, "parallelism.tp"
-    plan = PLANS.get(model.model_type)
+    plan = STYLES[degrees.style].get(model.model_type)
     if plan is None:
-        raise SpecError(
-            f"{field}: transformers has no plan for {model.model_type}, or one that is not supported yet; supported: "
-            f"{', '.join(sorted(PLANS))}",
-            field,
-        )
+        known = ", ".join(sorted(STYLES[degrees.style]))
+        raise SpecError(f"{field}: {t} is not supported yet for {model.model_type}; supported: {known}", field)
     counted = {
         "attention heads": model.num_attention_heads if plan.heads else 0,
         "key/value heads": model.num_key_value_heads if plan.heads else 0,
+        "of the FFN's width": model.intermediate_size if degrees.style == "megatron" else 0,
     }
     left = [f"{n} {what}" for what, n in counted.items() if n % t]
     if left:
         raise SpecError(f"{field}: {t} does not divide {' and '.join(left)}", field)
 
 
+def check_sequence(sequence: int, degrees: Degrees) -> None:
+    """Raise SpecError where ranks that divide the tokens would not have the same number of them."""
+    t, field = degrees.tp, "parallelism.sequence_parallel"
+    if degrees.sequence_parallel and sequence % t:
+        raise SpecError(f"{field}: {t} ranks do not divide a sequence of {sequence} tokens", field)
+
+
 def divide(stack: Stack, model_type: str, degrees: Degrees) -> Stack:
     """The rank's operations of a stack that was built of the rank's part of the model, its adapters around it."""
-    t, plan = degrees.tp, PLANS[model_type]
+    t, plan = degrees.tp, STYLES[degrees.style][model_type]
+    if degrees.style == "megatron":
+        return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
     uses = Counter(w.name for op in operations(stack) for w in op.weights)
 
     def change(op: Op) -> Iterator[Op]:

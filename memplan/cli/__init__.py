@@ -521,8 +521,16 @@ def estimate(
         option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
+    sequence_parallel: Annotated[
+        bool | None,
+        option(
+            "Tensor-parallel GPUs divide the tokens too, where no matrix is. Default off.",
+            "--sequence-parallel/--no-sequence-parallel",
+            of=SEVERAL,
+        ),
+    ] = None,
     pp: Annotated[int | None, option("Pipeline stages (refused as yet). Default 1.", of=SEVERAL)] = None,
-    cp: Annotated[int | None, option("Context-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
+    cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     ep: Annotated[int | None, option("Expert-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)

@@ -37,6 +37,7 @@ FIELDS = {
     "trainer": "loop.trainer",
     "expandable_segments": "loop.expandable_segments",
     "tp": "parallelism.tp",
+    "sequence_parallel": "parallelism.sequence_parallel",
     "pp": "parallelism.pp",
     "cp": "parallelism.cp",
     "ep": "parallelism.ep",

@@ -71,6 +71,7 @@ _MODEL_TYPES: dict[str, str] = {
     "gemma": "gemma3n_text gemma4 gemma4_text",
     "llama4": "llama4 llama4_text",
     "sinks": "gpt_oss mimo_v2_flash",
+    "megatron": "megatron_gpt",
     "encoders": "bert roberta xlm-roberta t5 whisper vit",
 }
 MODULES: dict[str, str] = {

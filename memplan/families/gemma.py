@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memplan.errors import ConfigError
+from memplan.errors import ConfigError, UnsupportedModelError
 from memplan.families import Family
 from memplan.families.patterns import SLIDING, kinds, listed, window_everywhere_but
 from memplan.families.resting import gemma4_towers
 from memplan.layers import Layer, as_json
+from memplan.spec import FrozenDict
 
 if TYPE_CHECKING:
     from memplan.models import ModelSpec
@@ -78,6 +79,13 @@ def _gemma4_layers(m: ModelSpec) -> tuple[Layer, ...]:
     """Layers without a window have heads of another width and number; those that reuse keys may have a double FFN."""
     sliding = kinds(m, "layer_types", SLIDING, window_everywhere_but(m, 6))
     sliding[-1] = False  # whatever the config says
+    wide = m.whole("global_head_dim")
+    for layer in m.part("per_layer_config").values():  # as transformers 5.24 writes it, without global_head_dim
+        if not isinstance(layer, FrozenDict) or layer.get("head_dim", wide) != wide:
+            raise UnsupportedModelError(
+                f"per_layer_config: {as_json(layer)} is not supported yet; say global_head_dim, which is {wide} here",
+                "per_layer_config",
+            )
     modes = _sharing(m, sliding, m.whole("num_kv_shared_layers", least=0))
     ffn = "experts" if m.get("enable_moe_block", False) else "dense"
     double = m.get("use_double_wide_mlp", False)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from memplan.errors import ConfigError
 from memplan.families import ONE_KERNEL, Family
 from memplan.families.moe import DENSE, EXPERTS, after_first, sized
+from memplan.families.patterns import kinds, listed
 from memplan.families.ssm import mixers
 from memplan.families.vision import size
 from memplan.layers import Layer, as_json
@@ -90,7 +91,8 @@ def _sparse(m: ModelSpec) -> tuple[Layer, ...]:
     every, offset = max(1, m.whole("index_topk_freq", 1, least=0)), m.whole("index_skip_topk_offset", 2, least=0)
     regular = tuple(FULL if max(i - offset + 1, 0) % every == 0 else SHARED for i in range(count))
     given: Any = m.config.get("indexer_types") or m.config.get("index_topk_pattern") or regular
-    kinds = [{"F": FULL, "S": SHARED}.get(str(kind), str(kind)) for kind in cast(Sequence[Any], given)]
+    each = cast(Sequence[Any], given) if isinstance(given, (str, tuple)) else ()
+    kinds = [{"F": FULL, "S": SHARED}.get(str(kind), str(kind)) for kind in each]
     if len(kinds) < count or not set(kinds) <= {FULL, SHARED} or kinds[0] != FULL:
         raise ConfigError(
             f"config: indexer_types must be a list of {count} times full or shared, the first full", "indexer_types"
@@ -236,23 +238,18 @@ _KINDS = {
 def _compressed(m: ModelSpec) -> tuple[Layer, ...]:
     """V4's layers: a list of kinds or of rates, else two heavy ones and both kinds in turn; the first few hashed."""
     count = m.num_hidden_layers
-    rates: Any = m.config.get("compress_ratios")
     usual = ("heavy",) * min(count, 2) + tuple("sparse" if i % 2 else "heavy" for i in range(max(count - 2, 0)))
-    given: Any = m.config.get("layer_types")
-    if given is not None:
-        kinds = tuple(_KINDS.get(str(kind), "") for kind in given)
-    else:
-        kinds = tuple(_COMPRESSED.get(rate, "") for rate in rates) if rates is not None else usual
-    if len(kinds) < count or not all(kinds):
-        key = "layer_types" if given is not None else "compress_ratios"
+    key = "layer_types" if m.config.get("layer_types") is not None else "compress_ratios"
+    given, known = listed(m, key), _KINDS if key == "layer_types" else _COMPRESSED
+    found = usual if given is None else tuple(known.get(kind, "") for kind in given)
+    if not all(found):
         raise ConfigError(f"config: {key} must be a list of {count} kinds of layers that V4 has", key)
     hashed = m.whole("num_hash_layers", 3, least=0)
-    listed: Any = m.config.get("mlp_layer_types")
-    feeds = listed or ("hash_moe",) * hashed + ("moe",) * count
+    feeds = kinds(m, "mlp_layer_types", {"hash_moe": True, "moe": False}, [i < hashed for i in range(count)])
     layer = Layer(True, True, 1, m.whole("moe_intermediate_size"))
     return tuple(
-        layer._replace(sliding=kind == "sliding", mixer=kind, ffn="hashed" if feed == "hash_moe" else EXPERTS)
-        for kind, feed in zip(kinds[:count], feeds, strict=False)
+        layer._replace(sliding=kind == "sliding", mixer=kind, ffn="hashed" if feed else EXPERTS)
+        for kind, feed in zip(found, feeds, strict=True)
     )
 
 

@@ -238,7 +238,9 @@ _OLDER = {
 
 def _nemotron_axes(m: ModelSpec) -> dict[str, int]:
     names = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size")
-    sizes = (m.whole(_OLDER[name] if m.config.get(_OLDER.get(name, "")) is not None else name) for name in names)
+    older = (_OLDER.get(name, name) for name in names)
+    said = [old if m.config.get(old) is not None else name for old, name in zip(older, names, strict=True)]
+    sizes = map(m.whole, said)
     latent = m.config.get("moe_latent_size")
     every, chosen = m.whole("n_routed_experts"), m.whole("num_experts_per_tok")
     if chosen > every:

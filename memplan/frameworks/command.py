@@ -45,6 +45,7 @@ OPTIONS = {
     "loop.expandable_segments": "--expandable-segments",
     "parallelism.world": "--gpus",
     "parallelism.tp": "--tp",
+    "parallelism.sequence_parallel": "--sequence-parallel",
     "parallelism.pp": "--pp",
     "parallelism.cp": "--cp",
     "parallelism.ep": "--ep",

@@ -51,9 +51,15 @@ def _refuse(run: RunSpec) -> None:
     offload = run.parallelism.offload
     if offload != Offload(optimizer=offload.optimizer):
         raise _not_run("parallelism.offload", "parameters or activations", "optimizer")
-    tp = run.parallelism.tp
-    if run.parallelism != Parallelism(world=tp, tp=tp, offload=offload):
-        raise SpecError("parallelism: a probe runs on one GPU, or as one rank of tensor parallelism", "parallelism")
+    tp, cp = run.parallelism.tp, run.parallelism.cp
+    if run.parallelism != Parallelism(world=tp * cp, tp=tp, cp=cp, offload=offload) or min(tp, cp) > 1:
+        raise SpecError(
+            "parallelism: a probe runs on one GPU, or as one rank of tensor or of context parallelism, whose weights "
+            "are not divided otherwise",
+            "parallelism",
+        )
+    if run.batch.sequence % (2 * cp if cp > 1 else 1):
+        raise SpecError(f"parallelism.cp: {2 * cp} slices do not divide {run.batch.sequence} tokens", "parallelism.cp")
     if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
         raise SpecError(
             f"parallelism.tp: a probe runs no {tp} ranks with an optimizer on the host or in backward, or with "

@@ -23,7 +23,7 @@ from memplan.probe.model import DTYPES, base_of, build_model
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
-from memplan.probe.tensor_parallel import clip, group_by_mesh
+from memplan.probe.tensor_parallel import attends_around, clip, group_by_mesh, part_of_tokens
 from memplan.resolve import objective_of
 from memplan.spec import RunSpec
 
@@ -53,7 +53,7 @@ class Script:
     """
 
     def __init__(self, run: RunSpec, device: torch.device, phase: Phase = no_phase) -> None:
-        self.run, self.device, self.phase = run, device, phase
+        self.run, self.device, self.phase = part_of_tokens(run), device, phase
         self.model: Any
         with phase("load"):
             self.model = build_model(run, device)
@@ -66,7 +66,8 @@ class Script:
 
     def step(self) -> None:
         """One step of the task, all its phases; nothing of it is left but what training keeps."""
-        with self._attention():
+        cp = self.run.parallelism.cp
+        with self._attention(), attends_around(cp) if cp > 1 else nullcontext():
             match self.run.task:
                 case "train":
                     self._train()

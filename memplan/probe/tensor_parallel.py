@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from memplan.errors import ProbeError
 from memplan.probe.libraries import library
+from memplan.spec import RunSpec
 
 
-def mesh_of(degree: int) -> Any:
-    """A mesh of `degree` ranks of which this process is the first, and the others are not there."""
+def mesh_of(degree: int, rank: int = 0) -> Any:
+    """A mesh of `degree` ranks of which this process is one, and the others are not there."""
     dist = library("torch.distributed")
     if dist.is_initialized():
         dist.destroy_process_group()
     store = library("torch.testing._internal.distributed.fake_pg").FakeStore()
-    dist.init_process_group("fake", rank=0, world_size=degree, store=store)
+    dist.init_process_group("fake", rank=rank, world_size=degree, store=store)
     with library("torch.utils._python_dispatch")._disable_current_modes():  # it looks for its rank in real numbers
         return library("torch.distributed.device_mesh").init_device_mesh("cuda", (degree,))
 
@@ -95,3 +97,25 @@ def clip(parameters: Iterable[Any], norm: float) -> None:
     total = linalg.vector_norm(torch.stack([n.full_tensor() if is_part(n) else n for n in norms]))
     for group in groups:
         clipping.clip_grads_with_norm_(group, norm, total, foreach=True)
+
+
+@contextmanager
+def attends_around(degree: int) -> Generator[None]:
+    """While inside, each rank has a part of the tokens, and torch's attention passes keys and values around.
+
+    Of more than two ranks one in the middle has most: see `memplan.catalogue.context_parallel`.
+    Source: torch 2.13 distributed/tensor/experimental/_context_parallel/_attention.py context_parallel.
+    """
+    cp: Any = library("torch.distributed.tensor.experimental._context_parallel._attention")
+    cp._dispatch_mode, cp._cp_options.enable_load_balance = cp._DispatchMode.MONKEY_PATCH, True
+    cp._enable_context_parallel_dispatcher_impl(seq_dim=2, mesh=mesh_of(degree, degree // 2 if degree > 2 else 0))
+    try:
+        yield
+    finally:
+        cp._disable_context_parallel_dispatcher_impl()
+
+
+def part_of_tokens(run: RunSpec) -> RunSpec:
+    """The run of sequences as long as one rank's part of them."""
+    batch = run.batch.model_copy(update={"sequence": run.batch.sequence // run.parallelism.cp})
+    return run.model_copy(update={"batch": batch})

@@ -1,9 +1,11 @@
-"""Traces one rank's training step under tensor parallelism, and prints the rows of traced_parallel_tp.jsonl.
+"""Traces one rank's training step under tensor or context parallelism, and prints the rows of golden files.
 
-python tests/golden/trace_parallel_tp.py > tests/golden/traced_parallel_tp.jsonl
+python tests/golden/trace_parallel_tp.py tp > tests/golden/traced_parallel_tp.jsonl
+python tests/golden/trace_parallel_tp.py cp > tests/golden/traced_parallel_cp.jsonl
 
 transformers' own plan divides the model, on a process group that sends nothing; every family of tests/tiny.py that has
-a plan, on two ranks, and a few at their real widths on as many as are common.
+a plan, on two ranks, and a few at their real widths on as many as are common. torch's context parallelism divides
+sequences, of weights that are whole.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from memplan.catalogue.context_parallel import FAMILIES
 from memplan.catalogue.tensor_parallel import PLANS
 from memplan.probe.libraries import versions
 from memplan.spec import RunSpec
@@ -65,13 +68,35 @@ def runs() -> Iterator[tuple[str, RunSpec]]:
         yield f"{name}-tp{tp}", _run(config_of(name, layers), tp, {"micro": 1, "sequence": 2048}, options)
 
 
+def context_runs() -> Iterator[tuple[str, RunSpec]]:
+    for name in sorted(FAMILIES):
+        for cp, options in ((2, _KINDS[0]), (4, _KINDS[1]), (8, _KINDS[2])):
+            yield f"{name}-cp{cp}", _context(config_of(name, 0), cp, {"micro": 2, "sequence": 256 * cp}, options)
+    for name, cp, options in (
+        ("llama-3.1-8b", 4, {}),
+        ("llama-3.1-8b", 8, {"method": {"kind": "lora", "rank": 64}, "kernels": {"checkpointing": "none"}}),
+        ("qwen3-4b", 2, {"optimizer": "adamw_torch"}),
+        ("mistral-7b-v0.3", 16, {"batch": {"micro": 1, "sequence": 32768, "accumulation": 2}}),
+    ):
+        yield f"{name}-cp{cp}", _context(config_of(name, 0), cp, {"micro": 1, "sequence": 16384}, options)
+
+
+def _context(config: dict[str, Any], cp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
+    given = {"batch": batch, **options}
+    return RunSpec(model={"config": config}, parallelism={"world": cp, "cp": cp}, gpu="a100-sxm-80gb", **given)
+
+
+KINDS = {"tp": ("transformers' own tensor parallelism", runs), "cp": ("torch's context parallelism", context_runs)}
+
+
 def main() -> None:
+    what, wanted = KINDS[sys.argv[1]]
     about = (
-        "Training steps of one rank of two to eight under transformers' own tensor parallelism, traced on a process "
-        "group that sends nothing: see tests/golden/trace_parallel_tp.py."
+        f"Training steps of one rank of several under {what}, traced on a process group that sends nothing: see "
+        "tests/golden/trace_parallel_tp.py."
     )
     print(json.dumps({"about": about, "date": "2026-11-26", "versions": dict(versions())}), flush=True)
-    write(list(runs()))
+    write(list(wanted()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python tests/golden/trace_vision.py qwen2_vl qwen2_5_vl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --size 352x480 qwen3_vl qwen3_5 >> tests/golden/traced_vision.jsonl
+python tests/golden/trace_vision.py --images 1 --size 1120 --sequence 1608 qwen2_vl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --images 1 --size 1024 qwen2-vl-2b >> tests/golden/traced_vision.jsonl
 
 A model_type is traced with its config in tests/tiny_vision.py, a card with its own: full, LoRA and QLoRA with and
@@ -46,13 +47,16 @@ def method(name: str, kind: str) -> dict[str, Any]:
     return {"kind": kind, **({"targets": LLAMA4} if named else {})}
 
 
-def runs(names: list[str], images: int, size: Any) -> Iterator[tuple[str, RunSpec]]:
+def runs(names: list[str], images: int, size: Any, sequence: int = 0) -> Iterator[tuple[str, RunSpec]]:
+    """With a `sequence` of its own, as long as the images take, the peak is in the tower: full and LoRA with images."""
     for name in names:
         model: Any = {"config": {"model_type": name, **TINY[name]}} if name in TINY else name
-        sequence = 640 if name in TINY else 2048
+        length = sequence or (640 if name in TINY else 2048)
         seen = {"images": images, **({"image_size": size} if size else {})}
         ways = [(kind, checkpointing, {}, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
-        if images:
+        if sequence:
+            ways = [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS[:2], ("none", "full"))]
+        elif images:
             ways += [(kind, checkpointing, seen, ()) for kind, checkpointing in product(KINDS, ("none", "full"))]
             ways += [
                 (kind, checkpointing, seen, ("vision",)) for kind, checkpointing in product(KINDS[:2], ("none", "full"))
@@ -63,7 +67,7 @@ def runs(names: list[str], images: int, size: Any) -> Iterator[tuple[str, RunSpe
                 RunSpec(
                     model=model,
                     method={**method(name, kind), "frozen": frozen},
-                    batch={"micro": 2 if name in TINY else 1, "sequence": sequence, **batch},
+                    batch={"micro": 2 if name in TINY else 1, "sequence": length, **batch},
                     kernels={"checkpointing": checkpointing},
                     gpu="a100-sxm-80gb",
                 ),
@@ -75,10 +79,11 @@ def main() -> None:
     parser.add_argument("names", nargs="+", help="model_types of tests/tiny_vision.py, or cards")
     parser.add_argument("--images", type=int, default=2, help="0: text alone")
     parser.add_argument("--size", default="300x420", help="pixels: a side, or height x width; empty for the tower's")
+    parser.add_argument("--sequence", type=int, default=0, help="tokens, where only the images matter")
     asked = parser.parse_args()
     sides = [int(side) for side in asked.size.split("x") if side]
     size = tuple(sides) if len(sides) == 2 else sides[0] if sides else None
-    wanted = list(runs(asked.names, asked.images, size))
+    wanted = list(runs(asked.names, asked.images, size, asked.sequence))
     write(wanted)
 
 

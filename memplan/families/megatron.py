@@ -1,0 +1,119 @@
+"""Megatron-core's GPT, as its arguments describe it in Hugging Face's words.
+
+gated_mlp                 two matrices up, one gating the other (--swiglu)
+norm_type                 layernorm or rmsnorm (--normalization)
+position_embedding_type   learned_absolute, rope or none
+use_bias                  linear layers have biases (--disable-bias-linear)
+hidden_dropout            of embeddings and of both branches; attention_dropout is as much where it is not said
+moe_layer_freq            every so many layers one has experts, or a list of ones and zeros
+moe_capacity_factor       an expert takes so many times its even share of the tokens; null: it takes all it is sent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from memplan.errors import ConfigError, UnsupportedModelError
+from memplan.families import Family
+from memplan.layers import Layer, as_json
+
+if TYPE_CHECKING:
+    from memplan.models import ModelSpec
+
+NORMS = {"layernorm": True, "layer_norm": True, "rmsnorm": False, "rms_norm": False}
+POSITIONS = ("learned_absolute", "rope", "none")
+_UNREAD = ("kv_lora_rank", "qk_layernorm", "fp32_residual_connection", "mtp_num_layers", "num_nextn_predict_layers")
+
+
+def has_mean(m: ModelSpec) -> bool:
+    """Whether norms are LayerNorms, with a mean and a bias, and not RMSNorms."""
+    word = _word(m, "norm_type", "layernorm").lower()
+    if word not in NORMS:
+        raise UnsupportedModelError(
+            f"norm_type: {as_json(word)} is not supported; supported: layernorm, rmsnorm", "norm_type"
+        )
+    return NORMS[word]
+
+
+def positions_of(m: ModelSpec) -> str:
+    """How tokens are told their places: a word of `POSITIONS`."""
+    word = _word(m, "position_embedding_type", "learned_absolute")
+    if word not in POSITIONS:
+        raise UnsupportedModelError(
+            f"position_embedding_type: {as_json(word)} is not supported yet; supported: {', '.join(POSITIONS)}",
+            "position_embedding_type",
+        )
+    return word
+
+
+def is_gated(m: ModelSpec) -> bool:
+    """Whether the MLP has a gate."""
+    return m.get("gated_mlp", m.hidden_act == "swiglu")
+
+
+def attention_drops(m: ModelSpec) -> bool:
+    """Whether probabilities of attention are dropped: as hidden states are, where that is not said."""
+    return m.probability("hidden_dropout" if m.config.get("attention_dropout") is None else "attention_dropout") > 0
+
+
+def padded(vocabulary: int, t: int = 1) -> int:
+    """The rows of the table of tokens that one of `t` ranks has: every rank a multiple of 128.
+
+    Source: Megatron-LM 0.12 training/tokenizer/tokenizer.py _vocab_size_with_padding.
+    """
+    return -(-vocabulary // (128 * t)) * 128
+
+
+def _word(m: ModelSpec, key: str, default: str) -> str:
+    value: object = m.config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise ConfigError(f"config: {key} must be a word, not {as_json(value)}", key)
+    return value
+
+
+def _layers(m: ModelSpec) -> tuple[Layer, ...]:
+    """Checks what the config says, too."""
+    has_mean(m)
+    unread = next((key for key in _UNREAD if m.config.get(key)), None)
+    if unread is not None:
+        raise UnsupportedModelError(f"{unread}: is not supported yet for megatron_gpt", unread)
+    if positions_of(m) == "learned_absolute" and m.max_position_embeddings is None:
+        raise ConfigError(
+            "config: no max_position_embeddings, which a table of positions has", "max_position_embeddings"
+        )
+    if is_gated(m) and not m.config.get("intermediate_size"):
+        raise ConfigError("config: no intermediate_size", "intermediate_size")
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    return (layer,) * m.num_hidden_layers
+
+
+def _axes(m: ModelSpec) -> Mapping[str, int]:
+    return {"v": padded(m.vocab_size)}
+
+
+def _longest(m: ModelSpec) -> int:
+    """Positions that are not looked up have no end."""
+    learned = positions_of(m) == "learned_absolute"
+    return m.max_position_embeddings if learned and m.max_position_embeddings else 2**40
+
+
+# Source: Megatron-LM 0.12 training/arguments.py; megatron-core 0.12 transformer/transformer_config.py.
+FAMILIES = {
+    "megatron_gpt": Family(
+        {
+            "hidden_act": "gelu",
+            "hidden_dropout": 0.1,
+            "tie_word_embeddings": True,
+            "use_bias": True,
+            "partial_rotary_factor": 1.0,
+        },
+        layers=_layers,
+        axes=_axes,
+        positions=True,
+        longest=_longest,
+        acts=("gelu", "gelu_pytorch_tanh", "silu", "swiglu", "relu2", "squared_relu"),
+    ),
+}

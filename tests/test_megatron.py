@@ -1,0 +1,146 @@
+"""Megatron-core's own layers: what they keep to the byte, what its CI measured, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memplan import Estimate, MemplanError, RunSpec, estimate
+from memplan.errors import ConfigError, SpecError, UnsupportedModelError
+
+# GPT-3 of Megatron-LM's functional tests, at 12 layers.
+GPT: dict[str, Any] = {
+    "model_type": "megatron_gpt",
+    "hidden_size": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "vocab_size": 50257,
+    "max_position_embeddings": 1024,
+}
+MIXED = {"weights": "bf16", "grads": "fp32", "master": "fp32"}
+B, S, H, A = 4, 1024, 512, 8
+STATISTICS = 2 * 2 * 4 * B * S  # two fp32 numbers a row of each of a layer's two LayerNorms, which the paper leaves out
+KERNEL = 4 * B * A * S + 512 + 512  # a fused kernel's number a row and head, and the state of the random generator
+
+
+def answer(config: dict[str, Any] | None = None, **options: Any) -> Estimate:
+    run: dict[str, Any] = {
+        "model": {"config": {**GPT, **(config or {})}},
+        "precision": MIXED,
+        "optimizer": "adamw_torch_fused",
+        "batch": {"micro": B, "sequence": S},
+        "kernels": {"attention": "eager", "checkpointing": "none"},
+        "profile": "megatron-core",
+        "gpu": "h100",
+    }
+    return estimate(RunSpec(**{**run, **options}))
+
+
+def kept_by_a_layer(config: dict[str, Any] | None = None, **options: Any) -> int:
+    """What a layer more keeps until the loss, where the peak is."""
+    found = [answer({**(config or {}), "num_hidden_layers": n}, **options) for n in (12, 13)]
+    assert [a.peak.phase for a in found] == ["loss", "loss"]
+    return found[1].categories["activation"] - found[0].categories["activation"]
+
+
+def kernels(attention: str, checkpointing: str = "none") -> dict[str, Any]:
+    return {"kernels": {"attention": attention, "checkpointing": checkpointing}}
+
+
+def test_a_layer_keeps_what_korthikanti_et_al_count() -> None:
+    """arXiv:2205.05198, equation 1."""
+    assert kept_by_a_layer() == 34 * S * B * H + 5 * A * S * S * B + STATISTICS
+
+
+def test_with_its_attention_recomputed_a_layer_keeps_34_sbh() -> None:
+    """arXiv:2205.05198, section 5."""
+    assert kept_by_a_layer(**kernels("eager", "selective")) == 34 * S * B * H + STATISTICS
+
+
+def test_fused_attention_keeps_no_pairs_and_flash_attention_2_its_own_output_too() -> None:
+    """Its heads come with batches first, and what it makes is copied: 2 sbh more, but of a single sequence."""
+    assert kept_by_a_layer(**kernels("sdpa")) == 34 * S * B * H + STATISTICS + KERNEL
+    assert kept_by_a_layer(**kernels("flash_attention_2")) == 36 * S * B * H + STATISTICS + KERNEL
+    single = kept_by_a_layer(**kernels("flash_attention_2"), batch={"micro": 1, "sequence": S})
+    assert single == 34 * S * H + STATISTICS // B + 4 * A * S + 512 + 512
+
+
+def test_a_gate_without_dropout_or_biases_keeps_what_it_multiplies() -> None:
+    """Of a SwiGLU both halves before the activation and the product: 3 fsb; and q, k, v, o, two norms' x and output."""
+    config = {
+        "gated_mlp": True,
+        "hidden_act": "silu",
+        "norm_type": "rmsnorm",
+        "position_embedding_type": "rope",
+        "use_bias": False,
+        "hidden_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+    f = GPT["intermediate_size"]
+    assert kept_by_a_layer(config, **kernels("sdpa")) == 2 * S * B * (8 * H + 3 * f) + STATISTICS // 2 + KERNEL
+    untied = answer(config).parameters.total
+    assert untied == 2 * 50304 * H + 12 * (4 * H * H + 3 * H * f + 2 * H) + H
+
+
+def test_with_fewer_key_heads_heads_are_copied_out_of_the_projection() -> None:
+    config = {"num_key_value_heads": 2, "hidden_dropout": 0.0}
+    width = H + 2 * H // 4  # of q, k and v together
+    assert kept_by_a_layer(config, **kernels("sdpa")) == 2 * S * B * (13 * H + width) + STATISTICS + KERNEL
+
+
+def test_gradients_and_states_are_those_of_mixed_precision() -> None:
+    found = answer()
+    n = 50304 * H + 1024 * H + 12 * (12 * H * H + 13 * H) + 2 * H
+    assert found.parameters.total == n
+    assert abs(found.categories["parameter"] + found.categories["gradient"] - 6 * n) < 100 * 512 * 2
+    (line,) = (line for line in found.ledger if line.what == "workspace of Transformer Engine")
+    assert line.bytes == 32 * 2**20
+    (line,) = (line for line in answer(gpu="a100-80gb").ledger if line.what == "workspace of Transformer Engine")
+    assert line.bytes == 4 * 2**20
+
+
+def test_full_recomputation_keeps_a_layers_input_alone() -> None:
+    assert kept_by_a_layer(**kernels("eager", "full")) == 2 * S * B * H
+
+
+def test_data_parallel_ranks_reduce_gradients_where_they_lie() -> None:
+    alone, ranks = answer(), answer(parallelism={"world": 8, "dp": 8, "strategy": "ddp"})
+    assert alone.bytes.allocated == ranks.bytes.allocated
+    assert alone.phases[0].peak == ranks.phases[0].peak
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError], str]] = [
+    ({}, {"profile": "transformers-5"}, SpecError, "profile: megatron_gpt is of Megatron-core's layers"),
+    ({}, {"method": "lora"}, SpecError, "method.kind: 'lora' is not supported yet"),
+    ({}, {"precision": {"weights": "fp32", "autocast": True}}, SpecError, "precision.autocast"),
+    ({}, kernels("sdpa_math"), SpecError, "kernels.attention: sdpa_math is torch's"),
+    ({}, kernels("sdpa", "offload"), SpecError, "kernels.checkpointing: 'offload'"),
+    ({"norm_type": "groupnorm"}, {}, UnsupportedModelError, "norm_type"),
+    ({"norm_type": 1}, {}, ConfigError, "norm_type must be a word"),
+    ({"position_embedding_type": "alibi"}, {}, UnsupportedModelError, "position_embedding_type"),
+    ({"max_position_embeddings": None}, {}, ConfigError, "no max_position_embeddings"),
+    ({"gated_mlp": True, "intermediate_size": None}, {}, ConfigError, "no intermediate_size"),
+    ({"kv_lora_rank": 512}, {}, UnsupportedModelError, "kv_lora_rank"),
+    ({"hidden_dropout": 2}, {}, ConfigError, "hidden_dropout must be a number from 0 to 1"),
+    ({}, {"batch": {"micro": 1, "sequence": 2048}}, SpecError, "learned positions for 1024"),
+]
+
+
+@pytest.mark.parametrize(("config", "options", "error", "said"), REFUSED, ids=[said for *_, said in REFUSED])
+def test_what_is_not_run_is_refused_by_name(
+    config: dict[str, Any], options: dict[str, Any], error: type[MemplanError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        answer(config, **options)
+
+
+def test_positions_that_are_not_looked_up_have_no_end() -> None:
+    config = {"position_embedding_type": "rope"}
+    assert answer(config, batch={"micro": 1, "sequence": 2048}, **kernels("sdpa")).bytes.allocated
+
+
+def test_other_models_recompute_no_attention_alone() -> None:
+    with pytest.raises(SpecError, match=r"kernels\.checkpointing: 'selective' is not supported yet"):
+        estimate(RunSpec(model="gpt2", profile="megatron-core", **kernels("sdpa", "selective")))
