@@ -124,7 +124,7 @@ def test_the_bound_holds_in_every_precision(precision: str, accumulation: int) -
 
 
 def test_what_is_asked_for_is_held() -> None:
-    answer = found(run(), 2, 4, Pinned(tp=2, strategy="fsdp2", sequences=16), most=None)
+    answer = found(run(), 2, 4, Pinned(tp=2, strategies=("fsdp2",), sequences=16), most=None)
     assert {(p.grid.tp, p.grid.strategy) for p in answer.placed} == {(2, "fsdp2")}
     assert {p.grid.dp * p.grid.accumulation for p in answer.placed} == {16}
 

@@ -187,6 +187,28 @@ def test_a_grids_options_typed_make_its_run(plan_: Command) -> None:
     assert told["run"]["parallelism"]["world"] == 8
 
 
+@pytest.mark.parametrize("name", ["accelerate", "deepspeed", "torchrun", "torchtitan", "megatron"])
+def test_the_fastest_grid_is_written_for_a_framework(plan_: Command, tmp_path: Path, name: str) -> None:
+    asked = ("llama-3.2-1b", "--gpu", "h100", "--nodes", "2", "--gpus", "4")
+    plain = plan_(*asked, "--emit", name)
+    assert (plain.code, plain.err) == (0, "")
+    file = tmp_path / "run"
+    assert plan_(*asked, "--emit", name, "--output", str(file)) == (0, "", "")
+    assert file.read_text("utf-8") == plain.out
+    world = {"accelerate": "num_processes: 8", "deepspeed": '"train_batch_size": 8'}.get(
+        name, "--nnodes=2 --nproc_per_node=4"
+    )
+    assert world in plain.out
+
+
+def test_nothing_is_written_where_nothing_fits(plan_: Command) -> None:
+    ran = plan_("llama-3.1-8b", "--gpu", "3090", "--nodes", "1", "--gpus", "2", "--emit", "accelerate")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == (
+        "memplan: emit (--emit): nothing that accelerate can run fits; without --emit the plan says more\n"
+    )
+
+
 def test_the_fastest_grid_is_told_with_what_it_sends_and_on_what_that_rests() -> None:
     text = words_of(render("table", GRIDS, True, Screen(120)))
     best, counts = GRIDS.cluster.placed[0], dump(GRIDS)["counts"]
@@ -572,6 +594,39 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (*CARD, "--tokens", "1e9"): "tokens (--tokens): is of --buy alone",
     (*CARD, "--each"): "each (--each): is of --buy and --nodes alone",
     (*CARD, "--global-batch", "8"): "global_batch (--global-batch): is of --nodes alone",
+    (*CARD, "--emit", "megatron"): "emit (--emit): is of --nodes alone",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "megatrom",
+    ): "emit (--emit): unknown name 'megatrom'; did you mean",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "torchrun",
+        "--json",
+    ): "emit (--emit): writes a file of its own form",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "accelerate",
+        "--pp",
+        "2",
+    ): "parallelism.pp (--pp): accelerate has",
+    (*CARD, "--nodes", "1", "--gpus", "2", "--emit", "deepspeed", "--fsdp", "fsdp2"): "parallelism.strategy (--fsdp): "
+    "DeepSpeed has no fsdp2; it has zero1, zero2, zero3",
     (*CARD, "--nodes", "2"): "gpus: say how many each node has",
     (
         "pythia-70m",

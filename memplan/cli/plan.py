@@ -24,7 +24,7 @@ _NONE = ("explain", "online", "revision", "via", "cache")
 _MODES = ("max", "ladder", "buy", "advice", "nodes")
 _SWITCHES = ("tight", "ladder", "buy", "advice", "each")
 _OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count")
-_OF_NODES = ("network_gbps", "global_batch")
+_OF_NODES = ("network_gbps", "global_batch", "emit")
 _OF_BOTH = ("most", "each")
 _DIVIDING = ("gpus", "tp", "pp", "cp", "ep", "zero", "fsdp")  # with --nodes, what of the search is asked for
 _AXES = ("batch", "sequence", "rank", "model")
@@ -140,6 +140,15 @@ def plan(
         int | None,
         option("Sequences a step, all GPUs together. Default --batch-size x --grad-accum x all GPUs.", of=CLUSTER),
     ] = None,
+    emit: Annotated[
+        str | None,
+        option(
+            "accelerate, deepspeed, torchrun, torchtitan, megatron: print, instead of the plan, the file or command of "
+            "the fastest grid that it can run. Default none.",
+            of=CLUSTER,
+            complete=_words("accelerate", "deepspeed", "torchrun", "torchtitan", "megatron"),
+        ),
+    ] = None,
 ) -> None:
     """What makes a run fit, and what each change saves and costs; how far it goes; what to buy for it.
 
@@ -171,6 +180,8 @@ def _plan(given: Mapping[str, Any]) -> int:
         planned = _planned(mode, run, demand, given)
     except UnsupportedModelError as error:
         raise without_a_trace(error, "a plan") from None
+    if "emit" in given:
+        return _emitted(planned, given)
     to = Screen() if "output" in given else screen()
     show(render(format, planned, "explain" in given, to), format, given.get("output"))
     return _exit_code(planned.found, "strict" in given)
@@ -286,6 +297,8 @@ def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibr
     from memplan.planning.cluster import DEGREES, Pinned, cluster_of, search
     from memplan.report.plans.cluster import Divided
 
+    if "emit" in given and {"format", "json"} & set(given):
+        raise SpecError("emit: writes a file of its own form; leave --format and --json out", "emit")
     if "gpus" not in given:
         raise SpecError("gpus: say how many each node has", "gpus")
     for name in (*DEGREES, "global_batch", "most"):
@@ -295,9 +308,35 @@ def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibr
     cluster = cluster_of(find_gpu(run.gpu), given["nodes"], given["gpus"], given.get("network_gbps"))
     degrees = {name: given.get(name) for name in DEGREES}
     strategy = strategy_of(given, cluster.world) if {"zero", "fsdp"} & set(given) else None
-    pinned = Pinned(**degrees, strategy=strategy, sequences=given.get("global_batch"))
+    strategies = None if strategy is None else (strategy,)
     most = None if "each" in given else given.get("most", 5)
+    if "emit" in given:
+        from memplan.frameworks.emit import find
+
+        able = find(given["emit"])
+        able.check(degrees, strategy)
+        strategies = strategies or able.strategies
+        degrees |= {name: degrees.get(name) or 1 for name in able.undivided if name in degrees}
+        most = 1
+    pinned = Pinned(**degrees, strategies=strategies, sequences=given.get("global_batch"))
     return Divided(demand, search(run, cluster, pinned, most=most, demand=demand, calibration=own))
+
+
+def _emitted(planned: Planned, given: Mapping[str, Any]) -> int:
+    """The fastest grid's file, alone; where nothing fits there is none."""
+    from memplan.errors import SpecError
+    from memplan.frameworks.emit import emit
+    from memplan.frameworks.written import Nodes
+    from memplan.report.plans.cluster import Divided
+
+    assert isinstance(planned, Divided)
+    best = planned.cluster.best
+    if best is None:
+        error = SpecError(f"emit: nothing that {given['emit']} can run fits; without --emit the plan says more", "emit")
+        error.exit_code = 1
+        raise error
+    show(emit(given["emit"], best.answer.run, Nodes(given["nodes"], given["gpus"])), "emit", given.get("output"))
+    return _exit_code(planned.found, "strict" in given)
 
 
 def _nearest(run: RunSpec, found: Offers) -> Estimate | None:

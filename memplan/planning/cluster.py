@@ -40,7 +40,7 @@ class Pinned(NamedTuple):
     pp: int | None = None
     cp: int | None = None
     ep: int | None = None
-    strategy: str | None = None
+    strategies: tuple[str, ...] | None = None
     sequences: int | None = None  # of a step, all GPUs together
 
 
@@ -315,7 +315,7 @@ def _grids(run: RunSpec, model: ModelSpec, cluster: Cluster, pinned: Pinned, seq
 def _strategies(replicas: int, pinned: Pinned) -> tuple[str, ...]:
     if replicas == 1:
         return ("none",)
-    return (pinned.strategy,) if pinned.strategy not in (None, "none") else tuple(STRATEGIES)
+    return tuple(name for name in STRATEGIES if pinned.strategies is None or name in pinned.strategies)
 
 
 def _none(run: RunSpec, model: ModelSpec, cluster: Cluster, pinned: Pinned, sequences: int) -> SpecError:
