@@ -51,7 +51,7 @@ def found(asked: RunSpec, nodes: int, each: int, pinned: Pinned = ANY, gpu: str 
 
 def known(asked: RunSpec) -> Facts:
     alone = asked.model_copy(update={"gpu": "h100", "parallelism": plain_parallelism(asked)})
-    return facts(alone, estimate(alone))
+    return facts(alone, estimate(alone), asked)
 
 
 # --- the grids ---
@@ -121,6 +121,26 @@ def test_the_bound_holds_in_every_precision(precision: str, accumulation: int) -
         answered += 1
         assert least(bound, grid) <= answer.bytes.allocated
     assert answered >= 2
+
+
+@pytest.mark.parametrize("moved", [{"optimizer": True}, {"optimizer": True, "parameters": True}])
+def test_the_bound_counts_nothing_that_the_host_keeps(moved: dict[str, bool]) -> None:
+    asked = run(parallelism={"offload": moved})
+    bound, cluster = known(asked), cluster_of(H100, 1, 4)
+    answer = search(asked, cluster, most=None)
+    assert {p.grid.strategy for p in answer.placed} <= {"zero1", "zero2", "zero3"}
+    assert answer.placed
+    for placed in answer.placed:
+        assert placed.answer.run.parallelism.offload == asked.parallelism.offload
+        assert least(bound, placed.grid) <= placed.answer.bytes.allocated
+
+
+def test_how_deepspeed_is_configured_is_kept() -> None:
+    asked = run(parallelism={"zero": {"reduce_bucket_size": 10**8}})
+    answer = search(asked, cluster_of(H100, 1, 2), Pinned(pp=1, cp=1), most=None)
+    kept = {p.grid.strategy: p.answer.run.parallelism.zero.reduce_bucket_size for p in answer.placed}
+    assert kept["zero2"] == 10**8
+    assert kept["fsdp2"] == 5 * 10**8
 
 
 def test_what_is_asked_for_is_held() -> None:

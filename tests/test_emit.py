@@ -30,7 +30,7 @@ DEEPSPEED_KEYS = {
     *("bf16", "fp16", "enabled", "zero_optimization", "stage", "reduce_bucket_size", "allgather_bucket_size"),
     *("sub_group_size", "overlap_comm", "contiguous_gradients", "round_robin_gradients", "device", "pin_memory"),
     *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
-    *("stage3_max_reuse_distance", "offload_optimizer", "offload_param", "buffer_count", "buffer_size"),
+    *("stage3_max_reuse_distance", "offload_optimizer", "offload_param", "buffer_count", "buffer_size", "max_in_cpu"),
 }
 # Fields of torchtitan's configs. Source: torchtitan 0.3.0 config/configs.py.
 TORCHTITAN_FLAGS = {

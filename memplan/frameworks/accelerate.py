@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memplan.frameworks import words
 from memplan.frameworks.table import Value
 from memplan.frameworks.written import Nodes, Said, Written, constant, nested, of_run, where, yaml_lines
-from memplan.spec import RunSpec
+from memplan.spec import RunSpec, Zero
 
 
 def _kind(run: RunSpec) -> str:
@@ -76,12 +76,21 @@ def _batch(run: RunSpec) -> str:
     return f"per_device_train_batch_size {b.micro}, gradient_accumulation_steps {b.accumulation} are the trainer's"
 
 
+def _configured(run: RunSpec) -> str:
+    """What its sections have no keys for."""
+    zero = run.parallelism.zero
+    ours = {**dict(zero), "zero3_init_flag": True}
+    plain = all(ours[name] == value for name, value in dict(Zero()).items() if not name.startswith("offload"))
+    return "" if plain else "DeepSpeed's buckets are said in its JSON (--emit deepspeed), by deepspeed_config_file"
+
+
 def _blocks(run: RunSpec) -> str:
     return "every block is a unit of FSDP's: transformers' classes name them (_no_split_modules)" if _fsdp(run) else ""
 
 
-def _host(moved: bool) -> str:
-    return "cpu" if moved else "none"
+def _host(run: RunSpec, moved: str, part: str) -> str:
+    """Where DeepSpeed keeps what is offloaded."""
+    return getattr(run.parallelism.zero, part).device if getattr(run.parallelism.offload, moved) else "none"
 
 
 def _launcher(nodes: Nodes) -> str | None:
@@ -146,16 +155,19 @@ ACCELERATE = Written(
         Said("deepspeed_config.gradient_clipping", where(_deepspeed, of_run(words.clip))),
         Said(
             "deepspeed_config.offload_optimizer_device",
-            where(_deepspeed, of_run(lambda run: _host(run.parallelism.offload.optimizer))),
+            where(_deepspeed, of_run(lambda run: _host(run, "optimizer", "offload_optimizer"))),
         ),
         Said(
             "deepspeed_config.offload_param_device",
-            where(_deepspeed, of_run(lambda run: _host(run.parallelism.offload.parameters))),
+            where(_deepspeed, of_run(lambda run: _host(run, "parameters", "offload_param"))),
         ),
-        Said("deepspeed_config.zero3_init_flag", where(_deepspeed, of_run(_stage_3))),
+        Said(
+            "deepspeed_config.zero3_init_flag",
+            where(_deepspeed, of_run(lambda run: _stage_3(run) and run.parallelism.zero.zero3_init_flag)),
+        ),
         Said("deepspeed_config.zero3_save_16bit_model", where(_stage_3, constant(False))),
         Said("deepspeed_config.deepspeed_multinode_launcher", where(_deepspeed, lambda run, nodes: _launcher(nodes))),
     ),
-    (_batch, _checkpointing, _pure, _blocks),
+    (_batch, _checkpointing, _pure, _blocks, _configured),
     _write,
 )

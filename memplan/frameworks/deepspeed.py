@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from memplan.catalogue.parallel import PERSISTENT, PREFETCH, REDUCE_BUCKET, REUSE, SUB_GROUP
 from memplan.frameworks import words
 from memplan.frameworks.table import Value
-from memplan.frameworks.written import Nodes, Said, Written, constant, nested, of_run, sequences, where
+from memplan.frameworks.written import Nodes, Said, Written, nested, of_run, sequences, where
 from memplan.spec import RunSpec
 
 
@@ -20,13 +19,27 @@ def _half(dtype: str) -> Said:
     return Said(f"{dtype}.enabled", of_run(lambda run: run.precision.weights == dtype))
 
 
-def _host(moved: str) -> Said:
-    part = {"optimizer": "offload_optimizer", "parameters": "offload_param"}[moved]
-    key = f"zero_optimization.{part}"
-    return Said(
-        key,
-        where(lambda run: getattr(run.parallelism.offload, moved), constant({"device": "cpu", "pin_memory": True})),
-    )
+def _zero(name: str) -> Said:
+    """A key of `zero_optimization`, which memplan has by DeepSpeed's own name; None is left to DeepSpeed."""
+    return Said(f"zero_optimization.{name}", of_run(lambda run: getattr(run.parallelism.zero, name)))
+
+
+def _at_3(name: str) -> Said:
+    said = _zero(name)
+    return said._replace(value=where(_stage_3, said.value))
+
+
+def _host(moved: str, part: str, *fields: str) -> Said:
+    """What is offloaded, and how."""
+
+    def value(run: RunSpec) -> Value:
+        if not getattr(run.parallelism.offload, moved):
+            return None
+        how = getattr(run.parallelism.zero, part)
+        more = fields if how.device == "nvme" else ()
+        return {name: getattr(how, name) for name in ("device", "pin_memory", *more)}
+
+    return Said(f"zero_optimization.{part}", of_run(value))
 
 
 def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes: Nodes) -> str:
@@ -48,15 +61,22 @@ DEEPSPEED = Written(
         _half("bf16"),
         _half("fp16"),
         Said("zero_optimization.stage", of_run(words.stage)),
-        # DeepSpeed's own defaults, which memplan counts with, and so no `auto` of transformers' in their place.
-        Said("zero_optimization.reduce_bucket_size", constant(REDUCE_BUCKET)),
-        Said("zero_optimization.stage3_prefetch_bucket_size", where(_stage_3, constant(PREFETCH))),
-        Said("zero_optimization.stage3_param_persistence_threshold", where(_stage_3, constant(PERSISTENT))),
-        Said("zero_optimization.stage3_max_live_parameters", where(_stage_3, constant(REUSE))),
-        Said("zero_optimization.stage3_max_reuse_distance", where(_stage_3, constant(REUSE))),
-        Said("zero_optimization.sub_group_size", where(_stage_3, constant(SUB_GROUP))),
-        _host("optimizer"),
-        _host("parameters"),
+        # Written even where they are DeepSpeed's own, so that no `auto` of transformers' takes their place.
+        _zero("reduce_bucket_size"),
+        _zero("allgather_bucket_size"),
+        _zero("overlap_comm"),
+        _zero("contiguous_gradients"),
+        Said(
+            "zero_optimization.round_robin_gradients",
+            of_run(lambda run: None if _stage_3(run) else run.parallelism.zero.round_robin_gradients),
+        ),
+        _at_3("stage3_prefetch_bucket_size"),
+        _at_3("stage3_param_persistence_threshold"),
+        _at_3("stage3_max_live_parameters"),
+        _at_3("stage3_max_reuse_distance"),
+        _at_3("sub_group_size"),
+        _host("optimizer", "offload_optimizer", "buffer_count"),
+        _host("parameters", "offload_param", "buffer_count", "buffer_size", "max_in_cpu"),
     ),
     (),
     _write,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memplan.answer import Estimate
 from memplan.cards import find_model
 from memplan.catalogue.links import inside, network
-from memplan.catalogue.parallel import STRATEGIES
+from memplan.catalogue.parallel import STAGES, STRATEGIES
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
 from memplan.gpus import GPU
@@ -23,7 +23,7 @@ from memplan.models import ModelSpec
 from memplan.planning.demand import FITS, Demand
 from memplan.planning.levers import spread, with_fields
 from memplan.planning.traffic import Cluster, Facts, Grid, Step, facts, least, step
-from memplan.spec import Parallelism, RunSpec
+from memplan.spec import Offload, Parallelism, RunSpec
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -133,7 +133,7 @@ def search(
     bare = _alone(run, cluster)
     asked = estimate(bare, calibration)
     demand.check(cluster.gpu)
-    known = facts(bare, asked)
+    known = facts(bare, asked, run)
     model = find_model(bare.model)
     sequences = pinned.sequences or run.batch.micro * run.batch.accumulation * cluster.world
     grids = list(_grids(run, model, cluster, pinned, sequences))
@@ -226,7 +226,7 @@ def run_of(run: RunSpec, cluster: Cluster, grid: Grid) -> RunSpec:
     fields = [(f"parallelism.{name}", value) for name, value in values.items()]
     storage = [field for field in spread(run, grid.replicas, grid.strategy) if not field[0].startswith("parallelism.")]
     batch = [("batch.micro", grid.micro), ("batch.accumulation", grid.accumulation)]
-    there = run.model_copy(update={"gpu": cluster.gpu.name, "parallelism": plain_parallelism(run)})
+    there = run.model_copy(update={"gpu": cluster.gpu.name, "parallelism": Parallelism()})
     return with_fields(there, [*fields, *storage, *batch])
 
 
@@ -237,13 +237,15 @@ def _keeps(name: str, grid: Grid) -> bool:
             return False
         case "etp":
             return grid.ep > 1
+        case "zero":
+            return grid.strategy in STAGES
         case _:
             return grid.pp > 1
 
 
 def plain_parallelism(run: RunSpec) -> Parallelism:
-    """One GPU, with what the run offloads."""
-    return Parallelism(offload=run.parallelism.offload)
+    """One GPU, with what the run offloads, but for weights, which only several do."""
+    return Parallelism(offload=Offload(**{**dict(run.parallelism.offload), "parameters": False}))
 
 
 def _alone(run: RunSpec, cluster: Cluster) -> RunSpec:

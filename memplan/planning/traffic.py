@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from memplan.cards import find_model
 from memplan.catalogue.links import SHOWN, Link
-from memplan.catalogue.parallel import BUCKET, REDUCE_BUCKET, STRATEGIES
+from memplan.catalogue.parallel import BUCKET, STRATEGIES, Knobs
 from memplan.estimator import Estimate
 from memplan.gpus import GPU
 from memplan.program import Program, program
@@ -20,6 +20,8 @@ from memplan.resolve import decide
 from memplan.spec import RunSpec
 from memplan.speed import Product, Range, Work, pace, work
 from memplan.units import ITEMSIZE
+
+_DEEPSPEED = Knobs()
 
 
 class Cluster(NamedTuple):
@@ -116,8 +118,19 @@ class Facts(NamedTuple):
     delayed: bool
 
 
-def facts(bare: RunSpec, answer: Estimate) -> Facts:
-    """Of a run on one GPU, and its answer. Raises MemplanError where it cannot be answered."""
+def _held(run: RunSpec, p: Program) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and states on one GPU. What trains beside frozen weights may be in another dtype
+    among several ranks, and what is offloaded is on the host there: it counts for nothing."""
+    if run.parallelism.offload.parameters:
+        return 0, 0, 0
+    if p.trainable_parameters == p.total_parameters:
+        return (p.parameters, 0, 0) if run.parallelism.offload.optimizer else (p.parameters, p.gradients, p.states)
+    return p.parameters - p.trainable_parameters * 4, 0, 0
+
+
+def facts(bare: RunSpec, answer: Estimate, asked: RunSpec | None = None) -> Facts:
+    """Of a run on one GPU, and its answer; `asked` says what several offload. Raises MemplanError where it cannot be
+    answered."""
     model, run = find_model(bare.model), answer.run
     p: Program = program(decide(bare).structure)
     item = ITEMSIZE[str(run.precision.compute)]
@@ -134,8 +147,7 @@ def facts(bare: RunSpec, answer: Estimate) -> Facts:
         trained=trains * sent,
         experts=round(experts * sent),
         item=sent,
-        # What trains beside frozen weights may be in another dtype among several ranks, so it counts for nothing.
-        held=(p.parameters, p.gradients, p.states) if trains == total else (p.parameters - trains * 4, 0, 0),
+        held=_held(asked or bare, p),
         work=work(bare.model_copy(update={"batch": bare.batch.model_copy(update={"accumulation": 1})})),
         state=tokens * model.hidden_size * item,
         keys=tokens * 2 * model.num_key_value_heads * model.head_dim * item,
@@ -275,7 +287,8 @@ def _of_replicas(known: Facts, grid: Grid) -> _Message:
         return _Message("dp", 2 * m * weights + reduced * trained, (2 * m + reduced) * units)
     if row is not None and row.states:  # reduced to where the states are, and gathered once they are stepped
         reduced = m if row.gradients else 1
-        return _Message("dp", (reduced + 1) * trained, (reduced + 1) * max(1, trained / (known.item * REDUCE_BUCKET)))
+        bucket = known.item * _DEEPSPEED.reduce_bucket
+        return _Message("dp", (reduced + 1) * trained, (reduced + 1) * max(1, trained / bucket))
     reduced = 1 if known.delayed else m
     return _Message("dp", 2 * reduced * trained, 2 * reduced * max(1, trained / BUCKET))
 
