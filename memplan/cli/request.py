@@ -274,8 +274,6 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     """How `--gpus` divide the work: beside what --tp, --pp and --cp take, by ZeRO or FSDP or else as replicas."""
     if not {"gpus", "tp", "pp", "cp", "zero", "fsdp"} & set(given):
         return
-    if "zero" in given and "fsdp" in given:
-        raise SpecError("parallelism.strategy: --zero and --fsdp exclude each other", "parallelism.strategy")
     old: object = spec.get("parallelism")
     parallelism: dict[str, Any] = dict(cast(Mapping[str, Any], old)) if isinstance(old, Mapping) else {}
     degrees = [parallelism.get(name, 1) for name in ("tp", "pp", "cp")]
@@ -288,7 +286,7 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     if world % rest:
         raise SpecError(f"parallelism.world: {world} GPUs do not divide into groups of {rest}", "parallelism.world")
     spec["parallelism"] = {**parallelism, "world": world, "dp": world // rest}
-    strategy = _strategy(given, world // rest)
+    strategy = strategy_of(given, world // rest)
     said = "deepspeed" in given and "strategy" in parallelism and not {"zero", "fsdp"} & set(given)
     if strategy is not None and not said:
         spec["parallelism"]["strategy"] = strategy
@@ -315,7 +313,10 @@ def idle(given: Iterable[str], method: Method) -> MemplanError | None:
     return None
 
 
-def _strategy(given: Mapping[str, Any], replicas: int) -> str | None:
+def strategy_of(given: Mapping[str, Any], replicas: int) -> str | None:
+    """What so many replicas do: as --zero or --fsdp says, else as plain replicas."""
+    if "zero" in given and "fsdp" in given:
+        raise SpecError("parallelism.strategy: --zero and --fsdp exclude each other", "parallelism.strategy")
     if "zero" in given:
         zero = given["zero"]
         if zero not in (0, 1, 2, 3):
