@@ -431,7 +431,7 @@ def _product(name: str, x: str, heads: str, y: str, shape: str, w: Windows) -> t
     )
 
 
-def sink_attention(name: str, keys: str, y: str, given: str, w: Windows) -> tuple[Op, ...]:
+def sink_attention(name: str, keys: str, y: str, given: str, w: Windows, drop: bool) -> tuple[Op, ...]:
     """Of one head of keys, which are values too, copied for every head of queries; sinks make the softmax fp32."""
     scores, every = f"b a s {w.keys}", f"b a s {w.with_sink}"
     sinks = Weight("self_attn.sinks", "a", "attention", "fp32")
@@ -459,7 +459,8 @@ def sink_attention(name: str, keys: str, y: str, given: str, w: Windows) -> tupl
         ops.leave("joined", "largest"),
         *ops.softmax(f"{name}.softmax", "shifted", "softmax", every, "=shifted"),
         ops.view(f"{name}.drop_sink", "softmax", "kept", scores, gradient="new"),
-        ops.cast(f"{name}.cast", "kept", "probs", scores, "=v.heads"),
+        *((ops.dropout(f"{name}.dropout", "kept", "dropped", scores),) if drop else ()),
+        ops.cast(f"{name}.cast", "dropped" if drop else "kept", "probs", scores, "=v.heads"),
         ops.leave("masked"),
         *_product(f"{name}.product", "probs", "v.heads", "heads", "b s a d", w),
         ops.copy(f"{name}.contiguous", "heads", y, "b s a d", gradient="new"),
@@ -467,7 +468,7 @@ def sink_attention(name: str, keys: str, y: str, given: str, w: Windows) -> tupl
     )
 
 
-def attention(x: str, y: str, w: Windows) -> tuple[Op, ...]:
+def attention(x: str, y: str, w: Windows, drop: bool) -> tuple[Op, ...]:
     n, g = "self_attn", "attention"
     kind = "compress" if w.kind else "main"
     keys, given = ("kv.all", "mask.all") if w.kind else ("kv", "mask")
@@ -499,7 +500,7 @@ def attention(x: str, y: str, w: Windows) -> tuple[Op, ...]:
         *turned(f"{n}.rope_kv", "kv.normed", "kv", "b s", kind),
         ops.leave("kv.normed"),
         *more,
-        *sink_attention(f"{n}.attention", keys, "o", given, w),
+        *sink_attention(f"{n}.attention", keys, "o", given, w, drop),
         Op(f"{n}.back", (f"{kind}.sin",), (Tensor("minus_sin", "s rot2", f"={kind}.sin"),), gradient="none"),
         *turned(f"{n}.rope_back", "o", "o.back", "b s a", kind, sine="minus_sin"),
         ops.leave("o", "minus_sin"),
@@ -622,7 +623,7 @@ def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
             (
                 *entered("attn_hc", "x", "c1", iterations),
                 *norm("input_layernorm", "c1", "n1", "b s h", "h"),
-                *attention("n1", "ao", _KINDS[layer.mixer]),
+                *attention("n1", "ao", _KINDS[layer.mixer], wiring.drops),
                 *left("attn_hc", "x", "ao", "x1"),
                 *entered("ffn_hc", "x1", "c2", iterations),
                 ops.leave("c1", "attn_hc.post", "attn_hc.comb"),
