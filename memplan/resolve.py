@@ -31,7 +31,7 @@ from memplan.graph import (
 )
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, norm_notes
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
@@ -260,7 +260,7 @@ def _decide(
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
     )
-    notes += expert_notes(graph, capability)
+    notes += [*expert_notes(graph, capability), *norm_notes(graph)]
     _check_trained(graph, ranks)
     if (
         spares_embeddings(str(optimizer.name))
