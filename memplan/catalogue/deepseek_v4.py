@@ -187,7 +187,8 @@ def _mixes(name: str, x: str, out: str, weight: str, t: str) -> tuple[Op, ...]:
     product = ops.linear(f"{name}.{weight}", f"{t}.normed", f"{t}.mixes", out, "nh", "mlp")
     keeps = (Keep(w.name, f"{t}.normed"), Keep(f"{t}.normed", w.name))
     return (
-        ops.cast(f"{name}.float", x, f"{t}.flat", "b s nh", "fp32"),
+        ops.view(f"{name}.flatten", x, f"{t}.rows", "b s nh"),
+        ops.cast(f"{name}.float", f"{t}.rows", f"{t}.flat", "b s nh", "fp32"),
         *plain_norm(f"{name}.input_norm", f"{t}.flat", f"{t}.normed", "b s nh"),
         ops.leave(f"{t}.flat"),
         product._replace(weights=(w,), keeps=keeps),
@@ -239,18 +240,10 @@ def left(t: str, x: str, result: str, y: str, held: tuple[str, ...] = ()) -> tup
     name = f"{t}.out"
     return (
         ops.cast(f"{name}.post", f"{t}.post", f"{t}.post.low", "b s n", f"={x}"),
-        Op(
-            f"{name}.spread",
-            (f"{t}.post.low", result),
-            (Tensor(f"{t}.spread", _STREAMS),),
-            (),
-            (Keep(result, f"{t}.post.low"), Keep(f"{t}.post.low", result)),
-            scratch_back=(
-                Scratch(Tensor("product for the weights", _STREAMS, f"={t}.spread"), f"{t}.post.low"),
-                Scratch(Tensor("product for the result", _STREAMS, f"={t}.spread"), result),
-            ),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        # both products are made whole before one of them is summed
+        ops.view(f"{name}.weights", f"{t}.post.low", f"{t}.post.rows", _STREAMS, gradient="new"),
+        ops.view(f"{name}.result", result, f"{t}.result.rows", _STREAMS, gradient="new"),
+        ops.mul(f"{name}.spread", f"{t}.post.rows", f"{t}.result.rows", f"{t}.spread", _STREAMS),
         ops.cast(f"{name}.comb", f"{t}.comb", f"{t}.comb.low", "b s n2", f"={x}"),
         ops.matmul(f"{name}.mix", f"{t}.comb.low", x, f"{t}.mixed", _STREAMS),
         ops.add(f"{name}.add", f"{t}.spread", f"{t}.mixed", y, _STREAMS),
@@ -426,7 +419,7 @@ def _product(name: str, x: str, heads: str, y: str, shape: str, w: Windows) -> t
     """With one head spread over all: of a single sequence without a copy, of several a copy is made for the product."""
     flat, op = f"{heads}.flat", ops.matmul(name, x, heads, y, shape)
     return (
-        Op(f"{name}.flat", (heads,), (Tensor(flat, f"several {w.keys} a d", f"={heads}"),), gradient="none"),
+        Op(f"{name}.flat", (heads,), (Tensor(flat, f"several {w.keys} a d", f"={heads}"),), gradient="none", laid=True),
         op._replace(reads=(*op.reads, flat), keeps=(*op.keeps, Keep(flat, x))),
     )
 
