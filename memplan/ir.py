@@ -119,6 +119,8 @@ class Op(NamedTuple):
                     gradient flows through.
     cast            only changes the dtype: no call, the same tensor, where it has that dtype already.
     spared          of a cast: the dtype it need not be done from, because the next kernel reads that one itself.
+    laid            copies what it reads as the product that reads both needs it to lie: no call where autocast casts
+                    that for the product, whose cast lies so.
     autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                     output is fp32 (`wide`).
     holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them; as an
@@ -151,6 +153,7 @@ class Op(NamedTuple):
     view: bool = False
     cast: bool = False
     spared: str = ""
+    laid: bool = False
     autocast: str = ""
     holds: str = ""
     releases: bool = False

@@ -33,7 +33,7 @@ from memplan.graph import (
 )
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, pipeline_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, norm_notes, pipeline_notes
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
@@ -304,7 +304,7 @@ def _decide(
         buffers=own,
         workspace=megatron.workspace(capability) if own else 0,
     )
-    notes += expert_notes(graph, capability)
+    notes += [*expert_notes(graph, capability), *norm_notes(graph)]
     _check_trained(graph, ranks)
     if under_deepspeed and gpu is not None:
         knobs = ranks.knobs._replace(flattens=zero.flattens(graph, gpu.usable))

@@ -593,7 +593,7 @@ def estimate(
         str | None,
         option(
             "engine (memplan's own stacks), trace (the step as the installed transformers takes it, on tensors without "
-            "data), or auto: engine, and trace for a family it has no stack for. Default auto.",
+            "data), or auto: engine, and trace for what it has no stack for. Default auto.",
             of=OUTPUT,
             complete=_choices("auto", "engine", "trace"),
         ),
