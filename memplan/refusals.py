@@ -173,8 +173,10 @@ def refuse_parts_of_matrices(
     kernels: Kernels,
     profile: str,
     style: str,
+    own: bool,
 ) -> None:
-    """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's."""
+    """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's;
+    `own`: the model is of the library's own layers."""
     if style == "":
         raise SpecError(
             f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
@@ -184,8 +186,10 @@ def refuse_parts_of_matrices(
     if style == "megatron":
         if method.kind != "full":
             raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
-        if p.dp > 1:
-            raise _later("parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}")
+        if p.dp > 1 and not own:
+            raise _later(
+                "parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}, but of megatron_gpt configs"
+            )
         if precision.autocast:
             raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
     elif p.sequence_parallel:
@@ -193,7 +197,7 @@ def refuse_parts_of_matrices(
             f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
             "parallelism.sequence_parallel",
         )
-    if p.dp > 1 and p.strategy != "fsdp2":
+    if p.dp > 1 and p.strategy != "fsdp2" and not own:
         raise SpecError(
             f"parallelism.strategy: {p.strategy} does not divide what tensor parallelism has divided; fsdp2 does",
             "parallelism.strategy",

@@ -173,7 +173,9 @@ def _decide(
     if own:
         refuse_of_megatron(profile, method, precision, kernels, loop)
     if degrees.tp > 1:
-        refuse_parts_of_matrices(parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"])
+        refuse_parts_of_matrices(
+            parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
+        )
         tensor_parallel.check(model, degrees)
     if parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
@@ -282,7 +284,7 @@ def _decide(
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
         buffers=own,
-        workspace=megatron.workspace(capability) if own else 0,
+        workspace=megatron.workspace(model, capability) if own else 0,
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)

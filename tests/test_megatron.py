@@ -144,3 +144,36 @@ def test_positions_that_are_not_looked_up_have_no_end() -> None:
 def test_other_models_recompute_no_attention_alone() -> None:
     with pytest.raises(SpecError, match=r"kernels\.checkpointing: 'selective' is not supported yet"):
         estimate(RunSpec(model="gpt2", profile="megatron-core", **kernels("sdpa", "selective")))
+
+
+def of_ranks(t: int, tokens_divided: bool) -> dict[str, Any]:
+    return {"parallelism": {"world": t, "tp": t, "sequence_parallel": tokens_divided}}
+
+
+@pytest.mark.parametrize("t", [2, 4])
+def test_ranks_that_divide_matrices_keep_what_korthikanti_et_al_count(t: int) -> None:
+    """arXiv:2205.05198, equations 2 and 4."""
+    pairs = 5 * A * S * S * B
+    assert kept_by_a_layer(**of_ranks(t, False)) == 10 * S * B * H + (24 * S * B * H + pairs) // t + STATISTICS
+    assert kept_by_a_layer(**of_ranks(t, True)) == (34 * S * B * H + pairs + STATISTICS) // t
+
+
+def test_embeddings_are_divided_with_the_tokens() -> None:
+    for config in ({}, {"hidden_dropout": 0.0}, {"position_embedding_type": "rope"}):
+        found = answer(config, **of_ranks(4, True))
+        (embeds,) = (line for line in found.ledger if line.what == "embeds")
+        assert embeds.dims == (B, S // 4, H)
+
+
+def test_norms_of_queries_and_keys_keep_them_before_and_after() -> None:
+    """q and k more, beside the projection that they are views of; v is made contiguous; two numbers a head and row."""
+    more = kept_by_a_layer({"qk_layernorm": True}) - kept_by_a_layer()
+    assert more == 3 * 2 * S * B * H + 2 * 2 * 4 * S * B * A
+
+
+def test_layers_of_torch_have_no_workspace_of_transformer_engine() -> None:
+    assert answer().bytes.allocated - answer({"transformer_impl": "local"}).bytes.allocated == 32 * 2**20
+    with pytest.raises(SpecError, match="transformer_impl local has unfused attention alone"):
+        answer({"transformer_impl": "local"}, **kernels("sdpa"))
+    with pytest.raises(UnsupportedModelError, match="transformer_impl"):
+        answer({"transformer_impl": "inference_optimized"})

@@ -9,7 +9,7 @@ from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, flash
 from memplan.catalogue.gpt import position_table
 from memplan.catalogue.llama import lm_head
-from memplan.families.megatron import attention_drops, has_mean, is_gated, positions_of
+from memplan.families.megatron import attention_drops, has_mean, is_gated, positions_of, uses_engine
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -32,11 +32,13 @@ def chosen(half: bool, capability: tuple[int, int] | None) -> str:
     return "cudnn" if capability is not None and capability >= (9, 0) else "flash_2"
 
 
-def workspace(capability: tuple[int, int] | None) -> int:
-    """Bytes of Transformer Engine's own workspace for cuBLAS, beside torch's.
+def workspace(m: ModelSpec, capability: tuple[int, int] | None) -> int:
+    """Bytes of Transformer Engine's own workspace for cuBLAS, beside torch's, where layers are its.
 
     Source: TransformerEngine 2.3 pytorch/module/base.py get_cublas_workspace_size_bytes.
     """
+    if not uses_engine(m):
+        return 0
     return 32 * MIB if capability is not None and capability >= (9, 0) else 4 * MIB
 
 
@@ -97,19 +99,19 @@ def _after(m: ModelSpec) -> tuple[Op, ...]:
     return (_norm(m, "decoder.final_layernorm", "x", "n"), ops.leave("x", "embeds"), head._replace(name="output_layer"))
 
 
-def _norm(m: ModelSpec, name: str, x: str, y: str) -> Op:
+def _norm(m: ModelSpec, name: str, x: str, y: str, shape: str = "b s h", axis: str = "h") -> Op:
     """One kernel, which keeps its input, and of each row one number in fp32, of LayerNorm two.
 
     Source: TransformerEngine 2.3 pytorch/module/layernorm_linear.py.
     """
     if has_mean(m):
-        return ops.layer_norm(name, x, y, "b s h", "h")
-    rstd, w = Tensor(f"{y}.rstd", "b s", "fp32"), Weight(f"{name}.weight", "h", "norm")
+        return ops.layer_norm(name, x, y, shape, axis)
+    rstd, w = Tensor(f"{y}.rstd", shape.rpartition(" ")[0], "fp32"), Weight(f"{name}.weight", axis, "norm")
     kept = (x, rstd.name, w.name)
     return Op(
         name,
         (x,),
-        (Tensor(y, "b s h", f"={x}"), rstd),
+        (Tensor(y, shape, f"={x}"), rstd),
         (w,),
         (*(Keep(what, x) for what in kept), *(Keep(what, w.name) for what in kept[:2])),
         source=f"{ENGINE} pytorch/module/layernorm_linear.py",
@@ -205,25 +207,27 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     """
     name = "self_attention"
     grouped, rope = m.num_key_value_heads != m.num_attention_heads, positions_of(m) == "rope"
-    apart = grouped or rope
+    normed = m.get("qk_layernorm", False)
+    apart = grouped or rope or normed
     heads = (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))
-    turned = "q1" if grouped else "q0"
+    steps: list[Op] = []
+    q, k = "q0", "k0"
+    if grouped:
+        steps.append(ops.copy(f"{name}.query", q, "q1", _Q))
+        q = "q1"
+    if normed:
+        steps += (_norm(m, f"{name}.q_layernorm", q, "q2", _Q, "d"), _norm(m, f"{name}.k_layernorm", k, "k2", _K, "d"))
+        q, k = "q2", "k2"
+    if rope:
+        steps += (_turned(f"{name}.rope_q", q, "q", _Q), _turned(f"{name}.rope_k", k, "k", _K))
+    else:
+        lies = normed or not apart
+        steps += (ops.view(f"{name}.q", q, "q", _Q), (ops.view if lies else ops.copy)(f"{name}.k", k, "k", _K))
     return (
         ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=m.get("use_bias", True)),
         ops.split(f"{name}.split", "qkv", heads),
-        *((ops.copy(f"{name}.query", "q0", "q1", _Q),) if grouped else ()),
-        *(
-            (
-                _turned(f"{name}.rope_q", turned, "q", _Q),
-                *((ops.leave("q1"),) if grouped else ()),
-                _turned(f"{name}.rope_k", "k0", "k", _K),
-            )
-            if rope
-            else (
-                ops.view(f"{name}.q", turned, "q", _Q),
-                (ops.copy if apart else ops.view)(f"{name}.k", "k0", "k", _K),
-            )
-        ),
+        *steps,
+        *((ops.leave("q1"),) if grouped else ()),
         (ops.copy if apart else ops.view)(f"{name}.v", "v0", "v", _K),
         *_core(m, wiring, grouped, apart),
         ops.linear(f"{name}.linear_proj", "o", "ao", "h", "a d", "attention"),

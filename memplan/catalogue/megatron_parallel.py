@@ -108,7 +108,7 @@ def _tokens_divided(operations: tuple[Op, ...], columns: tuple[str, ...], rows: 
             out.append(op._replace(writes=(y._replace(name=summand),)))
             out.append(_divided(f"{op.name}.reduce_scatter", summand, y.name, "summed"))
         elif not inside.isdisjoint(op.reads):
-            inside.update(t.name for t in op.writes if op.name != "return")
+            inside.update(t.name for t in op.writes if op.name != "return" and "s_tp" not in t.shape)
             out.append(op)
         elif any(w.group == "embedding" and w.rows for w in op.weights):
             out.append(_looked_up(op))

@@ -1,12 +1,16 @@
 """Megatron-core's GPT, as its arguments describe it in Hugging Face's words.
 
-gated_mlp                 two matrices up, one gating the other (--swiglu)
-norm_type                 layernorm or rmsnorm (--normalization)
-position_embedding_type   learned_absolute, rope or none
-use_bias                  linear layers have biases (--disable-bias-linear)
-hidden_dropout            of embeddings and of both branches; attention_dropout is as much where it is not said
-moe_layer_freq            every so many layers one has experts, or a list of ones and zeros
-moe_capacity_factor       an expert takes so many times its even share of the tokens; null: it takes all it is sent
+    gated_mlp                 two matrices up, one gating the other (--swiglu)
+    norm_type                 layernorm or rmsnorm (--normalization)
+    position_embedding_type   learned_absolute, rope or none
+    use_bias                  linear layers have biases (--disable-bias-linear)
+    hidden_dropout            of embeddings and of both branches; attention_dropout is as much where it is not said
+    qk_layernorm              queries and keys are normalised, each head by itself
+    transformer_impl          transformer_engine, or local: the same layers of torch and apex
+    moe_layer_freq            every so many layers one has experts, or a list of ones and zeros
+    moe_capacity_factor       an expert takes so many times its even share of the tokens; null: it takes all it is sent
+
+What it calls otherwise (--untie-embeddings-and-output-weights) is said as Hugging Face says it.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 
 NORMS = {"layernorm": True, "layer_norm": True, "rmsnorm": False, "rms_norm": False}
 POSITIONS = ("learned_absolute", "rope", "none")
-_UNREAD = ("kv_lora_rank", "qk_layernorm", "fp32_residual_connection", "mtp_num_layers", "num_nextn_predict_layers")
+_UNREAD = ("kv_lora_rank", "fp32_residual_connection", "mtp_num_layers", "num_nextn_predict_layers")
 
 
 def has_mean(m: ModelSpec) -> bool:
@@ -45,6 +49,17 @@ def positions_of(m: ModelSpec) -> str:
             "position_embedding_type",
         )
     return word
+
+
+def uses_engine(m: ModelSpec) -> bool:
+    """Whether layers are Transformer Engine's."""
+    word = _word(m, "transformer_impl", "transformer_engine")
+    if word not in ("transformer_engine", "local"):
+        raise UnsupportedModelError(
+            f"transformer_impl: {as_json(word)} is not supported; supported: transformer_engine, local",
+            "transformer_impl",
+        )
+    return word == "transformer_engine"
 
 
 def is_gated(m: ModelSpec) -> bool:
@@ -77,6 +92,7 @@ def _word(m: ModelSpec, key: str, default: str) -> str:
 def _layers(m: ModelSpec) -> tuple[Layer, ...]:
     """Checks what the config says, too."""
     has_mean(m)
+    uses_engine(m)
     unread = next((key for key in _UNREAD if m.config.get(key)), None)
     if unread is not None:
         raise UnsupportedModelError(f"{unread}: is not supported yet for megatron_gpt", unread)
