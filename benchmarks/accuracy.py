@@ -373,9 +373,11 @@ What one of 2 or 4 A100 took under FSDP1 (`full_shard`), as published; the sourc
 The band of several GPUs is the range of these runs. Llama's and Mistral's adapters under transformers until 4.52 are
 refused there: with reentrant checkpoints they hold more than is modelled, by a copy of hidden states for all blocks but
 two. DDP, FSDP1 and FSDP2 are compared with what torch's own code allocates on the CPU (`tests/test_ranks_trace.py`,
-within 2 %). DeepSpeed's partitions were read in its code. No published peak of it says all it rests
-on; of two of ZeRO-2 in whole GiB of reserved memory (ml-engineering, Llama 3.1 8B on 8 H200), memplan answers 93.8 for
-99 with transformers' loss, and for 80 with Liger 69.1 to 84.4, by which of Liger's kernels are on.
+within 2 %). DeepSpeed's partitions were read in its code. Of ZeRO-3 with the optimizer on the host what torch reserved
+was published (ml-engineering, Llama 3.1 8B on 8 H200 and 8 B200, `tests/golden/ranks_reserved.jsonl`): memplan's
+`reserved` is within 0.3 % at 192K and 256K tokens, and 6 and 11 % too low at 8K and 32K, where segments of the streams
+that gather and reduce weigh more. Of two of ZeRO-2 in whole GiB it answers 94.1 for 99 with transformers' loss, and for
+80 with Liger 69.5, with fused kernels.
 """
 
 REPLAYED = """

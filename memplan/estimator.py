@@ -14,7 +14,7 @@ from memplan.batches import check_batch
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
-from memplan.program import PHASES, Program, host_bytes, phase_peaks, program, step_where
+from memplan.program import PHASES, Program, host_bytes, host_notes, phase_peaks, program, step_where
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
@@ -43,7 +43,12 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
     calibration = calibration_of(decided.gpu, calibration)
     beside = around_of(decided.gpu, run.parallelism.world, calibration)
-    notes = [*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())]
+    notes = [
+        *decided.notes,
+        *host_notes(decided.structure),
+        *((note,) if note else ()),
+        *((calibration.named(),) if calibration else ()),
+    ]
     return Estimate(
         run,
         {**decided.parts, "objective": p.structure.graph.model.objective},

@@ -355,6 +355,9 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 
 
+EMPTIED = -1  # in place of a storage's number: torch's allocator gives back what nothing uses
+
+
 def loading(graph: Graph) -> Iterator[tuple[int, int]]:
     """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0.
 
@@ -373,7 +376,7 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
         return of[id(w)]
 
     numbers = itertools.count()
-    weights = list(_in_order(graph))
+    weights = list(in_order(graph))
     widened = "fp32" if graph.recipe.preparation else ""
     waiting: list[tuple[int, Weight, str]] = []
     for w in weights:
@@ -405,7 +408,7 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
             yield next(numbers), sizes(w)[1][0]
 
 
-def _in_order(graph: Graph) -> Iterator[Weight]:
+def in_order(graph: Graph) -> Iterator[Weight]:
     """The model's weights: those before the layers, the layers one by one, the rest; each once."""
     stack, axes = built(graph)
     outside: set[str] = set()

@@ -7,14 +7,14 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from memplan import zero
+from memplan import megatron, zero
 from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.degrees import WHOLE
 from memplan.engine import walk
 from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
-from memplan.graph import Graph, Held, active, built, elements, loading, lowered, shape_of, weights_of
+from memplan.graph import EMPTIED, Graph, Held, active, built, elements, loading, lowered, shape_of, weights_of
 from memplan.ir import Division
 from memplan.ranks import (
     ONE,
@@ -211,7 +211,8 @@ def program(structure: Structure) -> Program:
         optimizer=optimizer,
         states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
-        host=sum(s.bytes * s.count for s in optimizer.states if s.host),
+        host=sum(h.bytes * h.copies for h in host_of(structure))
+        + sum(s.bytes * s.count for s in optimizer.states if s.host),
         away=tuple(_away(_lowered(structure.graph, ways[0]), axes)),
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
@@ -229,7 +230,7 @@ def _most(events: Iterable[tuple[int, int]]) -> int:
             alive[number] = bytes_
             live += bytes_
             most = max(most, live)
-        else:
+        elif number != EMPTIED:
             live -= alive.pop(number)
     return most
 
@@ -255,6 +256,9 @@ def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
 def _optimizer(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
     """The optimizer's memory; at ZeRO's stage 3 it steps one sub-group after the other, with that one's scratch."""
     found = _with_parts(optimizer_of(structure, trained), structure)
+    if structure.ranks.knobs.optimizer:
+        states = tuple(s._replace(bytes=0, host=True) for s in found.states)
+        return found._replace(states=states, first=0, later=0, scratch="", listed=())
     if zero.stage(structure.ranks) < 3:
         return found
     sub_group = Parameter("", (zero.in_sub_group(structure.graph, structure.ranks),), "fp32")
@@ -288,6 +292,20 @@ def converting_of(structure: Structure) -> tuple[Held, ...]:
     return tuple(zero.converting(structure.graph, structure.ranks)) if zero.stage(structure.ranks) else ()
 
 
+def host_of(structure: Structure) -> tuple[Held, ...]:
+    """What DeepSpeed has in a rank's host memory."""
+    ranks = structure.ranks
+    if not zero.stage(ranks) or not (ranks.knobs.optimizer or ranks.knobs.parameters):
+        return ()
+    states = optimizer_of(structure, trained_parameters(structure)).states
+    return tuple(zero.in_host_memory(structure.graph, ranks, states, structure.accumulates))
+
+
+def host_notes(structure: Structure) -> Iterator[str]:
+    """What to know of the host memory that ranks share."""
+    return zero.host_notes(structure.graph, structure.ranks, host_of(structure))
+
+
 def passing_of(structure: Structure, phase: str) -> tuple[Held, ...]:
     """What ranks have in a phase of a pass beside the moments' tensors."""
     return tuple(zero.passing(structure.graph, structure.ranks, phase)) if zero.stage(structure.ranks) else ()
@@ -297,6 +315,8 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
     """What loading allocates and frees, in order, see `memplan.graph.loading`."""
     if zero.stage(structure.ranks):
         return zero.loading_events(structure.graph, structure.ranks)
+    if megatron.divides(structure.ranks):
+        return megatron.loading_events(structure.graph, structure.ranks, str(structure.grads))
     if division_of(structure) is not None:
         return loading_events(structure.graph, structure.ranks)
     return loading(structure.graph)
@@ -315,6 +335,8 @@ def resident_of(structure: Structure) -> Iterator[Held]:
     """The weights and buffers that a rank holds."""
     if zero.stage(structure.ranks):
         return zero.parameters(structure.graph, structure.ranks)
+    if megatron.divides(structure.ranks):
+        return megatron.parameters(structure.graph, structure.ranks)
     return parameters_held(structure.graph, structure.ranks)
 
 
@@ -343,6 +365,9 @@ def gradients_of(structure: Structure) -> Iterator[Held]:
     """The gradient of every weight that trains, or the rank's part of it, as the optimizer reads it."""
     if zero.stage(structure.ranks):
         yield from zero.stepping(structure.graph, structure.ranks)
+        return
+    if megatron.divides(structure.ranks):
+        yield from megatron.gradients(structure.graph, structure.ranks, str(structure.grads))
         return
     if division_of(structure) is not None:
         yield from gradients_held(structure.graph, structure.ranks)
@@ -378,6 +403,8 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
     """The parameters the optimizer is given, in the model's order; a run of layers as its first and the others."""
     if zero.stage(structure.ranks):
         return zero.trained(structure.graph, structure.ranks)
+    if megatron.divides(structure.ranks):
+        return megatron.trained(structure.graph, structure.ranks)
     if division_of(structure) is not None:
         return trained_parts(structure.graph, structure.ranks)
     _, axes = built(structure.graph)
@@ -419,7 +446,7 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
         momentum=structure.momentum,
         master=structure.master,
         in_backward=structure.in_backward,
-        on_host=structure.on_host,
+        on_host=structure.on_host and not structure.ranks.knobs.optimizer,
     )
 
 

@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from memplan.catalogue.methods import ADAPTERS
-from memplan.catalogue.parallel import STRATEGIES, Strategy, aligned, part, rows_of
+from memplan.catalogue.parallel import STRATEGIES, Knobs, Strategy, aligned, part, rows_of
 from memplan.catalogue.parameters import Parameter
 from memplan.engine.gather import AFTER, BEFORE, ROOT, unit_of
 from memplan.engine.walk import size
@@ -29,6 +29,7 @@ class Ranks(NamedTuple):
     storage   the dtype that 4-bit weights are stored in
     delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
     inside    a block is checkpointed with its gathering, which is so done again in backward
+    knobs     how DeepSpeed is configured
     """
 
     strategy: str = "none"
@@ -38,6 +39,7 @@ class Ranks(NamedTuple):
     storage: str = "uint8"
     delayed: bool = False
     inside: bool = False
+    knobs: Knobs = Knobs()
 
     @property
     def row(self) -> Strategy:

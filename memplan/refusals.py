@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
-from memplan.catalogue.parallel import ELEMENTWISE, STRATEGIES
+from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, STAGES, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
@@ -81,6 +81,23 @@ def refuse_on_host(optimizer: str) -> None:
         )
 
 
+def refuse_on_deepspeeds_host(p: Parallelism, optimizer: str, trainer: bool) -> None:
+    """Raise SpecError for what DeepSpeed does not offload, or not configure."""
+    if p.offload.optimizer and optimizer not in _CPU_OPTIMIZERS:
+        raise SpecError(
+            f"parallelism.offload: optimizer.name {optimizer} has no step of DeepSpeed's on the host; "
+            f"{', '.join(_CPU_OPTIMIZERS)} have",
+            "parallelism.offload",
+        )
+    for name, value in p.zero:
+        if value == "auto" and not trainer:
+            field = f"parallelism.zero.{name}"
+            raise SpecError(f"{field}: auto is transformers' Trainer's to fill in (loop.trainer)", field)
+
+
+_CPU_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad")  # DeepSpeedCPUAdam, DeepSpeedCPUAdagrad
+
+
 def _later(field: str, value: object, supported: str) -> SpecError:
     shown = "true" if value is True else repr(value)
     return SpecError(f"{field}: {shown} is not supported yet; supported: {supported}", field)
@@ -100,25 +117,57 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             "parallelism.sequence_parallel: divides tokens among the ranks that divide matrices; say tp too",
             "parallelism.sequence_parallel",
         )
-    if p.strategy not in ("none", *STRATEGIES):
-        yield _later("parallelism.strategy", p.strategy, ", ".join(STRATEGIES))
     if replicas(p) > 1 and p.strategy == "none":
         yield SpecError(
             f"parallelism.strategy: says how {replicas(p)} GPUs divide the run: {', '.join(STRATEGIES)}",
             "parallelism.strategy",
         )
-    if p.offload.parameters:
-        yield _later("parallelism.offload", "parameters", "optimizer")
+    if p.offload.parameters and not (p.strategy == "zero3" and p.world > 1):
+        yield _later("parallelism.offload", "parameters", "optimizer; parameters too with several GPUs under zero3")
     if p.offload.activations:
         yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
-    if p.offload.optimizer and p.world > 1:
-        yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs")
+    if p.offload.optimizer and p.world > 1 and p.strategy not in ZERO:
+        yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs but under {', '.join(ZERO)}")
+    yield from _zero(p)
+
+
+def _zero(p: Parallelism) -> Iterator[SpecError]:
+    """How DeepSpeed is configured, where it is not there, or does not take it."""
+    if p.zero != _ONE_GPU.zero and p.strategy not in ZERO:
+        yield SpecError(
+            f"parallelism.zero: configures DeepSpeed, whose strategies are {', '.join(ZERO)}, not {p.strategy}",
+            "parallelism.zero",
+        )
+    for part, moved in (("offload_optimizer", p.offload.optimizer), ("offload_param", p.offload.parameters)):
+        field = f"parallelism.zero.{part}"
+        if getattr(p.zero, part) != getattr(_ONE_GPU.zero, part) and not moved:
+            yield SpecError(f"{field}: parallelism.offload moves none of it to the host", field)
+        elif moved and getattr(p.zero, part).device == "nvme" and p.strategy != "zero3":
+            yield SpecError(f"{field}.device: nvme is for zero3, not {p.strategy}", f"{field}.device")
+    for name in (
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "sub_group_size",
+        "zero3_init_flag",
+    ):
+        field = f"parallelism.zero.{name}"
+        if getattr(p.zero, name) != getattr(_ONE_GPU.zero, name) and p.strategy in ZERO and p.strategy != "zero3":
+            yield SpecError(f"{field}: is for zero3, not {p.strategy}", field)
+    if p.zero.round_robin_gradients and p.strategy == "zero3":
+        field = "parallelism.zero.round_robin_gradients"
+        yield SpecError(f"{field}: is for zero1 and zero2, not zero3", field)
 
 
 # What FSDP and DeepSpeed divide rightly.
 FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
-ZERO = tuple(name for name, row in STRATEGIES.items() if row.states and not row.gathers)
-_METHODS = {**dict.fromkeys(FSDP, ("full", "lora", "qlora")), **dict.fromkeys(ZERO, ("full", "lora"))}
+ZERO = tuple(STAGES)
+_METHODS = {
+    **dict.fromkeys(FSDP, ("full", "lora", "qlora")),
+    **dict.fromkeys(ZERO, ("full", "lora")),
+    MEGATRON: ("full",),
+}
 _FLOATS = ("bf16", "fp16", "fp32")
 
 
@@ -140,6 +189,14 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
         raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
     if row is not None and optimizer.name not in ELEMENTWISE:
         raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with {p.strategy}")
+    if p.strategy == MEGATRON:
+        if precision.autocast:
+            raise SpecError(
+                "precision.autocast: Megatron computes in the weights' dtype; say precision mixed", "precision.autocast"
+            )
+        if loop.grad_scaler:
+            raise SpecError("loop.grad_scaler: Megatron scales the loss itself", "loop.grad_scaler")
+        return
     if precision.grads not in (None, precision.weights):
         raise _later("precision.grads", precision.grads, f"{precision.weights}, as the weights, with {p.strategy}")
     if p.strategy in ZERO:

@@ -17,6 +17,7 @@ from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.parallel import MEGATRON, Knobs
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
@@ -43,12 +44,13 @@ from memplan.refusals import (
     refuse,
     refuse_divided,
     refuse_of_megatron,
+    refuse_on_deepspeeds_host,
     refuse_on_host,
     refuse_parts,
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
 )
-from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec
+from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
@@ -177,7 +179,9 @@ def _decide(
             parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
         )
         tensor_parallel.check(model, degrees)
-    if parallelism.offload.optimizer:
+    if alike > 1 and parallelism.strategy in ZERO:
+        refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
+    elif parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
@@ -205,7 +209,11 @@ def _decide(
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
     if alike > 1 and parallelism.strategy in ZERO:
         precision, method = _under_deepspeed(precision, method)
-        notes.append(_DEEPSPEED)
+        if parallelism.zero == Zero():
+            notes.append(_DEEPSPEED)
+    if alike > 1 and parallelism.strategy == MEGATRON:
+        precision = _under_megatron(precision)
+        notes.append(_MEGATRON if own else f"{_MEGATRON}; what is computed is transformers' code, not Megatron's")
     notes += dtype_notes(gpu, str(precision.compute))
     notes += [*stored_notes(model), *over.notes]
     notes += kernel_notes(model)
@@ -214,7 +222,7 @@ def _decide(
     kernels, idle = fused_kernels(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
-    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates)
+    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
@@ -275,7 +283,7 @@ def _decide(
         state_dtype=optimizer.state_dtype,
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
-        grads=precision.grads if own or precision.grads != precision.weights else None,
+        grads=(precision.grads if own or precision.grads != precision.weights or ranks.strategy == MEGATRON else None),
         master=None if ranks.strategy in ZERO else precision.master,
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
@@ -314,6 +322,18 @@ _DEEPSPEED = (
 )
 
 
+_MEGATRON = (
+    "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
+    "--overlap-grad-reduce"
+)
+
+
+def _under_megatron(precision: Precision) -> Precision:
+    """Main gradients and masters are in fp32. Source: Megatron-LM megatron/training/arguments.py."""
+    master = None if precision.weights == "fp32" else "fp32"
+    return precision.model_copy(update={"grads": "fp32", "master": master})
+
+
 def _under_deepspeed(precision: Precision, method: Method) -> tuple[Precision, Method]:
     """The model, adapters too, is in one dtype, with an fp32 copy of what trains.
 
@@ -323,6 +343,35 @@ def _under_deepspeed(precision: Precision, method: Method) -> tuple[Precision, M
     if method.kind in ADAPTERS:
         method = method.model_copy(update={"adapter_dtype": precision.weights})
     return precision.model_copy(update={"master": master}), method
+
+
+def _knobs(p: Parallelism, hidden: int) -> Knobs:
+    """DeepSpeed's configuration with nothing left open.
+
+    Source: transformers 5.24 integrations/deepspeed.py trainer_config_finalize; DeepSpeed runtime/zero/config.py.
+    """
+    z = p.zero
+
+    def filled(value: int | str, auto: int) -> int:
+        return value if isinstance(value, int) else auto
+
+    optimizer, weights = z.offload_optimizer, z.offload_param
+    return Knobs(
+        reduce_bucket=filled(z.reduce_bucket_size, hidden * hidden),
+        prefetch=filled(z.stage3_prefetch_bucket_size, 9 * hidden * hidden // 10),
+        persistent=filled(z.stage3_param_persistence_threshold, 10 * hidden),
+        live=z.stage3_max_live_parameters,
+        reuse=z.stage3_max_reuse_distance,
+        sub_group=z.sub_group_size,
+        overlaps=p.strategy == "zero3" if z.overlap_comm is None else z.overlap_comm,
+        contiguous=z.contiguous_gradients,
+        round_robin=z.round_robin_gradients,
+        divides_loading=z.zero3_init_flag,
+        optimizer=optimizer.device if p.offload.optimizer else "",
+        parameters=weights.device if p.offload.parameters else "",
+        pins=(optimizer.pin_memory, weights.pin_memory),
+        swaps=(optimizer.buffer_count, weights.buffer_count, weights.buffer_size, weights.max_in_cpu),
+    )
 
 
 def _unprepared(method: Method) -> Method:
@@ -337,7 +386,7 @@ def _unprepared(method: Method) -> Method:
 
 
 def _ranks(
-    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool
+    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool, hidden: int
 ) -> tuple[Recipe, Ranks]:
     """How ranks divide the run, and the recipe of what they compute.
 
@@ -350,6 +399,8 @@ def _ranks(
     if alike == 1:
         return recipe, ONE
     ranks = Ranks(parallelism.strategy, alike)
+    if parallelism.strategy in ZERO:
+        return recipe, ranks._replace(knobs=_knobs(parallelism, hidden))
     if parallelism.strategy not in FSDP:
         return recipe, ranks
     ranks = ranks._replace(delayed=trainer and accumulates)

@@ -18,7 +18,7 @@ from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.walk import size
-from memplan.graph import built, recorded
+from memplan.graph import EMPTIED, built, recorded
 from memplan.program import (
     Program,
     Structure,
@@ -86,6 +86,8 @@ def _load(structure: Structure, allocator: Allocator) -> None:
     for number, bytes_ in loading_of(structure):
         if bytes_:
             blocks[number] = allocator.alloc(bytes_)
+        elif number == EMPTIED:
+            allocator.release()
         else:
             allocator.free(blocks.pop(number))
     for held in (*(gradients_of(structure) if structure.grads else ()), *reducing_of(structure)):

@@ -275,8 +275,63 @@ class Offload(Part, frozen=True):
     activations: Flag = False
 
 
+def _whole(value: Any) -> Any:
+    """5e8, as DeepSpeed's configs have it, is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Elements = Annotated[Count, BeforeValidator(_whole)]
+Fewest = Annotated[Natural, BeforeValidator(_whole)]
+Auto = Literal["auto"]
+
+
+class OffloadedOptimizer(Part, frozen=True):
+    """DeepSpeed's `offload_optimizer`. `buffer_count` are the pinned buffers of what lies on NVMe, of a sub-group
+    each."""
+
+    device: Literal["cpu", "nvme"] = "cpu"
+    pin_memory: Flag = True
+    buffer_count: Count = 4
+
+
+class OffloadedParameters(Part, frozen=True):
+    """DeepSpeed's `offload_param`. Beside NVMe, `buffer_count` pinned buffers of `buffer_size` numbers are in host
+    memory, and the first `max_in_cpu` numbers of the weights themselves."""
+
+    device: Literal["cpu", "nvme"] = "cpu"
+    pin_memory: Flag = True
+    buffer_count: Count = 5
+    buffer_size: Elements = 100_000_000
+    max_in_cpu: Fewest = 1_000_000_000
+
+
+class Zero(Part, frozen=True):
+    """DeepSpeed's `zero_optimization`, by its own keys and with its own defaults (0.19.8 runtime/zero/config.py).
+
+    Sizes are in numbers, not bytes. `auto` is what transformers' Trainer makes of the hidden size. `overlap_comm` is
+    on at stage 3 where it is not said. `allgather_bucket_size` takes no memory: weights are gathered in place.
+    `zero3_init_flag`, as accelerate calls it: at stage 3 every weight is divided as it is loaded; without it each rank
+    loads the whole model, and divides that on its GPU. What is offloaded is said by `parallelism.offload`; how, here.
+    """
+
+    reduce_bucket_size: Elements | Auto = 500_000_000
+    allgather_bucket_size: Elements | Auto = 500_000_000
+    stage3_prefetch_bucket_size: Fewest | Auto = 50_000_000
+    stage3_param_persistence_threshold: Fewest | Auto = 100_000
+    stage3_max_live_parameters: Fewest = 1_000_000_000
+    stage3_max_reuse_distance: Fewest = 1_000_000_000
+    sub_group_size: Elements = 1_000_000_000
+    overlap_comm: Flag | None = None
+    contiguous_gradients: Flag = True
+    round_robin_gradients: Flag = False
+    zero3_init_flag: Flag = True
+    offload_optimizer: OffloadedOptimizer = OffloadedOptimizer()
+    offload_param: OffloadedParameters = OffloadedParameters()
+
+
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work."""
+    """`world` GPUs and how they divide the work. `zero`: how DeepSpeed is configured, under the strategies zero1 to
+    zero3."""
 
     world: Count = 1
     dp: Count = 1
@@ -289,6 +344,7 @@ class Parallelism(Part, frozen=True):
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     offload: Offload = Offload()
+    zero: Zero = Zero()
     stage: Natural | None = None
 
 

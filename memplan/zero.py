@@ -1,37 +1,39 @@
-"""What a rank holds under DeepSpeed's ZeRO, and when.
+"""What a rank holds under DeepSpeed's ZeRO, and when, on its GPU and in host memory.
 
 Weights that train are flattened, and each rank has an fp32 copy of its partition of them, which the optimizer works on.
-Gradients are copied into a bucket as they come, and reduced when it is full. Sizes that a DeepSpeed config sets are
-DeepSpeed's own defaults, as accelerate has them without a config file.
+Gradients are copied into a bucket as they come, and reduced when it is full. With the optimizer offloaded, that copy,
+its gradient and the states are in host memory, and a reduced gradient goes there as it comes.
+
+Left out: transformers' Trainer has two groups of parameters, with weight decay and without, each with its own padding.
 
 Source: DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py and
-partitioned_param_coordinator.py.
+partitioned_param_coordinator.py, comm/coalesced_collectives.py, swap_tensor/.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
-from memplan.catalogue.parallel import (
-    ALIGNMENT,
-    PERSISTENT,
-    PREFETCH,
-    REDUCE_BUCKET,
-    REUSE,
-    SUB_GROUP,
-    part,
-)
+from memplan.catalogue.parallel import ALIGNMENT, STAGES, part
 from memplan.catalogue.parameters import Parameter
+from memplan.catalogue.states import State
 from memplan.engine.walk import size
-from memplan.graph import Graph, Held, built, elements, loading, parameters_of, weights_of
+from memplan.fetching import whole
+from memplan.graph import EMPTIED, Graph, Held, built, elements, in_order, loading, parameters_of, weights_of
 from memplan.ranks import Ranks
+from memplan.units import ITEMSIZE, gib
+
+NORM_CHUNK = 250_000_000  # numbers whose norm is taken at once at stage 3: _constant_buffered_norm2
+NODE = 8  # GPUs of a node, where nothing says how many
 
 
 def stage(ranks: Ranks) -> int:
     """1, 2 or 3; 0 where DeepSpeed divides nothing."""
-    if ranks.world == 1 or ranks.row.gathers:
-        return 0
-    return ranks.row.states + ranks.row.gradients + ranks.row.parameters
+    return STAGES.get(ranks.strategy, 0) if ranks.world > 1 else 0
 
 
 def partition(graph: Graph, ranks: Ranks) -> int:
@@ -50,15 +52,112 @@ def _trained(graph: Graph) -> tuple[int, str]:
     return sum(n for n, _ in found), found[0][1]
 
 
+@lru_cache(maxsize=128)
+def _each(graph: Graph) -> tuple[int, ...]:
+    """How many numbers each weight that trains has, in the model's order."""
+    _, axes = built(graph)
+    of: dict[int, int] = {}
+    return tuple(of.setdefault(id(w), elements(w, axes)) for w in in_order(graph) if w.trains)
+
+
+class _Reduced(NamedTuple):
+    """What reducing takes, in numbers.
+
+    owned    at stages 1 and 2: of all weights that a rank's partition has any of, of the rank with most: their
+             gradients are kept whole
+    waiting  the gradients that wait outside of a bucket until it is reduced, and the copy that is reduced, at the
+             moment when both are most
+    """
+
+    owned: int
+    waiting: int
+
+
+@lru_cache(maxsize=256)
+def _reduced(graph: Graph, ranks: Ranks) -> _Reduced:
+    """Run the buckets on the gradients: they come last weight first."""
+    sizes, knobs, world = _each(graph), ranks.knobs, ranks.world
+    if stage(ranks) == 3:
+        flushes = _fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket)
+        return _Reduced(0, max(sum(_scattered(f, sizes, ranks)) for f in flushes))
+    laid = range(len(sizes))
+    if knobs.round_robin:
+        laid = [i for rank in range(min(world, len(sizes))) for i in range(rank, len(sizes), world)]
+    starts = dict(zip(laid, (0, *accumulate(sizes[i] for i in laid)), strict=False))
+    own = partition(graph, ranks)
+    owned: dict[int, int] = {}
+    for i, start in starts.items():
+        for rank in range(start // own, (start + sizes[i] - 1) // own + 1):
+            owned[rank] = owned.get(rank, 0) + sizes[i]
+    flushes = _fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket)
+    most = 0
+    for flush in flushes:
+        numbers = sum(sizes[i] for i in flush)
+        alone = numbers > knobs.reduce_bucket
+        waits = numbers if stage(ranks) == 2 and (alone or not knobs.contiguous) else 0
+        if not knobs.contiguous:  # all of a bucket together
+            copied = numbers if len(flush) > 1 else 0
+        else:
+            copied = _copied(((starts[i], sizes[i]) for i in flush), own, knobs.reduce_bucket)
+        most = max(most, waits + copied)
+    return _Reduced(max(owned.values()), most)
+
+
+def _fills(order: Iterable[int], sizes: tuple[int, ...], bucket: int) -> list[list[int]]:
+    """The gradients that are reduced together: a bucket that the next one does not fit into. A larger one is alone."""
+    out: list[list[int]] = []
+    filled = 0
+    for i in order:
+        if not out or filled + sizes[i] > bucket:
+            out.append([])
+            filled = 0
+        out[-1].append(i)
+        filled += sizes[i]
+    return out
+
+
+def _scattered(flush: list[int], sizes: tuple[int, ...], ranks: Ranks) -> tuple[int, int]:
+    """What waits outside of a bucket at stage 3, and the copy that is reduced: one weight that divides has none."""
+    numbers = sum(sizes[i] for i in flush)
+    waits = numbers if numbers > ranks.knobs.reduce_bucket or not ranks.knobs.contiguous else 0
+    if len(flush) == 1 and not numbers % ranks.world:
+        return waits, 0
+    return waits, sum(part(sizes[i], ranks.world) for i in flush) * ranks.world
+
+
+def _copied(weights: Iterable[tuple[int, int]], own: int, bucket: int) -> int:
+    """What a filled bucket is copied into to be reduced, at stages 1 and 2: slices of one rank after the other, as many
+    as make a bucket. One slice alone is reduced where it is."""
+    slices: list[list[int]] = []
+    for start, numbers in weights:
+        at, end = start, start + numbers
+        while at < end:
+            rank = at // own
+            until = min(end, (rank + 1) * own)
+            if slices and slices[-1][0] == rank:
+                slices[-1][1] += until - at
+            else:
+                slices.append([rank, until - at])
+            at = until
+    most = held = count = 0
+    for _, numbers in slices:
+        held, count = held + numbers, count + 1
+        most = max(most, held if count > 1 else 0)
+        if held > bucket:
+            held = count = 0
+    return most
+
+
 def parameters(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     """Weights and buffers, and the fp32 partition of weights. At stage 3 small ones stay whole beside their part."""
-    source = ranks.row.source
+    source, knobs = ranks.row.source, ranks.knobs
     if stage(ranks) < 3:
         yield from parameters_of(graph)
     else:
         yield from _parts(graph, ranks)
         yield from (held for held in parameters_of(graph) if held.kind == "buffer")
-    yield _held("parameter", "fp32 partition of the weights", "", partition(graph, ranks), "fp32", 1, source)
+    if not knobs.optimizer:
+        yield _held("parameter", "fp32 partition of the weights", "", partition(graph, ranks), "fp32", 1, source)
 
 
 def _parts(graph: Graph, ranks: Ranks) -> Iterator[Held]:
@@ -66,13 +165,13 @@ def _parts(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     for w, copies, block in weights_of(graph):
         if w.group == "buffer":
             continue
-        whole = elements(w, axes)
-        kinds = [(f"one of {ranks.world} parts", part(whole, ranks.world))]
-        if whole <= PERSISTENT:
-            kinds.append(("whole", whole))
-        for kind, numbers in kinds:
+        numbers = elements(w, axes)
+        kinds = [] if ranks.knobs.parameters else [(f"one of {ranks.world} parts", part(numbers, ranks.world))]
+        if numbers <= ranks.knobs.persistent:
+            kinds.append(("whole", numbers))
+        for kind, count in kinds:
             what = f"{w.name}, {kind}"
-            yield _held("parameter", what, block.rstrip("."), numbers, w.dtype, copies, ranks.row.source)
+            yield _held("parameter", what, block.rstrip("."), count, w.dtype, copies, ranks.row.source)
 
 
 def trained(graph: Graph, ranks: Ranks) -> list[Parameter]:
@@ -82,98 +181,243 @@ def trained(graph: Graph, ranks: Ranks) -> list[Parameter]:
 
 def in_sub_group(graph: Graph, ranks: Ranks) -> int:
     """How many numbers a step of the optimizer takes: at stage 3 a sub-group after the other."""
-    whole = partition(graph, ranks)
-    return min(whole, SUB_GROUP) if stage(ranks) == 3 else whole
+    return max(_sub_groups(graph, ranks)) if stage(ranks) == 3 else partition(graph, ranks)
 
 
 def stepping(graph: Graph, ranks: Ranks) -> Iterator[Held]:
-    """The gradients that the optimizer's step reads."""
-    numbers = in_sub_group(graph, ranks)
-    yield _held("gradient", "fp32 gradient of the partition", "", numbers, "fp32", 1, ranks.row.source)
+    """The gradients that the optimizer's step reads, where it steps on the GPU."""
+    if not ranks.knobs.optimizer:
+        numbers = in_sub_group(graph, ranks)
+        yield _held("gradient", "fp32 gradient of the partition", "", numbers, "fp32", 1, ranks.row.source)
 
 
 def converting(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     """What is there beside those while they are made: gradients as they were reduced, and flattened."""
     _, dtype = _trained(graph)
+    if ranks.knobs.optimizer:
+        return
     flat = in_sub_group(graph, ranks)
     if stage(ranks) < 3:
-        yield _held("gradient", "reduced gradients", "", partition(graph, ranks), dtype, 1, ranks.row.source)
+        owned = _reduced(graph, ranks).owned
+        yield _held("gradient", "reduced gradients", "", owned, dtype, 1, ranks.row.source)
     if dtype != "fp32":
         yield _held("temp", "reduced gradients, flattened", "", flat, dtype, 1, ranks.row.source)
 
 
 def accumulated(graph: Graph, ranks: Ranks) -> Iterator[Held]:
-    """The gradients that a later micro-batch finds: at stage 2 those of the partition, at stage 3 none but `reducing`.
-    At stage 1 they are whole."""
-    if stage(ranks) == 2:
+    """The gradients that a later micro-batch finds: at stage 2 the reduced ones, at stage 3 none but `reducing`. At
+    stage 1 they are whole. Offloaded, they wait in host memory."""
+    if stage(ranks) == 2 and not ranks.knobs.optimizer:
         _, dtype = _trained(graph)
-        yield _held("gradient", "reduced gradients", "", partition(graph, ranks), dtype, 1, ranks.row.source)
+        owned = _reduced(graph, ranks).owned
+        yield _held("gradient", "reduced gradients", "", owned, dtype, 1, ranks.row.source)
 
 
 def reducing(graph: Graph, ranks: Ranks) -> Iterator[Held]:
-    """What is there throughout: at stage 3 the gradients' partition and the bucket they are copied into."""
+    """What is there throughout: at stage 3 the gradients' partition and the bucket they are copied into; with the
+    optimizer offloaded, below it, a buffer of the largest gradient."""
+    _, dtype = _trained(graph)
+    knobs, source = ranks.knobs, ranks.row.source
     if stage(ranks) == 3:
-        _, dtype = _trained(graph)
-        yield _held("gradient", "reduced gradients", "", partition(graph, ranks), dtype, 1, ranks.row.source)
-        yield _held("other", "bucket of gradients", "", REDUCE_BUCKET, dtype, 1, ranks.row.source)
+        if not knobs.optimizer:
+            yield _held("gradient", "reduced gradients", "", partition(graph, ranks), dtype, 1, source)
+        if knobs.contiguous:
+            yield _held("other", "bucket of gradients", "", knobs.reduce_bucket, dtype, 1, source)
+    elif knobs.optimizer:
+        yield _held("other", "buffer of the largest gradient", "", max(_each(graph)), dtype, 1, source)
 
 
 def passing(graph: Graph, ranks: Ranks, phase: str) -> Iterator[Held]:
     """What is there in a phase of a pass.
 
     A bucket is copied once to be reduced. At stage 1 that is when backward is over, at the others as soon as it is
-    full, and the reduced gradients of the rank whose layers come last are there early.
-
-    At stage 3 a weight stays whole that is used again within so many numbers, and never more are whole than are live
-    at most: at the turn from forward to backward that is half of it.
+    full, and the reduced gradients of the rank whose layers come last are there early. At stage 3 weights are whole
+    that are in use, or soon will be (`memplan.fetching`).
     """
-    source = ranks.row.source
-    numbers, dtype = _trained(graph)
-    mine = partition(graph, ranks)
+    source, knobs = ranks.row.source, ranks.knobs
+    _, dtype = _trained(graph)
     if stage(ranks) == 3:
-        _, axes = built(graph)
-        sizes = [(elements(w, axes), n) for w, n, _ in weights_of(graph) if w.group != "buffer"]
-        large = [(whole, n) for whole, n in sizes if whole > PERSISTENT]
-        most = max((whole for whole, _ in large), default=0)
-        live = min(sum(whole * n for whole, n in large), max(REUSE // 2, most) + PREFETCH)
-        sent = graph.recipe.weights
-        yield _held("parameter", "gathered weights", "", live, sent, 1, source)
-        fetched = min(live, max(PREFETCH, most))
-        yield _held("temp", "weights as the all-gather writes them", "", fetched, sent, 1, source)
+        found = whole(graph, knobs)[phase]
+        yield _in_bytes("parameter", "gathered weights", found.weights, source)
+        yield _in_bytes("temp", "weights as the all-gather writes them", found.written, source)
     if phase != "backward":
         return
+    reduced = _reduced(graph, ranks)
     if stage(ranks) < 3:
-        yield _held("other", "bucket of gradients", "", REDUCE_BUCKET, dtype, 1, source)
-        yield _held("gradient", "reduced gradients", "", mine, dtype, 1, source)
-    copied = min(numbers, REDUCE_BUCKET)
-    yield _held("temp", "bucket as it is reduced", "", copied, dtype, 1, source)
+        if knobs.contiguous or knobs.optimizer:
+            count = 1 + knobs.overlaps
+            yield _held("other", "bucket of gradients", "", knobs.reduce_bucket, dtype, count, source)
+        if not knobs.optimizer:
+            yield _held("gradient", "reduced gradients", "", reduced.owned, dtype, 1, source)
+    yield _held("temp", "bucket as it is reduced", "", reduced.waiting, dtype, 1, source)
+    if knobs.optimizer:
+        yield _in_bytes("temp", "a reduced gradient on its way to the host", _leaving(graph, ranks, dtype), source)
+
+
+def _leaving(graph: Graph, ranks: Ranks, dtype: str) -> int:
+    """Bytes that take a reduced gradient to the host: its norm is taken in fp64. At stage 3 it is copied to the host
+    and back first."""
+    if stage(ranks) == 3:
+        largest = part(max(_each(graph)), ranks.world)
+        return largest * ITEMSIZE[dtype] + max(8 * min(largest, NORM_CHUNK), 4 * largest)
+    return 8 * min(max(_each(graph)), partition(graph, ranks))
 
 
 def loading_events(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
     """What loading allocates and frees, see `memplan.graph.loading`: below stage 3 the weights that train are
-    flattened; at stage 3 every weight is divided as it is loaded."""
-    number = 0
-    if stage(ranks) < 3:
-        for number, bytes_ in loading(graph):
-            yield number, bytes_
-        numbers, dtype = _trained(graph)
-        flat = size(str(numbers), dtype, {})[1]
-        yield number + 1, flat
-        yield number + 1, 0
-        number += 2
-        yield number, size(str(partition(graph, ranks)), "fp32", {})[1]
-        return
+    flattened; at stage 3 every weight is divided as it is loaded, or once the whole model is on the GPU, and then the
+    parts of those that train are laid together by way of the host."""
+    numbers = itertools.count()
+    mine = size(str(partition(graph, ranks)), "fp32", {})[1]
+    trained, dtype = _trained(graph)
+    if stage(ranks) == 3:
+        yield from _dividing(graph, ranks, numbers)
+        if not ranks.knobs.parameters:
+            yield next(numbers), size(str(partition(graph, ranks)), dtype, {})[1]
+    else:
+        last = 0
+        for last, bytes_ in loading(graph):
+            yield last, bytes_
+        numbers = itertools.count(last + 1)
+        yield EMPTIED, 0
+        flat = next(numbers)
+        yield flat, size(str(trained), dtype, {})[1]
+        yield flat, 0
+    if not ranks.knobs.optimizer:
+        yield next(numbers), mine
+
+
+def _dividing(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Iterator[tuple[int, int]]:
+    """Every weight whole, and the rank's part of it; at last, parts that train are gone to the host."""
     _, axes = built(graph)
-    for w, copies, _ in weights_of(graph):
-        whole = elements(w, axes)
-        kept = whole if w.group == "buffer" else part(whole, ranks.world) + (whole if whole <= PERSISTENT else 0)
-        for _ in range(copies):
-            yield number, size(str(whole), w.dtype, {})[1]
-            yield number + 1, size(str(kept), w.dtype, {})[1]
-            yield number, 0
-            number += 2
-    yield number, size(str(partition(graph, ranks)), "fp32", {})[1]
+    knobs = ranks.knobs
+    weights = list(in_order(graph))
+    there: dict[int, int] = {}
+    if not knobs.divides_loading:
+        for i, w in enumerate(weights):
+            there[i] = next(numbers)
+            yield there[i], size(w.shape, w.dtype, axes)[1]
+    leaving: list[int] = []
+    for i, w in enumerate(weights):
+        count = elements(w, axes)
+        if i not in there:
+            there[i] = next(numbers)
+            yield there[i], size(w.shape, w.dtype, axes)[1]
+        if w.group == "buffer":
+            continue
+        if not knobs.parameters:
+            own = next(numbers)
+            yield own, size(str(part(count, ranks.world)), w.dtype, {})[1]
+            if w.trains:
+                leaving.append(own)
+        if count <= knobs.persistent:
+            yield next(numbers), size(str(count), w.dtype, {})[1]
+        yield there[i], 0
+    for own in leaving:
+        yield own, 0
+    yield EMPTIED, 0
+
+
+def in_host_memory(graph: Graph, ranks: Ranks, states: Iterable[State], accumulates: bool) -> Iterator[Held]:
+    """What a rank has in host memory, with the optimizer's `states`, rounded as it is allocated.
+
+    torch rounds pinned memory up to a power of two. The fp32 partition is pinned below stage 3 only, states nowhere.
+    Source also: torch 2.13 ATen/core/CachingHostAllocator.h; DeepSpeed ops/adam/cpu_adam.py.
+    """
+    knobs, source = ranks.knobs, ranks.row.source
+    pinned, pinned_parameters = knobs.pins
+    numbers, (_, dtype) = partition(graph, ranks), _trained(graph)
+    count, buffers, buffer, in_memory = knobs.swaps
+    if knobs.optimizer and stage(ranks) == 3:
+        yield _on_host("reduced gradients", numbers, dtype, pinned, source)
+        if knobs.optimizer == "nvme":
+            each = in_sub_group(graph, ranks)
+            yield _on_host("buffer of a sub-group on NVMe", each, "fp32", False, source)._replace(copies=count)
+        else:
+            for group in _sub_groups(graph, ranks):
+                yield _on_host("fp32 gradient of a sub-group", group, "fp32", pinned, source)
+            yield _on_host("fp32 partition of the weights", numbers, "fp32", False, source)
+    elif knobs.optimizer:
+        yield _on_host("fp32 partition of the weights", numbers, "fp32", pinned, source)
+        yield _on_host("fp32 gradient of the partition", numbers, "fp32", pinned, source)
+        yield _on_host("partition as it goes back to the GPU", numbers, dtype, pinned, source)
+        yield _on_host("buffer of the largest gradient", max(_each(graph)), dtype, pinned, source)
+        if accumulates:
+            owned = _reduced(graph, ranks).owned
+            yield _on_host("gradients of earlier micro-batches", owned, dtype, pinned, source)
+    if knobs.optimizer and knobs.optimizer != "nvme":
+        for state in states:
+            bytes_ = ITEMSIZE[state.dtype] * numbers if state.shape else 0
+            if bytes_:
+                yield Held("optstate", state.what, "", str(numbers), state.dtype, state.count, bytes_, source)
+    if knobs.parameters:
+        _, axes = built(graph)
+        frozen = [(w, n) for w, n, _ in weights_of(graph) if not w.trains and w.group != "buffer"]
+        kept = min(numbers, in_memory) if knobs.parameters == "nvme" else numbers
+        if kept:
+            yield _on_host("weights' parts", kept, dtype, True, source)
+        if knobs.parameters == "nvme":
+            yield _on_host("buffers of parts on NVMe", buffers * buffer, dtype, True, source)
+        else:
+            for w, n in frozen:
+                own = part(elements(w, axes), ranks.world)
+                found = _on_host(f"{w.name}, one of {ranks.world} parts", own, w.dtype, pinned_parameters, source)
+                yield found._replace(copies=n)
+
+
+@lru_cache(maxsize=256)
+def _sub_groups(graph: Graph, ranks: Ranks) -> tuple[int, ...]:
+    """How many numbers each sub-group has: of so many weights' parts as reach its size."""
+    numbers, most = partition(graph, ranks), ranks.knobs.sub_group
+    if most >= numbers:
+        return (numbers,)
+    out, filled = list[int](), 0
+    for each in _each(graph):
+        filled += part(each, ranks.world)
+        if filled >= most:
+            out.append(filled)
+            filled = 0
+    return (*out, filled) if filled else tuple(out)
+
+
+def loaded_on_host(graph: Graph, ranks: Ranks) -> int:
+    """Bytes of the checkpoint that each rank has in host memory at first: all of it, unless weights are divided as they
+    are loaded."""
+    if stage(ranks) == 3 and ranks.knobs.divides_loading:
+        return 0
+    _, axes = built(graph)
+    weights = (w for w in in_order(graph) if w.group not in ("adapter", "buffer"))
+    return sum(elements(w, axes) * ITEMSIZE[graph.recipe.weights] for w in weights)
+
+
+def host_notes(graph: Graph, ranks: Ranks, held: Iterable[Held]) -> Iterator[str]:
+    """What to know of host memory: a node's ranks share it. Nothing of a run on one GPU."""
+    if not stage(ranks):
+        return
+    node = min(ranks.world, NODE)
+    rows = sorted(held, key=lambda h: -h.bytes * h.copies)
+    if rows:
+        total = sum(h.bytes * h.copies for h in rows)
+        said = "; ".join(f"{h.what} {gib(h.bytes * h.copies)}" for h in rows[:5])
+        yield f"host memory: {gib(total)} a rank, {gib(node * total)} for {node} ranks of a node: {said}"
+    checkpoint = loaded_on_host(graph, ranks)
+    if checkpoint:
+        yield (
+            f"host memory while loading: each rank has the whole checkpoint first, {gib(checkpoint)}, "
+            f"{gib(node * checkpoint)} for {node} ranks of a node, unless its files are mapped"
+        )
+
+
+def _on_host(what: str, numbers: int, dtype: str, pinned: bool, source: str) -> Held:
+    bytes_ = numbers * ITEMSIZE[dtype]
+    if pinned:
+        bytes_ = 1 << (bytes_ - 1).bit_length()
+    return Held("other", f"{what}, pinned" if pinned else what, "", str(numbers), dtype, 1, bytes_, source)
 
 
 def _held(kind: str, what: str, where: str, numbers: int, dtype: str, copies: int, source: str) -> Held:
     return Held(kind, what, where, str(numbers), dtype, copies, size(str(numbers), dtype, {})[1], source)
+
+
+def _in_bytes(kind: str, what: str, bytes_: int, source: str) -> Held:
+    return _held(kind, what, "", bytes_, "uint8", 1, source)

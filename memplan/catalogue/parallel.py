@@ -32,6 +32,8 @@ class Strategy(NamedTuple):
     source: str
 
 
+MEGATRON = "megatron_dist_opt"
+
 STRATEGIES = {
     row.name: row
     for row in (
@@ -40,9 +42,20 @@ STRATEGIES = {
         Strategy("zero1", False, False, True, True, False, "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py"),
         Strategy("zero2", False, True, True, True, False, "DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py"),
         Strategy("zero3", True, True, True, False, False, "DeepSpeed 0.19.8 runtime/zero/stage3.py"),
+        Strategy(
+            MEGATRON,
+            False,
+            False,
+            True,
+            True,
+            False,
+            "megatron-core 0.16.1 core/distributed/param_and_grad_buffer.py, core/optimizer/distrib_optimizer.py",
+        ),
         Strategy("fsdp2", True, True, True, False, True, "torch 2.13 distributed/fsdp/_fully_shard/"),
     )
 }
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # of DeepSpeed's ZeRO
 
 # A rank's part of a weight has another shape than the weight, so only an optimizer that takes every number by itself
 # has the same states of it. bitsandbytes' kernels do not take FSDP2's parts.
@@ -56,11 +69,45 @@ BUCKETS_SOURCE = "torch 2.13 nn/parallel/distributed.py, csrc/distributed/c10d/r
 # What DDP broadcasts at once when it is made: weights are flattened into buffers of so many bytes, two at a time.
 BROADCAST, BROADCASTS = 250 * MIB, 2
 
-# DeepSpeed's defaults, in numbers: what is copied into a bucket before it is reduced; what is fetched ahead of its use;
-# weights so small that they are not divided; how soon a weight is used again that stays whole (as many as are live at
-# most); how many the optimizer takes at once. Source: DeepSpeed 0.19.8 runtime/zero/config.py.
-REDUCE_BUCKET, PREFETCH, PERSISTENT, REUSE, SUB_GROUP = 500_000_000, 50_000_000, 100_000, 1_000_000_000, 1_000_000_000
 ALIGNMENT = 2  # numbers of a flat group that every rank's partition is a multiple of: nccl_start_alignment_factor
+
+
+class Knobs(NamedTuple):
+    """How DeepSpeed is configured, with its own defaults; sizes in numbers. Source: 0.19.8 runtime/zero/config.py.
+
+    reduce_bucket   gradients that are copied into a bucket before they are reduced
+    prefetch        weights that are fetched ahead of their use
+    persistent      weights so small that they are not divided
+    live            weights that may be whole for anything to be fetched ahead
+    reuse           how soon a weight is used again that stays whole
+    sub_group       numbers that the optimizer takes at once
+    overlaps        gradients are reduced while others are computed: at stages 1 and 2 into a second bucket
+    contiguous      gradients are copied into buckets; otherwise they wait where they are
+    round_robin     weights are laid one after the other by turns of the ranks
+    divides_loading at stage 3 each weight is divided as it is loaded (deepspeed.zero.Init), by all ranks
+    optimizer       where its states are if not on the GPU: cpu or nvme; `parameters` likewise
+    pins            whether host memory of the optimizer is pinned, and of the parameters
+    swaps           NVMe's buffers of the optimizer, of the parameters, numbers of one, numbers kept in host memory
+    """
+
+    reduce_bucket: int = 500_000_000
+    prefetch: int = 50_000_000
+    persistent: int = 100_000
+    live: int = 1_000_000_000
+    reuse: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    overlaps: bool = False
+    contiguous: bool = True
+    round_robin: bool = False
+    divides_loading: bool = True
+    optimizer: str = ""
+    parameters: str = ""
+    pins: tuple[bool, bool] = (True, True)
+    swaps: tuple[int, int, int, int] = (4, 5, 100_000_000, 1_000_000_000)
+
+
+PARAMETER_START = 64  # numbers that Megatron aligns every weight of its buffers to
+BUCKET_END = 128  # and, with the number of ranks, the end of a bucket
 
 ALIGNED = 16  # bytes that FSDP1 aligns every weight of a flat parameter to, under use_orig_params
 

@@ -516,6 +516,15 @@ def estimate(
         int | None, option("How many GPUs, in all, each with a part of the batch. Default 1.", of=SEVERAL)
     ] = None,
     zero: Annotated[int | None, option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=SEVERAL)] = None,
+    deepspeed: Annotated[
+        str | None,
+        option(
+            "A DeepSpeed config: its ZeRO stage, buckets, offload, precision and batch; options go over it. "
+            "Default none.",
+            of=SEVERAL,
+            metavar="FILE",
+        ),
+    ] = None,
     fsdp: Annotated[
         str | None,
         option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
@@ -640,7 +649,7 @@ def own_profile(gpu: str | None, given: Mapping[str, Any]) -> "Calibration | Non
 
 def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
     """The run that options and a spec file ask for, once for each GPU. Raises what says which field is wrong."""
-    from memplan.cli.request import idle, spec_of
+    from memplan.cli.request import configured, idle, spec_of
     from memplan.errors import SpecError, printable
     from memplan.spec import RunSpec
 
@@ -649,6 +658,10 @@ def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
         from memplan.cli.spec_file import read_spec
 
         spec = read_spec(given["spec"])
+    if "deepspeed" in given:
+        from memplan.cli.spec_file import read_deepspeed
+
+        spec = configured(spec or {}, read_deepspeed(given["deepspeed"]))
     fields = spec_of(given, spec)
     if "model" not in fields:
         raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
