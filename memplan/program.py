@@ -57,6 +57,12 @@ class Structure(NamedTuple):
     workspace: int = 0
 
 
+def world_of(structure: Structure) -> int:
+    """The ranks there are in all: those that divide weights or the batch, times those that divide the model."""
+    degrees = structure.graph.degrees
+    return structure.ranks.world * degrees.tp * degrees.pp
+
+
 class Program(NamedTuple):
     """A structure with its model's numbers put in. Bytes of moments are over `variables`; all else is constant.
 

@@ -283,7 +283,7 @@ def _decide(
         state_dtype=optimizer.state_dtype,
         momentum=optimizer.momentum,
         in_backward=optimizer.in_backward,
-        grads=(precision.grads if own or precision.grads != precision.weights or ranks.strategy == MEGATRON else None),
+        grads=precision.grads if own or precision.grads != precision.weights or ranks.strategy == MEGATRON else None,
         master=None if ranks.strategy in ZERO else precision.master,
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,

@@ -100,9 +100,9 @@ def sharded(found: Any, strategy: str, lora: bool) -> Any:
     )
 
 
-def peaks(trained: Any, tokens: int) -> dict[str, int]:
+def peaks(trained: Any, tokens: int, counted: Bytes | None = None) -> dict[str, int]:
     """Of each phase of the third step: DDP makes its buckets anew in the second."""
-    counted = Bytes()
+    counted = counted or Bytes()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], foreach=True)
     ids = torch.zeros((1, tokens), dtype=torch.int64)
     found: dict[str, int] = {}
