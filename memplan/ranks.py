@@ -28,6 +28,7 @@ class Ranks(NamedTuple):
               `frozen` of the others
     storage   the dtype that 4-bit weights are stored in
     delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
+    experts   how many of them have the same experts, where that is not all; Megatron's alone
     inside    a block is checkpointed with its gathering, which is so done again in backward
     knobs     how DeepSpeed is configured
     """
@@ -39,6 +40,7 @@ class Ranks(NamedTuple):
     storage: str = "uint8"
     delayed: bool = False
     inside: bool = False
+    experts: int = 0
     knobs: Knobs = Knobs()
 
     @property

@@ -72,6 +72,33 @@ def refuse_of_megatron(profile: str, method: Method, precision: Precision, kerne
         raise _later("loop.padded", True, "false with megatron_gpt")
 
 
+def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
+    """Raise SpecError for what ranks that divide `experts`, each so wide, cannot do, or memplan not yet. `experts` is 0
+    of models whose layers are not Megatron-core's, or that have none."""
+    for field in ("ep", "etp"):
+        if not experts and getattr(p, field) not in (1, _ONE_GPU.etp):
+            raise _later(f"parallelism.{field}", getattr(p, field), "1, but of megatron_gpt configs with experts")
+    if not experts:
+        return
+    etp = p.tp if p.etp is None else p.etp
+    if experts % p.ep:
+        raise SpecError(f"parallelism.ep: {p.ep} does not divide {experts} experts", "parallelism.ep")
+    if width % etp:
+        raise SpecError(f"parallelism.etp: {etp} does not divide {width} of an expert's width", "parallelism.etp")
+    ranks = p.dp * p.tp * p.cp
+    if ranks % (p.ep * etp):
+        raise SpecError(
+            f"parallelism.ep: ep {p.ep} x etp {etp} does not divide dp {p.dp} x tp {p.tp} x cp {p.cp} = {ranks}",
+            "parallelism.ep",
+        )
+    if p.tp > 1 and not p.sequence_parallel:
+        raise SpecError(
+            "parallelism.sequence_parallel: Megatron-core trains mixtures of experts on tensor-parallel ranks only "
+            "with it; say true",
+            "parallelism.sequence_parallel",
+        )
+
+
 def refuse_on_host(optimizer: str) -> None:
     """Raise SpecError for an optimizer whose update the host does not compute."""
     if optimizer in OPTIMIZERS and optimizer not in ON_HOST:
@@ -105,7 +132,7 @@ def _later(field: str, value: object, supported: str) -> SpecError:
 
 def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     """Several GPUs, named by what divides the work among them where something else than data does."""
-    for field in ("pp", "ep", "etp", "virtual_stages", "stage"):
+    for field in ("pp", "virtual_stages", "stage"):
         if getattr(p, field) != getattr(_ONE_GPU, field):
             only = str(getattr(_ONE_GPU, field)).lower()
             yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")

@@ -47,6 +47,7 @@ from memplan.refusals import (
     refuse_on_deepspeeds_host,
     refuse_on_host,
     refuse_parts,
+    refuse_parts_of_experts,
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
 )
@@ -174,6 +175,7 @@ def _decide(
     refuse_parts(method, precision, optimizer, kernels, sharded, own)
     if own:
         refuse_of_megatron(profile, method, precision, kernels, loop)
+    refuse_parts_of_experts(parallelism, *(megatron.experts_and_width(model) if own else (0, 0)))
     if degrees.tp > 1:
         refuse_parts_of_matrices(
             parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
@@ -197,7 +199,7 @@ def _decide(
         )
     if words["experts"] == "modules" and model.model_type in AS_MODULES:
         model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
-    elif "E" in model.axes() and words["experts"] != "stacked":
+    elif "E" in model.axes() and words["experts"] != "stacked" and not own:
         raise SpecError(
             f"profile: {profile} has experts written otherwise ({words['experts']}), which is not supported yet; "
             "transformers-5 and trl-0.24 have them as they are counted",
@@ -222,7 +224,10 @@ def _decide(
     kernels, idle = fused_kernels(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
+    degrees = degrees if megatron.has_experts(model) else degrees._replace(ep=1, etp=1)
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
+    if ranks.world > 1 and degrees.ep * degrees.etp > 1:
+        ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)

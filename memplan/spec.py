@@ -330,8 +330,10 @@ class Zero(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work. `zero`: how DeepSpeed is configured, under the strategies zero1 to
-    zero3."""
+    """`world` GPUs and how they divide the work. `etp` is `tp` where it is not said, as Megatron has it.
+
+    `zero`: how DeepSpeed is configured, under the strategies zero1 to zero3.
+    """
 
     world: Count = 1
     dp: Count = 1
@@ -339,7 +341,7 @@ class Parallelism(Part, frozen=True):
     pp: Count = 1
     cp: Count = 1
     ep: Count = 1
-    etp: Count = 1
+    etp: Count | None = None
     virtual_stages: Count = 1
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"

@@ -177,3 +177,113 @@ def test_layers_of_torch_have_no_workspace_of_transformer_engine() -> None:
         answer({"transformer_impl": "local"}, **kernels("sdpa"))
     with pytest.raises(UnsupportedModelError, match="transformer_impl"):
         answer({"transformer_impl": "inference_optimized"})
+
+
+MIXTURE: dict[str, Any] = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 1024,
+    "use_bias": False,
+    "hidden_dropout": 0.0,
+}
+E_, TOP, M = 8, 2, 1024
+
+
+def of_experts(ranks: int, **config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    parallelism = {"world": ranks, "dp": ranks, "ep": ranks, "strategy": "ddp"} if ranks > 1 else {}
+    return {**MIXTURE, **config}, {**kernels("sdpa"), "parallelism": parallelism}
+
+
+ROUTER = (
+    S * B * (TOP * 8 + E_ * 1 + TOP * 4 + E_ * 4)
+)  # indices, the map, softmaxes of those chosen and of all, in fp32
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_a_layer_with_experts_keeps_what_each_of_a_tokens_experts_is_given_and_makes(
+    dispatcher: str, ranks: int
+) -> None:
+    """Of each row the input, the product before and after the activation and times the score, and the place; however
+    many ranks there are, a rank's experts are given as many rows as all have tokens' choices on one."""
+    config, options = of_experts(ranks, moe_token_dispatcher_type=dispatcher)
+    dense = (
+        2 * S * B * 8 * H
+    )  # x, its norm, q, k, v, o, and as many after attention: the router reads that norm's output
+    rows = S * B * TOP * (2 * H + 2 * 3 * M + 8 + 2)
+    assert kept_by_a_layer(config, **options) == dense + rows + ROUTER + STATISTICS + KERNEL
+
+
+def test_ranks_that_divide_experts_hold_their_part_of_them() -> None:
+    one, four = (answer(config, **options) for config, options in (of_experts(1), of_experts(4)))
+    experts = 12 * 8 * 2 * H * M
+    held = one.categories["parameter"] - four.categories["parameter"]
+    assert held == 2 * experts * 3 // 4
+    assert one.parameters.total == four.parameters.total
+
+
+def test_the_distributed_optimizer_divides_experts_among_those_who_have_the_same() -> None:
+    config, options = of_experts(4)
+    options["parallelism"] = {"world": 8, "dp": 8, "ep": 4, "strategy": "megatron_dist_opt"}
+    found = answer(config, **options)
+    experts = 12 * 8 * 2 * H * M
+    others = found.parameters.total - experts
+    states = 12 * (others // 8 + experts // 4 // 2)
+    assert abs(found.categories["optstate"] - states) < 2**20
+
+
+def test_grouped_products_have_four_workspaces_more() -> None:
+    config, options = of_experts(1)
+    (line,) = (li for li in answer({**config, "moe_grouped_gemm": True}, **options).ledger if "Engine" in li.what)
+    assert line.bytes == 5 * 32 * 2**20
+
+
+def test_all_tokens_are_gathered_into_one_buffer_for_all_layers() -> None:
+    config, options = of_experts(4)
+    (line,) = (line for line in answer(config, **options).ledger if line.what == "gathered")
+    assert (line.count, line.bytes) == (1, 2 * 4 * S * B * H)
+    config, options = of_experts(4, moe_token_dispatcher_type="alltoall")
+    assert not any(line.what == "gathered" for line in answer(config, **options).ledger)
+
+
+def test_an_expert_that_takes_more_than_its_share_keeps_as_many_rows_more() -> None:
+    plain, double = (kept_by_a_layer({**MIXTURE, "moe_capacity_factor": f}, **kernels("sdpa")) for f in (1.0, 2.0))
+    assert double - plain == S * B * TOP * (2 * H + 2 * 3 * M + 8 + 2)
+
+
+def test_dense_layers_come_between_as_the_config_says() -> None:
+    every_other = answer({**MIXTURE, "moe_layer_freq": 2}).parameters.total
+    assert every_other == answer({**MIXTURE, "moe_layer_freq": [1, 0] * 6}).parameters.total
+    assert (
+        answer({**MIXTURE, "moe_layer_freq": [0] * 12}).parameters.total == answer({"use_bias": False}).parameters.total
+    )
+
+
+def test_the_shared_expert_is_every_tokens() -> None:
+    more = (
+        answer({**MIXTURE, "shared_expert_intermediate_size": 512}).parameters.active
+        - answer(MIXTURE).parameters.active
+    )
+    assert more == 12 * 2 * 512 * H
+
+
+OF_EXPERTS_REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError], str]] = [
+    (MIXTURE, {"world": 3, "dp": 3, "ep": 3, "strategy": "ddp"}, SpecError, "parallelism.ep: 3 does not divide 8"),
+    (MIXTURE, {"world": 2, "dp": 2, "ep": 4, "strategy": "ddp"}, SpecError, "ep 4 x etp 1 does not divide dp 2 x tp 1"),
+    (MIXTURE, {"world": 2, "tp": 2}, SpecError, "parallelism.sequence_parallel: Megatron-core trains mixtures"),
+    ({}, {"world": 2, "dp": 2, "ep": 2, "strategy": "ddp"}, SpecError, "parallelism.ep: 2 is not supported yet"),
+    ({**MIXTURE, "num_experts_per_tok": 9}, {}, ConfigError, "num_experts_per_tok 9 is more than the 8 experts"),
+    ({**MIXTURE, "moe_token_dispatcher_type": "flex"}, {}, UnsupportedModelError, "moe_token_dispatcher_type"),
+    ({**MIXTURE, "moe_router_dtype": "fp64"}, {}, UnsupportedModelError, "moe_router_dtype"),
+    ({**MIXTURE, "moe_layer_freq": [1]}, {}, ConfigError, "moe_layer_freq must be a list of at least 12 layers"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "error", "said"), OF_EXPERTS_REFUSED, ids=[s for *_, s in OF_EXPERTS_REFUSED]
+)
+def test_mixtures_that_are_not_run_are_refused_by_name(
+    config: dict[str, Any], ranks: dict[str, Any], error: type[MemplanError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        answer(config, parallelism=ranks)

@@ -48,7 +48,13 @@ def divide(stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequen
         for run in stack.runs
     )
     heads = tuple(op.name.rpartition(".")[2] for op in stack.after if matrix(op))
-    return Stack((*before, buffer), runs, _tokens_divided(stack.after, (*columns, *heads), rows), stack.loss)
+    larger = any(op.name == buffer.name for op in before)  # of a mixture of experts, who share it
+    return Stack(
+        before if larger else (*before, buffer),
+        runs,
+        _tokens_divided(stack.after, (*columns, *heads), rows),
+        stack.loss,
+    )
 
 
 def _one(op: Op) -> Iterator[Op]:

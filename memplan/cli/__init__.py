@@ -540,7 +540,9 @@ def estimate(
     ] = None,
     pp: Annotated[int | None, option("Pipeline stages (refused as yet). Default 1.", of=SEVERAL)] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
-    ep: Annotated[int | None, option("Expert-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
+    ep: Annotated[
+        int | None, option("GPUs that divide the experts of megatron_gpt configs. Default 1.", of=SEVERAL)
+    ] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
     ] = None,
