@@ -132,10 +132,7 @@ def _later(field: str, value: object, supported: str) -> SpecError:
 
 def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     """Several GPUs, named by what divides the work among them where something else than data does."""
-    for field in ("pp", "virtual_stages", "stage"):
-        if getattr(p, field) != getattr(_ONE_GPU, field):
-            only = str(getattr(_ONE_GPU, field)).lower()
-            yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
+    yield from _pipeline(p)
     wrong = check_product(p)
     if wrong is not None:
         yield wrong
@@ -185,6 +182,35 @@ def _zero(p: Parallelism) -> Iterator[SpecError]:
     if p.zero.round_robin_gradients and p.strategy == "zero3":
         field = "parallelism.zero.round_robin_gradients"
         yield SpecError(f"{field}: is for zero1 and zero2, not zero3", field)
+
+
+def _pipeline(p: Parallelism) -> Iterator[SpecError]:
+    """What is said of a pipeline that is none, or has not so many stages."""
+    for field in ("virtual_stages", "schedule", "first_stage_layers", "last_stage_layers", "ends_as_layers"):
+        if p.pp == 1 and getattr(p, field) != getattr(_ONE_GPU, field):
+            value = getattr(p, field)
+            yield SpecError(f"parallelism.{field}: {value} is of a pipeline, and pp is 1", f"parallelism.{field}")
+    if p.stage is not None and p.stage >= p.pp:
+        stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
+        yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
+    if p.pp > 1 and p.strategy in ("fsdp", "fsdp2", "zero2", "zero3"):
+        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1, megatron_dist_opt with pp {p.pp}")
+    if p.pp > 1 and p.offload.optimizer:
+        yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
+
+
+def refuse_staged(p: Parallelism, method: Method, loop: Loop, objective: str, images: bool) -> None:
+    """Raise SpecError for what a pipeline's stages cannot do, or memplan not yet."""
+    if objective != "causal_lm":
+        raise _later("parallelism.pp", p.pp, f"1 for {objective}")
+    if images:
+        raise _later("batch.images", "images", f"none with pp {p.pp}")
+    if method.kind == "freeze" or method.frozen:
+        raise SpecError(
+            f"method.kind: {method.kind} with frozen parts is not supported yet with pp {p.pp}", "method.kind"
+        )
+    if loop.hold_outputs:
+        raise _later("loop.hold_outputs", loop.hold_outputs, f"false with pp {p.pp}")
 
 
 # What FSDP and DeepSpeed divide rightly.

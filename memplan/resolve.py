@@ -32,7 +32,7 @@ from memplan.graph import (
 )
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, pipeline_notes
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
@@ -50,8 +50,10 @@ from memplan.refusals import (
     refuse_parts_of_experts,
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
+    refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
+from memplan.stages import piped
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
@@ -100,6 +102,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         run.parallelism,
         bool(run.batch.images),
         dict(pictures).get("seen", 0) % 8 != 0,
+        run.batch.accumulation if run.parallelism.pp > 1 else 1,
     )
     context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
@@ -155,6 +158,7 @@ def _decide(
     parallelism: Parallelism,
     images: bool,
     uneven: bool,
+    microbatches: int,
 ) -> Decided:
     asked = kernels.fused is not None
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
@@ -187,6 +191,8 @@ def _decide(
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
+    if parallelism.pp > 1:
+        refuse_staged(parallelism, method, loop, model.objective, images)
     if degrees.cp > 1:
         refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"])
     check_time_steps(model, method)
@@ -273,13 +279,15 @@ def _decide(
         converts=words["converts"]
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
         code=words["code"],
-        lingers=words["lingers"],
+        lingers=words["lingers"] and parallelism.pp == 1,
         degrees=degrees,
     )
     if degrees.cp > 1:
         wiring = graph.wiring
         masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
         context_parallel.check(model.model_type, wiring.backend, masked, degrees)
+    graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
+    notes += pipeline_notes(graph.degrees, pipe, parallelism)
     structure = Structure(
         graph,
         accumulates=accumulates and not optimizer.in_backward,
@@ -296,6 +304,7 @@ def _decide(
         holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
+        pipe=pipe,
         buffers=own,
         workspace=megatron.workspace(model, capability) if own else 0,
     )

@@ -308,7 +308,7 @@ def test_a_run_of_megatrons_ci_is_met_within_what_the_allocator_leaves_unsplit(m
 @pytest.mark.parametrize("m", MISSED, ids=identity)
 def test_a_run_with_a_cause_is_missed_and_by_no_more_than_it_says(m: Measured) -> None:
     assert abs(m.off) > SLACK
-    assert abs(m.error) <= WITHIN[m.id] <= 0.05
+    assert abs(m.error) <= WITHIN[m.id] < 0.08
 
 
 def test_large_peaks_of_megatrons_ci_are_met_within_a_thousandth_on_average() -> None:
@@ -318,7 +318,7 @@ def test_large_peaks_of_megatrons_ci_are_met_within_a_thousandth_on_average() ->
 
 def test_weights_gradients_and_states_are_what_stayed_after_a_step() -> None:
     """Gradients have buffers of their own, which stay; so does what all tokens are gathered into."""
-    for m in PUBLISHED:
+    for m in (m for m in PUBLISHED if not m.cause):
         buffers = sum(line.bytes for line in m.answer.ledger if line.what == "gathered")
         left = m.kept + m.answer.categories["gradient"] + buffers - (m.after or 0)
         assert abs(left) <= 2 * SLACK, m.id

@@ -114,12 +114,12 @@ def _sent_to_all(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
         _permuted(f"{name}.permute", "tokens.all", "rows", source),
         ops.leave("tokens.all"),
         *_experts(m, "rows", "made"),
-        _unpermuted(f"{name}.unpermute", "made", "summed", f"{_ALL} h", source),
+        _unpermuted(f"{name}.unpermute", "made", "experts.summed", f"{_ALL} h", source),
         ops.leave("made", "order"),
-        ops.view(f"{name}.combine", "summed", y, "b s h")
+        ops.view(f"{name}.combine", "experts.summed", y, "b s h")
         if alone
-        else Op(f"{name}.reduce_scatter", ("summed",), (Tensor(y, "b s h"),), source=source),
-        ops.leave("summed"),
+        else Op(f"{name}.reduce_scatter", ("experts.summed",), (Tensor(y, "b s h"),), source=source),
+        ops.leave("experts.summed"),
     )
 
 

@@ -538,7 +538,36 @@ def estimate(
             of=SEVERAL,
         ),
     ] = None,
-    pp: Annotated[int | None, option("Pipeline stages (refused as yet). Default 1.", of=SEVERAL)] = None,
+    pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
+    virtual_stages: Annotated[
+        int | None, option("Chunks of layers on each stage, which 1F1B interleaves. Default 1.", of=SEVERAL)
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        option(
+            "How a pipeline runs its microbatches, which are --grad-accum: 1f1b, gpipe, or device_map (transformers', "
+            "one GPU after another). Default as the profile has it.",
+            of=SEVERAL,
+            complete=_choices("1f1b", "gpipe", "device_map"),
+        ),
+    ] = None,
+    first_stage_layers: Annotated[
+        int | None, option("Layers on the first stage. Default as the profile divides them.", of=SEVERAL)
+    ] = None,
+    last_stage_layers: Annotated[
+        int | None, option("Layers on the last stage. Default as the profile divides them.", of=SEVERAL)
+    ] = None,
+    ends_as_layers: Annotated[
+        bool | None,
+        option(
+            "Embeddings count as a layer where stages divide them, and the head as one. Default as the profile has it.",
+            "--ends-as-layers/--no-ends-as-layers",
+            of=SEVERAL,
+        ),
+    ] = None,
+    stage: Annotated[
+        int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)
+    ] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     ep: Annotated[
         int | None, option("GPUs that divide the experts of megatron_gpt configs. Default 1.", of=SEVERAL)
@@ -584,6 +613,9 @@ def estimate(
     json: Annotated[bool, option("Short for --format json.", "--json", of=OUTPUT)] = False,
     output: Annotated[str | None, option("Write to this file. Default standard output.", of=OUTPUT)] = None,
     explain: Annotated[bool, option("Every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)] = False,
+    ranks: Annotated[
+        bool, option("Every rank that differs: the stages of a pipeline. Default off.", "--ranks", of=OUTPUT)
+    ] = False,
     strict: Annotated[
         bool,
         option("Exit 1 if tight, and 4 if something unsupported was left out. Default off.", "--strict", of=OUTPUT),
@@ -611,7 +643,7 @@ def left_out(name: str, value: object) -> bool:
     return value in (None, [], ()) or (value is False and name in _SWITCHES)
 
 
-_SWITCHES = ("online", "json", "explain", "strict")
+_SWITCHES = ("online", "json", "explain", "strict", "ranks")
 
 
 def _estimate(given: Mapping[str, Any]) -> int:
@@ -629,7 +661,7 @@ def _estimate(given: Mapping[str, Any]) -> int:
         from memplan.report.text import Screen
 
         to = Screen()
-    show(render(format, answers, "explain" in given, to), format, given.get("output"))
+    show(render(format, answers, "explain" in given, to, "ranks" in given), format, given.get("output"))
     return exit_code(answers, "strict" in given)
 
 
