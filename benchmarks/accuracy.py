@@ -301,6 +301,13 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
     )
     yield ""
     yield from runs(golden.ranks())
+    yield MEGATRON.format(count=len(golden.megatron()))
+    yield from groups(golden.megatron(), "model, GPUs by tensors and stages", _of_megatron)
+    yield ""
+    yield from runs([m for m in golden.megatron() if m.large])
+    causes = list(dict.fromkeys(m.cause for m in golden.megatron() if m.cause))
+    yield ""
+    yield from (f"Below 4 GiB {sum(m.cause == c for m in golden.megatron())} are missed: {c}." for c in causes)
     yield REPLAYED
     yield from traces()
     yield FIT
@@ -316,6 +323,13 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
     yield LEFT_OUT
     yield from left_out()
     yield KNOWN
+
+
+def _of_megatron(m: Measured) -> str:
+    """A run's model and how ranks divide it."""
+    p = m.answer.asked.parallelism
+    kind = "mixture" if m.answer.parameters.active < m.answer.parameters.total else "dense"
+    return f"{kind}, tp {p.tp}, pp {p.pp}"
 
 
 def summary() -> Iterable[str]:
@@ -378,6 +392,15 @@ was published (ml-engineering, Llama 3.1 8B on 8 H200 and 8 B200, `tests/golden/
 `reserved` is within 0.3 % at 192K and 256K tokens, and 6 and 11 % too low at 8K and 32K, where segments of the streams
 that gather and reduce weigh more. Of two of ZeRO-2 in whole GiB it answers 94.1 for 99 with transformers' loss, and for
 80 with Liger 69.5, with fused kernels.
+"""
+
+MEGATRON = """
+## Megatron-LM's own CI
+
+What the last rank took at most in {count} of its functional tests (golden values of 2025 and 2026), as its layers are
+read in megatron-core 0.12 and TransformerEngine 2.3; `tests/golden/megatron.jsonl` has each. They set
+`CUBLAS_WORKSPACE_CONFIG=:4096:8`, which gives an A100 47.75 MiB of workspaces more than it has else; these are taken
+off.
 """
 
 REPLAYED = """

@@ -1,8 +1,10 @@
 """The golden runs: what others measured on their cards, beside what memplan answers for the same run.
 
 Each line of `tests/golden/published.jsonl` is a run: where it was published, the libraries, the card, the metric, its
-bytes, and the run as a RunSpec; `ranks.jsonl` has those on several GPUs, `oom.jsonl` and `ranks_oom.jsonl` runs that
-died for want of memory, `not_expressed.jsonl` the published measurements that no RunSpec says yet, with the reason.
+bytes, and the run as a RunSpec; `ranks.jsonl` has those on several GPUs, `megatron.jsonl` those of Megatron-LM's own
+CI, with what they had `beside` what a RunSpec says (`CUBLAS_WORKSPACE_CONFIG=:4096:8` on an A100), `oom.jsonl` and
+`ranks_oom.jsonl` runs that died for want of memory, `not_expressed.jsonl` the published measurements that no RunSpec
+says yet, with the reason.
 `other_tools.jsonl` in this folder has what other estimators answer for the same runs.
 """
 
@@ -113,13 +115,13 @@ def _measured(row: dict[str, Any], answer: Estimate) -> Measured:
         row["family"],
         run["method"] if isinstance(run["method"], str) else run["method"]["kind"],
         row["measured"],
-        row["allocated"],
+        row["allocated"] - row.get("beside", 0),
         row.get("process"),
         answer,
         row.get("cause", ""),
         row.get("reserved"),
         row.get("phases", {}),
-        row.get("after"),
+        row["after"] - row.get("beside", 0) if "after" in row else None,
         SLACK + row.get("digits", 0) // 2,
     )
 
@@ -142,6 +144,12 @@ def published() -> tuple[list[Measured], list[Refused]]:
 def ranks() -> list[Measured]:
     """Every published run on several GPUs, what one of them took."""
     return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("ranks.jsonl")]
+
+
+@cache
+def megatron() -> list[Measured]:
+    """What the last of several ranks took in the runs of Megatron-LM's own CI."""
+    return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("megatron.jsonl")]
 
 
 class Replayed(NamedTuple):

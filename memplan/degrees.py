@@ -50,7 +50,8 @@ WHOLE = Degrees()
 def degrees_of(p: Parallelism, style: str) -> Degrees:
     """The degrees of a rank of such a world, whose profile has tensor parallelism of that style."""
     style = style if p.tp > 1 else WHOLE.style
-    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel, cp=p.cp, style=style)
+    etp = p.tp if p.etp is None else p.etp
+    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel, cp=p.cp, ep=p.ep, etp=etp, style=style)
 
 
 def check_product(p: Parallelism) -> SpecError | None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypedDict
 
-from memplan.catalogue import build, context_parallel, losses, pipeline, tensor_parallel
+from memplan.catalogue import build, context_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
@@ -84,6 +84,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
     if degrees.tp > 1:
         model = tensor_parallel.part_of(model, degrees)
+    if degrees.ep * degrees.etp > 1 or (degrees.tp > 1 and megatron.has_experts(model)):
+        model = megatron.part_of_experts(model, degrees)
     axes = {**model.axes(), "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.by_name:

@@ -66,6 +66,11 @@ def wiring_of(
             "that chooses, flash_attention_2, eager",
             "kernels.attention",
         )
+    if model.model_type == megatron.KIND and attention != "eager" and not megatron.uses_engine(model):
+        raise SpecError(
+            f"kernels.attention: transformer_impl local has unfused attention alone, eager, not {attention}",
+            "kernels.attention",
+        )
     if model.model_type == megatron.KIND and attention == "sdpa":
         own = megatron.chosen(half, capability)
         return Wiring(own, own)

@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from math import lcm
+from typing import NamedTuple
 
 from memplan.catalogue.parallel import BUCKET_END, MEGATRON, PARAMETER_START, part
 from memplan.catalogue.parameters import Parameter
@@ -30,14 +31,38 @@ def divides(ranks: Ranks) -> bool:
     return ranks.strategy == MEGATRON and ranks.world > 1
 
 
+class Buffer(NamedTuple):
+    """`numbers` that a buffer has, with the padding, for `ranks` that have the same weights."""
+
+    what: str
+    numbers: int
+    weights: int
+    ranks: int
+
+
 @lru_cache(maxsize=256)
-def buffer(graph: Graph, ranks: Ranks) -> int:
-    """How many numbers the buffer of weights has, and that of gradients, with the padding."""
+def buffers(graph: Graph, ranks: Ranks) -> tuple[Buffer, ...]:
+    """The buffers of weights, and those of gradients alike: experts have one of their own, where fewer ranks have the
+    same."""
     _, axes = built(graph)
-    end = 0
-    for numbers in reversed([elements(w, axes) for w in in_order(graph) if w.trains]):
-        end = _padded(end, PARAMETER_START) + numbers
-    return _padded(end, lcm(ranks.world, BUCKET_END))
+    trained = [w for w in in_order(graph) if w.trains]
+    groups = [("", trained, ranks.world)]
+    if ranks.experts:
+        others, experts = [w for w in trained if not w.chosen], [w for w in trained if w.chosen]
+        groups = [("", others, ranks.world), (" of experts", experts, ranks.experts)]
+    found: list[Buffer] = []
+    for what, weights, alike in groups:
+        end = 0
+        for numbers in reversed([elements(w, axes) for w in weights]):
+            end = _padded(end, PARAMETER_START) + numbers
+        own = sum(elements(w, axes) for w in weights)
+        found.append(Buffer(what, _padded(end, lcm(alike, BUCKET_END)), own, alike))
+    return tuple(found)
+
+
+def buffer(graph: Graph, ranks: Ranks) -> int:
+    """How many numbers the buffers of weights have together, and those of gradients."""
+    return sum(b.numbers for b in buffers(graph, ranks))
 
 
 def _padded(numbers: int, step: int) -> int:
@@ -51,21 +76,22 @@ def _dtype(graph: Graph) -> str:
 def parameters(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     """Weights and buffers, and what the buffer of weights has beside them."""
     yield from parameters_of(graph)
-    _, axes = built(graph)
-    weights = sum(elements(w, axes) for w in in_order(graph) if w.trains)
-    padding = buffer(graph, ranks) - weights
-    if padding:
-        yield _held("parameter", "padding of the buffer of weights", padding, _dtype(graph), ranks)
+    for b in buffers(graph, ranks):
+        if b.numbers > b.weights:
+            what = f"padding of the buffer of weights{b.what}"
+            yield _held("parameter", what, b.numbers - b.weights, _dtype(graph), ranks)
 
 
 def gradients(graph: Graph, ranks: Ranks, dtype: str) -> Iterator[Held]:
     """The main gradients, which stay from step to step."""
-    yield _held("gradient", "main gradients", buffer(graph, ranks), dtype, ranks)
+    for b in buffers(graph, ranks):
+        yield _held("gradient", f"main gradients{b.what}", b.numbers, dtype, ranks)
 
 
 def trained(graph: Graph, ranks: Ranks) -> list[Parameter]:
-    """What the optimizer is given: the rank's part of the buffer."""
-    return [Parameter("part", (buffer(graph, ranks) // ranks.world,), _dtype(graph))]
+    """What the optimizer is given: the rank's part of each buffer."""
+    found = buffers(graph, ranks)
+    return [Parameter(f"part{b.what}", (b.numbers // b.ranks,), _dtype(graph)) for b in found]
 
 
 def loading_events(graph: Graph, ranks: Ranks, dtype: str) -> Iterator[tuple[int, int]]:

@@ -27,6 +27,7 @@ class Ranks(NamedTuple):
               `frozen` of the others
     storage   the dtype that 4-bit weights are stored in
     delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
+    experts   how many of them have the same experts, where that is not all; Megatron's alone
     inside    a block is checkpointed with its gathering, which is so done again in backward
     keeps     weights stay whole from forward to backward
     ahead, asks  whether the next unit is asked for in forward, and when in backward: `pre`, `post` or `none`
@@ -43,6 +44,7 @@ class Ranks(NamedTuple):
     storage: str = "uint8"
     delayed: bool = False
     inside: bool = False
+    experts: int = 0
     keeps: bool = False
     ahead: bool = False
     asks: str = "pre"

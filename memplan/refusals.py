@@ -72,6 +72,33 @@ def refuse_of_megatron(profile: str, method: Method, precision: Precision, kerne
         raise _later("loop.padded", True, "false with megatron_gpt")
 
 
+def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
+    """Raise SpecError for what ranks that divide `experts`, each so wide, cannot do, or memplan not yet. `experts` is 0
+    of models whose layers are not Megatron-core's, or that have none."""
+    for field in ("ep", "etp"):
+        if not experts and getattr(p, field) not in (1, _ONE_GPU.etp):
+            raise _later(f"parallelism.{field}", getattr(p, field), "1, but of megatron_gpt configs with experts")
+    if not experts:
+        return
+    etp = p.tp if p.etp is None else p.etp
+    if experts % p.ep:
+        raise SpecError(f"parallelism.ep: {p.ep} does not divide {experts} experts", "parallelism.ep")
+    if width % etp:
+        raise SpecError(f"parallelism.etp: {etp} does not divide {width} of an expert's width", "parallelism.etp")
+    ranks = p.dp * p.tp * p.cp
+    if ranks % (p.ep * etp):
+        raise SpecError(
+            f"parallelism.ep: ep {p.ep} x etp {etp} does not divide dp {p.dp} x tp {p.tp} x cp {p.cp} = {ranks}",
+            "parallelism.ep",
+        )
+    if p.tp > 1 and not p.sequence_parallel:
+        raise SpecError(
+            "parallelism.sequence_parallel: Megatron-core trains mixtures of experts on tensor-parallel ranks only "
+            "with it; say true",
+            "parallelism.sequence_parallel",
+        )
+
+
 def refuse_on_host(optimizer: str) -> None:
     """Raise SpecError for an optimizer whose update the host does not compute."""
     if optimizer in OPTIMIZERS and optimizer not in ON_HOST:
@@ -105,10 +132,6 @@ def _later(field: str, value: object, supported: str) -> SpecError:
 
 def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     """Several GPUs, named by what divides the work among them where something else than data does."""
-    for field in ("ep", "etp"):
-        if getattr(p, field) != getattr(_ONE_GPU, field):
-            only = str(getattr(_ONE_GPU, field)).lower()
-            yield _later(f"parallelism.{field}", getattr(p, field), f"{only}, and data parallel by parallelism.dp")
     yield from _pipeline(p)
     wrong = check_product(p)
     if wrong is not None:
@@ -288,8 +311,10 @@ def refuse_parts_of_matrices(
     kernels: Kernels,
     profile: str,
     style: str,
+    own: bool,
 ) -> None:
-    """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's."""
+    """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's;
+    `own`: the model is of the library's own layers."""
     if style == "":
         raise SpecError(
             f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
@@ -299,8 +324,10 @@ def refuse_parts_of_matrices(
     if style == "megatron":
         if method.kind != "full":
             raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
-        if p.dp > 1:
-            raise _later("parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}")
+        if p.dp > 1 and not own:
+            raise _later(
+                "parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}, but of megatron_gpt configs"
+            )
         if precision.autocast:
             raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
     elif p.sequence_parallel:
@@ -308,7 +335,7 @@ def refuse_parts_of_matrices(
             f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
             "parallelism.sequence_parallel",
         )
-    if p.dp > 1 and p.strategy != "fsdp2":
+    if p.dp > 1 and p.strategy != "fsdp2" and not own:
         raise SpecError(
             f"parallelism.strategy: {p.strategy} does not divide what tensor parallelism has divided; fsdp2 does",
             "parallelism.strategy",

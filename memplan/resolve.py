@@ -48,6 +48,7 @@ from memplan.refusals import (
     refuse_on_deepspeeds_host,
     refuse_on_host,
     refuse_parts,
+    refuse_parts_of_experts,
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
     refuse_staged,
@@ -181,8 +182,11 @@ def _decide(
     refuse_parts(method, precision, optimizer, kernels, _storages(sharded, under_deepspeed, precision), own)
     if own:
         refuse_of_megatron(profile, method, precision, kernels, loop)
+    refuse_parts_of_experts(parallelism, *(megatron.experts_and_width(model) if own else (0, 0)))
     if degrees.tp > 1:
-        refuse_parts_of_matrices(parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"])
+        refuse_parts_of_matrices(
+            parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
+        )
         tensor_parallel.check(model, degrees)
     if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
@@ -204,7 +208,7 @@ def _decide(
         )
     if words["experts"] == "modules" and model.model_type in AS_MODULES:
         model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
-    elif "E" in model.axes() and words["experts"] != "stacked":
+    elif "E" in model.axes() and words["experts"] != "stacked" and not own:
         raise SpecError(
             f"profile: {profile} has experts written otherwise ({words['experts']}), which is not supported yet; "
             "transformers-5 and trl-0.24 have them as they are counted",
@@ -229,7 +233,10 @@ def _decide(
     kernels, idle = fused_kernels(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
+    degrees = degrees if megatron.has_experts(model) else degrees._replace(ep=1, etp=1)
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
+    if ranks.world > 1 and degrees.ep * degrees.etp > 1:
+        ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
@@ -302,7 +309,7 @@ def _decide(
         ranks=ranks,
         pipe=pipe,
         buffers=own,
-        workspace=megatron.workspace(capability) if own else 0,
+        workspace=megatron.workspace(model, capability) if own else 0,
     )
     notes += [*expert_notes(graph, capability), *norm_notes(graph)]
     _check_trained(graph, ranks)

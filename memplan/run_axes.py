@@ -197,6 +197,16 @@ def _experts(run: _Run) -> Iterator[tuple[str, Any]]:
             yield name, -(-run.b * run.s * run.fixed["e"] // run.fixed[several])
 
 
+def _dispatched(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Tokens that ranks with a part of the experts each gather, and that go to a rank's experts."""
+    own = run.b * run.axes.get("s_tp", run.s)
+    if "tokens_gathered" in run.needs:
+        yield "tokens_gathered", own * run.fixed["eg"]
+    if "tokens_routed" in run.needs:
+        rows = own * run.fixed["et"] * run.fixed["e"]
+        yield "tokens_routed", -(-rows * run.fixed.get("capacity", 1000) // 1000)
+
+
 def _chosen_keys(run: _Run) -> Iterator[tuple[str, Any]]:
     """Of attention to keys that an indexer chooses: how many, and the batch where it is more than one sequence."""
     if "chosen_keys" in run.needs:
@@ -269,6 +279,7 @@ _FURTHER: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("t", "sorted_targets", "efficient_workspace_"), _second_sequence),
     (tuple(_SCANNED), _scans),
     (("routed", "spread"), _experts),
+    (("tokens_",), _dispatched),
     (("chosen_keys", "several"), _chosen_keys),
     (("wc", "uc", "kc", "wh", "uh", "kh", "tk"), _compressed_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),

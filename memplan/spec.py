@@ -330,7 +330,7 @@ class Zero(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work.
+    """`world` GPUs and how they divide the work. `etp` is `tp` where it is not said, as Megatron has it.
 
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
@@ -349,7 +349,7 @@ class Parallelism(Part, frozen=True):
     pp: Count = 1
     cp: Count = 1
     ep: Count = 1
-    etp: Count = 1
+    etp: Count | None = None
     virtual_stages: Count = 1
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"

@@ -725,7 +725,7 @@ def test_the_manual_has_every_option_as_help_has_it() -> None:
 
 def test_help_says_which_options_are_refused() -> None:
     for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
-        several = parameter.name in ("ep", "offload")
+        several = parameter.name in ("offload",)
         panel = getattr(parameter, "rich_help_panel", None) or ""
         assert ("refused" in f"{panel} {parameter.help}") == several, parameter.name
 

@@ -45,7 +45,8 @@ def test_runs_that_died_say_where_they_come_from_and_how_much_the_card_had() -> 
 
 
 def test_no_measurement_is_counted_twice() -> None:
-    ids = [row["id"] for name in ("published.jsonl", "oom.jsonl", "ranks_reserved.jsonl") for row in rows(name)]
+    files = ("published.jsonl", "megatron.jsonl", "oom.jsonl", "ranks_reserved.jsonl")
+    ids = [row["id"] for name in files for row in rows(name)]
     ids += [id for group in golden.not_expressed() for id in group["ids"]]
     assert [id for id, times in Counter(ids).items() if times > 1] == []
 

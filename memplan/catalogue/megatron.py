@@ -9,13 +9,27 @@ from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, flash
 from memplan.catalogue.gpt import position_table
 from memplan.catalogue.llama import lm_head
-from memplan.families.megatron import attention_drops, has_mean, is_gated, positions_of
+from memplan.catalogue.megatron_experts import buffer, mixture
+from memplan.degrees import Degrees
+from memplan.families.megatron import (
+    EXPERT_RANKS,
+    EXPERT_TENSOR_RANKS,
+    TENSOR_RANKS,
+    attention_drops,
+    experts_of,
+    groups_products,
+    has_mean,
+    is_gated,
+    positions_of,
+    uses_engine,
+)
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 from memplan.units import MIB
 
 KIND = "megatron_gpt"
+_STREAMS = 4  # of grouped products, each with a workspace of its own
 CORE, ENGINE = "megatron-core 0.12", "TransformerEngine 2.3"
 _DPA = f"{ENGINE} pytorch/attention/dot_product_attention"
 _Q, _K, _PAIRS = "b s a d", "b s k d", "b a s s"
@@ -32,11 +46,18 @@ def chosen(half: bool, capability: tuple[int, int] | None) -> str:
     return "cudnn" if capability is not None and capability >= (9, 0) else "flash_2"
 
 
-def workspace(capability: tuple[int, int] | None) -> int:
-    """Bytes of Transformer Engine's own workspace for cuBLAS, beside torch's.
+def workspace(m: ModelSpec, capability: tuple[int, int] | None) -> int:
+    """Bytes of Transformer Engine's own workspace for cuBLAS, beside torch's, where layers are its.
 
     Source: TransformerEngine 2.3 pytorch/module/base.py get_cublas_workspace_size_bytes.
     """
+    if not uses_engine(m):
+        return 0
+    streams = 1 + (_STREAMS if experts_of(m) and groups_products(m) else 0)
+    return streams * _workspace(capability)
+
+
+def _workspace(capability: tuple[int, int] | None) -> int:
     return 32 * MIB if capability is not None and capability >= (9, 0) else 4 * MIB
 
 
@@ -46,6 +67,21 @@ def megatron_gpt(m: ModelSpec, wiring: Wiring) -> Stack:
         tuple(Run(tuple(_block(m, wiring, layer) for layer in run.pattern), run.times) for run in m.runs),
         _after(m),
     )
+
+
+def has_experts(m: ModelSpec) -> bool:
+    return m.model_type == KIND and experts_of(m) > 0
+
+
+def experts_and_width(m: ModelSpec) -> tuple[int, int]:
+    """How many experts a model has, and how wide each is; zeros of a dense one."""
+    return (experts_of(m), m.axes()["m"]) if experts_of(m) else (0, 0)
+
+
+def part_of_experts(m: ModelSpec, degrees: Degrees) -> ModelSpec:
+    """The model that one of the ranks that divide experts has."""
+    parts = {EXPERT_RANKS: degrees.ep, EXPERT_TENSOR_RANKS: degrees.etp, TENSOR_RANKS: degrees.tp}
+    return ModelSpec({**m.config, **parts}, m.name, m.card, m.checkpoint)
 
 
 def _before(m: ModelSpec) -> tuple[Op, ...]:
@@ -82,6 +118,7 @@ def _before(m: ModelSpec) -> tuple[Op, ...]:
         *((ops.dropout("embedding.dropout", laid, "embeds", "b s h"),) if drops else ()),
         ops.leave("tokens", *(("places",) if learned else ())),
         *((_angles(),) if positions_of(m) == "rope" else ()),
+        *buffer(m),
     )
 
 
@@ -97,19 +134,19 @@ def _after(m: ModelSpec) -> tuple[Op, ...]:
     return (_norm(m, "decoder.final_layernorm", "x", "n"), ops.leave("x", "embeds"), head._replace(name="output_layer"))
 
 
-def _norm(m: ModelSpec, name: str, x: str, y: str) -> Op:
+def _norm(m: ModelSpec, name: str, x: str, y: str, shape: str = "b s h", axis: str = "h") -> Op:
     """One kernel, which keeps its input, and of each row one number in fp32, of LayerNorm two.
 
     Source: TransformerEngine 2.3 pytorch/module/layernorm_linear.py.
     """
     if has_mean(m):
-        return ops.layer_norm(name, x, y, "b s h", "h")
-    rstd, w = Tensor(f"{y}.rstd", "b s", "fp32"), Weight(f"{name}.weight", "h", "norm")
+        return ops.layer_norm(name, x, y, shape, axis)
+    rstd, w = Tensor(f"{y}.rstd", shape.rpartition(" ")[0], "fp32"), Weight(f"{name}.weight", axis, "norm")
     kept = (x, rstd.name, w.name)
     return Op(
         name,
         (x,),
-        (Tensor(y, "b s h", f"={x}"), rstd),
+        (Tensor(y, shape, f"={x}"), rstd),
         (w,),
         (*(Keep(what, x) for what in kept), *(Keep(what, w.name) for what in kept[:2])),
         source=f"{ENGINE} pytorch/module/layernorm_linear.py",
@@ -117,7 +154,7 @@ def _norm(m: ModelSpec, name: str, x: str, y: str) -> Op:
 
 
 def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
-    del layer
+    sparse = layer.ffn == "experts"
     return Block(
         "decoder.layers",
         (
@@ -125,9 +162,9 @@ def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
             *_attention(m, wiring),
             *_joined(m, "self_attn_bda", "self_attention.linear_proj.bias", "ao", "x", "x1"),
             ops.leave("ao"),
-            _norm(m, "mlp.linear_fc1.layer_norm", "x1", "n2"),
-            *_mlp(m, "n2", "mo"),
-            *_joined(m, "mlp_bda", "mlp.linear_fc2.bias", "mo", "x1", "y"),
+            _norm(m, "pre_mlp_layernorm" if sparse else "mlp.linear_fc1.layer_norm", "x1", "n2"),
+            *(mixture(m, "n2", "mo") if sparse else _mlp(m, "n2", "mo")),
+            *_joined(m, "mlp_bda", "" if sparse else "mlp.linear_fc2.bias", "mo", "x1", "y"),
             ops.leave("mo", "x1"),
         ),
     )
@@ -139,7 +176,8 @@ def _joined(m: ModelSpec, name: str, bias: str, x: str, residual: str, y: str) -
     Source: megatron-core 0.12 fusions/fused_bias_dropout.py.
     """
     source = f"{CORE} fusions/fused_bias_dropout.py"
-    w = (Weight(bias, "h", "mlp" if bias.startswith("mlp") else "attention"),) if m.get("use_bias", True) else ()
+    group = "mlp" if bias.startswith("mlp") else "attention"
+    w = (Weight(bias, "h", group),) if bias and m.get("use_bias", True) else ()
     if m.probability("hidden_dropout") == 0:
         added = ops.add(name, residual, x, y, "b s h")._replace(weights=w, source=source)
         return (added,)
@@ -205,25 +243,27 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     """
     name = "self_attention"
     grouped, rope = m.num_key_value_heads != m.num_attention_heads, positions_of(m) == "rope"
-    apart = grouped or rope
+    normed = m.get("qk_layernorm", False)
+    apart = grouped or rope or normed
     heads = (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))
-    turned = "q1" if grouped else "q0"
+    steps: list[Op] = []
+    q, k = "q0", "k0"
+    if grouped:
+        steps.append(ops.copy(f"{name}.query", q, "q1", _Q))
+        q = "q1"
+    if normed:
+        steps += (_norm(m, f"{name}.q_layernorm", q, "q2", _Q, "d"), _norm(m, f"{name}.k_layernorm", k, "k2", _K, "d"))
+        q, k = "q2", "k2"
+    if rope:
+        steps += (_turned(f"{name}.rope_q", q, "q", _Q), _turned(f"{name}.rope_k", k, "k", _K))
+    else:
+        lies = normed or not apart
+        steps += (ops.view(f"{name}.q", q, "q", _Q), (ops.view if lies else ops.copy)(f"{name}.k", k, "k", _K))
     return (
         ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=m.get("use_bias", True)),
         ops.split(f"{name}.split", "qkv", heads),
-        *((ops.copy(f"{name}.query", "q0", "q1", _Q),) if grouped else ()),
-        *(
-            (
-                _turned(f"{name}.rope_q", turned, "q", _Q),
-                *((ops.leave("q1"),) if grouped else ()),
-                _turned(f"{name}.rope_k", "k0", "k", _K),
-            )
-            if rope
-            else (
-                ops.view(f"{name}.q", turned, "q", _Q),
-                (ops.copy if apart else ops.view)(f"{name}.k", "k0", "k", _K),
-            )
-        ),
+        *steps,
+        *((ops.leave("q1"),) if grouped else ()),
         (ops.copy if apart else ops.view)(f"{name}.v", "v0", "v", _K),
         *_core(m, wiring, grouped, apart),
         ops.linear(f"{name}.linear_proj", "o", "ao", "h", "a d", "attention"),

@@ -48,7 +48,13 @@ def divide(stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequen
         for run in stack.runs
     )
     heads = tuple(op.name.rpartition(".")[2] for op in stack.after if matrix(op))
-    return Stack((*before, buffer), runs, _tokens_divided(stack.after, (*columns, *heads), rows), stack.loss)
+    larger = any(op.name == buffer.name for op in before)  # of a mixture of experts, who share it
+    return Stack(
+        before if larger else (*before, buffer),
+        runs,
+        _tokens_divided(stack.after, (*columns, *heads), rows),
+        stack.loss,
+    )
 
 
 def _one(op: Op) -> Iterator[Op]:
@@ -108,7 +114,7 @@ def _tokens_divided(operations: tuple[Op, ...], columns: tuple[str, ...], rows: 
             out.append(op._replace(writes=(y._replace(name=summand),)))
             out.append(_divided(f"{op.name}.reduce_scatter", summand, y.name, "summed"))
         elif not inside.isdisjoint(op.reads):
-            inside.update(t.name for t in op.writes if op.name != "return")
+            inside.update(t.name for t in op.writes if op.name != "return" and "s_tp" not in t.shape)
             out.append(op)
         elif any(w.group == "embedding" and w.rows for w in op.weights):
             out.append(_looked_up(op))

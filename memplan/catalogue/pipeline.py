@@ -280,10 +280,15 @@ def _without_embeddings(stack: Stack, received: Tensor) -> tuple[Op, ...]:
 
     inside = [op for run in stack.runs for block in run.blocks for op in block.ops]
     wanted = {renamed(r) for op in (*inside, *stack.after, *stack.loss) if not _leaves(op) for r in op.reads}
+    read = {r for op in operations(stack) for r in op.reads}
     kept: list[Op] = []
     for op in reversed(stack.before):
         made = {t.name for t in op.writes}
-        if made & embedded or wanted.isdisjoint(made):
+        buffer = op.holds == "step" and read.isdisjoint(made)  # that layers write into, throughout
+        if made & embedded or (wanted.isdisjoint(made) and not buffer):
+            continue
+        if buffer:
+            kept.insert(0, given(op))
             continue
         writes = tuple(t for t in op.writes if t.name in wanted) if op.holds == "step" else op.writes
         kept.insert(0, given(op._replace(writes=writes)))

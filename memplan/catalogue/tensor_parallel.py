@@ -38,12 +38,12 @@ class Plan(NamedTuple):
     @property
     def heads(self) -> bool:
         """Whether a rank computes the attention of some heads only."""
-        return not {"q_proj", "query_key_value", "c_attn", "qkv_proj"}.isdisjoint(self.columns)
+        return not {"q_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv"}.isdisjoint(self.columns)
 
     @property
     def width(self) -> bool:
         """Whether a rank computes a part of the FFN's width only."""
-        return not {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h"}.isdisjoint(self.rows)
+        return not {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2"}.isdisjoint(self.rows)
 
 
 _QKV, _GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -77,6 +77,7 @@ MEGATRON: dict[str, Plan] = {
     **{name: plan for name, plan in PLANS.items() if not plan.gathered},
     **dict.fromkeys(("glm", "glm4"), Plan((*_QKV, "gate_up_proj"), ("o_proj", "down_proj"))),
     "gpt2": Plan(("c_attn", "c_fc"), ("c_proj",)),
+    "megatron_gpt": Plan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")),
     "phi3": Plan(("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
 }
 STYLES = {"transformers": PLANS, "megatron": MEGATRON}

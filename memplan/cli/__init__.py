@@ -573,7 +573,9 @@ def estimate(
         int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)
     ] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
-    ep: Annotated[int | None, option("Expert-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
+    ep: Annotated[
+        int | None, option("GPUs that divide the experts of megatron_gpt configs. Default 1.", of=SEVERAL)
+    ] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
     ] = None,

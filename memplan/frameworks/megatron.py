@@ -125,7 +125,7 @@ MEGATRON = Written(
         ),
         Said("context-parallel-size", of_run(lambda run: run.parallelism.cp)),
         Said("expert-model-parallel-size", of_run(lambda run: _several(run.parallelism.ep))),
-        Said("expert-tensor-parallel-size", of_run(lambda run: _several(run.parallelism.etp))),
+        Said("expert-tensor-parallel-size", of_run(lambda run: run.parallelism.etp)),
         Said(
             "use-distributed-optimizer", of_run(lambda run: run.parallelism.strategy in ("zero1", "megatron_dist_opt"))
         ),
