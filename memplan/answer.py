@@ -122,6 +122,23 @@ class Phase(NamedTuple):
     where: str
 
 
+class Rank(NamedTuple):
+    """The ranks of one stage of a pipeline: how many of the model's layers and parameters they have, of how many
+    microbatches they keep what backward needs at most, and what of an answer is theirs."""
+
+    stage: int
+    layers: int
+    parameters: int
+    in_flight: int
+    bytes: Bytes
+    peak: Peak
+    verdict: Verdict
+
+    def as_dict(self) -> dict[str, Any]:
+        own = {"bytes": self.bytes.as_dict(), "peak": self.peak._asdict(), "verdict": self.verdict.as_dict()}
+        return {**self._asdict(), **own}
+
+
 class Line(NamedTuple):
     """One kind of tensor alive at the peak: `count` of them, `bytes` in all.
 
@@ -154,6 +171,10 @@ class Details(Protocol):
 
     def moments(self) -> Iterable[Phase]:
         """What is allocated at every moment memory is about to fall, in order, in the step that peaks."""
+        ...
+
+    def ranks(self) -> Iterable[Rank]:
+        """The ranks that differ, by stage; nothing where all are alike."""
         ...
 
 
@@ -257,6 +278,12 @@ class Estimate:
         return tuple(self.details.moments())
 
     @cached_property
+    def ranks(self) -> tuple[Rank, ...]:
+        """The ranks that differ, by stage of a pipeline; empty where all are alike. The answer is that of the one that
+        holds most, or of the stage that was asked for."""
+        return tuple(self.details.ranks())
+
+    @cached_property
     def categories(self) -> dict[str, int]:
         """Bytes at the peak by kind (torch's MemTracker words). Sums to `bytes.allocated`."""
         out: dict[str, int] = dict.fromkeys(KINDS, 0)
@@ -283,6 +310,7 @@ class Estimate:
             "categories": dict(self.categories),
             "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
             "host_bytes": self.host_bytes,
+            "ranks": [rank.as_dict() for rank in self.ranks],
             "unsupported": list(self.unsupported),
             "notes": list(self.notes),
         }

@@ -16,6 +16,7 @@ class Degrees(NamedTuple):
     ep, etp            ranks that divide the experts, and each expert's matrices
     pp, stage          stages of a pipeline, and this rank's, the first being 0
     virtual_stages     chunks of layers that a stage has
+    layers             how many of the model's each stage has, in order; of several chunks each is a stage here
     style              whose tensor parallelism it is: transformers, megatron
     """
 
@@ -27,7 +28,20 @@ class Degrees(NamedTuple):
     pp: int = 1
     stage: int = 0
     virtual_stages: int = 1
+    layers: tuple[int, ...] = ()
     style: str = "transformers"
+
+    @property
+    def of_all_layers(self) -> Degrees:
+        """The same of a model whose layers no stages divide."""
+        return self._replace(pp=1, stage=0, virtual_stages=1, layers=())
+
+    @property
+    def chunks(self) -> tuple[Degrees, ...]:
+        """The degrees of each of a rank's chunks of layers, as if it were a stage by itself."""
+        pp = self.pp * self.virtual_stages
+        stages = range(self.stage, pp, self.pp)
+        return tuple(self._replace(pp=pp, stage=stage, virtual_stages=1) for stage in stages)
 
 
 WHOLE = Degrees()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
-from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase
+from memplan.answer import Bytes, Card, Estimate, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.batches import check_batch
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
@@ -19,6 +19,7 @@ from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
+from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, one_process, parameters_of
 from memplan.usage import Around, Replay, Usage, around, resident
 
 if TYPE_CHECKING:
@@ -35,14 +36,11 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError (all MemplanError) where the run cannot be
     answered. A run that does not fit is an answer, not an error.
     """
-    decided = decide(run, model)
-    walked = walk(run, decided)
+    decided, walked = worst(run, decide(run, model))
     p = walked.program
     note = check_batch(decided.batch, p.structure.graph.model)
-    top = walked.phases[walked.peak]
-    replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
+    top = walked.top
     calibration = calibration_of(decided.gpu, calibration)
-    beside = around_of(decided.gpu, run.parallelism.world, calibration)
     notes = [
         *decided.notes,
         *host_notes(decided.structure),
@@ -51,17 +49,34 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     ]
     return Estimate(
         run,
-        {**decided.parts, "objective": p.structure.graph.model.objective},
+        {**decided.parts, **_staged(run, decided), "objective": p.structure.graph.model.objective},
         Parameters(p.total_parameters, p.trainable_parameters, p.active_parameters),
-        Usage(replay, resident(p), walked.phases[0].peak, top.peak, decided.gpu, beside),
+        _usage(run, decided, walked, calibration),
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
         host_bytes(p, walked.axes),
         tuple(notes),
-        Engine(walked, decided),
+        Engine(run, walked, decided, calibration),
         calibration,
     )
+
+
+def _usage(run: RunSpec, decided: Decided, walked: Walked, calibration: Calibration | None) -> Usage:
+    """What a rank takes of its card."""
+    replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
+    world = 1 if one_process(decided.structure) else run.parallelism.world
+    beside = around_of(decided.gpu, world, calibration)
+    return Usage(replay, resident(walked.program), walked.phases[0].peak, walked.top.peak, decided.gpu, beside)
+
+
+def _staged(run: RunSpec, decided: Decided) -> dict[str, object]:
+    """What of a run's parallelism was decided: the schedule of a pipeline, and the stage that the answer is of."""
+    structure = decided.structure
+    if not structure.pipe.engine:
+        return {}
+    found = {"stage": structure.graph.degrees.stage, "schedule": structure.pipe.schedule}
+    return {"parallelism": run.parallelism.model_copy(update=found)}
 
 
 class Numbers(NamedTuple):
@@ -82,12 +97,19 @@ class Walked(NamedTuple):
     moments: list[tuple[bool, int]]  # per phase: whether in a later micro-batch, and the moment's index (-1: none)
     peak: int
 
+    @property
+    def top(self) -> Phase:
+        """The phase of the peak."""
+        return self.phases[self.peak]
+
 
 class Engine(NamedTuple):
     """Where an answer's ledger and timeline come from: a walk of the run's program."""
 
+    run: RunSpec
     walked: Walked
     decided: Decided
+    calibration: Calibration | None
 
     def lines(self) -> Iterable[Line]:
         from memplan.ledger import lines
@@ -98,6 +120,23 @@ class Engine(NamedTuple):
         from memplan.ledger import timeline
 
         return timeline(self.walked)
+
+    def ranks(self) -> Iterable[Rank]:
+        if self.decided.structure.graph.degrees.pp == 1:
+            return
+        for structure in every_stage(self.decided.structure):
+            decided = self.decided._replace(structure=structure)
+            walked = walk(self.run, decided)
+            usage = _usage(self.run, decided, walked, self.calibration)
+            yield Rank(
+                structure.graph.degrees.stage,
+                layers_of(structure),
+                parameters_of(structure),
+                in_flight(structure),
+                Bytes(usage),
+                Peak(walked.top.phase, walked.top.where),
+                Verdict(usage, decided.gpu.usable if decided.gpu else None),
+            )
 
 
 def walk(run: RunSpec, decided: Decided) -> Walked:
@@ -110,7 +149,8 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     found = [(False, *_best(p, False, phase, numbers)) for phase in PHASES]
     if p.structure.accumulates:
         later = [(True, *_best(p, True, phase, numbers)) for phase in PHASES]
-        found = [max(a, (b[0], b[1] + p.accumulated, b[2]), key=_bytes) for a, b in zip(found, later, strict=True)]
+        more = [(later_, size + p.accumulated, index) for later_, size, index in later]
+        found = [max(a, b, key=_bytes) if b[2] >= 0 else a for a, b in zip(found, more, strict=True)]
     moving = [size for _, size, _ in found]
     held = sum(map(mul, p.held, numbers.values))
     phases = [Phase("load", None, p.loading, "")]
@@ -119,12 +159,20 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
         if phase == "step":
             phases.append(Phase(phase, step, bytes_, step_where(p, step)))
             moments.append((False, -1))
-        else:
+        elif found[PHASES.index(phase)][2] >= 0:
             micro, _, index = found[PHASES.index(phase)]
             phases.append(Phase(phase, step, bytes_, p.where[micro][index]))
             moments.append((micro, index))
     peak = max(range(len(phases)), key=lambda i: (phases[i].peak, i))
     return Walked(p, axes, numbers, workspace, phases, moments, peak)
+
+
+def worst(run: RunSpec, decided: Decided) -> tuple[Decided, Walked]:
+    """The run on the rank that holds most, or on the stage of a pipeline that was asked for, and its walk."""
+    if decided.structure.graph.degrees.pp == 1 or run.parallelism.stage is not None:
+        return decided, walk(run, decided)
+    each = (decided._replace(structure=one) for one in may_be_worst(decided.structure))
+    return max(((one, walk(run, one)) for one in each), key=lambda found: found[1].top.peak)
 
 
 def workspace_of(decided: Decided) -> int:
@@ -145,7 +193,9 @@ def around_of(gpu: GPU | None, world: int, calibration: Calibration | None) -> A
 
 
 def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, int]:
-    return largest((p.later if later else p.first)[phase], *numbers)
+    """The most bytes of a phase, and the moment's index: -1 where the rank has no such phase."""
+    terms = (p.later if later else p.first)[phase]
+    return largest(terms, *numbers) if terms else (0, -1)
 
 
 def _bytes(found: tuple[bool, int, int]) -> int:

@@ -8,16 +8,17 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypedDict
 
-from memplan.catalogue import build, context_parallel, losses, tensor_parallel
+from memplan.catalogue import build, context_parallel, losses, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record
-from memplan.engine.step import Lowered, lower, read_dtype
+from memplan.engine.step import Lowered, lower, made_by, read_dtype, stream_of
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
+from memplan.errors import SpecError
 from memplan.ir import Division, Op, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
 from memplan.units import ITEMSIZE
@@ -31,7 +32,8 @@ class Graph(NamedTuple):
     of tokens has one chunk only; `fused` the kernels that stand in for several; `converts`: what the model returns is
     cast to fp32; `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings'
     output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
-    `degrees` the part of it that one rank computes.
+    `degrees` the part of it that one rank computes; `keeps_sent`: what a stage hands on stays until its backward,
+    `moves_sent`: it is copied to another GPU of the process.
     """
 
     model: ModelSpec
@@ -54,6 +56,8 @@ class Graph(NamedTuple):
     leaf: bool = False
     to_host: bool = False
     degrees: Degrees = WHOLE
+    keeps_sent: bool = False
+    moves_sent: bool = False
 
 
 class Held(NamedTuple):
@@ -75,6 +79,8 @@ _ANY_RANK = 0  # of a graph whose structure is asked for: adapters of every rank
 @lru_cache(maxsize=128)
 def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
+    if graph.degrees.pp > 1:
+        return _stage(graph)
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
     if degrees.tp > 1:
         model = tensor_parallel.part_of(model, degrees)
@@ -102,7 +108,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     stack = losses.attach(
         stack,
         graph.loss,
-        graph.hold_outputs,
+        graph.hold_outputs or graph.keeps_sent,
         autocast,
         graph.adds_in_place,
         graph.logits,
@@ -112,6 +118,63 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         graph.short,
     )
     return stack, axes
+
+
+def _unstaged(graph: Graph) -> Graph:
+    """The graph with all layers, which a pipeline's stages divide."""
+    return graph._replace(degrees=graph.degrees.of_all_layers)
+
+
+def _stage(graph: Graph) -> tuple[Stack, dict[str, int]]:
+    """The stack of one rank of a pipeline."""
+    stack, axes = built(_unstaged(graph))
+    layers, stages = graph.degrees.layers, tuple(chunk.stage for chunk in graph.degrees.chunks)
+    if pipeline.unstageable(stack) or sum(layers) != pipeline.depth_of(stack, axes):
+        field = "parallelism.pp"
+        raise SpecError(f"{field}: stages of {graph.model.model_type} models are not supported yet", field)
+
+    return pipeline.staged(stack, axes, layers, stages, *handed_on(graph), graph.keeps_sent, graph.moves_sent)
+
+
+@lru_cache(maxsize=512)
+def handed_on(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
+    """What a pipeline's stage is given, and what it hands on."""
+    stack, axes = built(_unstaged(graph))
+    layers, stages = graph.degrees.layers, [chunk.stage for chunk in graph.degrees.chunks]
+
+    def stream(until: int) -> Tensor:
+        upto, numbers = pipeline.until(stack, axes, until)
+        return stream_of(upto, _ways(graph)["autocast"], {run.times: numbers[run.times] for run in upto.runs})
+
+    received = stream(sum(layers[: stages[0]])) if stages[0] else None
+    sent = stream(sum(layers[: stages[-1] + 1])) if stages[-1] < len(layers) - 1 else None
+    return received, sent
+
+
+@lru_cache(maxsize=512)
+def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
+    """The buffers that all passes of a pipeline's rank share."""
+    stack, _ = built(_unstaged(graph))
+    autocast = _ways(graph)["autocast"]
+    return tuple(t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
+
+
+@lru_cache(maxsize=512)
+def first_alike(graph: Graph) -> Graph:
+    """The graph of the pipeline's first stage that is as this one's, so that equal stages are lowered once."""
+    degrees = graph.degrees
+    layers = degrees.layers
+    if degrees.pp == 1 or degrees.virtual_stages > 1 or degrees.stage in (0, degrees.pp - 1):
+        return graph
+    whole, axes = built(_unstaged(graph))
+    kinds = [id(block) for run in whole.runs for _ in range(axes[run.times]) for block in run.blocks]
+
+    def of(stage: int) -> list[int]:
+        start = sum(layers[:stage])
+        return kinds[start - 1 : start + layers[stage]]  # with the layer before, which decides what is received
+
+    alike = next(stage for stage in range(1, degrees.stage + 1) if of(stage) == of(degrees.stage))
+    return graph._replace(degrees=degrees._replace(stage=alike))
 
 
 def lowered(
@@ -126,7 +189,9 @@ def lowered(
     or each is used up as it comes, by an update that takes `updates` bytes beside it. `labelled` counts every tensor by
     its name, for explanations. `follows`: another pass has been before, and the loop may still have names for it.
     `division`: the weights are divided among ranks."""
-    return _lowered(graph._replace(rank=_ANY_RANK), grads_exist, labelled, updates, graph.lingers and follows, division)
+    return _lowered(
+        first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, labelled, updates, graph.lingers and follows, division
+    )
 
 
 @lru_cache(maxsize=128)
@@ -158,7 +223,7 @@ def recorded(
     division: Division | None = None,
 ) -> Recorded:
     """The graph's allocations and frees in order. The arguments are those of `lowered`."""
-    return _recorded(graph._replace(rank=_ANY_RANK), grads_exist, updates, division)
+    return _recorded(first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, updates, division)
 
 
 @lru_cache(maxsize=64)

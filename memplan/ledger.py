@@ -8,19 +8,29 @@ from typing import TYPE_CHECKING
 
 from memplan.answer import Line, Phase
 from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.pipeline import ENGINES, Moment
 from memplan.catalogue.states import State
+from memplan.engine.lower import Moment as LoweredMoment
+from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, moment_bytes, shared, size, values
 from memplan.graph import Held, built
 from memplan.ir import Stack, operations
 from memplan.program import (
     PHASES,
+    Flown,
+    Structure,
+    accumulated_bytes,
     accumulated_of,
+    beside_of,
+    chunks_of,
     converting_of,
+    flying,
     gradients_of,
     pass_of,
     passing_of,
     reducing_of,
     resident_of,
+    returned,
 )
 
 if TYPE_CHECKING:
@@ -33,54 +43,142 @@ _UPDATE = "update of "  # what the engine calls the scratch of an update in back
 def lines(walked: Walked, decided: Decided) -> list[Line]:
     """Every tensor alive at the peak, largest first."""
     structure = decided.structure
-    stack, axes = built(structure.graph)
-    axes = {**axes, **walked.axes}
-    optimizer = walked.program.optimizer
+    axes = {**built(structure.graph)[1], **walked.axes}
     out = [*_resident(walked, decided, axes)]
     later, index = walked.moments[walked.peak]
     holds = walked.phases[walked.peak].phase == "step" and bool(walked.program.held)
-    if index >= 0 or holds:
+    if structure.pipe.engine:
+        if index >= 0:
+            flown = walked.program.flown[later][index]
+            out += _flown(walked, flown)
+            out += _between(structure, flown.beside, axes)
+            out += _returned(structure, axes) if flown.moment < 0 else ()
+        elif holds:
+            out += _between(structure, None, axes)
+    elif index >= 0 or holds:
         low = pass_of(structure, structure.accumulates if holds else later, labelled=True)
-        keepers = _keepers(stack)
-        counts = alive(low.held if holds else low.moments[index], low.runs, axes)
-        for key, count in sorted(counts.items()):
-            if count:
-                shape, dtype, kind, block, op, name, source = low.sizes[key]
-                where = f"{block}.{op}" if block else op
-                variable, bytes_ = size(shape, dtype, axes)
-                assert not variable.axes
-                out.append(
-                    Line(
-                        name,
-                        kind,
-                        where,
-                        _letters(shape),
-                        _dims(shape, axes),
-                        dtype,
-                        count,
-                        bytes_ * count,
-                        _why(kind, name, op, keepers),
-                        *((optimizer.source, optimizer.basis) if name.startswith(_UPDATE) else _sourced(source)),
-                    )
-                )
+        out += _alive(structure, low, low.held if holds else low.moments[index], walked)
     return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+
+
+def _flown(walked: Walked, flown: Flown) -> Iterator[Line]:
+    """What is alive at a moment of a pipeline's rank: the pass's own tensors, and what those in flight keep."""
+    beside = flown.beside
+    total = sum(beside.others) + 1
+    for i, structure in enumerate(chunks_of(walked.program.structure)):
+        low = pass_of(structure, i == beside.chunk and beside.graded[i], labelled=True)
+        if i == beside.chunk:
+            yield from _alive(structure, low, low.moments[flown.moment] if flown.moment >= 0 else low.kept, walked)
+        if beside.others[i]:
+            passes = f"{beside.others[i]} of {total} microbatches in flight"
+            if len(beside.others) > 1:
+                passes = f"{beside.others[i]} of {total} passes in flight, through chunk {i}"
+            for line in _alive(structure, low, low.kept, walked):
+                count, bytes_ = line.count * beside.others[i], line.bytes * beside.others[i]
+                yield line._replace(count=count, bytes=bytes_, why=f"{passes}: {line.why}")
+
+
+def _returned(structure: Structure, axes: Mapping[str, int]) -> Iterator[Line]:
+    """The logits on the first GPU, which a model's outputs are moved to."""
+    logits = returned(structure)
+    if logits is not None:
+        bytes_ = size(logits.shape, logits.dtype, axes)[1]
+        shape, dims, source = _letters(logits.shape), _dims(logits.shape, axes), ENGINES[structure.pipe.engine].source
+        why = "what the model returns is moved to where its inputs are"
+        yield Line("logits", "activation", "return", shape, dims, logits.dtype, 1, bytes_, why, source)
+
+
+_BETWEEN = {
+    "received": ("hidden states received, or their gradient sent", "receive"),
+    "sent": ("hidden states sent, or their gradient received", "send"),
+    "logits": ("logits of the microbatch before", "loss"),
+    "buffer": ("", ""),
+}
+
+
+def _between(structure: Structure, moment: Moment | None, axes: Mapping[str, int]) -> Iterator[Line]:
+    """What a pipeline's rank has of hidden states beside those of passes."""
+    engine = ENGINES[structure.pipe.engine]
+    for tensor, which, count in beside_of(structure, moment):
+        bytes_ = size(tensor.shape, tensor.dtype, axes)[1] * count
+        why = "a buffer for every microbatch" if engine.buffers else "the loop's names have no other yet"
+        what, where = _BETWEEN[which]
+        if which == "buffer":
+            what, why = tensor.name, "one buffer for all microbatches"
+        shape, dims = _letters(tensor.shape), _dims(tensor.shape, axes)
+        yield Line(what, "activation", where, shape, dims, tensor.dtype, count, bytes_, why, engine.source)
+
+
+def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Walked) -> Iterator[Line]:
+    """The tensors alive at a moment of a pass."""
+    stack, own = built(structure.graph)
+    axes = {**own, **walked.axes}
+    optimizer = walked.program.optimizer
+    keepers = _keepers(stack)
+    counts = alive(moment, low.runs, axes)
+    for key, count in sorted(counts.items()):
+        if count:
+            shape, dtype, kind, block, op, name, source = low.sizes[key]
+            where = f"{block}.{op}" if block else op
+            variable, bytes_ = size(shape, dtype, axes)
+            assert not variable.axes
+            yield Line(
+                name,
+                kind,
+                where,
+                _letters(shape),
+                _dims(shape, axes),
+                dtype,
+                count,
+                bytes_ * count,
+                _why(kind, name, op, keepers),
+                *((optimizer.source, optimizer.basis) if name.startswith(_UPDATE) else _sourced(source)),
+            )
 
 
 def timeline(walked: Walked) -> Iterator[Phase]:
     """What is allocated whenever memory is about to fall, in order, in the later steps (or the only kind of step)."""
     p = walked.program
-    later = any(m for m, _ in walked.moments)
-    low = pass_of(p.structure, later)
-    _, axes = built(p.structure.graph)
-    sizes = [size(key[0], key[1], axes) for key in low.sizes]
-    numbers = dict(zip(p.variables, walked.numbers.values, strict=True))
     base = p.parameters + p.buffered + p.reducing + p.scaler + p.states + 2 * walked.workspace
-    base += p.accumulated if later else 0
-    for moment in low.moments:
-        combination = moment_bytes(alive(moment, low.runs, axes), sizes)
-        live = sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
-        yield Phase(moment.phase, None, base + p.passing[moment.phase] + live, moment.where)
+    if p.structure.pipe.engine:
+        passes = [*_round(walked)]
+    else:
+        later = any(m for m, _ in walked.moments)
+        passes = [(p.structure, pass_of(p.structure, later), PHASES, p.accumulated if later else 0)]
+    for structure, low, phases, beside in passes:
+        for moment in low.moments:
+            if moment.phase in phases:
+                live = beside + _live(structure, low, moment, walked)
+                yield Phase(moment.phase, None, base + p.passing[moment.phase] + live, moment.where)
     yield walked.phases[-1]
+
+
+def _live(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Walked) -> int:
+    """Bytes alive at a moment of a pass."""
+    _, axes = built(structure.graph)
+    combination = moment_bytes(alive(moment, low.runs, axes), [size(key[0], key[1], axes) for key in low.sizes])
+    numbers = dict(zip(walked.program.variables, walked.numbers.values, strict=True))
+    return sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
+
+
+def _round(walked: Walked) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], int]]:
+    """The passes through each chunk that have most in flight, forward and then backward."""
+    structure = walked.program.structure
+    chunks, moments = chunks_of(structure), flying(structure)
+    axes = {**built(structure.graph)[1], **walked.axes}
+    for backward in (False, True):
+        for i, chunk in enumerate(chunks):
+            most = max(
+                (m for m in moments if m.backward == backward and m.chunk == i),
+                key=lambda m: (sum(m.graded), sum(m.others)),
+            )
+            low = pass_of(chunk, most.graded[i])
+            beside = sum(size(t.shape, t.dtype, axes)[1] * n for t, _, n in beside_of(structure, most))
+            for j, other in enumerate(chunks):
+                kept = pass_of(other)
+                beside += most.others[j] * _live(other, kept, kept.kept, walked)
+                beside += accumulated_bytes(other) if most.graded[j] else 0
+            yield chunk, low, ("backward",) if backward else ("forward", "loss"), beside
 
 
 def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iterator[Line]:
@@ -141,7 +239,7 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
     for held in reducing_of(structure):
         yield _held(held, axes, "where gradients are summed over ranks")
     if p.buffered or ((phase.phase == "step" or later) and p.gradients):
-        for held in accumulated_of(structure) if later else gradients_of(structure):
+        for held in _gradients(walked):
             yield _held(held, axes, "needed by the optimizer")
     if phase.phase == "step":
         scratch = p.optimizer.first if phase.step == 1 else p.optimizer.later
@@ -154,6 +252,19 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
                 yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
     for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
         yield _held(held, axes, "between ranks")
+
+
+def _gradients(walked: Walked) -> Iterator[Held]:
+    """The gradients there are beside a moment."""
+    p, structure = walked.program, walked.program.structure
+    later, index = walked.moments[walked.peak]
+    if not later:
+        yield from gradients_of(structure)
+    elif not structure.pipe.engine or p.buffered:
+        yield from accumulated_of(structure)
+    else:
+        for chunk, there in zip(chunks_of(structure), p.flown[later][index].beside.graded, strict=True):
+            yield from accumulated_of(chunk) if there else ()
 
 
 def _held(held: Held, axes: Mapping[str, int], why: str) -> Line:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from memplan.catalogue.kimi_k3 import of_its_own
+from memplan.catalogue.pipeline import ENGINES
+from memplan.degrees import Degrees
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
 from memplan.graph import (
@@ -15,7 +17,8 @@ from memplan.graph import (
     weights_of,
 )
 from memplan.models import ModelSpec
-from memplan.spec import Method, Precision
+from memplan.program import Pipe
+from memplan.spec import Method, Parallelism, Precision
 
 
 def dtype_notes(gpu: GPU | None, compute: str) -> Iterator[str]:
@@ -97,3 +100,16 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
             f"{share:.1f}% of the parameters are quantised: experts are no linear layers in transformers 5, and "
             f"bitsandbytes leaves them in {' and '.join(sorted(left))}"
         )
+
+
+def pipeline_notes(degrees: Degrees, pipe: Pipe, asked: Parallelism) -> Iterator[str]:
+    """What runs a pipeline, and GPUs that it leaves empty."""
+    if not pipe.engine:
+        return
+    engine = ENGINES[pipe.engine]
+    if not engine.moves:
+        yield f"pipeline: {pipe.schedule} of {pipe.microbatches} microbatches by {engine.title}"
+        return
+    yield "device_map: one process, one GPU at a time; say schedule 1f1b for a pipeline of torch.distributed.pipelining"
+    if degrees.pp < asked.pp:
+        yield f"device_map: layers are on {degrees.pp} GPUs, and {asked.pp - degrees.pp} stay empty"

@@ -5,17 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
+from operator import add
 from typing import NamedTuple
 
 from memplan import megatron, zero
+from memplan.catalogue import pipeline
 from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.degrees import WHOLE
 from memplan.engine import walk
 from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
-from memplan.graph import EMPTIED, Graph, Held, active, built, elements, loading, lowered, shape_of, weights_of
-from memplan.ir import Division
+from memplan.graph import (
+    EMPTIED,
+    Graph,
+    Held,
+    active,
+    built,
+    elements,
+    first_alike,
+    handed_on,
+    loading,
+    lowered,
+    shape_of,
+    shared_buffers,
+    weights_of,
+)
+from memplan.ir import Division, Tensor
 from memplan.ranks import (
     ONE,
     Ranks,
@@ -28,6 +44,15 @@ from memplan.ranks import (
 )
 from memplan.sizes import Size
 from memplan.units import ITEMSIZE
+
+
+class Pipe(NamedTuple):
+    """How microbatches pass through a pipeline: see `memplan.catalogue.pipeline`. `engine` names what runs it, and is
+    empty where nothing is; one pass of all `microbatches` is a step."""
+
+    engine: str = ""
+    schedule: str = ""
+    microbatches: int = 1
 
 
 class Structure(NamedTuple):
@@ -55,12 +80,21 @@ class Structure(NamedTuple):
     ranks: Ranks = ONE
     buffers: bool = False
     workspace: int = 0
+    pipe: Pipe = Pipe()
 
 
 def world_of(structure: Structure) -> int:
     """The ranks there are in all: those that divide weights or the batch, times those that divide the model."""
     degrees = structure.graph.degrees
     return structure.ranks.world * degrees.tp * degrees.pp
+
+
+class Flown(NamedTuple):
+    """A moment of a pipeline: that of a pass through a chunk of the rank's layers, with what is there beside it. With
+    `moment` -1 it is when the model has returned, and its logits are there as well."""
+
+    beside: pipeline.Moment
+    moment: int
 
 
 class Program(NamedTuple):
@@ -70,6 +104,7 @@ class Program(NamedTuple):
     products        the chain of products that bounds moments, largest first
     first, later    the moments of a step's first micro-batch and of the others, by phase
     where           what the operations of those moments are called, by pass and moment
+    flown           what a pipeline's moments are, by pass and moment
     parameters      bytes of weights and buffers; `loading` at most while they are loaded
     gradients       bytes of all gradients together, when backward is done; `buffered` of those in a dtype of their own,
                     which have buffers throughout; `accumulated` of those that a later micro-batch finds
@@ -87,6 +122,7 @@ class Program(NamedTuple):
     first: dict[str, tuple[Term, ...]]
     later: dict[str, tuple[Term, ...]]
     where: tuple[dict[int, str], dict[int, str]]
+    flown: tuple[tuple[Flown, ...], tuple[Flown, ...]]
     parameters: int
     loading: int
     gradients: int
@@ -161,6 +197,7 @@ class _Moments(NamedTuple):
     first: dict[str, tuple[Term, ...]]
     later: dict[str, tuple[Term, ...]]
     where: tuple[dict[int, str], dict[int, str]]
+    flown: tuple[tuple[Flown, ...], tuple[Flown, ...]] = ((), ())
 
 
 @lru_cache(maxsize=512)
@@ -191,19 +228,165 @@ def _moments(graph: Graph, ways: tuple[_Way, ...], holds_outputs: bool) -> _Mome
     )
 
 
+def chunks_of(structure: Structure) -> tuple[Structure, ...]:
+    """Each chunk of layers that a rank of a pipeline has, as if it were a stage by itself."""
+    graph = structure.graph
+    return tuple(structure._replace(graph=graph._replace(degrees=chunk)) for chunk in graph.degrees.chunks)
+
+
+def flying(structure: Structure) -> tuple[pipeline.Moment, ...]:
+    """What may be there beside a pass of a pipeline's rank."""
+    d, pipe = structure.graph.degrees, structure.pipe
+    return pipeline.moments(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
+
+
+def beside_of(structure: Structure, moment: pipeline.Moment | None) -> Iterator[tuple[Tensor, str, int]]:
+    """What a pipeline's rank has of hidden states and their gradients beside the passes' own: each tensor, which it is,
+    and how many. In the optimizer's step where there is no `moment`."""
+    d, pipe = structure.graph.degrees, structure.pipe
+    engine = pipeline.ENGINES[pipe.engine]
+    if moment is None:
+        found = pipeline.lasting(engine, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
+    else:
+        found = pipeline.beside(engine, pipe.schedule, moment, d.pp, d.stage, pipe.microbatches)
+    chunks = chunks_of(structure)
+    for tensor in shared_buffers(structure.graph):
+        yield tensor, "buffer", 1
+    for (what, chunk), count in found.items():
+        graph = chunks[chunk].graph
+        tensor = _logits(graph) if what == "logits" else handed_on(graph)[what == "sent"]
+        if count and tensor is not None:
+            yield tensor, what, count
+
+
+def returned(structure: Structure) -> Tensor | None:
+    """The logits that a model moves from its last GPU to the first one, where it does."""
+    d, pipe = structure.graph.degrees, structure.pipe
+    if not pipe.engine or not pipeline.ENGINES[pipe.engine].moves or d.stage:
+        return None
+    last = structure.graph._replace(degrees=d._replace(stage=d.pp - 1))
+    made = {t.name for op in built(last)[0].after for t in op.writes if "v" in t.shape.split()}
+    found = [key for key in lowered(last, labelled=True).sizes if key[2] == "activation" and key[5] in made]
+    return Tensor("logits", *found[-1][:2]) if found else None
+
+
+def _logits(graph: Graph) -> Tensor | None:
+    """What the last stage's model returns, where that has logits."""
+    low = lowered(graph)
+    held = (low.sizes[key] for key, n in low.held.counts.items() if n)
+    return next((Tensor("logits", key[0], key[1]) for key in held if "v" in key[0].split()), None)
+
+
+class _Passed(NamedTuple):
+    """The largest moments of a pass over some variables, by phase, and what is kept when forward is done."""
+
+    terms: dict[str, tuple[Term, ...]]
+    kept: tuple[int, ...]
+
+
+@lru_cache(maxsize=512)
+def _sizes(graph: Graph, way: _Way) -> tuple[tuple[Variable, int], ...]:
+    axes = built(graph)[1]
+    return tuple(size(key[0], key[1], axes) for key in _lowered(graph, way).sizes)
+
+
+@lru_cache(maxsize=512)
+def _passed(graph: Graph, way: _Way, variables: tuple[Variable, ...]) -> _Passed:
+    low, axes = _lowered(graph, way), built(graph)[1]
+    every = rows((*low.moments, low.kept), low.runs, axes, _sizes(graph, way), variables)
+    found = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
+    terms = {phase: prune(((every[i], i) for i in found[phase]), variables) if found[phase] else () for phase in PHASES}
+    return _Passed(terms, every[-1])
+
+
+def _flown(structure: Structure) -> _Moments:
+    """The moments of a pipeline's rank: those of a pass with the microbatches in flight, and what is between stages."""
+    chunks = [s._replace(graph=first_alike(s.graph)) for s in chunks_of(structure)]
+    moments = flying(structure)
+    graded = {(m.chunk, m.graded[m.chunk]) for m in moments} | {(i, False) for i in range(len(chunks))}
+    ways = {(i, later): _way(chunks[i], later) for i, later in graded}
+    axes = built(structure.graph)[1]
+    beside = {m: [(size(t.shape, t.dtype, axes), n) for t, _, n in beside_of(structure, m)] for m in (*moments, None)}
+    used = {v for (i, _), way in ways.items() for v, _ in _sizes(chunks[i].graph, way)}
+    used.update(v for of in beside.values() for (v, _), _ in of)
+    logits = returned(structure)
+    if logits is not None:
+        used.add(size(logits.shape, logits.dtype, axes)[0])
+    variables = (walk.ONE, *sorted(used - {walk.ONE}))
+    index = {v: i for i, v in enumerate(variables)}
+    passed = {key: _passed(chunks[key[0]].graph, way, variables) for key, way in ways.items()}
+    accumulated = [accumulated_bytes(s) for s in chunks]
+
+    def row_of(moment: pipeline.Moment | None) -> list[int]:
+        row = [0] * len(variables)
+        for (variable, bytes_), count in beside[moment]:
+            row[index[variable]] += bytes_ * count
+        for i, count in enumerate(moment.others if moment else ()):
+            if count:
+                row = [a + count * b for a, b in zip(row, passed[i, False].kept, strict=True)]
+        if moment and not moment.first:  # of gradients that are not all there yet
+            row[0] -= sum(n for n, there in zip(accumulated, moment.graded, strict=True) if not there)
+        return row
+
+    tables: list[tuple[dict[str, tuple[Term, ...]], tuple[Flown, ...], dict[int, str]]] = []
+    for first in (True, False):
+        found: dict[str, list[tuple[tuple[int, ...], int]]] = {phase: [] for phase in PHASES}
+        places: list[Flown] = []
+        where: dict[int, str] = {}
+        for moment in (m for m in moments if m.first == first):
+            own, row = passed[moment.chunk, moment.graded[moment.chunk]], row_of(moment)
+            low = _lowered(chunks[moment.chunk].graph, ways[moment.chunk, moment.graded[moment.chunk]])
+            for phase in ("backward",) if moment.backward else ("forward", "loss"):
+                for term in own.terms[phase]:
+                    found[phase].append((tuple(map(add, row, term.coefficients)), len(places)))
+                    where[len(places)] = low.moments[term.moment].where
+                    places.append(Flown(moment, term.moment))
+            if logits is not None and not moment.backward:
+                variable, bytes_ = size(logits.shape, logits.dtype, axes)
+                whole = [a + b for a, b in zip(row, own.kept, strict=True)]
+                whole[index[variable]] += bytes_
+                found["loss"].append((tuple(whole), len(places)))
+                where[len(places)] = "return"
+                places.append(Flown(moment, -1))
+        terms = {phase: prune(some, variables) if some else () for phase, some in found.items()}
+        tables.append((terms, tuple(places), where))
+    (first_terms, *_), (later_terms, *_) = tables
+    return _Moments(
+        variables=variables,
+        held=tuple(row_of(None)) if beside[None] else (),
+        products=tuple(map(Variable, chain(variables))),
+        needs=frozenset(axis for v in variables for axis in v.axes),
+        first=first_terms,
+        later=later_terms if structure.accumulates else first_terms,
+        where=(tables[0][2], tables[1][2]),
+        flown=(tables[0][1], tables[1][1]),
+    )
+
+
+def accumulated_bytes(structure: Structure) -> int:
+    """Bytes of gradients that a later microbatch finds, where they have no buffers of their own."""
+    if structure.grads or not structure.accumulates:
+        return 0
+    return sum(h.bytes * h.copies for h in accumulated_of(structure))
+
+
+def _every_moment(structure: Structure) -> _Moments:
+    if structure.pipe.engine:
+        return _flown(structure)
+    ways = tuple(_way(structure, later) for later in (False, True)[: 1 + structure.accumulates])
+    return _moments(structure.graph, ways, structure.holds_outputs)
+
+
 @lru_cache(maxsize=2048)
 def program(structure: Structure) -> Program:
     """Lower the structure and put its model's numbers in: milliseconds, and then kept."""
     whole = structure.graph._replace(degrees=WHOLE)
-    _, axes = built(structure.graph)
-    ways = tuple(_way(structure, later) for later in (False, True)[: 1 + structure.accumulates])
-    moments = _moments(structure.graph, ways, structure.holds_outputs)
+    moments = _every_moment(structure)
     weights, numbers = tuple(weights_of(whole)), built(whole)[1]
     resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
     optimizer = _optimizer(structure, trained)
     gradients = 0 if frees_gradients(structure) else sum(h.bytes * h.copies for h in gradients_of(structure))
-    accumulated = sum(h.bytes * h.copies for h in accumulated_of(structure)) if structure.accumulates else 0
     return Program(
         structure=structure,
         **moments._asdict(),
@@ -211,7 +394,7 @@ def program(structure: Structure) -> Program:
         loading=_loading(structure),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
-        accumulated=0 if structure.grads else accumulated,
+        accumulated=accumulated_bytes(structure),
         reducing=sum(h.bytes * h.copies for h in reducing_of(structure)),
         passing={phase: sum(h.bytes * h.copies for h in passing_of(structure, phase)) for phase in PHASES},
         optimizer=optimizer,
@@ -219,7 +402,7 @@ def program(structure: Structure) -> Program:
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
         host=sum(h.bytes * h.copies for h in host_of(structure))
         + sum(s.bytes * s.count for s in optimizer.states if s.host),
-        away=tuple(_away(_lowered(structure.graph, ways[0]), axes)),
+        away=tuple(_away(structure)),
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
         trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.trains or w.idle),
@@ -241,10 +424,16 @@ def _most(events: Iterable[tuple[int, int]]) -> int:
     return most
 
 
-def _away(low: Lowered, axes: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
-    for key, count in alive(low.host, low.runs, axes).items():
-        shape, dtype, *_ = low.sizes[key]
-        yield shape, dtype, count
+def _away(structure: Structure) -> Iterator[tuple[str, str, int]]:
+    """What checkpoints keep in host memory, of every microbatch in flight."""
+    most = [1] * len(chunks_of(structure))
+    if structure.pipe.engine:
+        most = [max(m.others[i] + (m.chunk == i) for m in flying(structure)) for i in range(len(most))]
+    for chunk, flights in zip(chunks_of(structure), most, strict=True):
+        low = _lowered(chunk.graph, _way(chunk, later=False))
+        for key, count in alive(low.host, low.runs, built(chunk.graph)[1]).items():
+            shape, dtype, *_ = low.sizes[key]
+            yield shape, dtype, count * flights
 
 
 def host_bytes(program: Program, axes: Mapping[str, int]) -> int:

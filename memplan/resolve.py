@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from memplan import zero
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
 from memplan.catalogue import context_parallel, megatron, tensor_parallel
@@ -32,7 +33,7 @@ from memplan.graph import (
 )
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, pipeline_notes
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
@@ -49,8 +50,10 @@ from memplan.refusals import (
     refuse_parts,
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
+    refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
+from memplan.stages import piped
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
@@ -99,6 +102,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
         run.parallelism,
         bool(run.batch.images),
         dict(pictures).get("seen", 0) % 8 != 0,
+        run.batch.accumulation if run.parallelism.pp > 1 else 1,
     )
     context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
@@ -154,6 +158,7 @@ def _decide(
     parallelism: Parallelism,
     images: bool,
     uneven: bool,
+    microbatches: int,
 ) -> Decided:
     asked = kernels.fused is not None
     gpu = find_gpu(gpu_name) if gpu_name is not None else None
@@ -167,22 +172,25 @@ def _decide(
     degrees = degrees_of(parallelism, words["tensor_parallel"])
     alike = replicas(parallelism)
     sharded = alike > 1 and parallelism.strategy in FSDP
-    if sharded:
+    under_deepspeed = alike > 1 and parallelism.strategy in ZERO
+    if sharded or under_deepspeed:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     own = model.model_type == megatron.KIND
-    refuse_parts(method, precision, optimizer, kernels, sharded, own)
+    refuse_parts(method, precision, optimizer, kernels, _storages(sharded, under_deepspeed, precision), own)
     if own:
         refuse_of_megatron(profile, method, precision, kernels, loop)
     if degrees.tp > 1:
         refuse_parts_of_matrices(parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"])
         tensor_parallel.check(model, degrees)
-    if alike > 1 and parallelism.strategy in ZERO:
+    if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
     elif parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
+    if parallelism.pp > 1:
+        refuse_staged(parallelism, method, loop, model.objective, images)
     if degrees.cp > 1:
         refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"])
     check_time_steps(model, method)
@@ -205,13 +213,13 @@ def _decide(
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
-    if alike > 1 and parallelism.strategy in ZERO:
+    if under_deepspeed:
         precision, method = _under_deepspeed(precision, method)
         if parallelism.zero == Zero():
             notes.append(_DEEPSPEED)
     if alike > 1 and parallelism.strategy == MEGATRON:
         precision = _under_megatron(precision)
-        notes.append(_MEGATRON)
+        notes.append(_MEGATRON if own else f"{_MEGATRON}; {_NOT_ITS_CODE}")
     notes += dtype_notes(gpu, str(precision.compute))
     notes += [*stored_notes(model), *over.notes]
     notes += kernel_notes(model)
@@ -266,13 +274,15 @@ def _decide(
         converts=words["converts"]
         or (loop.trainer and precision.autocast and kernels.loss == "hf" and words["logits"] != "model"),
         code=words["code"],
-        lingers=words["lingers"],
+        lingers=words["lingers"] and parallelism.pp == 1,
         degrees=degrees,
     )
     if degrees.cp > 1:
         wiring = graph.wiring
         masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
         context_parallel.check(model.model_type, wiring.backend, masked, degrees)
+    graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
+    notes += pipeline_notes(graph.degrees, pipe, parallelism)
     structure = Structure(
         graph,
         accumulates=accumulates and not optimizer.in_backward,
@@ -289,11 +299,15 @@ def _decide(
         holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
         on_host=parallelism.offload.optimizer,
         ranks=ranks,
+        pipe=pipe,
         buffers=own,
         workspace=megatron.workspace(capability) if own else 0,
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)
+    if under_deepspeed and gpu is not None:
+        knobs = ranks.knobs._replace(flattens=zero.flattens(graph, gpu.usable))
+        structure = structure._replace(ranks=ranks._replace(knobs=knobs))
     if (
         spares_embeddings(str(optimizer.name))
         and not loop.trainer
@@ -322,8 +336,9 @@ _DEEPSPEED = (
 
 _MEGATRON = (
     "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
-    "--overlap-grad-reduce; what is computed is transformers' code, not Megatron's"
+    "--overlap-grad-reduce"
 )
+_NOT_ITS_CODE = "what is computed is transformers' code, not Megatron's"
 
 
 def _under_megatron(precision: Precision) -> Precision:
@@ -372,6 +387,13 @@ def _knobs(p: Parallelism, hidden: int) -> Knobs:
     )
 
 
+def _storages(sharded: bool, under_deepspeed: bool, precision: Precision) -> tuple[str, ...]:
+    """What 4-bit weights may be stored in: FSDP divides no integers; DeepSpeed would cast another float."""
+    if sharded:
+        return ("bf16", "fp16", "fp32")
+    return ("uint8", precision.weights) if under_deepspeed else ("uint8",)
+
+
 def _unprepared(method: Method) -> Method:
     """Weights that are divided are not prepared for training in 4 bits, unless that is said.
 
@@ -398,7 +420,12 @@ def _ranks(
         return recipe, ONE
     ranks = Ranks(parallelism.strategy, alike)
     if parallelism.strategy in ZERO:
-        return recipe, ranks._replace(knobs=_knobs(parallelism, hidden))
+        q = method.quantization
+        knobs = _knobs(parallelism, hidden)
+        if q is None:
+            return recipe, ranks._replace(knobs=knobs)
+        # transformers makes no quantised model under deepspeed.zero.Init: modeling_utils.py get_init_context
+        return recipe, ranks._replace(knobs=knobs._replace(divides_loading=False), storage=q.storage)
     if parallelism.strategy not in FSDP:
         return recipe, ranks
     ranks = ranks._replace(delayed=trainer and accumulates)
@@ -433,7 +460,7 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
             "or method.frozen vision and projector",
             "batch.images",
         )
-    if ranks.world > 1 and ranks.row.flat:
+    if ranks.world > 1 and ranks.row.flat and ranks.row.gathers:
         _check_flat(graph, ranks)
 
 

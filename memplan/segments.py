@@ -8,20 +8,25 @@ first would hardly leave it other segments.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import islice
 from typing import Literal
 
 from memplan import zero
 from memplan.catalogue.overhead import COPIES_AGAIN
+from memplan.catalogue.pipeline import enough, passes
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.walk import size
 from memplan.graph import EMPTIED, built, recorded
+from memplan.ir import Tensor
 from memplan.program import (
     Program,
     Structure,
+    beside_of,
+    chunks_of,
     division_of,
     gradients_of,
     loading_of,
@@ -61,7 +66,9 @@ def segments(
     waiting: list[Block] = []  # what the loop's names keep of the pass before
     for step in (2,) if alike else (1, 2):
         gradients: list[Block] = []
-        for later in (False, True)[: 1 + structure.accumulates]:
+        if structure.pipe.engine:
+            gradients += _fly(structure, axes, allocator, handles)
+        for later in (False, True)[: 0 if structure.pipe.engine else 1 + structure.accumulates]:
             between = [allocator.alloc(held.bytes) for held in passing_of(structure, "backward")]
             made, held = _pass(pass_of(structure, later), numbers, allocator, handles, waiting)
             gradients += made
@@ -78,6 +85,66 @@ def segments(
             _free(waiting, allocator)
         _free(gradients, allocator)  # zero_grad
     return allocator.peak_reserved
+
+
+class _Flight:
+    """A microbatch's pass through a chunk: its blocks, and how they go on."""
+
+    def __init__(self, structure: Structure, axes: Mapping[str, int], allocator: Allocator) -> None:
+        self._structure, self._allocator = structure, allocator
+        self._axes = {**built(structure.graph)[1], **axes}
+        self._blocks: dict[int, Block] = {}
+
+    def forward(self, handles: Iterator[int]) -> None:
+        recording = pass_of(self._structure, later=False)
+        for handle in islice(handles, 1):
+            self._allocator.alloc(handle)
+        self._replay(recording, 0, recording.turn)
+
+    def backward(self, later: bool, handles: Iterator[int]) -> list[Block]:
+        """Returns the gradients it leaves."""
+        recording = pass_of(self._structure, later)
+        self._replay(recording, recording.turn, recording.head)
+        for handle in islice(handles, 1):
+            self._allocator.alloc(handle)
+        self._replay(recording, recording.head, len(recording.events))
+        return list(self._blocks.values())
+
+    def _replay(self, recording: Recorded, start: int, end: int) -> None:
+        sizes = [_bytes(key[0], key[1], self._axes) for key in recording.sizes]
+        for number, key in recording.events[start:end]:
+            if key == FREED:
+                self._allocator.free(self._blocks.pop(number))
+            else:
+                self._blocks[number] = self._allocator.alloc(sizes[key])
+
+
+def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]) -> list[Block]:
+    """Replay a step of a pipeline's rank, and return the gradients it leaves."""
+    d, pipe = structure.graph.degrees, structure.pipe
+    few = enough(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
+    moments = [*passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, few)]
+    numbers = {**built(structure.graph)[1], **axes}
+    between = {m: Counter({t: n for t, _, n in beside_of(structure, m)}) for m in dict.fromkeys(moments)}
+    throughout = reduce(lambda a, b: a & b, between.values())
+
+    def made(tensors: Counter[Tensor]) -> list[Block]:
+        return [allocator.alloc(_bytes(t.shape, t.dtype, numbers)) for t in tensors.elements()]
+
+    buffers = made(throughout)
+    chunks = chunks_of(structure)
+    flights: list[deque[_Flight]] = [deque() for _ in chunks]
+    gradients: list[Block] = []
+    for moment in moments:
+        beside = made(between[moment] - throughout)
+        if moment.backward:
+            gradients += flights[moment.chunk].popleft().backward(moment.graded[moment.chunk], handles)
+        else:
+            flights[moment.chunk].append(_Flight(chunks[moment.chunk], axes, allocator))
+            flights[moment.chunk][-1].forward(handles)
+        _free(beside, allocator)
+    _free(buffers, allocator)
+    return gradients
 
 
 def _load(structure: Structure, allocator: Allocator) -> None:

@@ -330,8 +330,13 @@ class Zero(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work. `zero`: how DeepSpeed is configured, under the strategies zero1 to
-    zero3."""
+    """`world` GPUs and how they divide the work.
+
+    `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
+    `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
+    `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
+    under the strategies zero1 to zero3.
+    """
 
     world: Count = 1
     dp: Count = 1
@@ -346,6 +351,10 @@ class Parallelism(Part, frozen=True):
     offload: Offload = Offload()
     zero: Zero = Zero()
     stage: Natural | None = None
+    schedule: Literal["1f1b", "gpipe", "device_map"] | None = None
+    first_stage_layers: Count | None = None
+    last_stage_layers: Count | None = None
+    ends_as_layers: Flag | None = None
 
 
 class InlineModel(Part, frozen=True):

@@ -22,10 +22,11 @@ from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
 from memplan.program import Structure, gradients_of, host_bytes, program, trained_parameters
-from memplan.resolve import decide
+from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
+from memplan.stages import idle, may_be_worst
 from memplan.units import ITEMSIZE
 
 PARTS = ("forward", "recomputed", "inputs", "weights")
@@ -77,6 +78,7 @@ class Work(NamedTuple):
     copied      bytes between the card and host memory: checkpoints, or an optimizer's gradients and parameters
     on_host     bytes that an update on the host reads and writes in its own memory
     calls       kernels or so that are launched, but for the optimizer's
+    idle        how long a pipeline's rank waits for the others, as a share of what it computes
     """
 
     tokens: int
@@ -90,6 +92,7 @@ class Work(NamedTuple):
     copied: int
     on_host: int
     calls: int
+    idle: float = 0.0
 
     @property
     def operations(self) -> int:
@@ -103,8 +106,17 @@ class Work(NamedTuple):
 
 def work(run: RunSpec) -> Work:
     """What one optimizer step of the run does on one GPU. Raises MemplanError where the run cannot be answered. What
-    several GPUs send each other is not counted."""
+    several GPUs send each other is not counted. Of a pipeline it is the stage that computes most."""
     decided = decide(run)
+    if decided.structure.pipe.engine:
+        stages = (decided._replace(structure=one) for one in may_be_worst(decided.structure))
+        slowest = max((_work(one) for one in stages), key=lambda work: work.operations)
+        return slowest._replace(idle=idle(decided.structure))
+    return _work(decided)
+
+
+def _work(decided: Decided) -> Work:
+    """What one optimizer step does on one GPU, of a pipeline on its stage."""
     p = program(decided.structure)
     b = decided.batch
     check_batch(b, p.structure.graph.model)
@@ -378,7 +390,8 @@ def ratio(before: Work, after: Work, gpu: GPU) -> tuple[float, float] | None:
 
 def _seconds(work: Work, card: Limits, shares: Shares) -> float:
     """How long the card is busy, or the host with launching if that takes longer; then what is done off the card."""
-    return max(sum(busy(work, card, shares)), work.calls * shares.launch) + _away(work, card, shares)
+    computing = max(sum(busy(work, card, shares)), work.calls * shares.launch)
+    return computing * (1 + work.idle) + _away(work, card, shares)
 
 
 def _away(work: Work, card: Limits, shares: Shares) -> float:

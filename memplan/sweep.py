@@ -212,6 +212,9 @@ def _fill(out: _Found, run: RunSpec, calibration: Calibration | None, batches: l
 
     first = _changed(run, {"batch": batches[0], "sequence": sequences[0]})
     decided = decide(first)
+    if decided.structure.graph.degrees.pp > 1:  # which stage holds most is each run's own
+        _one_by_one(out, run, calibration, batches, sequences)
+        return
     p = program(decided.structure)
     check_batch(decided.batch, p.structure.graph.model)
     if decided.batch.sequence != first.batch.sequence:  # what the model's config fixes

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from csv import DictReader
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -182,13 +183,46 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
     "options",
     [
         "--tp 2 --profile transformers-4.48",
-        "--gpus 4 --pp 2",
+        "--gpus 4 --pp 2 --fsdp fsdp2",
         "--offload optimizer --gpus 2",
         "--ep 2 --gpus 2",
     ],
 )
 def test_what_is_not_supported_yet_says_so(memplan_: Memplan, options: str) -> None:
     fails(memplan_("qwen2-7b", *options.split()), 2, "parallelism", "not supported yet")
+
+
+STAGES = ("llama-3.2-1b", "--pp=4", "--grad-accum=8", "--seq-len=128", "--gpu=3090", "--profile=megatron-core")
+
+
+@pytest.mark.parametrize("format", ["table", "markdown", "csv", "html", "json"])
+def test_every_rank_is_shown_where_it_is_asked_for(memplan_: Memplan, format: str) -> None:
+    alone, ranks = (memplan_(*STAGES, "--format", format, *more) for more in ((), ("--ranks",)))
+    assert alone.code == ranks.code == 0
+    if format == "json":
+        found = [(rank["stage"], rank["layers"], rank["in_flight"]) for rank in json.loads(ranks.out)["ranks"]]
+        assert ranks.out == alone.out
+    elif format == "csv":
+        found = [
+            (int(row["stage"]), int(row["layers"]), int(row["in_flight"])) for row in DictReader(io.StringIO(ranks.out))
+        ]
+        assert "in_flight" not in alone.out
+    else:
+        cells = [re.sub(r"[|*]|<[^>]+>", " ", line).split() for line in ranks.out.replace("<tr>", "\n").splitlines()]
+        found = [(*map(int, row[:3]),) for row in cells if len(row) > 6 and row[0].isdigit() and row[5] == "fits"]
+        assert "in flight" not in alone.out
+    assert found == [(0, 4, 4), (1, 4, 3), (2, 4, 2), (3, 4, 1)]
+
+
+def test_one_gpu_has_no_other_ranks_to_show(memplan_: Memplan) -> None:
+    plain, ranks = (memplan_("llama-3.2-1b", "--gpu", "3090", *more) for more in ((), ("--ranks",)))
+    assert plain == ranks
+
+
+def test_a_stage_may_be_asked_for(memplan_: Memplan) -> None:
+    run = run_of(memplan_(*STAGES, "--stage", "2", "--json"))
+    assert (run["parallelism"]["stage"], run["parallelism"]["schedule"]) == (2, "1f1b")
+    fails(memplan_(*STAGES, "--stage", "4"), 2, "parallelism.stage (--stage)", "0 to 3")
 
 
 @pytest.mark.parametrize("method", ["generate", "forward"])
@@ -469,7 +503,9 @@ MISTAKES = {
     "qwen2-7b --tp 99999999999999999999": ("parallelism.tp (--tp)", "at most"),
     "qwen2-7b --gpus 99999999999999999999": ("parallelism.world (--gpus)", "at most"),
     "qwen2-7b --tp 3": ("parallelism.tp (--tp)", "3 does not divide 28 attention heads and 4 key/value heads"),
-    "qwen2-7b --pp 2": ("parallelism.pp (--pp)", "2 is not supported yet; supported: 1, and data"),
+    "qwen2-7b --pp 3 --profile megatron-core": ("parallelism.pp (--pp)", "pp 3 stages do not divide 28 layers"),
+    "qwen2-7b --pp 4 --schedule 1f1b": ("batch.accumulation", "fewer than pp 4"),
+    "qwen2-7b --pp 4 --schedule 1f2b": ("parallelism.schedule (--schedule)", "1f1b"),
     "qwen2-7b --gpus 4 --fsdp fsdp2 --method dora": ("method.kind (--method)", "supported: full, lora"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --optimizer adafactor": ("optimizer.name (--optimizer)", "adamw_torch_fused"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --method qlora": ("method.quantization.storage", "bf16, fp16, fp32"),
@@ -681,7 +717,7 @@ def test_the_manual_has_every_option_as_help_has_it() -> None:
 
 def test_help_says_which_options_are_refused() -> None:
     for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
-        several = parameter.name in ("pp", "ep", "offload")
+        several = parameter.name in ("ep", "offload")
         panel = getattr(parameter, "rich_help_panel", None) or ""
         assert ("refused" in f"{panel} {parameter.help}") == several, parameter.name
 

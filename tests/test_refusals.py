@@ -37,7 +37,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"method": {"kind": "lora", "targets": ["model.layers.0.self_attn.q_proj"]}}, "method.targets"),
     ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
     ({"parallelism": {"world": 2, "tp": 2}, "method": "qlora"}, "method.kind"),
-    ({"parallelism": {"stage": 0}}, "parallelism.stage"),
     ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
     ({"parallelism": {"offload": {"activations": True}}}, "parallelism.offload"),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "ddp", "offload": {"optimizer": True}}}, "parallelism.offload"),
@@ -58,10 +57,11 @@ def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> Non
 
 
 @pytest.mark.parametrize(
-    "field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "stage", "tp", "cp")]
+    "field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "pp", "tp", "cp")]
 )
 def test_no_field_of_parallelism_is_ignored(field: str) -> None:
-    value: Any = {"sequence_parallel": True, "zero": {"reduce_bucket_size": 2}}.get(field, 2)
+    values: dict[str, Any] = {"sequence_parallel": True, "zero": {"reduce_bucket_size": 2}}
+    value = {**values, "schedule": "gpipe", "ends_as_layers": True}.get(field, 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"
 
 

@@ -35,6 +35,7 @@ WORDS = {
     "keeps_matrix": "a product with a GPTQ matrix keeps it dequantised for the backward pass",
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
+    "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
@@ -135,6 +136,7 @@ PROFILES = (
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
+            Row("pipeline", "device_map", "transformers 5.24 has no other for training: integrations/accelerate.py"),
             Row("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
             Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
@@ -431,12 +433,13 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
+            Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
             Row("tensor_parallel", "", "torchtitan 0.3.0 models/common/decoder_sharding.py: not read"),
             Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
-            "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor and pipeline parallelism",
+            "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor parallelism",
             "selective checkpointing of operations, and compiled blocks and loss",
         ),
     ),
@@ -449,13 +452,14 @@ PROFILES = (
             Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
             Row("kernels.reentrant", True, "megatron-core 0.12.0 tensor_parallel/random.py CheckpointFunction"),
             Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
+            Row("pipeline", "megatron", "megatron-core 0.12.0 pipeline_parallel/schedules.py"),
             Row("tensor_parallel", "megatron", "megatron-core 0.12.0 tensor_parallel/layers.py"),
             Row("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
         ),
         (
             "gradients and masters in fp32: say precision mixed with grads fp32",
             "its own layers are those of a megatron_gpt config; other models are counted with transformers' layers",
-            "context and pipeline parallelism, and the distributed optimizer",
+            "context parallelism",
         ),
     ),
     Profile(

@@ -516,6 +516,15 @@ def estimate(
         int | None, option("How many GPUs, in all, each with a part of the batch. Default 1.", of=SEVERAL)
     ] = None,
     zero: Annotated[int | None, option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=SEVERAL)] = None,
+    deepspeed: Annotated[
+        str | None,
+        option(
+            "A DeepSpeed config: its ZeRO stage, buckets, offload, precision and batch; options go over it. "
+            "Default none.",
+            of=SEVERAL,
+            metavar="FILE",
+        ),
+    ] = None,
     fsdp: Annotated[
         str | None,
         option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
@@ -529,7 +538,36 @@ def estimate(
             of=SEVERAL,
         ),
     ] = None,
-    pp: Annotated[int | None, option("Pipeline stages (refused as yet). Default 1.", of=SEVERAL)] = None,
+    pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
+    virtual_stages: Annotated[
+        int | None, option("Chunks of layers on each stage, which 1F1B interleaves. Default 1.", of=SEVERAL)
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        option(
+            "How a pipeline runs its microbatches, which are --grad-accum: 1f1b, gpipe, or device_map (transformers', "
+            "one GPU after another). Default as the profile has it.",
+            of=SEVERAL,
+            complete=_choices("1f1b", "gpipe", "device_map"),
+        ),
+    ] = None,
+    first_stage_layers: Annotated[
+        int | None, option("Layers on the first stage. Default as the profile divides them.", of=SEVERAL)
+    ] = None,
+    last_stage_layers: Annotated[
+        int | None, option("Layers on the last stage. Default as the profile divides them.", of=SEVERAL)
+    ] = None,
+    ends_as_layers: Annotated[
+        bool | None,
+        option(
+            "Embeddings count as a layer where stages divide them, and the head as one. Default as the profile has it.",
+            "--ends-as-layers/--no-ends-as-layers",
+            of=SEVERAL,
+        ),
+    ] = None,
+    stage: Annotated[
+        int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)
+    ] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     ep: Annotated[int | None, option("Expert-parallel GPUs (refused as yet). Default 1.", of=SEVERAL)] = None,
     spec: Annotated[
@@ -573,6 +611,9 @@ def estimate(
     json: Annotated[bool, option("Short for --format json.", "--json", of=OUTPUT)] = False,
     output: Annotated[str | None, option("Write to this file. Default standard output.", of=OUTPUT)] = None,
     explain: Annotated[bool, option("Every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)] = False,
+    ranks: Annotated[
+        bool, option("Every rank that differs: the stages of a pipeline. Default off.", "--ranks", of=OUTPUT)
+    ] = False,
     strict: Annotated[
         bool,
         option("Exit 1 if tight, and 4 if something unsupported was left out. Default off.", "--strict", of=OUTPUT),
@@ -600,7 +641,7 @@ def left_out(name: str, value: object) -> bool:
     return value in (None, [], ()) or (value is False and name in _SWITCHES)
 
 
-_SWITCHES = ("online", "json", "explain", "strict")
+_SWITCHES = ("online", "json", "explain", "strict", "ranks")
 
 
 def _estimate(given: Mapping[str, Any]) -> int:
@@ -618,7 +659,7 @@ def _estimate(given: Mapping[str, Any]) -> int:
         from memplan.report.text import Screen
 
         to = Screen()
-    show(render(format, answers, "explain" in given, to), format, given.get("output"))
+    show(render(format, answers, "explain" in given, to, "ranks" in given), format, given.get("output"))
     return exit_code(answers, "strict" in given)
 
 
@@ -640,7 +681,7 @@ def own_profile(gpu: str | None, given: Mapping[str, Any]) -> "Calibration | Non
 
 def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
     """The run that options and a spec file ask for, once for each GPU. Raises what says which field is wrong."""
-    from memplan.cli.request import idle, spec_of
+    from memplan.cli.request import configured, idle, spec_of
     from memplan.errors import SpecError, printable
     from memplan.spec import RunSpec
 
@@ -649,6 +690,10 @@ def runs_of(given: Mapping[str, Any]) -> "list[RunSpec]":
         from memplan.cli.spec_file import read_spec
 
         spec = read_spec(given["spec"])
+    if "deepspeed" in given:
+        from memplan.cli.spec_file import read_deepspeed
+
+        spec = configured(spec or {}, read_deepspeed(given["deepspeed"]))
     fields = spec_of(given, spec)
     if "model" not in fields:
         raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")

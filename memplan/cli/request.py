@@ -39,6 +39,12 @@ FIELDS = {
     "tp": "parallelism.tp",
     "sequence_parallel": "parallelism.sequence_parallel",
     "pp": "parallelism.pp",
+    "stage": "parallelism.stage",
+    "virtual_stages": "parallelism.virtual_stages",
+    "schedule": "parallelism.schedule",
+    "first_stage_layers": "parallelism.first_stage_layers",
+    "last_stage_layers": "parallelism.last_stage_layers",
+    "ends_as_layers": "parallelism.ends_as_layers",
     "cp": "parallelism.cp",
     "ep": "parallelism.ep",
     "profile": "profile",
@@ -58,6 +64,7 @@ WORDS = {
     "checkpointing": "kernels.checkpointing",
     "fused": "kernels.fused",
     "zero": "parallelism.strategy",
+    "deepspeed": "parallelism.zero",
     "fsdp": "parallelism.strategy",
     "offload": "parallelism.offload",
 }
@@ -91,6 +98,17 @@ def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> 
     for path, value in _words(given):
         _put(out, path, value)
     _spread(out, given)
+    return out
+
+
+def configured(spec: Mapping[str, Any], config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of `spec`, and over them those of a framework's config, part by part."""
+    out = dict(spec)
+    for part, fields in config.items():
+        old: object = out.get(part)
+        word = {_MAIN[part]: old} if isinstance(old, str) and part in _MAIN else {}
+        kept = dict(cast(Mapping[str, Any], old)) if isinstance(old, Mapping) else word
+        out[part] = {**kept, **fields}
     return out
 
 
@@ -261,7 +279,8 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
         raise SpecError(f"parallelism.world: {world} GPUs do not divide into groups of {rest}", "parallelism.world")
     spec["parallelism"] = {**parallelism, "world": world, "dp": world // rest}
     strategy = strategy_of(given, world // rest)
-    if strategy is not None:
+    said = "deepspeed" in given and "strategy" in parallelism and not {"zero", "fsdp"} & set(given)
+    if strategy is not None and not said:
         spec["parallelism"]["strategy"] = strategy
 
 

@@ -1,4 +1,4 @@
-"""`--spec`: a whole run from a JSON or YAML file, read as if a stranger had written it."""
+"""`--spec` and `--deepspeed`: a run, or part of one, from a JSON or YAML file, read as if a stranger had written it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ def read_spec(name: str) -> dict[str, Any]:
     if name.lower().endswith(".json"):
         return dict(parse_config(text, shown))
     return _yaml(text, shown)
+
+
+def read_deepspeed(name: str) -> dict[str, dict[str, Any]]:
+    """The parts of a run in a DeepSpeed config. Raises SpecError or ConfigError, in one line."""
+    from memplan.frameworks.deepspeed import read
+
+    try:
+        config = read_spec(name)
+    except SpecError as error:
+        raise SpecError(f"deepspeed{str(error).removeprefix('spec')}", "parallelism.zero") from None
+    return read(config)
 
 
 def _text(name: str, shown: str) -> str:

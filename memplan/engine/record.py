@@ -20,11 +20,12 @@ RUN = 3  # copies of a run that are run: its first, its last, and the one betwee
 
 
 class Recorded(NamedTuple):
-    """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED. Backward comes to the head at
-    the event `head`; from `over` on, what the script and the graph's nodes held goes."""
+    """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED. Forward is done at the event
+    `turn`, backward comes to the head at `head`; from `over` on, what the script and the graph's nodes held goes."""
 
     events: tuple[tuple[int, int], ...]
     sizes: tuple[tuple[str, ...], ...]
+    turn: int
     head: int
     over: int
 
@@ -45,6 +46,7 @@ class Recorder(Tape):
         self.events: list[tuple[int, int]] = []
         self.copies: list[_Copy] = []
         self.outside: list[int] = []  # where backward comes to the loss, the head, and what is before the blocks
+        self.turn = 0  # where forward is done
         self.over = 0  # where the pass is over
         self._numbers: dict[Storage, int] = {}
         self._entered = (0, 0)
@@ -67,6 +69,10 @@ class Recorder(Tape):
         if not frame.block:
             self.outside.append(len(self.events))
         super().backward(frame, grads)
+
+    def end_forward(self) -> None:
+        super().end_forward()
+        self.turn = len(self.events)
 
     def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
         self.over = len(self.events)
@@ -98,7 +104,7 @@ def record(
     gatherer = Gatherer(tape, division, grads_exist)
     run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
     every = _Expansion(tape)
-    return Recorded(tuple(every.events), tuple(tape.sizes), every.head, every.over)
+    return Recorded(tuple(every.events), tuple(tape.sizes), every.turn, every.head, every.over)
 
 
 class _Expansion:
@@ -110,7 +116,8 @@ class _Expansion:
 
     def __init__(self, tape: Recorder) -> None:
         self.events: list[tuple[int, int]] = []
-        self.head = self.over = 0
+        self.turn = self.head = self.over = 0
+        self._turn = tape.turn
         self._over = tape.over
         self._recorded = tape.events
         self._head = tape.outside[1]
@@ -152,6 +159,8 @@ class _Expansion:
         """Events of a part that is run, or between parts."""
         for at in range(start, end):
             number, size = self._recorded[at]
+            if at == self._turn:
+                self.turn = len(self.events)
             if at == self._head:
                 self.head = len(self.events)
             if at == self._over:

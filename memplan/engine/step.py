@@ -10,7 +10,7 @@ from typing import NamedTuple
 from memplan.engine.dtypes import FLOATING, Scope
 from memplan.engine.gather import AFTER, BEFORE, ROOT, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape, leaves
-from memplan.ir import Block, Division, Op, Stack
+from memplan.ir import Block, Division, Op, Stack, Tensor
 
 
 class Joint(NamedTuple):
@@ -186,6 +186,19 @@ def read_dtype(
             reads = [op.reads[0] for op in block.ops if any(t.name.endswith(writes) for t in op.writes)]
             found = inner[reads[0]].dtype if reads else found
     return found
+
+
+def made_by(op: Op, stack: Stack, autocast: str | None) -> tuple[Tensor, ...]:
+    """What an operation before the blocks makes, with literal dtypes."""
+    return next(found.writes for found in Scope().resolve(stack.before, autocast) if found.name == op.name)
+
+
+def stream_of(stack: Stack, autocast: str | None, depth: Mapping[str, int]) -> Tensor:
+    """What the stack's last block hands on; without blocks, what the first would be given."""
+    scope = Scope()
+    scope.resolve(stack.before, autocast)
+    copies = _copies(stack, scope, (), autocast, depth, leaf=False, reentrant=False)
+    return copies[-1].scopes[-1]["y"] if copies else scope["embeds"]
 
 
 def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:

@@ -122,10 +122,11 @@ def deepspeed(run: RunSpec) -> Value:
     """A whole DeepSpeed config, in which what the framework knows already is left to it."""
     if stage(run) is None:
         return None
-    zero: dict[str, Value] = {"stage": stage(run)}
+    said = run.parallelism.zero.model_dump(exclude_defaults=True, exclude={"zero3_init_flag"})
+    zero: dict[str, Value] = {"stage": stage(run), **said}
     for what, moved in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
         if getattr(run.parallelism.offload, moved):
-            zero[what] = {"device": "cpu"}
+            zero[what] = {"device": "cpu", **said.get(what, {})}
     return {
         "zero_optimization": zero,
         "bf16": {"enabled": "auto"},

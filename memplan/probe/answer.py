@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
-from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase
+from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase, Rank
 from memplan.cards import Facts, facts_of
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.overhead import cublas_workspace
@@ -314,6 +314,10 @@ class Details:
                 if traced.events[at] >= 0 > traced.events[after]:
                     size = traced.allocated[at] + self._handles(name, last) * self._workspace
                     yield Phase(name, None, size, self._place(phase.phase, at))
+
+    def ranks(self) -> Iterator[Rank]:
+        """A trace is of one GPU."""
+        yield from ()
 
 
 _PHASES = {"clip": "step"}

@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 FORMATS = ("table", "json", "markdown", "csv", "html")
 
 
-def render(format: str, answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None) -> str:
-    """The answers, one for each GPU asked, as text in one of `FORMATS`; with `explain`, the ledger at the peak.
+def render(
+    format: str, answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None, ranks: bool = False
+) -> str:
+    """The answers, one for each GPU asked, as text in one of `FORMATS`; with `explain`, the ledger at the peak, with
+    `ranks`, every rank that differs.
 
     A table fits the screen `to`, which is standard output if none is given.
     """
     report = import_module(f"memplan.report.{format}")
-    return report.render(answers, explain, to) if format == "table" else report.render(answers, explain)
+    if format == "table":
+        return report.render(answers, explain, to, ranks)
+    return report.render(answers, explain, ranks)

@@ -10,8 +10,11 @@ from memplan.answer import Estimate, Line
 from memplan.report.words import CATEGORIES, PhaseRow, model, notes, peak_phase, phase_rows
 
 
-def render(answers: Sequence[Estimate], explain: bool = False) -> str:
-    rows = [row for answer in answers for row in (_ledger(answer) if explain else [facts(answer)])]
+def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
+    """With `ranks` there is a row for each stage of a pipeline; where all ranks are alike, as without."""
+    rows: list[dict[str, object]] = []
+    for answer in answers:
+        rows += _ledger(answer) if explain else _ranks(answer) if ranks and answer.ranks else [facts(answer)]
     out = StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -56,6 +59,26 @@ def facts(answer: Estimate) -> dict[str, object]:
         "via": answer.via,
         "notes": "; ".join(notes([answer])),
     }
+
+
+def _ranks(answer: Estimate) -> list[dict[str, object]]:
+    """The ranks that differ, flat."""
+    return [
+        {
+            "model": model(answer),
+            "gpu": answer.run.gpu or "",
+            "stage": rank.stage,
+            "layers": rank.layers,
+            "parameters": rank.parameters,
+            "in_flight": rank.in_flight,
+            "verdict": rank.verdict.answer or "",
+            **rank.bytes.as_dict(),
+            "headroom": "" if rank.verdict.headroom is None else rank.verdict.headroom,
+            "peak_phase": rank.peak.phase,
+            "peak_where": rank.peak.where,
+        }
+        for rank in answer.ranks
+    ]
 
 
 def _steps(row: PhaseRow) -> list[tuple[str, int]]:

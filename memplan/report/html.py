@@ -34,9 +34,9 @@ tr.sum td { font-weight: 600 } svg { width: 100%; height: auto; display: block }
 _WIDE = 960
 
 
-def render(answers: Sequence[Estimate], explain: bool = False) -> str:
+def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
     title = escape(f"memplan: {words.model(answers[0])}, {answers[0].run.method.kind}")
-    body = "\n".join(_page(answers, explain))
+    body = "\n".join(_page(answers, explain, ranks))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -44,7 +44,7 @@ def render(answers: Sequence[Estimate], explain: bool = False) -> str:
     )
 
 
-def _page(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
+def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[str]:
     for answer in answers:
         yield "<section>"
         yield f'<p class="{_class(answer)}"><strong>{escape(words.verdict(answer))}</strong></p>'
@@ -62,6 +62,9 @@ def _page(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
             '<p class="soft">Every moment at which memory is about to fall, in order, in the later steps (or the only '
             "kind of step). Of equal layers in a row the first and the last are drawn.</p>"
         )
+        if ranks and answer.ranks:
+            yield f"<h2>{escape(words.ranks_title(answer))}</h2>"
+            yield _table(words.RANKS, words.rank_rows(answer))
         if explain:
             yield "<h2>Alive at the peak</h2>"
             yield _ledger(answer)

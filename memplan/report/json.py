@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from memplan.answer import Estimate
 
 
-def render(answers: Sequence[Estimate], explain: bool = False) -> str:
-    """`explain` changes nothing: the ledger is always there."""
+def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
+    """`explain` and `ranks` change nothing: the ledger and the ranks are always there."""
     dumped = [answer.model_dump() for answer in answers]
     return json.dumps(dumped if len(dumped) > 1 else dumped[0], indent=2, ensure_ascii=False) + "\n"

@@ -8,11 +8,11 @@ from memplan.answer import Estimate
 from memplan.report import words
 
 
-def render(answers: Sequence[Estimate], explain: bool = False) -> str:
-    return "\n".join(_lines(answers, explain)) + "\n"
+def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
+    return "\n".join(_lines(answers, explain, ranks)) + "\n"
 
 
-def _lines(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
+def _lines(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[str]:
     first = answers[0]
     if len(answers) == 1:
         yield f"**{plain(words.verdict(first))}**"
@@ -48,6 +48,12 @@ def _lines(answers: Sequence[Estimate], explain: bool) -> Iterator[str]:
         if explain:
             yield ""
             yield from _ledger(answer)
+    for answer in answers if ranks else ():
+        if answer.ranks:
+            yield ""
+            yield plain(f"{f'{answer.run.gpu}: ' if len(answers) > 1 else ''}{words.ranks_title(answer)}")
+            yield ""
+            yield from table(words.RANKS, words.rank_rows(answer), "rrrrrll")
     yield from _advice(answers)
     yield ""
     yield from table(("assumed", ""), words.assumptions(first), "ll")

@@ -12,14 +12,14 @@ from memplan.report.text import Column, Screen, hanging, paragraph, screen, tabl
 COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
-def render(answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None) -> str:
+def render(answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None, ranks: bool = False) -> str:
     to = to or screen()
     if len(answers) == 1:
-        return "\n".join(_answer(answers[0], explain, to)) + "\n"
-    return "\n".join(_comparison(answers, explain, to)) + "\n"
+        return "\n".join(_answer(answers[0], explain, to, ranks)) + "\n"
+    return "\n".join(_comparison(answers, explain, to, ranks)) + "\n"
 
 
-def _answer(answer: Estimate, explain: bool, to: Screen) -> Iterator[str]:
+def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterator[str]:
     style = f"bold {COLOURS.get(answer.verdict.answer or '', '')}".strip()
     yield from (to.paint(line, style) for line in paragraph(words.verdict(answer), to, "  "))
     yield ""
@@ -32,8 +32,23 @@ def _answer(answer: Estimate, explain: bool, to: Screen) -> Iterator[str]:
     yield from paragraph(f"The peak is {words.moment(answer)}.", to)
     yield from paragraph(words.headroom(answer), to)
     yield from paragraph(words.host(answer), to)
+    if ranks:
+        yield from _ranks(answer, to)
     yield from _help(answer, to)
     yield from _rest(answer, explain, to)
+
+
+def _ranks(answer: Estimate, to: Screen) -> Iterator[str]:
+    """Every rank that differs."""
+    if not answer.ranks:
+        return
+    number = ("stage", "layers", "in flight", "GiB allocated", "used")
+    columns = [Column(title, right=title in number, wraps=title == "peak") for title in words.RANKS]
+    rows = words.rank_rows(answer)
+    yield ""
+    yield from (to.paint(line, "bold") for line in paragraph(words.ranks_title(answer), to))
+    yield from table(columns, rows, to, [f"|||||{COLOURS.get(row[5], '')}|" for row in rows])
+    yield ""
 
 
 def _help(answer: Estimate, to: Screen) -> Iterator[str]:
@@ -70,7 +85,7 @@ def _notes(answers: Sequence[Estimate], to: Screen) -> Iterator[str]:
             yield from paragraph(f"- {note}", to, "  ")
 
 
-def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen) -> Iterator[str]:
+def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen, ranks: bool) -> Iterator[str]:
     columns = (
         Column("GPU", wraps=True),
         Column("answer"),
@@ -94,6 +109,11 @@ def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen) -> Itera
     yield ""
     yield from _moments(answers, to)
     yield from paragraph(words.host(answers[0]), to)
+    for answer in answers if ranks else ():
+        if answer.ranks:
+            yield ""
+            yield to.paint(str(answer.run.gpu), "bold")
+            yield from _ranks(answer, to)
     for answer in answers:
         if answer.verdict.answer == "does not fit":
             yield ""

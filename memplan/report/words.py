@@ -42,7 +42,7 @@ def parts(answer: Estimate) -> list[Part]:
             )
     held = answer.bytes
     out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
-    several = answer.run.parallelism.world > 1
+    several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
     beside = "the driver's, loaded kernels and NCCL's" if several else "the driver's, and loaded kernels"
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
@@ -216,6 +216,32 @@ def phase_cells(answer: Estimate) -> list[tuple[str, str, str, str]]:
     ]
 
 
+RANKS = ("stage", "layers", "in flight", "GiB allocated", "used", "answer", "peak")
+
+
+def rank_rows(answer: Estimate) -> list[tuple[str, ...]]:
+    """The ranks that differ as rows of a table, that of the answer with a mark."""
+    return [
+        (
+            f"{rank.stage} *" if rank.stage == answer.run.parallelism.stage else str(rank.stage),
+            str(rank.layers),
+            str(rank.in_flight),
+            hundredths(rank.bytes.allocated),
+            hundredths(rank.bytes.used),
+            rank.verdict.answer or "",
+            f"{rank.peak.phase} {rank.peak.where}".strip(),
+        )
+        for rank in answer.ranks
+    ]
+
+
+def ranks_title(answer: Estimate) -> str:
+    """What the table of ranks is of."""
+    p = answer.run.parallelism
+    each = p.world // p.pp
+    return f"The ranks of each stage, {each} GPU{'s' if each > 1 else ''} each; * the answer's"
+
+
 def steps_differ(answer: Estimate) -> bool:
     """Whether the first step is not as the later ones."""
     return any(p.step == 2 for p in answer.phases)
@@ -256,7 +282,18 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     ]
     if run.parallelism.world > 1:
         text.insert(-1, ("GPUs", f"{run.parallelism.world}, {run.parallelism.strategy}"))
+    if run.parallelism.pp > 1:
+        text.insert(-1, ("pipeline", _pipeline(run)))
     return text
+
+
+def _pipeline(run: RunSpec) -> str:
+    p = run.parallelism
+    chunks = f", {p.virtual_stages} chunks of layers on each" if p.virtual_stages > 1 else ""
+    ends = ((p.first_stage_layers, "first"), (p.last_stage_layers, "last"))
+    uneven = "".join(f"; {n} layers on the {end}" for n, end in ends if n is not None)
+    ends_ = {True: "; embeddings and head count as layers", False: "; only layers count", None: ""}[p.ends_as_layers]
+    return f"{p.pp} stages{chunks}, {p.schedule}{uneven}{ends_}; this is stage {p.stage}"
 
 
 def _images(batch: Batch) -> str:

@@ -1,0 +1,195 @@
+"""Trains stages of small Llamas with torch.distributed.pipelining, on the CPU, and writes their peaks.
+
+python tests/golden/trace_pipeline.py > tests/golden/traced_pipeline.jsonl
+
+The schedules are torch's own, with a process group that sends nothing: a stage receives what lies in its buffers. Each
+stage is told the shapes of what it receives. tests/test_pipeline.py compares with the lines. Takes a few minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.distributed.pipelining.stage import InferenceMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+warnings.simplefilter("ignore")
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of all storages alive, each rounded up to 512."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, weakref.ref[Any]] = {}
+        self.now = self.peak = 0
+
+    def watch(self, tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+            return
+        storage = tensor.untyped_storage()
+        key, bytes_ = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key in self.alive:
+            return
+
+        def freed(_: Any) -> None:
+            del self.alive[key]
+            self.now -= bytes_
+
+        self.alive[key] = weakref.ref(storage, freed)
+        self.now += bytes_
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            self.watch(tensor)
+        return out
+
+
+def told(schedule: Any, stages: list[Any], *_: Any) -> None:
+    """What stages would agree on by asking one another: that shapes are as they were told."""
+    for stage in stages:
+        stage._inference_mode = InferenceMode.STATIC
+
+
+_PipelineSchedule._warmup_p2p = told
+
+
+class Stage(nn.Module):
+    """Some of a model's layers; embeddings before the first, the last norm and the head after the last."""
+
+    def __init__(self, model: Any, start: int, end: int, first: bool, last: bool) -> None:
+        super().__init__()
+        self.embed_tokens = model.model.embed_tokens if first else None
+        self.layers = model.model.layers[start:end]
+        self.norm, self.lm_head = (model.model.norm, model.lm_head) if last else (None, None)
+        self.rotary_emb = model.model.rotary_emb
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        positions = torch.arange(x.shape[1]).unsqueeze(0)
+        tables = self.rotary_emb(x, position_ids=positions)
+        for layer in self.layers:
+            x = layer(x, attention_mask=None, position_embeddings=tables, position_ids=positions)
+        if self.norm is None:
+            return x
+        return self.lm_head(self.norm(x))
+
+
+def peaks(asked: dict[str, Any]) -> dict[str, int]:
+    """Of each of two steps: of the passes, and of the optimizer."""
+    p, chunks, rank, m = asked["stages"], asked["chunks"], asked["stage"], asked["microbatches"]
+    dist.init_process_group("fake", rank=rank, world_size=p, store=FakeStore())
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**asked["config"])
+    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    whole.train()
+    if asked["checkpoint"]:
+        whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers, tokens, width = asked["layers"], asked["tokens"], config.hidden_size
+    counted = Bytes()
+    with counted:
+        made: list[Any] = []
+        for index in range(rank, p * chunks, p):
+            start, first, last = sum(layers[:index]), index == 0, index == p * chunks - 1
+            module = Stage(whole, start, start + layers[index], first, last)
+            hidden = torch.empty(1, tokens, width, device="meta", requires_grad=True)
+            ids = torch.empty(1, tokens, dtype=torch.int64, device="meta")
+            logits = torch.empty(1, tokens, config.vocab_size, device="meta", requires_grad=True)
+            given, out = (ids if first else hidden), (logits if last else hidden)
+            stage = PipelineStage(
+                module,
+                index,
+                p * chunks,
+                torch.device("cpu"),
+                input_args=(given,),
+                output_args=(out,),
+            )
+            made.append(stage)
+        loss = partial(_loss, vocab_size=config.vocab_size)
+        kinds = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+        schedule: Any = (
+            ScheduleInterleaved1F1B(made, m, loss_fn=loss, scale_grads=False)
+            if chunks > 1
+            else kinds[asked["schedule"]](made[0], m, loss_fn=loss, scale_grads=False)
+        )
+        del whole, module, stage
+        own = [t for s in made for t in (*s.submod.parameters(), *s.submod.buffers())]
+        for tensor in own:
+            counted.watch(tensor)
+        optimizer = torch.optim.AdamW([t for s in made for t in s.submod.parameters()], foreach=True)
+        found: dict[str, int] = {}
+        for step in (1, 2):
+            ids = torch.zeros((m, tokens), dtype=torch.int64) if rank == 0 else None
+            labels = torch.zeros((m, tokens), dtype=torch.int64) if rank == p - 1 else None
+            counted.peak = 0
+            given = (ids,) if rank == 0 else ()
+            schedule.step(*given, target=labels, return_outputs=False)
+            found[f"passes {step}"] = counted.peak
+            counted.peak = 0
+            optimizer.step()
+            found[f"step {step}"] = counted.peak
+            optimizer.zero_grad()
+    dist.destroy_process_group()
+    return found
+
+
+def _loss(logits: Any, labels: Any, vocab_size: int) -> Any:
+    return ForCausalLMLoss(logits, labels, vocab_size)
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    """Every stage of four, under each schedule, with as many microbatches as stages and more, checkpointed and not."""
+    for schedule, chunks, layers in (
+        ("1f1b", 1, (3, 4, 3, 2)),
+        ("gpipe", 1, (3, 4, 3, 2)),
+        ("1f1b", 2, (2, 3, 2, 2, 2, 2, 2, 1)),
+    ):
+        config = {
+            "model_type": "llama",
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": sum(layers),
+            "num_attention_heads": 4,
+            "vocab_size": 1000,
+            "max_position_embeddings": 512,
+        }
+        for stage in range(4):
+            for microbatches, checkpoint in ((4, schedule == "1f1b"), (8, schedule == "gpipe")):
+                yield {
+                    "stages": 4,
+                    "chunks": chunks,
+                    "stage": stage,
+                    "schedule": schedule,
+                    "layers": layers,
+                    "microbatches": microbatches,
+                    "tokens": 256,
+                    "checkpoint": checkpoint,
+                    "config": config,
+                }
+
+
+if __name__ == "__main__":
+    made = {"about": "torch 2.13 distributed/pipelining with layers of transformers 5.24, fp32, AdamW, on the CPU"}
+    sys.stdout.write(json.dumps(made) + "\n")
+    torch.set_num_threads(1)
+    for case in cases():
+        sys.stdout.write(json.dumps({**case, "peaks": peaks(case)}) + "\n")
+        sys.stdout.flush()
