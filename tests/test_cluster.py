@@ -144,9 +144,8 @@ def test_how_deepspeed_is_configured_is_kept() -> None:
 
 
 def test_what_is_asked_for_is_held() -> None:
-    answer = found(run(), 2, 4, Pinned(tp=2, strategies=("fsdp2",), sequences=16), most=None)
-    assert {p.grid.tp for p in answer.placed} == {2}
-    assert {p.grid.strategy for p in answer.placed if p.grid.dp > 1} == {"fsdp2"}
+    answer = found(run(), 2, 4, Pinned(tp=2, pp=1, strategies=("fsdp2",), sequences=16), most=None)
+    assert {(p.grid.tp, p.grid.strategy) for p in answer.placed} == {(2, "fsdp2")}
     assert {p.grid.dp * p.grid.accumulation for p in answer.placed} == {16}
 
 

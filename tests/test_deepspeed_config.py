@@ -10,7 +10,7 @@ import pytest
 
 from memplan.cli import runs_of
 from memplan.errors import SpecError
-from memplan.frameworks.deepspeed_config import read
+from memplan.frameworks.deepspeed import read
 from memplan.frameworks.words import deepspeed
 from memplan.spec import RunSpec, Zero
 

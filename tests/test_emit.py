@@ -38,7 +38,7 @@ TORCHTITAN_FLAGS = {
     *(f"parallelism.data_parallel_{kind}_degree" for kind in ("replicate", "shard")),
     *(f"parallelism.{kind}_parallel_degree" for kind in ("tensor", "pipeline", "context", "expert")),
     *("parallelism.enable_sequence_parallel", "parallelism.no_enable_sequence_parallel"),
-    "parallelism.pipeline_parallel_microbatch_size",
+    *("parallelism.pipeline_parallel_microbatch_size", "parallelism.pipeline_parallel_schedule"),
 }
 # Source: NVIDIA/Megatron-LM megatron/training/arguments.py at 000c4ac24f61.
 MEGATRON_FLAGS = {
@@ -49,6 +49,8 @@ MEGATRON_FLAGS = {
     *("recompute-num-layers", "num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "kv-channels"),
     *("group-query-attention", "num-query-groups", "num-experts", "moe-router-topk", "moe-ffn-hidden-size"),
     *("untie-embeddings-and-output-weights", "swiglu", "normalization", "position-embedding-type"),
+    *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
+    *("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split"),
     *("disable-bias-linear", "add-qkv-bias", "qk-layernorm", "hidden-dropout"),
 }
 
@@ -85,7 +87,7 @@ def runs(draw: st.DrawFn) -> RunSpec:
 def told(name: str, run: RunSpec, nodes: Nodes = NODES) -> str | None:
     """The file; None where the framework has not what the run says, which the error names."""
     framework, p = WRITTEN[name], run.parallelism
-    lacks = [degree for degree in framework.undivided if getattr(p, degree) > 1]
+    lacks = [degree for degree in framework.undivided if (getattr(p, degree) or 1) > 1]
     if not lacks and p.strategy in framework.strategies:
         return emit(name, run, nodes)
     with pytest.raises(SpecError) as raised:
@@ -245,6 +247,46 @@ def test_sizes_are_megatrons_own_words() -> None:
     )
     assert (said["num-experts"], said["moe-router-topk"], said["moe-ffn-hidden-size"]) == ("128", "8", "768")
     assert "qk-layernorm" in said
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_written_for_deepspeed_reads_back_as_the_run(stage: int) -> None:
+    from memplan.frameworks.deepspeed import read
+
+    zero = {"reduce_bucket_size": 10**8, **({"sub_group_size": 10**7} if stage == 3 else {})}
+    run = completed(
+        RunSpec.model_validate(
+            {
+                "model": "llama-3.1-8b",
+                "precision": "mixed",
+                "batch": {"micro": 2, "accumulation": 3},
+                "parallelism": {
+                    "world": 16,
+                    "dp": 16,
+                    "strategy": f"zero{stage}",
+                    "zero": zero,
+                    "offload": {"optimizer": True},
+                },
+            }
+        )
+    )
+    fields = read(json.loads(emit("deepspeed", run, NODES)))
+    said = fields["parallelism"]
+    assert said["strategy"] == run.parallelism.strategy
+    assert said["offload"] == {"optimizer": True}
+    assert {name: getattr(run.parallelism.zero, name) for name in zero} == {name: said["zero"][name] for name in zero}
+    assert fields["batch"] == {"micro": 2, "accumulation": 3}
+
+
+def test_pipelines_are_each_frameworks_own_words() -> None:
+    over = {"world": 16, "dp": 4, "pp": 4, "strategy": "ddp", "schedule": "gpipe", "first_stage_layers": 7}
+    run = completed(RunSpec(model="llama-3.1-8b", parallelism=over, batch={"micro": 2, "accumulation": 8}))
+    titan, megatron = (flags(emit(name, run, NODES)) for name in ("torchtitan", "megatron"))
+    assert titan["parallelism.pipeline_parallel_schedule"] == "GPipe"
+    assert titan["parallelism.pipeline_parallel_microbatch_size"] == "2"
+    assert titan["training.local_batch_size"] == "16"
+    assert megatron["decoder-first-pipeline-num-layers"] == "7"
+    assert "no GPipe" in emit("megatron", run, NODES)
 
 
 def test_an_unknown_framework_is_told_the_nearest() -> None:

@@ -26,7 +26,7 @@ from memplan.cli import app
 from memplan.errors import SpecError
 from memplan.gpus import all_gpus, find_gpu
 from memplan.planning.advice import advise
-from memplan.planning.cluster import cluster_of, search
+from memplan.planning.cluster import Pinned, cluster_of, search
 from memplan.planning.demand import Demand
 from memplan.planning.ladder import ladder
 from memplan.planning.offers import Wanted, offers, owned
@@ -78,7 +78,9 @@ THERE = estimate(run(model="qwen2-72b", gpu="rtx-3090"))
 OWNED = Bought(estimate(BIG), FITS, offers(BIG, Wanted(owned=owned("3090"))), None, THERE)
 ADVICE = Advised(ANSWER, FITS, advise(SMALL))
 GRIDS = Divided(FITS, search(run(model="llama-3.2-1b"), cluster_of(find_gpu("h100"), 2, 4)))
-NO_GRID = Divided(FITS, search(run(model="llama-3.1-70b", method="lora"), cluster_of(find_gpu("t4"), 1, 2)))
+NO_GRID = Divided(
+    FITS, search(run(model="llama-3.1-8b", method="lora"), cluster_of(find_gpu("t4"), 1, 2), Pinned(pp=1))
+)
 CASES: dict[str, Planned] = {
     "ways": WAYS,
     "free": FREE,

@@ -28,7 +28,7 @@ def read_spec(name: str) -> dict[str, Any]:
 
 def read_deepspeed(name: str) -> dict[str, dict[str, Any]]:
     """The parts of a run in a DeepSpeed config. Raises SpecError or ConfigError, in one line."""
-    from memplan.frameworks.deepspeed_config import read
+    from memplan.frameworks.deepspeed import read
 
     try:
         config = read_spec(name)

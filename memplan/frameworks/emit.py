@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memplan.catalogue.parallel import STRATEGIES
 from memplan.errors import UnknownNameError
 from memplan.frameworks.accelerate import ACCELERATE
-from memplan.frameworks.deepspeed import DEEPSPEED
+from memplan.frameworks.deepspeed_json import DEEPSPEED
 from memplan.frameworks.megatron import MEGATRON
 from memplan.frameworks.table import Value
 from memplan.frameworks.torchtitan import TORCHTITAN

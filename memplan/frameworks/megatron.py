@@ -79,6 +79,10 @@ def _masters(run: RunSpec) -> str:
     return f"--{half} keeps fp32 masters and gradients beside {half} weights; --precision mixed counts the masters"
 
 
+def _gpipe(run: RunSpec) -> str:
+    return "Megatron-LM has 1F1B alone, no GPipe" if run.parallelism.schedule == "gpipe" else ""
+
+
 def _adapters(run: RunSpec) -> str:
     return "" if run.method.kind == "full" else f"Megatron-LM trains all weights: it has no {run.method.kind}"
 
@@ -123,6 +127,10 @@ MEGATRON = Written(
             "num-virtual-stages-per-pipeline-rank",
             where(lambda run: run.parallelism.virtual_stages > 1, of_run(lambda run: run.parallelism.virtual_stages)),
         ),
+        Said("decoder-first-pipeline-num-layers", of_run(lambda run: run.parallelism.first_stage_layers)),
+        Said("decoder-last-pipeline-num-layers", of_run(lambda run: run.parallelism.last_stage_layers)),
+        Said("account-for-embedding-in-pipeline-split", of_run(lambda run: bool(run.parallelism.ends_as_layers))),
+        Said("account-for-loss-in-pipeline-split", of_run(lambda run: bool(run.parallelism.ends_as_layers))),
         Said("context-parallel-size", of_run(lambda run: run.parallelism.cp)),
         Said("expert-model-parallel-size", of_run(lambda run: _several(run.parallelism.ep))),
         Said("expert-tensor-parallel-size", of_run(lambda run: run.parallelism.etp)),
@@ -152,6 +160,6 @@ MEGATRON = Written(
         ),
         Said("untie-embeddings-and-output-weights", of_run(lambda run: not _model(run).tie_word_embeddings)),
     ),
-    (counted_as("megatron-core"), _family, _masters, _adapters, _to_host),
+    (counted_as("megatron-core"), _family, _masters, _adapters, _to_host, _gpipe),
     _write,
 )

@@ -53,6 +53,20 @@ def _pipeline(run: RunSpec) -> bool:
     return run.parallelism.pp > 1
 
 
+def _schedule(run: RunSpec) -> str:
+    """As torch.distributed.pipelining names it."""
+    if run.parallelism.schedule == "gpipe":
+        return "GPipe"
+    return "Interleaved1F1B" if run.parallelism.virtual_stages > 1 else "1F1B"
+
+
+def _uneven(run: RunSpec) -> str:
+    p = run.parallelism
+    if p.first_stage_layers is None and p.last_stage_layers is None and p.virtual_stages == 1:
+        return ""
+    return "how layers are dealt to stages is parallelism.module_fqns_per_model_part, a list of names"
+
+
 def _dtype(run: RunSpec) -> str:
     return "float32" if run.precision.weights == "fp32" else "bfloat16"
 
@@ -121,8 +135,9 @@ TORCHTITAN = Written(
             "parallelism.enable_sequence_parallel",
             where(lambda run: run.parallelism.tp > 1, of_run(lambda run: run.parallelism.sequence_parallel)),
         ),
+        Said("parallelism.pipeline_parallel_schedule", where(_pipeline, of_run(_schedule))),
         Said("parallelism.pipeline_parallel_microbatch_size", where(_pipeline, of_run(lambda run: run.batch.micro))),
     ),
-    (counted_as("torchtitan"), _unknown, _half, _method),
+    (counted_as("torchtitan"), _unknown, _half, _method, _uneven),
     _write,
 )
