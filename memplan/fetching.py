@@ -17,8 +17,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from memplan.catalogue.parallel import Knobs
-from memplan.graph import Graph, built, elements
-from memplan.ir import Op, Weight
+from memplan.graph import Graph, built
+from memplan.ir import Op
+from memplan.ranks import Ranks, numbers_of
 from memplan.units import ITEMSIZE
 
 
@@ -37,13 +38,14 @@ class _Visit(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def whole(graph: Graph, knobs: Knobs) -> dict[str, Whole]:
+def whole(graph: Graph, ranks: Ranks) -> dict[str, Whole]:
     """The most that is whole beside the weights that always are, by phase.
 
     A loss that multiplies by the output projection itself reads a weight that is no module's own: DeepSpeed has the
     model ask for it, which runs throughout.
     """
-    order = _Order(graph)
+    knobs = ranks.knobs
+    order = _Order(graph, ranks.storage)
     sizes = [n for n, _ in order.sizes]
     bytes_ = [n * item for n, item in order.sizes]
     always = frozenset(i for i, n in enumerate(sizes) if n <= knobs.persistent)
@@ -57,11 +59,11 @@ def whole(graph: Graph, knobs: Knobs) -> dict[str, Whole]:
 class _Order:
     """The modules in the order that a pass runs them: forward, and on the way back, of a checkpointed block, again."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, storage: str) -> None:
         stack, self._axes = built(graph)
+        self._storage = storage
         self.sizes: list[tuple[int, int]] = []
         self._outside: dict[str, int] = {}
-        self._stored = graph.recipe.weights
         forward: list[_Visit] = []
         back: list[list[_Visit]] = []
 
@@ -99,15 +101,12 @@ class _Order:
                 last = module
                 if w.name not in known:
                     known[w.name] = len(self.sizes)
-                    self.sizes.append(_size(w, self._axes))
+                    numbers, dtype = numbers_of(w, self._axes, self._storage)
+                    self.sizes.append((numbers, ITEMSIZE[dtype]))
                 if known[w.name] not in places:
                     places.append(known[w.name])
         if places:
             yield places
-
-
-def _size(w: Weight, axes: dict[str, int]) -> tuple[int, int]:
-    return elements(w, axes), ITEMSIZE[w.dtype]
 
 
 class _Coordinator:

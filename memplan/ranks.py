@@ -132,6 +132,11 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
     return Piece(name, unit, where, copies, shape, kept, whole, own, sent, first.trains, whole != laid)
 
 
+def numbers_of(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, str]:
+    """How many numbers a weight's parameter has, and their dtype: of a 4-bit one, of what it is packed into."""
+    return prod(_shape(w, axes, storage)), storage if w.stored else w.dtype
+
+
 def _shape(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...]:
     """A weight's axes as the library sees them; of a 4-bit one, of the column it is packed into."""
     if w.stored:
@@ -191,11 +196,11 @@ def parameters_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
         what = f"{p.name}, one of {ranks.world} parts"
         yield _held("parameter", what, p.where, p.shape, p.dtype, p.copies, ranks.row.source)
     for held in parameters_of(graph):
-        if held.kind == "buffer" or _beside(held):
+        if held.kind == "buffer" or beside(held):
             yield held
 
 
-def _beside(held: Held) -> bool:
+def beside(held: Held) -> bool:
     """What a 4-bit weight has beside its numbers, the scales of its blocks: no parameters, so never divided."""
     return "(" in held.what and not held.what.endswith("(packed)")
 
@@ -249,7 +254,7 @@ def loading_events(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
             yield number + 1, 0
             number += 3
     for held in parameters_held(graph, ranks):
-        if held.kind == "buffer" or _beside(held):
+        if held.kind == "buffer" or beside(held):
             for _ in range(held.copies):
                 yield number, held.bytes
                 number += 1

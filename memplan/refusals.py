@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
-from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, STAGES, STRATEGIES
+from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, STAGES, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
@@ -37,16 +37,16 @@ def refuse_parts(
     precision: Precision,
     optimizer: Optimizer,
     kernels: Kernels,
-    sharded: bool = False,
+    storages: tuple[str, ...] = ("uint8",),
     selects: bool = False,
 ) -> None:
-    """Raise SpecError for what the parts of a run must not say, each as it was asked. `sharded`: ranks hold parts of
-    the weights; `selects`: the model's code can recompute attention alone."""
+    """Raise SpecError for what the parts of a run must not say, each as it was asked. `storages`: what 4-bit weights
+    may be stored in; `selects`: the model's code can recompute attention alone."""
     if kernels.checkpointing == "selective" and not selects:
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
-    for refused in (*_method(method, sharded), *_precision(precision, method.quantization), *_optimizer(optimizer)):
+    for refused in (*_method(method, storages), *_precision(precision, method.quantization), *_optimizer(optimizer)):
         raise refused
 
 
@@ -218,7 +218,8 @@ FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
 ZERO = tuple(STAGES)
 _METHODS = {
     **dict.fromkeys(FSDP, ("full", "lora", "qlora")),
-    **dict.fromkeys(ZERO, ("full", "lora")),
+    **dict.fromkeys(("zero1", "zero2"), ("full", "freeze", "lora", "qlora", "dora", "qdora")),
+    "zero3": ("full", "freeze", "lora", "qlora"),  # DoRA's norms are of weights that another module gathers
     MEGATRON: ("full",),
 }
 _FLOATS = ("bf16", "fp16", "fp32")
@@ -240,8 +241,9 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
         raise _later("method.kind", method.kind, f"{', '.join(_METHODS[p.strategy])} with {p.strategy}")
     if method.modules_to_save:
         raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
-    if row is not None and optimizer.name not in ELEMENTWISE:
-        raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with {p.strategy}")
+    takes = (*ELEMENTWISE, *OF_FLAT_PARTS) if p.strategy in ZERO else ELEMENTWISE
+    if row is not None and optimizer.name not in takes:
+        raise _later("optimizer.name", optimizer.name, f"{', '.join(takes)} with {p.strategy}")
     if p.strategy == MEGATRON:
         if precision.autocast:
             raise SpecError(
@@ -258,6 +260,11 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
                 "precision.autocast: DeepSpeed casts the model itself, with fp32 masters; say precision mixed",
                 "precision.autocast",
             )
+        if method.quantization is not None and method.quantization.kbit_preparation:
+            field = "method.quantization.kbit_preparation"
+            raise SpecError(f"{field}: DeepSpeed casts back what it makes fp32; say false", field)
+        if method.quantization is not None and p.offload.parameters:
+            raise _later("parallelism.offload", "parameters", f"optimizer with {method.kind}")
         if loop.grad_scaler:
             raise SpecError("loop.grad_scaler: DeepSpeed scales the loss itself", "loop.grad_scaler")
     elif precision.master is not None:
@@ -345,7 +352,7 @@ def refuse_parts_of_sequences(p: Parallelism, kernels: Kernels, loop: Loop, prof
         raise SpecError("loop.padded: accelerate's context parallelism takes no masks", "loop.padded")
 
 
-def _method(m: Method, sharded: bool) -> Iterator[SpecError]:
+def _method(m: Method, storages: tuple[str, ...]) -> Iterator[SpecError]:
     if m.kind not in ADAPTERS:
         for field in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options"):
             if getattr(m, field) != getattr(_PLAIN, field):
@@ -359,7 +366,7 @@ def _method(m: Method, sharded: bool) -> Iterator[SpecError]:
         elif name != "use_rslora" or not isinstance(value, bool):
             yield _later(field, value, "use_rslora true or false, which changes no memory")
     if m.quantization is not None:
-        yield from _quantization(m.quantization, sharded)
+        yield from _quantization(m.quantization, storages)
 
 
 def no_adapters(kind: str, field: str) -> SpecError:
@@ -377,15 +384,17 @@ _GROUPED = ("gptq-int4", "gptq-int8", "awq-int4")
 _WHOLE = (*_GROUPED, "fp8", "int8")
 
 
-def _quantization(q: Quantization, sharded: bool) -> Iterator[SpecError]:
+def _quantization(q: Quantization, storages: tuple[str, ...]) -> Iterator[SpecError]:
     field = "method.quantization"
     if q.block_size < (16 if q.format in _GROUPED else 32) and not (q.block_size == WHOLE and q.format in _WHOLE):
         size = "one scale a column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
         yield SpecError(f"{field}.block_size: {q.format} has no {size}", f"{field}.block_size")
     if q.format == "fp8" and q.block_size not in (WHOLE, FP8_BLOCK):
         yield _later(f"{field}.block_size", q.block_size, f"{FP8_BLOCK}, or {WHOLE} for one scale a matrix")
-    if q.storage not in (_FLOATS if sharded else ("uint8",)):
-        those = "bf16, fp16, fp32: FSDP divides no integers" if sharded else f"uint8; {', '.join(_FLOATS)} under FSDP"
+    if q.storage not in storages:
+        those = f"{', '.join(storages)}: FSDP divides no integers" if "uint8" not in storages else ", ".join(storages)
+        if storages == ("uint8",):
+            those += f"; {', '.join(_FLOATS)} under FSDP"
         yield _later(f"{field}.storage", q.storage, those)
     if q.format == "int8" and q.block_size != Quantization().block_size:
         yield SpecError(f"{field}.block_size: int8 has no blocks; nf4 and fp4 have", f"{field}.block_size")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from memplan import zero
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
 from memplan.catalogue import context_parallel, megatron, tensor_parallel
@@ -172,11 +173,12 @@ def _decide(
     degrees = degrees_of(parallelism, words["tensor_parallel"])
     alike = replicas(parallelism)
     sharded = alike > 1 and parallelism.strategy in FSDP
-    if sharded:
+    under_deepspeed = alike > 1 and parallelism.strategy in ZERO
+    if sharded or under_deepspeed:
         method = _unprepared(method)
     method, optimizer, kernels = _filled(method, optimizer, kernels, precision, words)
     own = model.model_type == megatron.KIND
-    refuse_parts(method, precision, optimizer, kernels, sharded, own)
+    refuse_parts(method, precision, optimizer, kernels, _storages(sharded, under_deepspeed, precision), own)
     if own:
         refuse_of_megatron(profile, method, precision, kernels, loop)
     refuse_parts_of_experts(parallelism, *(megatron.experts_and_width(model) if own else (0, 0)))
@@ -185,7 +187,7 @@ def _decide(
             parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
         )
         tensor_parallel.check(model, degrees)
-    if alike > 1 and parallelism.strategy in ZERO:
+    if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
     elif parallelism.offload.optimizer:
         refuse_on_host(str(optimizer.name))
@@ -215,13 +217,13 @@ def _decide(
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
-    if alike > 1 and parallelism.strategy in ZERO:
+    if under_deepspeed:
         precision, method = _under_deepspeed(precision, method)
         if parallelism.zero == Zero():
             notes.append(_DEEPSPEED)
     if alike > 1 and parallelism.strategy == MEGATRON:
         precision = _under_megatron(precision)
-        notes.append(_MEGATRON if own else f"{_MEGATRON}; what is computed is transformers' code, not Megatron's")
+        notes.append(_MEGATRON if own else f"{_MEGATRON}; {_NOT_ITS_CODE}")
     notes += dtype_notes(gpu, str(precision.compute))
     notes += [*stored_notes(model), *over.notes]
     notes += kernel_notes(model)
@@ -310,6 +312,9 @@ def _decide(
     )
     notes += expert_notes(graph, capability)
     _check_trained(graph, ranks)
+    if under_deepspeed and gpu is not None:
+        knobs = ranks.knobs._replace(flattens=zero.flattens(graph, gpu.usable))
+        structure = structure._replace(ranks=ranks._replace(knobs=knobs))
     if (
         spares_embeddings(str(optimizer.name))
         and not loop.trainer
@@ -340,6 +345,7 @@ _MEGATRON = (
     "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
     "--overlap-grad-reduce"
 )
+_NOT_ITS_CODE = "what is computed is transformers' code, not Megatron's"
 
 
 def _under_megatron(precision: Precision) -> Precision:
@@ -388,6 +394,13 @@ def _knobs(p: Parallelism, hidden: int) -> Knobs:
     )
 
 
+def _storages(sharded: bool, under_deepspeed: bool, precision: Precision) -> tuple[str, ...]:
+    """What 4-bit weights may be stored in: FSDP divides no integers; DeepSpeed would cast another float."""
+    if sharded:
+        return ("bf16", "fp16", "fp32")
+    return ("uint8", precision.weights) if under_deepspeed else ("uint8",)
+
+
 def _unprepared(method: Method) -> Method:
     """Weights that are divided are not prepared for training in 4 bits, unless that is said.
 
@@ -414,7 +427,12 @@ def _ranks(
         return recipe, ONE
     ranks = Ranks(parallelism.strategy, alike)
     if parallelism.strategy in ZERO:
-        return recipe, ranks._replace(knobs=_knobs(parallelism, hidden))
+        q = method.quantization
+        knobs = _knobs(parallelism, hidden)
+        if q is None:
+            return recipe, ranks._replace(knobs=knobs)
+        # transformers makes no quantised model under deepspeed.zero.Init: modeling_utils.py get_init_context
+        return recipe, ranks._replace(knobs=knobs._replace(divides_loading=False), storage=q.storage)
     if parallelism.strategy not in FSDP:
         return recipe, ranks
     ranks = ranks._replace(delayed=trainer and accumulates)
@@ -449,7 +467,7 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
             "or method.frozen vision and projector",
             "batch.images",
         )
-    if ranks.world > 1 and ranks.row.flat:
+    if ranks.world > 1 and ranks.row.flat and ranks.row.gathers:
         _check_flat(graph, ranks)
 
 

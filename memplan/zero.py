@@ -24,7 +24,8 @@ from memplan.catalogue.states import State
 from memplan.engine.walk import size
 from memplan.fetching import whole
 from memplan.graph import EMPTIED, Graph, Held, built, elements, in_order, loading, parameters_of, weights_of
-from memplan.ranks import Ranks
+from memplan.ir import Weight
+from memplan.ranks import Ranks, beside, numbers_of
 from memplan.units import ITEMSIZE, gib
 
 NORM_CHUNK = 250_000_000  # numbers whose norm is taken at once at stage 3: _constant_buffered_norm2
@@ -149,13 +150,14 @@ def _copied(weights: Iterable[tuple[int, int]], own: int, bucket: int) -> int:
 
 
 def parameters(graph: Graph, ranks: Ranks) -> Iterator[Held]:
-    """Weights and buffers, and the fp32 partition of weights. At stage 3 small ones stay whole beside their part."""
+    """Weights and buffers, and the fp32 partition of weights. At stage 3 small ones stay whole beside their part; the
+    scales of 4-bit ones do too, which are no parameters."""
     source, knobs = ranks.row.source, ranks.knobs
     if stage(ranks) < 3:
         yield from parameters_of(graph)
     else:
         yield from _parts(graph, ranks)
-        yield from (held for held in parameters_of(graph) if held.kind == "buffer")
+        yield from (held for held in parameters_of(graph) if held.kind == "buffer" or beside(held))
     if not knobs.optimizer:
         yield _held("parameter", "fp32 partition of the weights", "", partition(graph, ranks), "fp32", 1, source)
 
@@ -165,13 +167,13 @@ def _parts(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     for w, copies, block in weights_of(graph):
         if w.group == "buffer":
             continue
-        numbers = elements(w, axes)
+        numbers, dtype = numbers_of(w, axes, ranks.storage)
         kinds = [] if ranks.knobs.parameters else [(f"one of {ranks.world} parts", part(numbers, ranks.world))]
         if numbers <= ranks.knobs.persistent:
             kinds.append(("whole", numbers))
         for kind, count in kinds:
             what = f"{w.name}, {kind}"
-            yield _held("parameter", what, block.rstrip("."), count, w.dtype, copies, ranks.row.source)
+            yield _held("parameter", what, block.rstrip("."), count, dtype, copies, ranks.row.source)
 
 
 def trained(graph: Graph, ranks: Ranks) -> list[Parameter]:
@@ -237,7 +239,7 @@ def passing(graph: Graph, ranks: Ranks, phase: str) -> Iterator[Held]:
     source, knobs = ranks.row.source, ranks.knobs
     _, dtype = _trained(graph)
     if stage(ranks) == 3:
-        found = whole(graph, knobs)[phase]
+        found = whole(graph, ranks)[phase]
         yield _in_bytes("parameter", "gathered weights", found.weights, source)
         yield _in_bytes("temp", "weights as the all-gather writes them", found.written, source)
     if phase != "backward":
@@ -280,11 +282,21 @@ def loading_events(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
             yield last, bytes_
         numbers = itertools.count(last + 1)
         yield EMPTIED, 0
-        flat = next(numbers)
-        yield flat, size(str(trained), dtype, {})[1]
-        yield flat, 0
+        if ranks.knobs.flattens:
+            flat = next(numbers)
+            yield flat, size(str(trained), dtype, {})[1]
+            yield flat, 0
     if not ranks.knobs.optimizer:
         yield next(numbers), mine
+
+
+def flattens(graph: Graph, room: int) -> bool:
+    """Whether a GPU with so many bytes has room for the weights and, of those that train, another copy.
+
+    Source: DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py (flatten_on_accelerator).
+    """
+    trained, dtype = _trained(graph)
+    return sum(h.bytes * h.copies for h in parameters_of(graph)) + trained * ITEMSIZE[dtype] <= room
 
 
 def _dividing(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Iterator[tuple[int, int]]:
@@ -293,25 +305,32 @@ def _dividing(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Iterator[tu
     knobs = ranks.knobs
     weights = list(in_order(graph))
     there: dict[int, int] = {}
+
+    def bring(i: int, w: Weight) -> Iterator[tuple[int, int]]:
+        scales = [t for t in w.stored if t.name != "packed"]
+        for t in scales:
+            yield next(numbers), size(t.shape, t.dtype, axes)[1]
+        there[i] = next(numbers)
+        count, dtype = numbers_of(w, axes, ranks.storage)
+        yield there[i], size(str(count), dtype, {})[1]
+
     if not knobs.divides_loading:
         for i, w in enumerate(weights):
-            there[i] = next(numbers)
-            yield there[i], size(w.shape, w.dtype, axes)[1]
+            yield from bring(i, w)
     leaving: list[int] = []
     for i, w in enumerate(weights):
-        count = elements(w, axes)
+        count, dtype = numbers_of(w, axes, ranks.storage)
         if i not in there:
-            there[i] = next(numbers)
-            yield there[i], size(w.shape, w.dtype, axes)[1]
+            yield from bring(i, w)
         if w.group == "buffer":
             continue
         if not knobs.parameters:
             own = next(numbers)
-            yield own, size(str(part(count, ranks.world)), w.dtype, {})[1]
+            yield own, size(str(part(count, ranks.world)), dtype, {})[1]
             if w.trains:
                 leaving.append(own)
         if count <= knobs.persistent:
-            yield next(numbers), size(str(count), w.dtype, {})[1]
+            yield next(numbers), size(str(count), dtype, {})[1]
         yield there[i], 0
     for own in leaving:
         yield own, 0
@@ -381,9 +400,9 @@ def _sub_groups(graph: Graph, ranks: Ranks) -> tuple[int, ...]:
 
 
 def loaded_on_host(graph: Graph, ranks: Ranks) -> int:
-    """Bytes of the checkpoint that each rank has in host memory at first: all of it, unless weights are divided as they
-    are loaded."""
-    if stage(ranks) == 3 and ranks.knobs.divides_loading:
+    """Bytes of the checkpoint that each rank has in host memory at first: all of it, unless weights are divided or
+    quantised as they are loaded."""
+    if graph.recipe.quantization or (stage(ranks) == 3 and ranks.knobs.divides_loading):
         return 0
     _, axes = built(graph)
     weights = (w for w in in_order(graph) if w.group not in ("adapter", "buffer"))

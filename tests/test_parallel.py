@@ -65,9 +65,7 @@ def runs(draw: st.DrawFn, kinds: tuple[str, ...] = ("full", "lora", "qlora")) ->
 def divided(run: dict[str, Any], strategy: str, world: int) -> dict[str, Any]:
     """The run on so many GPUs, as the strategy takes it."""
     if strategy in (*ZERO, MEGATRON) and world > 1:
-        other = "full" if strategy == MEGATRON else "lora"
-        adapted = run.get("method", "full") == "qlora" or strategy == MEGATRON
-        run = {**run, "method": other if adapted else run.get("method", "full")}
+        run = {**run, "method": "full" if strategy == MEGATRON else run.get("method", "full")}
         run["precision"] = "mixed" if run.get("precision") == "amp" else run.get("precision", "pure")
     run = {**run, "parallelism": {"world": world, "dp": world, "strategy": strategy}}
     if strategy == "fsdp2" and world > 1 and run.get("method", "full") != "full":
@@ -256,7 +254,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("fsdp2", {"method": "lora", "loop": {"trainer": True}}, "loop.trainer", "fsdp"),
     ("fsdp2", {"precision": "mixed"}, "precision.master", "amp"),
     ("zero3", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
-    ("zero2", {"method": "qlora"}, "method.kind", "full, lora"),
+    ("zero3", {"method": "qdora"}, "method.kind", "full, freeze, lora, qlora"),
     ("zero2", {"precision": "amp"}, "precision.autocast", "mixed"),
     ("zero1", {"loop": {"grad_scaler": True}}, "loop.grad_scaler", "itself"),
     ("zero1", {"precision": {"weights": "bf16", "grads": "fp32"}}, "precision.grads", "bf16"),

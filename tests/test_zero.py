@@ -177,7 +177,7 @@ def test_sub_groups_are_of_as_many_parts_as_reach_their_size() -> None:
 
 def gathered(zero: dict[str, Any], **fields: Any) -> dict[str, int]:
     run = structure("zero3", 8, zero=zero, **fields)
-    return {phase: found.weights + found.written for phase, found in whole(run.graph, run.ranks.knobs).items()}
+    return {phase: found.weights + found.written for phase, found in whole(run.graph, run.ranks).items()}
 
 
 def test_nothing_fetched_ahead_and_nothing_kept_is_one_module_at_a_time() -> None:
@@ -198,7 +198,9 @@ def test_everything_stays_whole_that_is_used_again_soon_enough() -> None:
 def test_no_more_is_whole_than_all_and_what_is_written(prefetch: int, reuse: int, checkpointing: str) -> None:
     run = structure("zero3", 4, **RUN, kernels={"checkpointing": checkpointing})
     numbers = program(run).total_parameters
-    for found in whole(run.graph, Knobs(prefetch=prefetch, reuse=reuse, live=10**12)).values():
+    for found in whole(
+        run.graph, run.ranks._replace(knobs=Knobs(prefetch=prefetch, reuse=reuse, live=10**12))
+    ).values():
         assert 0 <= found.weights <= 2 * numbers
         assert 0 <= found.written <= 2 * numbers
 
@@ -275,6 +277,14 @@ def test_a_model_that_is_loaded_whole_is_on_the_gpu_before_it_is_divided() -> No
     assert at_once.phases[0].peak == pytest.approx(2 * PARAMETERS, rel=0.01)
     assert divided.phases[0].peak < at_once.phases[0].peak / 2
     assert at_once.phases[1:] == divided.phases[1:]
+
+
+def test_weights_are_laid_together_by_way_of_the_host_where_a_gpu_has_no_room_for_them_twice() -> None:
+    """8B in bf16 is 15 GiB: 48 GB have room for 30, 24 have not. What both hold afterwards is the same."""
+    large, small = (answer("zero2", 8, ("optimizer",), gpu=gpu) for gpu in ("a40", "rtx-3090"))
+    assert large.phases[0].peak == pytest.approx(4 * PARAMETERS, rel=0.01)
+    assert small.phases[0].peak == pytest.approx(2 * PARAMETERS, rel=0.01)
+    assert large.phases[1].peak == small.phases[1].peak
 
 
 REFUSED: list[tuple[str, int, tuple[str, ...], dict[str, Any], str, str]] = [
@@ -373,3 +383,67 @@ def test_the_main_gradients_stay_and_nothing_is_gathered_apart() -> None:
     fixed = 6 * PARAMETERS + 12 * PARAMETERS // 8
     assert by["step"] == pytest.approx(fixed, rel=0.01)
     assert by["load"] == pytest.approx(8 * PARAMETERS, rel=0.01)
+
+
+# adapters, quantised weights, small states
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bf16"])
+@pytest.mark.parametrize("world", [2, 8])
+def test_stage_three_divides_packed_weights_and_not_their_scales(storage: str, world: int) -> None:
+    """nf4: half a byte a number, an absmax of one byte for 64, and one of 4 for 256 of those."""
+    method = {"kind": "qlora", "quantization": {"storage": storage}}
+    whole_, divided = (structure(name, world, method=method) for name in ("zero2", "zero3"))
+    linear = PARAMETERS - 2 * EMBEDDING - 65 * 4096
+
+    def of(run: Structure, *words: str) -> int:
+        return sum(h.bytes * h.copies for h in resident_of(run) if all(word in h.what for word in words))
+
+    packed = sum(
+        h.bytes * h.copies for h in resident_of(divided) if h.dtype == storage and "proj.weight, one of" in h.what
+    )
+    assert of(whole_, "(packed)") == linear // 2
+    assert packed == pytest.approx(linear / 2 / world, rel=1e-4)
+    assert of(divided, "absmax") == of(whole_, "absmax") > 0
+
+
+def test_adapters_are_in_the_dtype_of_all_and_their_masters_divided() -> None:
+    run = structure("zero2", 4, method={"kind": "lora", "rank": 8})
+    (master,) = (h for h in resident_of(run) if "fp32 partition" in h.what)
+    trained = program(run).trainable_parameters
+    assert 0 <= 4 * int(master.shape) - trained < 8
+    assert {h.dtype for h in resident_of(run) if "lora" in h.what} == {"bf16"}
+
+
+@pytest.mark.parametrize("kind", ["freeze", "dora", "qdora"])
+def test_what_trains_alone_is_divided_whatever_the_method(kind: str) -> None:
+    run = structure("zero2", 4, **{**RUN, "method": kind})
+    (master,) = (h for h in resident_of(run) if "fp32 partition" in h.what)
+    assert 0 <= 4 * int(master.shape) - program(run).trainable_parameters < 8
+
+
+@pytest.mark.parametrize(("name", "moments"), [("adamw_8bit", 2), ("lion_8bit", 1)])
+def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> None:
+    """A byte a number and an fp32 absmax for 256; no weight is too small, and no embedding apart."""
+    run = structure("zero2", 8, optimizer=name)
+    own = partition(run.graph, run.ranks)
+    states = sum(s.bytes * s.count for s in program(run).optimizer.states if s.shape and s.bytes > 10**5)
+    assert states == pytest.approx(moments * own * (1 + 4 / 256), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"method": "dora"}, "method.kind"),
+        ({"method": {"kind": "qlora", "quantization": {"storage": "fp32"}}}, "method.quantization.storage"),
+        (
+            {"method": {"kind": "qlora", "quantization": {"kbit_preparation": True}}},
+            "method.quantization.kbit_preparation",
+        ),
+        ({"optimizer": "paged_adamw_8bit"}, "optimizer.name"),
+    ],
+)
+def test_what_deepspeed_divides_wrongly_is_refused(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        answer("zero3", 2, **fields)
+    assert caught.value.field == field

@@ -61,6 +61,10 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # of DeepSpeed's ZeRO
 # has the same states of it. bitsandbytes' kernels do not take FSDP2's parts.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "none")
 
+# DeepSpeed's partition is one flat fp32 parameter, of which bitsandbytes' kernels keep states as of any other; it is
+# none of the embeddings that transformers asks fp32 states for.
+OF_FLAT_PARTS = ("adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "lion_32bit", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")
+
 # The bytes of gradients that DDP's reducer gathers for one all-reduce, after the first step. The buckets hold all
 # gradients again (gradient_as_bucket_view is off, in torch and in transformers' Trainer).
 FIRST_BUCKET, BUCKET = MIB, 25 * MIB
@@ -85,6 +89,7 @@ class Knobs(NamedTuple):
     contiguous      gradients are copied into buckets; otherwise they wait where they are
     round_robin     weights are laid one after the other by turns of the ranks
     divides_loading at stage 3 each weight is divided as it is loaded (deepspeed.zero.Init), by all ranks
+    flattens        at stages 1 and 2 weights are laid together on the GPU, which has them twice then; else on the host
     optimizer       where its states are if not on the GPU: cpu or nvme; `parameters` likewise
     pins            whether host memory of the optimizer is pinned, and of the parameters
     swaps           NVMe's buffers of the optimizer, of the parameters, numbers of one, numbers kept in host memory
@@ -100,6 +105,7 @@ class Knobs(NamedTuple):
     contiguous: bool = True
     round_robin: bool = False
     divides_loading: bool = True
+    flattens: bool = True
     optimizer: str = ""
     parameters: str = ""
     pins: tuple[bool, bool] = (True, True)
