@@ -209,6 +209,12 @@ def _aliases() -> dict[str, str]:
     return found
 
 
+def _spelled(alias: str) -> str:
+    """A name of a card as the card spells it."""
+    card = _read_card(_aliases()[alias])
+    return next(name for name in (card["hf_id"], *card.get("aliases", ())) if name.lower() == alias)
+
+
 @cache
 def _joined_names() -> dict[str, str]:
     return {_joined(name): card for name, card in [*((n, n) for n in card_names()), *_aliases().items()]}
@@ -297,10 +303,10 @@ def _from_hub_cache(hf_id: str) -> Facts:
         import difflib
 
         near = difflib.get_close_matches(hf_id.lower()[:_LONGEST], _aliases(), n=1, cutoff=0.8)
+        hint = f"did you mean {_spelled(near[0])}? Otherwise " if near else ""
         raise FactsMissingError(
             f"model: no card for '{printable(hf_id, _LONGEST)}' and no config.json of it in the local Hugging Face "
-            f"cache; {f'did you mean {near[0]}, or ' if near else ''}ask the Hub with --online, or give the path of a "
-            "config.json",
+            f"cache; {hint}ask the Hub with --online, or give the path of a config.json",
             "model",
         )
     name = split(hf_id)[0]

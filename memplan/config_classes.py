@@ -327,9 +327,8 @@ def family_of(config: Mapping[str, Any]) -> str:
     if kinds or model_type not in MODEL_TYPES:
         said = f" ({', '.join(kinds)})" if kinds else ""
         near = " or ".join(nearest_families(model_type, kinds))
-        raise UnsupportedModelError(
-            f"model_type: {shown}{said} is not supported yet; did you mean {near}?", "model_type"
-        )
+        hint = f"; did you mean {near}?" if near else ", and no family with a stack has a name like it"
+        raise UnsupportedModelError(f"model_type: {shown}{said} is not supported yet{hint}", "model_type")
     return model_type
 
 
@@ -347,8 +346,12 @@ _KINDS_OF_MODULES = {
 _TOWERS = ("gemma4", "kimi_k25", "kimi_k3", "llama4")  # that other modules know
 
 
+_ALIKE = 0.6  # of the letters of two names, at which one may be meant by the other
+
+
 def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, ...]:
-    """The three families with a stack that are most like `model_type`, which has none, and like what its config says.
+    """The families with a stack that are most like `model_type`, which has none, and like what its config says; three
+    at most, and none where nothing is.
 
     Those whose names begin alike come first, of these the ones of its kind, and of these the nearest versions.
 
@@ -368,7 +371,11 @@ def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, .
             return 0, other, -alike[name]
         return -common, other, len(set(rest) ^ set(rest_of)), abs(version - version_of), -alike[name]
 
-    return tuple(sorted((name for name in _families() if name != model_type), key=distance)[:3])
+    def like(name: str) -> bool:
+        of_its_kind = any(part in said for part in _kind(name).split(", ") if part)
+        return of_its_kind or alike[name] >= _ALIKE or _words(name)[0][:1] == stem[:1]
+
+    return tuple(sorted((name for name in _families() if name != model_type and like(name)), key=distance)[:3])
 
 
 def _families() -> tuple[str, ...]:

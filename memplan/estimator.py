@@ -149,7 +149,7 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     found = [(False, *_best(p, False, phase, numbers)) for phase in PHASES]
     if p.structure.accumulates:
         later = [(True, *_best(p, True, phase, numbers)) for phase in PHASES]
-        more = [(later_, size + p.accumulated, index) for later_, size, index in later]
+        more = [(b[0], b[1] + p.accumulated[phase], b[2]) for b, phase in zip(later, PHASES, strict=True)]
         found = [max(a, b, key=_bytes) if b[2] >= 0 else a for a, b in zip(found, more, strict=True)]
     moving = [size for _, size, _ in found]
     held = sum(map(mul, p.held, numbers.values))

@@ -119,6 +119,8 @@ class Op(NamedTuple):
                     gradient flows through.
     cast            only changes the dtype: no call, the same tensor, where it has that dtype already.
     spared          of a cast: the dtype it need not be done from, because the next kernel reads that one itself.
+    laid            copies what it reads as the product that reads both needs it to lie: no call where autocast casts
+                    that for the product, whose cast lies so.
     autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                     output is fp32 (`wide`).
     holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them; as an
@@ -151,6 +153,7 @@ class Op(NamedTuple):
     view: bool = False
     cast: bool = False
     spared: str = ""
+    laid: bool = False
     autocast: str = ""
     holds: str = ""
     releases: bool = False
@@ -237,6 +240,8 @@ class Unit(NamedTuple):
     joined    the gradients of those that train as the reduce-scatter reads them
     received  the rank's part of those, where it is cast to the dtype of its weights afterwards
     parts     the rank's part of the gradients, which stays
+    summed    the gradients of the passes before, whole, where they are reduced after several
+    nested    weights within that are units of their own, gathered for the operation that uses them: name and unit
     """
 
     whole: tuple[Tensor, ...]
@@ -245,19 +250,32 @@ class Unit(NamedTuple):
     joined: tuple[Tensor, ...] = ()
     received: tuple[Tensor, ...] = ()
     parts: tuple[Tensor, ...] = ()
+    summed: tuple[Tensor, ...] = ()
+    nested: tuple[tuple[str, Unit], ...] = ()
 
 
 class Division(NamedTuple):
     """How the weights of a stack are divided among ranks: its units by name.
 
     A block's weights are a unit by the block's place in the stack (`memplan.engine.gather.unit_of`). Those outside of
-    blocks are the units `before` and `after`, or one, `root`, which is whole from the first operation to the last.
+    blocks are the units `before` and `after`, or one, `root`, which is whole from the first operation to the last. What
+    is in the unit `rest` is whole as long, its gradients too; blocks in it are none of their own.
 
     lingers  what a collective wrote or read stays until the next of its kind is over
-    late     on the way back a unit is asked for when the backward of the one after it is over, not when that begins
+    asks     when a unit is asked for on the way back: at the `first` of the backward of the one after it, at its
+             `last`, when that one's weights are `gone`, or `never` before its own
+    ahead    on the way there a unit is asked for when the one before it begins; autograd then comes to the making of a
+             unit's gradients only after the backward of the one before it
+    keeps    weights stay whole from forward to backward
+    waits    what a rank received stays until the pass is over, as replicas sum it
+    sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
     """
 
     units: tuple[tuple[str, Unit], ...]
     lingers: bool
-    late: bool
+    asks: str
     source: str
+    sums: bool = False
+    ahead: bool = False
+    keeps: bool = False
+    waits: bool = False

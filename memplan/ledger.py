@@ -144,11 +144,12 @@ def timeline(walked: Walked) -> Iterator[Phase]:
         passes = [*_round(walked)]
     else:
         later = any(m for m, _ in walked.moments)
-        passes = [(p.structure, pass_of(p.structure, later), PHASES, p.accumulated if later else 0)]
+        found: dict[str, int] = p.accumulated if later else dict.fromkeys(PHASES, 0)
+        passes = [(p.structure, pass_of(p.structure, later), PHASES, found)]
     for structure, low, phases, beside in passes:
         for moment in low.moments:
             if moment.phase in phases:
-                live = beside + _live(structure, low, moment, walked)
+                live = beside[moment.phase] + _live(structure, low, moment, walked)
                 yield Phase(moment.phase, None, base + p.passing[moment.phase] + live, moment.where)
     yield walked.phases[-1]
 
@@ -161,7 +162,7 @@ def _live(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Wal
     return sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
 
 
-def _round(walked: Walked) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], int]]:
+def _round(walked: Walked) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], dict[str, int]]]:
     """The passes through each chunk that have most in flight, forward and then backward."""
     structure = walked.program.structure
     chunks, moments = chunks_of(structure), flying(structure)
@@ -178,7 +179,8 @@ def _round(walked: Walked) -> Iterator[tuple[Structure, Lowered, tuple[str, ...]
                 kept = pass_of(other)
                 beside += most.others[j] * _live(other, kept, kept.kept, walked)
                 beside += accumulated_bytes(other) if most.graded[j] else 0
-            yield chunk, low, ("backward",) if backward else ("forward", "loss"), beside
+            phases = ("backward",) if backward else ("forward", "loss")
+            yield chunk, low, phases, dict.fromkeys(phases, beside)
 
 
 def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iterator[Line]:
@@ -238,7 +240,8 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         )
     for held in reducing_of(structure):
         yield _held(held, axes, "where gradients are summed over ranks")
-    if p.buffered or ((phase.phase == "step" or later) and p.gradients):
+    listed = p.gradients if phase.phase == "step" else later and p.accumulated[phase.phase]
+    if p.buffered or listed:
         for held in _gradients(walked):
             yield _held(held, axes, "needed by the optimizer")
     if phase.phase == "step":

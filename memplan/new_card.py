@@ -41,11 +41,16 @@ _LEFT_OUT = frozenset(
         *("typical_p", "unk_token_id", "unsloth_fixed", "use_cache"),
     )
 )
+# An id at the Hub: owner and name, of letters and digits, with dots, underscores and hyphens after the first.
+ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _PLAIN = ("BF16", "F16", "F32", "F64")
 
 
 class Facts(NamedTuple):
-    """What a card says beside the config: the id, where the config is from, today's date, the licence."""
+    """What a card says beside the config: the id, where the config is from, today's date, the licence.
+
+    The id is empty where nothing says it: the card then has a line to fill in.
+    """
 
     hf_id: str
     source: str
@@ -60,13 +65,24 @@ def card(model: ModelSpec, config: Mapping[str, Any], facts: Facts) -> str:
     filled = ModelSpec(given).config
     nulls = [key for key, value in kept.items() if value is None and filled.get(key) is not None]
     parameters = sum(built.elements for built in built_tensors(model).values())
-    lines = [f"hf_id = {_value(facts.hf_id)}", f"source = {_value(facts.source)}", f"checked = {facts.checked}"]
+    lines = [_id(facts.hf_id), f"source = {_value(facts.source)}", f"checked = {facts.checked}"]
     if facts.licence:
         lines.append(f"licence = {_value(facts.licence)}")
     lines += [f"parameters = {parameters}", *_published(model, parameters)]
     if nulls:
         lines.append(f"nulls = {_value(nulls)}")
     return "\n".join([*lines, *_table("config", given)]) + "\n"
+
+
+def _id(hf_id: str) -> str:
+    said = f"hf_id = {_value(hf_id or 'owner/name')}"
+    return said if hf_id else f"{said}  # to be filled in: its id at Hugging Face; --hf-id writes it"
+
+
+def id_in(config: Mapping[str, Any]) -> str:
+    """The id that a config was saved from (`_name_or_path`), where it is one and no path; else empty."""
+    name = config.get("_name_or_path")
+    return name if isinstance(name, str) and re.fullmatch(ID, name) else ""
 
 
 def _published(model: ModelSpec, parameters: int) -> Iterator[str]:

@@ -10,12 +10,8 @@ from memplan.catalogue.pipeline import ENGINES
 from memplan.degrees import Degrees
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
-from memplan.graph import (
-    Graph,
-    built,
-    elements,
-    weights_of,
-)
+from memplan.graph import Graph, built, elements, weights_of
+from memplan.ir import operations
 from memplan.models import ModelSpec
 from memplan.program import Pipe
 from memplan.spec import Method, Parallelism, Precision
@@ -77,6 +73,22 @@ def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Preci
         raise SpecError(f"quantization_config: a checkpoint of {how:.40} is not supported yet", "model")
     elif method.quantization is None:
         raise SpecError("quantization_config: the checkpoint is quantised by bitsandbytes; use qlora or qdora", "model")
+
+
+def norm_notes(graph: Graph) -> Iterator[str]:
+    """A layer norm whose weights are in another dtype than the first hidden states: a card refuses it without autocast.
+
+    Source: torch 2.13 aten/src/ATen/native/cuda/layer_norm_kernel.cu, which takes weights in the dtype of their input.
+    """
+    stack, _ = built(graph)
+    some = [(op, w) for op in operations(stack) for w in op.weights if w.dtype.startswith(("fp", "bf"))]
+    norms = {w.dtype for op, w in some if op.source.endswith("native_layer_norm")}
+    embeddings = {w.dtype for _, w in some if w.group == "embedding"}
+    if not graph.recipe.autocast and graph.recipe.quantization and norms and not norms & embeddings:
+        yield (
+            f"embeddings are in {' and '.join(sorted(embeddings))} and the layer norms after them in "
+            f"{' and '.join(sorted(norms))}: torch refuses that on a card without autocast"
+        )
 
 
 def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[str]:

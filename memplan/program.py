@@ -107,7 +107,8 @@ class Program(NamedTuple):
     flown           what a pipeline's moments are, by pass and moment
     parameters      bytes of weights and buffers; `loading` at most while they are loaded
     gradients       bytes of all gradients together, when backward is done; `buffered` of those in a dtype of their own,
-                    which have buffers throughout; `accumulated` of those that a later micro-batch finds
+                    which have buffers throughout; `accumulated` of those that a later micro-batch finds, where they
+                    are there throughout a phase of it
     reducing        bytes of what ranks have throughout to reduce gradients; `passing` of what they have in a phase of a
                     pass
     states          bytes of the optimizer's states on the GPU, `host` of those beside it
@@ -127,7 +128,7 @@ class Program(NamedTuple):
     loading: int
     gradients: int
     buffered: int
-    accumulated: int
+    accumulated: dict[str, int]
     reducing: int
     passing: dict[str, int]
     optimizer: OptimizerMemory
@@ -161,7 +162,10 @@ class _Way(NamedTuple):
 def _way(structure: Structure, later: bool) -> _Way:
     exist = later or spends_gradients(structure)
     follows = later or not structure.accumulates  # without accumulation, of every step but the first
-    return _Way(exist, updates_of(structure), follows, division_of(structure))
+    found = division_of(structure)
+    if found is not None and later and structure.ranks.delayed:
+        found = found._replace(sums=True)
+    return _Way(exist, updates_of(structure), follows, found)
 
 
 def _lowered(graph: Graph, way: _Way, labelled: bool = False) -> Lowered:
@@ -175,6 +179,8 @@ def division_of(structure: Structure) -> Division | None:
 
 def spends_gradients(structure: Structure) -> bool:
     """Whether a pass leaves no gradient: each is used up as it comes, or added to what is there, or sent away."""
+    if in_buckets(structure) and not structure.ranks.delayed:
+        return True
     return structure.grads is not None or frees_gradients(structure) or zero.stage(structure.ranks) > 1
 
 
@@ -365,7 +371,7 @@ def _flown(structure: Structure) -> _Moments:
 
 def accumulated_bytes(structure: Structure) -> int:
     """Bytes of gradients that a later microbatch finds, where they have no buffers of their own."""
-    if structure.grads or not structure.accumulates:
+    if structure.grads or not structure.accumulates or (in_buckets(structure) and not structure.ranks.delayed):
         return 0
     return sum(h.bytes * h.copies for h in accumulated_of(structure))
 
@@ -386,7 +392,8 @@ def program(structure: Structure) -> Program:
     resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
     optimizer = _optimizer(structure, trained)
-    gradients = 0 if frees_gradients(structure) else sum(h.bytes * h.copies for h in gradients_of(structure))
+    spent = frees_gradients(structure) or in_buckets(structure)
+    gradients = 0 if spent else sum(h.bytes * h.copies for h in gradients_of(structure))
     return Program(
         structure=structure,
         **moments._asdict(),
@@ -394,7 +401,9 @@ def program(structure: Structure) -> Program:
         loading=_loading(structure),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
-        accumulated=accumulated_bytes(structure),
+        accumulated={
+            phase: accumulated_bytes(structure) if stay_throughout(structure, phase) else 0 for phase in PHASES
+        },
         reducing=sum(h.bytes * h.copies for h in reducing_of(structure)),
         passing={phase: sum(h.bytes * h.copies for h in passing_of(structure, phase)) for phase in PHASES},
         optimizer=optimizer,
@@ -580,6 +589,12 @@ def _whole_gradients(structure: Structure) -> Iterator[Held]:
             yield Held("gradient", f"{w.name}.grad", where.rstrip("."), shape, dtype, count, bytes_, "autograd")
 
 
+def stay_throughout(structure: Structure, phase: str) -> bool:
+    """Whether the gradients that a later micro-batch finds are there throughout a phase of it: not where ranks reduce
+    them then, unit by unit."""
+    return not (phase == "backward" and structure.ranks.delayed and division_of(structure) is not None)
+
+
 def accumulated_of(structure: Structure) -> Iterator[Held]:
     """The gradients that a later micro-batch finds."""
     match zero.stage(structure.ranks):
@@ -625,6 +640,12 @@ def _flush(blocks: dict[str, list[tuple[Parameter, int]]], out: list[Parameter])
         out += [p for p, _ in group]
         out += [p._replace(copies=n - 1) for p, n in group if n > 1]
     blocks.clear()
+
+
+def in_buckets(structure: Structure) -> bool:
+    """Whether gradients lie in the buckets that ranks reduce, and nowhere else: of several micro-batches where they are
+    reduced in the last only, not before that."""
+    return structure.ranks.views and structure.ranks.world > 1
 
 
 def frees_gradients(structure: Structure) -> bool:

@@ -11,10 +11,9 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.parallel import STRATEGIES, Knobs, Strategy, aligned, part, rows_of
 from memplan.catalogue.parameters import Parameter
-from memplan.engine.gather import AFTER, BEFORE, ROOT, unit_of
+from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, unit_of
 from memplan.engine.walk import size
 from memplan.graph import Graph, Held, built, elements, parameters_of, shape_of
 from memplan.ir import Division, Op, Tensor, Unit, Weight
@@ -30,6 +29,11 @@ class Ranks(NamedTuple):
     delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
     experts   how many of them have the same experts, where that is not all; Megatron's alone
     inside    a block is checkpointed with its gathering, which is so done again in backward
+    keeps     weights stay whole from forward to backward
+    ahead, asks  whether the next unit is asked for in forward, and when in backward: `pre`, `post` or `none`
+    wraps     every block is a unit of its own; else all but the embeddings and the head are one
+    views     gradients lie in DDP's buckets
+    replicated  there are several such groups of ranks, which sum what each has reduced
     knobs     how DeepSpeed is configured
     """
 
@@ -41,6 +45,12 @@ class Ranks(NamedTuple):
     delayed: bool = False
     inside: bool = False
     experts: int = 0
+    keeps: bool = False
+    ahead: bool = False
+    asks: str = "pre"
+    wraps: bool = True
+    views: bool = False
+    replicated: bool = False
     knobs: Knobs = Knobs()
 
     @property
@@ -58,6 +68,8 @@ class Piece(NamedTuple):
     shape, dtype         of the rank's part
     whole, sent          how many numbers they are gathered, and their dtype then; `own` of those are no padding
     pads                 the gradients, laid together, are copied to be padded
+    alone                a unit of its own within that, gathered for the operation that uses it
+    slices               names and numbers of what the optimizer is given of it, where that is each weight by itself
     """
 
     name: str
@@ -71,26 +83,29 @@ class Piece(NamedTuple):
     sent: str
     trains: bool
     pads: bool
+    slices: tuple[tuple[str, int], ...] = ()
+    alone: bool = False
 
 
 @lru_cache(maxsize=256)
 def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
     """Everything that is divided, in the model's order.
 
-    Under FSDP1 adapters are units of their own, each gathered in its turn; small as they are, they are counted as
-    gathered with their block. Source: peft 0.21 utils/other.py fsdp_auto_wrap_policy, which transformers' Trainer uses.
+    Under FSDP1 adapters are units of their own, each gathered in its turn.
+    Source: peft 0.21 utils/other.py fsdp_auto_wrap_policy, which transformers' Trainer uses.
     """
     found: list[Piece] = []
-    for unit, where, copies, weights in _units(graph, ranks.row.flat):
+    for unit, where, copies, weights in _units(graph, ranks.row.flat, ranks.wraps):
         together = [w for w in weights if w.group != "adapter"] if ranks.row.flat else []
         if together:
             found.append(_piece(graph, ranks, unit, where, copies, "flat parameter", together))
         alone = [w for w in weights if w not in together]
-        found += [_piece(graph, ranks, unit, where, copies, w.name, [w]) for w in alone]
+        nested = ranks.row.flat
+        found += [_piece(graph, ranks, unit, where, copies, w.name, [w])._replace(alone=nested) for w in alone]
     return tuple(found)
 
 
-def _units(graph: Graph, one_outside: bool) -> Iterator[tuple[str, str, int, list[Weight]]]:
+def _units(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tuple[str, str, int, list[Weight]]]:
     """The weights of every unit, with the unit's name, its block's and how many such there are.
 
     The weights outside of blocks are one unit where the head's are the embeddings', or are asked to be (`one_outside`).
@@ -107,13 +122,18 @@ def _units(graph: Graph, one_outside: bool) -> Iterator[tuple[str, str, int, lis
     for i, run in enumerate(stack.runs):
         for j, block in enumerate(run.blocks):
             if axes[run.times]:
-                yield unit_of(i, j), block.name, axes[run.times], [*_weights(block.ops).values()]
+                yield unit_of(i, j) if wraps else REST, block.name, axes[run.times], [*_weights(block.ops).values()]
     if not root:
         yield AFTER, "", 1, [*after.values()]
 
 
 def _weights(ops: tuple[Op, ...]) -> dict[str, Weight]:
-    return {w.name: w for op in ops for w in op.weights if w.group != "buffer"}
+    """By name; of a weight that several operations use, as the one sees it for which it trains."""
+    found: dict[str, Weight] = {}
+    for w in (w for op in ops for w in op.weights if w.group != "buffer"):
+        if w.name not in found or w.trains:
+            found[w.name] = w
+    return found
 
 
 def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name: str, weights: list[Weight]) -> Piece:
@@ -129,7 +149,18 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
         shape = rows_of(shapes[0], ranks.world)
     kept = sent if first.stored else (ranks.trained if first.trains else ranks.frozen) or sent
     whole = prod(shape) * ranks.world
-    return Piece(name, unit, where, copies, shape, kept, whole, own, sent, first.trains, whole != laid)
+    slices = tuple(_slices(weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
+    return Piece(name, unit, where, copies, shape, kept, whole, own, sent, first.trains, whole != laid, slices)
+
+
+def _slices(weights: list[Weight], shapes: list[tuple[int, ...]], dtype: str, mine: int) -> Iterator[tuple[str, int]]:
+    """What the first rank has of each weight, in numbers, of those laid one after the other: use_orig_params."""
+    start = 0
+    for w, shape in zip(weights, shapes, strict=True):
+        numbers = prod(shape)
+        if start < mine:
+            yield w.name, min(numbers, mine - start)
+        start += aligned(numbers, dtype)
 
 
 def numbers_of(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, str]:
@@ -153,21 +184,49 @@ def mixed(graph: Graph, ranks: Ranks) -> tuple[str, ...]:
     return ()
 
 
+def uneven(graph: Graph, ranks: Ranks) -> tuple[str, ...]:
+    """The dtypes that a rank's parts of a unit's weights that train have, where they are several: FSDP2 reduces a
+    unit's gradients in one. Source: torch 2.13 distributed/fsdp/_fully_shard/_fsdp_param_group.py _init_mp_dtypes."""
+    for _, group in groupby(pieces(graph, ranks), key=lambda piece: piece.unit):
+        found = {p.dtype for p in group if p.trains}
+        if len(found) > 1:
+            return tuple(sorted(found))
+    return ()
+
+
 def division(graph: Graph, ranks: Ranks) -> Division | None:
     """The units that a pass gathers; None where weights are not divided.
 
-    FSDP1 asks for the unit that returned before: under adapters that is one of the block's own, and a block is asked
-    for by the first of the next one's. Gathering again within a recomputation has it ask as late.
+    FSDP1 asks for the unit that returned before: of one with others nested in it, the first of those asks for the block
+    before. Gathering again within a recomputation has it ask as late as when a unit's backward is over.
     """
     if ranks.world == 1 or not ranks.row.gathers:
         return None
     by_unit = groupby(pieces(graph, ranks), key=lambda piece: piece.unit)
     units = tuple((name, _unit(list(group), ranks)) for name, group in by_unit)
-    late = ranks.row.flat and (ranks.inside or graph.recipe.kind in ADAPTERS)
-    return Division(units, lingers=not ranks.row.flat, late=late, source=ranks.row.source)
+    asks = "last" if ranks.row.flat and ranks.inside else _ASKS[ranks.asks]
+    flat, keeps = ranks.row.flat, ranks.keeps
+    waits = ranks.replicated and not flat  # in an AllReduceState of each unit
+    return Division(units, not flat, asks, ranks.row.source, ahead=ranks.ahead, keeps=keeps, waits=waits)
+
+
+# When FSDP1's BackwardPrefetch asks for the next unit, see `memplan.ir.Division`.
+_ASKS = {"pre": "first", "post": "gone", "none": "never"}
 
 
 def _unit(group: list[Piece], ranks: Ranks) -> Unit:
+    alone = [p for p in group if p.alone]
+    nested = tuple((p.name, _together([p], ranks)) for p in alone)
+    if not ranks.keeps:
+        return _together([p for p in group if not p.alone], ranks)._replace(nested=nested)
+    unit, inner = _together([p for p in group if not p.alone], ranks), _together(alone, ranks)  # whole with the block
+    nested = tuple((name, u._replace(whole=(), cast=())) for name, u in nested)
+    return unit._replace(whole=unit.whole + inner.whole, cast=unit.cast + inner.cast, nested=nested)
+
+
+def _together(group: list[Piece], ranks: Ranks) -> Unit:
+    if not ranks.wraps:  # the pieces of all blocks, one after the other
+        group = [p for p in group for _ in range(p.copies if p.unit == REST else 1)]
     trained = [p for p in group if p.trains]
     whole = tuple(Tensor(f"gathered {p.name}", str(p.whole), p.sent) for p in group)
     cast = tuple(Tensor(f"{p.name} as sent", str(prod(p.shape)), p.sent) for p in group if p.dtype != p.sent)
@@ -176,7 +235,7 @@ def _unit(group: list[Piece], ranks: Ranks) -> Unit:
         padded = tuple(Tensor(f"padded gradient of {p.name}", str(p.whole), p.sent) for p in trained if p.pads)
         parts = tuple(Tensor(f"{p.name}.grad", str(prod(p.shape)), p.dtype) for p in trained)
         received = tuple(t._replace(dtype=p.sent) for t, p in zip(parts, trained, strict=True) if p.dtype != p.sent)
-        return Unit(whole, (), cast, (*joined, *padded), received, parts)
+        return Unit(whole, (), cast, (*joined, *padded), received, parts, _summed(trained))
     sent = sum(p.whole * ITEMSIZE[p.sent] for p in group)
     message = (Tensor("all-gather's output", str(sent), "uint8"),)
     if not trained:
@@ -184,7 +243,12 @@ def _unit(group: list[Piece], ranks: Ranks) -> Unit:
     joined = (Tensor("reduce-scatter's input", str(sum(p.whole for p in trained)), trained[0].sent),)
     parts = (Tensor("gradients", str(sum(prod(p.shape) for p in trained)), trained[0].dtype),)
     received = tuple(t._replace(dtype=trained[0].sent) for t in parts if trained[0].dtype != trained[0].sent)
-    return Unit(whole, message, cast, joined, received, parts)
+    return Unit(whole, message, cast, joined, received, parts, _summed(trained))
+
+
+def _summed(trained: list[Piece]) -> tuple[Tensor, ...]:
+    """The gradients of a unit that passes before left whole."""
+    return tuple(Tensor(f"{p.name}.grad, whole", str(p.whole), p.sent) for p in trained)
 
 
 def parameters_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
@@ -210,8 +274,8 @@ def gradients_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     of = {p.unit: p for p in pieces(graph, ranks)}
     found = division(graph, ranks)
     for name, unit in found.units if found else ():
-        for t in unit.parts:
-            where, copies = of[name].where, of[name].copies
+        for t in (*unit.parts, *(t for _, nested in unit.nested for t in nested.parts)):
+            where, copies = (of[name].where, of[name].copies) if name != REST else ("", 1)
             yield _held("gradient", t.name, where, (int(t.shape),), t.dtype, copies, ranks.row.source)
 
 
@@ -232,9 +296,13 @@ def trained_parts(graph: Graph, ranks: Ranks) -> list[Parameter]:
     out: list[Parameter] = []
     for _, group in groupby(pieces(graph, ranks), key=lambda piece: piece.unit):
         own = [p for p in group if p.trains]
-        found = [Parameter(f"{p.where}.{p.name}".lstrip("."), p.shape, p.dtype) for p in own]
-        out += found
-        out += [p._replace(copies=q.copies - 1) for p, q in zip(found, own, strict=True) if q.copies > 1]
+        found = [
+            (Parameter(f"{p.where}.{name}".lstrip("."), shape, p.dtype), p.copies)
+            for p in own
+            for name, shape in ([(name, (n,)) for name, n in p.slices] or [(p.name, p.shape)])
+        ]
+        out += [p for p, _ in found]
+        out += [p._replace(copies=n - 1) for p, n in found if n > 1]
     return out
 
 

@@ -146,6 +146,7 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             f"parallelism.strategy: says how {replicas(p)} GPUs divide the run: {', '.join(STRATEGIES)}",
             "parallelism.strategy",
         )
+    yield from _knobs(p)
     if p.offload.parameters and not (p.strategy == "zero3" and p.world > 1):
         yield _later("parallelism.offload", "parameters", "optimizer; parameters too with several GPUs under zero3")
     if p.offload.activations:
@@ -213,11 +214,39 @@ def refuse_staged(p: Parallelism, method: Method, loop: Loop, objective: str, im
         raise _later("loop.hold_outputs", loop.hold_outputs, f"false with pp {p.pp}")
 
 
+def _knobs(p: Parallelism) -> Iterator[SpecError]:
+    """What only one strategy has, said of another."""
+    for field, strategies in _KNOBS.items():
+        if getattr(p, field) != getattr(_ONE_GPU, field) and p.strategy not in strategies:
+            have = " and ".join(strategies)
+            yield SpecError(f"parallelism.{field}: is for strategy {have}, not {p.strategy}", f"parallelism.{field}")
+    group = p.shard_group
+    if group is not None and replicas(p) % group:
+        yield SpecError(
+            f"parallelism.shard_group: {replicas(p)} GPUs are not groups of {group}", "parallelism.shard_group"
+        )
+    if group == 1 and replicas(p) > 1:
+        yield SpecError(
+            "parallelism.shard_group: a group of one divides nothing; say strategy ddp", "parallelism.shard_group"
+        )
+
+
+_KNOBS = {
+    "shard_group": ("fsdp", "fsdp2"),
+    "reshard_after_forward": ("fsdp", "fsdp2"),
+    "forward_prefetch": ("fsdp",),
+    "backward_prefetch": ("fsdp",),
+    "bucket_view": ("ddp",),
+    "static_graph": ("ddp",),
+}
+
+
 # What FSDP and DeepSpeed divide rightly.
 FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
 ZERO = tuple(STAGES)
 _METHODS = {
-    **dict.fromkeys(FSDP, ("full", "lora", "qlora")),
+    "fsdp": ("full", "freeze", "lora", "qlora"),  # peft 0.21's DoRA asks for the shape of what FSDP1 has flat
+    "fsdp2": ("full", "freeze", "lora", "qlora", "dora"),
     **dict.fromkeys(("zero1", "zero2"), ("full", "freeze", "lora", "qlora", "dora", "qdora")),
     "zero3": ("full", "freeze", "lora", "qlora"),  # DoRA's norms are of weights that another module gathers
     MEGATRON: ("full",),
@@ -269,14 +298,6 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
             raise SpecError("loop.grad_scaler: DeepSpeed scales the loss itself", "loop.grad_scaler")
     elif precision.master is not None:
         raise SpecError("precision.master: FSDP's mixed precision is autocast's; say precision amp", "precision.master")
-    if p.strategy == "fsdp2" and loop.trainer and method.kind in ADAPTERS:
-        # Its wrapping policy for adapters (peft 0.21 fsdp_auto_wrap_policy) is none that accelerate 1.15 takes
-        # (utils/fsdp_utils.py fsdp2_prepare_auto_wrap_policy): no block is then a unit of its own.
-        raise SpecError(
-            "loop.trainer: transformers' Trainer has FSDP2 gather all weights of a model with adapters at once, which "
-            "is not supported yet; supported: false, or strategy fsdp",
-            "loop.trainer",
-        )
     q = method.quantization
     if q is not None and q.format not in ("nf4", "fp4"):
         raise _later("method.quantization.format", q.format, f"nf4, fp4 with {p.strategy}")

@@ -5,7 +5,7 @@ A profile (a framework and its version) says what `null` means: see `memplan.cat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,11 +33,11 @@ from memplan.graph import (
 )
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, pipeline_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, norm_notes, pipeline_notes
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
-from memplan.ranks import ONE, Ranks, mixed
+from memplan.ranks import ONE, Ranks, mixed, uneven
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
 from memplan.refusals import (
     FSDP,
@@ -125,7 +125,8 @@ def objective_of(run: RunSpec) -> str:
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
-    method, optimizer, kernels = _filled(run.method, run.optimizer, run.kernels, run.precision, words)
+    method = _unprepared(run.method) if _sharded(run.parallelism) else run.method
+    method, optimizer, kernels = _filled(method, run.optimizer, run.kernels, run.precision, words)
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
 
 
@@ -172,7 +173,7 @@ def _decide(
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     degrees = degrees_of(parallelism, words["tensor_parallel"])
     alike = replicas(parallelism)
-    sharded = alike > 1 and parallelism.strategy in FSDP
+    sharded = _sharded(parallelism)
     under_deepspeed = alike > 1 and parallelism.strategy in ZERO
     if sharded or under_deepspeed:
         method = _unprepared(method)
@@ -213,7 +214,7 @@ def _decide(
             "transformers-5 and trl-0.24 have them as they are counted",
             "profile",
         )
-    notes: list[str] = []
+    notes: list[str] = list(_wrapping(parallelism, method, loop.trainer))
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
     precision, method, optimizer = _precision(precision), _method(method, model), _optimizer(optimizer)
@@ -310,7 +311,7 @@ def _decide(
         buffers=own,
         workspace=megatron.workspace(model, capability) if own else 0,
     )
-    notes += expert_notes(graph, capability)
+    notes += [*expert_notes(graph, capability), *norm_notes(graph)]
     _check_trained(graph, ranks)
     if under_deepspeed and gpu is not None:
         knobs = ranks.knobs._replace(flattens=zero.flattens(graph, gpu.usable))
@@ -341,6 +342,26 @@ _DEEPSPEED = (
 )
 
 
+def _unwrapped(p: Parallelism, method: Method, trainer: bool) -> bool:
+    """Whether no block is a unit of its own: transformers' Trainer has FSDP2 wrap a model with adapters by peft's
+    policy, which accelerate does not take.
+
+    Source: peft 0.21 utils/other.py fsdp_auto_wrap_policy, accelerate 1.15 utils/fsdp_utils.py
+    fsdp2_prepare_auto_wrap_policy.
+    """
+    return p.strategy == "fsdp2" and replicas(p) > 1 and trainer and method.kind in ADAPTERS
+
+
+def _wrapping(p: Parallelism, method: Method, trainer: bool) -> Iterator[str]:
+    if _unwrapped(p, method, trainer):
+        yield (
+            "transformers' Trainer has FSDP2 gather all weights of a model with adapters at once: accelerate does not "
+            "take peft's wrapping policy; FSDP1, and a loop of your own, gather block by block"
+        )
+    if p.static_graph:
+        yield "parallelism.static_graph changes no memory"
+
+
 _MEGATRON = (
     "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
     "--overlap-grad-reduce"
@@ -363,6 +384,11 @@ def _under_deepspeed(precision: Precision, method: Method) -> tuple[Precision, M
     if method.kind in ADAPTERS:
         method = method.model_copy(update={"adapter_dtype": precision.weights})
     return precision.model_copy(update={"master": master}), method
+
+
+def _sharded(parallelism: Parallelism) -> bool:
+    """Whether ranks hold parts of the weights as FSDP divides them."""
+    return replicas(parallelism) > 1 and parallelism.strategy in FSDP
 
 
 def _knobs(p: Parallelism, hidden: int) -> Knobs:
@@ -425,17 +451,27 @@ def _ranks(
     alike = replicas(parallelism)
     if alike == 1:
         return recipe, ONE
-    ranks = Ranks(parallelism.strategy, alike)
-    if parallelism.strategy in ZERO:
+    p = parallelism
+    if p.strategy in ZERO:
         q = method.quantization
-        knobs = _knobs(parallelism, hidden)
+        knobs = _knobs(p, hidden)
         if q is None:
-            return recipe, ranks._replace(knobs=knobs)
+            return recipe, Ranks(p.strategy, alike, knobs=knobs)
         # transformers makes no quantised model under deepspeed.zero.Init: modeling_utils.py get_init_context
-        return recipe, ranks._replace(knobs=knobs._replace(divides_loading=False), storage=q.storage)
-    if parallelism.strategy not in FSDP:
-        return recipe, ranks
-    ranks = ranks._replace(delayed=trainer and accumulates)
+        return recipe, Ranks(p.strategy, alike, knobs=knobs._replace(divides_loading=False), storage=q.storage)
+    if p.strategy not in FSDP:
+        waits = trainer and accumulates and p.bucket_view  # outside of the buckets until they are reduced
+        return recipe, Ranks(p.strategy, alike, views=p.bucket_view, delayed=waits)
+    ranks = Ranks(
+        p.strategy,
+        p.shard_group or alike,
+        delayed=trainer and accumulates,
+        replicated=p.shard_group not in (None, alike),
+        keeps=not p.reshard_after_forward,
+        ahead=p.forward_prefetch,
+        asks=p.backward_prefetch,
+        wraps=not _unwrapped(p, method, trainer),
+    )
     q = method.quantization
     if q is not None:
         ranks = ranks._replace(storage=q.storage)
@@ -469,6 +505,13 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
         )
     if ranks.world > 1 and ranks.row.flat and ranks.row.gathers:
         _check_flat(graph, ranks)
+    dtypes = uneven(graph, ranks) if ranks.world > 1 and ranks.row.gathers and not ranks.row.flat else ()
+    if dtypes:
+        raise SpecError(
+            f"parallelism.strategy: fsdp2 reduces the gradients of a unit in one dtype, and those of "
+            f"{graph.model.model_type} are {' and '.join(dtypes)}; say precision amp, which keeps what trains in fp32",
+            "parallelism.strategy",
+        )
 
 
 def _check_flat(graph: Graph, ranks: Ranks) -> None:

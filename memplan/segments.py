@@ -25,6 +25,7 @@ from memplan.ir import Tensor
 from memplan.program import (
     Program,
     Structure,
+    accumulated_of,
     beside_of,
     chunks_of,
     division_of,
@@ -33,6 +34,7 @@ from memplan.program import (
     passing_of,
     reducing_of,
     spends_gradients,
+    stay_throughout,
     updates_of,
 )
 from memplan.units import ITEMSIZE
@@ -70,6 +72,8 @@ def segments(
             gradients += _fly(structure, axes, allocator, handles)
         for later in (False, True)[: 0 if structure.pipe.engine else 1 + structure.accumulates]:
             between = [allocator.alloc(held.bytes) for held in passing_of(structure, "backward")]
+            if later and not stay_throughout(structure, "backward"):  # whole until then
+                between += [allocator.alloc(h.bytes) for h in accumulated_of(structure) for _ in range(h.copies)]
             made, held = _pass(pass_of(structure, later), numbers, allocator, handles, waiting)
             gradients += made
             if structure.graph.lingers or (structure.holds_outputs and later == structure.accumulates):

@@ -336,6 +336,11 @@ class Parallelism(Part, frozen=True):
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
     `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
     under the strategies zero1 to zero3.
+
+    Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
+    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP); `forward_prefetch` and
+    `backward_prefetch` say when FSDP1 asks for the next unit. Of DDP: with `bucket_view` gradients lie in the buckets,
+    and a `static_graph` is the same in every step.
     """
 
     world: Count = 1
@@ -348,6 +353,12 @@ class Parallelism(Part, frozen=True):
     virtual_stages: Count = 1
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
+    shard_group: Count | None = None
+    reshard_after_forward: Flag = True
+    forward_prefetch: Flag = False
+    backward_prefetch: Literal["pre", "post", "none"] = "pre"
+    bucket_view: Flag = False
+    static_graph: Flag = False
     offload: Offload = Offload()
     zero: Zero = Zero()
     stage: Natural | None = None

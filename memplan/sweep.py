@@ -271,14 +271,15 @@ class _Walk:
 
         p = program(decided.structure)
         self._program, self._decided, self._target = p, decided, target
-        passes = [(p.first, 0)] + ([(p.later, p.accumulated)] if p.structure.accumulates else [])
+        none = dict.fromkeys(PHASES, 0)
+        passes = [(p.first, none)] + ([(p.later, p.accumulated)] if p.structure.accumulates else [])
         self._terms: list[tuple[str, slice, int]] = []  # of a phase and pass: the moments' rows, bytes beside them
         rows: list[tuple[int, ...]] = []
         for phase in PHASES:
             for terms, beside in passes:
                 start = len(rows)
                 rows += [term.coefficients for term in terms[phase]]
-                self._terms.append((phase, slice(start, len(rows)), beside))
+                self._terms.append((phase, slice(start, len(rows)), beside[phase]))
         if p.held:
             rows.append(p.held)
         matrix = np.array(rows, float)

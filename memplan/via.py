@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Via = Literal["engine", "trace", "auto"]
 VIAS: tuple[Via, ...] = ("auto", "engine", "trace")
+# What no trace makes up for: a head that no class for training has, a file of weights that gives no config.
+_UNTRACED = ("architectures", "model")
 
 
 def estimate(
@@ -38,7 +40,8 @@ def estimate(
     `via` the engine, which is pure. `trace` starts a process that takes the step on tensors without data, with the
     installed torch, transformers and peft (`pip install 'memplan[probe]'`): it answers for every model class that
     transformers builds from a config, in seconds, and for tasks that the engine does not know yet; with `cache` the
-    trace is kept in the user's cache folder. `auto` traces only families that memplan has no stack for.
+    trace is kept in the user's cache folder. `auto` traces only what memplan has no stack for: a family, or a config of
+    one with an activation or a kind of layer that its stack does not know.
 
     Raises SpecError, UnknownNameError, ConfigError, ProbeError or FactsMissingError (all MemplanError) where the run
     cannot be answered. A run that does not fit is an answer, not an error.
@@ -77,7 +80,7 @@ def estimates(
                     answers.append(engine(run, calibration, *((found[run.model],) if online else ())))
                     continue
                 except UnsupportedModelError as error:
-                    if via == "engine" or error.field != "model_type":
+                    if via == "engine" or error.field in _UNTRACED:
                         raise
                     unsupported = error
             from memplan.probe.answer import traced_answer
@@ -103,7 +106,7 @@ def _known(run: RunSpec) -> RunSpec:
 
 
 def _neither(run: RunSpec, unsupported: UnsupportedModelError, untraced: MemplanError) -> UnsupportedModelError:
-    """The error about a family without a stack whose step cannot be traced: what is nearest, and what stands in the
+    """The error about a config without a stack whose step cannot be traced: what is nearest, and what stands in the
     way of a trace."""
     line = str(unsupported)
     if untraced.field == "model" and find_config(run.model).get("auto_map"):
@@ -120,8 +123,8 @@ def _ended(line: str) -> str:
 
 
 def without_a_trace(error: UnsupportedModelError, what: str) -> UnsupportedModelError:
-    """The error of a command that asks the engine for many runs, about a family that can only be traced."""
-    if error.field != "model_type":
+    """The error of a command that asks the engine for many runs, about a config that can only be traced."""
+    if error.field in _UNTRACED:
         return error
     return UnsupportedModelError(
         f"{_ended(str(error))} memplan estimate can trace it, but {what} tries too many runs for that", error.field

@@ -86,6 +86,8 @@ def test_there_is_a_golden_count_for_every_card() -> None:
 def test_a_card_names_its_sources_and_explains_what_a_checkpoint_stores_otherwise(name: str) -> None:
     card = read_card(name)
     assert card["source"]
+    assert "/" in card["hf_id"]
+    assert card["hf_id"] != "owner/name"  # what `memplan card new` leaves to be filled in
     assert card["checked"].isoformat() >= "2026-01-01"
     assert card["config"]["model_type"] in {*MODEL_TYPES, *MODULES}
     assert card["published_source"]
@@ -322,6 +324,14 @@ def test_another_kind_of_model_is_refused_by_its_family(config: dict[str, Any], 
     assert len(str(caught.value)) < 200
     if "model_type" in config and isinstance(config["model_type"], str):
         assert isinstance(caught.value, UnsupportedModelError)
+
+
+def test_a_family_that_is_like_none_is_not_taken_for_another() -> None:
+    for model_type in ("helium", "fuyu"):
+        with pytest.raises(
+            UnsupportedModelError, match=f"'{model_type}'.*, and no family with a stack has a name like"
+        ):
+            ModelSpec({**{k: v for k, v in LLAMA.items() if k != "model_type"}, "model_type": model_type})
 
 
 @pytest.mark.parametrize(

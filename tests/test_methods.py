@@ -279,6 +279,27 @@ def test_bitsandbytes_leaves_falcons_own_class_of_linear_layers_alone() -> None:
     assert quantised("llama-2-7b")
 
 
+@pytest.mark.parametrize(
+    ("model", "preparation", "autocast", "noted"),
+    [
+        ("falcon-7b", "trl", False, True),
+        ("gpt2", "trl", False, True),
+        ("falcon-7b", "trl", True, False),
+        ("falcon-7b", True, False, False),  # embeddings are in fp32, too
+        ("falcon-7b", False, False, False),  # norms are in 16 bits, too
+        ("llama-2-7b", "trl", False, False),  # its norms are written out, and cast
+    ],
+)
+def test_a_layer_norm_that_a_card_refuses_is_noted(model: str, preparation: Any, autocast: bool, noted: bool) -> None:
+    method = {"kind": "qlora", "quantization": {"kbit_preparation": preparation}}
+    precision = {"weights": "fp16", "compute": "fp16", "autocast": autocast}
+    notes = estimate(RunSpec(model=model, method=method, precision=precision, batch={"sequence": 64})).notes
+    said = (
+        "embeddings are in fp16 and the layer norms after them in fp32: torch refuses that on a card without autocast"
+    )
+    assert (said in notes) == noted
+
+
 def test_every_weight_that_trains_is_left_with_a_gradient() -> None:
     for targets in (["q_proj", "lm_head"], ["embed_tokens"], "all-linear"):
         for kind in ("lora", "dora") if "embed_tokens" not in targets else ("lora",):

@@ -93,6 +93,30 @@ def test_a_config_alone_leaves_the_published_figure_to_be_found(tmp_path: Path, 
     assert said.keys() == {"hf_id", "source", "checked", "parameters", "config"}
 
 
+def test_the_id_of_a_folder_is_the_one_it_was_saved_from_or_a_line_to_fill_in(tmp_path: Path, written: Written) -> None:
+    path = tmp_path / "config.json"
+
+    def said(*args: str, **more: str) -> tuple[str, str]:
+        path.write_text(json.dumps({**TINY, **more}), "utf-8")
+        said = written(str(path), *args)
+        return said["hf_id"], (tmp_path / "cards" / "new.toml").read_text("utf-8").splitlines()[0]
+
+    to_fill_in = ("owner/name", 'hf_id = "owner/name"  # to be filled in: its id at Hugging Face; --hf-id writes it')
+    assert said() == to_fill_in
+    for no_id in ("/home/me/checkpoint", "./out/checkpoint", "out/run/checkpoint", "checkpoint", "../checkpoint", ""):
+        assert said(_name_or_path=no_id) == to_fill_in
+    assert said(_name_or_path="some/tiny-1.5") == ("some/tiny-1.5", 'hf_id = "some/tiny-1.5"')
+    assert said("--hf-id", "my/tiny", _name_or_path="some/tiny") == ("my/tiny", 'hf_id = "my/tiny"')
+
+
+def test_an_id_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY), "utf-8")
+    with pytest.raises(SystemExit) as end:
+        app(args=["card", "new", str(tmp_path), "--hf-id", "tiny"])
+    line = "memplan: hf_id (--hf-id): 'tiny' is no id at Hugging Face, owner/name\n"
+    assert (end.value.code, capsys.readouterr()) == (2, ("", line))
+
+
 @pytest.mark.parametrize("name", sampled(card_names(), 16)[::4])
 def test_a_card_of_a_card_is_the_same_model(name: str) -> None:
     model = load_card(name)

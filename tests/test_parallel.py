@@ -35,6 +35,7 @@ from memplan.units import ITEMSIZE, MIB, rounded
 from memplan.usage import room
 from memplan.zero import partition
 from tests.sampling import examples
+from tests.tiny import TINY
 
 laws = settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -68,8 +69,6 @@ def divided(run: dict[str, Any], strategy: str, world: int) -> dict[str, Any]:
         run = {**run, "method": "full" if strategy == MEGATRON else run.get("method", "full")}
         run["precision"] = "mixed" if run.get("precision") == "amp" else run.get("precision", "pure")
     run = {**run, "parallelism": {"world": world, "dp": world, "strategy": strategy}}
-    if strategy == "fsdp2" and world > 1 and run.get("method", "full") != "full":
-        run["loop"] = {}
     if run.get("method") == "qlora" and strategy in SHARDED and world > 1:
         run["method"] = {"kind": "qlora", "quantization": {"storage": "bf16"}}
     return run
@@ -113,6 +112,75 @@ def test_the_ledger_of_a_rank_sums_to_its_peak(run: dict[str, Any], strategy: st
     assert sum(line.bytes for line in a.ledger) == a.bytes.allocated == max(p.peak for p in a.phases)
     assert a.bytes.allocated <= a.bytes.reserved <= a.bytes.used
     assert max(p.peak for p in a.timeline) <= a.bytes.allocated
+
+
+KNOBS: dict[str, dict[str, Any]] = {
+    "fsdp": {"reshard_after_forward": False, "forward_prefetch": True, "backward_prefetch": "post"},
+    "fsdp2": {"reshard_after_forward": False},
+    "ddp": {"bucket_view": True, "static_graph": True},
+}
+
+
+def told(run: dict[str, Any], strategy: str, world: int, **knobs: Any) -> Estimate:
+    """The answer of a run on so many GPUs whose strategy is told something."""
+    fields = divided(run, strategy, world)
+    return estimate(RunSpec(**{**fields, "parallelism": {**fields["parallelism"], **knobs}}))
+
+
+@laws
+@given(runs(), st.sampled_from([(s, {k: v}) for s, knobs in KNOBS.items() for k, v in knobs.items()]))
+def test_one_gpu_is_the_plain_estimate_whatever_the_strategy_is_told(
+    run: dict[str, Any], knob: tuple[str, dict[str, Any]]
+) -> None:
+    plain, one = answer(run, "none", 1), told(run, knob[0], 1, **knob[1])
+    assert (one.bytes, one.ledger, one.phases, one.band) == (plain.bytes, plain.ledger, plain.phases, plain.band)
+
+
+@laws
+@given(runs(), st.sampled_from([(s, {k: v}) for s, knobs in KNOBS.items() for k, v in knobs.items()]))
+def test_the_ledger_of_a_rank_that_is_told_something_sums_to_its_peak(
+    run: dict[str, Any], knob: tuple[str, dict[str, Any]]
+) -> None:
+    a = told(run, knob[0], 4, **knob[1])
+    assert sum(line.bytes for line in a.ledger) == a.bytes.allocated == max(p.peak for p in a.phases)
+    assert max(p.peak for p in a.timeline) <= a.bytes.allocated <= a.bytes.reserved
+
+
+@laws
+@given(runs(), st.sampled_from(SHARDED), st.integers(2, 4), st.integers(2, 3))
+def test_a_rank_of_a_group_holds_what_it_does_without_replicas(
+    run: dict[str, Any], strategy: str, group: int, replicas: int
+) -> None:
+    """All but FSDP2's reduced gradients, which wait for the replicas' where they are in another dtype."""
+    alone, replicated = answer(run, strategy, group), told(run, strategy, group * replicas, shard_group=group)
+    assert replicated.bytes.allocated >= alone.bytes.allocated
+    if strategy == "fsdp" or run["precision"] not in ("amp",):
+        assert replicated.bytes.allocated == alone.bytes.allocated
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_weights_that_are_kept_from_forward_to_backward_are_whole_when_forward_is_over(strategy: str) -> None:
+    run = {"model": "llama-3.1-8b", "batch": {"sequence": 64}}
+    kept = told(run, strategy, 8, reshard_after_forward=False)
+    loss = {phase.phase: phase.peak for phase in kept.phases}["loss"]
+    shards = 2 * kept.parameters.total / 8
+    message = 2 * 128_256 * 4096 if strategy == "fsdp2" else 0  # what the head's all-gather wrote
+    assert loss - 3 * shards - message == pytest.approx(2 * kept.parameters.total, rel=0.02)  # two are states
+
+
+def test_gradients_that_lie_in_buckets_are_there_once() -> None:
+    run = {"model": "llama-3.2-1b", "batch": {"sequence": 64}}
+    plain, viewed = answer(run, "ddp", 2), told(run, "ddp", 2, bucket_view=True)
+    parameters = plain.parameters.total
+    step = [{p.phase: p.peak for p in a.phases}["step"] for a in (plain, viewed)]
+    assert step[0] - step[1] == pytest.approx(2 * parameters, rel=1e-3)
+
+
+def test_fsdp2_under_the_trainer_gathers_a_model_with_adapters_at_once() -> None:
+    run = {"model": "llama-3.1-8b", "method": "lora", "batch": {"sequence": 64}}
+    wrapped, at_once = answer(run, "fsdp2", 8), answer({**run, "loop": {"trainer": True}}, "fsdp2", 8)
+    assert at_once.bytes.allocated > 2 * wrapped.parameters.total > wrapped.bytes.allocated
+    assert any("gather all weights of a model with adapters at once" in note for note in at_once.notes)
 
 
 @laws
@@ -219,7 +287,9 @@ def test_gradients_that_wait_for_the_last_micro_batch_are_whole() -> None:
     plain = answer(run, "fsdp2", 8)
     waiting = answer({**run, "loop": {"trainer": True}}, "fsdp2", 8)
     parameters = plain.parameters.total
-    assert waiting.bytes.allocated - plain.bytes.allocated > 2 * parameters * 6 / 8
+    peaks = [{p.phase: p.peak for p in found.phases}["forward"] for found in (plain, waiting)]
+    whole, parts = 2 * parameters, 2 * parameters / 8
+    assert peaks[1] - peaks[0] == pytest.approx(whole - parts, rel=1e-4)
     assert any(line.what.endswith(".grad, whole") for line in waiting.ledger)
 
 
@@ -245,13 +315,19 @@ def test_the_trainer_gathers_adapters_of_4_bit_weights_in_the_storages_dtype() -
     assert trainer.bytes.allocated < own.bytes.allocated
 
 
+DEEPSEEK = {"config": {"model_type": "deepseek_v3", **TINY["deepseek_v3"]}}
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("none", {}, "parallelism.strategy", "ddp"),
+    ("ddp", {"parallelism": {"shard_group": 2}}, "parallelism.shard_group", "fsdp and fsdp2, not ddp"),
+    ("fsdp", {"parallelism": {"shard_group": 3}}, "parallelism.shard_group", "2 GPUs are not groups of 3"),
+    ("fsdp", {"parallelism": {"shard_group": 1}}, "parallelism.shard_group", "say strategy ddp"),
+    ("fsdp2", {"parallelism": {"forward_prefetch": True}}, "parallelism.forward_prefetch", "is for strategy fsdp,"),
+    ("fsdp2", {"parallelism": {"bucket_view": True}}, "parallelism.bucket_view", "is for strategy ddp, not fsdp2"),
+    ("fsdp2", {"model": DEEPSEEK}, "parallelism.strategy", "bf16 and fp32"),
     ("fsdp2", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
     ("fsdp", {"optimizer": "adamw_bnb_8bit"}, "optimizer.name", "adamw_torch"),
-    ("fsdp", {"method": "dora"}, "method.kind", "full, lora, qlora"),
+    ("fsdp", {"method": "dora"}, "method.kind", "full, freeze, lora, qlora"),
     ("fsdp2", {"method": "qlora"}, "method.quantization.storage", "bf16, fp16, fp32"),
-    ("fsdp2", {"method": "lora", "loop": {"trainer": True}}, "loop.trainer", "fsdp"),
     ("fsdp2", {"precision": "mixed"}, "precision.master", "amp"),
     ("zero3", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
     ("zero3", {"method": "qdora"}, "method.kind", "full, freeze, lora, qlora"),
@@ -275,9 +351,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
 def test_what_cannot_be_divided_rightly_is_refused(
     strategy: str, fields: dict[str, Any], field: str, word: str
 ) -> None:
-    parallelism = {"world": 2, "dp": 2, "strategy": strategy}
+    parallelism = {"world": 2, "dp": 2, "strategy": strategy, **fields.get("parallelism", {})}
     with pytest.raises(SpecError) as caught:
-        estimate(RunSpec(**{"model": "llama-3.2-1b", "parallelism": parallelism, **fields}))
+        estimate(RunSpec(**{"model": "llama-3.2-1b", **fields, "parallelism": parallelism}))
     assert caught.value.field == field
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -80,7 +80,7 @@ def test_a_device_without_end_is_read_no_further_than_a_config_is_long() -> None
 
 
 def test_an_id_that_is_not_here_names_the_nearest_card() -> None:
-    with pytest.raises(FactsMissingError, match="did you mean qwen/qwen2-7b-instruct,"):
+    with pytest.raises(FactsMissingError, match=r"did you mean Qwen/Qwen2-7B-Instruct\? Otherwise ask the Hub"):
         find_model("Qwen/Qwen2-7B-Instrct")
     with pytest.raises(FactsMissingError) as caught:
         find_model("nobody/at-all-like-that\x1b[0m\n")

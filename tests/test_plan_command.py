@@ -26,6 +26,7 @@ from memplan.cli import app
 from memplan.errors import SpecError
 from memplan.gpus import all_gpus, find_gpu
 from memplan.planning.advice import advise
+from memplan.planning.cluster import Pinned, cluster_of, search
 from memplan.planning.demand import Demand
 from memplan.planning.ladder import ladder
 from memplan.planning.offers import Wanted, offers, owned
@@ -33,6 +34,7 @@ from memplan.planning.plan import SEVERITIES, plan
 from memplan.planning.reach import frontier, reach
 from memplan.report.plans import Planned, dump, render
 from memplan.report.plans.advice import Advised, least
+from memplan.report.plans.cluster import Divided, bring, named
 from memplan.report.plans.heat import short
 from memplan.report.plans.ladder import Rungs
 from memplan.report.plans.levers import Levers, lacks, singles
@@ -75,6 +77,10 @@ BIG = run(model="qwen2-72b")
 THERE = estimate(run(model="qwen2-72b", gpu="rtx-3090"))
 OWNED = Bought(estimate(BIG), FITS, offers(BIG, Wanted(owned=owned("3090"))), None, THERE)
 ADVICE = Advised(ANSWER, FITS, advise(SMALL))
+GRIDS = Divided(FITS, search(run(model="llama-3.2-1b"), cluster_of(find_gpu("h100"), 2, 4)))
+NO_GRID = Divided(
+    FITS, search(run(model="llama-3.1-8b", method="lora"), cluster_of(find_gpu("t4"), 1, 2), Pinned(pp=1))
+)
 CASES: dict[str, Planned] = {
     "ways": WAYS,
     "free": FREE,
@@ -87,10 +93,12 @@ CASES: dict[str, Planned] = {
     "rented": RENTED,
     "nothing offered": OWNED,
     "advice": ADVICE,
+    "grids": GRIDS,
+    "no grid": NO_GRID,
 }
 SCHEMA, MODEL = plan_schema(), plan_model()
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-ROWS = {name: case for name, case in CASES.items() if isinstance(case, (Far, Rungs, Bought))}
+ROWS = {name: case for name, case in CASES.items() if isinstance(case, (Far, Rungs, Bought, Divided))}
 
 
 def words_of(text: str) -> str:
@@ -161,8 +169,77 @@ def test_csv_has_a_row_for_each_and_never_none(case: Planned) -> None:
         assert [int(row["headroom"]) for row in rows] == [a.verdict.headroom for a in case.found]
         told = dump(case)["offers"]
         assert [float(row["whole_usd_high"]) for row in rows] == [offer["whole"]["usd"]["high"] for offer in told]
+    elif isinstance(case, Divided) and case.found:
+        assert [int(row["allocated"]) for row in rows] == [a.bytes.allocated for a in case.found]
+        for row, placed in zip(rows, case.cluster.placed, strict=True):
+            assert float(row["step_seconds_usual"]) == placed.step.seconds.usual
+            assert (int(row["tp"]), row["strategy"]) == (placed.grid.tp, placed.grid.strategy)
     else:
         assert len(rows) == 1
+
+
+# --- a cluster ---
+
+
+def test_a_grids_options_typed_make_its_run(plan_: Command) -> None:
+    told = dump(GRIDS)["best"]
+    options = told["options"].split()
+    answer = json.loads(plan_.typed("llama-3.2-1b", "--gpu", "h100", *options, "--json").out)
+    assert answer["bytes"] == told["bytes"]
+    assert told["run"]["parallelism"]["world"] == 8
+
+
+@pytest.mark.parametrize("name", ["accelerate", "deepspeed", "torchrun", "torchtitan", "megatron"])
+def test_the_fastest_grid_is_written_for_a_framework(plan_: Command, tmp_path: Path, name: str) -> None:
+    asked = ("llama-3.2-1b", "--gpu", "h100", "--nodes", "2", "--gpus", "4")
+    plain = plan_(*asked, "--emit", name)
+    assert (plain.code, plain.err) == (0, "")
+    file = tmp_path / "run"
+    assert plan_(*asked, "--emit", name, "--output", str(file)) == (0, "", "")
+    assert file.read_text("utf-8") == plain.out
+    world = {"accelerate": "num_processes: 8", "deepspeed": '"train_batch_size": 8'}.get(
+        name, "--nnodes=2 --nproc_per_node=4"
+    )
+    assert world in plain.out
+
+
+def test_nothing_is_written_where_nothing_fits(plan_: Command) -> None:
+    ran = plan_("llama-3.1-8b", "--gpu", "3090", "--nodes", "1", "--gpus", "2", "--emit", "accelerate")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == (
+        "memplan: emit (--emit): nothing that accelerate can run fits; without --emit the plan says more\n"
+    )
+
+
+def test_the_fastest_grid_is_told_with_what_it_sends_and_on_what_that_rests() -> None:
+    text = words_of(render("table", GRIDS, True, Screen(120)))
+    best, counts = GRIDS.cluster.placed[0], dump(GRIDS)["counts"]
+    assert f"on 2 nodes of 4 × {find_gpu('h100').title}: {named(best.grid)}; fits" in text
+    assert f"Of {counts['grids']:,} grids {counts['fit']:,} fit and are shown" in text
+    assert "network at 25 to 45 GB/s of 50 each way (assumed)" in text
+    assert "tp stays inside a node" in text
+    for s in best.step.sent:
+        assert s.link == ("network" if s.crosses else "NVLink")
+    assert counts["grids"] == sum(n for kind, n in counts.items() if kind != "grids")
+
+
+def test_two_cards_are_not_one_twice_as_large() -> None:
+    held = NO_GRID.cluster.together
+    assert held.ddp is not None
+    assert held.fsdp2 is not None
+    assert held.fsdp2 < held.alone < held.ddp
+    usable = find_gpu("t4").usable
+    sentence = bring(NO_GRID.cluster)
+    assert sentence.startswith(
+        f"Two GPUs of {usable / GIB:.2f} GiB are not one of {2 * usable / GIB:.2f} GiB: under ddp "
+    )
+    assert f"each holds everything, {held.ddp / GIB:.2f} GiB" in sentence
+    assert f"under fsdp2 each holds {held.fsdp2 / GIB:.2f} GiB" in sentence
+    told = dump(NO_GRID)
+    assert told["together"]["text"] == sentence
+    assert sentence in words_of(render("markdown", NO_GRID, False, Screen()))
+    assert told["best"] is None
+    assert told["nearest"]["verdict"]["answer"] != "fits"
 
 
 # --- what makes it fit ---
@@ -517,7 +594,72 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (*CARD, "--headroom", "two"): "headroom (--headroom): 'two' is no size; write 2GiB, 2048MiB, 2GB or bytes",
     (*CARD, "--headroom", "-1"): "headroom (--headroom): '-1' is no size",
     (*CARD, "--tokens", "1e9"): "tokens (--tokens): is of --buy alone",
-    (*CARD, "--each"): "each (--each): is of --buy alone",
+    (*CARD, "--each"): "each (--each): is of --buy and --nodes alone",
+    (*CARD, "--global-batch", "8"): "global_batch (--global-batch): is of --nodes alone",
+    (*CARD, "--emit", "megatron"): "emit (--emit): is of --nodes alone",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "megatrom",
+    ): "emit (--emit): unknown name 'megatrom'; did you mean",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "torchrun",
+        "--json",
+    ): "emit (--emit): writes a file of its own form",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "accelerate",
+        "--pp",
+        "2",
+    ): "parallelism.pp (--pp): accelerate has",
+    (*CARD, "--nodes", "1", "--gpus", "2", "--emit", "deepspeed", "--fsdp", "fsdp2"): "parallelism.strategy (--fsdp): "
+    "DeepSpeed has no fsdp2; it has zero1, zero2, zero3",
+    (*CARD, "--nodes", "2"): "gpus: say how many each node has",
+    (
+        "pythia-70m",
+        "--nodes",
+        "2",
+        "--gpus",
+        "8",
+    ): "nodes (--nodes): what fits depends on the card; name one with --gpu",
+    (*CARD, "--nodes", "0", "--gpus", "8"): "nodes (--nodes): must be at least 1, not 0",
+    (*CARD, "--nodes", "2", "--gpus", "4", "--tp", "0"): "tp: must be at least 1, not 0",
+    (*CARD, "--nodes", "2", "--gpus", "4", "--zero", "4"): "parallelism.strategy (--zero): ZeRO has stages 0 to 3",
+    (
+        *CARD,
+        "--nodes",
+        "2",
+        "--gpus",
+        "4",
+        "--tp",
+        "3",
+    ): "parallelism.tp (--tp): tp 3 does not divide 8 attention heads",
+    (
+        *CARD,
+        "--nodes",
+        "2",
+        "--gpus",
+        "4",
+        "--tp",
+        "4",
+        "--cp",
+        "4",
+    ): "parallelism.world (--gpus): 2 x 4 = 8 GPUs are no multiple of tp 4 x pp 1 x cp 4 = 16",
     (*CARD, "--ladder", "--max-price", "1"): "max_price (--max-price): is of --buy alone",
     ("pythia-70m", "--tokens", "1e9999"): "tokens (--tokens): '1e9999' is no number; write 1e9, 100M, 2B",
     ("pythia-70m", "--tokens", "0"): "tokens (--tokens): must be at least 1, not 0",
@@ -590,8 +732,8 @@ def test_a_plan_needs_no_numpy_and_no_torch() -> None:
 def test_the_manual_says_what_help_says(plan_: Command) -> None:
     manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split())
     text = plan_("--help").out
-    sections = re.findall(r"^(?:Plan|What to buy):\n(?:  .*\n)+", text, re.M)
-    assert len(sections) == 2
+    sections = re.findall(r"^(?:Plan|What to buy|A cluster):\n(?:  .*\n)+", text, re.M)
+    assert len(sections) == 3
     says = [" ".join(part.split()) for part in (*text.partition("Model:")[0].split("\n\n")[1:3], *sections)]
     assert [part for part in says if part not in manual] == []
 

@@ -288,6 +288,7 @@ def test_generation_keeps_its_cache_and_the_last_token_s_logits(tracer: Tracer) 
 
 
 CHATGLM = {"model_type": "chatglm", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+STATIC = {"world": 2, "dp": 2, "strategy": "ddp", "static_graph": True}
 REFUSED = [
     ({"optimizer": "galore_adamw"}, SpecError, "optimizer.name: a probe does not run galore_adamw; it runs "),
     ({"optimizer": "adamm"}, UnknownNameError, "did you mean ademamix or adamw_8bit"),
@@ -295,7 +296,10 @@ REFUSED = [
     ({"optimizer": {"state_dtype": "bf16"}}, SpecError, "optimizer.state_dtype"),
     ({"kernels": {"compile": True}}, SpecError, "kernels.compile: a probe does not run 'true'"),
     ({"kernels": {"checkpointing": "selective"}}, SpecError, "it runs none, full, offload"),
-    ({"parallelism": {"world": 2}}, SpecError, "parallelism: a probe runs on one GPU"),
+    ({"parallelism": {"world": 2}}, SpecError, "parallelism.world: a world of 2 GPUs is not dp 1 x tp 1"),
+    ({"parallelism": {"world": 2, "tp": 2}}, SpecError, "parallelism: a probe divides data only among GPUs"),
+    ({"parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}}, SpecError, "it runs ddp, fsdp, fsdp2"),
+    ({"parallelism": STATIC}, SpecError, "parallelism.static_graph: a probe does not run 'true'"),
     ({"parallelism": {"offload": {"activations": True}}}, SpecError, "parallelism.offload: a probe does not run"),
     ({"parallelism": HOST, "optimizer": "adamw_8bit"}, SpecError, "parallelism.offload: optimizer.name adamw_8bit"),
     ({"parallelism": HOST, "loop": {"grad_scaler": True}}, SpecError, "loop.grad_scaler: a probe scales no losses"),

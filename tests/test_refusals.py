@@ -60,8 +60,15 @@ def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> Non
     "field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "pp", "tp", "cp")]
 )
 def test_no_field_of_parallelism_is_ignored(field: str) -> None:
-    values: dict[str, Any] = {"sequence_parallel": True, "zero": {"reduce_bucket_size": 2}}
-    value = {**values, "schedule": "gpipe", "ends_as_layers": True}.get(field, 2)
+    words: dict[str, Any] = {
+        "sequence_parallel": True,
+        "zero": {"reduce_bucket_size": 2},
+        "backward_prefetch": "post",
+        "reshard_after_forward": False,
+        "schedule": "gpipe",
+        "ends_as_layers": True,
+    }
+    value = words.get(field, Parallelism.model_fields[field].default is False or 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"
 
 

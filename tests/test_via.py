@@ -27,7 +27,7 @@ from memplan.probe.trace import Tracer
 from memplan.report.schema import answer_model
 from memplan.units import GIB, MIB
 from memplan.via import estimates
-from tests.checkpoints import folder_of
+from tests.checkpoints import folder_of, write_gguf
 from tests.sampling import examples
 from tests.tiny import SMALLEST
 
@@ -279,6 +279,31 @@ def test_the_engine_is_asked_first_and_a_trace_only_for_what_it_has_no_stack_for
         memplan.estimate(xglm(), via="engin")  # pyright: ignore[reportArgumentType]
 
 
+def test_an_activation_that_a_family_s_stack_has_not_is_traced_too(traces: Traces) -> None:
+    asked = traces()
+    odd = RunSpec(model={"config": {**SMALLEST, "hidden_act": "relu"}})
+    assert memplan.estimate(odd, via="auto").via == "trace"
+    assert len(asked) == 1
+    with pytest.raises(UnsupportedModelError, match='hidden_act: "relu" is not supported yet'):
+        memplan.estimate(odd, via="engine")
+    traces(MISSING)
+    with pytest.raises(UnsupportedModelError, match="mish, relu6; nor can its step be traced: torch is not") as error:
+        memplan.estimate(odd, via="auto", cache=False)
+    assert error.value.field == "hidden_act"
+
+
+def test_what_no_class_and_no_file_says_is_not_traced(traces: Traces, tmp_path: Path) -> None:
+    asked = traces()
+    head = {"config": {**SMALLEST, "architectures": ["LlamaForQuestionAnswering"]}}
+    write_gguf(tmp_path / "model.gguf", {"general.architecture": "mamba"}, [])
+    for model, field in ((head, "architectures"), (str(tmp_path / "model.gguf"), "model")):
+        with pytest.raises(UnsupportedModelError) as error:
+            memplan.estimate(RunSpec(model=model), via="auto")
+        assert error.value.field == field
+        assert "traced" not in str(error.value)
+    assert asked == []
+
+
 MISSING = ProbeError("probe: torch is not installed; what a probe needs: pip install 'memplan[probe]'")
 NO_CLASS = ProbeError(
     "model: transformers 5.24.0 has no class for causal language models of model_type 'xglm'", "model"
@@ -309,7 +334,7 @@ def test_code_from_a_hub_is_never_run_and_the_line_says_so(traces: Traces) -> No
 
 def test_a_run_that_a_probe_does_not_take_is_refused_with_its_field(traces: Traces) -> None:
     asked = traces()
-    with pytest.raises(UnsupportedModelError, match="nor can its step be traced: parallelism: a probe runs on one GPU"):
+    with pytest.raises(UnsupportedModelError, match="nor can its step be traced: parallelism: an answer by trace is"):
         memplan.estimate(xglm(parallelism={"world": 2, "dp": 2, "strategy": "ddp"}), via="auto")
     with pytest.raises(SpecError, match=r"optimizer\.name: a probe does not run galore_adamw"):
         memplan.estimate(xglm(optimizer="galore_adamw"), via="trace")

@@ -72,6 +72,7 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
     """
     if code == "litgpt":
         return import_module("memplan.catalogue.litgpt").build(model, wiring)
+    wiring = wiring._replace(drops=model.probability("attention_dropout") > 0)
     module = import_module(f"memplan.catalogue.{_MODULES[model.model_type]}")
     stack: Stack = module.BUILDERS[model.model_type](model, wiring)
     if model.objective == "sequence_classification" and model.objectives[0] == "causal_lm":

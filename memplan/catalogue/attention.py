@@ -29,7 +29,8 @@ class Wiring(NamedTuple):
     tower that sees them. causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
     checkpoints: blocks are checkpointed, as T5's code asks. by_name: they are given masks and positions by name.
     recomputes: what attention makes of q, k and v is made again on the way back.
-    uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask.
+    uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask. drops: the config's
+    attention_dropout is above 0; the fused kernels have it inside them.
     """
 
     backend: str
@@ -54,6 +55,7 @@ class Wiring(NamedTuple):
     uneven: bool = False
     by_name: bool = False
     recomputes: bool = False
+    drops: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
@@ -134,9 +136,9 @@ def attention(
             return _seen(wiring, _efficient(name, q, k, v, y, grouped, mask if masked else "", width))
         case "math":
             to = f"={q}.low" if wiring.half_math else "fp32"
-            return _math(name, q, k, v, y, grouped, mask if masked else "", to, width, wiring.causal)
+            return _math(name, q, k, v, y, grouped, mask if masked else "", to, width, wiring.causal, wiring.drops)
         case "eager":
-            return _eager(name, q, k, v, y, grouped, mask if masked else "", width)
+            return _eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops)
         case other:
             raise AssertionError(other)
 
@@ -360,8 +362,10 @@ def _lowered(name: str, x: str, y: str, shape: str) -> Op:
     return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
 
 
-def _eager(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str) -> tuple[Op, ...]:
-    """transformers' eager_attention_forward: scores, scaled, masked, softmax in fp32, cast back.
+def _eager(
+    name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str, drop: bool
+) -> tuple[Op, ...]:
+    """transformers' eager_attention_forward: scores, scaled, masked, softmax in fp32, cast back, dropout.
 
     A product of transposed heads needs them contiguous: q always, k and v where repeating has not made them so.
     """
@@ -372,7 +376,8 @@ def _eager(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, 
         *(() if grouped else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
         ops.matmul(f"{n}.scores", "q.flat", "k.heads" if grouped else "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
-        *_masked_softmax(n, "scaled", "probs", mask, q),
+        *_masked_softmax(n, "scaled", "probs.whole" if drop else "probs", mask, q),
+        *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", scores),) if drop else ()),
         *(() if grouped else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", f"b s a {width}"),)),
         ops.matmul(f"{n}.product", "probs", "v.heads" if grouped else "v.flat", "heads", f"b s a {width}"),
         ops.copy(f"{n}.contiguous", "heads", y, f"b s a {width}", gradient="new"),
@@ -402,6 +407,7 @@ def _math(
     to: str,
     width: str,
     causal: bool,
+    drop: bool,
 ) -> tuple[Op, ...]:
     """torch's reference: everything in `to`, under autocast too, the causal or given mask added in place.
 
@@ -445,7 +451,8 @@ def _math(
         ops.scale(f"{n}.scale_k", "k.all", "k.scaled", heads),
         ops.copy(f"{n}.q_flat", "q.scaled", "q.flat", heads),
         ops.matmul(f"{n}.scores", "q.flat", "k.scaled", "scores", scores)._replace(autocast=""),
-        *ops.softmax(f"{n}.softmax", "scores", "probs", scores, to),
+        *ops.softmax(f"{n}.softmax", "scores", "probs.whole" if drop else "probs", scores, to),
+        *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", scores),) if drop else ()),
         ops.cast(f"{n}.second", "probs", "second", scores, f"={q}.low"),
         (ops.view if grouped else ops.copy)(f"{n}.v_flat", "v.all", "v.flat", values),
         ops.matmul(f"{n}.product", "probs", "v.flat", "heads32", values)._replace(autocast=""),

@@ -6,7 +6,7 @@ from functools import partial
 
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, attention
-from memplan.catalogue.gpt import activation, dropped, drops, with_dropout
+from memplan.catalogue.gpt import activation, dropped, drops
 from memplan.catalogue.heads import (
     class_loss,
     decoder,
@@ -113,7 +113,7 @@ def encoder_attention(m: ModelSpec, wiring: Wiring, name: str, key: str, wide: b
     """From q, k and v to o; the softmax in the dtype of the scores unless `wide`. `key`: the config's dropout."""
     drop = drops(m, key)
     if wiring.backend != "eager" or wide:
-        return with_dropout(attention(name, "q", "k", "v", "o", wiring, False), drop)
+        return attention(name, "q", "k", "v", "o", wiring._replace(drops=drop), False)
     return eager(name, drop, ("mask",) if wiring.has_mask() else ())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue import expert_loops, ops, routers
 from memplan.catalogue.attention import Wiring, attention
-from memplan.catalogue.gpt import drops, with_dropout
+from memplan.catalogue.gpt import drops
 from memplan.catalogue.llama import inputs, lm_head, mask_name, masks, positions, returned, rope, rotary_table
 from memplan.ir import Block, Op, Run, Stack, Tensor
 from memplan.models import ModelSpec
@@ -62,16 +62,14 @@ def _dropped(name: str, x: str, y: str, drop: bool) -> tuple[Op, ...]:
 def _attention(m: ModelSpec, wiring: Wiring, name: str) -> tuple[Op, ...]:
     """The parts of the projection are views of it; clipped, it is new, and what it was before is kept."""
     grouped, clipped = m.num_key_value_heads != m.num_attention_heads, m.get("clip_qkv", 0.0) > 0
+    wiring = wiring._replace(drops=drops(m, "attn_pdrop"))
     clamp = ops.clamp(f"{name}.clamp", "projected", "qkv", "b s qkv", 2)
     return (
         ops.linear(f"{name}.Wqkv", "n1", "projected" if clipped else "qkv", "qkv", "h", "attention"),
         *((clamp, ops.leave("projected")) if clipped else ()),
         ops.split(f"{name}.split", "qkv", (Tensor("q1", _Q), Tensor("k1", _K), Tensor("v", _K))),
         *rope(name, "q1", "k1"),
-        *with_dropout(
-            attention(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, False, mask_name(False)),
-            drops(m, "attn_pdrop"),
-        ),
+        *attention(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, False, mask_name(False)),
         ops.linear(f"{name}.out_proj", "o", "ao", "h", "a d", "attention"),
         ops.leave("qkv", "q", "k", "v", "o", "n1"),
     )

@@ -187,7 +187,8 @@ def _mixes(name: str, x: str, out: str, weight: str, t: str) -> tuple[Op, ...]:
     product = ops.linear(f"{name}.{weight}", f"{t}.normed", f"{t}.mixes", out, "nh", "mlp")
     keeps = (Keep(w.name, f"{t}.normed"), Keep(f"{t}.normed", w.name))
     return (
-        ops.cast(f"{name}.float", x, f"{t}.flat", "b s nh", "fp32"),
+        ops.view(f"{name}.flatten", x, f"{t}.rows", "b s nh"),
+        ops.cast(f"{name}.float", f"{t}.rows", f"{t}.flat", "b s nh", "fp32"),
         *plain_norm(f"{name}.input_norm", f"{t}.flat", f"{t}.normed", "b s nh"),
         ops.leave(f"{t}.flat"),
         product._replace(weights=(w,), keeps=keeps),
@@ -239,18 +240,10 @@ def left(t: str, x: str, result: str, y: str, held: tuple[str, ...] = ()) -> tup
     name = f"{t}.out"
     return (
         ops.cast(f"{name}.post", f"{t}.post", f"{t}.post.low", "b s n", f"={x}"),
-        Op(
-            f"{name}.spread",
-            (f"{t}.post.low", result),
-            (Tensor(f"{t}.spread", _STREAMS),),
-            (),
-            (Keep(result, f"{t}.post.low"), Keep(f"{t}.post.low", result)),
-            scratch_back=(
-                Scratch(Tensor("product for the weights", _STREAMS, f"={t}.spread"), f"{t}.post.low"),
-                Scratch(Tensor("product for the result", _STREAMS, f"={t}.spread"), result),
-            ),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        # both products are made whole before one of them is summed
+        ops.view(f"{name}.weights", f"{t}.post.low", f"{t}.post.rows", _STREAMS, gradient="new"),
+        ops.view(f"{name}.result", result, f"{t}.result.rows", _STREAMS, gradient="new"),
+        ops.mul(f"{name}.spread", f"{t}.post.rows", f"{t}.result.rows", f"{t}.spread", _STREAMS),
         ops.cast(f"{name}.comb", f"{t}.comb", f"{t}.comb.low", "b s n2", f"={x}"),
         ops.matmul(f"{name}.mix", f"{t}.comb.low", x, f"{t}.mixed", _STREAMS),
         ops.add(f"{name}.add", f"{t}.spread", f"{t}.mixed", y, _STREAMS),
@@ -426,12 +419,12 @@ def _product(name: str, x: str, heads: str, y: str, shape: str, w: Windows) -> t
     """With one head spread over all: of a single sequence without a copy, of several a copy is made for the product."""
     flat, op = f"{heads}.flat", ops.matmul(name, x, heads, y, shape)
     return (
-        Op(f"{name}.flat", (heads,), (Tensor(flat, f"several {w.keys} a d", f"={heads}"),), gradient="none"),
+        Op(f"{name}.flat", (heads,), (Tensor(flat, f"several {w.keys} a d", f"={heads}"),), gradient="none", laid=True),
         op._replace(reads=(*op.reads, flat), keeps=(*op.keeps, Keep(flat, x))),
     )
 
 
-def sink_attention(name: str, keys: str, y: str, given: str, w: Windows) -> tuple[Op, ...]:
+def sink_attention(name: str, keys: str, y: str, given: str, w: Windows, drop: bool) -> tuple[Op, ...]:
     """Of one head of keys, which are values too, copied for every head of queries; sinks make the softmax fp32."""
     scores, every = f"b a s {w.keys}", f"b a s {w.with_sink}"
     sinks = Weight("self_attn.sinks", "a", "attention", "fp32")
@@ -459,7 +452,8 @@ def sink_attention(name: str, keys: str, y: str, given: str, w: Windows) -> tupl
         ops.leave("joined", "largest"),
         *ops.softmax(f"{name}.softmax", "shifted", "softmax", every, "=shifted"),
         ops.view(f"{name}.drop_sink", "softmax", "kept", scores, gradient="new"),
-        ops.cast(f"{name}.cast", "kept", "probs", scores, "=v.heads"),
+        *((ops.dropout(f"{name}.dropout", "kept", "dropped", scores),) if drop else ()),
+        ops.cast(f"{name}.cast", "dropped" if drop else "kept", "probs", scores, "=v.heads"),
         ops.leave("masked"),
         *_product(f"{name}.product", "probs", "v.heads", "heads", "b s a d", w),
         ops.copy(f"{name}.contiguous", "heads", y, "b s a d", gradient="new"),
@@ -467,7 +461,7 @@ def sink_attention(name: str, keys: str, y: str, given: str, w: Windows) -> tupl
     )
 
 
-def attention(x: str, y: str, w: Windows) -> tuple[Op, ...]:
+def attention(x: str, y: str, w: Windows, drop: bool) -> tuple[Op, ...]:
     n, g = "self_attn", "attention"
     kind = "compress" if w.kind else "main"
     keys, given = ("kv.all", "mask.all") if w.kind else ("kv", "mask")
@@ -499,7 +493,7 @@ def attention(x: str, y: str, w: Windows) -> tuple[Op, ...]:
         *turned(f"{n}.rope_kv", "kv.normed", "kv", "b s", kind),
         ops.leave("kv.normed"),
         *more,
-        *sink_attention(f"{n}.attention", keys, "o", given, w),
+        *sink_attention(f"{n}.attention", keys, "o", given, w, drop),
         Op(f"{n}.back", (f"{kind}.sin",), (Tensor("minus_sin", "s rot2", f"={kind}.sin"),), gradient="none"),
         *turned(f"{n}.rope_back", "o", "o.back", "b s a", kind, sine="minus_sin"),
         ops.leave("o", "minus_sin"),
@@ -622,7 +616,7 @@ def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
             (
                 *entered("attn_hc", "x", "c1", iterations),
                 *norm("input_layernorm", "c1", "n1", "b s h", "h"),
-                *attention("n1", "ao", _KINDS[layer.mixer]),
+                *attention("n1", "ao", _KINDS[layer.mixer], wiring.drops),
                 *left("attn_hc", "x", "ao", "x1"),
                 *entered("ffn_hc", "x1", "c2", iterations),
                 ops.leave("c1", "attn_hc.post", "attn_hc.comb"),

@@ -12,7 +12,8 @@ _SOURCE = "transformers 5.24 models/ernie4_5/modeling_ernie4_5.py apply_rotary_p
 
 
 def ernie(m: ModelSpec, wiring: Wiring) -> Stack:
-    bias = m.get("use_bias", False)
+    """Its attention drops nothing, whatever the config says of it."""
+    bias, wiring = m.get("use_bias", False), wiring._replace(drops=False)
     block = decoder_block(
         llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, turn=rope_in_fp32),
         gated_mlp("n2", "mo", bias=bias),

@@ -146,7 +146,7 @@ def _heads(m: ModelSpec, wiring: Wiring, wide: bool = False) -> tuple[Op, ...]:
     name, drop = "attn.attention", drops(m, "attn_pdrop")
     if wiring.backend == "eager":
         return written_out(name, "q", "k", "v", "o", drop, wide)
-    return with_dropout(attention(name, "q", "k", "v", "o", wiring, False), drop)
+    return attention(name, "q", "k", "v", "o", wiring._replace(drops=drop), False)
 
 
 def gpt_bigcode(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -194,40 +194,8 @@ def dropped_attention(
     if m.num_key_value_heads == 1 and wiring.has_mask(sliding):  # one head is repeated without a copy
         k, v, grouped = "k.all", "v.all", False
         spread = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, gradient="new") for t in "kv")
-    kernel = (*spread, *attention(name, "q", k, v, "o", wiring, grouped, sliding, mask_name(sliding)))
-    return with_dropout(kernel, drops(m, key))
-
-
-def with_dropout(kernel: tuple[Op, ...], drop: bool) -> tuple[Op, ...]:
-    """Dropout of the probabilities where attention is written out; the fused kernels have it inside them.
-
-    The statement that makes the probabilities takes their name from the scores before they are dropped.
-    """
-    made = next((i for i, op in enumerate(kernel) if any(t.name == "probs" for t in op.writes)), None)
-    if not drop or made is None:
-        return kernel
-    op = kernel[made]
-    after = made + 2 if kernel[made + 1].name == "return" else made + 1
-    return (
-        *kernel[:made],
-        _renamed(op, "probs", "probs.whole"),
-        *kernel[made + 1 : after],
-        ops.dropout(f"{op.name}.dropout", "probs.whole", "probs", "b a s s"),
-        *kernel[after:],
-    )
-
-
-def _renamed(op: Op, old: str, new: str) -> Op:
-    """The operation with another name for what it writes."""
-
-    def other(name: str) -> str:
-        return name.replace(old, new) if name in (old, f"={old}") else name
-
-    return op._replace(
-        writes=tuple(t._replace(name=other(t.name)) for t in op.writes),
-        keeps=tuple(k._replace(what=other(k.what)) for k in op.keeps),
-        scratch_back=tuple(s._replace(tensor=s.tensor._replace(dtype=other(s.tensor.dtype))) for s in op.scratch_back),
-    )
+    wiring = wiring._replace(drops=drops(m, key))
+    return (*spread, *attention(name, "q", k, v, "o", wiring, grouped, sliding, mask_name(sliding)))
 
 
 def written_out(

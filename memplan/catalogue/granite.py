@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.gpt import drops, with_dropout
 from memplan.catalogue.llama import after, before, decoder_block, gated_mlp, llama_attention, returned
 from memplan.ir import Op, Run, Stack
 from memplan.models import ModelSpec
@@ -45,9 +44,7 @@ def granitemoe(m: ModelSpec, wiring: Wiring) -> Stack:
     bias, name = m.get("attention_bias", False), "block_sparse_moe"
     routed = routers.late_softmax_router(f"{name}.router", "n2")
     made = experts.experts("n2", "mo", f"{name}.experts", gate_up=(), down=())
-    heads = with_dropout(
-        llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias), drops(m, "attention_dropout")
-    )
+    heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias)
     block = decoder_block(heads, experts.mixture("n2", routed, made), scaled_branch, held=returned(wiring))
     return Stack(before(wiring, embedded=scaled_embeddings()), (Run((block,), "L"),), scaled_logits(after(m, wiring)))
 

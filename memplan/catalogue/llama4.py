@@ -122,7 +122,7 @@ def _attend(name: str, wiring: Wiring, grouped: bool, sliding: bool) -> tuple[Op
         return kernel
     written = {f"{name}.softmax.float", f"{name}.softmax", f"{name}.cast"}
     i = next(i for i, op in enumerate(kernel) if op.name in written)
-    plain = ops.softmax(f"{name}.softmax", "masked", "probs", "b a s s")
+    plain = ops.softmax(f"{name}.softmax", "masked", "probs.whole" if wiring.drops else "probs", "b a s s")
     return (*kernel[:i], *plain, *(op for op in kernel[i:] if op.name not in written))
 
 

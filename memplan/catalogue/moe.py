@@ -195,7 +195,7 @@ def phimoe(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     """Ernie 4.5 with experts, and shared ones whose sum is made first."""
-    bias = m.get("use_bias", False)
+    bias, wiring = m.get("use_bias", False), wiring._replace(drops=False)
     shared = gated_mlp(X, "shared", "mlp.shared_experts", width="fs", bias=bias, flat=True)
     mixed = mixture(X, routers.biased_softmax_router("mlp.gate", X), experts.experts(X, "routed"), leaves=False)
     sparse = (

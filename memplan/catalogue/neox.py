@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.gpt import dropped, drops, mlp, with_dropout, with_triangle
+from memplan.catalogue.gpt import dropped, drops, mlp, with_triangle
 from memplan.catalogue.llama import before, decoder_block, llama_attention, lm_head, masks, returned, runs
 from memplan.catalogue.phi3 import heads_first
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor
@@ -97,10 +97,7 @@ def gpt_neox(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.split("attention.chunk", "qkv.heads", (Tensor("q1", _Q), Tensor("k1", _Q), Tensor("v", _Q))),
         *turned_parts("attention.rope", m.rotary_width < m.head_dim),
         ops.leave("q1", "k1"),
-        *with_dropout(
-            heads_first("attention.attention", "q", "k", "v", "o", wiring, False),
-            drops(m, "attention_dropout"),
-        ),
+        *heads_first("attention.attention", "q", "k", "v", "o", wiring, False),
         ops.linear("attention.dense", "o", "ao.whole", "h", "a d", "attention", bias),
         ops.leave("qkv", "q", "k", "o", "n1"),
         *dropped("post_attention_dropout", "ao.whole", "ao", "b s h", drop),
@@ -152,10 +149,7 @@ def phi(m: ModelSpec, wiring: Wiring) -> Stack:
                 for op in norm(f"{name}.{t}_layernorm", f"{t}2", f"{t}1", shape, "d")
             ),
             *turned_parts(f"{name}.rope", m.rotary_width < m.head_dim),
-            *with_dropout(
-                heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped),
-                drops(m, "attention_dropout"),
-            ),
+            *heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped),
             ops.linear(f"{name}.dense", "o", "ao.whole", "h", "a d", "attention", bias=True),
             ops.leave("q", "k", "v", "o", "q1", "k1", "q.turned", "k.turned"),
             *dropped("resid_dropout", "ao.whole", "ao", "b s h", drop),
@@ -182,10 +176,7 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
         *_projections(name, ("q1", "k1", "v"), bias),
         *turned_parts(f"{name}.rope", m.rotary_width < m.head_dim, held=True),
         ops.leave("q1", "k1"),
-        *with_dropout(
-            heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped),
-            drops(m, "attention_dropout"),
-        ),
+        *heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
         ops.leave("q", "k", "v", "o", "n1"),
     )
@@ -218,9 +209,8 @@ def starcoder2(m: ModelSpec, wiring: Wiring) -> Stack:
 
     def block(layer: Layer) -> Block:
         *heads, left = llama_attention(m, wiring, "n1", "ao.whole", bias=bias, out_bias=bias, sliding=layer.sliding)
-        kernel = with_dropout(tuple(heads), drops(m, "attention_dropout"))
         return decoder_block(
-            (*kernel, *dropped("residual_dropout", "ao.whole", "ao", "b s h", drop), left),
+            (*heads, *dropped("residual_dropout", "ao.whole", "ao", "b s h", drop), left),
             mlp(m, "n2", "mo", drop, bias=bias),
             norm=norm,
             held=returned(wiring),

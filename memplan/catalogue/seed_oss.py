@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.gpt import drops, with_dropout
+from memplan.catalogue.gpt import drops
 from memplan.catalogue.llama import after, before, decoder_block, gated_mlp, llama_attention, returned, runs
 from memplan.ir import Block, Op, Stack
 from memplan.layers import Layer
@@ -24,7 +24,7 @@ def seed_oss(m: ModelSpec, wiring: Wiring) -> Stack:
     def block(layer: Layer) -> Block:
         heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=out_bias)
         return decoder_block(
-            with_dropout(heads, drops(m, "attention_dropout")),
+            heads,
             gated_mlp("n2", "mo", bias=m.get("mlp_bias", False)),
             dropped if drops(m, "residual_dropout") else None,
             held=returned(wiring),

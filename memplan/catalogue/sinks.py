@@ -22,15 +22,16 @@ _SCORES, _WITH_SINK = "b a s s", "b a s s1"
 
 
 def sink_attention(
-    name: str, y: str, mask: str, sinks: bool, grouped: bool, value: str, one_name: bool = False
+    name: str, y: str, mask: str, sinks: bool, grouped: bool, value: str, one_name: bool = False, drop: bool = False
 ) -> tuple[Op, ...]:
     """Scores of `q` and `k`, less the largest of each row, and what their softmax makes of `v`, heads `value` wide.
 
     The softmax is in the scores' own dtype. With `sinks` each row of scores is one longer, and the probabilities are a
-    view of the rest. `one_name`: the function has a single name for all that becomes the probabilities.
+    view of the rest; `drop`: some are dropped, before they are cast. `one_name`: the function has a single name for all
+    that becomes the probabilities.
     """
     scores, heads = (_WITH_SINK if sinks else _SCORES), f"b s a {value}"
-    n, joined = name, "joined" if sinks else "masked"
+    n, joined, kept = name, *(("joined", "kept") if sinks else ("masked", "softmax"))
     return (
         ops.copy(f"{n}.repeat_k", "k", "k.heads", "b s a d", gradient="new")
         if grouped
@@ -61,7 +62,8 @@ def sink_attention(
         ops.leave(joined, "largest"),
         *ops.softmax(f"{n}.softmax", "shifted", "softmax", scores, "=shifted"),
         *((ops.view(f"{n}.drop_sink", "softmax", "kept", _SCORES, gradient="new"),) if sinks else ()),
-        ops.cast(f"{n}.cast", "kept" if sinks else "softmax", "probs", _SCORES, "=v.heads"),
+        *((ops.dropout(f"{n}.dropout", kept, "dropped", _SCORES),) if drop else ()),
+        ops.cast(f"{n}.cast", "dropped" if drop else kept, "probs", _SCORES, "=v.heads"),
         ops.leave("shifted" if one_name else "masked"),
         ops.matmul(f"{n}.product", "probs", "v.heads", "heads", heads),
         ops.copy(f"{n}.contiguous", "heads", y, heads, gradient="new"),
@@ -131,14 +133,14 @@ def _projected(m: ModelSpec, x: str, name: str, value: str) -> tuple[Op, ...]:
     )
 
 
-def _gpt_oss_attention(m: ModelSpec, layer: Layer, name: str = "self_attn") -> tuple[Op, ...]:
+def _gpt_oss_attention(m: ModelSpec, layer: Layer, drop: bool, name: str = "self_attn") -> tuple[Op, ...]:
     grouped = m.num_key_value_heads != m.num_attention_heads
     return (
         *_projected(m, "n1", name, "d"),
         *halves_rotated(f"{name}.rope_q", "q1", "q", "a"),
         *halves_rotated(f"{name}.rope_k", "k1", "k", "k"),
         ops.leave("q1", "k1"),
-        *sink_attention(f"{name}.attention", "o", mask_name(layer.sliding), True, grouped, "d"),
+        *sink_attention(f"{name}.attention", "o", mask_name(layer.sliding), True, grouped, "d", drop=drop),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", m.get("attention_bias", False)),
         ops.leave("q", "k", "v", "o", "n1"),
     )
@@ -178,7 +180,7 @@ def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
     def block(layer: Layer) -> Block:
-        return decoder_block(_gpt_oss_attention(m, layer), mlp, norm=rms_norm, held=(routers.SCORES,))
+        return decoder_block(_gpt_oss_attention(m, layer, wiring.drops), mlp, norm=rms_norm, held=(routers.SCORES,))
 
     table = tuple(op for op in rotary_table("embeds") if op.name != "rotary.cat")
     halves = tuple(op._replace(reads=tuple("angles" if r == "both" else r for r in op.reads)) for op in table)
@@ -189,7 +191,7 @@ def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
 
-def _mimo_attention(m: ModelSpec, layer: Layer, name: str = "self_attn") -> tuple[Op, ...]:
+def _mimo_attention(m: ModelSpec, layer: Layer, drop: bool, name: str = "self_attn") -> tuple[Op, ...]:
     """Values narrower than keys, and scaled; a part of each head rotated; sinks where there is a window."""
     made = (
         *_projected(m, "n1", name, "dv"),
@@ -205,6 +207,7 @@ def _mimo_attention(m: ModelSpec, layer: Layer, name: str = "self_attn") -> tupl
             layer.k != m.num_attention_heads,
             "dv",
             one_name=True,
+            drop=drop,
         ),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a dv", "attention"),
         ops.leave("q", "k", "v", "o", "n1"),
@@ -228,7 +231,7 @@ def mimo(m: ModelSpec, wiring: Wiring) -> Stack:
 
     def block(layer: Layer) -> Block:
         ffn = mixture if layer.ffn == "experts" else gated_mlp("n2", "mo")
-        made = decoder_block(_mimo_attention(m, layer), ffn, held=returned(wiring))
+        made = decoder_block(_mimo_attention(m, layer, wiring.drops), ffn, held=returned(wiring))
         return local(made) if layer.sliding else made
 
     two = any(layer.sliding for layer in m.layers)

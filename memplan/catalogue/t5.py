@@ -5,7 +5,7 @@ from __future__ import annotations
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, attention
 from memplan.catalogue.bert import eager, projections
-from memplan.catalogue.gpt import dropped, drops, gelu_new, relu, with_dropout
+from memplan.catalogue.gpt import dropped, drops, gelu_new, relu
 from memplan.catalogue.heads import decoder, labels_of, language_model_loss
 from memplan.catalogue.llama import masks
 from memplan.catalogue.seq2seq import crossing, decoding
@@ -144,15 +144,12 @@ def _attention(
     if wiring.backend == "eager":
         kernel = eager(n, drop, (bias, *((mask,) if masked else ())))
     else:  # flash attention adds nothing to the scores
-        plain = wiring._replace(backend="efficient", masked="efficient", padded=True)
+        plain = wiring._replace(backend="efficient", masked="efficient", padded=True, drops=drop)
         given = _added(n, bias, mask if masked else "", wiring.causal and not masked, crosses)
-        kernel = with_dropout(
-            tuple(
-                new
-                for op in attention(n, "q", "k", "v", "o", plain, False)
-                for new in (given if op.name == f"{n}.mask" else (_with_bias(op) if op.name == n else op,))
-            ),
-            drop,
+        kernel = tuple(
+            new
+            for op in attention(n, "q", "k", "v", "o", plain, False)
+            for new in (given if op.name == f"{n}.mask" else (_with_bias(op) if op.name == n else op,))
         )
     projected = projections(name, x, plain, ("q", "k", "v"), bias=False)
     return (

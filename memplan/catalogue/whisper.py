@@ -5,7 +5,7 @@ from __future__ import annotations
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, attention, laid_out_as
 from memplan.catalogue.bert import eager
-from memplan.catalogue.gpt import activation, dropped, drops, with_dropout
+from memplan.catalogue.gpt import activation, dropped, drops
 from memplan.catalogue.heads import decoder, labels_of, language_model_loss
 from memplan.catalogue.llama import masks, returned
 from memplan.catalogue.seq2seq import crossing, decoding
@@ -135,10 +135,8 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: 
     if wiring.backend == "eager":
         kernel = _eager(f"{name}.attention", drop, masked)
     else:
-        kernel = with_dropout(
-            laid_out_as("o", attention(f"{name}.attention", "q", "k", "v", "o", wiring, False), backend == "flash"),
-            drop,
-        )
+        heads = attention(f"{name}.attention", "q", "k", "v", "o", wiring, False)
+        kernel = laid_out_as("o", heads, backend == "flash")
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias=True),
         ops.scale(f"{name}.scaling", "q0", "q1", _Q),

@@ -527,7 +527,11 @@ def estimate(
     ] = None,
     fsdp: Annotated[
         str | None,
-        option("full_shard, fsdp2. Default none.", of=SEVERAL, complete=_choices("full_shard", "fsdp2")),
+        option(
+            "full_shard, shard_grad_op, hybrid_shard, fsdp2. Default none.",
+            of=SEVERAL,
+            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "fsdp2"),
+        ),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     sequence_parallel: Annotated[
@@ -591,7 +595,7 @@ def estimate(
         str | None,
         option(
             "engine (memplan's own stacks), trace (the step as the installed transformers takes it, on tensors without "
-            "data), or auto: engine, and trace for a family it has no stack for. Default auto.",
+            "data), or auto: engine, and trace for what it has no stack for. Default auto.",
             of=OUTPUT,
             complete=_choices("auto", "engine", "trace"),
         ),

@@ -24,7 +24,8 @@ def new(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A Hugging Face id, owner/name or owner/name@revision, or the path of a config.json or its folder.",
+            help="A Hugging Face id, owner/name or owner/name@revision, or the path of a config.json, "
+            "its folder or a GGUF file.",
             autocompletion=complete_model,
         ),
     ],
@@ -35,6 +36,14 @@ def new(
     revision: Annotated[
         str | None, typer.Option(help="The id's branch, tag or commit. Default main.", show_default=False)
     ] = None,
+    hf_id: Annotated[
+        str | None,
+        typer.Option(
+            help="The model's id at Hugging Face, owner/name. Default the id asked for, or the one that a local config "
+            "was saved from.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="Write to this file. Default standard output.", show_default=False)
     ] = None,
@@ -42,22 +51,29 @@ def new(
     """Print a model card, as model_cards/ has them: parameters as they are counted, what the checkpoint stores by its
     headers and which tensors make the difference, and the config.
     """
-    given = [name for name, value in (("revision", revision), ("output", out)) if value is not None]
-    return answered(lambda: _new(model, online, revision, out), given)
+    said = (("revision", revision), ("hf-id", hf_id), ("output", out))
+    given = [name for name, value in said if value is not None]
+    return answered(lambda: _new(model, online, revision, hf_id, out), given)
 
 
-def _new(name: str, online: bool, revision: str | None, out: str | None) -> int:
+def _new(name: str, online: bool, revision: str | None, hf_id: str | None, out: str | None) -> int:
+    import re
+
     from memplan.cards import Facts, facts_of
     from memplan.cli import revised
+    from memplan.errors import SpecError, printable
     from memplan.models import ModelSpec
+    from memplan.new_card import ID, card, id_in
     from memplan.new_card import Facts as Said
-    from memplan.new_card import card
 
     if revision is not None:
         name = revised(name, revision)
+    if hf_id is not None and not re.fullmatch(ID, hf_id):
+        raise SpecError(f"hf_id: {printable(hf_id, 80)!r} is no id at Hugging Face, owner/name", "hf_id")
     found: Facts = facts_of(name, online)
+    known = hf_id or found.hf_id or id_in(found.config)
     model = ModelSpec(found.config, name, checkpoint=found.checkpoint)
-    show(card(model, found.config, Said(found.hf_id or name, found.source, _today(), found.licence)), output=out)
+    show(card(model, found.config, Said(known, found.source, _today(), found.licence)), output=out)
     return 0
 
 

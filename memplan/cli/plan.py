@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 # Of `estimate` alone, or with a meaning of their own here.
 _NONE = ("explain", "online", "revision", "via", "cache")
-_MODES = ("max", "ladder", "buy", "advice")
+_MODES = ("max", "ladder", "buy", "advice", "nodes")
 _SWITCHES = ("tight", "ladder", "buy", "advice", "each")
-_OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count", "most", "each")
+_OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count")
+_OF_NODES = ("network_gbps", "global_batch", "emit")
+_OF_BOTH = ("most", "each")
+_DIVIDING = ("gpus", "tp", "pp", "cp", "ep", "zero", "fsdp")  # with --nodes, what of the search is asked for
 _AXES = ("batch", "sequence", "rank", "model")
 _MARKETS = ("consumer", "workstation", "data centre", "laptop", "integrated")
-PLAN, BUYING = "Plan", "What to buy"
+PLAN, BUYING, CLUSTER = "Plan", "What to buy", "A cluster"
 
 
 class PlanCommand(Grouped):
@@ -110,10 +113,42 @@ def plan(
     count: Annotated[
         list[int] | None, option("How many of a card; repeat it for several. Default 1 to 8, 16, 32, 64.", of=BUYING)
     ] = None,
-    most: Annotated[int | None, option("Offers at most. Default 20.", of=BUYING)] = None,
+    most: Annotated[
+        int | None, option("Offers at most, or grids of a cluster. Default 20, of grids 5.", of=BUYING)
+    ] = None,
     each: Annotated[
-        bool, option("Every count of a card, not only the smallest that runs it. Default off.", "--each", of=BUYING)
+        bool,
+        option(
+            "Every count of a card, not only the smallest that runs it; every grid that fits a cluster. Default off.",
+            "--each",
+            of=BUYING,
+        ),
     ] = False,
+    nodes: Annotated[
+        int | None,
+        option(
+            "How this many nodes, each with --gpus of --gpu, should divide the run; --tp, --pp, --cp, --ep, --zero and "
+            "--fsdp hold what they say. Default none.",
+            of=CLUSTER,
+        ),
+    ] = None,
+    network_gbps: Annotated[
+        float | None,
+        option("Gb/s of network for each GPU, one way. Default as the vendor's own servers have it.", of=CLUSTER),
+    ] = None,
+    global_batch: Annotated[
+        int | None,
+        option("Sequences a step, all GPUs together. Default --batch-size x --grad-accum x all GPUs.", of=CLUSTER),
+    ] = None,
+    emit: Annotated[
+        str | None,
+        option(
+            "accelerate, deepspeed, torchrun, torchtitan, megatron: print, instead of the plan, the file or command of "
+            "the fastest grid that it can run. Default none.",
+            of=CLUSTER,
+            complete=_words("accelerate", "deepspeed", "torchrun", "torchtitan", "megatron"),
+        ),
+    ] = None,
 ) -> None:
     """What makes a run fit, and what each change saves and costs; how far it goes; what to buy for it.
 
@@ -129,21 +164,24 @@ def _plan(given: Mapping[str, Any]) -> int:
     from memplan.via import without_a_trace
 
     mode = _mode(given)
-    runs = runs_of(given)
+    divides = _DIVIDING if mode == "nodes" else ()
+    runs = runs_of({name: value for name, value in given.items() if name not in divides})
     if len(runs) > 1:
         raise SpecError("gpu: a plan is for one card; --buy --have compares several", "gpu")
     run = runs[0]
     mode = mode or ("levers" if run.gpu else "buy")
-    if mode != "buy":
-        for name in _OF_BUYING:
-            if name in given:
-                raise SpecError(f"{name}: is of --buy alone", name)
+    for names, modes in ((_OF_BUYING, ("buy",)), (_OF_NODES, ("nodes",)), (_OF_BOTH, ("buy", "nodes"))):
+        for name in names:
+            if name in given and mode not in modes:
+                raise SpecError(f"{name}: is of {' and '.join(f'--{of}' for of in modes)} alone", name)
     format = _format(given, mode)
     demand = _demand(given, run, mode)
     try:
         planned = _planned(mode, run, demand, given)
     except UnsupportedModelError as error:
         raise without_a_trace(error, "a plan") from None
+    if "emit" in given:
+        return _emitted(planned, given)
     to = Screen() if "output" in given else screen()
     show(render(format, planned, "explain" in given, to), format, given.get("output"))
     return _exit_code(planned.found, "strict" in given)
@@ -201,6 +239,8 @@ def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) 
     own = own_profile(run.gpu, given)
     if mode == "levers":
         return _levers(run, demand, own)
+    if mode == "nodes":
+        return _divided(run, demand, given, own)
     answer = estimate(run, own)
     match mode:
         case "max":
@@ -248,6 +288,55 @@ def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, 
             raise SpecError(f"{name}: must be at least 1, not {n}", name)
     found = offers(run, _wanted(given), tokens=tokens, most=most, each="each" in given, demand=demand)
     return Bought(answer, demand, found, tokens, _nearest(run, found))
+
+
+def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibration | None) -> Planned:
+    from memplan.cli.request import strategy_of
+    from memplan.errors import SpecError
+    from memplan.gpus import find_gpu
+    from memplan.planning.cluster import DEGREES, Pinned, cluster_of, search
+    from memplan.report.plans.cluster import Divided
+
+    if "emit" in given and {"format", "json"} & set(given):
+        raise SpecError("emit: writes a file of its own form; leave --format and --json out", "emit")
+    if "gpus" not in given:
+        raise SpecError("gpus: say how many each node has", "gpus")
+    for name in (*DEGREES, "global_batch", "most"):
+        if given.get(name, 1) < 1:
+            raise SpecError(f"{name}: must be at least 1, not {given[name]}", name)
+    assert run.gpu is not None  # `_demand` has asked for one
+    cluster = cluster_of(find_gpu(run.gpu), given["nodes"], given["gpus"], given.get("network_gbps"))
+    degrees = {name: given.get(name) for name in DEGREES}
+    strategy = strategy_of(given, cluster.world) if {"zero", "fsdp"} & set(given) else None
+    strategies = None if strategy is None else (strategy,)
+    most = None if "each" in given else given.get("most", 5)
+    if "emit" in given:
+        from memplan.frameworks.emit import find
+
+        able = find(given["emit"])
+        able.check(degrees, strategy)
+        strategies = strategies or able.strategies
+        degrees |= {name: degrees.get(name) or 1 for name in able.undivided if name in degrees}
+        most = 1
+    pinned = Pinned(**degrees, strategies=strategies, sequences=given.get("global_batch"))
+    return Divided(demand, search(run, cluster, pinned, most=most, demand=demand, calibration=own))
+
+
+def _emitted(planned: Planned, given: Mapping[str, Any]) -> int:
+    """The fastest grid's file, alone; where nothing fits there is none."""
+    from memplan.errors import SpecError
+    from memplan.frameworks.emit import emit
+    from memplan.frameworks.written import Nodes
+    from memplan.report.plans.cluster import Divided
+
+    assert isinstance(planned, Divided)
+    best = planned.cluster.best
+    if best is None:
+        error = SpecError(f"emit: nothing that {given['emit']} can run fits; without --emit the plan says more", "emit")
+        error.exit_code = 1
+        raise error
+    show(emit(given["emit"], best.answer.run, Nodes(given["nodes"], given["gpus"])), "emit", given.get("output"))
+    return _exit_code(planned.found, "strict" in given)
 
 
 def _nearest(run: RunSpec, found: Offers) -> Estimate | None:

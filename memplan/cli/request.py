@@ -257,8 +257,16 @@ def _precision(word: str, dtype: str | None) -> dict[str, Any]:
     return precision_of(word, dtype or "bf16")
 
 
-_FSDP = {"full_shard": "fsdp", "fsdp": "fsdp", "fsdp1": "fsdp", "fsdp2": "fsdp2", "no_shard": "ddp"}
-_LATER_FSDP = ("shard_grad_op", "hybrid_shard", "hybrid_shard_zero2", "offload")
+_FSDP = {
+    "full_shard": "fsdp",
+    "fsdp": "fsdp",
+    "fsdp1": "fsdp",
+    "fsdp2": "fsdp2",
+    "no_shard": "ddp",
+    **dict.fromkeys(("shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
+}
+_KEEPS_WHOLE = ("shard_grad_op", "hybrid_shard_zero2")
+_NODE = 8  # GPUs of a group whose size is not said: those of a node
 _MOST = 2**40  # GPUs
 
 
@@ -266,8 +274,6 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     """How `--gpus` divide the work: beside what --tp, --pp and --cp take, by ZeRO or FSDP or else as replicas."""
     if not {"gpus", "tp", "pp", "cp", "zero", "fsdp"} & set(given):
         return
-    if "zero" in given and "fsdp" in given:
-        raise SpecError("parallelism.strategy: --zero and --fsdp exclude each other", "parallelism.strategy")
     old: object = spec.get("parallelism")
     parallelism: dict[str, Any] = dict(cast(Mapping[str, Any], old)) if isinstance(old, Mapping) else {}
     degrees = [parallelism.get(name, 1) for name in ("tp", "pp", "cp")]
@@ -280,10 +286,15 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     if world % rest:
         raise SpecError(f"parallelism.world: {world} GPUs do not divide into groups of {rest}", "parallelism.world")
     spec["parallelism"] = {**parallelism, "world": world, "dp": world // rest}
-    strategy = _strategy(given, world // rest)
+    strategy = strategy_of(given, world // rest)
     said = "deepspeed" in given and "strategy" in parallelism and not {"zero", "fsdp"} & set(given)
     if strategy is not None and not said:
         spec["parallelism"]["strategy"] = strategy
+    word = given.get("fsdp")
+    if word in _KEEPS_WHOLE:
+        spec["parallelism"]["reshard_after_forward"] = False
+    if str(word).startswith("hybrid") and "shard_group" not in spec["parallelism"] and world // rest > 1:
+        spec["parallelism"]["shard_group"] = min(_NODE, world // rest)
 
 
 def idle(given: Iterable[str], method: Method) -> MemplanError | None:
@@ -302,15 +313,16 @@ def idle(given: Iterable[str], method: Method) -> MemplanError | None:
     return None
 
 
-def _strategy(given: Mapping[str, Any], replicas: int) -> str | None:
+def strategy_of(given: Mapping[str, Any], replicas: int) -> str | None:
+    """What so many replicas do: as --zero or --fsdp says, else as plain replicas."""
+    if "zero" in given and "fsdp" in given:
+        raise SpecError("parallelism.strategy: --zero and --fsdp exclude each other", "parallelism.strategy")
     if "zero" in given:
         zero = given["zero"]
         if zero not in (0, 1, 2, 3):
             raise SpecError(f"parallelism.strategy: ZeRO has stages 0 to 3, not {zero}", "parallelism.strategy")
         return f"zero{zero}" if zero else ("ddp" if replicas > 1 else "none")
     if "fsdp" in given:
-        if given["fsdp"] in _LATER_FSDP:
-            raise SpecError(f"parallelism.strategy: {given['fsdp']!r} is not supported yet", "parallelism.strategy")
         if given["fsdp"] not in _FSDP:
             raise UnknownNameError("parallelism.strategy", given["fsdp"], _FSDP)
         return _FSDP[given["fsdp"]]

@@ -57,6 +57,9 @@ class Scope:
             tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
             if w.trains:
                 self._trained[w.name] = w
+        if op.laid and autocast and tensors[op.reads[0]].dtype in FLOATING - {autocast}:
+            tensors[op.writes[0].name] = tensors[op.reads[0]]
+            return
         new_name = {r: tensors[r].name for r in op.reads if tensors[r].name != r}
         weights = op.weights
         if autocast and op.autocast in ("lower", "fp32"):
@@ -65,13 +68,14 @@ class Scope:
                 if w.dtype in FLOATING and w.dtype != target and not w.stored:
                     new_name[w.name] = self._cast_weight(op, w, target, out).name
                     weights = tuple(v for v in weights if v is not w)
-            for r in reversed(op.reads):
+            given = {tensors[r].name: r for r in reversed(op.reads)}  # one that is laid out is read by two names
+            for r in given.values():
                 t = tensors[r]
                 if t.dtype in FLOATING and t.dtype != target:
                     to = Tensor(f"{op.name}.autocast({t.name})", t.shape, target)
                     out.append(Op(to.name, (t.name,), (to,), cast=True, recorded=op.recorded, source=_AUTOCAST))
                     tensors[to.name] = to
-                    new_name[r] = to.name
+                    new_name.update((name, to.name) for name in op.reads if tensors[name] is t)
         reads = tuple(new_name.get(r, r) for r in op.reads)
         if not self._trained.keys().isdisjoint(reads):  # what a cast that was dropped left is the weight itself
             weights += tuple(self._trained[r] for r in reads if r in self._trained)

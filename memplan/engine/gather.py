@@ -8,11 +8,13 @@ rank receives its part of their sum.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
 
 from memplan.engine.lower import Frame, Storage, Tape
 from memplan.ir import Division, Op, Tensor, Unit
 
-BEFORE, AFTER, ROOT = "before", "after", "root"
+BEFORE, AFTER, ROOT, REST = "before", "after", "root", "rest"
 
 
 def unit_of(run: int, block: int) -> str:
@@ -20,23 +22,40 @@ def unit_of(run: int, block: int) -> str:
     return f"{run}.{block}"
 
 
+class _Backward(NamedTuple):
+    """A unit whose backward is over: its gradients and its weights, whole."""
+
+    unit: Unit
+    grads: list[Storage]
+    whole: list[Storage]
+
+
 class Gatherer:
     """Gathers the units of a division on a tape. Without a division it does nothing.
 
-    `grads_exist`: the rank's parts of gradients are there already, and are added to.
+    `grads_exist`: the rank's parts of gradients are there already, and are added to; where the division `sums`, whole
+    ones are, and no parts yet.
     """
 
     def __init__(self, tape: Tape, division: Division | None, grads_exist: bool) -> None:
         self._tape = tape
         self._units = dict(division.units) if division else {}
         self._lingers = division.lingers if division else False
-        self._late = division.late if division else False
+        self._asks = division.asks if division else "never"
+        self._keeps = division.keeps if division else False
+        self._asks_ahead = division.ahead if division else False
+        self._kept: dict[str, list[list[Storage]]] = {}  # whole until backward, by unit, of the last copy last
         self._following = ""
         self._source = division.source if division else ""
-        self._grads_exist = grads_exist
+        self._sums = division.sums if division else False
+        self._grads_exist = grads_exist and not self._sums
+        self._summed: dict[str, list[list[Storage]]] = {}  # of passes before, by unit, of the last copy last
         self._whole: dict[str, list[Storage]] = {}
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back
+        self._waits = division.waits if division else False
+        self._received: list[Storage] = []  # what groups of ranks reduced, and replicas sum
+        self._delayed: _Backward | None = None  # the unit before, whose backward is over
         self._asked = ""  # and of which unit that is
         self._message: list[Storage] = []  # of the unit gathered last on the way there
         self._sent: list[Storage] = []  # what the last reduce-scatter reads
@@ -47,26 +66,47 @@ class Gatherer:
         return bool(self._units)
 
     @property
+    def after_loss(self) -> bool:
+        """Whether the head's unit is asked for only when the loss's backward is over."""
+        return self._lingers
+
+    @property
     def handed(self) -> tuple[Storage, ...]:
         """What one block hands on to the next."""
-        return (*self._ahead, *self._message, *self._sent)
+        delayed = (*self._delayed.grads, *self._delayed.whole) if self._delayed else ()
+        return (*self._ahead, *self._message, *self._sent, *delayed)
+
+    def following(self, name: str, outer: str) -> str:
+        """The unit before the head's: a block's by that name, or what is before the blocks where those are none."""
+        return name if name in self._units else outer
 
     def outside(self, name: str) -> str:
         """The unit that the weights before or after the blocks are in."""
         return ROOT if ROOT in self._units else name
 
-    def gather(self, name: str, frame: Frame) -> None:
-        """A unit's weights are gathered, on the way there."""
+    def gather(self, name: str, frame: Frame, following: str = "") -> None:
+        """A unit's weights are gathered, on the way there, and those of the `following` one may be asked for."""
         unit = self._units.get(name)
+        self._tape.nested = dict(unit.nested) if unit else {}
         if unit is None or name in self._whole:
             return
         self._enter(frame, "all_gather")
-        asked = self._ask(unit)
+        asked = self._ahead if self._asked == name and self._ahead else self._ask(unit)
+        self._ahead, self._asked = [], ""
         if self._lingers:  # a name still means the message before while the weights are copied out of this one
             before, self._message = self._message, asked
             asked = self._made(unit.whole, "parameter")
             self._drop(before)
         self._whole[name] = asked
+        if self._asks_ahead and following in self._units and (following == name or following not in self._whole):
+            self._ahead, self._asked = self._ask(self._units[following]), following
+
+    def leave(self, name: str) -> None:
+        """A unit's operations have run, on the way there."""
+        if self._keeps and name in self._whole:
+            self._kept.setdefault(name, []).append(self._whole.pop(name))
+        else:
+            self.release(name)
 
     def release(self, name: str) -> None:
         """A unit's weights go."""
@@ -76,12 +116,27 @@ class Gatherer:
         """The model has returned."""
         self._drop(self._message)
 
+    def remember(self, name: str, run: int | None) -> None:
+        """The gradients of passes before are there for a unit, or for that of every copy of a `run`."""
+        unit = self._units.get(name)
+        if unit is None or not self._sums:
+            return
+        nested = (t for _, inner in unit.nested for t in inner.summed)
+        made = self._made((*unit.summed, *nested), "gradient")
+        self._summed.setdefault(name, []).append(made)
+        if run is not None:
+            for storage in made:
+                self._tape.of_copies(storage, run)
+
     def backward(self, name: str, frame: Frame, following: str) -> None:
         """A unit's weights are whole for its backward, and those of the `following` unit are asked for."""
         unit = self._units.get(name)
         if unit is None:
             return
+        self._tape.nested = dict(unit.nested)
         self._enter(frame, "all_gather")
+        if self._kept.get(name):
+            self._whole[name] = self._kept[name].pop()
         if name not in self._whole:
             if self._asked != name:
                 self._drop(self._ahead)
@@ -92,9 +147,13 @@ class Gatherer:
                 self._drop(message)
             self._whole[name] = asked
         self._following = "" if following in self._whole and following != name else following
-        if not self._late:
+        self._tape.reaches_first = None
+        if unit.nested and self._asks == "first":
+            self._tape.reaches_first = partial(self._ask_next, frame)
+        elif self._asks == "first":
             self._prefetch()
-        self._tape.waiting = self._grads.setdefault(name, [])
+        adds = self._sums and self._lingers  # each as it comes; else all of a unit's, laid together
+        self._tape.waiting = None if adds else self._grads.setdefault(name, [])
 
     def reduce(self, name: str, frame: Frame) -> None:
         """A unit's backward is over: its gradients are reduced, every rank keeps its part, and the weights go."""
@@ -103,36 +162,61 @@ class Gatherer:
             return
         self._tape.waiting = None
         grads = self._grads.pop(name, [])
-        if self._late:
-            self._enter(frame, "all_gather")
-            self._prefetch()
+        summed = self._summed[name].pop() if self._summed.get(name) else []
+        whole = self._whole.pop(name, [])
+        backward = _Backward(unit, [*grads, *summed], whole)
+        if self._asks_ahead and unit.parts:
+            backward, self._delayed = self._delayed, backward
+        if backward is not None:
+            self._reduce(frame, *backward)
+        self._tape.waiting = self._grads.get(REST)
+
+    def _reduce(self, frame: Frame, unit: Unit, grads: list[Storage], whole: list[Storage]) -> None:
+        if self._asks == "last" or (not unit.parts and self._asks in ("gone", "never")):
+            self._ask_next(frame)
         self._enter(frame, "reduce_scatter")
         if self._lingers:
-            self.release(name)
+            self._drop(whole)
         if grads:
             if self._lingers:
                 self._drop(self._sent)
             joined = self._made(unit.joined, "temp")
             self._drop(grads)
-            self.release(name)
+            self._drop(whole)
+            self._ask_gone(frame)
             received = self._made(unit.received, "temp")
             parts = self._made(unit.parts, "gradient")
-            self._drop(received)
+            if self._waits:
+                self._received += received
+            else:
+                self._drop(received)
             if self._grads_exist:
                 self._drop(parts)
             if self._lingers:
                 self._sent = joined
             else:
                 self._drop(joined)
-        self.release(name)
+        self._drop(whole)
+        self._ask_gone(frame)
 
-    def end(self) -> None:
-        """The pass is over."""
-        for storages in (self._ahead, self._sent):
+    def end(self, frame: Frame) -> None:
+        """The pass is over, of which the frame's was the last backward."""
+        if self._delayed is not None:
+            self._reduce(frame, *self._delayed)
+        for storages in (self._ahead, self._sent, self._received):
             self._drop(storages)
 
+    def _ask_gone(self, frame: Frame) -> None:
+        if self._asks == "gone":
+            self._ask_next(frame)
+            self._enter(frame, "reduce_scatter")
+
+    def _ask_next(self, frame: Frame) -> None:
+        self._enter(frame, "all_gather")
+        self._prefetch()
+
     def _prefetch(self) -> None:
-        if self._following in self._units:
+        if self._following in self._units and not self._keeps:
             self._drop(self._ahead)
             self._ahead, self._asked = self._ask(self._units[self._following]), self._following
         self._following = ""

@@ -7,12 +7,12 @@ whenever memory is about to fall. A repeated block is run once: what its further
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
-from memplan.ir import Op, Tensor
+from memplan.ir import Op, Tensor, Unit
 
 Counts = dict[int, int]  # size -> how many storages of it are alive
 
@@ -137,6 +137,8 @@ class Tape:
         self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
         self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
         self._shared: list[Storage] = []  # what blocks made again for others, and what its graph keeps
+        self.nested: Mapping[str, Unit] = {}  # weights that are gathered for the operation that uses them
+        self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
 
     # storages
@@ -171,6 +173,13 @@ class Tape:
             copies = dict(self._per_copy[storage.run])
             copies[storage.size] = copies.get(storage.size, 0) - 1
             self._per_copy[storage.run] = copies
+
+    def of_copies(self, storage: Storage, run: int) -> None:
+        """Every copy of the run has one like this storage, which was made outside of it."""
+        storage.run = run
+        copies = dict(self._per_copy.get(run, {}))
+        copies[storage.size] = copies.get(storage.size, 0) + 1
+        self._per_copy[run] = copies
 
     def note(self) -> None:
         """Write the moment down, if memory rose since the last one."""
@@ -286,12 +295,13 @@ class Tape:
             skipped = op.recorded and not keep
             if not skipped and not (cut and i == end - 1 and written.isdisjoint(node.pins)):
                 self.computed(frame, op)
+                whole = self._gathered(op)
                 for t in op.writes:
                     if op.view:
                         names[t.name] = frame[op.reads[0]]
                     else:
                         names[t.name] = mine[t.name] = self.alloc(t, "activation")
-                for scratch in [self.alloc(t, "temp") for t in op.scratch]:
+                for scratch in [*(self.alloc(t, "temp") for t in op.scratch), *whole]:
                     self.drop(scratch)
             if keep:
                 for what in node.pins:
@@ -321,6 +331,16 @@ class Tape:
             self.drop(mine.pop(name))
         return mine
 
+    def _gathered(self, op: Op) -> list[Storage]:
+        """The weights of an operation that are gathered for it."""
+        found: list[Storage] = []
+        for unit in (self.nested[w.name] for w in op.weights if w.name in self.nested):
+            cast = [self.alloc(t, "temp") for t in unit.cast]
+            found += [self.alloc(t, "parameter") for t in unit.whole]
+            for storage in cast:
+                self.drop(storage)
+        return found
+
     def end_forward(self) -> None:
         """The autocast context closes and the model's outputs go."""
         for storage in self._held.pop("forward"):
@@ -347,12 +367,16 @@ class Tape:
             self._reenter(frame, grads)
             return
         savers = [i for i, node in enumerate(frame.nodes) if node.pins]
+        gathers = (i for i, op in enumerate(frame.ops) if any(w.name in self.nested for w in op.weights))
+        first = next(gathers, None)
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
                 self._recompute(frame, savers[-1] + 1)
+            if i == first and self.reaches_first is not None:
+                self.reaches_first()
             self.enter(frame, node.op)
             self._backward(frame, node, grads)
             if savers and i == savers[0]:
@@ -424,7 +448,9 @@ class Tape:
         op = node.op
         incoming = [(t, grads.pop(t.name)) for t in op.writes if t.name in grads]
         made: list[tuple[str, Storage]] = []
+        whole: list[Storage] = []
         if incoming:
+            whole = self._gathered(op)
             self.differentiated(frame, node, tuple(t for t, _ in incoming))
             scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in node.targets)]
             early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
@@ -447,10 +473,25 @@ class Tape:
         for target, storage in made:
             if target in wrapped:
                 self._held["nodes"].append(storage)
+            elif target in self.nested:
+                self._reduced(self.nested[target], storage, whole)
             elif target in weights:
                 self._weight_gradient(frame, target, storage)
             else:
                 grads[target] = self._sum(frame.scope[target], grads.get(target), storage)
+        for storage in whole:
+            self.drop(storage)
+
+    def _reduced(self, unit: Unit, gradient: Storage, whole: list[Storage]) -> None:
+        """The gradient of a weight gathered for its operation is reduced at once, and the `whole` weight goes."""
+        joined = [self.alloc(t, "temp") for t in unit.joined]
+        for storage in (gradient, *whole):
+            self.drop(storage)
+        whole.clear()
+        received = [self.alloc(t, "temp") for t in unit.received]
+        parts = [self.alloc(t, "gradient") for t in unit.parts]
+        for storage in (*received, *joined, *(parts if self._grads_exist else ())):
+            self.drop(storage)
 
     def _release(self, node: Node) -> None:
         for storage in node.kept:

@@ -101,7 +101,7 @@ def record(
 ) -> Recorded:
     """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`."""
     tape = Recorder(grads_exist, updates)
-    gatherer = Gatherer(tape, division, grads_exist)
+    gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
     run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
     every = _Expansion(tape)
     return Recorded(tuple(every.events), tuple(tape.sizes), every.turn, every.head, every.over)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
-from memplan.engine.gather import AFTER, BEFORE, ROOT, Gatherer, unit_of
+from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape, leaves
 from memplan.ir import Block, Division, Op, Stack, Tensor
 
@@ -355,10 +355,11 @@ def run_pass(
     first = Frame(before, first_scope, {}, leaf)
     embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
     outer = gatherer.outside(BEFORE)
-    gatherer.gather(outer, first)
+    gatherer.gather(REST, first)
+    gatherer.gather(outer, first, copies[0].units[0])
     own = tape.forward(first, read | {embeds})
     if outer != ROOT:
-        gatherer.release(outer)
+        gatherer.leave(outer)
     flows = frozenset(first.flows)
     for storage in own.values():
         storage.shared = True
@@ -403,6 +404,7 @@ def run_pass(
             )
             tape.enter_run(number, firsts[number])
         tape.enter_copy(c.skipped)
+        later_unit = copies[at + 1].units[0] if at + 1 < len(copies) else ""
         entering = stream
         frames: list[Frame] = []
         for i, (block, inner, unit) in enumerate(zip(c.blocks, c.scopes, c.units, strict=True)):
@@ -419,7 +421,8 @@ def run_pass(
                 frame.checkpoint = [*([] if to_host else [stream]), *given]
                 for storage in (*frame.checkpoint, *frame.named):
                     storage.refs += 1
-            gatherer.gather(unit, frame)
+            within = i + 1 < period or c.count(depth) > 1
+            gatherer.gather(unit, frame, c.units[(i + 1) % period] if within else later_unit)
             behind = _behind(block.ops)
             y, shares = behind["y"], {name: behind[name] for name in block.shares}
             made = tape.forward(frame, (y, *returned.values(), *shares.values()), checkpoint=again)
@@ -433,7 +436,7 @@ def run_pass(
             for name in block.replaces:
                 tape.drop(own.pop(name))
             flows |= _asked(block, frame.flows, again and reentrant)
-            gatherer.release(unit)
+            gatherer.leave(unit)
             same = y not in made  # the block hands on what it was given
             for storage in (*(() if same else (stream,)), *carried.values()):
                 tape.drop(storage)  # the caller's names now mean what the block returned
@@ -462,12 +465,24 @@ def run_pass(
 
     # backward
     tape.phase = "backward"
+    gatherer.remember(REST, None)
+    gatherer.remember(outer, None)
+    for number, c in zip((number for number, _ in ran), copies, strict=True):
+        for unit in c.units:
+            gatherer.remember(unit, number)
+    if gatherer.outside(AFTER) != outer:
+        gatherer.remember(AFTER, None)
     root = tape.alloc(tail_scope["loss"], "temp")
     root.refs += 1  # backward() holds the gradient it started from
     grads = {"loss": root}
     head = gatherer.outside(AFTER)
-    gatherer.backward(head, tail, copies[-1].units[-1])
+    gatherer.backward(REST, tail, "")
+    following = gatherer.following(copies[-1].units[-1], outer)
+    if not gatherer.after_loss:
+        gatherer.backward(head, tail, following)
     tape.backward(criterion, grads)
+    if gatherer.after_loss:
+        gatherer.backward(head, tail, following)
     tape.backward(tail, grads)
     if head != ROOT:
         gatherer.reduce(head, tail)
@@ -479,7 +494,7 @@ def run_pass(
             tape.enter_run(number, firsts[number])
         tape.enter_copy(copies[i].skipped)
         units = copies[i].units
-        several = number is not None or copies[i].skipped
+        several = (number is not None and copies[i].count(depth) > 1) or copies[i].skipped
         earlier = units[-1] if several else copies[i - 1].units[-1] if i else outer
         behind_each = zip(reversed(frames), units[::-1], (*units[-2::-1], earlier), copies[i].blocks[::-1], strict=True)
         for frame, unit, following, block in behind_each:
@@ -510,7 +525,8 @@ def run_pass(
         gatherer.backward(outer, first, "")
     tape.backward(first, grads)
     gatherer.reduce(outer, first)
-    gatherer.end()
+    gatherer.reduce(REST, first)
+    gatherer.end(first)
     asked = {*leaf, *(name for joint in joints for name in joint.leaf)}
     asked.update(name for c in copies for block in c.blocks for op in block.ops for name in leaves(op))
     for name in [n for n in grads if n not in asked]:

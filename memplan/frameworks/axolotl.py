@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.frameworks import words
 from memplan.frameworks.table import Framework, Key, Remark, Value, is_
-from memplan.frameworks.words import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, of_adapters
+from memplan.frameworks.words import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, RESHARD, of_adapters
 from memplan.spec import RunSpec
 
 _KERNELS = {
@@ -69,7 +69,7 @@ def _fsdp(run: RunSpec) -> Value:
         return None
     return {
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "reshard_after_forward": True,
+        "reshard_after_forward": words.resharding(run) if words.fsdp(run) == 2 else True,
         "offload_params": run.parallelism.offload.parameters,
     }
 
@@ -163,7 +163,7 @@ AXOLOTL = Framework(
         Key("optimizer", ("optimizer.name",), _optimizer),
         *words.TRAINER_KEYS,
         Key("fsdp_version", PARALLEL, words.fsdp),
-        Key("fsdp_config", (*PARALLEL, *HOST), _fsdp),
+        Key("fsdp_config", (*PARALLEL, *HOST, RESHARD), _fsdp),
         Key("tensor_parallel_size", ("parallelism.tp",)),
         Key("context_parallel_size", ("parallelism.cp",)),
         Key("train", PARALLEL, _launch, "shell"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.frameworks import words
 from memplan.frameworks.table import Framework, Key, Remark, Value
-from memplan.frameworks.words import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, of_4_bits, of_adapters
+from memplan.frameworks.words import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, RESHARD, of_4_bits, of_adapters
 from memplan.spec import RunSpec
 
 
@@ -46,7 +46,7 @@ def _fsdp(run: RunSpec) -> Value:
     if version is None:
         return None
     offload = run.parallelism.offload.parameters
-    return {"version": version, "reshard_after_forward": True if version == 2 else "full_shard", "cpu_offload": offload}
+    return {"version": version, "reshard_after_forward": words.resharding(run), "cpu_offload": offload}
 
 
 def _skip(run: RunSpec) -> Value:
@@ -143,7 +143,7 @@ TRL = Framework(
         Key("optim_args", ("optimizer.momentum",), _momentum),
         *words.TRAINER_KEYS,
         Key("fsdp", PARALLEL, _sharded),
-        Key("fsdp_config", (*PARALLEL, *HOST), _fsdp),
+        Key("fsdp_config", (*PARALLEL, *HOST, RESHARD), _fsdp),
         Key("num_processes", PARALLEL),
         words.SEGMENTS,
     ),

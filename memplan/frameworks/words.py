@@ -17,6 +17,7 @@ FORMAT = "method.quantization.format"
 KIND = "method.kind"
 PRECISION = ("precision.weights", "precision.compute", "precision.autocast")
 PARALLEL = ("parallelism.world", "parallelism.dp", "parallelism.strategy")
+RESHARD = "parallelism.reshard_after_forward"
 HOST = ("parallelism.offload.optimizer", "parallelism.offload.parameters")
 
 
@@ -228,6 +229,16 @@ def _foreach(run: RunSpec) -> str:
     if run.optimizer.foreach is None:
         return ""
     return f"no key: hand the optimizer over as optimizer_cls_and_kwargs, with foreach={run.optimizer.foreach}"
+
+
+def resharding(run: RunSpec) -> bool | str:
+    """accelerate's `reshard_after_forward`: of FSDP1 its sharding strategy, by which groups may be replicas, too."""
+    p = run.parallelism
+    if p.strategy == "fsdp2":
+        return p.reshard_after_forward
+    kept = "" if p.reshard_after_forward else "_zero2"
+    grouped = p.shard_group not in (None, p.world)
+    return f"hybrid_shard{kept}" if grouped else "full_shard" if p.reshard_after_forward else "shard_grad_op"
 
 
 def _fsdp_offload(run: RunSpec) -> str:

@@ -28,7 +28,7 @@ from memplan.headers import Checkpoint
 from memplan.notes import checkpoint_notes, dtype_notes, gpu_notes
 from memplan.planning.reach import Holding
 from memplan.probe import cache, limits
-from memplan.probe.refusals import settled
+from memplan.probe.refusals import refuse_several, settled
 from memplan.probe.trace import Storage, Traced, TracedPhase, Tracer, read, replayed
 from memplan.resolve import completed, objective_of
 from memplan.spec import InlineModel, RunSpec
@@ -52,6 +52,7 @@ def traced_answer(
     config = facts.config
     limits.check(config)
     notes = list(checkpoint_notes(config, run.method, run.precision))
+    refuse_several(run, "an answer by trace")
     traced = _trace(settled(run), config, tracer, keep)
     notes += [*_as_published(config, traced.built, run.batch.images), *_beside(facts.checkpoint, traced.parameters)]
     return _answer(run, traced, notes, calibration)

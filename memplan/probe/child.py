@@ -92,10 +92,10 @@ def _answer(
     import torch
 
     from memplan.gpus import find_gpu
-    from memplan.probe import counts, patches, recording, script
+    from memplan.probe import patches, recording, script, wrapping
     from memplan.probe.kernels import card_of
     from memplan.probe.libraries import library, versions
-    from memplan.probe.model import base_of
+    from memplan.probe.model import base_of, unwrapped
     from memplan.probe.modules import loss_apart, named
     from memplan.probe.tracker import Tracker, memory_of
 
@@ -125,25 +125,24 @@ def _answer(
 
     gc.disable()  # what lies in cycles stays: on a card it does until Python happens to look
     try:
-        with tracker:
+        with wrapping.ranks(run), tracker.resizing(), tracker:
             training = script.build(run, device, phase)
             built.append(training)
-            total, active = counts.parameters(base_of(training.model))
+            total, active = training.counted
             _check(training.model, run, total, most)
             _note(training, known, "load")
             loss_apart(tracker, base_of(training.model))
-            with named(tracker, training.model):
+            with named(tracker, unwrapped(training.model)):
                 for step in range(1, steps + 1):
                     tracker.step = step
                     training.step()
         found = recording.report(tracker, known)
     finally:
         gc.enable()
-    trainable = sum(p.numel() for p in training.parameters)
     answer = {
         **found,
         "parameters": total,
-        "trainable": trainable,
+        "trainable": training.trainable,
         "active": active,
         "built": type(base_of(training.model)).__name__,
         "versions": versions(),
@@ -159,10 +158,12 @@ def _answer(
 def _note(training: Any, known: Any, phase: str) -> None:
     """What is a parameter, a gradient, a state: looked up at the end of the phases that may make some."""
     from memplan.probe import recording
+    from memplan.probe.model import unwrapped
 
     if phase in ("load", "forward"):
-        known.note("parameter", recording.parameters_of(training.model))
-        known.note("buffer", recording.buffers_of(training.model))
+        model = unwrapped(training.model)
+        known.note("parameter", recording.parameters_of(model))
+        known.note("buffer", recording.buffers_of(model))
     if phase in ("forward", "backward"):
         known.note("gradient", recording.gradients_of(training.parameters, known))
     if phase in ("load", "backward", "step"):

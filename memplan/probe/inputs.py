@@ -50,7 +50,8 @@ def labels_of(run: RunSpec, objective: str, model: Any, inputs: Mapping[str, Any
 
 
 def _ids(model: Any, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    table = base_of(model).get_input_embeddings()
+    vocabulary = int(getattr(table, "num_embeddings", 0) or table.weight.shape[0])
     return torch.randint(min(vocabulary, 2**15), shape, device=device)
 
 

@@ -18,13 +18,18 @@ from memplan.probe.libraries import library, model_class
 from memplan.probe.quantized import is_quantisable, quantise
 from memplan.probe.tensor_parallel import divide, is_part, local_of, part_of
 from memplan.resolve import decide, objective_of
-from memplan.spec import RunSpec
+from memplan.spec import Precision, RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What a config says about a file or a program, and not about the model.
 _NOT_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
 _NEITHER = ("_name_or_path", "quantization_config", "_attn_implementation", "attn_implementation")
 _ADAPTERS = ("lora", "qlora", "dora", "qdora")
+
+
+def lower_of(precision: Precision) -> torch.dtype:
+    """The dtype that autocast computes in."""
+    return DTYPES[precision.compute or ("bf16" if precision.weights == "fp32" else precision.weights)]
 
 
 def build_model(run: RunSpec, device: torch.device) -> Any:
@@ -275,8 +280,22 @@ def _module_lists(model: Any) -> Iterator[nn.ModuleList]:
             yield module
 
 
+def _wrappers() -> tuple[type[Any], ...]:
+    """torch's modules around a model that several GPUs train; none where nobody has imported them."""
+    modules = (("torch.nn.parallel", "DistributedDataParallel"), ("torch.distributed.fsdp", "FullyShardedDataParallel"))
+    return tuple(getattr(sys.modules[name], kind) for name, kind in modules if name in sys.modules)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside torch's wrappers for several GPUs, or the model itself."""
+    while isinstance(model, _wrappers()):
+        model = model.module
+    return model
+
+
 def base_of(model: Any) -> Any:
-    """transformers' model inside peft's, or the model itself."""
+    """transformers' model inside torch's wrappers and peft's, or the model itself."""
+    model = unwrapped(model)
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 

@@ -15,11 +15,16 @@ _C: Any = library("torch._C")
 _NAME = "_name_in_the_trace"
 
 
+def plain(name: str) -> str:
+    """A module's or parameter's path without the wrappers that FSDP1 puts around units."""
+    return name.replace("_fsdp_wrapped_module.", "").removesuffix("._fsdp_wrapped_module")
+
+
 @contextmanager
 def named(tracker: Tracker, model: Any) -> Generator[None]:
     """While inside, every module's forward pass says so to the tracker, and checkpointed blocks that they run again."""
     for name, module in model.named_modules():
-        vars(module)[_NAME] = name
+        vars(module)[_NAME] = plain(name)
     module_class: Any = nn.Module
     checkpoint: Any = library("torch.utils.checkpoint")
     called, recomputation = module_class.__call__, checkpoint._recomputation_hook

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.probe import attention, experts, older
+from memplan.probe import attention, experts, older, streams
 from memplan.probe.kernels import Card
 from memplan.probe.libraries import library
 from memplan.probe.tensor_parallel import watch_parts_only
@@ -72,6 +72,7 @@ def _torch() -> None:
         return self
 
     module_class._apply = _apply
+    _data()
     functional: Any = F
     if hasattr(F, "grouped_mm"):
         functional.grouped_mm = experts.grouped_mm(functional.grouped_mm)
@@ -83,6 +84,19 @@ def _torch() -> None:
         _kept.append(kernels)
 
 
+def _data() -> None:
+    """A fake tensor that is given data of another device is there afterwards, as a real one is."""
+    fake: Any = FakeTensor
+    plain: Any = torch.Tensor.data
+
+    def assign(self: Any, value: Any) -> None:
+        plain.__set__(self, value)
+        if isinstance(value, FakeTensor):
+            self.fake_device = value.fake_device
+
+    fake.data = property(plain.__get__, assign)
+
+
 _kept: list[Any] = []  # a torch.library registration ends with the object
 
 
@@ -90,6 +104,7 @@ def _cuda(cuda: Any) -> None:
     """There is a card, for those who ask; and nothing to wait for."""
     cuda.is_bf16_supported = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
     cuda.current_device = lambda: 0
+    streams.apply(cuda, torch.accelerator)
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     cuda._lazy_init = lambda: None
     library("torch.utils.checkpoint").DefaultDeviceType.set_device_type("cuda")  # of blocks given no tensor by position
@@ -187,6 +202,12 @@ def _bitsandbytes() -> None:
         tensor.is_paged, tensor.page_deviceid = True, 0
         return tensor
 
+    def restore(module: Any) -> None:
+        """Weights that FSDP gathered are none of bitsandbytes' class, which holds no fake tensor."""
+        if getattr(module.weight, "quant_state", None) is None:
+            module.weight.quant_state = module.quant_state
+
+    library("bitsandbytes.nn.modules").fix_4bit_weight_quant_state_from_module = restore
     functional.get_paged = get_paged
     functional.create_dynamic_map = lambda *_, **__: torch.empty(256, dtype=torch.float32)  # pyright: ignore
     functional.fill = functional.prefetch_tensor = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]

@@ -28,12 +28,12 @@ _LOOK = 180  # seconds to import torch and ask the driver for the card
 _LAST_WORDS = 10  # seconds between the end of a process and of what it wrote
 _LONGEST = 300
 
-# The child finds the same memplan, wherever this one lies.
+# The child finds the same memplan, wherever this one lies, and takes no folder of the current one for a library (-P).
 _CODE = (
     "import sys; home = sys.argv[1]; home in sys.path or sys.path.insert(0, home); "
     "from memplan.probe.cuda import main; main()"
 )
-COMMAND = (sys.executable, "-c", _CODE, str(Path(__file__).resolve().parents[2]))
+COMMAND = (sys.executable, "-P", "-c", _CODE, str(Path(__file__).resolve().parents[2]))
 
 
 class Here(NamedTuple):

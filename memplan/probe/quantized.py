@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from memplan.probe.libraries import library
 from memplan.spec import Quantization
 
+STORAGE = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def is_quantisable(model: Any, quantization: Quantization, saved: tuple[str, ...] = ()) -> Iterator[str]:
     """The names of the modules that are replaced: plain linear layers but the head, what `skip` names, and what is
@@ -59,7 +61,7 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, compute: torch.
         "blocksize": quantization.block_size,
         "compress_statistics": quantization.double_quant,
         "quant_type": quantization.format,
-        "quant_storage": torch.uint8,
+        "quant_storage": STORAGE[quantization.storage],
     }
     layer = _unmade(bnb.nn.Linear4bit, weight)
     if not isinstance(weight, FakeTensor):
@@ -72,7 +74,7 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, compute: torch.
             setattr(layer.weight, key, value)
         layer.quant_state = state
     layer.compute_dtype, layer.compute_type_is_set = compute, True
-    layer.quant_storage, layer.support_avx512bf16_for_cpu = torch.uint8, False
+    layer.quant_storage, layer.support_avx512bf16_for_cpu = STORAGE[quantization.storage], False
     return layer
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from memplan.probe.modules import plain
 from memplan.probe.tracker import Interval, Tracker
 from memplan.units import rounded
 
@@ -31,7 +32,7 @@ class Known:
             number = self.tracker.number_of(tensor)
             if number is not None:
                 self.kinds.setdefault(number, kind)
-                self.names.setdefault(number, name)
+                self.names.setdefault(number, plain(name))
 
     def name_of(self, tensor: torch.Tensor) -> str:
         """What a tensor that was noted is called; empty where it was not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.cards import find_config, find_model
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import OPTIMIZERS
+from memplan.degrees import check_product
 from memplan.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest
 from memplan.gpus import find_gpu
 from memplan.prequantized import trained
@@ -47,17 +48,20 @@ def settled(run: RunSpec) -> RunSpec:
     return run
 
 
+def refuse_several(run: RunSpec, what: str) -> None:
+    """Raise SpecError for a run on several GPUs, of which only a trace shows a rank."""
+    if run.parallelism.world > 1:
+        raise SpecError(
+            f"parallelism: {what} is of one GPU; memplan probe --trace shows a rank of several", "parallelism"
+        )
+
+
 def _refuse(run: RunSpec) -> None:
     offload = run.parallelism.offload
     if offload != Offload(optimizer=offload.optimizer):
         raise _not_run("parallelism.offload", "parameters or activations", "optimizer")
+    _parallelism(run)
     tp, cp = run.parallelism.tp, run.parallelism.cp
-    if run.parallelism != Parallelism(world=tp * cp, tp=tp, cp=cp, offload=offload) or min(tp, cp) > 1:
-        raise SpecError(
-            "parallelism: a probe runs on one GPU, or as one rank of tensor or of context parallelism, whose weights "
-            "are not divided otherwise",
-            "parallelism",
-        )
     if run.batch.sequence % (2 * cp if cp > 1 else 1):
         raise SpecError(f"parallelism.cp: {2 * cp} slices do not divide {run.batch.sequence} tokens", "parallelism.cp")
     if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
@@ -89,7 +93,7 @@ def _refuse(run: RunSpec) -> None:
     if q is not None:
         if q.format not in ("nf4", "fp4", "int8"):
             raise _not_run("method.quantization.format", q.format, "nf4, fp4, int8")
-        if q.storage != "uint8":
+        if q.storage != "uint8" and run.parallelism.world == 1:
             raise _not_run("method.quantization.storage", q.storage, "uint8")
         if run.method.kind in ("full", "freeze", "lora", "dora") and run.task == "train":
             raise SpecError(
@@ -99,6 +103,34 @@ def _refuse(run: RunSpec) -> None:
     for name, value in run.method.options.items():
         if name != "use_rslora" or not isinstance(value, bool):
             raise _not_run(f"method.options.{name}", value, "use_rslora")
+
+
+_STRATEGIES = ("ddp", "fsdp", "fsdp2")
+
+
+def _parallelism(run: RunSpec) -> None:
+    """Several GPUs are traced where they divide one thing: the batch, a matrix or the sequence; the batch where the
+    loss is the model's own."""
+    p = run.parallelism
+    wrong = check_product(p)
+    if wrong is not None:
+        raise wrong
+    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, offload=p.offload) and min(p.tp, p.cp) == 1:
+        return
+    if p.dp != p.world:
+        raise SpecError(
+            "parallelism: a probe runs on one GPU, or as one rank of those that divide the batch, of tensor or of "
+            "context parallelism, and not of several together",
+            "parallelism",
+        )
+    if p.dp > 1 and p.strategy not in _STRATEGIES:
+        raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
+    if run.task != "train" and p.dp > 1:
+        raise _not_run("task", run.task, "train, on several GPUs")
+    if p.static_graph:  # it counts which parameters were used in pinned memory
+        raise _not_run("parallelism.static_graph", "true", "false")
+    if run.kernels.loss != "hf" and p.world > 1:
+        raise _not_run("kernels.loss", run.kernels.loss, "hf, on several GPUs")
 
 
 def _stored(run: RunSpec) -> bool:

@@ -14,16 +14,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
+from memplan.probe.counts import parameters
 from memplan.probe.inputs import inputs_of, labels_of
 from memplan.probe.libraries import library
 from memplan.probe.losses import compute
-from memplan.probe.model import DTYPES, base_of, build_model
+from memplan.probe.model import base_of, build_model, lower_of
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
-from memplan.probe.tensor_parallel import attends_around, clip, group_by_mesh, part_of_tokens
+from memplan.probe.tensor_parallel import attends_around, group_by_mesh, part_of_tokens
+from memplan.probe.wrapping import accumulating, clip, home, wrap
 from memplan.resolve import objective_of
 from memplan.spec import RunSpec
 
@@ -49,14 +50,19 @@ class Script:
 
     `phase` is entered around every part of a step, by the names of `PHASES`; `micro` is called before the first
     forward pass and every further one of an accumulated step. For the task `forward` a step is one forward pass, for
-    `generate` the phases are `prefill` and `decode`.
+    `generate` the phases are `prefill` and `decode`. `counted` are the parameters of the model without adapters, all
+    and active ones, and `trainable` those that train, before ranks divide them.
     """
 
     def __init__(self, run: RunSpec, device: torch.device, phase: Phase = no_phase) -> None:
         self.run, self.device, self.phase = part_of_tokens(run), device, phase
         self.model: Any
         with phase("load"):
-            self.model = build_model(run, device)
+            model = build_model(run, home(run, device))
+            self.counted = parameters(base_of(model))
+            self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            self.model = wrap(model, run, device)
+            del model
             training = run.task == "train"
             self.parameters = [p for p in self.model.parameters() if p.requires_grad] if training else []
             self.optimizers: list[Any] = []  # all there are: one, or of every parameter its own
@@ -96,24 +102,22 @@ class Script:
 
     def _train(self) -> None:
         run, phase = self.run, self.phase
-        for _ in range(run.batch.accumulation):
-            with phase("forward"):
-                loss, held = self._loss()
-            with phase("backward"):
-                loss.backward()
-                del loss
-                if run.loop.hold_outputs != "step":
-                    del held
+        for micro in reversed(range(run.batch.accumulation)):
+            waits = run.loop.trainer and micro  # the gradients are reduced in the last micro-batch only
+            with accumulating(self.model, run) if waits else nullcontext():
+                with phase("forward"):
+                    loss, held = self._loss()
+                with phase("backward"):
+                    loss.backward()
+                    del loss
+                    if run.loop.hold_outputs != "step":
+                        del held
         with phase("clip"):
             clips = run.loop.clip_grad_norm and not run.optimizer.in_backward
             if self.scaler is not None and self.optimizer is not None and clips:
                 self.scaler.unscale_(self.optimizer)
             if clips:
-                norm = float(run.loop.clip_grad_norm or 0)
-                if run.parallelism.tp > 1:
-                    clip(self.parameters, norm)
-                else:
-                    nn.utils.clip_grad_norm_(self.parameters, norm, foreach=True)
+                clip(self.model, run, self.parameters)
         with phase("step"):
             if self.optimizer is not None:
                 if self.scaler is not None:
@@ -132,11 +136,11 @@ class Script:
         precision = run.precision
         cast = nullcontext()
         if precision.autocast:
-            lower = precision.compute or ("bf16" if precision.weights == "fp32" else precision.weights)
-            cast = torch.autocast(self.device.type, dtype=DTYPES[lower])
+            cast = torch.autocast(self.device.type, dtype=lower_of(precision))
         with cast:
             loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
-        if run.loop.trainer and precision.autocast and outputs is not None:  # as accelerate wraps the model's forward
+        alone = run.parallelism.dp == 1  # else the model is wrapped so
+        if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
             outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
         held = outputs if run.loop.hold_outputs or run.kernels.loss == "chunked_lm_head" else None
         del outputs

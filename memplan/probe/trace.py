@@ -287,7 +287,7 @@ class Tracer:
         limits = self._limits
         restrictions = [str(limits.memory), str(_CLOCKS * limits.seconds)] if limits else []
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "memplan.probe.child", *restrictions],
+            [sys.executable, "-P", "-W", "ignore", "-m", "memplan.probe.child", *restrictions],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

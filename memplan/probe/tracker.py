@@ -112,10 +112,12 @@ def memory_of(card: Card, fake: bool = True) -> Memory:
 
 
 class _Storage(weakref.ref[Any]):
-    """A weak reference to a storage that knows its number."""
+    """A weak reference to a storage that knows its number, which is -1 while it is empty, and what it was `known` as
+    before."""
 
-    __slots__ = ("key", "number")
+    __slots__ = ("key", "known", "number")
     key: int
+    known: Made
     number: int
 
 
@@ -179,9 +181,9 @@ class Tracker(TorchDispatchMode):
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
         """The number of the storage a tensor lies in; None where it is not on the device."""
-        tensor = getattr(tensor, "_local_tensor", tensor)
-        found = self._live.get(tensor.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
-        return None if found is None else found.number
+        whole: Any = getattr(tensor, "_local_tensor", tensor)  # of one that ranks divide, the part that is here
+        found = self._live.get(whole.untyped_storage()._cdata)
+        return None if found is None or found.number < 0 else found.number
 
     # Storages
 
@@ -203,8 +205,38 @@ class Tracker(TorchDispatchMode):
         self._live[key] = reference
 
     def _freed(self, reference: _Storage) -> None:
-        if self._live.pop(reference.key, None) is not None:
+        if self._live.pop(reference.key, None) is not None and reference.number >= 0:
             self.events.append(~reference.number)
+
+    @contextmanager
+    def resizing(self) -> Generator[None]:
+        """While inside, a storage that is resized is seen: FSDP empties those it will fill again."""
+        resize: Callable[..., Any] = torch.UntypedStorage.resize_
+
+        def resize_(storage: Any, size: int) -> Any:
+            before = storage.nbytes()
+            out = resize(storage, size)
+            found = self._live.get(storage._cdata)
+            if found is not None and size != before:
+                self._resized(found, int(size))
+            return out
+
+        storage_class: Any = torch.UntypedStorage
+        storage_class.resize_ = resize_
+        try:
+            yield
+        finally:
+            storage_class.resize_ = resize
+
+    def _resized(self, reference: _Storage, size: int) -> None:
+        """Another storage stands for one that has another size; none for one without."""
+        if reference.number >= 0:
+            reference.known = self.made[reference.number]
+            self.events.append(~reference.number)
+            reference.number = -1
+        if size:
+            made = reference.known
+            reference.number = self._new(size, made.shape, made.dtype, made.op)
 
     def _inside(self, scratch: Sequence[tuple[str, int]]) -> None:
         """What a kernel allocates and frees while it runs."""

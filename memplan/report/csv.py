@@ -28,6 +28,7 @@ def facts(answer: Estimate) -> dict[str, object]:
     return {
         "model": model(answer),
         "task": run.task,
+        "objective": run.objective or "causal_lm",
         "method": run.method.kind,
         "gpu": run.gpu or "",
         "verdict": answer.verdict.answer or "",

@@ -11,6 +11,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 from memplan.answer import ANSWERS, BASES, KINDS, VIAS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.comparison import Comparison, Difference
 from memplan.frameworks import FRAMEWORKS
+from memplan.planning.cluster import Refused, Together
 from memplan.planning.demand import Demand
 from memplan.planning.offers import Miss
 from memplan.planning.plan import SEVERITIES, Time
@@ -97,7 +98,7 @@ _COUNTS = ("allocated", "reserved", "used", "host")
 
 
 def plan_schema() -> dict[str, Any]:
-    """What `memplan plan` holds as JSON: one of five kinds, which `mode` tells apart."""
+    """What `memplan plan` holds as JSON: one of six kinds, which `mode` tells apart."""
     return {"$schema": DRAFT, **plan_model().json_schema(mode="serialization", schema_generator=_Schema)}
 
 
@@ -143,6 +144,7 @@ def plan_model() -> TypeAdapter[BaseModel]:
             "steps": list[_model("Step", "A question and its answer.", {**step, "choices": list[way]})],
             "best": way | None,
         },
+        "nodes": _divided(figures),
     }
     common = {"schema_version": Literal[1], "memplan_version": str, **figures}
     common |= {"gpu": _of(Card) | None, "demand": _of(Demand)}
@@ -169,6 +171,38 @@ def _offered(figures: dict[str, Any]) -> dict[str, Any]:
         "considered": int,
         "nearest": miss | None,
         "tokens": int | None,
+    }
+
+
+def _divided(figures: dict[str, Any]) -> dict[str, Any]:
+    """How a cluster divides the run."""
+    range_ = _of(Range)
+    kinds = Literal["dp", "tp", "pp", "cp", "ep"]
+    sent = {"kind": kinds, "bytes": int, "link": str, "between_nodes": bool, "seconds": range_, "shown": range_}
+    message = _model("Sent", "What a rank sends for one kind of division in a step.", sent)
+    took = {"seconds": range_, "computing": range_, "bubble": range_, "sent": list[message]}
+    degrees = dict.fromkeys(get_args(kinds), int)
+    grid = {**degrees, "strategy": str, "micro": int, "accumulation": int, "between_nodes": list[kinds]}
+    grid |= {"step": _model("GridStep", "How long a step takes, in seconds.", took)}
+    placed = {**grid, "allocated": int, "verdict": Literal[ANSWERS]}
+    proposed = _model("Division", "A grid, and the run in it.", {**grid, "options": str, "note": str, **figures})
+    share = _model(
+        "Share", "Hundredths of a link that collectives reach.", dict.fromkeys(("low", "usual", "high"), int)
+    )
+    facts = {"name": str, "bytes_per_second": float, "basis": str, "source": str}
+    facts |= {"share": share, "share_basis": str, "share_source": str}
+    link = _model("Link", "What GPUs send over, one way.", facts)
+    nodes = {"gpu": str, "nodes": int, "gpus": int, "world": int, "inside": link, "network": link}
+    counts: dict[str, Any] = dict.fromkeys(("grids", "fit", "slower", "missed", "too_large", "refused"), int)
+    return {
+        "cluster": _model("Cluster", "Nodes of GPUs.", nodes),
+        "sequences": int,
+        "grids": list[_model("Grid", "Degrees and a strategy that fit.", placed)],
+        "best": proposed | None,
+        "nearest": proposed | None,
+        "counts": _model("Counts", "How many grids there are of each kind.", counts),
+        "refused": list[_of(Refused)],
+        "together": _of(Together, text=str),
     }
 
 

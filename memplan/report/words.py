@@ -8,7 +8,7 @@ from typing import NamedTuple
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Batch, Kernels, Loop, RunSpec
+from memplan.spec import Batch, Kernels, Loop, Parallelism, RunSpec
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -281,7 +281,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("profile", run.profile),
     ]
     if run.parallelism.world > 1:
-        text.insert(-1, ("GPUs", f"{run.parallelism.world}, {run.parallelism.strategy}"))
+        text.insert(-1, ("GPUs", ", ".join([f"{run.parallelism.world}", *_strategies(run.parallelism)])))
     if run.parallelism.pp > 1:
         text.insert(-1, ("pipeline", _pipeline(run)))
     return text
@@ -294,6 +294,15 @@ def _pipeline(run: RunSpec) -> str:
     uneven = "".join(f"; {n} layers on the {end}" for n, end in ends if n is not None)
     ends_ = {True: "; embeddings and head count as layers", False: "; only layers count", None: ""}[p.ends_as_layers]
     return f"{p.pp} stages{chunks}, {p.schedule}{uneven}{ends_}; this is stage {p.stage}"
+
+
+def _strategies(parallelism: Parallelism) -> Iterator[str]:
+    """How the GPUs share the run: what each has a part of, and how many do."""
+    for name, degree in (("tensor", parallelism.tp), ("context", parallelism.cp), ("expert", parallelism.ep)):
+        if degree > 1:
+            yield f"{name} parallel over {degree}"
+    if parallelism.strategy != "none":
+        yield str(parallelism.strategy)
 
 
 def _images(batch: Batch) -> str:

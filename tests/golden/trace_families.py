@@ -5,11 +5,12 @@ python tests/golden/trace_families.py --layers 2 olmoe-1b-7b mixtral-8x7b >> tes
 python tests/golden/trace_families.py --layers 4 --sequence 128 --autocast qwen3.5-4b-text
 python tests/golden/trace_families.py --sequence 128 --reentrant bloom mpt falcon gpt_neo
 python tests/golden/trace_families.py --sequence 128 --dora gpt2
+python tests/golden/trace_families.py --sequence 128 --dropout llama gpt_oss ernie4_5
 
 A model_type is traced with its config in tests/tiny.py, a card with its own; `--layers` leaves all but the first layers
 of a card out, so that a model of hundreds of gigabytes can be traced at its real width. Each is traced with full, LoRA
 and QLoRA, with and without checkpointing, and once each with eager attention, with padding and with dropout; or, by
-option, with the reentrant kind of checkpointing, or with DoRA and dropout.
+option, with the reentrant kind of checkpointing, with DoRA and dropout, or with the config's attention_dropout.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ DORA: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     )
     for how in ({"checkpointing": "none"}, {"checkpointing": "full"}, {"checkpointing": "full", "reentrant": True})
 )
+DROPOUT: tuple[tuple[str, dict[str, Any]], ...] = (
+    *(("full", {"kernels": {"checkpointing": how, "attention": "eager"}}) for how in ("none", "full")),
+    ("lora", {"method": {"kind": "lora"}, "kernels": {"checkpointing": "none"}}),
+)
 # What bitsandbytes leaves alone.
 SKIPPED = {"mamba": ["lm_head", "dt_proj"]}
 
@@ -90,7 +95,7 @@ def runs(
 ) -> Iterator[tuple[str, RunSpec]]:
     precision = {"precision": {"weights": "fp32", "compute": "bf16", "autocast": True}} if autocast else {}
     for name in names:
-        config = config_of(name, layers)
+        config = {**config_of(name, layers), **({"attention_dropout": 0.1} if only is DROPOUT else {})}
         for kind, options in only or (*RUNS, *(MORE if name in TINY else ())):
             method = method_of(config["model_type"], options.get("method", {"kind": "full"}))
             batch = {"micro": 8 if name in TINY else 2, "sequence": sequence}
@@ -114,6 +119,7 @@ def main() -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--reentrant", dest="only", action="store_const", const=REENTRANT, default=())
     kinds.add_argument("--dora", dest="only", action="store_const", const=DORA)
+    kinds.add_argument("--dropout", dest="only", action="store_const", const=DROPOUT)
     asked = parser.parse_args()
     unknown = [name for name in asked.names if name not in TINY and name not in card_names()]
     if unknown:

@@ -11,18 +11,19 @@ from typing import Any, TypeAlias
 from memplan.answer import SCHEMA_VERSION, Estimate
 from memplan.planning.demand import Demand
 from memplan.report.blocks import Block, page, terminal
-from memplan.report.plans import advice, ladder, levers, offers, reach
+from memplan.report.plans import advice, cluster, ladder, levers, offers, reach
 from memplan.report.plans.advice import Advised
+from memplan.report.plans.cluster import Divided
 from memplan.report.plans.ladder import Rungs
 from memplan.report.plans.levers import Levers
 from memplan.report.plans.offers import Bought
 from memplan.report.plans.reach import Far
 from memplan.report.text import Screen
 
-Planned: TypeAlias = Levers | Far | Rungs | Bought | Advised
+Planned: TypeAlias = Levers | Far | Rungs | Bought | Advised | Divided
 
 FORMATS = ("table", "json", "markdown")
-IN_ROWS = ("max", "ladder", "buy")  # modes that are there as CSV too
+IN_ROWS = ("max", "ladder", "buy", "nodes")  # modes that are there as CSV too
 
 
 def render(format: str, planned: Planned, explain: bool, to: Screen) -> str:
@@ -50,6 +51,8 @@ def _blocks(planned: Planned, explain: bool) -> Iterator[Block]:
             return offers.blocks(planned, explain)
         case Advised():
             return advice.blocks(planned, explain)
+        case Divided():
+            return cluster.blocks(planned, explain)
 
 
 def dump(planned: Planned) -> dict[str, Any]:
@@ -65,6 +68,8 @@ def dump(planned: Planned) -> dict[str, Any]:
             return {**_common("buy", planned.answer, planned.demand), **offers.dump(planned)}
         case Advised():
             return {**_common("advice", planned.answer, planned.demand), **advice.dump(planned)}
+        case Divided():
+            return {**_common("nodes", planned.cluster.asked, planned.demand), **cluster.dump(planned)}
 
 
 def _common(mode: str, answer: Estimate, demand: Demand) -> dict[str, Any]:
@@ -91,6 +96,8 @@ def _rows(planned: Planned) -> tuple[list[str], list[dict[str, object]]]:
             rows = ladder.rows(planned)
         case Bought():
             return offers.rows(planned)
+        case Divided():
+            return cluster.rows(planned)
         case Levers() | Advised():
             raise AssertionError("changes have parts, and are no rows")
     return list(rows[0]), rows

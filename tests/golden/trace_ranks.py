@@ -1,0 +1,166 @@
+"""Traces a step of one rank under DDP and FSDP, and prints the rows that tests/test_traced_ranks.py compares with.
+
+python tests/golden/trace_ranks.py > tests/golden/traced_ranks.jsonl
+
+A small Llama with every strategy, 2 to 64 GPUs, and each method, precision and way to accumulate; what FSDP and DDP can
+be told; small models of other families, mixtures, hybrids and encoders; and real ones. torch's process group `fake`
+stands for the other ranks; what the libraries themselves do not run is named on standard error. Takes about fifteen
+minutes on one core. Runs in a file that is named as an argument are not traced again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.errors import MemplanError
+from memplan.estimator import estimate
+from memplan.probe.libraries import versions
+from memplan.spec import RunSpec
+from tests.encoders import SMALL
+from tests.golden.trace_runs import same, write
+from tests.tiny import TARGETS, TINY
+
+STRATEGIES = ("fsdp2", "fsdp", "ddp")
+WORLDS = (2, 3, 8, 16, 64)
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+LORA = {"kind": "lora", "rank": 8}
+PLAIN = {"kernels": {"checkpointing": "none"}}
+TRAINER = {"loop": {"trainer": True}}
+THREE = {"batch": {"micro": 2, "sequence": 64, "accumulation": 3}}
+TIED = {"model": {"config": {**LLAMA, "tie_word_embeddings": True}}}
+# What a small Llama is trained with on four GPUs.
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "amp": {"precision": "amp"},
+    "amp-trainer": {"precision": "amp", **TRAINER},
+    "autocast": {"precision": {"weights": "bf16", "autocast": True}},
+    "fp32": {"precision": "fp32"},
+    "tied": TIED,
+    "tied-plain": {**TIED, **PLAIN},
+    "three": THREE,
+    "three-trainer": {**THREE, **TRAINER},
+    "three-trainer-amp": {**THREE, **TRAINER, "precision": "amp"},
+    "long": {"batch": {"micro": 4, "sequence": 512}},
+    "foreach": {"optimizer": "adamw_torch"},
+    "sgd": {"optimizer": "sgd"},
+    "lora": {"method": LORA},
+    "lora-plain": {"method": LORA, **PLAIN},
+    "lora-amp": {"method": LORA, "precision": "amp"},
+    "lora-bf16": {"method": {**LORA, "adapter_dtype": "bf16"}},
+    "lora-attention": {"method": {**LORA, "targets": ["q_proj", "v_proj"]}},
+    "lora-dropout": {"method": {**LORA, "dropout": 0.1}, **PLAIN},
+    "lora-tied": {"method": LORA, **TIED},
+    "lora-three": {"method": LORA, **THREE},
+    "lora-three-trainer": {"method": LORA, **THREE, **TRAINER},
+}
+# What FSDP and DDP can be told, on eight GPUs; with each of these runs.
+HYBRID = {"shard_group": 2}
+KEPT = {"reshard_after_forward": False}
+KNOBS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    *((f"{name}-{s}", s, knob) for s in STRATEGIES[:2] for name, knob in (("hybrid", HYBRID), ("kept", KEPT))),
+    *((f"hybrid-kept-{s}", s, {**HYBRID, **KEPT}) for s in STRATEGIES[:2]),
+    ("forward-prefetch-fsdp", "fsdp", {"forward_prefetch": True}),
+    ("post-fsdp", "fsdp", {"backward_prefetch": "post"}),
+    ("no-prefetch-fsdp", "fsdp", {"backward_prefetch": "none"}),
+    ("view-ddp", "ddp", {"bucket_view": True}),
+)
+WITH_KNOBS = ({}, PLAIN, {"precision": "amp"}, {"method": LORA}, TIED, {**THREE, **TRAINER})
+# transformers' Trainer has FSDP2 gather all weights of a model with adapters at once.
+AT_ONCE = ({}, PLAIN, {"precision": "amp"}, TIED, THREE)
+FAMILIES = (
+    *("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox", "opt", "bloom", "cohere2"),
+    *("mixtral", "qwen3_moe", "granitemoe", "olmoe", "gpt_oss", "jamba", "qwen3_next"),
+)
+ENCODERS = ("bert", "vit", "whisper")
+REAL: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("llama-3.2-1b", {"batch": {"sequence": 2048}}),
+    ("llama-3.2-1b", {"batch": {"sequence": 2048}, "precision": "amp"}),
+    ("llama-3.2-1b", {"batch": {"sequence": 2048}, "method": {"kind": "lora"}}),
+    ("llama-3.1-8b", {"batch": {"sequence": 4096}}),
+    ("llama-3.1-8b", {"batch": {"sequence": 4096}, "method": {"kind": "lora"}}),
+)
+
+
+def draw() -> Iterator[tuple[str, dict[str, Any]]]:
+    small = {"model": {"config": LLAMA}, "batch": {"micro": 2, "sequence": 64}}
+    for strategy in STRATEGIES:
+        for world in WORLDS:
+            yield f"full-{strategy}", {**small, **divided(strategy, world)}
+            yield f"lora-{strategy}", {**small, "method": LORA, **divided(strategy, world)}
+        for name, run in RUNS.items():
+            yield f"{name}-{strategy}", {**small, **run, **divided(strategy, 4)}
+        stored = {} if strategy == "ddp" else {"storage": "bf16"}
+        qlora = {"kind": "qlora", "rank": 8, "quantization": stored}
+        yield f"qlora-{strategy}", {**small, "method": qlora, **divided(strategy, 4)}
+        yield f"qlora-plain-{strategy}", {**small, "method": qlora, **PLAIN, **divided(strategy, 4)}
+        for kind in ("freeze", "dora"):
+            method = {"kind": kind, **({"rank": 8} if kind == "dora" else {"trainable_layers": 2})}
+            yield f"{kind}-{strategy}", {**small, "method": method, **divided(strategy, 4)}
+            yield f"{kind}-plain-{strategy}", {**small, "method": method, **PLAIN, **divided(strategy, 4)}
+    for name, strategy, knob in KNOBS:
+        for run in WITH_KNOBS:
+            fields = divided(strategy, 8)
+            yield name, {**small, **run, **fields, "parallelism": {**fields["parallelism"], **knob}}
+    for run in AT_ONCE:
+        yield "at-once-fsdp2", {**small, "method": LORA, **run, **TRAINER, **divided("fsdp2", 4)}
+    for family in FAMILIES:
+        run = {"model": {"config": {"model_type": family, **TINY[family]}}, "batch": {"sequence": 64}}
+        adapters = {**LORA, **({"targets": TARGETS[family]} if family in TARGETS else {})}
+        for strategy in STRATEGIES:
+            yield f"{family}-full-{strategy}", {**run, **divided(strategy, 4)}
+            yield f"{family}-full-plain-{strategy}", {**run, **PLAIN, **divided(strategy, 4)}
+            yield f"{family}-lora-{strategy}", {**run, "method": adapters, **divided(strategy, 4)}
+    for family in ENCODERS:
+        length = {} if family in ("vit", "whisper") else {"sequence": 256}
+        run = {"model": {"config": SMALL[family]}, "batch": {"micro": 2, **length}}
+        for strategy in STRATEGIES:
+            yield f"{family}-full-{strategy}", {**run, **divided(strategy, 4)}
+            yield f"{family}-full-plain-{strategy}", {**run, **PLAIN, **divided(strategy, 4)}
+            yield f"{family}-lora-{strategy}", {**run, "method": LORA, **divided(strategy, 4)}
+    for model, run in REAL:
+        for strategy in STRATEGIES:
+            yield f"{model}-{strategy}", {"model": model, **run, **divided(strategy, 8)}
+
+
+def divided(strategy: str, world: int) -> dict[str, Any]:
+    return {"parallelism": {"world": world, "dp": world, "strategy": strategy}, "gpu": "a100-sxm-80gb"}
+
+
+def main() -> None:
+    done: set[str] = set()
+    if len(sys.argv) > 1 and Path(sys.argv[1]).exists():
+        lines = map(json.loads, Path(sys.argv[1]).read_text("utf-8").splitlines())
+        done = {same(RunSpec(**row["run"])) for row in lines if "run" in row}
+    else:
+        about = "One rank's training steps under DDP and FSDP, traced: see tests/golden/trace_ranks.py."
+        print(json.dumps({"about": about, "date": "2026-11-26", "versions": dict(versions())}), flush=True)
+    wanted: list[tuple[str, RunSpec]] = []
+    for name, fields in draw():
+        run = RunSpec.model_validate(fields)
+        try:
+            estimate(run)
+        except MemplanError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        if same(run) not in done:
+            wanted.append((name, run))
+    write(wanted)
+
+
+if __name__ == "__main__":
+    main()
