@@ -97,7 +97,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees)
     if degrees.cp > 1:
-        stack = context_parallel.around(stack, degrees)
+        own = model.model_type == megatron.KIND
+        stack = (megatron if own else context_parallel).around(stack, degrees)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)

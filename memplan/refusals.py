@@ -354,10 +354,20 @@ def refuse_parts_of_matrices(
         raise _later("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
 
 
-def refuse_parts_of_sequences(p: Parallelism, kernels: Kernels, loop: Loop, profile: str, style: str) -> None:
+def refuse_parts_of_sequences(
+    p: Parallelism, kernels: Kernels, loop: Loop, profile: str, style: str, own: bool = False
+) -> None:
     """Raise SpecError for what ranks that divide sequences cannot do, or memplan not yet. `style`: of the profile's
-    tensor parallelism, by which it is known which library it has."""
+    tensor parallelism, by which it is known which library it has; `own`: the model is of that library's own layers."""
     field = "parallelism.cp"
+    if own:
+        if kernels.attention == "eager" or kernels.checkpointing == "selective":
+            raise SpecError(
+                f"{field}: {p.cp} ranks pass keys and values around only under fused attention (kernels.attention "
+                "sdpa, flash_attention_2), which is not recomputed alone",
+                field,
+            )
+        return
     if style != "transformers":
         raise _later(field, p.cp, f"1 with profile {profile}; profile transformers-5 has more")
     if p.tp > 1:

@@ -197,7 +197,7 @@ def _decide(
     if parallelism.pp > 1:
         refuse_staged(parallelism, method, loop, model.objective, images)
     if degrees.cp > 1:
-        refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"])
+        refuse_parts_of_sequences(parallelism, kernels, loop, profile, words["tensor_parallel"], own)
     check_time_steps(model, method)
     _check_objective(model, kernels, precision, profile)
     check_head(model, method, kernels)
@@ -285,7 +285,7 @@ def _decide(
         lingers=words["lingers"] and parallelism.pp == 1,
         degrees=degrees,
     )
-    if degrees.cp > 1:
+    if degrees.cp > 1 and not own:
         wiring = graph.wiring
         masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
         context_parallel.check(model.model_type, wiring.backend, masked, degrees)

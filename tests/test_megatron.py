@@ -322,3 +322,19 @@ def test_weights_gradients_and_states_are_what_stayed_after_a_step() -> None:
         buffers = sum(line.bytes for line in m.answer.ledger if line.what == "gathered")
         left = m.kept + m.answer.categories["gradient"] + buffers - (m.after or 0)
         assert abs(left) <= 2 * SLACK, m.id
+
+
+def test_ranks_that_divide_sequences_keep_their_queries_and_the_keys_they_were_sent_last() -> None:
+    """q is made contiguous and k and v are joined, so that the projection they were views of goes: all of it is a part
+    of what one rank keeps alone."""
+    alone = kept_by_a_layer(**kernels("sdpa"))
+    options = {"parallelism": {"world": 4, "cp": 4, "strategy": "ddp"}, **kernels("sdpa")}
+    assert kept_by_a_layer(**options) == (alone - 1024) // 4 + 1024
+    laid = {**options, **kernels("flash_attention_2")}
+    assert kept_by_a_layer(**laid) == (kept_by_a_layer(**kernels("flash_attention_2")) - 1024) // 4 + 1024
+
+
+@pytest.mark.parametrize("those", [kernels("eager"), kernels("sdpa", "selective")], ids=["eager", "selective"])
+def test_unfused_attention_is_not_passed_around(those: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"parallelism\.cp: 4 ranks pass keys and values around only under fused"):
+        answer(parallelism={"world": 4, "cp": 4, "strategy": "ddp"}, **those)

@@ -5,11 +5,14 @@ Hidden states are `s b h` there, which takes as much as `b s h`; what has batche
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, flash
 from memplan.catalogue.gpt import position_table
 from memplan.catalogue.llama import lm_head
 from memplan.catalogue.megatron_experts import buffer, mixture
+from memplan.catalogue.methods import rewrite
 from memplan.degrees import Degrees
 from memplan.families.megatron import (
     EXPERT_RANKS,
@@ -361,6 +364,38 @@ def _recomputed(name: str, made: tuple[Op, ...]) -> Op:
         product="attention",
         source=f"{CORE} transformer/attention.py _checkpointed_attention_forward",
     )
+
+
+def around(stack: Stack, degrees: Degrees) -> Stack:
+    """The rank's operations where ranks divide the sequence: keys and values go from rank to rank, joined, and what a
+    rank was sent last is kept.
+
+    Source: TransformerEngine 2.3 pytorch/attention/dot_product_attention/context_parallel.py AttnFuncWithCPAndKVP2P.
+    """
+    source = f"{_DPA}/context_parallel.py AttnFuncWithCPAndKVP2P"
+
+    def change(op: Op) -> Iterator[Op]:
+        if op.product != "attention":
+            yield op
+            return
+        q, k, v = op.reads
+        own, joined, shape = f"{q}.own", "kv", "b s 2 k d"
+        yield ops.copy(f"{op.name}.contiguous", q, own, _Q) if q == "q" else ops.view(f"{op.name}.q", q, own, _Q)
+        yield Op(f"{op.name}.join", (k, v), (Tensor(joined, shape, f"={k}"),), source=source)
+        names = {q: own, k: joined, v: joined}
+        kept = dict.fromkeys(Keep(names.get(x.what, x.what), names.get(x.of, x.of)) for x in op.keeps)
+        received = Tensor("keys and values received", f"{degrees.cp - 1} {shape}", f"={own}")
+        step = Tensor("output of a step", _Q, f"={own}")
+        back = Tensor("keys and values and their gradients", f"4 {shape}", f"={own}")
+        yield op._replace(
+            reads=(own, joined),
+            keeps=tuple(kept),
+            scratch=(received, step),
+            scratch_back=(Scratch(back), *(s for s in op.scratch_back if "expanded" not in s.tensor.name)),
+            source=source,
+        )
+
+    return rewrite(stack, change)
 
 
 BUILDERS = {KIND: megatron_gpt}

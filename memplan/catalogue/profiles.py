@@ -459,7 +459,7 @@ PROFILES = (
         (
             "gradients and masters in fp32: say precision mixed with grads fp32",
             "its own layers are those of a megatron_gpt config; other models are counted with transformers' layers",
-            "context parallelism",
+            "latent attention, FP8, and the fused cross-entropy; context parallelism but of a megatron_gpt config",
         ),
     ),
     Profile(
