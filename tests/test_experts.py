@@ -382,3 +382,21 @@ def test_runs_of_mixtral_that_died_do_not_fit(method: Any, micro: int) -> None:
         gpu="a100-80gb",
     )
     assert not estimate(spec).fits
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("transposed", [True, False])
+def test_the_trace_s_product_of_experts_has_gradients_that_lie_as_torch_s_do(transposed: bool) -> None:
+    torch = pytest.importorskip("torch")
+    product = pytest.importorskip("memplan.probe.experts").grouped_mm(None)
+    strides: list[list[tuple[int, ...]]] = []
+    for grouped in (torch.nn.functional.grouped_mm, product):
+        rows = torch.ones(6, 8, requires_grad=True)
+        weight = torch.ones(2, *((16, 8) if transposed else (8, 16)), requires_grad=True)
+        seen: list[tuple[int, ...]] = []
+        matrices = weight.transpose(-2, -1) if transposed else weight * 1
+        matrices.register_hook(lambda gradient, seen=seen: seen.append(gradient.stride()))
+        out = grouped(rows, matrices, offs=torch.tensor([2, 6], dtype=torch.int32))
+        out.backward(torch.ones_like(out))
+        strides.append([out.stride(), rows.grad.stride(), *seen])
+    assert strides[0] == strides[1]
