@@ -62,8 +62,7 @@ def card(model: ModelSpec, config: Mapping[str, Any], facts: Facts) -> str:
     """The card of a model as TOML. `config` is as it was published; `facts.checked` is a date, YYYY-MM-DD."""
     kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
     given = {key: value for key, value in kept.items() if value is not None}
-    filled = ModelSpec(given).config
-    nulls = [key for key, value in kept.items() if value is None and filled.get(key) is not None]
+    nulls = list(_nulls(kept))
     parameters = sum(built.elements for built in built_tensors(model).values())
     lines = [_id(facts.hf_id), f"source = {_value(facts.source)}", f"checked = {facts.checked}"]
     if facts.licence:
@@ -72,6 +71,21 @@ def card(model: ModelSpec, config: Mapping[str, Any], facts: Facts) -> str:
     if nulls:
         lines.append(f"nulls = {_value(nulls)}")
     return "\n".join([*lines, *_table("config", given)]) + "\n"
+
+
+def _nulls(config: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that are null where memplan's default is not; of a nested config as `text_config.sliding_window`."""
+    parts = {key: cast(Mapping[str, Any], value) for key, value in config.items() if isinstance(value, Mapping)}
+    plain = {part: {key: value for key, value in inner.items() if value is not None} for part, inner in parts.items()}
+    filled = ModelSpec({**{key: value for key, value in config.items() if value is not None}, **plain}).config
+    yield from (key for key, value in config.items() if value is None and filled.get(key) is not None)
+    for part, inner in parts.items():
+        inside = cast(Mapping[str, Any], filled.get(part) or {})
+        for key, value in inner.items():
+            if value is None and (
+                inside.get(key) is not None or (part == "text_config" and filled.get(key) is not None)
+            ):
+                yield f"{part}.{key}"
 
 
 def _id(hf_id: str) -> str:

@@ -122,7 +122,7 @@ def test_a_card_of_a_card_is_the_same_model(name: str) -> None:
     model = load_card(name)
     config = cards.find_config(name)
     said = tomllib.loads(card(model, config, FACTS))
-    again = ModelSpec({**said["config"], **dict.fromkeys(said.get("nulls", ()))})
+    again = ModelSpec(cards._card_config(said))
     assert (again.axes(), again.layers) == (model.axes(), model.layers)
     assert built_tensors(again) == built_tensors(model)
     assert said["parameters"] == model.card["parameters"]

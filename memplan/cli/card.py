@@ -51,7 +51,7 @@ def new(
     """Print a model card, as model_cards/ has them: parameters as they are counted, what the checkpoint stores by its
     headers and which tensors make the difference, and the config.
     """
-    said = (("revision", revision), ("hf-id", hf_id), ("output", out))
+    said = (("revision", revision), ("hf_id", hf_id), ("output", out))
     given = [name for name, value in said if value is not None]
     return answered(lambda: _new(model, online, revision, hf_id, out), given)
 
