@@ -180,10 +180,8 @@ def _safetensors(model: ModelSpec, seen: Checkpoint) -> Iterator[str]:
         layers = {_layer(name) for name in built_tensors(model)}
         kinds = _kinds((t.name for t in found.extra), layers)
         yield f"the checkpoint also has {kinds} ({gib(bytes_)}): not in the model"
-    tied = model.tie_word_embeddings
-    missing = [name for name in found.missing if not (tied and name.startswith("lm_head"))]
-    if missing:
-        yield f"the checkpoint lacks {_kinds(missing)}: made anew when the model is loaded"
+    if found.missing:
+        yield f"the checkpoint lacks {_kinds(found.missing)}: made anew when the model is loaded"
     dtypes = stored_bytes(seen.tensors)
     if model.get("quantization_config"):
         yield f"the checkpoint has {_by_type(dtypes)}"

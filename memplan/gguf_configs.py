@@ -133,14 +133,14 @@ def config_of(file: Gguf, where: str) -> dict[str, Any]:
 
 
 def _experts(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Widths of experts that older files do not say, by the shapes of their stacks."""
+    """Widths of experts, which older files do not say, by the shapes of their stacks."""
     stacks = {
         "moe_intermediate_size": "ffn_gate_exps.weight",
         "shared_expert_intermediate_size": "ffn_gate_shexp.weight",
     }
     for name, tensor in stacks.items() if config["model_type"] in ("qwen2_moe", "qwen3_moe") else ():
         shape = next((shape for key, shape in shapes.items() if key.endswith(f".{tensor}")), ())
-        if name not in config and len(shape) > 1:
+        if len(shape) > 1:
             config[name] = shape[-2]
 
 

@@ -73,6 +73,7 @@ def test_the_usual_objective_of_a_family_is_what_it_was_pretrained_for() -> None
         **dict.fromkeys(("llama", "gemma2"), "causal_lm"),
     }
     assert ModelSpec({**SMALL["vit"], "architectures": ["ViTModel"]}).objective == "feature_extraction"
+    assert ModelSpec({**SMALL["bert"], "architectures": ["BertForPreTraining"]}).objective == "masked_lm"
     assert ModelSpec({**SMALL["t5"], "architectures": ["T5WithLMHeadModel"]}).objective == "seq2seq_lm"
 
 
@@ -84,6 +85,8 @@ def test_the_usual_objective_of_a_family_is_what_it_was_pretrained_for() -> None
         ("t5", "T5EncoderModel"),
         ("vit", "ViTForMaskedImageModeling"),
         ("whisper", "WhisperForAudioClassification"),
+        ("llama", "LlamaForMultipleChoice"),
+        ("llama", "LlamaForRewardModel"),
     ],
 )
 def test_another_head_is_refused_by_its_class(name: str, architecture: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan import RunSpec, card_names, estimate, find_model, load_card
-from memplan.checkpoint import built_tensors
+from memplan.checkpoint import built_tensors, notes
 from memplan.config_classes import MODEL_TYPES
 from memplan.errors import ConfigError, MemplanError
 from memplan.families import MODULES
@@ -143,6 +143,23 @@ def test_a_header_larger_than_any_model_needs_is_not_read(tmp_path: Path) -> Non
     assert "header of 52,428,800 bytes" in line(error)
 
 
+def test_of_a_large_file_only_the_header_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY), "utf-8")
+    body = json.dumps({"x": entry(shape=[2**38], offsets=[0, 2**40])}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(body)) + body)
+        file.truncate(8 + len(body) + 2**40)  # a hole of a terabyte
+    checkpoint = find_model(str(tmp_path)).checkpoint
+    assert checkpoint is not None
+    assert checkpoint.tensors == (StoredTensor("x", "F32", (2**38,), 2**40),)
+
+
+def test_a_tensor_without_elements_may_lie_where_another_begins(tmp_path: Path) -> None:
+    body = json.dumps({"x": entry(), "none": entry(shape=[0], offsets=[0, 0])}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(body)) + body + bytes(8))
+    assert [tensor.name for tensor in read_safetensors(tmp_path / "model.safetensors")] == ["none", "x"]
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.gguf")
     with pytest.raises(ConfigError) as error:
@@ -253,6 +270,13 @@ def test_layers_under_other_names_agree_by_their_elements(tmp_path: Path) -> Non
     }
     joined.update({f"model.layers.{i}.mlp.gate_up.weight": ("BF16", (384, 64)) for i in range(3)})
     assert notes_of(folder_of(tmp_path, TINY, joined)) == []
+
+
+def test_a_dtype_that_is_not_the_config_s_is_a_note_where_weights_are_stored_plainly(tmp_path: Path) -> None:
+    config = {**TINY, "dtype": "float16"}
+    for dtype, noted in (("F32", True), ("F16", False), ("U8", False)):
+        model = find_model(str(folder_of(tmp_path / dtype, config, of_model(TINY, dtype))))
+        assert any("though its config says float16" in note for note in notes(model)) == noted, dtype
 
 
 def test_experts_one_by_one_agree_with_experts_stacked(tmp_path: Path) -> None:
@@ -439,6 +463,35 @@ def test_parts_of_a_gguf_file_are_read_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         read_gguf(tmp_path / "m-00002-of-00002.gguf")
     assert "give the first, m-00001-of-00002.gguf" in line(error)
+
+
+def test_a_gguf_file_of_a_billion_parts_is_one_line(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m-00001-of-999999999.gguf", {**METADATA, "split.count": 999_999_999}, [])
+    with pytest.raises(ConfigError) as error:
+        read_gguf(path)
+    assert "says that it is one of 999999999 parts" in line(error)
+
+
+def test_a_gguf_file_of_no_model_is_refused_by_its_kind(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "adapter.gguf", {**METADATA, "general.type": "adapter"}, gguf_tensors(TINY))
+    with pytest.raises(ConfigError) as error:
+        find_model(str(path))
+    assert "is a GGUF file of the kind adapter, not of a model" in line(error)
+
+
+def test_a_list_with_a_value_for_each_layer_is_one_value_or_refused(tmp_path: Path) -> None:
+    layers, heads = METADATA["llama.block_count"], METADATA["llama.attention.head_count"]
+    same = {**METADATA, "llama.attention.head_count": [heads] * layers}
+    assert config_of(read_gguf(write_gguf(tmp_path / "same.gguf", same, [])), "x")["num_attention_heads"] == heads
+    other = {**METADATA, "llama.attention.head_count": [heads, *[1] * (layers - 1)]}
+    with pytest.raises(ConfigError) as error:
+        config_of(read_gguf(write_gguf(tmp_path / "other.gguf", other, [])), "x")
+    assert "another llama.attention.head_count in every layer" in line(error)
+
+
+def test_the_width_of_keys_comes_before_how_much_of_them_is_rotated(tmp_path: Path) -> None:
+    said = {**METADATA, "llama.attention.key_length": 32, "llama.rope.dimension_count": 16}
+    assert config_of(read_gguf(write_gguf(tmp_path / "model.gguf", said, [])), "x")["head_dim"] == 32
 
 
 def gguf_head(tensors: int = 0, pairs: int = 0, version: int = 3) -> bytes:

@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import huggingface_hub.errors
 import pytest
 
-from memplan import RunSpec, estimate, find_model
+from memplan import RunSpec, estimate, find_model, hub
 from memplan.cards import find_config
 from memplan.cli import app
 from memplan.errors import ConfigError, FactsMissingError, MemplanError
@@ -255,6 +255,49 @@ def test_an_index_that_is_too_large_is_not_downloaded(tiny: str, served: Served)
     assert checkpoint is not None
     assert "33,554,433 bytes" in checkpoint.why_not
     assert not any("index.json" in path for path in served.asked)
+
+
+def test_headers_are_of_the_commit_that_the_config_is_of(tiny: str, served: Served) -> None:
+    find_model(tiny, online=True)
+    assert [path for path in served.asked if "safetensors" in path and "resolve" in path]
+    assert all(COMMIT in path for path in served.asked if "safetensors" in path and "resolve" in path)
+
+
+def test_thousands_of_files_of_weights_are_not_asked_for(tiny: str, served: Served) -> None:
+    for i in range(hub._MOST_FILES + 1):
+        (served.folders[tiny] / f"extra-{i}.safetensors").touch()
+    checkpoint = find_model(tiny, online=True).checkpoint
+    assert checkpoint is not None
+    assert f"there are {hub._MOST_FILES + 3:,} files of weights" in checkpoint.why_not
+    assert not any("safetensors" in path for path in served.asked)
+
+
+def test_an_adapter_with_gguf_files_beside_it_is_still_one(served: Served, tmp_path: Path) -> None:
+    served.folders["an/adapter"] = tmp_path / "adapter"
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter.gguf"):
+        (tmp_path / "adapter" / name).touch()
+    with pytest.raises(FactsMissingError) as error:
+        find_model("an/adapter", online=True)
+    assert "it is an adapter; ask for its base model" in line(error)
+
+
+def test_huggingface_hub_says_nothing_of_its_own(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub.utils import logging
+
+    asked = huggingface_hub.HfApi.model_info
+
+    def warns(*args: Any, **more: Any) -> Any:
+        logging.get_logger("huggingface_hub.x").warning("unauthenticated")
+        return asked(*args, **more)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", warns)
+    before = logging.get_verbosity()
+    find_model(tiny, online=True)
+    assert capsys.readouterr() == ("", "")
+    assert logging.get_verbosity() == before
 
 
 def test_cards_come_before_the_hub(served: Served) -> None:

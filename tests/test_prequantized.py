@@ -210,6 +210,21 @@ def test_patterns_leave_out_what_transformers_leaves_out(pattern: str, left_out:
     assert ("up_proj" in (stored.quantization.skip or ())) == left_out
 
 
+def test_more_patterns_than_a_config_needs_are_not_read() -> None:
+    many = [f"nothing.*{i}" for i in range(64)]
+    for listed, left_out in (([*many[1:], ".*up_proj"], True), ([*many, ".*up_proj"], False)):
+        stored = stored_as(ModelSpec(TINY), {**AWQ, "modules_to_not_convert": listed})
+        assert stored.quantization is not None
+        assert ("up_proj" in (stored.quantization.skip or ())) == left_out
+
+
+@pytest.mark.parametrize(("said", "skipped"), [({}, True), ({"lm_head": False}, True), ({"lm_head": True}, False)])
+def test_the_head_of_gptq_is_whole_unless_the_config_says_that_it_is_not(said: dict[str, bool], skipped: bool) -> None:
+    stored = stored_as(ModelSpec(TINY), {**GPTQ, **said})
+    assert stored.quantization is not None
+    assert ("lm_head" in (stored.quantization.skip or ())) == skipped
+
+
 def test_without_checkpointing_gptqmodel_keeps_every_dequantised_matrix() -> None:
     def kept(stored: Any, **run: Any) -> int:
         answer = ask(stored, kernels={"checkpointing": "none"}, **run)

@@ -616,6 +616,12 @@ def test_a_plan_asks_the_engine_alone(traces: Traces, command: Callable[..., Ran
     ran = command("plan", "CONFIG", "--gpu", "3090")
     assert (ran.code, ran.out, asked) == (2, "", [])
     assert "memplan estimate can trace it, but a plan tries too many runs for that" in ran.err
+    head = {"model": {"config": {**SMALLEST, "architectures": ["LlamaForQuestionAnswering"]}}}
+    Path("run.json").write_text(json.dumps(head), "utf-8")
+    ran = command("plan", "--spec", "run.json", "--gpu", "3090")
+    assert (ran.code, ran.out, asked) == (2, "", [])
+    assert "has a head of its own" in ran.err
+    assert "trace" not in ran.err
 
 
 # --- the Hub
@@ -635,6 +641,11 @@ def test_a_model_of_the_hub_is_traced_by_its_id_once_its_config_is_here(
     [answer] = estimates([(run, None)], online=True)
     assert [run.model for run in asked] == ["owner/unknown"]
     assert (answer.via, answer.run.model) == ("trace", "owner/unknown")
+    path.write_text(json.dumps(XGLM))
+    estimates([(RunSpec(model="unknown", batch={"sequence": 24}), None)], online=True)  # an id without an owner
+    model = asked[-1].model
+    assert not isinstance(model, str)
+    assert model.config["_name_or_path"] == "unknown"
 
 
 def test_a_checkpoint_with_other_numbers_than_the_model_is_said(traces: Traces, tmp_path: Path) -> None:

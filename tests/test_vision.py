@@ -309,3 +309,11 @@ def test_a_sweep_equals_its_runs_and_leaves_out_sequences_that_hold_no_image() -
         for j, sequence in ((1, 32), (2, 300)):
             one = run("gemma3", method="lora", batch={"images": 2, "sequence": sequence, "micro": micro})
             assert swept.allocated[i, j] == estimate(one).bytes.allocated
+
+
+def test_images_may_take_the_whole_sequence_and_no_token_more() -> None:
+    one = {"images": 1, "image_size": 56}
+    tokens = picture_of(ModelSpec(model("qwen2_vl")["config"]), 56).tokens
+    assert estimate(run("qwen2_vl", batch={**one, "sequence": tokens})).bytes.allocated > 0
+    with pytest.raises(SpecError, match=f"at least {tokens} hold them"):
+        estimate(run("qwen2_vl", batch={**one, "sequence": tokens - 1}))
