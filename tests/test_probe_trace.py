@@ -297,7 +297,11 @@ REFUSED = [
     ({"kernels": {"compile": True}}, SpecError, "kernels.compile: a probe does not run 'true'"),
     ({"kernels": {"checkpointing": "selective"}}, SpecError, "it runs none, full, offload"),
     ({"parallelism": {"world": 2}}, SpecError, "parallelism.world: a world of 2 GPUs is not dp 1 x tp 1"),
-    ({"parallelism": {"world": 2, "tp": 2}}, SpecError, "parallelism: a probe divides data only among GPUs"),
+    (
+        {"parallelism": {"world": 4, "dp": 2, "tp": 2}},
+        SpecError,
+        "parallelism: a probe runs on one GPU, or as one rank",
+    ),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}}, SpecError, "it runs ddp, fsdp, fsdp2"),
     ({"parallelism": STATIC}, SpecError, "parallelism.static_graph: a probe does not run 'true'"),
     ({"parallelism": {"offload": {"activations": True}}}, SpecError, "parallelism.offload: a probe does not run"),
