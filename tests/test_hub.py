@@ -282,6 +282,18 @@ def test_an_adapter_with_gguf_files_beside_it_is_still_one(served: Served, tmp_p
     assert "it is an adapter; ask for its base model" in line(error)
 
 
+def test_a_licence_of_its_own_is_said_by_its_name(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = huggingface_hub.HfApi.model_info
+
+    def other(*args: Any, **more: Any) -> Any:
+        info = asked(*args, **more)
+        info.card_data.license, info.card_data.license_name = "other", "tiny-licence"
+        return info
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", other)
+    assert fetch(tiny).licence == "tiny-licence"
+
+
 def test_huggingface_hub_says_nothing_of_its_own(
     tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,14 +301,17 @@ def test_huggingface_hub_says_nothing_of_its_own(
 
     asked = huggingface_hub.HfApi.model_info
 
-    def warns(*args: Any, **more: Any) -> Any:
-        logging.get_logger("huggingface_hub.x").warning("unauthenticated")
+    levels: list[int] = []
+
+    def listens(*args: Any, **more: Any) -> Any:
+        levels.append(logging.get_verbosity())
         return asked(*args, **more)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", warns)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", listens)
     before = logging.get_verbosity()
     find_model(tiny, online=True)
     assert capsys.readouterr() == ("", "")
+    assert levels == [logging.ERROR]
     assert logging.get_verbosity() == before
 
 

@@ -293,3 +293,18 @@ def test_expandable_segments_reserve_little_beyond_what_is_allocated() -> None:
     usual = estimate(run)
     assert grown.bytes.allocated == usual.bytes.allocated
     assert grown.bytes.allocated <= grown.bytes.reserved < usual.bytes.reserved
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ("a100-80gb", "'a100-80gb' is taken as A100 SXM4 80GB; also: a100-pcie-80gb"),
+        ("gtx-1070", "no driver reading of GeForce GTX 1070's usable memory was found"),
+        ("mi100", "kernels are taken as on an NVIDIA card of compute capability 8.0, not measured on AMD"),
+        ("a100-sxm-80gb", ""),
+    ],
+)
+def test_what_to_know_of_a_card_is_a_note(gpu: str, said: str) -> None:
+    notes = estimate(RunSpec(model={"config": SMALLEST}, precision="fp16", gpu=gpu)).notes
+    about = [note for note in notes if "taken as" in note or "driver reading" in note]
+    assert any(note.startswith(said) for note in about) if said else about == []

@@ -293,11 +293,30 @@ def test_bitsandbytes_leaves_falcons_own_class_of_linear_layers_alone() -> None:
 def test_a_layer_norm_that_a_card_refuses_is_noted(model: str, preparation: Any, autocast: bool, noted: bool) -> None:
     method = {"kind": "qlora", "quantization": {"kbit_preparation": preparation}}
     precision = {"weights": "fp16", "compute": "fp16", "autocast": autocast}
-    notes = estimate(RunSpec(model=model, method=method, precision=precision, batch={"sequence": 64})).notes
+    answer = estimate(RunSpec(model=model, method=method, precision=precision, batch={"sequence": 64}))
     said = (
         "embeddings are in fp16 and the layer norms after them in fp32: torch refuses that on a card without autocast"
     )
-    assert (said in notes) == noted
+    assert [note for note in answer.notes if "layer norms" in note] == [said] * noted
+
+
+@pytest.mark.parametrize(("head_dim", "kernel"), [(20, "sdpa_math"), (24, "sdpa_efficient"), (288, "sdpa_efficient")])
+@pytest.mark.parametrize("padded", [True, False])
+def test_heads_that_a_kernel_does_not_take_go_to_another(head_dim: int, kernel: str, padded: bool) -> None:
+    """A mask keeps flash away, which takes heads up to 256 wide; the next takes multiples of 16 bytes, not 40."""
+    config = {"model_type": "llama", **TINY["llama"], "head_dim": head_dim}
+
+    def allocated(attention: str) -> int:
+        return estimate(
+            RunSpec(
+                model={"config": config},
+                batch={"micro": 4, "sequence": 512},
+                kernels={"attention": attention, "checkpointing": "none"},
+                loop={"padded": padded},
+            )
+        ).bytes.allocated
+
+    assert (allocated("sdpa") == allocated(kernel)) == (padded or head_dim > 256)
 
 
 def test_every_weight_that_trains_is_left_with_a_gradient() -> None:

@@ -87,6 +87,18 @@ def test_the_difference_is_named_with_its_arithmetic(tmp_path: Path, written: Wr
     assert said["difference"] == f"the checkpoint does not store lm_head.weight {512 * 64}, {-512 * 64}"
 
 
+def test_a_checkpoint_that_is_stored_quantised_has_no_published_count(tmp_path: Path, written: Written) -> None:
+    said = written(str(folder_of(tmp_path, TINY, {**of_model(TINY), "lm_head.weight": ("U8", (512, 64))})))
+    assert "published" not in said
+
+
+def test_three_of_the_tensors_that_a_checkpoint_lacks_are_named(tmp_path: Path, written: Written) -> None:
+    part = {name: of for name, of in of_model(TINY).items() if ".mlp." not in name}
+    said = written(str(folder_of(tmp_path, TINY, part)))["difference"]
+    assert said.startswith("the checkpoint does not store model.layers.0.mlp.")
+    assert said.count("mlp.") == 3
+
+
 def test_a_config_alone_leaves_the_published_figure_to_be_found(tmp_path: Path, written: Written) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY), "utf-8")
     said = written(str(tmp_path / "config.json"))

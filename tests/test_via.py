@@ -23,6 +23,7 @@ from memplan.cli import app
 from memplan.errors import ConfigError, ProbeError, SpecError, UnknownNameError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.probe import cache, limits
+from memplan.probe.answer import _as_published
 from memplan.probe.trace import Tracer
 from memplan.report.schema import answer_model
 from memplan.units import GIB, MIB
@@ -355,6 +356,7 @@ def test_towers_that_a_text_does_not_call_are_said(traces: Traces) -> None:
     traces()
     notes = memplan.estimate(xglm(config={"vision_config": {"hidden_size": 32}}), via="auto").notes
     assert any("traced on text alone" in note for note in notes)
+    assert list(_as_published({"vision_config": {"hidden_size": 32}}, "", images=1)) == []
 
 
 def test_a_checkpoint_that_is_stored_quantised_is_not_taken_for_another(traces: Traces) -> None:
@@ -523,6 +525,30 @@ def test_the_entries_used_longest_ago_go_where_all_are_too_large(
     assert entry(tmp_path) != first
     memplan.estimate(xglm(method="lora"), via="trace")
     assert len(asked) == 2
+    os.utime(entry(tmp_path), (1, 1))
+    memplan.estimate(xglm(method="lora"), via="trace")
+    assert entry(tmp_path).stat().st_mtime > 1  # it was used
+
+
+@pytest.mark.parametrize("most", ["_ONE", "_ALL"])
+def test_a_trace_that_is_too_large_is_not_kept(
+    most: str, traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces()
+    monkeypatch.setattr(cache, most, 100)
+    assert memplan.estimate(xglm(), via="trace").via == "trace"
+    assert not (tmp_path / "cache" / "memplan" / "traces").exists()
+
+
+def test_traces_are_kept_for_the_code_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    digests = set[str]()
+    for code in ("a", "b", "a"):
+        (tmp_path / "script.py").write_text(code)
+        cache._code.cache_clear()
+        digests.add(cache._code())
+    cache._code.cache_clear()
+    assert len(digests) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
