@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from memplan.catalogue import megatron_parallel
 from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.catalogue.losses import CHUNK
+from memplan.families.megatron import padded
 from memplan.graph import built
 from memplan.models import ModelSpec
 from memplan.program import Program
@@ -63,7 +63,7 @@ def run_axes(
     b, s = micro, -(-sequence // degrees.cp)
     tokens = b * s
     m = program.structure.graph.model
-    rows = megatron_parallel.padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
+    rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
     many, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
     axes = {
         "b": b,

@@ -17,14 +17,6 @@ _LINEAR = f"{_SOURCE}/layers.py LinearWithGradAccumulationAndAsyncCommunication"
 _ALL = "b s h"
 
 
-def padded(vocabulary: int, t: int) -> int:
-    """The rows of a rank's part of the vocabulary: padded so that every rank has a multiple of 128.
-
-    Source: Megatron-LM 0.12 training/tokenizer/tokenizer.py _vocab_size_with_padding.
-    """
-    return -(-vocabulary // (128 * t)) * 128
-
-
 def divide(stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequence: bool) -> Stack:
     """The rank's operations of a stack that was built of the rank's part of the model. `columns` and `rows` are what
     linear layers are called of which it has some rows or some columns; `sequence`: tokens are divided too."""

@@ -15,6 +15,7 @@ from memplan.catalogue import megatron_parallel, ops
 from memplan.catalogue.methods import matrix, rewrite
 from memplan.degrees import Degrees
 from memplan.errors import SpecError
+from memplan.families.megatron import padded
 from memplan.ir import Op, Scratch, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
 
@@ -90,7 +91,7 @@ def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
     if plan.heads:
         a, k = a // t, k // t
     if degrees.style == "megatron":
-        v = megatron_parallel.padded(v, t)
+        v = padded(v, t)
     return model.narrowed(a, k, -(-f // t) if plan.width else f, v)
 
 
