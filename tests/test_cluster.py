@@ -344,3 +344,10 @@ def test_what_two_cards_bring_is_told_of_estimates() -> None:
         for strategy in ("ddp", "fsdp2")
     ]
     assert told == (estimate(run(gpu="h100")).bytes.allocated, *each)
+
+
+def test_the_bound_divides_by_every_degree_that_divides_the_model() -> None:
+    known = facts(run(), estimate(run()))
+    whole = sum(known.held)
+    assert least(known, Grid(1, 2, 2, 1, 1, "none", 1, 1)) == sum(held // 4 for held in known.held) < whole
+    assert least(known, Grid(4, 1, 1, 1, 1, "ddp", 1, 1)) == whole

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate, find_model
 from memplan.catalogue.overhead import cublas_workspace
-from memplan.catalogue.pipeline import ENGINES, moments, most_in_flight, order, split
+from memplan.catalogue.pipeline import ENGINES, dealt, moments, most_in_flight, order, split
 from memplan.engine.walk import alive, size
 from memplan.errors import SpecError
 from memplan.graph import built, lowered, weights_of
@@ -462,3 +462,10 @@ def test_the_traces_are_of_every_schedule_and_stage() -> None:
     assert {(c["schedule"], c["chunks"], c["stage"]) for c in TRACED} == {
         (schedule, chunks, stage) for schedule, chunks in (("1f1b", 1), ("gpipe", 1), ("1f1b", 2)) for stage in range(4)
     }
+
+
+def test_of_a_quantised_model_a_gpu_is_dealt_nine_tenths_of_its_share() -> None:
+    """Twelve modules of 10 bytes on two GPUs: the share is 60 and a buffer of 12, and the first leaves room for 10."""
+    ten = [10] * 10
+    assert dealt(10, ten, [10], 10, 2, quantised=False).layers == (5, 5)  # 72 - 10: the embeddings and five layers
+    assert dealt(10, ten, [10], 10, 2, quantised=True).layers == (4, 6)  # 64 - 10: the embeddings and four
