@@ -444,3 +444,12 @@ def test_a_bucket_of_gradients_is_there_twice_while_it_is_reduced(strategy: str)
     assert found["bucket as it is reduced"] == rounded(filled)
     assert ("bucket of gradients" in found) == (strategy != "zero3")  # there it is throughout
     assert found.get("bucket of gradients", bucket) == bucket
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_gradients_in_buckets_are_not_there_a_second_time_for_later_micro_batches(view: bool) -> None:
+    parallelism = {"world": 2, "dp": 2, "strategy": "ddp", "bucket_view": view}
+    run = RunSpec(model="qwen2-0.5b", batch={"accumulation": 3}, parallelism=parallelism)
+    p = program(decide(run).structure)
+    assert set(p.accumulated.values()) == {0 if view else p.gradients}
+    assert (p.gradients == 0) == view
