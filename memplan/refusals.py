@@ -13,7 +13,7 @@ from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, STA
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
-from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
+from memplan.spec import Generation, Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
 
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
@@ -21,15 +21,52 @@ _PLAIN = Method()
 
 def refuse(run: RunSpec) -> None:
     """Raise SpecError for what the run as a whole must not say."""
-    if run.task != "train":
-        raise SpecError(f"task: {run.task!r} is not supported yet; only training is", "task")
-    if run.batch.new_tokens:
-        raise SpecError(
-            "batch.new_tokens: training generates none, and only training is supported yet", "batch.new_tokens"
-        )
+    if run.task != "generate":
+        if run.batch.new_tokens:
+            raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
+        if run.generation != Generation():
+            raise SpecError("generation: is of task generate", "generation")
     if run.parallelism != _ONE_GPU:
         for refused in _parallelism(run.parallelism):
             raise refused
+
+
+def refuse_untrained(run: RunSpec, what: str) -> None:
+    """Raise SpecError for `what` is only of training, where nothing trains."""
+    if run.task != "train":
+        raise SpecError(f"task: {what} of task {run.task} is not supported yet; supported: train", "task")
+
+
+def refuse_of_inference(run: RunSpec) -> None:
+    """Raise SpecError for what is said of training where nothing trains, or is not supported yet."""
+    task, method, loop = run.task, run.method, run.loop
+    if run.parallelism != _ONE_GPU:
+        raise _later("parallelism", f"{run.parallelism.world} GPUs", f"one GPU with task {task}")
+    if method.kind == "freeze" or method.frozen or method.modules_to_save:
+        field = "kind" if method.kind == "freeze" else "frozen" if method.frozen else "modules_to_save"
+        raise SpecError(f"method.{field}: says what trains, and with task {task} nothing does", f"method.{field}")
+    for field in ("grads", "master"):
+        if getattr(run.precision, field) is not None:
+            raise SpecError(
+                f"precision.{field}: is of training, and with task {task} nothing trains", f"precision.{field}"
+            )
+    if run.precision.autocast:
+        raise _later("precision.autocast", True, f"false with task {task}")
+    if run.batch.accumulation > 1:
+        raise SpecError(
+            f"batch.accumulation: is of training, and with task {task} nothing trains", "batch.accumulation"
+        )
+    if run.kernels.checkpointing not in (None, "none") or run.kernels.reentrant:
+        raise SpecError(f"kernels.checkpointing: task {task} has no backward pass", "kernels.checkpointing")
+    if run.kernels.loss is not None:
+        raise SpecError(f"kernels.loss: task {task} has no loss", "kernels.loss")
+    if run.kernels.fused:
+        raise _later("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
+    if run.kernels.compile:
+        raise _later("kernels.compile", True, "false")
+    for field in ("hold_outputs", "grad_scaler", "trainer", "use_cache"):
+        if getattr(loop, field):
+            raise SpecError(f"loop.{field}: is of training, and with task {task} nothing trains", f"loop.{field}")
 
 
 def refuse_parts(

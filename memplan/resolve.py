@@ -56,6 +56,7 @@ from memplan.refusals import (
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
 from memplan.stages import piped
 
+NEW_TOKENS = 256  # generated where none are asked for
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
 
@@ -84,6 +85,10 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     """
     refuse(run)
     model = with_objective(model or find_model(run.model), run.objective)
+    if run.task != "train":
+        from memplan.generation import decide_inference
+
+        return decide_inference(run, model)
     window = model.sliding_window
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
@@ -124,10 +129,18 @@ def objective_of(run: RunSpec) -> str:
 
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
+    run = with_new_tokens(run)
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
     method = _unprepared(run.method) if _sharded(run.parallelism) else run.method
     method, optimizer, kernels = _filled(method, run.optimizer, run.kernels, run.precision, words)
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
+
+
+def with_new_tokens(run: RunSpec) -> RunSpec:
+    """The run with how many tokens it generates, where it leaves that open."""
+    if run.task != "generate" or run.batch.new_tokens:
+        return run
+    return run.model_copy(update={"batch": run.batch.model_copy(update={"new_tokens": NEW_TOKENS})})
 
 
 def completed(run: RunSpec) -> RunSpec:

@@ -218,7 +218,8 @@ class Optimizer(Part, frozen=True):
 
 
 class Batch(Part, frozen=True):
-    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step.
+    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step. In generation they are
+    prompts, and `new_tokens` follow each: 256 where none are asked for.
 
     Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
     Of an encoder-decoder `sequence` is what the encoder reads, and the decoder is given `target_sequence` tokens: by
@@ -368,6 +369,17 @@ class Parallelism(Part, frozen=True):
     ends_as_layers: Flag | None = None
 
 
+class Generation(Part, frozen=True):
+    """How tokens are generated, mostly by the names of transformers' `GenerationConfig`. The prompt is
+    `batch.sequence`, and `batch.new_tokens` come after it.
+
+    `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done.
+    """
+
+    cache_implementation: Literal["dynamic", "legacy"] | None = None
+
+
 class InlineModel(Part, frozen=True):
     """A model given by its config instead of by name, with Hugging Face's keys."""
 
@@ -395,6 +407,7 @@ class RunSpec(Part, frozen=True):
             batch: Batch | Mapping[str, Any] = ...,
             kernels: Kernels | Mapping[str, Any] = ...,
             loop: Loop | Mapping[str, Any] = ...,
+            generation: Generation | Mapping[str, Any] = ...,
             parallelism: Parallelism | Mapping[str, Any] = ...,
             profile: str = ...,
             gpu: str | None = ...,
@@ -409,6 +422,7 @@ class RunSpec(Part, frozen=True):
     batch: Batch = Batch()
     kernels: Kernels = Kernels()
     loop: Loop = Loop()
+    generation: Generation = Generation()
     parallelism: Parallelism = Parallelism()
     profile: str = "transformers-5"
     gpu: str | None = None

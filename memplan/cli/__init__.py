@@ -252,12 +252,14 @@ def option(help: str, *names: str, of: str, complete: Callable[[str], list[str]]
 
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora", "freeze")
+TASKS = ("generate", "forward")  # where nothing trains
 OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
     *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
     *("image_classification", "feature_extraction"),
 )
-TRAINING, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
+TRAINING, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
+    "Generation",
     "Adapters and quantisation",
     "Precision and optimizer",
     "Kernels",
@@ -290,7 +292,12 @@ def estimate(
         ),
     ] = None,
     method: Annotated[
-        str | None, option(f"{', '.join(METHODS)}. Default full.", of=TRAINING, complete=_choices(*METHODS))
+        str | None,
+        option(
+            f"{', '.join(METHODS)}; for inference {' or '.join(TASKS)}. Default full.",
+            of=TRAINING,
+            complete=_choices(*METHODS, *TASKS),
+        ),
     ] = None,
     objective: Annotated[
         str | None,
@@ -384,6 +391,18 @@ def estimate(
             "torch's allocator has expandable segments (PYTORCH_CUDA_ALLOC_CONF). Default off.",
             "--expandable-segments/--no-expandable-segments",
             of=TRAINING,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        option("Tokens generated after a prompt of --seq-len. Default 256, with --method generate.", of=GENERATION),
+    ] = None,
+    cache_implementation: Annotated[
+        str | None,
+        option(
+            "What keeps keys and values: dynamic, legacy. Default as the profile has it.",
+            of=GENERATION,
+            complete=_choices("dynamic", "legacy"),
         ),
     ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,

@@ -76,8 +76,6 @@ def _refuse(run: RunSpec) -> None:
             raise SpecError(
                 "loop.grad_scaler: a probe scales no losses for an optimizer on the host", "loop.grad_scaler"
             )
-    if run.task == "generate" and not run.batch.new_tokens:
-        raise SpecError("batch.new_tokens: how many tokens generate is to make; at least 1", "batch.new_tokens")
     if run.task != "generate" and run.batch.new_tokens:
         raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
     _optimizer(run)
