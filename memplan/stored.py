@@ -6,15 +6,18 @@ them. Nothing here is about training (`memplan.prequantized` is).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+from memplan.catalogue.gguf import FILE_TYPES
+from memplan.catalogue.gguf import SOURCE as QUANTIZE
 from memplan.catalogue.storage import KINDS, Layout, parts_of, plain
-from memplan.checkpoint import Parameter, parameters
+from memplan.checkpoint import parameters
 from memplan.engine.walk import shared
 from memplan.errors import UnknownNameError
+from memplan.gguf import file_type_of, gguf_file
 from memplan.ir import Tensor, Weight
 from memplan.models import ModelSpec
 from memplan.spec import Quantization
@@ -54,11 +57,13 @@ def stored_weights(
 ) -> tuple[StoredWeight, ...]:
     """The weights of `model` as they are stored in `quantization`, in the model's order.
 
-    quantization  a format by name (`fp8`, `w4a16`, `awq-int4`; `memplan.catalogue.storage.KINDS` lists them), one with
-                  its settings, or None for plain weights
-    dtype         of what is not quantised: embeddings, norms, routers, the head: `bf16`, `fp16` or `fp32`
+    quantization  a format by name: one of `memplan.catalogue.storage.KINDS` (`fp8`, `w4a16`, `awq-int4`), or a type of
+                  GGUF file (`Q4_K_M`, `gguf:Q4_K_M`); one with its settings; or None for plain weights
+    dtype         of what is not quantised: embeddings, norms, routers, the head: `bf16`, `fp16` or `fp32`. A GGUF file
+                  has types of its own for those
 
-    Raises UnknownNameError for a format that is not known. The sum of `bytes` is what the weights take.
+    Raises UnknownNameError for a format that is not known, UnsupportedModelError for a family whose tensors have no
+    names in GGUF that are known. The sum of `bytes` is what the weights take.
     """
     return _stored(model, quantization, dtype)
 
@@ -66,15 +71,28 @@ def stored_weights(
 def format_of(name: str) -> str:
     """The format a name means, in any case. Raises UnknownNameError with the nearest ones."""
     found = name.strip().lower().replace("_", "-")
-    if found not in KINDS:
-        raise UnknownNameError("method.quantization.format", name, KINDS)
-    return found
+    if found in KINDS:
+        return found
+    file_type = file_type_of(name)
+    if file_type is None:
+        raise UnknownNameError("method.quantization.format", name, (*KINDS, *FILE_TYPES))
+    return file_type
 
 
 @lru_cache(maxsize=64)
 def _stored(model: ModelSpec, quantization: str | Quantization | None, dtype: str) -> tuple[StoredWeight, ...]:
+    if isinstance(quantization, str):
+        quantization = format_of(quantization)
+        if quantization in FILE_TYPES:
+            return tuple(_in_gguf(model, quantization))
     layout_of = _plainly if quantization is None else _one_format(model, quantization, dtype)
     return tuple(_rows(model, layout_of, dtype))
+
+
+def _in_gguf(model: ModelSpec, file_type: str) -> Iterator[StoredWeight]:
+    """The tensors of a GGUF file, of which one parameter may have several."""
+    for t in gguf_file(model, file_type).tensors:
+        yield StoredWeight(t.parameter or t.name, t.name, t.type, t.shape, t.bytes, t.group, QUANTIZE)
 
 
 def _plainly(_: str, __: Weight) -> Layout | None:
@@ -88,7 +106,7 @@ def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) 
         layout = plain(q.format, q.block_size, dtype, q.double_quant)
         skip = q.skip if q.skip is not None else (_HEAD,)
     else:
-        layout, skip = plain(format_of(quantization), None, dtype), (_HEAD,)
+        layout, skip = plain(quantization, None, dtype), (_HEAD,)
     left = {*skip, *model.unquantised}
 
     def of(name: str, w: Weight) -> Layout | None:
@@ -104,9 +122,9 @@ def takes(w: Weight) -> bool:
     return ((w.matrix and not w.viewed) or w.stacked) and w.group not in ("router", "embedding") and not w.dtype
 
 
-def _rows(model: ModelSpec, layout_of: LayoutOf, dtype: str) -> Iterable[StoredWeight]:
+def _rows(model: ModelSpec, layout_of: LayoutOf, dtype: str) -> Iterator[StoredWeight]:
     axes = model.axes()
-    for name, w, shape in (Parameter(*one) for one in parameters(model)):
+    for name, w, shape in parameters(model):
         if w.group == "buffer" and not w.name.endswith(_KEPT):
             continue
         layout = layout_of(name, w) if w.group != "buffer" else None
