@@ -63,7 +63,6 @@ ARCHITECTURES = {
     "bloom": "bloom",
     "cohere": "command-r",
     "cohere2": "cohere2",
-    "deepseek": "deepseek",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "ernie4_5": "ernie4_5",
