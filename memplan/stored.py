@@ -84,6 +84,8 @@ def format_of(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _stored(model: ModelSpec, quantization: str | Quantization | None, dtype: str) -> tuple[StoredWeight, ...]:
+    if isinstance(quantization, Quantization) and quantization.format in FILE_TYPES:
+        quantization = quantization.format
     if isinstance(quantization, str):
         quantization = format_of(quantization)
         if quantization in FILE_TYPES:
@@ -128,7 +130,8 @@ def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) 
     """Every matrix in one format, but for the head, routers, and what the run or the model leaves out."""
     if isinstance(quantization, Quantization):
         q = quantization
-        layout, skip = plain(q.format, q.block_size, dtype, q.double_quant), q.skip
+        group = q.block_size if "block_size" in q.model_fields_set else None  # else the format's own
+        layout, skip = plain(q.format, group, dtype, q.double_quant), q.skip
     else:
         layout, skip = plain(quantization, None, dtype), None
     return everywhere(layout, [*((_HEAD,) if skip is None else skip), *model.unquantised])

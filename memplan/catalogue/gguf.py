@@ -53,7 +53,6 @@ FILE_TYPES = {
     "TQ1_0": "TQ1_0",
     "TQ2_0": "TQ2_0",
     "MXFP4_MOE": "MXFP4",
-    "NVFP4": "NVFP4",
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp QUANT_OPTIONS
 
