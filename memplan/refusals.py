@@ -6,6 +6,7 @@ No field is ever ignored: one that could not do what it says is an error that na
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast, get_args
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
@@ -13,7 +14,18 @@ from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, STA
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
-from memplan.spec import Generation, Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
+from memplan.spec import (
+    Generation,
+    Kernels,
+    Loop,
+    Method,
+    Optimizer,
+    Parallelism,
+    Precision,
+    Quantization,
+    RunSpec,
+    TrainedOver,
+)
 
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
@@ -454,6 +466,9 @@ _WHOLE = (*_GROUPED, "fp8", "int8")
 
 def _quantization(q: Quantization, storages: tuple[str, ...]) -> Iterator[SpecError]:
     field = "method.quantization"
+    trained = cast(tuple[str, ...], get_args(TrainedOver))
+    if q.format not in trained:
+        yield _later(f"{field}.format", q.format, f"{', '.join(trained)}; others by engines that serve a model")
     if q.block_size < (16 if q.format in _GROUPED else 32) and not (q.block_size == WHOLE and q.format in _WHOLE):
         size = "one scale a column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
         yield SpecError(f"{field}.block_size: {q.format} has no {size}", f"{field}.block_size")

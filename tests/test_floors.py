@@ -21,7 +21,7 @@ FLOORS = (
     {
         *("graph", "ranks", "fetching", "megatron", "zero", "program", "stages", "run_axes", "segments", "usage"),
         *("refusals", "resolve", "batches", "kernels", "notes", "recipes", "prequantized", "checkpoint", "new_card"),
-        *("answer", "estimator", "ledger", "speed", "stored", "tensors", "inference", "generation"),
+        *("answer", "estimator", "ledger", "speed", "stored", "gguf", "schemes", "tensors", "inference", "generation"),
     },
     {"sweep", "comparison", "planning"},
     {"frameworks"},

@@ -236,6 +236,14 @@ def _complete_profile(incomplete: str) -> list[str]:
     return [profile.name for profile in PROFILES if profile.name.startswith(incomplete)]
 
 
+def _complete_format(incomplete: str) -> list[str]:
+    from typing import get_args
+
+    from memplan.spec import Format
+
+    return [name for name in get_args(Format) if name.lower().startswith(incomplete.lower())]
+
+
 def _choices(*words: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
@@ -416,10 +424,11 @@ def estimate(
     quant_format: Annotated[
         str | None,
         option(
-            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8. Default nf4; of a "
-            "checkpoint that is stored quantised, its own.",
+            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; to serve a model also "
+            "w4a16, fp8-channel, mxfp4, Q4_K_M and others. Default nf4; of a checkpoint that is stored quantised, its "
+            "own.",
             of=ADAPTERS,
-            complete=_choices("nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"),
+            complete=_complete_format,
         ),
     ] = None,
     double_quant: Annotated[

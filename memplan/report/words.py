@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Batch, Generation, Kernels, Loop, Parallelism, RunSpec
+from memplan.spec import Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -383,7 +383,7 @@ def _method(answer: Estimate) -> Iterator[str]:
     if q is not None:
         four = q.format in ("nf4", "fp4")
         blocks = "one block a column" if q.block_size < 0 else f"in blocks of {q.block_size}"
-        yield q.format + (f" {blocks}" if q.format != "int8" else "")
+        yield q.format + (f" {blocks}" if _has_blocks(q) else "")
         if answer.asked.method.quantization is None:
             yield "as the checkpoint is stored"
         if four:
@@ -395,6 +395,12 @@ def _method(answer: Estimate) -> Iterator[str]:
         whole = [name for name in q.skip or () if name != "lm_head"]
         if whole:
             yield f"{', '.join(whole)} not quantised"
+
+
+def _has_blocks(q: Quantization) -> bool:
+    """Whether a format has blocks of weights whose size can be said."""
+    whole = ("int8", "w8a8-int8", "torchao-int8", "quanto-int8", "fp8-tensor", "fp8-channel")
+    return q.format not in (*whole, *get_args(GgufType))
 
 
 def _precision(answer: Estimate) -> Iterator[str]:
