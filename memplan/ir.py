@@ -277,6 +277,7 @@ class Division(NamedTuple):
              unit's gradients only after the backward of the one before it
     keeps    weights stay whole from forward to backward
     waits    what a rank received stays until the pass is over, as replicas sum it
+    leaves   its parts of the gradients go to the host as soon as they are reduced
     sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
     """
 
@@ -288,3 +289,4 @@ class Division(NamedTuple):
     ahead: bool = False
     keeps: bool = False
     waits: bool = False
+    leaves: bool = False

@@ -39,7 +39,7 @@ def refuse(run: RunSpec) -> None:
         if run.generation != Generation():
             raise SpecError("generation: is of task generate", "generation")
     if run.parallelism != _ONE_GPU:
-        for refused in _parallelism(run.parallelism):
+        for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused
 
 
@@ -196,13 +196,40 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             "parallelism.strategy",
         )
     yield from _knobs(p)
-    if p.offload.parameters and not (p.strategy == "zero3" and p.world > 1):
-        yield _later("parallelism.offload", "parameters", "optimizer; parameters too with several GPUs under zero3")
+    offloads = (*FSDP, "zero3")
+    if p.offload.parameters and not (p.strategy in offloads and p.world > 1):
+        those = ", ".join(offloads)
+        yield _later("parallelism.offload", "parameters", f"optimizer; parameters too with several GPUs under {those}")
     if p.offload.activations:
         yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
-    if p.offload.optimizer and p.world > 1 and p.strategy not in ZERO:
+    if p.offload.optimizer and p.world > 1 and p.strategy in FSDP and not p.offload.parameters:
+        yield SpecError(
+            "parallelism.offload: FSDP keeps parameters, gradients and states on the host together; say parameters",
+            "parallelism.offload",
+        )
+    elif p.offload.optimizer and p.world > 1 and p.strategy not in (*FSDP, *ZERO):
         yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs but under {', '.join(ZERO)}")
     yield from _zero(p)
+
+
+def _offloaded(run: RunSpec) -> Iterator[SpecError]:
+    """What FSDP does not do with its parts on the host, or memplan not yet.
+
+    Source: torch 2.13 distributed/fsdp/fully_sharded_data_parallel.py, of gradients accumulated outside of no_sync().
+    """
+    p = run.parallelism
+    if not p.offload.parameters or p.strategy not in FSDP:
+        return
+    if p.strategy == "fsdp" and run.batch.accumulation > 1 and not run.loop.trainer:
+        yield SpecError(
+            "batch.accumulation: with its parts on the host FSDP1 writes each micro-batch's gradients over those "
+            "before; under transformers' Trainer (loop.trainer) they are reduced once, and fsdp2 adds them up",
+            "batch.accumulation",
+        )
+    if run.loop.grad_scaler:
+        yield _later("loop.grad_scaler", True, f"false with parameters offloaded under {p.strategy}")
+    if p.tp > 1:
+        yield _later("parallelism.offload", "parameters", "none with tensor parallelism")
 
 
 def _zero(p: Parallelism) -> Iterator[SpecError]:

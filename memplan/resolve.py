@@ -203,7 +203,7 @@ def _decide(
         tensor_parallel.check(model, degrees)
     if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
-    elif parallelism.offload.optimizer:
+    elif parallelism.offload.optimizer and not sharded:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
@@ -318,7 +318,7 @@ def _decide(
         scales=loop.grad_scaler,
         trainer=loop.trainer,
         holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
-        on_host=parallelism.offload.optimizer,
+        on_host=parallelism.offload.optimizer and not ranks.offloads,
         ranks=ranks,
         pipe=pipe,
         buffers=own,
@@ -484,6 +484,8 @@ def _ranks(
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
+        offloads=p.offload.parameters,
+        casts=recipe.autocast or (method.quantization is not None and trainer),
     )
     q = method.quantization
     if q is not None:

@@ -114,6 +114,7 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         sharding_strategy=getattr(fsdp.ShardingStrategy, strategy),
         auto_wrap_policy=policy,
         mixed_precision=mixed,
+        cpu_offload=fsdp.CPUOffload(offload_params=True) if p.offload.parameters else None,
         forward_prefetch=p.forward_prefetch,
         backward_prefetch={"pre": prefetch.BACKWARD_PRE, "post": prefetch.BACKWARD_POST}.get(p.backward_prefetch),
         use_orig_params=True,
@@ -164,6 +165,8 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
                 parameter.data = parameter.data.to(torch.float32)
     policy = fsdp.MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower, output_dtype=lower)
     root = {"mesh": mesh, "mp_policy": policy if lower else fsdp.MixedPrecisionPolicy()}
+    if run.parallelism.offload.parameters:
+        root["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=True)
     unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward}
     shard = fsdp.fully_shard
     blocks = () if run.loop.trainer and run.method.kind in ADAPTERS else tuple(_blocks(model))
