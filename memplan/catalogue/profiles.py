@@ -37,6 +37,8 @@ WORDS = {
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
+    "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
+    "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -136,6 +138,8 @@ PROFILES = (
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
+            Row("fsdp_casts", False, "accelerate 1.15 accelerator.py prepare_model: autocast around the model too"),
+            Row("fsdp_reduces", "", "accelerate 1.15 utils/dataclasses.py set_mixed_precision: one dtype for all"),
             Row("pipeline", "device_map", "transformers 5.24 has no other for training: integrations/accelerate.py"),
             Row("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
@@ -433,13 +437,15 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
+            Row("fsdp_casts", True, "torchtitan 0.3.0 distributed/fsdp.py apply_fsdp_to_decoder"),
+            Row("fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"),
             Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
             Row("tensor_parallel", "", "torchtitan 0.3.0 models/common/decoder_sharding.py: not read"),
             Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
-            "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor parallelism",
+            "FSDP2 keeps fp32 shards and computes in bf16: say precision amp; tensor parallelism",
             "selective checkpointing of operations, and compiled blocks and loss",
         ),
     ),
