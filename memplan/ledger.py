@@ -15,7 +15,10 @@ from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, moment_bytes, size, values
 from memplan.graph import Held, built
 from memplan.program import (
+    GATHERED,
     PHASES,
+    REDUCED,
+    RETURNED,
     Flown,
     Structure,
     accumulated_bytes,
@@ -24,12 +27,16 @@ from memplan.program import (
     chunks_of,
     converting_of,
     flying,
+    gathered_of,
     gradients_of,
     pass_of,
     passing_of,
+    reduced_of,
     reducing_of,
     resident_of,
     returned,
+    stays_whole,
+    whole_of,
 )
 from memplan.tensors import alive_lines, held_line, in_letters, in_numbers
 
@@ -49,8 +56,8 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
         if index >= 0:
             flown = walked.program.flown[later][index]
             out += _flown(walked, flown)
-            out += _between(structure, flown.beside, axes)
-            out += _returned(structure, axes) if flown.moment < 0 else ()
+            out += _between(structure, flown.beside, axes, flown.moment == REDUCED)
+            out += _returned(structure, axes) if flown.moment == RETURNED else ()
         elif holds:
             out += _between(structure, None, axes)
     elif index >= 0 or holds:
@@ -65,7 +72,9 @@ def _flown(walked: Walked, flown: Flown) -> Iterator[Line]:
     total = sum(beside.others) + 1
     for i, structure in enumerate(chunks_of(walked.program.structure)):
         low = pass_of(structure, i == beside.chunk and beside.graded[i], labelled=True)
-        if i == beside.chunk:
+        if flown.opens:
+            low = pass_of(structure, labelled=True, opens=True)
+        if i == beside.chunk and flown.moment not in (REDUCED, GATHERED):
             yield from _alive(structure, low, low.moments[flown.moment] if flown.moment >= 0 else low.kept, walked)
         if beside.others[i]:
             passes = f"{beside.others[i]} of {total} microbatches in flight"
@@ -98,10 +107,12 @@ _BETWEEN = {
 }
 
 
-def _between(structure: Structure, moment: Moment | None, axes: Mapping[str, int]) -> Iterator[Line]:
+def _between(
+    structure: Structure, moment: Moment | None, axes: Mapping[str, int], reduces: bool = False
+) -> Iterator[Line]:
     """What a pipeline's rank has of hidden states beside those of passes."""
     engine = ENGINES[structure.pipe.engine]
-    for tensor, which, count in beside_of(structure, moment):
+    for tensor, which, count in beside_of(structure, moment, reduces):
         bytes_ = size(tensor.shape, tensor.dtype, axes)[1] * count
         why = "a buffer for every microbatch" if engine.buffers else "the loop's names have no other yet"
         what, where = _BETWEEN[which]
@@ -223,6 +234,11 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         )
     for held in reducing_of(structure):
         yield held_line(held, axes, "where gradients are summed over ranks")
+    flown = _flown_at(walked)
+    if flown is not None and stays_whole(structure):
+        for held in _whole(structure, flown, later):
+            yield held_line(held, axes, _IN_STAGES[held.kind])
+        return
     listed = p.gradients if phase.phase == "step" else later and p.accumulated[phase.phase]
     if p.buffered or listed:
         for held in _gradients(walked):
@@ -238,6 +254,32 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
                 yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
     for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
         yield held_line(held, axes, "between ranks")
+
+
+# Why FSDP2 has what it has in the stages of a pipeline.
+_IN_STAGES = {
+    "parameter": "whole for all microbatches",
+    "gradient": "summed whole over microbatches, or reduced already",
+    "temp": "what a collective reads or writes",
+}
+
+
+def _whole(structure: Structure, flown: Flown, later: bool) -> Iterator[Held]:
+    """The weights and gradients that a rank has whole at a moment of its pipeline, and those reduced already."""
+    if flown.moment == REDUCED:
+        yield from reduced_of(structure, flown)
+        return
+    if flown.moment == GATHERED:
+        yield from gathered_of(structure, flown)
+    for i, chunk in enumerate(chunks_of(structure) if not flown.opens else ()):
+        beside = flown.beside if later else flown.beside._replace(graded=(False,) * len(flown.beside.graded))
+        yield from whole_of(chunk, beside, i)
+
+
+def _flown_at(walked: Walked) -> Flown | None:
+    """What a pipeline's rank is at when most is there, in a pass."""
+    later, index = walked.moments[walked.peak]
+    return walked.program.flown[later][index] if walked.program.structure.pipe.engine and index >= 0 else None
 
 
 def _gradients(walked: Walked) -> Iterator[Held]:

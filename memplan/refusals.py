@@ -270,8 +270,20 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
     if p.stage is not None and p.stage >= p.pp:
         stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
         yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
-    if p.pp > 1 and p.strategy in ("fsdp", "fsdp2", "zero2", "zero3"):
-        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1, megatron_dist_opt with pp {p.pp}")
+    if p.pp > 1 and p.strategy in ("zero2", "zero3"):
+        yield SpecError(
+            f"parallelism.strategy: DeepSpeed runs pp {p.pp} stages under ZeRO 1 alone, and refuses {p.strategy}; say "
+            "zero1",
+            "parallelism.strategy",
+        )
+    if p.pp > 1 and p.strategy == "fsdp":
+        yield SpecError(
+            f"parallelism.strategy: torch.distributed.pipelining has the gradients of pp {p.pp} stages reduced under "
+            "fsdp2 and ddp, not fsdp; say fsdp2",
+            "parallelism.strategy",
+        )
+    if p.pp > 1 and p.strategy == "fsdp2" and p.reshard_after_forward:
+        yield _later("parallelism.reshard_after_forward", True, f"false with pp {p.pp}, as torchtitan has it")
     if p.pp > 1 and p.offload.optimizer:
         yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
 

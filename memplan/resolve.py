@@ -247,7 +247,7 @@ def _decide(
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
     degrees = degrees if megatron.has_experts(model) else degrees._replace(ep=1, etp=1)
-    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
+    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"], words)
     if ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
@@ -452,7 +452,13 @@ def _unprepared(method: Method) -> Method:
 
 
 def _ranks(
-    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool, hidden: int
+    parallelism: Parallelism,
+    recipe: Recipe,
+    method: Method,
+    trainer: bool,
+    accumulates: bool,
+    hidden: int,
+    words: Mapping[str, Any],
 ) -> tuple[Recipe, Ranks]:
     """How ranks divide the run, and the recipe of what they compute.
 
@@ -480,12 +486,13 @@ def _ranks(
         p.shard_group or alike,
         delayed=trainer and accumulates,
         replicated=p.shard_group not in (None, alike),
-        keeps=not p.reshard_after_forward,
+        keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
         offloads=p.offload.parameters,
         casts=recipe.autocast or (method.quantization is not None and trainer),
+        reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization
     if q is not None:
@@ -495,6 +502,8 @@ def _ranks(
             return recipe._replace(adapter_dtype=q.storage), ranks._replace(trained=recipe.adapter_dtype)
         return recipe, ranks
     kept = recipe.weights if recipe.weights != recipe.compute else ""
+    if p.strategy == "fsdp2" and words["fsdp_casts"]:
+        recipe = recipe._replace(autocast=False)
     return recipe._replace(weights=recipe.compute, adapter_dtype=recipe.compute), ranks._replace(
         trained="fp32", frozen=kept
     )

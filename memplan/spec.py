@@ -419,7 +419,8 @@ class Parallelism(Part, frozen=True):
     under the strategies zero1 to zero3.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
-    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP); `forward_prefetch` and
+    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
+    pipeline's stages, where they stay whole for a step); `forward_prefetch` and
     `backward_prefetch` say when FSDP1 asks for the next unit. Of DDP: with `bucket_view` gradients lie in the buckets,
     and a `static_graph` is the same in every step.
     """
@@ -435,7 +436,7 @@ class Parallelism(Part, frozen=True):
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     shard_group: Count | None = None
-    reshard_after_forward: Flag = True
+    reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False
     backward_prefetch: Literal["pre", "post", "none"] = "pre"
     bucket_view: Flag = False

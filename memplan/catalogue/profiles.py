@@ -41,6 +41,8 @@ WORDS = {
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
     "last_logits": "generation asks the model for the last token's logits alone",
     "few_rows": "rows at most of a product with 4-bit weights that makes no whole matrix (catalogue/quantization.py)",
+    "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
+    "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -143,6 +145,8 @@ PROFILES = (
             Row("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
             Row("last_logits", True, "transformers 5.24 generation/utils.py prepare_inputs_for_generation"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
+            Row("fsdp_casts", False, "accelerate 1.15 accelerator.py prepare_model: autocast around the model too"),
+            Row("fsdp_reduces", "", "accelerate 1.15 utils/dataclasses.py set_mixed_precision: one dtype for all"),
             Row("pipeline", "device_map", "transformers 5.24 has no other for training: integrations/accelerate.py"),
             Row("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
@@ -440,13 +444,15 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
+            Row("fsdp_casts", True, "torchtitan 0.3.0 distributed/fsdp.py apply_fsdp_to_decoder"),
+            Row("fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"),
             Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
             Row("tensor_parallel", "", "torchtitan 0.3.0 models/common/decoder_sharding.py: not read"),
             Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
-            "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor parallelism",
+            "FSDP2 keeps fp32 shards and computes in bf16: say precision amp; tensor parallelism",
             "selective checkpointing of operations, and compiled blocks and loss",
         ),
     ),
