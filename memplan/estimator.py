@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from memplan import inference
 from memplan.answer import Bytes, Card, Estimate, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.batches import check_batch
+from memplan.catalogue.engines import find_engine
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
@@ -37,6 +38,10 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError (all MemplanError) where the run cannot be
     answered. A run that does not fit is an answer, not an error.
     """
+    if find_engine(run.profile) is not None:
+        from memplan.serving import serve
+
+        return serve(run, model)
     found = decide(run, model)
     if run.task != "train":
         return _inferred(run, found, calibration)

@@ -461,6 +461,47 @@ class Generation(Part, frozen=True):
     cache_implementation: Literal["dynamic", "legacy"] | None = None
 
 
+class Serving(Part, frozen=True):
+    """How a serving engine is started (profiles `vllm-...`, `sglang-...`, `tgi-...`, `llama.cpp-...`).
+
+    None is the engine's own default. A request is `batch.sequence` and `batch.new_tokens` together (256 of those where
+    none are asked for), and `batch.micro` of them at once are to fit.
+
+    weights                 what the weights are stored in, by name (`memplan.catalogue.storage`, or a GGUF type); None
+                            for `method.quantization`, or as the checkpoint is stored
+    max_model_len           the most tokens of a request that the engine admits; None for as many as the model has
+                            positions for, and of llama.cpp for those of the run's requests
+    max_num_seqs            requests in one step; of llama.cpp its parallel slots
+    max_num_batched_tokens  tokens in one step: vLLM's word; SGLang's `chunked_prefill_size`, TGI's
+                            `max_batch_prefill_tokens`, llama.cpp's `ubatch`
+    memory_utilization      the share of the card it takes: `gpu_memory_utilization`, `mem_fraction_static`,
+                            `cuda_memory_fraction`
+    block_size              tokens of a block of the pool, or of a page
+    cache_dtype             what keys and values are stored in; `auto` is the model's dtype
+    cuda_graphs             steps of few tokens are recorded and replayed
+    prefix_caching          blocks of requests that are over are kept for those that begin alike
+    hybrid_cache            layers with a window keep that alone, where the engine can
+    gpu_layers              of llama.cpp: the layers in the card's memory, from the last; one more is the head
+    flash_attention         of llama.cpp: scores are not written out
+    lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
+    """
+
+    weights: str | None = None
+    max_model_len: Count | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count | None = None
+    memory_utilization: Annotated[Number, Field(gt=0, le=1)] | None = None
+    block_size: Count | None = None
+    cache_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
+    cuda_graphs: Flag | None = None
+    prefix_caching: Flag | None = None
+    hybrid_cache: Flag | None = None
+    gpu_layers: Natural | None = None
+    flash_attention: Flag | None = None
+    lora_slots: Natural | None = None
+    lora_rank: Count | None = None
+
+
 class InlineModel(Part, frozen=True):
     """A model given by its config instead of by name, with Hugging Face's keys."""
 
@@ -490,6 +531,7 @@ class RunSpec(Part, frozen=True):
             loop: Loop | Mapping[str, Any] = ...,
             generation: Generation | Mapping[str, Any] = ...,
             parallelism: Parallelism | Mapping[str, Any] = ...,
+            serving: Serving | Mapping[str, Any] = ...,
             profile: str = ...,
             gpu: str | None = ...,
         ) -> None: ...
@@ -505,6 +547,7 @@ class RunSpec(Part, frozen=True):
     loop: Loop = Loop()
     generation: Generation = Generation()
     parallelism: Parallelism = Parallelism()
+    serving: Serving = Serving()
     profile: str = "transformers-5"
     gpu: str | None = None
 

@@ -23,6 +23,7 @@ FLOORS = (
         *("segments", "usage"),
         *("refusals", "resolve", "batches", "kernels", "notes", "recipes", "prequantized", "checkpoint", "new_card"),
         *("answer", "estimator", "ledger", "speed", "stored", "gguf", "schemes", "tensors", "inference", "generation"),
+        "serving",
     },
     {"sweep", "comparison", "planning"},
     {"frameworks"},

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from memplan.catalogue.engines import engine_names, find_engine
 from memplan.catalogue.quantization import FEW_ROWS
-from memplan.errors import UnknownNameError
+from memplan.errors import SpecError, UnknownNameError
 
 # What a row may set beside fields of a run.
 WORDS = {
@@ -528,8 +529,11 @@ _BY_NAME = {profile.name: profile for profile in PROFILES}
 def find_profile(name: str) -> Profile:
     """The profile of that name. Raises UnknownNameError, which names the nearest."""
     found = _BY_NAME.get(name)
+    if found is None and find_engine(name) is not None:
+        raise SpecError(f"profile: {name} serves models, which is task generate alone (--method generate)", "profile")
     if found is None:
-        raise UnknownNameError("profile", name, _BY_NAME)
+        engines = [engine for engine in engine_names() if engine[:3] == name.lower()[:3]]
+        raise UnknownNameError("profile", name, (*_BY_NAME, *engines))
     return found
 
 

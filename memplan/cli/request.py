@@ -49,6 +49,18 @@ FIELDS = {
     "ends_as_layers": "parallelism.ends_as_layers",
     "cp": "parallelism.cp",
     "ep": "parallelism.ep",
+    "stored": "serving.weights",
+    "max_model_len": "serving.max_model_len",
+    "max_num_seqs": "serving.max_num_seqs",
+    "max_num_batched_tokens": "serving.max_num_batched_tokens",
+    "memory_utilization": "serving.memory_utilization",
+    "block_size": "serving.block_size",
+    "cache_dtype": "serving.cache_dtype",
+    "cuda_graphs": "serving.cuda_graphs",
+    "prefix_caching": "serving.prefix_caching",
+    "gpu_layers": "serving.gpu_layers",
+    "lora_slots": "serving.lora_slots",
+    "lora_rank": "serving.lora_rank",
     "profile": "profile",
 }
 

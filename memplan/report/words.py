@@ -261,6 +261,10 @@ def count(n: int) -> str:
 
 def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     """What the number rests on, as pairs of a name and a text."""
+    if answer.serving is not None:
+        from memplan.report.served import assumptions as of_serving
+
+        return of_serving(answer)
     run, batch, loop = answer.run, answer.run.batch, answer.run.loop
     total, trainable, active = answer.parameters
     size = f"{count(total)} parameters" + (f", {count(active)} active" if active != total else "")
