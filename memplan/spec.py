@@ -298,7 +298,8 @@ class Optimizer(Part, frozen=True):
 
 
 class Batch(Part, frozen=True):
-    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step.
+    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step. In generation they are
+    prompts, and `new_tokens` follow each: 256 where none are asked for.
 
     Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
     Of an encoder-decoder `sequence` is what the encoder reads, and the decoder is given `target_sequence` tokens: by
@@ -418,7 +419,8 @@ class Parallelism(Part, frozen=True):
     under the strategies zero1 to zero3.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
-    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP); `forward_prefetch` and
+    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
+    pipeline's stages, where they stay whole for a step); `forward_prefetch` and
     `backward_prefetch` say when FSDP1 asks for the next unit. Of DDP: with `bucket_view` gradients lie in the buckets,
     and a `static_graph` is the same in every step.
     """
@@ -434,7 +436,7 @@ class Parallelism(Part, frozen=True):
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     shard_group: Count | None = None
-    reshard_after_forward: Flag = True
+    reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False
     backward_prefetch: Literal["pre", "post", "none"] = "pre"
     bucket_view: Flag = False
@@ -446,6 +448,58 @@ class Parallelism(Part, frozen=True):
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
     ends_as_layers: Flag | None = None
+
+
+class Generation(Part, frozen=True):
+    """How tokens are generated, mostly by the names of transformers' `GenerationConfig`. The prompt is
+    `batch.sequence`, and `batch.new_tokens` come after it.
+
+    `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done.
+    """
+
+    cache_implementation: Literal["dynamic", "legacy"] | None = None
+
+
+class Serving(Part, frozen=True):
+    """How a serving engine is started (profiles `vllm-...`, `sglang-...`, `tgi-...`, `llama.cpp-...`).
+
+    None is the engine's own default. A request is `batch.sequence` and `batch.new_tokens` together (256 of those where
+    none are asked for), and `batch.micro` of them at once are to fit.
+
+    weights                 what the weights are stored in, by name (`memplan.catalogue.storage`, or a GGUF type); None
+                            for `method.quantization`, or as the checkpoint is stored
+    max_model_len           the most tokens of a request that the engine admits; None for as many as the model has
+                            positions for, and of llama.cpp for those of the run's requests
+    max_num_seqs            requests in one step; of llama.cpp its parallel slots
+    max_num_batched_tokens  tokens in one step: vLLM's word; SGLang's `chunked_prefill_size`, TGI's
+                            `max_batch_prefill_tokens`, llama.cpp's `ubatch`
+    memory_utilization      the share of the card it takes: `gpu_memory_utilization`, `mem_fraction_static`,
+                            `cuda_memory_fraction`
+    block_size              tokens of a block of the pool, or of a page
+    cache_dtype             what keys and values are stored in; `auto` is the model's dtype
+    cuda_graphs             steps of few tokens are recorded and replayed
+    prefix_caching          blocks of requests that are over are kept for those that begin alike
+    hybrid_cache            layers with a window keep that alone, where the engine can
+    gpu_layers              of llama.cpp: the layers in the card's memory, from the last; one more is the head
+    flash_attention         of llama.cpp: scores are not written out
+    lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
+    """
+
+    weights: str | None = None
+    max_model_len: Count | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count | None = None
+    memory_utilization: Annotated[Number, Field(gt=0, le=1)] | None = None
+    block_size: Count | None = None
+    cache_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
+    cuda_graphs: Flag | None = None
+    prefix_caching: Flag | None = None
+    hybrid_cache: Flag | None = None
+    gpu_layers: Natural | None = None
+    flash_attention: Flag | None = None
+    lora_slots: Natural | None = None
+    lora_rank: Count | None = None
 
 
 class InlineModel(Part, frozen=True):
@@ -475,7 +529,9 @@ class RunSpec(Part, frozen=True):
             batch: Batch | Mapping[str, Any] = ...,
             kernels: Kernels | Mapping[str, Any] = ...,
             loop: Loop | Mapping[str, Any] = ...,
+            generation: Generation | Mapping[str, Any] = ...,
             parallelism: Parallelism | Mapping[str, Any] = ...,
+            serving: Serving | Mapping[str, Any] = ...,
             profile: str = ...,
             gpu: str | None = ...,
         ) -> None: ...
@@ -489,7 +545,9 @@ class RunSpec(Part, frozen=True):
     batch: Batch = Batch()
     kernels: Kernels = Kernels()
     loop: Loop = Loop()
+    generation: Generation = Generation()
     parallelism: Parallelism = Parallelism()
+    serving: Serving = Serving()
     profile: str = "transformers-5"
     gpu: str | None = None
 
