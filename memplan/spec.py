@@ -99,13 +99,92 @@ class Part(BaseModel, frozen=True):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+# Formats that adapters train over; formats that a model only runs in; llama.cpp's types of GGUF files.
+TrainedOver = Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"]
+OnlyRuns = Literal[
+    "fp8-tensor",
+    "fp8-channel",
+    "w8a8-int8",
+    "w4a16",
+    "w8a16",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "torchao-int8",
+    "torchao-int4",
+    "hqq-int4",
+    "quanto-int8",
+    "quanto-int4",
+]
+GgufType = Literal[
+    "F32",
+    "F16",
+    "BF16",
+    "Q1_0",
+    "Q2_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q2_K_S",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ2_M",
+    "IQ3_XXS",
+    "IQ3_XS",
+    "IQ3_S",
+    "IQ3_M",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4_MOE",
+]
+Format = Literal[TrainedOver, OnlyRuns, GgufType]
+_FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
+_GROUPS = {
+    "fp8": 128,
+    "w4a16": 128,
+    "w8a16": 128,
+    "mxfp4": 32,
+    "mxfp8": 32,
+    "nvfp4": 16,
+    "torchao-int4": 128,
+    "quanto-int4": 128,
+}
+
+
+def _named(value: Any) -> Any:
+    """A format by its own name, in any case: `gguf:q4_k_m` is `Q4_K_M`."""
+    if not isinstance(value, str):
+        return value
+    lowered = value.strip().lower()
+    known = _FORMATS.get(lowered.removeprefix("gguf:")) or _FORMATS.get(lowered.replace("_", "-"))
+    alias = _FORMATS.get(f"{lowered.removeprefix('gguf:')}_m") if lowered.endswith("_k") else None
+    return known or alias or value.strip().removeprefix("gguf:")
+
+
 class Quantization(Part, frozen=True):
     """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words.
 
-    A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128.
+    A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
+    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said.
     """
 
-    format: Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"] = "nf4"
+    format: Annotated[Format, BeforeValidator(_named)] = "nf4"
     double_quant: Flag = True
     block_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
@@ -115,11 +194,12 @@ class Quantization(Part, frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _squares(cls, value: Any) -> Any:
-        """FP8's own size of blocks, where none is said."""
+        """A format's own size of blocks, where none is said."""
         if not isinstance(value, Mapping):
             return value
         given = dict(cast(Mapping[str, Any], value))
-        return {"block_size": 128, **given} if given.get("format") == "fp8" else given
+        size = _GROUPS.get(_named(given.get("format", "")))
+        return {"block_size": size, **given} if size is not None else given
 
 
 class Method(Part, frozen=True):
@@ -218,7 +298,8 @@ class Optimizer(Part, frozen=True):
 
 
 class Batch(Part, frozen=True):
-    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step.
+    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step. In generation they are
+    prompts, and `new_tokens` follow each: 256 where none are asked for.
 
     Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
     Of an encoder-decoder `sequence` is what the encoder reads, and the decoder is given `target_sequence` tokens: by
@@ -338,7 +419,8 @@ class Parallelism(Part, frozen=True):
     under the strategies zero1 to zero3.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
-    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP); `forward_prefetch` and
+    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
+    pipeline's stages, where they stay whole for a step); `forward_prefetch` and
     `backward_prefetch` say when FSDP1 asks for the next unit. Of DDP: with `bucket_view` gradients lie in the buckets,
     and a `static_graph` is the same in every step.
     """
@@ -354,7 +436,7 @@ class Parallelism(Part, frozen=True):
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     shard_group: Count | None = None
-    reshard_after_forward: Flag = True
+    reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False
     backward_prefetch: Literal["pre", "post", "none"] = "pre"
     bucket_view: Flag = False
@@ -366,6 +448,17 @@ class Parallelism(Part, frozen=True):
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
     ends_as_layers: Flag | None = None
+
+
+class Generation(Part, frozen=True):
+    """How tokens are generated, mostly by the names of transformers' `GenerationConfig`. The prompt is
+    `batch.sequence`, and `batch.new_tokens` come after it.
+
+    `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done.
+    """
+
+    cache_implementation: Literal["dynamic", "legacy"] | None = None
 
 
 class Serving(Part, frozen=True):
@@ -436,6 +529,7 @@ class RunSpec(Part, frozen=True):
             batch: Batch | Mapping[str, Any] = ...,
             kernels: Kernels | Mapping[str, Any] = ...,
             loop: Loop | Mapping[str, Any] = ...,
+            generation: Generation | Mapping[str, Any] = ...,
             parallelism: Parallelism | Mapping[str, Any] = ...,
             serving: Serving | Mapping[str, Any] = ...,
             profile: str = ...,
@@ -451,6 +545,7 @@ class RunSpec(Part, frozen=True):
     batch: Batch = Batch()
     kernels: Kernels = Kernels()
     loop: Loop = Loop()
+    generation: Generation = Generation()
     parallelism: Parallelism = Parallelism()
     serving: Serving = Serving()
     profile: str = "transformers-5"

@@ -237,6 +237,14 @@ def _complete_profile(incomplete: str) -> list[str]:
     return [profile.name for profile in (*PROFILES, *ENGINES) if profile.name.startswith(incomplete)]
 
 
+def _complete_format(incomplete: str) -> list[str]:
+    from typing import get_args
+
+    from memplan.spec import Format
+
+    return [name for name in get_args(Format) if name.lower().startswith(incomplete.lower())]
+
+
 def _choices(*words: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
@@ -253,14 +261,16 @@ def option(help: str, *names: str, of: str, complete: Callable[[str], list[str]]
 
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora", "freeze")
+TASKS = ("generate", "forward")  # where nothing trains
 OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
     *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
     *("image_classification", "feature_extraction"),
 )
 CACHE_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 SERVING = "Serving engines"
-TRAINING, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
+TRAINING, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
+    "Generation",
     "Adapters and quantisation",
     "Precision and optimizer",
     "Kernels",
@@ -293,7 +303,12 @@ def estimate(
         ),
     ] = None,
     method: Annotated[
-        str | None, option(f"{', '.join(METHODS)}. Default full.", of=TRAINING, complete=_choices(*METHODS))
+        str | None,
+        option(
+            f"{', '.join(METHODS)}; for inference {' or '.join(TASKS)}. Default full.",
+            of=TRAINING,
+            complete=_choices(*METHODS, *TASKS),
+        ),
     ] = None,
     objective: Annotated[
         str | None,
@@ -389,6 +404,18 @@ def estimate(
             of=TRAINING,
         ),
     ] = None,
+    new_tokens: Annotated[
+        int | None,
+        option("Tokens generated after a prompt of --seq-len. Default 256, with --method generate.", of=GENERATION),
+    ] = None,
+    cache_implementation: Annotated[
+        str | None,
+        option(
+            "What keeps keys and values: dynamic, legacy. Default as the profile has it.",
+            of=GENERATION,
+            complete=_choices("dynamic", "legacy"),
+        ),
+    ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
     targets: Annotated[
         str | None, option("all-linear, or module names with commas between. Default all-linear.", of=ADAPTERS)
@@ -400,10 +427,11 @@ def estimate(
     quant_format: Annotated[
         str | None,
         option(
-            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8. Default nf4; of a "
-            "checkpoint that is stored quantised, its own.",
+            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; to serve a model also "
+            "w4a16, fp8-channel, mxfp4, Q4_K_M and others. Default nf4; of a checkpoint that is stored quantised, its "
+            "own.",
             of=ADAPTERS,
-            complete=_choices("nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"),
+            complete=_complete_format,
         ),
     ] = None,
     double_quant: Annotated[

@@ -20,6 +20,8 @@ FIELDS = {
     "objective": "objective",
     "grad_accum": "batch.accumulation",
     "images": "batch.images",
+    "new_tokens": "batch.new_tokens",
+    "cache_implementation": "generation.cache_implementation",
     "rank": "method.rank",
     "lora_dropout": "method.dropout",
     "trainable_layers": "method.trainable_layers",
