@@ -265,6 +265,27 @@ def test_ranks_divide_matrices_and_copy_heads_that_are_too_few() -> None:
     assert latent[0] == latent[1] == 64 * 61 * 576 * 2
 
 
+def test_a_step_of_latents_has_room_for_the_prompts_that_are_cached() -> None:
+    """Keys and values of 65,536 tokens, of 16 heads with 128 and 128, beside q, latent, residual and output."""
+    s = settled(run_of("deepseek-v2-lite", "vllm-0.33"))
+    step = largest(s, 2048, 1)
+    assert step.where == "attention.workspace"
+    assert step.bytes == 2 * (65536 * 16 * (128 + 128) + 2048 * (2048 + 16 * 192 + 512 + 64 + 16 * 128))
+    short = settled(run_of("deepseek-v2-lite", "vllm-0.33", serving={"max_model_len": 5120, "max_num_seqs": 16}))
+    assert largest(short, 2048, 1).bytes == step.bytes - 2 * (65536 - 8 * 5120) * 16 * 256
+    other = settled(run_of("deepseek-v2-lite", "sglang-0.5"))
+    assert largest(other, 2048, 1).where != "attention.workspace"
+
+
+def test_a_sparse_latent_is_in_fp8_by_default_in_one_version_alone() -> None:
+    """Of 61 layers: 656 bytes packed, else 576 numbers; index keys of 128 and a scale."""
+    of = {"auto": 2 * 576, "fp8": 656, "bf16": 2 * 576}
+    for profile, usual in (("vllm-0.33", "auto"), ("vllm-0.11", "fp8")):
+        for dtype, kept in {**of, "auto": of[usual]}.items():
+            s = settled(run_of("deepseek-v3.2", profile, tp=8, serving={"cache_dtype": dtype}))
+            assert pool_of(s, 0).block_bytes == 64 * 61 * (kept + 128 + 4)
+
+
 def test_sglang_keeps_aside_what_its_heuristic_says() -> None:
     """An 80 GiB card: at least 10 GiB; a 24 GiB one: 512 MiB, 1.5 MiB a token, an eighth of a GiB and graphs."""
     assert static_fraction(80 * GIB, 8192, 256, 1, False, True) == round(
@@ -314,6 +335,11 @@ REFUSED = {
     "serving.gpu_layers: is llama.cpp's": {"serving": {"gpu_layers": 3}},
     "serving.max_model_len: 100 is less": {"serving": {"max_model_len": 100}},
     "batch: vllm-0.33 is given": {"batch": {"images": 1}},
+    "serving.weights: unknown name": {"serving": {"weights": "bogus"}},
+    "generation: of transformers": {"generation": {"cache_implementation": "legacy"}},
+    "objective: vllm-0.33 generates": {"objective": "masked_lm"},
+    "precision: of training": {"precision": "amp"},
+    "precision.compute: vllm-0.33 computes in bf16": {"precision": {"compute": "fp8"}},
     "model: t5 models are not supported yet": {"model": "t5-base"},
     "model: mamba keeps no keys": {"model": "mamba-130m"},
 }
@@ -330,6 +356,9 @@ def test_what_an_engine_does_not_take_is_an_error_that_says_so(line: str, change
 def test_training_with_an_engine_and_unknown_engines_are_errors() -> None:
     with pytest.raises(SpecError, match="serves models"):
         estimate(RunSpec(model="llama-3-8b", profile="sglang-0.5"))
+    for task in ("train", "generate"):
+        with pytest.raises(SpecError, match="serving: is of the engines"):
+            estimate(RunSpec(model="llama-3-8b", task=task, serving={"block_size": 16}))  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match=r"vllm-0\.33"):
         estimate(RunSpec(model="llama-3-8b", profile="vllm-0.34"))
     with pytest.raises(UnknownNameError):

@@ -186,7 +186,6 @@ ENGINES = (
         ),
         (
             "several cards, tensors put elsewhere (-ot, --n-cpu-moe), multimodal projectors, and --fit",
-            "weights in GGUF's quantised types: say quantization, or plain weights are counted",
             "compute buffers of experts, state spaces and latent attention: those of a dense model are counted",
         ),
     ),
