@@ -127,14 +127,18 @@ def _in_gguf(model: ModelSpec, file_type: str) -> Iterator[StoredWeight]:
 
 
 def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) -> LayoutOf:
-    """Every matrix in one format, but for the head, routers, and what the run or the model leaves out."""
+    """Every matrix in one format, but for the head, routers, and what the run or the model leaves out; of gpt-oss in
+    mxfp4, the experts alone, as it was published."""
     if isinstance(quantization, Quantization):
         q = quantization
         group = q.block_size if "block_size" in q.model_fields_set else None  # else the format's own
         layout, skip = plain(q.format, group, dtype, q.double_quant), q.skip
     else:
         layout, skip = plain(quantization, None, dtype), None
-    return everywhere(layout, [*((_HEAD,) if skip is None else skip), *model.unquantised])
+    skipped = [*((_HEAD,) if skip is None else skip), *model.unquantised]
+    if layout == plain("mxfp4", None, dtype) and model.model_type == "gpt_oss":
+        return scheme_of({"quant_method": "mxfp4", "modules_to_not_convert": skipped}, dtype).layout_of
+    return everywhere(layout, skipped)
 
 
 def _as_published(model: ModelSpec, dtype: str) -> LayoutOf:

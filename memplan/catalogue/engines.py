@@ -90,7 +90,7 @@ ENGINES = (
         ),
         (
             "images, speculative decoding, pipelines, expert and data parallelism, offloaded caches",
-            "workspaces of attention backends, and what quantised kernels repack",
+            "workspaces of attention backends, and what kernels of quantised weights repack, but for mxfp4",
             "encoder-decoders, models without a cache of keys, and DeepSeek V4's pools",
         ),
     ),
