@@ -24,6 +24,7 @@ from memplan.spec import (
     Precision,
     Quantization,
     RunSpec,
+    Serving,
     TrainedOver,
 )
 
@@ -38,6 +39,8 @@ def refuse(run: RunSpec) -> None:
             raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
         if run.generation != Generation():
             raise SpecError("generation: is of task generate", "generation")
+    if run.serving != Serving():
+        raise SpecError(f"serving: is of the engines that memplan profiles lists, not {run.profile}", "serving")
     if run.parallelism != _ONE_GPU:
         for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused

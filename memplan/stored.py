@@ -128,7 +128,8 @@ def _in_gguf(model: ModelSpec, file_type: str) -> Iterator[StoredWeight]:
 
 
 def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) -> LayoutOf:
-    """Every matrix in one format, but for the head, routers, and what the run or the model leaves out."""
+    """Every matrix in one format, but for the head, routers, and what the run or the model leaves out; of gpt-oss in
+    mxfp4, the experts alone, as it was published."""
     if isinstance(quantization, Quantization):
         q = quantization
         group = q.block_size if "block_size" in q.model_fields_set else None  # else the format's own

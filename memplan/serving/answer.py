@@ -13,6 +13,7 @@ from memplan.models import ModelSpec
 from memplan.serving.budget import Budget, budget
 from memplan.serving.passes import Step
 from memplan.serving.settings import Settings, settled
+from memplan.serving.weights import kernel_of
 from memplan.spec import RunSpec
 from memplan.usage import Around, Usage
 
@@ -108,7 +109,10 @@ def _notes(b: Budget) -> Iterable[str]:
         yield "TGI: what is public of it was used; most of its rows are assumed"
     if s.gpu is None:
         yield f"{s.engine.title} without a GPU: a pool for the run's requests alone, not one of all that is left"
-    if s.quantization is not None:
+    kernel = kernel_of(s)
+    if kernel is not None:
+        yield f"experts in mxfp4 as {kernel.name} kernels have them: padded, which is more than is stored"
+    elif s.quantization is not None and s.engine.kind != "llama.cpp":
         yield "quantised weights as they are stored: what the engine's kernels repack is not counted"
     if s.gpu is not None and s.engine.kind == "vllm" and not b.pool.holds(s.longest, 1):
         yield (
