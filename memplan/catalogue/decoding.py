@@ -86,7 +86,9 @@ def inference(stack: Stack, now: Pass) -> Stack:
 def uncached(stack: Stack) -> bool:
     """Whether some block that runs leaves nothing for the tokens to come."""
     blocks = [block for run in stack.runs for block in run.blocks if any(op.writes and not op.view for op in block.ops)]
-    return any(all(op.holds != "cache" for op in block.ops) for block in blocks)
+    shared = {name for block in blocks for name in block.shares}
+    own = [block for block in blocks if shared.isdisjoint(r for op in block.ops for r in op.reads)]
+    return any(all(op.holds != "cache" for op in block.ops) for block in own)
 
 
 def _still(some: Iterable[Op]) -> Iterator[Op]:
@@ -122,6 +124,9 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         op = _renamed(given, names)
         if op.caches:
             axis = op.caches
+            if op.view:  # another layer's
+                keyed = set(op.reads)
+                continue
             yield from _update(op, [made[name] for name in op.reads], now)
             names |= {name: _named(name) for name in op.reads}
             keyed = {_named(name) for name in op.reads}
@@ -217,9 +222,29 @@ def _head(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield _of_last(op) if head and now.generates and now.last_only else op
 
 
-def _of_last(op: Op) -> Op:
+def for_last(some: tuple[Op, ...], keys: Iterable[str] = ()) -> tuple[Op, ...]:
+    """The operations for the last token alone, over the `keys` of all."""
+    keyed = set(keys)
+    made: list[Op] = []
+    for op in some:
+        if op.reads and keyed.issuperset(op.reads):
+            keyed |= {t.name for t in op.writes}
+            made.append(op)
+        else:
+            made.append(_of_last(op, once=True))
+    return tuple(made)
+
+
+def _of_last(op: Op, once: bool = False) -> Op:
+    """Without the axis of tokens; `once`: the first alone, where there is one of keys too."""
+
+    def shape(text: str) -> str:
+        tokens = text.split()
+        places = [i for i, token in enumerate(tokens) if token in TOKENS][: 1 if once else None]
+        return " ".join(token for i, token in enumerate(tokens) if i not in places)
+
     def tensor(t: Tensor) -> Tensor:
-        return t._replace(shape=" ".join(token for token in t.shape.split() if token not in TOKENS))
+        return t._replace(shape=shape(t.shape))
 
     return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
 
