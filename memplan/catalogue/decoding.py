@@ -122,6 +122,13 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     axis = ""
     for given in some:
         op = _renamed(given, names)
+        if op.caches == "state":
+            made |= {t.name: t for t in op.writes}
+            (t,) = op.writes
+            if t.dtype.startswith("="):
+                t = t._replace(dtype=f"={names.get(t.dtype[1:], t.dtype[1:])}")
+            yield from _kept(op.name, t, now, f"{_CACHE} LinearAttentionLayer", op.reads)
+            continue
         if op.caches:
             axis = op.caches
             if op.view:  # another layer's
@@ -183,13 +190,13 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     yield ops.leave(*(t.name for t in tensors), *(old if windowed else ()))
 
 
-def _kept(name: str, t: Tensor, now: Pass, source: str) -> Iterator[Op]:
-    """A tensor that the first pass makes and the others find."""
+def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
+    """A tensor that the first pass makes and the others find, and write in place."""
     if not now.decodes:
-        yield Op(name, (), (t,), holds="cache", source=source)
+        yield Op(name, reads, (t,), holds="cache", source=source)
         return
     before = t._replace(name=f"{t.name} before")
-    yield Op(name, (before.name,), (t,), past=(before,), view=True, holds="cache", source=source)
+    yield Op(name, (before.name, *reads), (t,), past=(before,), view=True, holds="cache", source=source)
 
 
 def _keyed(shape: str, axis: str) -> str:
