@@ -19,7 +19,7 @@ from memplan.catalogue.engines import ENGINES, WORDS, decided, rows
 from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.report.schema import answer_model
 from memplan.serving import budget, pool_tokens, requests, settled
-from memplan.serving.budget import pool_of
+from memplan.serving.budget import card_for, pool_of
 from memplan.serving.llama_cpp import compute_buffer
 from memplan.serving.passes import largest
 from memplan.serving.pool import Blocks
@@ -206,6 +206,21 @@ def test_a_run_fits_where_its_requests_do() -> None:
     assert fits[0] == "fits"
     assert fits[1] != "fits"
     assert estimate(run_of("llama-3-8b", "vllm-0.33", "t4")).verdict.answer == "does not fit"
+
+
+@pytest.mark.parametrize("profile", [engine.name for engine in ENGINES])
+def test_what_does_not_fit_says_how_large_a_card_it_needs(profile: str) -> None:
+    """A card with just as much holds the requests at the same share of it, and one with 1 % less does not."""
+    run = run_of("llama-3.1-8b", profile, micro=300)
+    answer = estimate(run)
+    assert answer.verdict.answer == "does not fit"
+    assert answer.bytes.used == sum(line.bytes for line in answer.ledger) + (answer.bytes.used - answer.bytes.reserved)
+    s = settled(run)
+    s = s._replace(serving=s.serving.model_copy(update={"max_model_len": s.context}))
+    needed = card_for(budget(s, s.gpu.usable))  # type: ignore[union-attr]
+    assert answer.bytes.used >= needed > answer.gpu.usable  # type: ignore[union-attr]
+    assert budget(s, needed + 2**24).fits
+    assert not budget(s, needed * 99 // 100).fits
 
 
 def test_a_card_too_small_names_the_smallest_that_holds_the_run() -> None:
