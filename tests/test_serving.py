@@ -134,6 +134,23 @@ def test_llama_cpp_reserves_the_buffers_that_a_log_says(row: dict[str, Any]) -> 
     assert f"{compute_buffer(s).bytes / MIB:.2f}" == row["compute_mib"]
 
 
+@of_kind("card")
+def test_a_pool_from_the_card_alone_misses_a_log_by_what_is_written(row: dict[str, Any]) -> None:
+    run = RunSpec(
+        model=row["model"],
+        task="generate",
+        batch={"sequence": 1, "new_tokens": 1},
+        gpu=row["gpu"],
+        profile=row["profile"],
+        parallelism={"world": row["tp"], "tp": row["tp"]},
+        serving=row["serving"],
+    )
+    tokens = pool_tokens(run)
+    assert f"{100 * (tokens / row['tokens'] - 1):+.1f}" == row["percent"]
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text("utf-8")
+    assert f"| {row['tokens']:,} | {tokens:,} |" in page
+
+
 def run_of(model: str, profile: str, gpu: str | None = "h100", tp: int = 1, **more: Any) -> RunSpec:
     parallelism = {"world": tp, "tp": tp}
     batch = {"micro": more.pop("micro", 1), "sequence": more.pop("sequence", 4096), "new_tokens": 512}
