@@ -12,10 +12,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typer.main import get_command
 
 from memplan import RunSpec, estimate
 from memplan.cards import find_model, load_card
 from memplan.catalogue.engines import ENGINES, WORDS, decided, rows
+from memplan.cli import app
 from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.report.schema import answer_model
 from memplan.serving import budget, pool_tokens, requests, settled
@@ -26,7 +28,7 @@ from memplan.serving.pool import Blocks
 from memplan.serving.settings import Settings
 from memplan.serving.sglang import static_fraction
 from memplan.serving.weights import held
-from memplan.spec import Serving
+from memplan.spec import Serving, changed
 from tests.sampling import examples
 
 GIB, MIB = 2**30, 2**20
@@ -350,6 +352,42 @@ def test_experts_in_mxfp4_are_padded_as_the_cards_kernel_has_them() -> None:
     scales = 5888 * 92 + 3072 * 92  # of rows in 256s and columns in 4s
     assert experts("h100") == 36 * 128 * (3 * 2880 * 2880 // 2 + scales + (5760 + 2880) * 4)
     assert experts("h100", "sglang-0.5") == padded(2880, 2880, 2)
+
+
+def test_a_card_says_what_an_engine_finds_its_checkpoint_stored_in() -> None:
+    """DeepSeek V3's matrices take a byte a number, with a scale of 4 for 128 x 128 of them; embeddings and head two."""
+    run = run_of("deepseek-v3", "vllm-0.33", gpu="h200", tp=8)
+    assert estimate(run).run.serving.weights == "fp8"
+    found, said, plain = (
+        sum(h.bytes for h in held(settled(changed(run, "serving", weights=w)))) for w in (None, "fp8", "none")
+    )
+    assert found == said
+    assert 0.50 < found / plain < 0.51
+    assert estimate(run_of("llama-3-8b", "vllm-0.33")).run.serving.weights is None
+    assert estimate(run_of("gpt-oss-20b", "llama.cpp-2026")).run.serving.weights is None
+    quantised = changed(run, "method", quantization={"format": "nf4"})
+    assert estimate(quantised).run.serving.weights is None
+
+
+def test_the_command_shows_the_pool_and_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["llama-3-8b", "--method", "generate", "--profile", "vllm-0.33", "--seq-len", "4096", "--gpu", "h100"]
+    run = run_of("llama-3-8b", "vllm-0.33")
+    pool = estimate(changed(run, "batch", new_tokens=256)).serving or {}
+
+    def printed(*args: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            get_command(app).main([*args])
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    table = printed(*asked)
+    assert f"{pool['tokens']:,} tokens in bf16, {pool['blocks']:,} blocks of 16 at 2,097,152 bytes" in table
+    assert f"holds    {pool['concurrency']:,.2f} requests of 4,352 tokens at once; 1 is asked for" in table
+    assert json.loads(printed(*asked, "--format", "json"))["serving"] == pool
+    assert "<h2>Keys and values</h2>" in printed(*asked, "--format", "html")
+    assert "| holds |" in printed(*asked, "--format", "markdown")
+    both = printed("compare", "llama-3-8b", "llama-3-8b --cache-dtype fp8", *asked[1:])
+    assert f"{pool['tokens']:,}" in next(line for line in both.splitlines() if line.startswith("tokens "))
 
 
 def test_llama_cpp_keeps_on_the_host_what_is_not_offloaded() -> None:
