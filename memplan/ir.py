@@ -138,6 +138,8 @@ class Op(NamedTuple):
                     are made though nothing reads them, and stay until the graph goes at the end of the step.
     asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
                     embeddings does. Where no gradient flows through, checkpointing or not.
+    lends           a module whose weights it hands to the operations after it: their gradients reach the weights only
+                    when its own backward would run.
     skipped         the run leaves it out: of it there are only its weights.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
@@ -169,6 +171,7 @@ class Op(NamedTuple):
     captures: tuple[str, ...] = ()
     wraps: tuple[Tensor, ...] = ()
     asks: bool = False
+    lends: str = ""
     skipped: bool = False
     recorded: bool = False
     unit: str = ""

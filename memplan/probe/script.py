@@ -89,7 +89,7 @@ class Script:
         make = OnHost if run.parallelism.offload.optimizer else make_optimizer
         if not run.optimizer.in_backward:
             optimizer = make(run.optimizer, self.parameters)
-            if optimizer is not None and run.parallelism.tp > 1:
+            if optimizer is not None and max(run.parallelism.tp, run.parallelism.ep) > 1:
                 group_by_mesh(optimizer)
             self.optimizers += [optimizer] if optimizer is not None else []
             return optimizer
