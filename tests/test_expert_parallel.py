@@ -145,6 +145,7 @@ REFUSED = {
     "method": (alone(4, method={"kind": "lora", "targets": ["q_proj"]}), "method.kind: 'lora' is not supported yet"),
     "autocast": (alone(4, precision="amp"), "precision.autocast: true is not supported yet"),
     "delayed": (alone(4, loop={"trainer": True}, batch={"accumulation": 2}), "batch.accumulation: "),
+    "offloaded": (alone(4, parallelism={"offload": {"parameters": True}}), "parallelism.offload: 'parameters' is not"),
     "tied": (alone(4, config={"tie_word_embeddings": True}), "a model whose head is its embeddings"),
     "dtypes": (
         RunSpec(model="deepseek-v3", parallelism={"world": 8, "dp": 8, "ep": 8, "strategy": "fsdp2"}),
