@@ -122,6 +122,30 @@ class Phase(NamedTuple):
     where: str
 
 
+class HostPhase(NamedTuple):
+    """Host memory in a phase, `load` or `step`: of one process, of all of a node, and the `mapped` files they share."""
+
+    phase: str
+    rank: int
+    node: int
+    mapped: int
+
+
+class Host(NamedTuple):
+    """Host memory: how many processes of the run a node has, and the phases. Bytes of the process that has most."""
+
+    ranks: int
+    phases: tuple[HostPhase, ...]
+
+    @property
+    def peak(self) -> HostPhase:
+        """The phase in which a node has most, the later of equal ones."""
+        return max(reversed(self.phases), key=lambda phase: phase.node)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ranks": self.ranks, "peak": self.peak.phase, "phases": [phase._asdict() for phase in self.phases]}
+
+
 class Rank(NamedTuple):
     """The ranks of one stage of a pipeline: how many of the model's layers and parameters they have, of how many
     microbatches they keep what backward needs at most, and what of an answer is theirs."""
@@ -192,6 +216,7 @@ class Estimate:
     peak: Peak
     phases: tuple[Phase, ...]
     host_bytes: int
+    host: Host
     unsupported: tuple[str, ...]
     notes: tuple[str, ...]
     calibration: Calibration | None
@@ -215,6 +240,7 @@ class Estimate:
         calibration: Calibration | None,
         via: str = "engine",
         unsupported: tuple[str, ...] = (),
+        host: Host | None = None,
     ) -> None:
         """`parts` are the run's with every null filled in."""
         vars(self).update(
@@ -226,6 +252,7 @@ class Estimate:
             peak=peak,
             phases=phases,
             host_bytes=host_bytes,
+            host=host or Host(1, (HostPhase("step", host_bytes, host_bytes, 0),)),
             unsupported=unsupported,
             notes=notes,
             calibration=calibration,
@@ -310,6 +337,7 @@ class Estimate:
             "categories": dict(self.categories),
             "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
             "host_bytes": self.host_bytes,
+            "host": self.host.as_dict(),
             "ranks": [rank.as_dict() for rank in self.ranks],
             "unsupported": list(self.unsupported),
             "notes": list(self.notes),

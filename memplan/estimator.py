@@ -14,6 +14,7 @@ from memplan.batches import check_batch
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
+from memplan.host import NODE, on_host
 from memplan.program import PHASES, Program, host_bytes, host_notes, phase_peaks, program, step_where
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
@@ -41,9 +42,10 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.top
     calibration = calibration_of(decided.gpu, calibration)
+    in_steps = host_bytes(p, walked.axes)
     notes = [
         *decided.notes,
-        *host_notes(decided.structure),
+        *host_notes(decided.structure, run.parallelism.gpus_per_node or NODE),
         *((note,) if note else ()),
         *((calibration.named(),) if calibration else ()),
     ]
@@ -55,10 +57,11 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
-        host_bytes(p, walked.axes),
+        in_steps,
         tuple(notes),
         Engine(run, walked, decided, calibration),
         calibration,
+        host=on_host(decided.structure, run.parallelism, run.profile, in_steps),
     )
 
 

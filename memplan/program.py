@@ -8,7 +8,7 @@ from math import prod
 from operator import add
 from typing import NamedTuple
 
-from memplan import megatron, zero
+from memplan import dividing, megatron, zero
 from memplan.catalogue import pipeline
 from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, NORM_OF_HOST, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
@@ -37,7 +37,6 @@ from memplan.ranks import (
     Ranks,
     division,
     gradients_held,
-    loading_events,
     offloaded,
     parameters_held,
     trained_parts,
@@ -513,9 +512,9 @@ def host_of(structure: Structure) -> tuple[Held, ...]:
     return tuple(zero.in_host_memory(structure.graph, ranks, states, structure.accumulates))
 
 
-def host_notes(structure: Structure) -> Iterator[str]:
-    """What to know of the host memory that ranks share."""
-    return zero.host_notes(structure.graph, structure.ranks, host_of(structure))
+def host_notes(structure: Structure, node: int) -> Iterator[str]:
+    """What to know of the host memory that the ranks of a `node`, so many, share."""
+    return zero.host_notes(structure.ranks, host_of(structure), node)
 
 
 def passing_of(structure: Structure, phase: str) -> tuple[Held, ...]:
@@ -530,7 +529,7 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
     if megatron.divides(structure.ranks):
         return megatron.loading_events(structure.graph, structure.ranks, str(structure.grads))
     if division_of(structure) is not None:
-        return loading_events(structure.graph, structure.ranks)
+        return dividing.loading_events(structure.graph, structure.ranks)
     return loading(structure.graph)
 
 

@@ -472,6 +472,7 @@ def _ranks(
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
         offloads=p.offload.parameters,
+        efficient=p.cpu_ram_efficient_loading and method.quantization is None,
         casts=recipe.autocast or (method.quantization is not None and trainer),
     )
     q = method.quantization

@@ -179,8 +179,16 @@ def notes(answers: Sequence[Estimate]) -> list[str]:
 
 
 def host(answer: Estimate) -> str:
-    """What the host holds; empty where it holds nothing."""
-    return f"{gib(answer.host_bytes)} more are in the host's memory." if answer.host_bytes else ""
+    """What the host holds; empty where it holds nothing. Of several processes, those of a node together."""
+    found = answer.host.peak
+    if answer.host.ranks == 1:
+        return f"{gib(answer.host_bytes)} more are in the host's memory." if answer.host_bytes else ""
+    if not found.node:
+        return ""
+    when = "while the model is loaded" if found.phase == "load" else "in the steps"
+    return (
+        f"Host memory: {gib(found.rank)} a process, {gib(found.node)} the {answer.host.ranks} of a node, most {when}."
+    )
 
 
 class PhaseRow(NamedTuple):
