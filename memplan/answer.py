@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from memplan.catalogue.overhead import Overhead
 from memplan.spec import FrozenDict, RunSpec
 
 if TYPE_CHECKING:
@@ -294,6 +295,11 @@ class Estimate:
         """Where `bytes.used` lies in most runs."""
         return self._usage.band
 
+    @property
+    def beside(self) -> tuple[Overhead, ...]:
+        """What the process has of the card beside torch's segments: the CUDA context, and NCCL's by communicator."""
+        return self._usage.beside
+
     @cached_property
     def ledger(self) -> tuple[Line, ...]:
         """Every tensor alive at the peak, largest first. Sums to `bytes.allocated`."""
@@ -336,6 +342,7 @@ class Estimate:
             "phases": [p._asdict() for p in self.phases],
             "categories": dict(self.categories),
             "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
+            "beside": [row._asdict() for row in self.beside],
             "host_bytes": self.host_bytes,
             "host": self.host.as_dict(),
             "ranks": [rank.as_dict() for rank in self.ranks],

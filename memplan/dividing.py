@@ -2,7 +2,7 @@
 
 Under FSDP2 with `cpu_ram_efficient_loading` each weight is sent whole, and divided, one after the other. Otherwise a
 unit's weights are brought together from the host, FSDP1's copied into one tensor, and the rank's parts copied out;
-blocks come first. A quantised model is whole on every GPU before that.
+blocks come first. A quantised model is whole on every GPU before that, but of older versions of transformers.
 
 Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, fsdp2_load_full_state_dict, accelerator.py
 prepare_model; torch 2.13 distributed/fsdp/_init_utils.py, _flat_param.py, _fully_shard/_fsdp_param.py,
@@ -91,7 +91,7 @@ def _unit_by_unit(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Events:
         units += [weights] * copies
         places += [place] * copies
     there: dict[tuple[int, int], int] = {}
-    if any(w.stored for weights in units for w in weights):
+    if ranks.there and any(w.stored for weights in units for w in weights):
         every = [(i, j) for i in sorted(range(len(units)), key=places.__getitem__) for j in range(len(units[i]))]
         for i, j in sorted(every, key=lambda at: units[at[0]][at[1]].group == "adapter"):  # which come last
             found: list[int] = []
@@ -143,15 +143,15 @@ def _brought(graph: Graph, ranks: Ranks, w: Weight, numbers: Iterator[int], whol
         whole.append(next(numbers))
         yield whole[-1], size(str(prod(shape_in(w, axes, ranks.storage))), _loaded(w, ranks), {})[1]
         return
-    loaded = next(numbers)
-    if not graph.recipe.packed:
+    loaded, quantises = next(numbers), ranks.there and not graph.recipe.packed
+    if quantises:
         yield loaded, size(w.shape, graph.recipe.weights, axes)[1]
     for t in w.stored:
         number = next(numbers)
         yield number, size(t.shape, t.dtype, axes)[1]
         if t.name == "packed":
             whole.append(number)
-    if not graph.recipe.packed:
+    if quantises:
         yield loaded, 0
 
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Bytes, Card, Estimate, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.batches import check_batch
-from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
+from memplan.catalogue.overhead import Communicator, cublas_workspace, cuda_context, nccl
+from memplan.communicators import NODE
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
-from memplan.host import NODE, on_host
+from memplan.host import on_host
 from memplan.program import PHASES, Program, host_bytes, host_notes, phase_peaks, program, step_where
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import RunSpec
-from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, one_process, parameters_of
+from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, parameters_of
 from memplan.usage import Around, Replay, Usage, around, resident
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
 def _usage(run: RunSpec, decided: Decided, walked: Walked, calibration: Calibration | None) -> Usage:
     """What a rank takes of its card."""
     replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
-    world = 1 if one_process(decided.structure) else run.parallelism.world
-    beside = around_of(decided.gpu, world, calibration)
+    beside = around_of(decided.gpu, decided.communicators, calibration)
     return Usage(replay, resident(walked.program), walked.phases[0].peak, walked.top.peak, decided.gpu, beside)
 
 
@@ -190,9 +190,9 @@ def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibrat
     return calibration
 
 
-def around_of(gpu: GPU | None, world: int, calibration: Calibration | None) -> Around:
-    """What a process takes beside torch's segments, on the run's card as one of `world`."""
-    return around(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(world).usual)
+def around_of(gpu: GPU | None, communicators: tuple[Communicator, ...], calibration: Calibration | None) -> Around:
+    """What a process takes beside torch's segments, on the run's card and in so many `communicators`."""
+    return around(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(communicators))
 
 
 def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, int]:

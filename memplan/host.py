@@ -19,13 +19,13 @@ from typing import NamedTuple
 from memplan import zero
 from memplan.answer import Host, HostPhase
 from memplan.catalogue.profiles import decided, find_profile
+from memplan.communicators import NODE
 from memplan.graph import Graph, built, elements, in_order
 from memplan.program import Structure
 from memplan.ranks import Ranks, kept_dtype, pieces
 from memplan.spec import Parallelism
 from memplan.units import ITEMSIZE
 
-NODE = 8  # GPUs of a node, where nothing says how many
 _STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 

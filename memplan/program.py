@@ -83,12 +83,6 @@ class Structure(NamedTuple):
     pipe: Pipe = Pipe()
 
 
-def world_of(structure: Structure) -> int:
-    """The ranks there are in all: those that divide weights or the batch, times those that divide the model."""
-    degrees = structure.graph.degrees
-    return structure.ranks.world * degrees.tp * degrees.pp
-
-
 class Flown(NamedTuple):
     """A moment of a pipeline: that of a pass through a chunk of the rank's layers, with what is there beside it. With
     `moment` -1 it is when the model has returned, and its logits are there as well."""

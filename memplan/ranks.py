@@ -27,6 +27,7 @@ class Ranks(NamedTuple):
     trained   the dtype of a rank's part of the weights that train, where it is not the one they are gathered in;
               `frozen` of the others
     storage   the dtype that 4-bit weights are stored in
+    there     a quantised model is whole on every GPU before it is divided
     efficient one process of a node loads the model and sends the others their parts
     delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
     experts   how many of them have the same experts, where that is not all; Megatron's alone
@@ -46,6 +47,7 @@ class Ranks(NamedTuple):
     trained: str = ""
     frozen: str = ""
     storage: str = "uint8"
+    there: bool = True
     efficient: bool = False
     delayed: bool = False
     inside: bool = False

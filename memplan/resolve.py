@@ -18,10 +18,12 @@ from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.overhead import Communicator
 from memplan.catalogue.parallel import MEGATRON, Knobs
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
+from memplan.communicators import communicators
 from memplan.degrees import degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
@@ -54,7 +56,7 @@ from memplan.refusals import (
     refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
-from memplan.stages import piped
+from memplan.stages import one_process, piped
 
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
@@ -63,8 +65,9 @@ class Decided(NamedTuple):
     """A run with nothing left open. Of its `batch` the structure has only whether it accumulates, and whether it is one
     sequence.
 
-    `half` is whether attention computes in 16 bits, `large_tiles` whether the card's shared memory holds tiles of
-    128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide.
+    `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
+    `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
+    null filled in; `pictures` are the axes that images decide.
     """
 
     structure: Structure
@@ -75,6 +78,7 @@ class Decided(NamedTuple):
     notes: tuple[str, ...]
     parts: dict[str, Part]
     pictures: tuple[tuple[str, int], ...] = ()
+    communicators: tuple[Communicator, ...] = ()
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
@@ -237,6 +241,8 @@ def _decide(
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
     if ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
+    if sharded and not words["quantised_there"]:
+        ranks = ranks._replace(there=False)
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
@@ -333,7 +339,9 @@ def _decide(
             "batch.accumulation",
         )
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
-    return Decided(structure, Batch(), gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+    sends = () if one_process(structure) else communicators(parallelism)
+    tiles = large_tiles(capability)
+    return Decided(structure, Batch(), gpu, seen != "fp32", tiles, tuple(notes), parts, communicators=sends)
 
 
 _DEEPSPEED = (

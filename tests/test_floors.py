@@ -20,6 +20,7 @@ FLOORS = (
     {"catalogue", "engine"},
     {
         *(
+            "communicators",
             "graph",
             "ranks",
             "dividing",

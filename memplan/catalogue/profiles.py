@@ -37,6 +37,7 @@ WORDS = {
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
+    "quantised_there": "under FSDP a quantised model is whole on every GPU before it is divided",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -135,6 +136,7 @@ PROFILES = (
                 "",
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
+            Row("quantised_there", True, "transformers 5.24 quantizers/quantizer_bnb_4bit.py update_device_map"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
             Row("pipeline", "device_map", "transformers 5.24 has no other for training: integrations/accelerate.py"),
             Row("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
@@ -172,6 +174,11 @@ PROFILES = (
                 "uncapped", True, "transformers 4.51.3 models/gemma2/modeling_gemma2.py _supports_sdpa", "", ("gemma2",)
             ),
             Row("by_name", False, "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel.forward"),
+            Row(
+                "quantised_there",
+                False,
+                "transformers 4.51.3 modeling_utils.py _load_state_dict_into_meta_model: back to the host, by weight",
+            ),
             Row(
                 "gathers_again",
                 True,

@@ -25,6 +25,7 @@ from memplan.answer import (
     Rank,
     Verdict,
 )
+from memplan.catalogue.overhead import Overhead
 from memplan.comparison import Comparison, Difference
 from memplan.frameworks import FRAMEWORKS
 from memplan.planning.cluster import Refused, Together
@@ -80,6 +81,7 @@ def answer_model() -> type[BaseModel]:
         "phases": list[_of(Phase)],
         "categories": categories,
         "ledger": list[_of(Line, kind=Literal[KINDS], basis=Literal[BASES])],
+        "beside": list[_of(Overhead, basis=Literal[BASES])],
         "host_bytes": int,
         "host": _model("Host", Host.__doc__ or "", host),
         "ranks": list[_of(Rank, bytes=_made(Bytes), peak=_of(Peak), verdict=verdict)],

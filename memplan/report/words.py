@@ -43,7 +43,11 @@ def parts(answer: Estimate) -> list[Part]:
     held = answer.bytes
     out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
     several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
-    beside = "the driver's, loaded kernels and NCCL's" if several else "the driver's, and loaded kernels"
+    beside = "the driver's, and loaded kernels"
+    if several:
+        groups = len(answer.beside) - 2  # beside the context and NCCL's kernels
+        beside = "the driver's, loaded kernels and NCCL's"
+        beside += f", in {groups} communicators" if groups > 1 else ""
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
 
