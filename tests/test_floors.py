@@ -21,7 +21,7 @@ FLOORS = (
     {
         *("graph", "ranks", "fetching", "megatron", "zero", "program", "stages", "run_axes", "segments", "usage"),
         *("refusals", "resolve", "batches", "kernels", "notes", "recipes", "prequantized", "checkpoint", "new_card"),
-        *("answer", "estimator", "ledger", "speed", "stored"),
+        *("answer", "estimator", "ledger", "roofline", "speed", "stored"),
     },
     {"sweep", "comparison", "planning"},
     {"frameworks"},
