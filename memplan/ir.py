@@ -8,6 +8,7 @@ Axes by letter (Korthikanti et al. 2022, arXiv:2205.05198, where they name one):
     b microbatch   s sequence   h hidden      a query heads   k key/value heads   d head dim
     f FFN width    v vocabulary L layers      r LoRA rank     w attention window
     E experts      e experts a token chooses   t sequence of a decoder beside an encoder   c classes
+    kv tokens that keys and values are of, where those of earlier passes are among them; past of them those before
 
 A shape is a string of axes and integers, `"b s h"` or `"b s 3 a d"`; the empty string is a scalar. Families may add
 axes of their own (a word such as `rot`), defined where the family turns a config into axes.
@@ -124,7 +125,13 @@ class Op(NamedTuple):
     autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                     output is fp32 (`wide`).
     holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them; as an
-                    encoder's `states`, until an operation outside of blocks that `releases` those.
+                    encoder's `states`, until an operation outside of blocks that `releases` those; as a `cache`, beyond
+                    the pass, for the next one.
+    past            tensors that are there from the pass before, by the names they are read by here: of each its
+                    reference goes with its last reader.
+    caches          where it stands, what it reads is put beside what a cache has of earlier tokens, of which there are
+                    then as many as this axis says, and the names mean all of them from there on. A rewrite makes
+                    operations of it (`memplan.catalogue.decoding`).
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients
@@ -157,6 +164,8 @@ class Op(NamedTuple):
     autocast: str = ""
     holds: str = ""
     releases: bool = False
+    past: tuple[Tensor, ...] = ()
+    caches: str = ""
     captures: tuple[str, ...] = ()
     wraps: tuple[Tensor, ...] = ()
     asks: bool = False
@@ -268,6 +277,7 @@ class Division(NamedTuple):
              unit's gradients only after the backward of the one before it
     keeps    weights stay whole from forward to backward
     waits    what a rank received stays until the pass is over, as replicas sum it
+    leaves   its parts of the gradients go to the host as soon as they are reduced
     sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
     """
 
@@ -279,3 +289,4 @@ class Division(NamedTuple):
     ahead: bool = False
     keeps: bool = False
     waits: bool = False
+    leaves: bool = False

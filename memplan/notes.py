@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from memplan.catalogue.kimi_k3 import of_its_own
 from memplan.catalogue.pipeline import ENGINES
-from memplan.degrees import Degrees
+from memplan.degrees import Degrees, replicas
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
 from memplan.graph import Graph, built, elements, weights_of
@@ -121,6 +121,8 @@ def pipeline_notes(degrees: Degrees, pipe: Pipe, asked: Parallelism) -> Iterator
     engine = ENGINES[pipe.engine]
     if not engine.moves:
         yield f"pipeline: {pipe.schedule} of {pipe.microbatches} microbatches by {engine.title}"
+        if asked.strategy == "fsdp2" and replicas(asked) > 1:
+            yield "fsdp2 in stages: weights stay whole for a step, and gradients are summed whole until its end"
         return
     yield "device_map: one process, one GPU at a time; say schedule 1f1b for a pipeline of torch.distributed.pipelining"
     if degrees.pp < asked.pp:

@@ -6,6 +6,7 @@ No field is ever ignored: one that could not do what it says is an error that na
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast, get_args
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
@@ -13,7 +14,18 @@ from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, STA
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
-from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
+from memplan.spec import (
+    Generation,
+    Kernels,
+    Loop,
+    Method,
+    Optimizer,
+    Parallelism,
+    Precision,
+    Quantization,
+    RunSpec,
+    TrainedOver,
+)
 
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
@@ -21,15 +33,52 @@ _PLAIN = Method()
 
 def refuse(run: RunSpec) -> None:
     """Raise SpecError for what the run as a whole must not say."""
-    if run.task != "train":
-        raise SpecError(f"task: {run.task!r} is not supported yet; only training is", "task")
-    if run.batch.new_tokens:
-        raise SpecError(
-            "batch.new_tokens: training generates none, and only training is supported yet", "batch.new_tokens"
-        )
+    if run.task != "generate":
+        if run.batch.new_tokens:
+            raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
+        if run.generation != Generation():
+            raise SpecError("generation: is of task generate", "generation")
     if run.parallelism != _ONE_GPU:
-        for refused in _parallelism(run.parallelism):
+        for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused
+
+
+def refuse_untrained(run: RunSpec, what: str) -> None:
+    """Raise SpecError for `what` is only of training, where nothing trains."""
+    if run.task != "train":
+        raise SpecError(f"task: {what} of task {run.task} is not supported yet; supported: train", "task")
+
+
+def refuse_of_inference(run: RunSpec) -> None:
+    """Raise SpecError for what is said of training where nothing trains, or is not supported yet."""
+    task, method, loop = run.task, run.method, run.loop
+    if run.parallelism != _ONE_GPU:
+        raise _later("parallelism", f"{run.parallelism.world} GPUs", f"one GPU with task {task}")
+    if method.kind == "freeze" or method.frozen or method.modules_to_save:
+        field = "kind" if method.kind == "freeze" else "frozen" if method.frozen else "modules_to_save"
+        raise SpecError(f"method.{field}: says what trains, and with task {task} nothing does", f"method.{field}")
+    for field in ("grads", "master"):
+        if getattr(run.precision, field) is not None:
+            raise SpecError(
+                f"precision.{field}: is of training, and with task {task} nothing trains", f"precision.{field}"
+            )
+    if run.precision.autocast:
+        raise _later("precision.autocast", True, f"false with task {task}")
+    if run.batch.accumulation > 1:
+        raise SpecError(
+            f"batch.accumulation: is of training, and with task {task} nothing trains", "batch.accumulation"
+        )
+    if run.kernels.checkpointing not in (None, "none") or run.kernels.reentrant:
+        raise SpecError(f"kernels.checkpointing: task {task} has no backward pass", "kernels.checkpointing")
+    if run.kernels.loss is not None:
+        raise SpecError(f"kernels.loss: task {task} has no loss", "kernels.loss")
+    if run.kernels.fused:
+        raise _later("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
+    if run.kernels.compile:
+        raise _later("kernels.compile", True, "false")
+    for field in ("hold_outputs", "grad_scaler", "trainer", "use_cache"):
+        if getattr(loop, field):
+            raise SpecError(f"loop.{field}: is of training, and with task {task} nothing trains", f"loop.{field}")
 
 
 def refuse_parts(
@@ -147,13 +196,40 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             "parallelism.strategy",
         )
     yield from _knobs(p)
-    if p.offload.parameters and not (p.strategy == "zero3" and p.world > 1):
-        yield _later("parallelism.offload", "parameters", "optimizer; parameters too with several GPUs under zero3")
+    offloads = (*FSDP, "zero3")
+    if p.offload.parameters and not (p.strategy in offloads and p.world > 1):
+        those = ", ".join(offloads)
+        yield _later("parallelism.offload", "parameters", f"optimizer; parameters too with several GPUs under {those}")
     if p.offload.activations:
         yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
-    if p.offload.optimizer and p.world > 1 and p.strategy not in ZERO:
+    if p.offload.optimizer and p.world > 1 and p.strategy in FSDP and not p.offload.parameters:
+        yield SpecError(
+            "parallelism.offload: FSDP keeps parameters, gradients and states on the host together; say parameters",
+            "parallelism.offload",
+        )
+    elif p.offload.optimizer and p.world > 1 and p.strategy not in (*FSDP, *ZERO):
         yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs but under {', '.join(ZERO)}")
     yield from _zero(p)
+
+
+def _offloaded(run: RunSpec) -> Iterator[SpecError]:
+    """What FSDP does not do with its parts on the host, or memplan not yet.
+
+    Source: torch 2.13 distributed/fsdp/fully_sharded_data_parallel.py, of gradients accumulated outside of no_sync().
+    """
+    p = run.parallelism
+    if not p.offload.parameters or p.strategy not in FSDP:
+        return
+    if p.strategy == "fsdp" and run.batch.accumulation > 1 and not run.loop.trainer:
+        yield SpecError(
+            "batch.accumulation: with its parts on the host FSDP1 writes each micro-batch's gradients over those "
+            "before; under transformers' Trainer (loop.trainer) they are reduced once, and fsdp2 adds them up",
+            "batch.accumulation",
+        )
+    if run.loop.grad_scaler:
+        yield _later("loop.grad_scaler", True, f"false with parameters offloaded under {p.strategy}")
+    if p.tp > 1:
+        yield _later("parallelism.offload", "parameters", "none with tensor parallelism")
 
 
 def _zero(p: Parallelism) -> Iterator[SpecError]:
@@ -194,8 +270,20 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
     if p.stage is not None and p.stage >= p.pp:
         stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
         yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
-    if p.pp > 1 and p.strategy in ("fsdp", "fsdp2", "zero2", "zero3"):
-        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1, megatron_dist_opt with pp {p.pp}")
+    if p.pp > 1 and p.strategy in ("zero2", "zero3"):
+        yield SpecError(
+            f"parallelism.strategy: DeepSpeed runs pp {p.pp} stages under ZeRO 1 alone, and refuses {p.strategy}; say "
+            "zero1",
+            "parallelism.strategy",
+        )
+    if p.pp > 1 and p.strategy == "fsdp":
+        yield SpecError(
+            f"parallelism.strategy: torch.distributed.pipelining has the gradients of pp {p.pp} stages reduced under "
+            "fsdp2 and ddp, not fsdp; say fsdp2",
+            "parallelism.strategy",
+        )
+    if p.pp > 1 and p.strategy == "fsdp2" and p.reshard_after_forward:
+        yield _later("parallelism.reshard_after_forward", True, f"false with pp {p.pp}, as torchtitan has it")
     if p.pp > 1 and p.offload.optimizer:
         yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
 
@@ -417,6 +505,9 @@ _WHOLE = (*_GROUPED, "fp8", "int8")
 
 def _quantization(q: Quantization, storages: tuple[str, ...]) -> Iterator[SpecError]:
     field = "method.quantization"
+    trained = cast(tuple[str, ...], get_args(TrainedOver))
+    if q.format not in trained:
+        yield _later(f"{field}.format", q.format, f"{', '.join(trained)}; others by engines that serve a model")
     if q.block_size < (16 if q.format in _GROUPED else 32) and not (q.block_size == WHOLE and q.format in _WHOLE):
         size = "one scale a column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
         yield SpecError(f"{field}.block_size: {q.format} has no {size}", f"{field}.block_size")

@@ -56,6 +56,7 @@ from memplan.refusals import (
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
 from memplan.stages import piped
 
+NEW_TOKENS = 256  # generated where none are asked for
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
 
@@ -84,6 +85,10 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     """
     refuse(run)
     model = with_objective(model or find_model(run.model), run.objective)
+    if run.task != "train":
+        from memplan.generation import decide_inference
+
+        return decide_inference(run, model)
     window = model.sliding_window
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
@@ -124,10 +129,18 @@ def objective_of(run: RunSpec) -> str:
 
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
+    run = with_new_tokens(run)
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
     method = _unprepared(run.method) if _sharded(run.parallelism) else run.method
     method, optimizer, kernels = _filled(method, run.optimizer, run.kernels, run.precision, words)
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
+
+
+def with_new_tokens(run: RunSpec) -> RunSpec:
+    """The run with how many tokens it generates, where it leaves that open."""
+    if run.task != "generate" or run.batch.new_tokens:
+        return run
+    return run.model_copy(update={"batch": run.batch.model_copy(update={"new_tokens": NEW_TOKENS})})
 
 
 def completed(run: RunSpec) -> RunSpec:
@@ -190,7 +203,7 @@ def _decide(
         tensor_parallel.check(model, degrees)
     if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
-    elif parallelism.offload.optimizer:
+    elif parallelism.offload.optimizer and not sharded:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
@@ -234,7 +247,7 @@ def _decide(
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
     degrees = degrees if megatron.has_experts(model) else degrees._replace(ep=1, etp=1)
-    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
+    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"], words)
     if ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
@@ -305,7 +318,7 @@ def _decide(
         scales=loop.grad_scaler,
         trainer=loop.trainer,
         holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
-        on_host=parallelism.offload.optimizer,
+        on_host=parallelism.offload.optimizer and not ranks.offloads,
         ranks=ranks,
         pipe=pipe,
         buffers=own,
@@ -439,7 +452,13 @@ def _unprepared(method: Method) -> Method:
 
 
 def _ranks(
-    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool, hidden: int
+    parallelism: Parallelism,
+    recipe: Recipe,
+    method: Method,
+    trainer: bool,
+    accumulates: bool,
+    hidden: int,
+    words: Mapping[str, Any],
 ) -> tuple[Recipe, Ranks]:
     """How ranks divide the run, and the recipe of what they compute.
 
@@ -467,10 +486,13 @@ def _ranks(
         p.shard_group or alike,
         delayed=trainer and accumulates,
         replicated=p.shard_group not in (None, alike),
-        keeps=not p.reshard_after_forward,
+        keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
+        offloads=p.offload.parameters,
+        casts=recipe.autocast or (method.quantization is not None and trainer),
+        reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization
     if q is not None:
@@ -480,6 +502,8 @@ def _ranks(
             return recipe._replace(adapter_dtype=q.storage), ranks._replace(trained=recipe.adapter_dtype)
         return recipe, ranks
     kept = recipe.weights if recipe.weights != recipe.compute else ""
+    if p.strategy == "fsdp2" and words["fsdp_casts"]:
+        recipe = recipe._replace(autocast=False)
     return recipe._replace(weights=recipe.compute, adapter_dtype=recipe.compute), ranks._replace(
         trained="fp32", frozen=kept
     )

@@ -19,9 +19,11 @@ FLOORS = (
     {"ir"},
     {"catalogue", "engine"},
     {
-        *("graph", "ranks", "fetching", "megatron", "zero", "program", "stages", "run_axes", "segments", "usage"),
+        *("graph", "ranks", "fetching", "megatron", "zero", "unsharded", "program", "stages", "run_axes"),
+        *("segments", "usage"),
         *("refusals", "resolve", "batches", "kernels", "notes", "recipes", "prequantized", "checkpoint", "new_card"),
-        *("answer", "estimator", "ledger", "roofline", "speed", "stored"),
+        *("answer", "estimator", "ledger", "roofline", "speed", "stored", "gguf", "schemes", "tensors", "inference", "generation"),
+        "serving",
     },
     {"sweep", "comparison", "planning"},
     {"frameworks"},

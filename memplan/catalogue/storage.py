@@ -50,7 +50,7 @@ KINDS = {
     "quanto-int4": Kind(128, "optimum-quanto 0.2.7 tensor/weights/qbits.py, nn/qmodule.py", zeros=True, experts=False),
 }
 
-# Formats whose scales have the dtype of the weights that were quantised; the others' have one of their own.
+# Formats whose scales have a dtype of their own.
 _TRAINED_OVER = ("nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8")
 _WORDS = {"w4a16": 4, "w8a16": 8}  # bits of a weight in words of int32
 
@@ -63,7 +63,7 @@ class Layout(NamedTuple):
     zeros         every group has a zero point
     order         the group of every input is stored (GPTQ's g_idx, act-order)
     inputs        a scale for the layer's inputs is stored, which is fixed
-    scales        dtype of scales that have the weights' own
+    scales        dtype of the scales; empty where the format has one of its own
     """
 
     format: str
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
     zeros: bool = False
     order: bool = False
     inputs: bool = False
-    scales: str = "bf16"
+    scales: str = ""
 
     @property
     def source(self) -> str:
@@ -80,9 +80,11 @@ class Layout(NamedTuple):
 
 
 def plain(format: str, group: int | None = None, scales: str = "bf16", double_quant: bool = False) -> Layout:
-    """The format with its own defaults."""
+    """The format with its own defaults. `scales` are in that dtype where they have the dtype of the weights that were
+    quantised."""
     kind = KINDS[format]
-    return Layout(format, kind.group if group is None else group, double_quant, kind.zeros, scales=scales)
+    own = "" if format in _TRAINED_OVER else scales
+    return Layout(format, kind.group if group is None else group, double_quant, kind.zeros, scales=own)
 
 
 def parts_of(w: Weight, layout: Layout) -> tuple[Tensor, ...]:
@@ -102,8 +104,9 @@ def parts_of(w: Weight, layout: Layout) -> tuple[Tensor, ...]:
         made = stored(w, form, layout.double_quant, group)
         if form in ("gptq-int4", "gptq-int8") and w.stacked:  # every matrix has an order of its own inputs
             made = tuple(t._replace(shape=f"{matrices} {' '.join(into)}") if t.name == "g_idx" else t for t in made)
-        if form == "fp8" and w.stacked and group == WHOLE:
-            made = (made[0], Tensor("weight_scale_inv", matrices, "fp32"))
+        if form == "fp8":
+            shape = matrices if w.stacked and group == WHOLE else made[1].shape
+            made = (made[0], Tensor(made[1].name, shape, layout.scales or made[1].dtype))
         return (*made, *inputs)
     match form:
         case "fp8-tensor":

@@ -54,6 +54,7 @@ class Gatherer:
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back
         self._waits = division.waits if division else False
+        self._leaves = division.leaves if division else False
         self._received: list[Storage] = []  # what groups of ranks reduced, and replicas sum
         self._delayed: _Backward | None = None  # the unit before, whose backward is over
         self._asked = ""  # and of which unit that is
@@ -190,7 +191,9 @@ class Gatherer:
                 self._received += received
             else:
                 self._drop(received)
-            if self._grads_exist:
+            if self._leaves and self._waits and not unit.received:  # what replicas sum are the parts themselves
+                self._received += parts
+            elif self._grads_exist or self._leaves:
                 self._drop(parts)
             if self._lingers:
                 self._sent = joined

@@ -99,6 +99,7 @@ class Frame:
         self.to_host = False  # but for `x`, which it keeps in host memory
         self.shares: Container[str] = ()  # what it makes for later blocks, which the checkpoints of all refer to
         self.shared: list[Storage] = []
+        self.past: Mapping[str, Storage] = {}  # what the pass before left for it
 
     def __getitem__(self, name: str) -> Storage:
         return self.names[name] if name in self.names else self.outer[name]
@@ -180,6 +181,20 @@ class Tape:
         copies = dict(self._per_copy.get(run, {}))
         copies[storage.size] = copies.get(storage.size, 0) + 1
         self._per_copy[run] = copies
+
+    def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
+        """What the pass before left for each of the blocks, named and with their operations; in a run, for each of its
+        copies."""
+        found: list[dict[str, Storage]] = []
+        for name, ops in blocks:
+            found.append({})
+            for op in ops:
+                self._block, self._op = name, op
+                for t in op.past:
+                    found[-1][t.name] = storage = self.alloc(t, "activation")
+                    if run is not None:
+                        self.of_copies(storage, run)
+        return found
 
     def note(self) -> None:
         """Write the moment down, if memory rose since the last one."""
@@ -292,6 +307,8 @@ class Tape:
             self.enter(frame, op)
             node = frame.nodes[i]
             written = {t.name for t in op.writes}
+            for t in op.past:
+                names[t.name] = mine[t.name] = frame.past[t.name]
             skipped = op.recorded and not keep
             if not skipped and not (cut and i == end - 1 and written.isdisjoint(node.pins)):
                 self.computed(frame, op)
@@ -324,7 +341,8 @@ class Tape:
                 for name in leaves(op):  # the node that accumulates its gradient refers to it
                     names[name].refs += 1
                     holds["nodes"].append(names[name])
-            for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads)):
+            past = (t.name for t in op.past)
+            for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads, *past)):
                 if last.get(name, i) == i and name not in exported and name in mine:
                     self.drop(mine.pop(name))
         for name in [n for n in mine if n not in exported]:
@@ -589,6 +607,7 @@ class Tape:
         old, before, now = self._per_copy.get(run, {}), self._before, self._counts
         new = {k: old.get(k, 0) + now.get(k, 0) - before.get(k, 0) for k in sorted({*old, *before, *now})}
         new = {k: n for k, n in new.items() if n}
+        spends = any(new.get(k, 0) < n for k, n in old.items())  # of what the pass before left: the first one may peak
         renamed = self._renamed(new, passed_on)
         for i in range(self._first_moment, len(self.moments)):
             m = self.moments[i]
@@ -597,6 +616,9 @@ class Tape:
                 self.moments.append(Moment(m.phase, self._first_copy(m.where), counts, per_copy))
             else:  # each copy leaves more alive, so the last one peaks
                 self.moments[i] = Moment(m.phase, m.where, counts, per_copy)
+                if spends:
+                    earlier = {**m.per_copy, run: old}
+                    self.moments.append(Moment(m.phase, self._first_copy(m.where), m.counts, earlier))
         self._per_copy[run] = new
         for storage in self._born:
             if storage not in passed_on:

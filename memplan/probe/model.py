@@ -49,7 +49,7 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
         for name, parameter in model.named_parameters():
             if parts.fullmatch(name):
                 parameter.requires_grad_(False)
-    if task and kind in _ADAPTERS:
+    if kind in _ADAPTERS:
         model = _adapt(model, run)
     elif kind == "freeze":
         _freeze(model, run.method.trainable_layers)

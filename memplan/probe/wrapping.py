@@ -106,7 +106,7 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         blocks = library("torch.distributed.fsdp.wrap").transformer_auto_wrap_policy
         policy = functools.partial(blocks, transformer_layer_cls=_blocks(model))
     p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed(run)
-    strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward]
+    strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward is not False]
     mixed = fsdp.MixedPrecision(param_dtype=lower, reduce_dtype=lower, buffer_dtype=lower) if lower else None
     wrapped = fsdp.FullyShardedDataParallel(
         model,
@@ -114,6 +114,7 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         sharding_strategy=getattr(fsdp.ShardingStrategy, strategy),
         auto_wrap_policy=policy,
         mixed_precision=mixed,
+        cpu_offload=fsdp.CPUOffload(offload_params=True) if p.offload.parameters else None,
         forward_prefetch=p.forward_prefetch,
         backward_prefetch={"pre": prefetch.BACKWARD_PRE, "post": prefetch.BACKWARD_POST}.get(p.backward_prefetch),
         use_orig_params=True,
@@ -164,7 +165,9 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
                 parameter.data = parameter.data.to(torch.float32)
     policy = fsdp.MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower, output_dtype=lower)
     root = {"mesh": mesh, "mp_policy": policy if lower else fsdp.MixedPrecisionPolicy()}
-    unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward}
+    if run.parallelism.offload.parameters:
+        root["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=True)
+    unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward is not False}
     shard = fsdp.fully_shard
     blocks = () if run.loop.trainer and run.method.kind in ADAPTERS else tuple(_blocks(model))
     for module in _bottom_up(model):
