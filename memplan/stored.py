@@ -18,6 +18,7 @@ from memplan.checkpoint import compared, owners, parameters
 from memplan.engine.walk import shared
 from memplan.errors import UnknownNameError, UnsupportedModelError
 from memplan.gguf import file_type_of, gguf_file
+from memplan.gguf_configs import loaded
 from memplan.headers import StoredTensor
 from memplan.ir import Tensor
 from memplan.models import ModelSpec
@@ -109,7 +110,7 @@ def _as_seen(model: ModelSpec, tensors: tuple[StoredTensor, ...], kind: str) -> 
             known = {t.name: (t.parameter, t.group) for t in gguf_file(model, "F16").tensors}
         except UnsupportedModelError:  # its file says what it is, though not which parameters
             known = {}
-        for t in tensors:
+        for t in loaded(tensors):
             name, group = known.get(t.name, ("", _OTHER))
             yield StoredWeight(name or t.name, t.name, t.dtype, t.shape, t.bytes, group, source)
         return

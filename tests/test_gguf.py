@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.cards import card_names, load_card
+from memplan import RunSpec, estimate
+from memplan.cards import card_names, find_model, load_card
 from memplan.catalogue.gguf import (
     ALIASES,
     ARCHITECTURES,
@@ -23,11 +24,16 @@ from memplan.catalogue.gguf import (
     types_of,
 )
 from memplan.checkpoint import built_tensors
-from memplan.errors import UnknownNameError, UnsupportedModelError
+from memplan.errors import MemplanError, UnknownNameError, UnsupportedModelError
 from memplan.gguf import file_type_of, gguf_file
+from memplan.gguf_configs import config_of
+from memplan.headers import Gguf
 from memplan.models import ModelSpec
+from memplan.stored import stored_weights
 from memplan.units import GIB
+from tests.checkpoints import write_gguf
 from tests.sampling import examples, sampled
+from tests.tiny import TINY
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden/gguf_types.jsonl").read_text().splitlines()]
 
@@ -175,6 +181,121 @@ def test_what_is_no_type_of_file() -> None:
     with pytest.raises(UnknownNameError, match=r"did you mean .*Q4_K_M"):
         file_type_of("gguf:Q4_K_XM")
     assert set(ALIASES.values()) <= set(FILE_TYPES)
+
+
+# Metadata of families whose files say their sizes in other words than their configs do, of small ones.
+SMALL = {"context_length": 128, "block_count": 3, "embedding_length": 64, "attention.head_count": 4}
+WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": (
+        "deepseek2",
+        {
+            "feed_forward_length": 176,
+            "attention.head_count_kv": 1,
+            "attention.key_length": 40,
+            "attention.key_length_mla": 24,
+            "attention.value_length_mla": 16,
+            "attention.value_length": 32,
+            "attention.q_lora_rank": 24,
+            "attention.kv_lora_rank": 32,
+            "rope.dimension_count": 8,
+            "expert_count": 16,
+            "expert_used_count": 4,
+            "expert_shared_count": 2,
+            "expert_gating_func": 1,
+            "expert_feed_forward_length": 48,
+            "leading_dense_block_count": 1,
+        },
+    ),
+    "falcon": ("falcon", {"feed_forward_length": 256, "attention.head_count_kv": 1}),
+    "glm4_moe": (
+        "glm4moe",
+        {
+            "feed_forward_length": 176,
+            "attention.head_count_kv": 2,
+            "attention.key_length": 16,
+            "expert_count": 8,
+            "expert_used_count": 2,
+            "expert_shared_count": 1,
+            "block_count": 4,
+            "expert_feed_forward_length": 48,
+            "leading_dense_block_count": 1,
+            "nextn_predict_layers": 1,
+        },
+    ),
+    "gpt_oss": (
+        "gpt-oss",
+        {
+            "attention.head_count_kv": 2,
+            "attention.key_length": 16,
+            "attention.sliding_window": 24,
+            "expert_count": 8,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 176,
+        },
+    ),
+    "qwen3_next": (
+        "qwen3next",
+        {
+            "block_count": 4,
+            "embedding_length": 96,
+            "attention.head_count": 4,
+            "attention.head_count_kv": 2,
+            "attention.key_length": 32,
+            "ssm.conv_kernel": 4,
+            "ssm.state_size": 8,
+            "ssm.group_count": 2,
+            "ssm.time_step_rank": 32,
+            "ssm.inner_size": 32 * 12,
+            "full_attention_interval": 4,
+            "expert_count": 16,
+            "expert_used_count": 3,
+            "expert_feed_forward_length": 40,
+            "expert_shared_feed_forward_length": 56,
+            "feed_forward_length": 176,
+        },
+    ),
+}
+
+
+WRITTEN["deepseek_v3"] = ("deepseek2", {**WRITTEN["deepseek_v2"][1], "expert_gating_func": 2})
+
+
+@pytest.mark.parametrize("model_type", WRITTEN)
+def test_a_file_that_llama_cpp_would_write_is_read_as_its_model(model_type: str, tmp_path: Path) -> None:
+    """Its tensors are those that a file of the model has, and what its metadata says builds as many."""
+    architecture, more = WRITTEN[model_type]
+    metadata = {"general.architecture": architecture}
+    metadata |= {f"{architecture}.{key}": value for key, value in {**SMALL, **more}.items()}
+    kept = {key: value for key, value in TINY[model_type].items() if key not in ("layer_types", "hidden_act")}
+    made = gguf_file(ModelSpec({"model_type": model_type, **kept}), "F16").tensors
+    tensors = [(t.name, t.type, t.shape) for t in made]
+    if model_type == "glm4_moe":
+        tensors.append(("blk.3.nextn.eh_proj.weight", "F16", (64, 128)))
+        tensors.append(("blk.3.attn_q.weight", "F16", (64, 64)))
+    path = write_gguf(tmp_path / "model.gguf", metadata, tensors)
+    model = find_model(str(path))
+    assert model.model_type == model_type
+    assert estimate(RunSpec(model=str(path), method="lora")).parameters.total > 0
+    assert sum(row.bytes for row in stored_weights(model)) == sum(t.bytes for t in made)
+
+
+NUMBERS = st.integers(-3, 2**33) | st.booleans() | st.text(max_size=3)
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(st.sampled_from(sorted(WRITTEN)), st.data())
+def test_any_sizes_that_a_file_says_are_a_model_or_one_line(model_type: str, data: st.DataObject) -> None:
+    architecture, more = WRITTEN[model_type]
+    said = {**SMALL, **more, "vocab_size": 300}
+    said |= {key: data.draw(NUMBERS) for key in data.draw(st.lists(st.sampled_from(sorted(said)), max_size=3))}
+    metadata = {"general.architecture": architecture, **{f"{architecture}.{key}": it for key, it in said.items()}}
+    line = ""
+    try:
+        rows = stored_weights(ModelSpec(config_of(Gguf(metadata, ()), "x.gguf")), "none")
+    except MemplanError as error:
+        line, rows = str(error), ()
+    assert line.isprintable()
+    assert all(row.bytes > 0 for row in rows)
 
 
 SIZES = Sizes("llama", 32, 0, 4, False, False, 32, False)
