@@ -17,7 +17,7 @@ from memplan.catalogue import build, links, token_rates
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.caches import Latent, LayerCache, caches
 from memplan.catalogue.token_rates import Span
-from memplan.checkpoint import Parameter, parameters
+from memplan.checkpoint import parameters
 from memplan.gpus import GPU
 from memplan.graph import active, elements
 from memplan.headers import GGML_TYPES
@@ -230,7 +230,7 @@ def _notes(load: Load, work: Work, note: str) -> Iterator[str]:
             "read in a layer; where some are chosen more often, fewer are"
         )
     if any(p.name == "index keys" for layer in caches(load.model, load.latent) for p in layer.parts):
-        yield "attention that chooses its keys by an index is counted as if it read all: with long contexts it is faster"
+        yield "attention that chooses keys by an index is counted as if it read all: with long contexts it is faster"
     if load.tp > 1:
         yield "at best a sum over the ranks takes one hop, as in one kernel; at worst it goes round a ring twice"
 
@@ -271,16 +271,16 @@ class _Reads(NamedTuple):
 def _read(load: Load, tokens: int) -> _Reads:
     """What so many tokens read of the weights on one rank, and the numbers that each is multiplied with."""
     model, axes = load.model, load.model.axes()
-    chosen = {p.name: (active(p.weight, axes), elements(p.weight, axes), p.weight.chosen) for p in _weights(model)}
+    chosen = {p.name: (active(p.weight, axes), elements(p.weight, axes), p.weight) for p in parameters(model)}
     plain = quantised = multiplied = head = 0
     experts = (0.0, 0)
     seen: set[str] = set()
     for w in stored_weights(model, load.quantization, load.dtype):
         if w.group in _TOWERS:
             continue
-        used, every, axis = chosen.get(w.name, (1, 1, ""))
+        used, every, own = chosen.get(w.name, (1, 1, None))
         part, bytes_ = 1.0, _on_rank(load, w)
-        if axis and used < every:
+        if used < every:
             n = axes["E"]
             read = distinct(n, n * used // every, tokens)
             experts, part = (read, n), read / n
@@ -291,17 +291,13 @@ def _read(load: Load, tokens: int) -> _Reads:
             plain += read_bytes
         else:
             quantised += read_bytes
-        if len(w.shape) > 1 and w.name not in seen and (w.group != "embedding" or model.tie_word_embeddings):
+        multiplies = own is not None and own.rows and (w.group != "embedding" or model.tie_word_embeddings)
+        if multiplies and w.name not in seen:
             numbers = prod(w.shape) * used // every // load.tp
             multiplied += numbers
             head += numbers if w.group in ("lm_head", "embedding") else 0
         seen.add(w.name)
     return _Reads(plain, quantised, multiplied, head, experts)
-
-
-@lru_cache(maxsize=64)
-def _weights(model: ModelSpec) -> tuple[Parameter, ...]:
-    return parameters(model)
 
 
 def _on_rank(load: Load, w: StoredWeight) -> int:

@@ -38,9 +38,9 @@ QUANTISED = Span(
     20,
     92,
     "assumed",
-    f"52 % in 8 bits and 42 % in 4 ({_GPT_FAST}, Llama 2 7B), 70 % of Q8_0 on an RTX 4090 and 48 % of Q4_0 on an RTX 3090 "
-    f"Ti ({_LLAMA_CPP}), of 4 bits on an L4 from a third under bitsandbytes to nine tenths under ExLlamaV2 ({_PHYSICAL});"
-    " both ends are assumed around them",
+    f"52 % in 8 bits and 42 % in 4 ({_GPT_FAST}, Llama 2 7B), 70 % of Q8_0 on an RTX 4090 and 48 % of Q4_0 on an RTX "
+    f"3090 Ti ({_LLAMA_CPP}), of 4 bits on an L4 from a third under bitsandbytes to nine tenths under ExLlamaV2 "
+    f"({_PHYSICAL}); both ends are assumed around them",
 )
 PRODUCTS = Span(
     "products of a prompt's tokens: hundredths of the card's dense peak",
@@ -62,16 +62,16 @@ LAUNCH = Span(
     8,
     40,
     "assumed",
-    f"about 17 ({_PHYSICAL}, transformers on an H100: 27 % of the bandwidth, a thousand kernels a token); hosts twice as "
-    "fast and half as fast are assumed",
+    f"about 17 ({_PHYSICAL}, transformers on an H100: 27 % of the bandwidth, a thousand kernels a token); hosts twice "
+    "as fast and half as fast are assumed",
 )
 SCHEDULING = Span(
     "a serving engine between steps: microseconds",
     0,
     8000,
     "assumed",
-    "none where the next step is planned while one runs; 62 % of the time of Llama 3 8B on an H100 with vLLM 0.5.3, whose "
-    "steps took about 5 ms on the card (blog.vllm.ai 2024-09-05, 2025-01-27)",
+    "none where the next step is planned while one runs; 62 % of the time of Llama 3 8B on an H100 with vLLM 0.5.3, "
+    "whose steps took about 5 ms on the card (blog.vllm.ai 2024-09-05 and 2025-01-27)",
 )
 REPLAY = Span(
     "the host of llama.cpp between steps: microseconds",
