@@ -28,7 +28,13 @@ from memplan.speed import limits
 from memplan.stored import StoredWeight, stored_weights
 from memplan.units import ITEMSIZE
 
-_PLAIN = ("bf16", "fp16", "fp32")
+# By the dtype of a stored tensor, in memplan's words and ggml's: what its kernels get of the memory. Others are packed.
+_READ = {
+    **dict.fromkeys(("bf16", "fp16", "fp32", "BF16", "F16", "F32"), token_rates.PLAIN),
+    **dict.fromkeys(("fp8", "int8", "Q8_0"), token_rates.EIGHT),
+}
+_BITSANDBYTES = ("nf4", "fp4", "int8")
+_SERVER = 8  # GPUs of one server; more of them send over the network
 _TOWERS = ("vision", "projector", "audio")  # read once for a prompt's images, never for a token
 _SUMS = 2  # all-reduces of a layer: after attention and after its MLP. Shoeybi et al. 2019, arXiv:1909.08053, section 3
 _GGML = {kind.name.lower(): (kind.elements, kind.bytes) for kind in GGML_TYPES.values()}
@@ -59,16 +65,15 @@ class Load(NamedTuple):
 class Work(NamedTuple):
     """What one rank does in a step.
 
-    plain, quantised  bytes of weights that are read, by how they are stored
-    caches            bytes of caches that are read: of requests as they begin, and as they end
-    operations        of products with weights; `attending` of attention
-    sent              bytes of one sum over all ranks, of which there are `sums`
-    kernels           that the host launches
-    experts           of how many matrices of experts a layer reads, of how many; (0, 0) without experts
+    weights     bytes that are read of them, by the rate they are read at
+    caches      bytes of caches that are read: of requests as they begin, and as they end
+    operations  of products with weights; `attending` of attention
+    sent        bytes of one sum over all ranks, of which there are `sums`
+    kernels     that the host launches
+    experts     how many experts a layer reads, of how many; (0, 0) without experts
     """
 
-    plain: int
-    quantised: int
+    weights: tuple[tuple[Span, int], ...]
     caches: tuple[int, int]
     operations: int
     attending: int
@@ -76,6 +81,11 @@ class Work(NamedTuple):
     sums: int
     kernels: int
     experts: tuple[float, int]
+
+    @property
+    def bytes(self) -> int:
+        """Of weights."""
+        return sum(n for _, n in self.weights)
 
 
 class Seconds(NamedTuple):
@@ -133,8 +143,7 @@ def decoding(load: Load, prompt: int, new_tokens: int, requests: int) -> Work:
     first, last = prompt, prompt + max(0, new_tokens - 1)
     caches_ = tuple(requests * _cached(load, n, prompt) for n in (first, last))
     return Work(
-        read.plain,
-        read.quantised,
+        read.weights,
         (caches_[0], caches_[1]),
         2 * requests * read.multiplied,
         requests * _attending(load, caches(load.model, load.latent), 1, last, prompt),
@@ -151,8 +160,7 @@ def prefilling(load: Load, prompt: int, requests: int = 1) -> Work:
     tokens = prompt * requests
     read = _read(load, tokens)
     return Work(
-        read.plain,
-        read.quantised,
+        read.weights,
         (0, 0),
         2 * (tokens * (read.multiplied - read.head) + requests * read.head),
         requests * _attending(load, caches(load.model, "expanded"), prompt, prompt, prompt),
@@ -165,7 +173,7 @@ def prefilling(load: Load, prompt: int, requests: int = 1) -> Work:
 
 def decode(load: Load, gpu: GPU, prompt: int, new_tokens: int, requests: int = 1) -> Pace:
     """How fast so many requests are answered at once, a token each in every step."""
-    return _paced(load, gpu, decoding(load, prompt, new_tokens, requests), requests, requests, token_rates.QUANTISED)
+    return _paced(load, gpu, decoding(load, prompt, new_tokens, requests), requests, requests)
 
 
 def prefill(load: Load, gpu: GPU, prompt: int, requests: int = 1) -> Pace | None:
@@ -173,21 +181,21 @@ def prefill(load: Load, gpu: GPU, prompt: int, requests: int = 1) -> Pace | None
     if _rates(gpu, load)[0] is None:
         return None
     work = prefilling(load, prompt, requests)
-    return _paced(load, gpu, work, prompt * requests, requests, token_rates.QUANTISED)
+    return _paced(load, gpu, work, prompt * requests, requests)
 
 
-def _paced(load: Load, gpu: GPU, work: Work, tokens: int, requests: int, quantised: Span) -> Pace:
+def _paced(load: Load, gpu: GPU, work: Work, tokens: int, requests: int) -> Pace:
     ends: list[tuple[float, str]] = []
     (fast, slow), note = _rates(gpu, load)[1:]
-    link = links.inside(gpu, load.tp)
+    link = links.inside(gpu, load.tp) if load.tp <= _SERVER else links.network(gpu)
     for best in (True, False):
 
         def end(span: Span, best: bool = best) -> float:
             return (span.high if best else span.low) / 100
 
         bandwidth = (gpu.bandwidth_gbps or 0) * 1e9 / gpu.devices
-        reading = (work.plain + work.caches[not best]) / (bandwidth * end(token_rates.PLAIN))
-        reading += work.quantised / (bandwidth * end(quantised))
+        moved = (*work.weights, (token_rates.PLAIN, work.caches[not best]))
+        reading = sum(n / (bandwidth * end(span)) for span, n in moved)
         rate = fast if best else slow
         computing = 0.0
         if rate is not None:
@@ -206,10 +214,7 @@ def _paced(load: Load, gpu: GPU, work: Work, tokens: int, requests: int, quantis
 
 
 def _assumed(load: Load, work: Work, link: links.Link, computes: bool) -> Iterator[Span]:
-    if work.plain or any(work.caches):
-        yield token_rates.PLAIN
-    if work.quantised:
-        yield token_rates.QUANTISED
+    yield from (span for span, _ in work.weights)
     if computes:
         yield token_rates.PRODUCTS
         if work.attending:
@@ -251,17 +256,21 @@ def _rates(gpu: GPU, load: Load) -> tuple[float | None, tuple[float | None, floa
     known = limits(gpu, frozenset((load.dtype,)))
     slow = known.operations[load.dtype] if known else None
     note = known.note if known else f"{gpu.title} has no rate for products in the catalogue: only reading is counted"
-    name = load.quantization if isinstance(load.quantization, str) else getattr(load.quantization, "format", "")
-    fast = slow
+    name, fast = format_of(load), slow
     eight = gpu.fp8_tflops if name.startswith(("fp8", "mxfp8")) else gpu.int8_tops if name.startswith("w8a8") else None
     if slow is not None and eight is not None:
         fast = max(slow, eight * 1e12 / gpu.devices)
     return slow, (fast, slow), note
 
 
+def format_of(load: Load) -> str:
+    """The name of the format of its weights; empty where none was said."""
+    asked = load.quantization
+    return asked.format if isinstance(asked, Quantization) else asked or ""
+
+
 class _Reads(NamedTuple):
-    plain: int
-    quantised: int
+    weights: tuple[tuple[Span, int], ...]
     multiplied: int
     head: int
     experts: tuple[float, int]
@@ -272,8 +281,10 @@ def _read(load: Load, tokens: int) -> _Reads:
     """What so many tokens read of the weights on one rank, and the numbers that each is multiplied with."""
     model, axes = load.model, load.model.axes()
     chosen = {p.name: (active(p.weight, axes), elements(p.weight, axes), p.weight) for p in parameters(model)}
-    plain = quantised = multiplied = head = 0
+    multiplied = head = 0
+    weights: dict[Span, int] = {token_rates.PLAIN: 0}
     experts = (0.0, 0)
+    name = format_of(load)
     seen: set[str] = set()
     for w in stored_weights(model, load.quantization, load.dtype):
         if w.group in _TOWERS:
@@ -286,18 +297,17 @@ def _read(load: Load, tokens: int) -> _Reads:
             experts, part = (read, n), read / n
         if w.group == "embedding" and not model.tie_word_embeddings:
             part = min(1.0, tokens / w.shape[0])
-        read_bytes = round(bytes_ * part)
-        if w.dtype in _PLAIN:
-            plain += read_bytes
-        else:
-            quantised += read_bytes
+        span = _READ.get(w.dtype, token_rates.FEWER)
+        if span is not token_rates.PLAIN and name in _BITSANDBYTES:
+            span = token_rates.BITSANDBYTES
+        weights[span] = weights.get(span, 0) + round(bytes_ * part)
         multiplies = own is not None and own.rows and (w.group != "embedding" or model.tie_word_embeddings)
         if multiplies and w.name not in seen:
             numbers = prod(w.shape) * used // every // load.tp
             multiplied += numbers
             head += numbers if w.group in ("lm_head", "embedding") else 0
         seen.add(w.name)
-    return _Reads(plain, quantised, multiplied, head, experts)
+    return _Reads(tuple(weights.items()), multiplied, head, experts)
 
 
 def _on_rank(load: Load, w: StoredWeight) -> int:

@@ -42,8 +42,7 @@ def test_a_token_reads_every_weight_but_the_table_of_tokens_once() -> None:
     matrices = layers * (2 * h * h + 2 * h * kv + 3 * h * f) + v * h
     norms = (2 * layers + 1) * h
     step = decoding(Load(model), 1000, 25, 4)
-    assert step.plain == 2 * (matrices + norms + 4 * h)  # and of the table a row for each request
-    assert step.quantised == 0
+    assert step.weights == ((token_rates.PLAIN, 2 * (matrices + norms + 4 * h)),)  # of the table a row for each request
     token = layers * 2 * kv * 2
     assert step.caches == (4 * 1000 * token, 4 * 1024 * token)
     assert step.operations == 2 * 4 * matrices
@@ -53,7 +52,7 @@ def test_a_token_reads_every_weight_but_the_table_of_tokens_once() -> None:
 def test_a_tied_table_is_read_as_the_head() -> None:
     model = load_card("qwen2.5-0.5b")
     assert model.tie_word_embeddings
-    assert decoding(Load(model), 8, 1, 1).plain == sum(w.bytes for w in stored_weights(model))
+    assert decoding(Load(model), 8, 1, 1).bytes == sum(w.bytes for w in stored_weights(model))
 
 
 def test_of_experts_those_are_read_that_some_token_chose() -> None:
@@ -63,7 +62,7 @@ def test_of_experts_those_are_read_that_some_token_chose() -> None:
     one, many = (decoding(Load(model), 8, 1, n) for n in (1, 10_000))
     assert one.experts == (8.0, 128)
     assert many.experts[0] == pytest.approx(every)
-    assert many.plain - one.plain == pytest.approx((every - chosen) * expert + (10_000 - 1) * h * 2, rel=1e-9)
+    assert many.bytes - one.bytes == pytest.approx((every - chosen) * expert + (10_000 - 1) * h * 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-30b-a3b", "phi-3-mini-4k"])
@@ -82,9 +81,11 @@ def test_a_prompt_takes_the_operations_that_a_forward_pass_of_training_does(mode
 def test_weights_in_fewer_bits_are_fewer_bytes_to_read() -> None:
     model = load_card("llama-3.1-8b")
     plain, eight, four = (decoding(Load(model, f), 8, 1, 1) for f in (None, "Q8_0", "Q4_K_M"))
-    assert plain.quantised == 0
-    assert plain.plain > eight.plain + eight.quantised > four.plain + four.quantised
-    assert decoding(Load(load_card("gpt-oss-20b"), "mxfp4"), 8, 1, 1).quantised > 0
+    assert plain.bytes > eight.bytes > four.bytes
+    rates = [dict(step.weights).keys() - {token_rates.PLAIN} for step in (plain, eight, four)]
+    assert rates == [set(), {token_rates.EIGHT}, {token_rates.FEWER}]
+    bits = dict(decoding(Load(model, "nf4"), 8, 1, 1).weights)
+    assert set(bits) == {token_rates.PLAIN, token_rates.BITSANDBYTES}
 
 
 def test_windows_bound_what_is_read_of_caches() -> None:
@@ -105,7 +106,7 @@ def test_a_card_without_units_for_products_only_reads() -> None:
 
 def test_every_rate_that_an_answer_rests_on_is_named_with_its_source() -> None:
     pace = decode(Load(load_card("llama-3.1-8b"), "fp8-channel", tp=4), find_gpu("h100"), 100, 10)
-    assert {token_rates.PLAIN, token_rates.QUANTISED, token_rates.PRODUCTS, token_rates.SCHEDULING} < set(pace.assumed)
+    assert {token_rates.PLAIN, token_rates.EIGHT, token_rates.PRODUCTS, token_rates.SCHEDULING} < set(pace.assumed)
     assert sum("NVLink" in span.what for span in pace.assumed) == 2
     assert all(span.source and span.low <= span.high for span in pace.assumed)
 
@@ -150,8 +151,7 @@ def test_a_longer_context_and_more_requests_take_a_step_no_less_time(
 @given(st.sampled_from(MODELS[:-1]), st.integers(1, 20_000), st.sampled_from([1, 2, 4]))
 def test_more_ranks_read_no_more_each(model: str, prompt: int, tp: int) -> None:
     one, two = (decoding(Load(load_card(model), tp=n), prompt, 8, 4) for n in (tp, 2 * tp))
-    assert two.plain <= one.plain
-    assert two.quantised <= one.quantised
+    assert two.bytes <= one.bytes
     assert two.caches <= one.caches
 
 

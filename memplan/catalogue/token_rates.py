@@ -33,14 +33,29 @@ PLAIN = Span(
     f"69 % ({_GPT_FAST}, Llama 2 7B), 81 % ({_PHYSICAL}, Qwen2.5 7B on an L4), 82 % ({_LLAMA_CPP}, F16 on an RTX 4090);"
     " both ends are assumed around them",
 )
-QUANTISED = Span(
-    "reading quantised weights: hundredths of the memory's bandwidth",
-    20,
+EIGHT = Span(
+    "reading weights of 8 bits: hundredths of the memory's bandwidth",
+    35,
     92,
     "assumed",
-    f"52 % in 8 bits and 42 % in 4 ({_GPT_FAST}, Llama 2 7B), 70 % of Q8_0 on an RTX 4090 and 48 % of Q4_0 on an RTX "
-    f"3090 Ti ({_LLAMA_CPP}), of 4 bits on an L4 from a third under bitsandbytes to nine tenths under ExLlamaV2 "
-    f"({_PHYSICAL}); both ends are assumed around them",
+    f"52 % ({_GPT_FAST}, Llama 2 7B) and, with what eight cards send each other, 37 % (Llama 2 70B), 70 % of Q8_0 on "
+    f"an RTX 4090 ({_LLAMA_CPP}); both ends are assumed around them",
+)
+FEWER = Span(
+    "reading weights of fewer bits, or packed: hundredths of the memory's bandwidth",
+    25,
+    92,
+    "assumed",
+    f"42 % in groups of 32 ({_GPT_FAST}, Llama 2 7B), 48 % of Q4_0 on an RTX 3090 Ti and about a quarter of Q2_K on a "
+    f"P40 ({_LLAMA_CPP}), on an L4 34 % under Marlin and nine tenths under ExLlamaV2 ({_PHYSICAL}); both ends are "
+    "assumed around them",
+)
+BITSANDBYTES = Span(
+    "reading weights that bitsandbytes dequantises: hundredths of the memory's bandwidth",
+    10,
+    60,
+    "assumed",
+    f"about a third of NF4 on an L4 ({_PHYSICAL}); both ends are assumed around it",
 )
 PRODUCTS = Span(
     "products of a prompt's tokens: hundredths of the card's dense peak",

@@ -48,7 +48,7 @@ def held(s: Settings) -> tuple[Held, ...]:
     for w in stored_weights(s.model, s.quantization, s.dtype):
         if s.engine.kind == "llama.cpp" and not _on_card(s, w):
             continue
-        bytes_ = w.bytes if s.engine.kind == "llama.cpp" else _of_rank(s, w)
+        bytes_ = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w)
         entry = found.setdefault((w.group, w.dtype, w.source, w.basis), [0, 0])
         entry[0] += 1
         entry[1] += bytes_
@@ -80,7 +80,7 @@ def _on_card(s: Settings, w: StoredWeight) -> bool:
     return (s.serving.gpu_layers or 0) > 0
 
 
-def _of_rank(s: Settings, w: StoredWeight) -> int:
+def of_rank(s: Settings, w: StoredWeight) -> int:
     """Bytes of a tensor on one of the ranks."""
     words, tp = frozenset(w.name.split(".")), s.tp
     if w.group in ("embedding", "lm_head") and not words & _POSITIONS and len(w.shape) == 2:
