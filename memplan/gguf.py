@@ -11,7 +11,9 @@ from typing import NamedTuple
 from memplan.catalogue.gguf import (
     ALIASES,
     ARCHITECTURES,
+    BARE,
     BLOCKS,
+    BY_LAYER,
     FILE_TYPES,
     INSIDE,
     NEEDS_IMATRIX,
@@ -31,6 +33,7 @@ from memplan.models import ModelSpec
 ALIGNMENT = 32  # bytes; general.alignment where a file does not say another
 _PREFIX = "gguf:"
 _APART = ("vision", "projector", "audio")  # in a file of their own, mmproj
+_VALUES_FIRST = "blk.0.attn_v.weight"
 _LAYER = re.compile(r"^(?:[a-z_]+\.)*?(?:layers|h|blocks)\.(\d+)\.")
 _KEPT = ("e_score_correction_bias",)  # buffers that a file has
 # Bytes of a tokenizer in the header, of each token: its text with 8 bytes of length before it, its type, and of a
@@ -107,7 +110,7 @@ def gguf_file(model: ModelSpec, file_type: str, imatrix: bool | None = None) -> 
         architecture=architecture,
         layers=model.num_hidden_layers,
         experts=model.axes().get("E", 0),
-        ratio=_ratio(model),
+        ratio=0 if architecture in BY_LAYER and _VALUES_FIRST not in found else _ratio(model),
         seventy=_is_seventy(model, architecture),
         tied="output.weight" not in found,
         values=sum(category(name) in VALUES for name in order),
@@ -139,7 +142,7 @@ def _tensors(model: ModelSpec, of: Parameter) -> Iterator[tuple[str, tuple[int, 
         )
     shapes = [shape] if len(names) == 1 else list(_divided(model, path, shape))
     for name, part in zip(names, shapes, strict=True):
-        full = name if name == "ssm_a" else f"{name}.{kind}"
+        full = name if name in BARE else f"{name}.{kind}"
         yield (f"blk.{inside[1]}.{full}" if inside else full), part
 
 
@@ -147,10 +150,10 @@ def _names(model: ModelSpec, path: str, inside: bool) -> tuple[str, ...]:
     if not inside:
         found = OUTSIDE.get(path.rpartition(".")[2])
         return (found,) if found else ()
-    if path in PARTS:
-        return PARTS[path]
     found = OWN.get(model.model_type, {}).get(path) or INSIDE.get(path)
-    return (found,) if found else ()
+    names = PARTS.get(path) or ((found,) if found else ())
+    dense = path.startswith("shared_mlp.") and "E" not in model.axes()  # shared by experts that are not there
+    return tuple(name.removesuffix("_shexp") for name in names) if dense else names
 
 
 def _divided(model: ModelSpec, path: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -168,9 +171,10 @@ def _divided(model: ModelSpec, path: str, shape: tuple[int, ...]) -> Iterator[tu
             gate = model.whole("linear_num_value_heads") * model.whole("linear_value_head_dim")
             yield shape[0] - gate, *shape[1:]
             yield gate, *shape[1:]
+        case "input_linear":
+            yield from [(shape[0] // 2, *shape[1:])] * 2
         case _:  # gates and ups of experts
-            for _ in range(2):
-                yield shape[0], shape[1] // 2, *shape[2:]
+            yield from [(shape[0], shape[1] // 2, *shape[2:])] * 2
 
 
 def _layer_of(name: str) -> int:

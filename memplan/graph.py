@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypedDict
 
-from memplan.catalogue import build, context_parallel, losses, megatron, pipeline, tensor_parallel
+from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.decoding import Pass, inference
 from memplan.catalogue.fused import fuse, fusible
@@ -84,11 +84,13 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.degrees.pp > 1:
         return _stage(graph)
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
+    part: dict[str, int] = {}
     if degrees.tp > 1:
+        part = tensor_parallel.axes_of_part(model, degrees)
         model = tensor_parallel.part_of(model, degrees)
-    if degrees.ep * degrees.etp > 1 or (degrees.tp > 1 and megatron.has_experts(model)):
+    if megatron.has_experts(model) and max(degrees.ep, degrees.etp, degrees.tp) > 1:
         model = megatron.part_of_experts(model, degrees)
-    axes = {**model.axes(), "r": graph.rank}
+    axes = {**model.axes(), **part, "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.by_name:
         named = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
@@ -98,8 +100,10 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     stack = apply(stack, recipe)
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees)
+    own = model.model_type == megatron.KIND
+    if degrees.ep > 1 and not own:
+        stack = expert_parallel.divide(stack, degrees)
     if degrees.cp > 1:
-        own = model.model_type == megatron.KIND
         stack = (megatron if own else context_parallel).around(stack, degrees)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])

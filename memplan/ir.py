@@ -130,14 +130,16 @@ class Op(NamedTuple):
     past            tensors that are there from the pass before, by the names they are read by here: of each its
                     reference goes with its last reader.
     caches          where it stands, what it reads is put beside what a cache has of earlier tokens, of which there are
-                    then as many as this axis says, and the names mean all of them from there on. A rewrite makes
-                    operations of it (`memplan.catalogue.decoding`).
+                    then as many as this axis says, and the names mean all of them from there on; where it is a view,
+                    another layer has done so. A rewrite makes operations of it (`memplan.catalogue.decoding`).
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients
                     are made though nothing reads them, and stay until the graph goes at the end of the step.
     asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
                     embeddings does. Where no gradient flows through, checkpointing or not.
+    lends           a module whose weights it hands to the operations after it: their gradients reach the weights only
+                    when its own backward would run.
     skipped         the run leaves it out: of it there are only its weights.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
@@ -169,6 +171,7 @@ class Op(NamedTuple):
     captures: tuple[str, ...] = ()
     wraps: tuple[Tensor, ...] = ()
     asks: bool = False
+    lends: str = ""
     skipped: bool = False
     recorded: bool = False
     unit: str = ""

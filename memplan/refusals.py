@@ -24,6 +24,7 @@ from memplan.spec import (
     Precision,
     Quantization,
     RunSpec,
+    Serving,
     TrainedOver,
 )
 
@@ -38,6 +39,8 @@ def refuse(run: RunSpec) -> None:
             raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
         if run.generation != Generation():
             raise SpecError("generation: is of task generate", "generation")
+    if run.serving != Serving():
+        raise SpecError(f"serving: is of the engines that memplan profiles lists, not {run.profile}", "serving")
     if run.parallelism != _ONE_GPU:
         for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused
@@ -122,13 +125,20 @@ def refuse_of_megatron(profile: str, method: Method, precision: Precision, kerne
 
 
 def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
-    """Raise SpecError for what ranks that divide `experts`, each so wide, cannot do, or memplan not yet. `experts` is 0
-    of models whose layers are not Megatron-core's, or that have none."""
+    """Raise SpecError for what ranks that divide `experts`, each so wide, cannot do as Megatron-core has them.
+    `experts` is 0 of models that have none."""
     for field in ("ep", "etp"):
         if not experts and getattr(p, field) not in (1, _ONE_GPU.etp):
-            raise _later(f"parallelism.{field}", getattr(p, field), "1, but of megatron_gpt configs with experts")
+            value = getattr(p, field)
+            raise SpecError(
+                f"parallelism.{field}: {value} ranks divide experts, and the model has none", f"parallelism.{field}"
+            )
     if not experts:
         return
+    if p.expert_imbalance != 1:
+        raise _later(
+            "parallelism.expert_imbalance", p.expert_imbalance, "1 with megatron_gpt; moe_capacity_factor says it"
+        )
     etp = p.tp if p.etp is None else p.etp
     if experts % p.ep:
         raise SpecError(f"parallelism.ep: {p.ep} does not divide {experts} experts", "parallelism.ep")
@@ -146,6 +156,34 @@ def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
             "with it; say true",
             "parallelism.sequence_parallel",
         )
+
+
+def refuse_parts_of_whole_experts(p: Parallelism, profile: str, style: str) -> None:
+    """Raise SpecError for what ranks that each have some of the experts whole cannot do as transformers has them, or
+    memplan not yet."""
+    if p.etp not in (1, _ONE_GPU.etp):
+        raise _later("parallelism.etp", p.etp, "1, but of megatron_gpt configs with experts")
+    field = "parallelism.ep"
+    if p.ep == 1:
+        if p.expert_imbalance != 1:
+            field = "parallelism.expert_imbalance"
+            raise SpecError(f"{field}: {p.expert_imbalance:g} is of ranks that divide experts, and ep is 1", field)
+        return
+    if style != "transformers":
+        raise _later(
+            field, p.ep, f"1 with profile {profile}; profile transformers-5 has more, and megatron_gpt configs"
+        )
+    wrong = [f"a multiple of tp {p.tp}"] * bool(p.ep % p.tp)
+    wrong += [f"a divisor of dp {p.dp} x tp {p.tp} = {p.dp * p.tp}"] * bool(p.dp * p.tp % p.ep)
+    if wrong:
+        raise SpecError(
+            f"{field}: {p.ep} is not {', nor '.join(wrong)}, as transformers has ranks divide experts", field
+        )
+    for other in ("cp", "pp"):
+        if getattr(p, other) > 1:
+            raise _later(f"parallelism.{other}", getattr(p, other), "1 with expert parallelism of transformers' models")
+    if p.dp > 1:
+        raise _later("parallelism.dp", p.dp, f"1 with expert parallelism; say tp {p.ep} too")
 
 
 def refuse_on_host(optimizer: str) -> None:
@@ -428,6 +466,12 @@ def refuse_parts_of_matrices(
             f"parallelism.strategy: {p.strategy} does not divide what tensor parallelism has divided; fsdp2 does",
             "parallelism.strategy",
         )
+    if style != "megatron" and method.quantization is not None:
+        raise SpecError(
+            f"method.kind: transformers 5.24 does not run {method.kind} on tensor-parallel ranks: it makes DTensors of "
+            "bitsandbytes' weights, whose layers then fail in the first pass; full, freeze and lora run",
+            "method.kind",
+        )
     if method.kind not in ("full", "freeze", "lora"):
         raise _later("method.kind", method.kind, "full, freeze, lora with tensor parallelism")
     if method.modules_to_save:
@@ -436,6 +480,12 @@ def refuse_parts_of_matrices(
         raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with tensor parallelism")
     if optimizer.in_backward:
         raise _later("optimizer.in_backward", True, "false with tensor parallelism")
+    if kernels.loss == "fused" and style != "megatron":
+        raise SpecError(
+            "kernels.loss: fused kernels (Liger's) take the head's matrix, which is a part in a DTensor on each of "
+            f"{p.tp} ranks, and do not run; say hf",
+            "kernels.loss",
+        )
     if kernels.loss != "hf":
         raise _later("kernels.loss", kernels.loss, "hf with tensor parallelism")
     if kernels.fused:

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, cast
 
 from memplan.catalogue.gguf import FILE_TYPES
 from memplan.catalogue.gguf import SOURCE as QUANTIZE
-from memplan.catalogue.storage import KINDS, parts_of, plain
+from memplan.catalogue.storage import KINDS, Layout, parts_of, plain
 from memplan.checkpoint import compared, owners, parameters
 from memplan.engine.walk import shared
 from memplan.errors import UnknownNameError, UnsupportedModelError
 from memplan.gguf import file_type_of, gguf_file
 from memplan.gguf_configs import loaded
 from memplan.headers import StoredTensor
-from memplan.ir import Tensor
+from memplan.ir import Tensor, Weight
 from memplan.models import ModelSpec
 from memplan.schemes import FIELD, LayoutOf, everywhere, plainly, scheme_of
 from memplan.spec import Quantization
@@ -38,7 +38,7 @@ class StoredWeight(NamedTuple):
     name    the parameter it stands for, by its name in transformers' state dict (`model.layers.0.mlp.up_proj.weight`)
     part    the tensor's own name, where it is one of several in place of the parameter (`weight_scale`)
     dtype   of its elements: memplan's word, or ggml's (`Q4_K`) in a GGUF file
-    shape   the parameter's as torch has it, whatever the tensor's
+    shape   the parameter's as torch has it, whatever the tensor's; in a GGUF file the tensor's
     bytes   of the tensor
     group   what the parameter is counted under: embedding attention mixer mlp router norm vision lm_head ...
     source  where its size comes from; `basis` is derived, or assumed
@@ -117,8 +117,8 @@ def _as_seen(model: ModelSpec, tensors: tuple[StoredTensor, ...], kind: str) -> 
     extra = {t.name for t in compared(model, tensors).extra}
     for t, of in zip(tensors, owners(model, (t.name for t in tensors)), strict=True):
         if of is not None or t.name not in extra:
-            name, group = (of.name, of.weight.group) if of is not None else (t.name, _OTHER)
-            yield StoredWeight(name, "" if name == t.name else t.name, t.dtype, t.shape, t.bytes, group, source)
+            name, group, shape = (of.name, of.weight.group, of.shape) if of is not None else (t.name, _OTHER, t.shape)
+            yield StoredWeight(name, "" if name == t.name else t.name, t.dtype, shape, t.bytes, group, source)
 
 
 def _in_gguf(model: ModelSpec, file_type: str) -> Iterator[StoredWeight]:
@@ -128,14 +128,22 @@ def _in_gguf(model: ModelSpec, file_type: str) -> Iterator[StoredWeight]:
 
 
 def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) -> LayoutOf:
-    """Every matrix in one format, but for the head, routers, and what the run or the model leaves out."""
+    """Every matrix in one format, but for the head, routers, and what the run or the model leaves out; of gpt-oss in
+    mxfp4, the experts alone, as it was published."""
     if isinstance(quantization, Quantization):
         q = quantization
         group = q.block_size if "block_size" in q.model_fields_set else None  # else the format's own
         layout, skip = plain(q.format, group, dtype, q.double_quant), q.skip
     else:
         layout, skip = plain(quantization, None, dtype), None
-    return everywhere(layout, [*((_HEAD,) if skip is None else skip), *model.unquantised])
+    whole = everywhere(layout, [*((_HEAD,) if skip is None else skip), *model.unquantised])
+    if not KINDS[layout.format].alone or not any(one.weight.stacked for one in parameters(model)):
+        return whole
+
+    def of(name: str, w: Weight) -> Layout | None:
+        return whole(name, w) if w.stacked else None
+
+    return of
 
 
 def _as_published(model: ModelSpec, dtype: str) -> LayoutOf:

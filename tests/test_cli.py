@@ -192,7 +192,6 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
     "options",
     [
         "--tp 2 --profile transformers-4.48",
-        "--gpus 4 --pp 2 --fsdp fsdp2",
         "--offload optimizer --gpus 2",
         "--ep 2 --gpus 2",
     ],

@@ -23,7 +23,7 @@ from memplan.catalogue.gguf import (
     quantises,
     types_of,
 )
-from memplan.checkpoint import built_tensors
+from memplan.checkpoint import built_tensors, parameters
 from memplan.errors import MemplanError, UnknownNameError, UnsupportedModelError
 from memplan.gguf import file_type_of, gguf_file
 from memplan.gguf_configs import config_of
@@ -106,7 +106,10 @@ FILES = (
     ("llama-3.3-70b", "Q4_K_M", 42_520_398_432, "unsloth/Llama-3.3-70B-Instruct-GGUF@8f14c5c5"),
     ("llama-3.3-70b", "Q5_K_M", 49_949_822_112, "bartowski/Llama-3.3-70B-Instruct-GGUF"),
     ("mistral-7b-v0.3", "Q4_K_M", 4_372_812_000, "bartowski/Mistral-7B-Instruct-v0.3-GGUF"),
-    ("mistral-nemo-12b", "Q4_K_M", 7_405_202_976, "a quantised Mistral-Nemo-Instruct-2407"),
+    ("mistral-nemo-12b", "Q3_K_M", 6_083_093_632, "bartowski/Mistral-Nemo-Instruct-2407-GGUF"),
+    ("mistral-nemo-12b", "Q4_K_M", 7_477_208_192, "bartowski/Mistral-Nemo-Instruct-2407-GGUF"),
+    ("starcoder2-15b", "Q4_K_M", 9_860_188_000, "a quantised starcoder2-15b"),
+    ("falcon3-10b", "Q4_K_M", 6_287_521_408, "a quantised Falcon3-10B-Instruct"),
     ("mistral-small-3.1-24b", "Q4_K_M", 14_333_915_264, "a quantised Mistral-Small-3.2-24B-Instruct-2506"),
     ("mixtral-8x7b", "Q4_K_M", 28_448_468_608, "mradermacher's i1 of Mixtral-8x7B-Instruct-v0.1"),
     ("qwen2.5-7b", "Q4_K_M", 4_683_074_240, "bartowski/Qwen2.5-7B-Instruct-GGUF"),
@@ -118,6 +121,7 @@ FILES = (
     ("qwen3-30b-a3b", "Q4_K_M", 18_556_686_752, "unsloth/Qwen3-30B-A3B-Instruct-2507-GGUF"),
     ("qwen3-30b-a3b", "Q8_0", 32_483_932_576, "unsloth/Qwen3-30B-A3B-Instruct-2507-GGUF"),
     ("qwen3-30b-a3b", "BF16", 61_095_803_232, "unsloth/Qwen3-30B-A3B-Instruct-2507-GGUF"),
+    ("granite-4.0-h-small", "Q4_K_M", 19_476_621_984, "ibm-granite/granite-4.0-h-small-GGUF"),
     ("gemma-2-9b", "Q4_K_M", 5_761_057_728, "bartowski/gemma-2-9b-it-GGUF"),
     ("gemma-3-12b", "Q4_K_M", 7_300_574_976, "ggml-org/gemma-3-12b-it-GGUF"),
     ("phi-3.5-mini", "Q4_K_M", 2_393_232_672, "bartowski/Phi-3.5-mini-instruct-GGUF"),
@@ -130,7 +134,7 @@ FILES = (
 
 @pytest.mark.parametrize(("model", "file_type", "size", "source"), FILES, ids=str)
 def test_files_are_as_large_as_real_ones(model: str, file_type: str, size: int, source: str) -> None:
-    assert gguf_file(load_card(model), file_type).bytes == pytest.approx(size, rel=0.01), source
+    assert gguf_file(load_card(model), file_type).bytes == pytest.approx(size, rel=0.005), source
 
 
 def test_tensors_begin_where_they_may() -> None:
@@ -145,8 +149,9 @@ KNOWN = [name for name in card_names() if load_card(name).model_type in ARCHITEC
 @pytest.mark.parametrize("name", sampled(KNOWN, 6))
 def test_a_file_has_every_parameter_once(name: str) -> None:
     model = load_card(name)
-    apart = ("visual.", "vision_tower.", "multi_modal_projector.")  # in mmproj
-    built = {key: one for key, one in built_tensors(model).items() if not key.startswith(apart)}
+    apart = ("vision", "projector", "audio")  # in mmproj
+    inside = {one.name for one in parameters(model) if one.weight.group not in apart}
+    built = {key: one for key, one in built_tensors(model).items() if key in inside}
     found: dict[str, int] = {}
     for tensor in gguf_file(model, "F16").tensors:
         elements = tensor.bytes // (4 if tensor.type == "F32" else 2)
@@ -167,8 +172,8 @@ def test_latent_attention_is_stored_by_head() -> None:
 
 
 def test_a_family_without_names_in_gguf_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"falcon_mamba in GGUF are not known yet; .*falcon"):
-        gguf_file(load_card("falcon-mamba-7b"), "Q4_0")
+    with pytest.raises(UnsupportedModelError, match=r"gemma4 in GGUF are not known yet; .*gemma"):
+        gguf_file(load_card("gemma-4-31b"), "Q4_0")
 
 
 @pytest.mark.parametrize("written", ["Q4_K_M", "q4_k_m", "gguf:Q4_K_M", " GGUF:q4-k-m ", "Q4_K"])

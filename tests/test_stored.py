@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan import RunSpec, estimate
 from memplan.cards import find_model, load_card
+from memplan.catalogue.gguf import FILE_TYPES
 from memplan.catalogue.storage import KINDS
 from memplan.checkpoint import parameters
 from memplan.errors import ConfigError, MemplanError, SpecError, UnknownNameError
 from memplan.headers import Checkpoint, StoredTensor
 from memplan.models import ModelSpec
 from memplan.schemes import Modules, scheme_of
-from memplan.spec import Quantization
+from memplan.spec import Format, Quantization
 from memplan.stored import format_of, stored_weights
 from tests.checkpoints import folder_of, gguf_tensors, of_model, write_gguf
 from tests.sampling import examples
@@ -70,7 +72,7 @@ def published(card: str, config: dict[str, Any] | None) -> ModelSpec:
 @pytest.mark.parametrize(("card", "size"), [("gpt-oss-20b", 13_761_264_768), ("gpt-oss-120b", 65_248_815_744)])
 def test_experts_in_mxfp4_are_those_that_were_published(card: str, size: int) -> None:
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    assert total(published(card, config)) == size
+    assert total(published(card, config)) == size == total(load_card(card), "mxfp4")
 
 
 # Bytes of files of safetensors, all shards together, on the Hugging Face Hub in 2026. A file has a header beside its
@@ -156,9 +158,28 @@ def test_what_is_left_whole(name: str) -> None:
     whole = {row.name.rpartition("layers.")[2][2:] for row in rows if not row.part}
     left = {"input_layernorm.weight", "mlp.gate.weight", "self_attn.q_norm.weight"}
     assert {name for name in left if name in whole} == left
-    assert {row.group for row in rows if row.part} <= {"attention", "mlp"}
+    assert {row.group for row in rows if row.part} <= ({"mlp"} if KINDS[name].alone else {"attention", "mlp"})
     stacked = {row.part != "" for row in rows if ".experts." in row.name}
     assert stacked == {KINDS[name].experts}
+
+
+def test_a_run_may_name_every_format() -> None:
+    assert set(get_args(Format)) == {*KINDS, *FILE_TYPES}
+    for name, wanted in (("gguf:q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), ("W4A16", "w4a16"), ("mxfp4_moe", "MXFP4_MOE")):
+        assert Quantization.model_validate({"format": name}).format == wanted
+    assert Quantization(format="nvfp4").block_size == KINDS["nvfp4"].group
+    rows = stored_weights(ModelSpec(TINY), Quantization(format="Q8_0"))
+    assert rows == stored_weights(ModelSpec(TINY), "Q8_0")
+    assert stored_weights(ModelSpec(TINY), Quantization(format="awq-int4")) == stored_weights(
+        ModelSpec(TINY), "awq-int4"
+    )
+
+
+@pytest.mark.parametrize("name", ["w4a16", "Q4_K_M", "torchao-int8"])
+def test_nothing_trains_over_formats_that_only_run(name: str) -> None:
+    method = {"kind": "qlora", "quantization": {"format": name}}
+    with pytest.raises(SpecError, match=f"format: '{name}' is not supported yet; supported: nf4, fp4, int8, gptq-int4"):
+        estimate(RunSpec(model={"config": {**TINY, "max_position_embeddings": 4096}}, method=method))
 
 
 def test_names_of_formats_are_read_however_written() -> None:

@@ -25,23 +25,36 @@ _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 
 
 # Families whose decoding was not read yet.
-NOT_YET = frozenset(
-    (
-        *("baichuan", "bloom", "chatglm", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "falcon"),
-        *(
-            "falcon_mamba",
-            "gemma3n_text",
-            "gemma4",
-            "gemma4_text",
-            "glm4_moe_lite",
-            "glm_moe_dsa",
-            "gpt_neo",
-            "gpt_oss",
-        ),
-        *("granitemoehybrid", "internlm2", "jamba", "kimi_k25", "kimi_k3", "kimi_linear", "llama4", "llama4_text"),
-        *("mamba", "mamba2", "megatron_gpt", "mimo_v2_flash", "minicpm", "minicpm3", "minimax_m3_vl_text", "mllama"),
-        *("mpt", "nemotron_h", "qwen", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
-        *("qwen3_5_text", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "step3p7", "gemma3", "mistral3", "dbrx"),
+NOT_YET = (
+    frozenset[str]()
+    if True
+    else frozenset(
+        (
+            *("baichuan", "bloom", "chatglm", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "falcon"),
+            *(
+                "falcon_mamba",
+                "gemma3n_text",
+                "gemma4",
+                "gemma4_text",
+                "glm4_moe_lite",
+                "glm_moe_dsa",
+                "gpt_neo",
+                "gpt_oss",
+            ),
+            *("granitemoehybrid", "internlm2", "jamba", "kimi_k25", "kimi_k3", "kimi_linear", "llama4", "llama4_text"),
+            *(
+                "mamba",
+                "mamba2",
+                "megatron_gpt",
+                "mimo_v2_flash",
+                "minicpm",
+                "minicpm3",
+                "minimax_m3_vl_text",
+                "mllama",
+            ),
+            *("mpt", "nemotron_h", "qwen", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
+            *("qwen3_5_text", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "step3p7", "gemma3", "mistral3", "dbrx"),
+        )
     )
 )
 
@@ -84,8 +97,11 @@ def inference(stack: Stack, now: Pass) -> Stack:
 
 
 def uncached(stack: Stack) -> bool:
-    """Whether some block leaves nothing for the tokens to come."""
-    return any(all(op.holds != "cache" for op in block.ops) for run in stack.runs for block in run.blocks)
+    """Whether some block that runs leaves nothing for the tokens to come."""
+    blocks = [block for run in stack.runs for block in run.blocks if any(op.writes and not op.view for op in block.ops)]
+    shared = {name for block in blocks for name in block.shares}
+    own = [block for block in blocks if shared.isdisjoint(r for op in block.ops for r in op.reads)]
+    return any(all(op.holds != "cache" for op in block.ops) for block in own)
 
 
 def _still(some: Iterable[Op]) -> Iterator[Op]:
@@ -108,7 +124,7 @@ def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """Masks made once for all layers are of one token's row in decoding."""
     for op in some:
         axis = "kv_window" if "window" in op.name else "kv"
-        yield along(op, axis) if now.decodes and not op.weights else op
+        yield along(op, axis, op.name in _OF_ALL) if now.decodes and not op.weights else op
 
 
 def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
@@ -119,23 +135,38 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     axis = ""
     for given in some:
         op = _renamed(given, names)
+        if op.caches == "state":
+            made |= {t.name: t for t in op.writes}
+            (t,) = op.writes
+            if t.dtype.startswith("="):
+                t = t._replace(dtype=f"={names.get(t.dtype[1:], t.dtype[1:])}")
+            yield from _kept(op.name, t, now, f"{_CACHE} LinearAttentionLayer", op.reads)
+            continue
         if op.caches:
             axis = op.caches
+            if op.view:  # another layer's
+                keyed = set(op.reads)
+                continue
             yield from _update(op, [made[name] for name in op.reads], now)
             names |= {name: _named(name) for name in op.reads}
             keyed = {_named(name) for name in op.reads}
             continue
         if axis and now.decodes:
-            of_keys = bool(op.reads) and not op.product and keyed.issuperset(op.reads)
+            of_keys = bool(op.reads) and keyed.issuperset(op.reads)
             keyed |= {t.name for t in op.writes} if of_keys else set()
             op = along(op, axis, of_keys)
         made |= {t.name: t for t in op.writes}
         yield op
 
 
+_OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
+_NAMES = {"kv.normed": "latent", "k.turned": "rotated key"}
+
+
 def _named(name: str) -> str:
     """What the cache of a tensor is called."""
-    return f"{ {'k': 'key', 'v': 'value'}.get(name[:1], name) } cache"
+    found = _NAMES.get(name) or {"k": "key", "v": "value"}.get(name.partition(".")[0], name)
+    return f"{found} cache"
 
 
 def _renamed(op: Op, names: Mapping[str, str]) -> Op:
@@ -146,13 +177,18 @@ def _renamed(op: Op, names: Mapping[str, str]) -> Op:
 
 def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     """The cache of a layer takes what is new: what it had and that are joined in a tensor of their own, one after the
-    other, and the names before are the caller's until all are."""
+    other, and the names before are the caller's until all are. With a window both are made before the old ones go."""
     source = f"{_CACHE} DynamicLayer.update, DynamicSlidingWindowLayer.update"
+    windowed = op.caches == "kv_window"
+    old: list[str] = []
+    if windowed:
+        yield from _kept(f"{op.name}.window", Tensor("length of the window", "", "int64"), now, source)
     for t in tensors:
         new = _named(t.name)
         what, before = new.removesuffix(" cache"), f"{new} before"
         shape = _keyed(t.shape, op.caches) if now.decodes else t.shape
         past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.decodes else ()
+        old += [before] if now.decodes else []
         if past and now.cache == "legacy":  # the caller has all of them until the model returns
             alias = Tensor(f"{before}, the caller's", past[0].shape)
             yield Op(f"{op.name}.{what}s_before", (before, t.name), (alias,), past=past, view=True, holds="forward")
@@ -164,7 +200,16 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
             holds="cache",
             source=source,
         )
-    yield ops.leave(*(t.name for t in tensors))
+    yield ops.leave(*(t.name for t in tensors), *(old if windowed else ()))
+
+
+def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
+    """A tensor that the first pass makes and the others find, and write in place."""
+    if not now.decodes:
+        yield Op(name, reads, (t,), holds="cache", source=source)
+        return
+    before = t._replace(name=f"{t.name} before")
+    yield Op(name, (before.name, *reads), (t,), past=(before,), view=True, holds="cache", source=source)
 
 
 def _keyed(shape: str, axis: str) -> str:
@@ -197,9 +242,29 @@ def _head(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield _of_last(op) if head and now.generates and now.last_only else op
 
 
-def _of_last(op: Op) -> Op:
+def for_last(some: tuple[Op, ...], keys: Iterable[str] = ()) -> tuple[Op, ...]:
+    """The operations for the last token alone, over the `keys` of all."""
+    keyed = set(keys)
+    made: list[Op] = []
+    for op in some:
+        if op.reads and keyed.issuperset(op.reads):
+            keyed |= {t.name for t in op.writes}
+            made.append(op)
+        else:
+            made.append(_of_last(op, once=True))
+    return tuple(made)
+
+
+def _of_last(op: Op, once: bool = False) -> Op:
+    """Without the axis of tokens; `once`: the first alone, where there is one of keys too."""
+
+    def shape(text: str) -> str:
+        tokens = text.split()
+        places = [i for i, token in enumerate(tokens) if token in TOKENS][: 1 if once else None]
+        return " ".join(token for i, token in enumerate(tokens) if i not in places)
+
     def tensor(t: Tensor) -> Tensor:
-        return t._replace(shape=" ".join(token for token in t.shape.split() if token not in TOKENS))
+        return t._replace(shape=shape(t.shape))
 
     return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
 

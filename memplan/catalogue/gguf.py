@@ -64,9 +64,11 @@ ARCHITECTURES = {
     "cohere2": "cohere2",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "deepseek_v32": "deepseek32",
     "ernie4_5": "ernie4_5",
     "exaone4": "exaone4",
     "falcon": "falcon",
+    "falcon_mamba": "mamba",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
@@ -74,15 +76,23 @@ ARCHITECTURES = {
     "glm4": "glm4",
     "glm4_moe": "glm4moe",
     "glm4_moe_lite": "deepseek2",
+    "glm_moe_dsa": "glm-dsa",
     "gpt2": "gpt2",
+    "gpt_bigcode": "starcoder",
     "gpt_neox": "gptneox",
     "gpt_oss": "gpt-oss",
     "granite": "granite",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
     "hunyuan_v1_dense": "hunyuan-dense",
     "internlm2": "internlm2",
     "internlm3": "llama",
+    "jamba": "jamba",
+    "kimi_k25": "deepseek2",
     "llama": "llama",
+    "llama4": "llama4",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
     "mimo": "qwen2",
     "minicpm": "minicpm",
     "minimax_m2": "minimax-m2",
@@ -92,6 +102,7 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "mpt": "mpt",
     "nemotron": "nemotron",
+    "nemotron_h": "nemotron_h",
     "olmo": "olmo",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
@@ -121,6 +132,7 @@ ARCHITECTURES = {
 # What a module outside of the layers is called, by its name's end.
 OUTSIDE = {
     **dict.fromkeys(("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"), "token_embd"),
+    "embeddings": "token_embd",
     "word_embeddings_layernorm": "token_embd_norm",
     "wpe": "position_embd",
     **dict.fromkeys(("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"), "output_norm"),
@@ -130,6 +142,7 @@ OUTSIDE = {
 # What a module of a layer is called, by its path there.
 INSIDE = {
     **dict.fromkeys(("input_layernorm", "ln_1", "norm_1", "ln_attn", "attention_norm"), "attn_norm"),
+    "norm": "attn_norm",
     "ln_mlp": "attn_norm_2",
     **dict.fromkeys(
         ("post_attention_layernorm", "ln_2", "norm_2", "pre_feedforward_layernorm", "ffn_norm"), "ffn_norm"
@@ -154,6 +167,14 @@ INSIDE = {
     "self_attn.q_b_proj": "attn_q_b",
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.indexer.wq_b": "indexer.attn_q_b",
+    "self_attn.indexer.wk": "indexer.attn_k",
+    "self_attn.indexer.k_norm": "indexer.k_norm",
+    "self_attn.indexer.weights_proj": "indexer.proj",
+    "mixer.q_proj": "attn_q",
+    "mixer.k_proj": "attn_k",
+    "mixer.v_proj": "attn_v",
+    "mixer.o_proj": "attn_output",
     **dict.fromkeys(("mlp.gate_proj", "feed_forward.w1"), "ffn_gate"),
     **dict.fromkeys(("mlp.up_proj", "mlp.gate_up_proj", "mlp.c_fc", "mlp.fc1", "ffn.up_proj"), "ffn_up"),
     **dict.fromkeys(("mlp.dense_h_to_4h", "feed_forward.w3"), "ffn_up"),
@@ -170,6 +191,37 @@ INSIDE = {
         for p in ("gate", "up", "down")
     },
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "feed_forward.gate_proj": "ffn_gate",
+    **dict.fromkeys(("feed_forward.up_proj", "mixer.up_proj"), "ffn_up"),
+    **dict.fromkeys(("feed_forward.down_proj", "mixer.down_proj"), "ffn_down"),
+    **dict.fromkeys(("feed_forward.router", "mixer.gate"), "ffn_gate_inp"),
+    "mixer.gate.e_score_correction_bias": "exp_probs_b",
+    **dict.fromkeys(("feed_forward.experts.down_proj", "mixer.experts.down_proj"), "ffn_down_exps"),
+    "mixer.experts.up_proj": "ffn_up_exps",
+    **{f"feed_forward.shared_expert.{p}_proj": f"ffn_{p}_shexp" for p in ("gate", "up", "down")},
+    **{f"mixer.shared_experts.{p}_proj": f"ffn_{p}_shexp" for p in ("up", "down")},
+    "mixer.fc1_latent_proj": "ffn_latent_down",
+    "mixer.fc2_latent_proj": "ffn_latent_up",
+    "shared_mlp.output_linear": "ffn_down_shexp",
+    "pre_ff_layernorm": "ffn_norm",
+    **{
+        f"{mixer}.{part}": name
+        for mixer in ("mixer", "mamba")
+        for part, name in (
+            ("in_proj", "ssm_in"),
+            ("x_proj", "ssm_x"),
+            ("dt_proj", "ssm_dt"),
+            ("dt_bias", "ssm_dt"),
+            ("conv1d", "ssm_conv1d"),
+            ("A_log", "ssm_a"),
+            ("D", "ssm_d"),
+            ("norm", "ssm_norm"),
+            ("dt_layernorm", "ssm_dt_norm"),
+            ("b_layernorm", "ssm_b_norm"),
+            ("c_layernorm", "ssm_c_norm"),
+            ("out_proj", "ssm_out"),
+        )
+    },
     "linear_attn.in_proj_ba": "ssm_ba",
     "linear_attn.in_proj_b": "ssm_beta",
     "linear_attn.in_proj_a": "ssm_alpha",
@@ -191,12 +243,18 @@ OWN: dict[str, dict[str, str]] = {
 }
 
 
+# Architectures whose files have the heads of each layer, none where it has no attention.
+BY_LAYER = ("granitehybrid", "jamba", "nemotron_h")
+BARE = ("ssm_a", "ssm_d")  # names without a kind of parameter after them
+
 # Parameters that the conversion takes apart, and what the parts are called, in the order of their rows.
 PARTS = {
     "attention.wqkv": ("attn_q", "attn_k", "attn_v"),
     "self_attn.W_pack": ("attn_q", "attn_k", "attn_v"),
     "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"),
     "linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"),
+    "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "feed_forward.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
     **dict.fromkeys(
         ("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias", "block_sparse_moe.experts.gate_up_proj"),
         ("ffn_gate_exps", "ffn_up_exps"),

@@ -4,9 +4,10 @@ An engine packs the tokens of all requests into one row of `s`, and computes log
 requests. Kernels are fused: norms add the residual as they go, rotary positions are written in place, gates and ups are
 one product. `Instant` is a moment at which memory is about to fall, with all that is alive then beside the weights.
 
-Letters of their own: `n` requests, `se` rows that experts are given, `qh` and `kh` the rank's query and key/value
-heads, `fp`, `mp` and `vp` its part of an FFN, of an expert and of the vocabulary, `wide` the wider of an expert's two
-rows, `ip`, `cp` and `pp` its part of a mixer's channels, of what is convolved and of what is projected.
+Letters of their own: `n` requests, `room` tokens of cached prompts whose latents are expanded, `se` rows that experts
+are given, `qh` and `kh` the rank's query and key/value heads, `fp`, `mp` and `vp` its part of an FFN, of an expert and
+of the vocabulary, `wide` the wider of an expert's two rows, `ip`, `cp` and `pp` its part of a mixer's channels, of what
+is convolved and of what is projected.
 
 Source: vllm 0.33.0 model_executor/models/llama.py and the layers that it names; sglang 0.5.23 has the same kernels.
 """
@@ -110,6 +111,14 @@ def _mixing(model: ModelSpec, axes: Mapping[str, int], layer: Layer) -> Iterator
             "attention.prefill",
             (_RESIDUAL, q, Tensor("latent", "s klr"), expanded, Tensor("k", "s qh d"), Tensor("output", "s qh d")),
             f"{_VLLM}/layers/attention/mla_attention.py forward_mha",
+        )
+        yield Instant(
+            "attention.workspace",
+            (
+                *(_RESIDUAL, q, Tensor("latent", "s klr"), Tensor("output", "s qh dv")),
+                Tensor("room for k and v of cached prompts", "room qh dkv"),
+            ),
+            f"{_VLLM}/layers/attention/mla_attention.py forward_impl, as the profile run has it",
         )
         return
     heads = "s qh d"

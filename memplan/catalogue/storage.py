@@ -17,12 +17,14 @@ _COMPRESSED = "compressed-tensors 0.20 compressors"
 class Kind(NamedTuple):
     """A format: the size of its groups where nothing says another, in weights along a row (WHOLE: the row, or the whole
     matrix, as `source` has it), where it was read, whether groups have zero points, and whether stacks of experts in
-    one parameter are stored so: libraries that quantise a model as it is loaded take linear layers only."""
+    one parameter are stored so: libraries that quantise a model as it is loaded take linear layers only. `alone`: where
+    a model has such stacks, nothing else is, as gpt-oss, DeepSeek-V4 and Kimi K3 were published."""
 
     group: int
     source: str
     zeros: bool = False
     experts: bool = True
+    alone: bool = False
 
 
 KINDS = {
@@ -38,7 +40,7 @@ KINDS = {
     "w8a8-int8": Kind(WHOLE, f"{_COMPRESSED}/naive_quantized/base.py, strategy channel: a scale a row"),
     "w4a16": Kind(128, f"{_COMPRESSED}/pack_quantized/base.py"),
     "w8a16": Kind(128, f"{_COMPRESSED}/pack_quantized/base.py"),
-    "mxfp4": Kind(32, "transformers 5.24 integrations/mxfp4.py; OCP Microscaling Formats 1.0, table 1"),
+    "mxfp4": Kind(32, "transformers 5.24 integrations/mxfp4.py; OCP Microscaling Formats 1.0, table 1", alone=True),
     "mxfp8": Kind(32, f"{_COMPRESSED}/mxfp8/base.py; OCP Microscaling Formats 1.0, table 1"),
     "nvfp4": Kind(16, f"{_COMPRESSED}/nvfp4/base.py"),
     "torchao-int8": Kind(WHOLE, "torchao 0.18 quantize_/workflows/int8/int8_tensor.py, PerRow", experts=False),

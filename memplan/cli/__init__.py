@@ -650,7 +650,7 @@ def estimate(
     ] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     ep: Annotated[
-        int | None, option("GPUs that divide the experts of megatron_gpt configs. Default 1.", of=SEVERAL)
+        int | None, option("GPUs that divide the experts of a mixture, each having some. Default 1.", of=SEVERAL)
     ] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)

@@ -141,6 +141,7 @@ class Tape:
         self.nested: Mapping[str, Unit] = {}  # weights that are gathered for the operation that uses them
         self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
+        self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
 
     # storages
 
@@ -387,8 +388,11 @@ class Tape:
         savers = [i for i, node in enumerate(frame.nodes) if node.pins]
         gathers = (i for i, op in enumerate(frame.ops) if any(w.name in self.nested for w in op.weights))
         first = next(gathers, None)
+        self._lent = {op.lends: [] for op in frame.ops if op.lends}
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
+            for name, storage in self._lent.pop(node.op.lends, ()):
+                self._weight_gradient(frame, name, storage)
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
@@ -561,6 +565,10 @@ class Tape:
         return total
 
     def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
+        late = self._lent.get(name.rpartition(".")[0])
+        if late is not None:
+            late.append((name, storage))
+            return
         uses = frame.uses if frame.block else self.uses
         left = uses.get(name, 1) - 1
         total = self._sum(frame.scope[name], self._pending.pop(name, None), storage, "gradient")

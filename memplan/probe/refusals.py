@@ -113,7 +113,8 @@ def _parallelism(run: RunSpec) -> None:
     wrong = check_product(p)
     if wrong is not None:
         raise wrong
-    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, offload=p.offload) and min(p.tp, p.cp) == 1:
+    ep = p.ep if p.ep == p.tp else 1  # tokens are divided among those that divide matrices
+    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, ep=ep, offload=p.offload) and min(p.tp, p.cp) == 1:
         return
     if p.dp != p.world:
         raise SpecError(

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from memplan.catalogue.methods import ADAPTERS
-from memplan.probe import group, tensor_parallel
+from memplan.probe import expert_parallel, group, tensor_parallel
 from memplan.probe.libraries import library
 from memplan.probe.model import DTYPES, lower_of
 from memplan.spec import RunSpec
@@ -157,6 +157,9 @@ def _mixed(run: RunSpec) -> torch.dtype | None:
 
 
 def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
+    if run.parallelism.ep > 1:
+        expert_parallel.shard(model)
+        return model
     fsdp: Any = library("torch.distributed.fsdp")
     mesh, lower = _groups(run, device), _mixed(run)
     if run.precision.autocast and run.method.quantization is None:
@@ -220,7 +223,7 @@ def _unreduced(model: Any) -> Generator[None]:
 def clip(model: Any, run: RunSpec, parameters: list[Any]) -> None:
     """Clip the gradients' norm, FSDP1's by its own method."""
     most = float(run.loop.clip_grad_norm or 0)
-    if run.parallelism.tp > 1:
+    if run.parallelism.tp > 1 or run.parallelism.ep > 1:
         tensor_parallel.clip(parameters, most)
     elif run.parallelism.dp > 1 and run.parallelism.strategy == "fsdp":
         model.clip_grad_norm_(most)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+from memplan.catalogue.caches import caches
 from memplan.catalogue.served import Instant, instants, parts_of_rank
 from memplan.serving.settings import Settings
 from memplan.units import ITEMSIZE
@@ -48,9 +49,22 @@ def largest(s: Settings, tokens: int, requests: int) -> Step:
         )
     axes = {**parts_of_rank(s.model, s.tp), "s": tokens, "n": min(tokens, requests)}
     axes["se"] = tokens * axes.get("e", 0)
+    axes["room"] = _room(s)
     eager = s.engine.kind != "vllm" or not s.serving.cuda_graphs  # vLLM's enforce_eager compiles nothing either
     found = [_step(s, instant, axes) for instant in instants(s.model, s.tp, s.words["sampler"], eager)]
     return max(found, key=lambda step: step.bytes)
+
+
+def _room(s: Settings) -> int:
+    """Tokens of cached prompts whose keys and values a step of latents has room for; 0 of an engine that makes none.
+
+    Source: vllm 0.33.0 model_executor/layers/attention/mla_attention.py determine_chunked_prefill_workspace_size.
+    """
+    made = s.words.get("latent_workspace")
+    sparse = any(part.name == "index keys" for c in caches(s.model) for part in c.parts)
+    if made is None or (made == "dense" and sparse):
+        return 0
+    return min(max(8 * s.longest, 4 * (s.serving.max_num_seqs or 1) * s.block), 64 * 1024)
 
 
 def _step(s: Settings, instant: Instant, axes: dict[str, int]) -> Step:

@@ -12,16 +12,19 @@ from memplan.models import ModelSpec
 from memplan.spec import (
     Batch,
     FrozenDict,
+    Generation,
     Kernels,
     Loop,
     Method,
     Optimizer,
     Parallelism,
+    Precision,
     Quantization,
     RunSpec,
     Serving,
     frozen,
 )
+from memplan.stored import format_of
 from memplan.units import GIB, ITEMSIZE
 
 # Bytes of 32 numbers of a cache in ggml's blocks. Source: llama.cpp ggml/src/ggml-common.h block_q8_0 and alike.
@@ -134,6 +137,8 @@ def _filled(
     s: Serving, engine: Engine, words: dict[str, Any], model: ModelSpec, gpu: GPU | None, run: RunSpec, context: int
 ) -> Serving:
     fields = {name: words[name] for name in type(s).model_fields if getattr(s, name) is None and name in words}
+    if run.method.quantization is None and engine.kind != "llama.cpp":
+        fields["weights"] = model.card.get("stored")  # as an engine finds the checkpoint
     if s.max_model_len is None:
         positions = model.longest_sequence or 0
         fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)
@@ -193,6 +198,17 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
     for field, usual in (("optimizer", Optimizer()), ("kernels", Kernels()), ("loop", Loop())):
         if getattr(run, field) != usual:
             raise SpecError(f"{field}: of training; {engine.name} has its own kernels and trains nothing", field)
+    if run.generation != Generation():
+        raise SpecError(f"generation: of transformers' generate; {engine.name} has a pool (serving)", "generation")
+    if run.objective not in (None, "causal_lm"):
+        raise SpecError(f"objective: {engine.name} generates, which is causal_lm, not {run.objective}", "objective")
+    if run.precision != Precision(weights=run.precision.weights, compute=run.precision.compute):
+        raise SpecError(f"precision: of training; {engine.name} is told precision.weights alone", "precision")
+    if run.precision.compute not in (None, run.precision.weights):
+        raise SpecError(
+            f"precision.compute: {engine.name} computes in {run.precision.weights}, the dtype of what is not quantised",
+            "precision.compute",
+        )
     if run.method != Method(quantization=run.method.quantization):
         raise SpecError(
             f"method.kind: {engine.name} trains nothing; adapters are serving.lora_slots and lora_rank", "method.kind"
@@ -219,6 +235,11 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
     if model.is_encoder_decoder or model.objectives[0] != "causal_lm" or model.model_type in _NOT_YET:
         raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
     s = run.serving
+    if s.weights is not None:
+        try:
+            format_of(s.weights)
+        except UnknownNameError as e:
+            raise UnknownNameError("serving.weights", s.weights, e.nearest, ranked=True) from None
     if engine.kind != "llama.cpp":
         if s.cache_dtype in BLOCKS_OF_32:
             raise SpecError(

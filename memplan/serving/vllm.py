@@ -17,7 +17,6 @@ from memplan.units import ITEMSIZE
 
 _FP8_LATENT = 656  # bytes of a sparse latent: 512 in fp8, 4 scales in fp32 and 64 rotated ones in bf16
 _FP8_INDEX = 4  # bytes of the scale of an index key in fp8
-_NO_FP8_DEFAULT = ("bf16", "fp16", "fp32")  # asked for, a sparse latent is not in fp8
 
 
 class _Kind(NamedTuple):
@@ -97,7 +96,8 @@ def _token_bytes(s: Settings, c: LayerCache) -> int:
     """A token in one layer on one rank."""
     index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
     kept = [p for p in c.parts if p.name != "index keys"]
-    if index and c.kind == "latent" and s.serving.cache_dtype not in _NO_FP8_DEFAULT:
+    packed = s.cache_dtype == "fp8" or (s.words["packs_latents"] and s.serving.cache_dtype == "auto")
+    if index and c.kind == "latent" and packed:
         return _FP8_LATENT + index
     return sum(s.cache_bytes(p.on(s.tp)) for p in kept) + index
 

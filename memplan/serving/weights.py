@@ -5,11 +5,13 @@ Source: vllm 0.33.0 model_executor/layers/linear.py and vocab_parallel_embedding
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from memplan.catalogue.repacked import Kernel, mxfp4_kernel
+from memplan.schemes import FIELD
 from memplan.serving.settings import Settings
 from memplan.stored import StoredWeight, stored_weights
 from memplan.units import ITEMSIZE
@@ -26,6 +28,7 @@ _NOT_ROTATED = frozenset(
         *("nemotron_h", "kimi_linear", "kimi_k3"),
     )
 )
+MXFP4_GROUP = 32  # numbers that share a scale
 _ROUNDED = 64  # rows that a table of tokens is rounded up to
 
 
@@ -45,11 +48,14 @@ class Held(NamedTuple):
 def held(s: Settings) -> tuple[Held, ...]:
     """What one rank has of the weights, by group and dtype; llama.cpp's, of the layers in the card's memory."""
     found: dict[tuple[str, str, str, str], list[int]] = {}
+    kernel = kernel_of(s)
     for w in stored_weights(s.model, s.quantization, s.dtype):
         if s.engine.kind == "llama.cpp" and not _on_card(s, w):
             continue
-        bytes_ = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w)
-        entry = found.setdefault((w.group, w.dtype, w.source, w.basis), [0, 0])
+        bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w), w.source
+        if kernel is not None and ".experts." in w.name:
+            bytes_, source = _repacked(s, kernel, w), kernel.source
+        entry = found.setdefault((w.group, w.dtype, source, w.basis), [0, 0])
         entry[0] += 1
         entry[1] += bytes_
     out = [
@@ -96,6 +102,33 @@ def of_rank(s: Settings, w: StoredWeight) -> int:
     if words & _FUSED:
         return w.bytes * (a // tp + 2 * -(-k // tp)) // (a + 2 * k)
     return -(-w.bytes // tp)
+
+
+def kernel_of(s: Settings) -> Kernel | None:
+    """The kernel of experts in mxfp4, where the model's are."""
+    q = s.quantization
+    config: Mapping[str, Any] = s.model.config.get(FIELD) or {}
+    format_ = q if isinstance(q, str) else q.format if q is not None else str(config.get("quant_method"))
+    if format_.lower() != "mxfp4" or s.model.model_type != "gpt_oss":
+        return None
+    return mxfp4_kernel(s.engine.name, s.gpu.compute_capability if s.gpu else None)
+
+
+def _repacked(s: Settings, kernel: Kernel, w: StoredWeight) -> int:
+    """Bytes on a rank of one tensor of a layer's experts, padded as the kernel has it: numbers, scales, or biases."""
+    axes = s.model.axes()
+    blocks = -(-axes["m"] // (MXFP4_GROUP * s.tp))  # of 32 numbers, which a rank has whole
+    width, hidden = _up(blocks * MXFP4_GROUP, kernel.width), _up(axes["h"], kernel.hidden)
+    out, into = (2 * width, hidden) if "gate_up" in w.name else (hidden, width)
+    if w.name.endswith("bias"):
+        return axes["E"] * out * ITEMSIZE[kernel.bias]
+    if w.part.endswith(("scale", "scales")):
+        return axes["E"] * _up(out, kernel.rows) * _up(into // MXFP4_GROUP, kernel.columns)
+    return axes["E"] * out * into // 2
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _tables(s: Settings) -> Iterator[Held]:
