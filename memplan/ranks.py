@@ -212,7 +212,10 @@ def division(graph: Graph, ranks: Ranks) -> Division | None:
     asks = "last" if ranks.row.flat and ranks.inside else _ASKS[ranks.asks]
     flat, keeps = ranks.row.flat, ranks.keeps
     waits = ranks.replicated and not flat  # in an AllReduceState of each unit
-    return Division(units, not flat, asks, ranks.row.source, ahead=ranks.ahead, keeps=keeps, waits=waits)
+    returns = graph.code == "torchtitan"
+    return Division(
+        units, not flat, asks, ranks.row.source, ahead=ranks.ahead, keeps=keeps, waits=waits, returns=returns
+    )
 
 
 # When FSDP1's BackwardPrefetch asks for the next unit, see `memplan.ir.Division`.

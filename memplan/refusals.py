@@ -330,21 +330,22 @@ def refuse_parts_of_matrices(
     if style == "":
         raise SpecError(
             f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
-            "megatron-core",
+            "megatron-core, torchtitan",
             "parallelism.tp",
         )
+    if style in ("megatron", "torchtitan") and method.kind != "full":
+        raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
     if style == "megatron":
-        if method.kind != "full":
-            raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
         if p.dp > 1 and not own:
             raise _later(
                 "parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}, but of megatron_gpt configs"
             )
         if precision.autocast:
             raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
-    elif p.sequence_parallel:
+    elif p.sequence_parallel and style == "transformers":
         raise SpecError(
-            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
+            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core and "
+            "torchtitan do",
             "parallelism.sequence_parallel",
         )
     if p.dp > 1 and p.strategy != "fsdp2" and not own:

@@ -111,6 +111,9 @@ def test_only_the_first_stage_embeds_and_only_the_last_has_norm_head_and_loss() 
         RunSpec(model="llama-3.1-8b", parallelism={"world": 4, "pp": 4}, batch={"accumulation": 4}, **TITAN)
     ).structure
     outside = [{w.name for w, _, where in weights_of(s.graph) if not where} for s in every_stage(structure)]
+    assert outside == [{"tok_embeddings.weight"}, set(), set(), {"norm.weight", "lm_head.weight"}]
+    run = RunSpec(model="qwen3-8b", parallelism={"world": 4, "pp": 4}, batch={"accumulation": 4}, **TITAN)
+    outside = [{w.name for w, _, where in weights_of(s.graph) if not where} for s in every_stage(decide(run).structure)]
     buffers = {f"model.rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq")}
     assert [names - buffers for names in outside] == [
         {"model.embed_tokens.weight"},

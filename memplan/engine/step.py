@@ -412,7 +412,7 @@ def run_pass(
             frame = Frame(block.ops, inner, {**own, "x": stream}, enters, block.name, last_layer + i)
             again = checkpoint and not block.lasting
             if again:
-                frame.reentrant = reentrant
+                frame.reentrant, frame.whole = reentrant, block.whole
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
                 frame.to_host = to_host
                 given = [own[r] for r in reads if r in own]
@@ -456,6 +456,7 @@ def run_pass(
     own = tape.forward(tail, {r for op in loss for r in op.reads}, own)
     tape.note()
     tape.phase = "loss"
+    gatherer.head_done()
     criterion = Frame(loss, tail_scope, own, tail.flows)
     left = tape.forward(criterion, ("loss",), own)
     tape.end_forward()
