@@ -197,6 +197,7 @@ class Estimate:
     calibration: Calibration | None
     via: str
     details: Details
+    serving: Mapping[str, Any] | None
     _parts: Mapping[str, object]
     _usage: Usage
 
@@ -215,8 +216,9 @@ class Estimate:
         calibration: Calibration | None,
         via: str = "engine",
         unsupported: tuple[str, ...] = (),
+        serving: Mapping[str, Any] | None = None,
     ) -> None:
-        """`parts` are the run's with every null filled in."""
+        """`parts` are the run's with every null filled in; `serving` is what a serving engine makes of its card."""
         vars(self).update(
             asked=asked,
             parameters=parameters,
@@ -231,6 +233,7 @@ class Estimate:
             calibration=calibration,
             via=via,
             details=details,
+            serving=FrozenDict(serving) if serving is not None else None,
             _parts=parts,
             _usage=usage,
         )
@@ -310,6 +313,7 @@ class Estimate:
             "categories": dict(self.categories),
             "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
             "host_bytes": self.host_bytes,
+            "serving": dict(self.serving) if self.serving is not None else None,
             "ranks": [rank.as_dict() for rank in self.ranks],
             "unsupported": list(self.unsupported),
             "notes": list(self.notes),

@@ -106,6 +106,12 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
             "before compute capability 8.0 transformers multiplies experts in a loop of its own, which keeps their "
             "rows and makes gradients of matrices that are frozen: that is not counted"
         )
+    ranks = graph.degrees.ep
+    if ranks > 1 and graph.degrees.imbalance == 1000 and graph.model.model_type != "megatron_gpt":
+        yield (
+            f"tokens are counted as spread evenly over {ranks} ranks' experts; one that is sent more holds more rows: "
+            f"parallelism.expert_imbalance says how many times the mean, up to {ranks}"
+        )
     if graph.recipe.quantization and left:
         share = 100 * sum(n for w, n in weights if w.stored) / sum(n for _, n in weights)
         yield (

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from memplan import megatron, unsharded, zero
 from memplan.catalogue import pipeline
-from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
+from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, NORM_OF_HOST, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.degrees import WHOLE
 from memplan.engine import walk
@@ -38,6 +38,7 @@ from memplan.ranks import (
     division,
     gradients_held,
     loading_events,
+    offloaded,
     parameters_held,
     trained_parts,
     whole_gradients,
@@ -532,7 +533,7 @@ def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
 def _optimizer(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
     """The optimizer's memory; at ZeRO's stage 3 it steps one sub-group after the other, with that one's scratch."""
     found = _with_parts(optimizer_of(structure, trained), structure)
-    if structure.ranks.knobs.optimizer:
+    if structure.ranks.knobs.optimizer or structure.ranks.offloads:
         states = tuple(s._replace(bytes=0, host=True) for s in found.states)
         return found._replace(states=states, first=0, later=0, scratch="", listed=())
     if zero.stage(structure.ranks) < 3:
@@ -560,6 +561,8 @@ def _clipping(structure: Structure, trained: list[Parameter]) -> int:
     """Bytes between backward and the update: norms of gradients, or what DeepSpeed makes the update's of."""
     if zero.stage(structure.ranks):
         return sum(h.bytes for h in converting_of(structure))
+    if structure.ranks.offloads:
+        return NORM_OF_HOST[structure.ranks.row.flat] if structure.clips else 0
     return clipping(trained) if structure.clips and not frees_gradients(structure) else 0
 
 
@@ -569,8 +572,13 @@ def converting_of(structure: Structure) -> tuple[Held, ...]:
 
 
 def host_of(structure: Structure) -> tuple[Held, ...]:
-    """What DeepSpeed has in a rank's host memory."""
+    """What DeepSpeed or FSDP has in a rank's host memory."""
     ranks = structure.ranks
+    if ranks.offloads:
+        trained = trained_parameters(structure)
+        alone = optimizer_of(structure._replace(foreach=False if structure.foreach else None), trained)
+        adds = structure.accumulates and not ranks.delayed
+        return tuple(offloaded(structure.graph, ranks, alone, adds))
     if not zero.stage(ranks) or not (ranks.knobs.optimizer or ranks.knobs.parameters):
         return ()
     states = optimizer_of(structure, trained_parameters(structure)).states

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from memplan.catalogue.parallel import STRATEGIES, Knobs, Strategy, aligned, part, rows_of
 from memplan.catalogue.parameters import Parameter
+from memplan.catalogue.states import OptimizerMemory
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, unit_of
 from memplan.engine.walk import size
 from memplan.graph import Graph, Held, built, elements, parameters_of, shape_of
@@ -30,10 +31,12 @@ class Ranks(NamedTuple):
     experts   how many of them have the same experts, where that is not all; Megatron's alone
     inside    a block is checkpointed with its gathering, which is so done again in backward
     keeps     weights stay whole from forward to backward
+    casts     FSDP's mixed precision is on: what is sent is a copy of the rank's part, in another dtype or not
     ahead, asks  whether the next unit is asked for in forward, and when in backward: `pre`, `post` or `none`
     wraps     every block is a unit of its own; else all but the embeddings and the head are one
     views     gradients lie in DDP's buckets
     replicated  there are several such groups of ranks, which sum what each has reduced
+    offloads    the rank's parts of weights, gradients and states are in host memory, and the optimizer steps there
     reduces   the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in
     knobs     how DeepSpeed is configured
     """
@@ -49,9 +52,11 @@ class Ranks(NamedTuple):
     keeps: bool = False
     ahead: bool = False
     asks: str = "pre"
+    casts: bool = False
     wraps: bool = True
     views: bool = False
     replicated: bool = False
+    offloads: bool = False
     reduces: str = ""
     knobs: Knobs = Knobs()
 
@@ -212,9 +217,17 @@ def division(graph: Graph, ranks: Ranks) -> Division | None:
     asks = "last" if ranks.row.flat and ranks.inside else _ASKS[ranks.asks]
     flat, keeps = ranks.row.flat, ranks.keeps
     waits = ranks.replicated and not flat  # in an AllReduceState of each unit
-    returns = graph.code == "torchtitan"
+    leaves = ranks.offloads and not flat  # FSDP1 has them on the GPU too until backward is over
     return Division(
-        units, not flat, asks, ranks.row.source, ahead=ranks.ahead, keeps=keeps, waits=waits, returns=returns
+        units,
+        not flat,
+        asks,
+        ranks.row.source,
+        ahead=ranks.ahead,
+        keeps=keeps,
+        waits=waits,
+        leaves=leaves,
+        returns=graph.code == "torchtitan",
     )
 
 
@@ -237,7 +250,11 @@ def _together(group: list[Piece], ranks: Ranks) -> Unit:
         group = [p for p in group for _ in range(p.copies if p.unit == REST else 1)]
     trained = [p for p in group if p.trains]
     whole = tuple(Tensor(f"gathered {p.name}", str(p.whole), p.sent) for p in group)
-    cast = tuple(Tensor(f"{p.name} as sent", str(prod(p.shape)), p.sent) for p in group if p.dtype != p.sent)
+    brought = [p for p in group if p.dtype != p.sent or ranks.offloads]
+    cast = tuple(Tensor(f"{p.name} as sent", str(prod(p.shape)), p.sent) for p in brought)
+    if ranks.row.flat and ranks.offloads and not ranks.casts:
+        # the parameters' own views are of what was brought from the host, until they are of the host's again
+        whole, cast = (*whole, *cast), ()
     if ranks.row.flat:
         joined = tuple(Tensor(f"gradient of {p.name}", str(p.whole), p.sent) for p in trained)
         padded = tuple(Tensor(f"padded gradient of {p.name}", str(p.whole), p.sent) for p in trained if p.pads)
@@ -265,7 +282,7 @@ def parameters_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     if ranks.world == 1 or not ranks.row.parameters:
         yield from parameters_of(graph)
         return
-    for p in pieces(graph, ranks):
+    for p in pieces(graph, ranks) if not ranks.offloads else ():
         what = f"{p.name}, one of {ranks.world} parts"
         yield _held("parameter", what, p.where, p.shape, p.dtype, p.copies, ranks.row.source)
     for held in parameters_of(graph):
@@ -280,6 +297,8 @@ def beside(held: Held) -> bool:
 
 def gradients_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     """What a rank keeps of the gradients after backward, where they are divided."""
+    if ranks.offloads:
+        return
     of = {p.unit: p for p in pieces(graph, ranks)}
     found = division(graph, ranks)
     for name, unit in found.units if found else ():
@@ -298,6 +317,43 @@ def whole_gradients(graph: Graph, ranks: Ranks) -> Iterator[Held]:
 def _held(kind: str, what: str, where: str, shape: tuple[int, ...], dtype: str, copies: int, source: str) -> Held:
     words = " ".join(map(str, shape))
     return Held(kind, what, where, words, dtype, copies, size(words, dtype, {})[1], source)
+
+
+def pinned(bytes_: int) -> int:
+    """What so many bytes take in pinned memory. Source: torch 2.13 ATen/core/CachingHostAllocator.h."""
+    return 1 << (bytes_ - 1).bit_length() if bytes_ else 0
+
+
+def offloaded(graph: Graph, ranks: Ranks, optimizer: OptimizerMemory, adds: bool) -> Iterator[Held]:
+    """What a rank has in host memory under FSDP that offloads: its parts of weights and gradients, pinned, and states.
+
+    FSDP1 has a gradient of every flat parameter there, of frozen ones too. Where a later micro-batch `adds` to FSDP2's
+    gradients, one at a time comes beside them. Of the step, the scratch of one parameter's update: torch has lists on
+    GPUs only.
+    Source: torch 2.13 distributed/fsdp/_flat_param.py init_flat_param_attributes, _fully_shard/_fsdp_param.py,
+    _fsdp_collectives.py; aten/src/ATen/native/TensorConversions.cpp, by which what is copied without waiting is pinned.
+    """
+    source = ranks.row.source
+    largest = 0
+    for p in pieces(graph, ranks):
+        numbers = prod(p.shape)
+        bytes_ = pinned(numbers * ITEMSIZE[p.dtype])
+        part = f"{p.name}, one of {ranks.world} parts, pinned"
+        yield Held("parameter", part, p.where, str(numbers), p.dtype, p.copies, bytes_, source)
+        if p.trains or ranks.row.flat:
+            gradient = f"gradient of {part}"
+            yield Held("gradient", gradient, p.where, str(numbers), p.dtype, p.copies, bytes_, source)
+            largest = max(largest, numbers * ITEMSIZE[p.dtype])
+    if adds and not ranks.row.flat:
+        yield Held("temp", "gradient of a later micro-batch", "", str(largest), "uint8", 1, largest, source)
+    for state in optimizer.states:
+        bytes_ = ITEMSIZE[state.dtype] * prod(state.shape)
+        shape = " ".join(map(str, state.shape))
+        what = f"{state.parameter} {state.what}".strip()
+        yield Held("optstate", what, "", shape, state.dtype, state.count, bytes_, optimizer.source)
+    if optimizer.later:
+        what, bytes_ = optimizer.scratch, optimizer.later
+        yield Held("temp", what, "", str(bytes_), "uint8", 1, bytes_, optimizer.source)
 
 
 def trained_parts(graph: Graph, ranks: Ranks) -> list[Parameter]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from memplan import zero
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
-from memplan.catalogue import context_parallel, megatron, tensor_parallel
+from memplan.catalogue import context_parallel, expert_parallel, megatron, tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
@@ -28,6 +28,8 @@ from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
     Graph,
     built,
+    parameter_targets,
+    stacks,
     tower_dtype,
     weights_of,
 )
@@ -51,11 +53,40 @@ from memplan.refusals import (
     refuse_parts_of_experts,
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
+    refuse_parts_of_whole_experts,
     refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
 from memplan.stages import piped
+from memplan.units import ITEMSIZE
 
+
+def _adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
+    """The targets of adapters that stacks of experts' matrices stand for."""
+    if method.kind not in ADAPTERS:
+        return ()
+    names = [name for stood in stacks(model).values() for name in stood]
+    return tuple(name for name in names if method.targets == "all-linear" or name in method.targets)
+
+
+def _refuse_uncalled(model: ModelSpec, method: Method) -> None:
+    """Raise SpecError for adapters whose weights peft reads without calling the modules that hold them, as it does
+    where they adapt a parameter: FSDP1 has each such module a unit of its own, and gathers it when it is called.
+
+    Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, utils/other.py fsdp_auto_wrap_policy.
+    """
+    names = sorted({name for those in parameter_targets(model) for name in those})
+    found = [name for name in names if method.targets == "all-linear" or name in method.targets]
+    if method.kind in ADAPTERS and found:
+        raise SpecError(
+            f"method.targets: peft 0.21 fails under FSDP1 to adapt {', '.join(found)}, which are parameters and no "
+            "linear layers here: it reads their adapters without calling the modules that FSDP1 gathers; name linear "
+            "layers, such as q_proj and v_proj, or say fsdp2",
+            "method.targets",
+        )
+
+
+NEW_TOKENS = 256  # generated where none are asked for
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
 
@@ -84,6 +115,10 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     """
     refuse(run)
     model = with_objective(model or find_model(run.model), run.objective)
+    if run.task != "train":
+        from memplan.generation import decide_inference
+
+        return decide_inference(run, model)
     window = model.sliding_window
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
@@ -124,10 +159,18 @@ def objective_of(run: RunSpec) -> str:
 
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
+    run = with_new_tokens(run)
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
     method = _unprepared(run.method) if _sharded(run.parallelism) else run.method
     method, optimizer, kernels = _filled(method, run.optimizer, run.kernels, run.precision, words)
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
+
+
+def with_new_tokens(run: RunSpec) -> RunSpec:
+    """The run with how many tokens it generates, where it leaves that open."""
+    if run.task != "generate" or run.batch.new_tokens:
+        return run
+    return run.model_copy(update={"batch": run.batch.model_copy(update={"new_tokens": NEW_TOKENS})})
 
 
 def completed(run: RunSpec) -> RunSpec:
@@ -187,15 +230,20 @@ def _decide(
     refuse_parts(method, precision, optimizer, kernels, _storages(sharded, under_deepspeed, precision), own)
     if own:
         refuse_of_megatron(profile, method, precision, kernels, loop)
-    refuse_parts_of_experts(parallelism, *(megatron.experts_and_width(model) if own else (0, 0)))
+    if own:
+        refuse_parts_of_experts(parallelism, *megatron.experts_and_width(model))
+    else:
+        refuse_parts_of_whole_experts(parallelism, profile, words["tensor_parallel"])
+        if parallelism.ep > 1:
+            expert_parallel.check(model, degrees)
     if degrees.tp > 1:
         refuse_parts_of_matrices(
             parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
         )
-        tensor_parallel.check(model, degrees)
+        tensor_parallel.check(model, degrees, ITEMSIZE[precision.weights], _adapted_experts(model, method))
     if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
-    elif parallelism.offload.optimizer:
+    elif parallelism.offload.optimizer and not sharded:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
@@ -219,6 +267,8 @@ def _decide(
             "transformers-5 and trl-0.24 have them as they are counted",
             "profile",
         )
+    if alike > 1 and parallelism.strategy == "fsdp":
+        _refuse_uncalled(model, method)
     notes: list[str] = list(_wrapping(parallelism, method, loop.trainer))
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
@@ -238,9 +288,12 @@ def _decide(
     kernels, idle = fused_kernels(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
-    degrees = degrees if megatron.has_experts(model) else degrees._replace(ep=1, etp=1)
+    if not own:
+        degrees = degrees._replace(etp=1)
+    elif not megatron.has_experts(model):
+        degrees = degrees._replace(ep=1, etp=1)
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"], words)
-    if ranks.world > 1 and degrees.ep * degrees.etp > 1:
+    if own and ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
@@ -312,7 +365,7 @@ def _decide(
         holds_outputs=loop.hold_outputs == "step"
         or words["code"] == "torchtitan"  # the trainer's names have a step's batches until it is over
         or (degrees.sequence_parallel and degrees.style == "megatron"),
-        on_host=parallelism.offload.optimizer,
+        on_host=parallelism.offload.optimizer and not ranks.offloads,
         ranks=ranks,
         pipe=pipe,
         buffers=own,
@@ -489,6 +542,8 @@ def _ranks(
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
+        offloads=p.offload.parameters,
+        casts=recipe.autocast or (method.quantization is not None and trainer),
         reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization

@@ -375,6 +375,10 @@ REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] 
     ({"virtual_stages": 2}, 1, MEGATRON, "parallelism.virtual_stages", ("pp is 1",)),
     ({"schedule": "gpipe"}, 1, TITAN, "parallelism.schedule", ("pp is 1",)),
     ({"pp": 2, "dp": 2, "strategy": "fsdp"}, 2, TITAN, "parallelism.strategy", ("fsdp2", "ddp", "pp 2")),
+    (
+        {"pp": 2, "dp": 2, "strategy": "fsdp2", "offload": {"parameters": True}},
+        *(2, TITAN, "parallelism.offload", ("parameters", "pp 2")),
+    ),
     ({"pp": 2, "dp": 2, "strategy": "zero2"}, 2, {}, "parallelism.strategy", ("DeepSpeed", "zero2", "zero1", "pp 2")),
     ({"pp": 2, "dp": 2, "strategy": "zero3"}, 2, {}, "parallelism.strategy", ("DeepSpeed", "zero3", "zero1", "pp 2")),
     ({"pp": 2, "dp": 2, "strategy": "fsdp2"}, 2, MEGATRON, "parallelism.strategy", ("megatron", "fsdp2", "pp 2")),

@@ -112,6 +112,11 @@ class Knobs(NamedTuple):
     swaps: tuple[int, int, int, int] = (4, 5, 100_000_000, 1_000_000_000)
 
 
+# Bytes on the GPU of the norm of gradients that FSDP has in host memory, which ranks sum there: FSDP2's (False) one
+# number, FSDP1's (True) four. Source: torch 2.13 nn/utils/clip_grad.py, distributed/fsdp/fully_sharded_data_parallel.py
+# clip_grad_norm_; traced.
+NORM_OF_HOST = {False: 512, True: 4 * 512}
+
 PARAMETER_START = 64  # numbers that Megatron aligns every weight of its buffers to
 BUCKET_END = 128  # and, with the number of ranks, the end of a bucket
 

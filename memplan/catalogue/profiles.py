@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from memplan.errors import UnknownNameError
+from memplan.catalogue.engines import engine_names, find_engine
+from memplan.catalogue.quantization import FEW_ROWS
+from memplan.errors import SpecError, UnknownNameError
 
 # What a row may set beside fields of a run.
 WORDS = {
@@ -37,6 +39,9 @@ WORDS = {
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, or none",
+    "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
+    "last_logits": "generation asks the model for the last token's logits alone",
+    "few_rows": "rows at most of a product with 4-bit weights that makes no whole matrix (catalogue/quantization.py)",
     "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
     "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
@@ -137,6 +142,9 @@ PROFILES = (
                 "",
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
+            Row("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
+            Row("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
+            Row("last_logits", True, "transformers 5.24 generation/utils.py prepare_inputs_for_generation"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
             Row("fsdp_casts", False, "accelerate 1.15 accelerator.py prepare_model: autocast around the model too"),
             Row("fsdp_reduces", "", "accelerate 1.15 utils/dataclasses.py set_mixed_precision: one dtype for all"),
@@ -157,6 +165,7 @@ PROFILES = (
                 "optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"
             ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
+            Row("few_rows", 1, "bitsandbytes 0.45 autograd/_functions.py matmul_4bit"),
             Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
             Row("tensor_parallel", "", "transformers 4.51.3 integrations/tensor_parallel.py: not read"),
             Row("keeps_matrix", False, "auto-gptq 0.7 qlinear_tritonv2.py QuantLinearFunction"),
@@ -284,11 +293,14 @@ PROFILES = (
                 ("gpt2", "gpt_neox", "opt", "phi", "stablelm"),
             ),
             Row("half_math", True, _BEFORE_2_5),
+            Row("last_logits", False, "transformers 4.38.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"),
+            Row(
+                "cache",
+                "legacy",
+                "transformers 4.38.2 cache_utils.py DynamicCache.to_legacy_cache: generate has the tuple of before",
+            ),
         ),
-        (
-            "generation: logits of every prompt token, in fp32 (transformers 4.38.2 models/qwen2/modeling_qwen2.py)",
-            "rotary tables that every layer makes for itself: two numbers a token and head width, each layer",
-        ),
+        ("rotary tables that every layer makes for itself: two numbers a token and head width, each layer",),
     ),
     Profile(
         "transformers-4.35",
@@ -304,11 +316,7 @@ PROFILES = (
                 ("gpt2", "gpt_bigcode", "gpt_neox", "llama", "mistral", "opt", "phi"),
             ),
         ),
-        (
-            "generation: a cache that is copied whole for every token (transformers 4.35.2 "
-            "models/llama/modeling_llama.py torch.cat), and logits of every prompt token in fp32",
-            "rotary tables of all the config's positions, and the batch's rows of them in every layer",
-        ),
+        ("rotary tables of all the config's positions, and the batch's rows of them in every layer",),
     ),
     Profile(
         "trl-0.24",
@@ -524,8 +532,11 @@ _BY_NAME = {profile.name: profile for profile in PROFILES}
 def find_profile(name: str) -> Profile:
     """The profile of that name. Raises UnknownNameError, which names the nearest."""
     found = _BY_NAME.get(name)
+    if found is None and find_engine(name) is not None:
+        raise SpecError(f"profile: {name} serves models, which is task generate alone (--method generate)", "profile")
     if found is None:
-        raise UnknownNameError("profile", name, _BY_NAME)
+        engines = [engine for engine in engine_names() if engine[:3] == name.lower()[:3]]
+        raise UnknownNameError("profile", name, (*_BY_NAME, *engines))
     return found
 
 

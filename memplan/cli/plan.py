@@ -159,6 +159,7 @@ def plan(
 
 def _plan(given: Mapping[str, Any]) -> int:
     from memplan.errors import SpecError, UnsupportedModelError
+    from memplan.refusals import refuse_untrained
     from memplan.report.plans import render
     from memplan.report.text import Screen, screen
     from memplan.via import without_a_trace
@@ -169,6 +170,7 @@ def _plan(given: Mapping[str, Any]) -> int:
     if len(runs) > 1:
         raise SpecError("gpu: a plan is for one card; --buy --have compares several", "gpu")
     run = runs[0]
+    refuse_untrained(run, "a plan")
     mode = mode or ("levers" if run.gpu else "buy")
     for names, modes in ((_OF_BUYING, ("buy",)), (_OF_NODES, ("nodes",)), (_OF_BOTH, ("buy", "nodes"))):
         for name in names:

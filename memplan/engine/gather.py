@@ -55,6 +55,7 @@ class Gatherer:
         self._ahead: list[Storage] = []  # asked for on the way back
         self._waits = division.waits if division else False
         self._returns = division.returns if division else False
+        self._leaves = division.leaves if division else False
         self._received: list[Storage] = []  # what groups of ranks reduced, and replicas sum
         self._delayed: _Backward | None = None  # the unit before, whose backward is over
         self._asked = ""  # and of which unit that is
@@ -196,7 +197,9 @@ class Gatherer:
                 self._received += received
             else:
                 self._drop(received)
-            if self._grads_exist:
+            if self._leaves and self._waits and not unit.received:  # what replicas sum are the parts themselves
+                self._received += parts
+            elif self._grads_exist or self._leaves:
                 self._drop(parts)
             if self._lingers:
                 self._sent = joined

@@ -108,6 +108,18 @@ def record(
     return Recorded(tuple(every.events), tuple(tape.sizes), every.turn, every.head, every.over)
 
 
+EVERY = 2**20  # copies of a run, of which none is left out
+
+
+def record_inference(stack: Stack, depth: Mapping[str, int], autocast: str | None = None) -> Recorded:
+    """The allocations and frees of a forward pass of which autograd records nothing. It begins with those of what the
+    pass before left, and what it leaves is not freed."""
+    tape = Recorder()
+    gatherer = Gatherer(tape, None, grads_exist=False)
+    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False)
+    return Recorded(tuple(tape.events), tuple(tape.sizes), tape.turn, len(tape.events), tape.over)
+
+
 class _Expansion:
     """The events with those of the copies that were left out.
 

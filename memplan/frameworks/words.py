@@ -244,7 +244,7 @@ def resharding(run: RunSpec) -> bool | str:
 
 def _fsdp_offload(run: RunSpec) -> str:
     o = run.parallelism.offload
-    if fsdp(run) is None or o.parameters == o.optimizer:
+    if fsdp(run) is None or o.parameters or not o.optimizer:
         return ""
     return "FSDP keeps parameters, gradients and states on the host together, or none of them"
 

@@ -66,6 +66,7 @@ def _card_for_fsdp() -> None:
     flat._same_storage = lambda a, b: _storage(a) == _storage(b)  # pyright: ignore[reportUnknownLambdaType]
     fake: Any = FakeTensor
     fake.data_ptr = _address
+    fake.pin_memory = lambda self, *_: self.clone()  # pyright: ignore[reportUnknownLambdaType]
     flat._data_ptr_allocated = _filled
     for name in ("_common_utils", "_flat_param", "_runtime_utils"):
         module = library(f"torch.distributed.fsdp.{name}")

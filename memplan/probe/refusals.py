@@ -11,7 +11,7 @@ from memplan.gpus import find_gpu
 from memplan.prequantized import trained
 from memplan.refusals import refuse_on_host
 from memplan.resolve import filled
-from memplan.spec import Offload, Parallelism, RunSpec
+from memplan.spec import Parallelism, RunSpec
 
 # What `memplan.probe.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -58,8 +58,8 @@ def refuse_several(run: RunSpec, what: str) -> None:
 
 def _refuse(run: RunSpec) -> None:
     offload = run.parallelism.offload
-    if offload != Offload(optimizer=offload.optimizer):
-        raise _not_run("parallelism.offload", "parameters or activations", "optimizer")
+    if offload.activations:
+        raise _not_run("parallelism.offload", "activations", "optimizer, and parameters under fsdp and fsdp2")
     _parallelism(run)
     tp, cp = run.parallelism.tp, run.parallelism.cp
     if run.batch.sequence % (2 * cp if cp > 1 else 1):
@@ -76,8 +76,6 @@ def _refuse(run: RunSpec) -> None:
             raise SpecError(
                 "loop.grad_scaler: a probe scales no losses for an optimizer on the host", "loop.grad_scaler"
             )
-    if run.task == "generate" and not run.batch.new_tokens:
-        raise SpecError("batch.new_tokens: how many tokens generate is to make; at least 1", "batch.new_tokens")
     if run.task != "generate" and run.batch.new_tokens:
         raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
     _optimizer(run)
@@ -115,7 +113,8 @@ def _parallelism(run: RunSpec) -> None:
     wrong = check_product(p)
     if wrong is not None:
         raise wrong
-    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, offload=p.offload) and min(p.tp, p.cp) == 1:
+    ep = p.ep if p.ep == p.tp else 1  # tokens are divided among those that divide matrices
+    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, ep=ep, offload=p.offload) and min(p.tp, p.cp) == 1:
         return
     if p.dp != p.world:
         raise SpecError(

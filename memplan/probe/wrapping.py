@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from memplan.catalogue.methods import ADAPTERS
-from memplan.probe import group, tensor_parallel
+from memplan.probe import expert_parallel, group, tensor_parallel
 from memplan.probe.libraries import library
 from memplan.probe.model import DTYPES, lower_of
 from memplan.spec import RunSpec
@@ -114,6 +114,7 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         sharding_strategy=getattr(fsdp.ShardingStrategy, strategy),
         auto_wrap_policy=policy,
         mixed_precision=mixed,
+        cpu_offload=fsdp.CPUOffload(offload_params=True) if p.offload.parameters else None,
         forward_prefetch=p.forward_prefetch,
         backward_prefetch={"pre": prefetch.BACKWARD_PRE, "post": prefetch.BACKWARD_POST}.get(p.backward_prefetch),
         use_orig_params=True,
@@ -156,6 +157,9 @@ def _mixed(run: RunSpec) -> torch.dtype | None:
 
 
 def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
+    if run.parallelism.ep > 1:
+        expert_parallel.shard(model)
+        return model
     fsdp: Any = library("torch.distributed.fsdp")
     mesh, lower = _groups(run, device), _mixed(run)
     if run.precision.autocast and run.method.quantization is None:
@@ -164,6 +168,8 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
                 parameter.data = parameter.data.to(torch.float32)
     policy = fsdp.MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower, output_dtype=lower)
     root = {"mesh": mesh, "mp_policy": policy if lower else fsdp.MixedPrecisionPolicy()}
+    if run.parallelism.offload.parameters:
+        root["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=True)
     unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward is not False}
     shard = fsdp.fully_shard
     blocks = () if run.loop.trainer and run.method.kind in ADAPTERS else tuple(_blocks(model))
@@ -217,7 +223,7 @@ def _unreduced(model: Any) -> Generator[None]:
 def clip(model: Any, run: RunSpec, parameters: list[Any]) -> None:
     """Clip the gradients' norm, FSDP1's by its own method."""
     most = float(run.loop.clip_grad_norm or 0)
-    if run.parallelism.tp > 1:
+    if run.parallelism.tp > 1 or run.parallelism.ep > 1:
         tensor_parallel.clip(parameters, most)
     elif run.parallelism.dp > 1 and run.parallelism.strategy == "fsdp":
         model.clip_grad_norm_(most)

@@ -16,6 +16,7 @@ from memplan.planning.demand import Demand
 from memplan.planning.offers import Miss
 from memplan.planning.plan import SEVERITIES, Time
 from memplan.planning.reach import AXES
+from memplan.serving import FACTS as SERVING_FACTS
 from memplan.spec import PRECISIONS, MethodKind, RunSpec
 from memplan.speed import Hourly, Range
 
@@ -24,6 +25,11 @@ class _Schema(GenerateJsonSchema):
     def emit_warning(self, kind: JsonSchemaWarningKind, detail: str) -> None:
         """No word about a default that JSON cannot show: it is left out."""
 
+
+_TEXTS = ("engine", "read", "cache_dtype")
+_SHARES = ("concurrency", "longest_concurrency")
+# What `memplan.serving.facts` says; bytes, tokens and requests are whole numbers.
+SERVING: dict[str, Any] = {name: str if name in _TEXTS else float if name in _SHARES else int for name in SERVING_FACTS}
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -64,6 +70,7 @@ def answer_model() -> type[BaseModel]:
         "categories": categories,
         "ledger": list[_of(Line, kind=Literal[KINDS], basis=Literal[BASES])],
         "host_bytes": int,
+        "serving": _model("ServingPool", "What a serving engine makes of its card.", SERVING) | None,
         "ranks": list[_of(Rank, bytes=_made(Bytes), peak=_of(Peak), verdict=verdict)],
         "unsupported": list[str],
         "notes": list[str],
