@@ -46,7 +46,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
     chunks = draw(st.sampled_from([1, 1, 2]))
     schedule = draw(st.sampled_from(["1f1b", "gpipe"])) if profile == "torchtitan" and chunks == 1 else "1f1b"
     microbatches = pp * draw(st.integers(1, 3))
-    dp = draw(st.sampled_from([1, 2]))
+    dp = draw(st.sampled_from([1, 2, 4]))
     precision = draw(st.sampled_from(["pure", "amp", {"weights": "bf16", "grads": "fp32", "master": "fp32"}]))
     replicated = ["ddp", "fsdp2"] if profile == "torchtitan" and isinstance(precision, str) else ["ddp"]
     return {
