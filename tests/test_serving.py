@@ -501,6 +501,5 @@ def test_laws(model: str, profile: str, tokens: int, more: int, gpu: str) -> Non
 def test_models_are_found_once() -> None:
     model = load_card("llama-3-8b")
     run = run_of("llama-3-8b", "vllm-0.33")
-    assert (
-        pool_tokens(run, model) == pool_tokens(run) == estimate(run, model=find_model("llama-3-8b")).serving["tokens"]
-    )  # type: ignore[index]
+    facts = estimate(run, model=find_model("llama-3-8b")).serving or {}
+    assert pool_tokens(run, model) == pool_tokens(run) == facts["tokens"]
