@@ -79,7 +79,7 @@ def test_a_pool_has_the_blocks_that_a_log_says(row: dict[str, Any]) -> None:
         digits = Fraction(row["available_gib"])
         low, high = (digits - Fraction(1, 200)) * GIB, (digits + Fraction(1, 200)) * GIB
         made = range(int(low) // a_block, int(high) // a_block + 1)
-        blocks = row.get("blocks") or next(n for n in made if n // len(groups) * pool_of(s, 0).block == row["tokens"])
+        blocks = row.get("blocks") or next(n for n in made if pool_of(s, n * a_block).tokens == row["tokens"])
         assert blocks in made
     pool = pool_of(s, blocks * a_block)
     assert isinstance(pool, Blocks)
