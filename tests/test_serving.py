@@ -103,7 +103,12 @@ def test_the_longest_request_needs_what_a_log_says(row: dict[str, Any]) -> None:
 
 @of_kind("block")
 def test_a_block_is_no_smaller_than_a_state(row: dict[str, Any]) -> None:
-    assert pool_of(settings_of(row), 0).block == row["block_size"]
+    pool = pool_of(settings_of(row), 0)
+    assert isinstance(pool, Blocks)
+    assert pool.block == row["block_size"]
+    if "padding" in row:
+        (padding,) = {f"{100 * (g.page / g.own - 1):.2f}" for g in pool.groups if g.kind == "state"}
+        assert padding == row["padding"]
 
 
 @of_kind("slots")
