@@ -64,7 +64,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
     found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt))]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
-        wiring = graph.wiring._replace(decodes=True, windowed=bool(window) and past + 1 >= window)
+        wiring = graph.wiring._replace(decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window)
         recipe = graph.recipe
         if batch.micro <= few_rows:
             recipe = recipe._replace(copies=False)
@@ -83,6 +83,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "past": step.past,
         "kv_window": step.window,
         "past_window": step.past_window,
+        "kernel1": fixed.get("kernel", 0) + 1,
     }
     for name in ("kv", "kv_window"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
