@@ -374,10 +374,11 @@ class Generation(Part, frozen=True):
     `batch.sequence`, and `batch.new_tokens` come after it.
 
     `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
-    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done.
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room for
+    the prompt and all new tokens from the start.
     """
 
-    cache_implementation: Literal["dynamic", "legacy"] | None = None
+    cache_implementation: Literal["dynamic", "static", "legacy"] | None = None
 
 
 class InlineModel(Part, frozen=True):

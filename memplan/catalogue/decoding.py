@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from memplan.catalogue import ops
 from memplan.ir import Block, Op, Run, Stack, Tensor
 
-Cache = Literal["", "dynamic", "legacy"]
+Cache = Literal["", "dynamic", "static", "legacy"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
@@ -51,6 +51,8 @@ class Pass(NamedTuple):
 
     last_only   the head is given the last token alone, as transformers' logits_to_keep has it
     wide        the model itself makes its logits fp32, all of them
+    room        of a prompt, attention has a mask, and so all keys that a static cache has room for
+    longer      the sequence is longer than the window of a layer that has one
     few_rows    as many as a product with 4-bit weights has at most where it makes no whole matrix of them
     """
 
@@ -58,6 +60,8 @@ class Pass(NamedTuple):
     cache: Cache = ""
     last_only: bool = True
     wide: bool = False
+    room: bool = False
+    longer: bool = False
     few_rows: int = 0
 
     @property
@@ -67,6 +71,14 @@ class Pass(NamedTuple):
     @property
     def decodes(self) -> bool:
         return self.phase == "decode"
+
+    def keys(self, axis: str) -> str:
+        """The tokens of keys that attention is given, by the axis that a cache of them has; empty where they are those
+        of the pass itself."""
+        if self.cache != "static":
+            return axis if self.decodes else ""
+        windowed = axis == "kv_window" and self.longer and not self.decodes
+        return f"{axis}_static" if self.decodes or (self.room and not windowed) else ""
 
 
 def inference(stack: Stack, now: Pass) -> Stack:
@@ -83,12 +95,10 @@ def inference(stack: Stack, now: Pass) -> Stack:
     return Stack(before, runs, (*after, *_next_token(after, now)))
 
 
-def uncached(stack: Stack) -> bool:
-    """Whether some block that runs leaves nothing for the tokens to come."""
-    blocks = [block for run in stack.runs for block in run.blocks if any(op.writes and not op.view for op in block.ops)]
-    shared = {name for block in blocks for name in block.shares}
-    own = [block for block in blocks if shared.isdisjoint(r for op in block.ops for r in op.reads)]
-    return any(all(op.holds != "cache" for op in block.ops) for block in own)
+def keeping(stack: Stack) -> Iterator[tuple[str, int]]:
+    """Of every run of blocks how many leave something for the tokens to come, and the axis of how often they do."""
+    for run in stack.runs:
+        yield run.times, sum(any(op.holds == "cache" for op in block.ops) for block in run.blocks)
 
 
 def _still(some: Iterable[Op]) -> Iterator[Op]:
@@ -110,8 +120,8 @@ def _inputs(op: Op, now: Pass) -> Op:
 def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """Masks made once for all layers are of one token's row in decoding."""
     for op in some:
-        axis = "kv_window" if "window" in op.name else "kv"
-        yield along(op, axis, op.name in _OF_ALL) if now.decodes and not op.weights else op
+        axis = now.keys("kv_window" if "window" in op.name else "kv")
+        yield along(op, axis, op.name in _OF_ALL) if axis and not op.weights else op
 
 
 def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
@@ -130,15 +140,21 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
             yield from _kept(op.name, t, now, f"{_CACHE} LinearAttentionLayer", op.reads)
             continue
         if op.caches:
-            axis = op.caches
+            axis = now.keys(op.caches)
             if op.view:  # another layer's
-                keyed = set(op.reads)
+                keyed |= set(op.reads)
                 continue
-            yield from _update(op, [made[name] for name in op.reads], now)
+            tensors = [made[name] for name in op.reads]
+            if now.cache == "static":
+                yield from _written(op, tensors, now)
+                if now.longer and op.caches == "kv_window" and not now.decodes:  # they are handed back as they came
+                    continue
+            else:
+                yield from _update(op, tensors, now)
             names |= {name: _named(name) for name in op.reads}
-            keyed = {_named(name) for name in op.reads}
+            keyed |= {_named(name) for name in op.reads}
             continue
-        if axis and now.decodes:
+        if axis:
             of_keys = bool(op.reads) and keyed.issuperset(op.reads)
             keyed |= {t.name for t in op.writes} if of_keys else set()
             op = along(op, axis, of_keys)
@@ -147,7 +163,7 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 
 
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
-_NAMES = {"kv.normed": "latent", "k.turned": "rotated key"}
+_NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
 
 
 def _named(name: str) -> str:
@@ -188,6 +204,23 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
             source=source,
         )
     yield ops.leave(*(t.name for t in tensors), *(old if windowed else ()))
+
+
+def _written(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
+    """A static cache takes what is new: the first pass makes all tensors of a layer, and every one writes into them. Of
+    a window that is full all are moved by one, in tensors of their own before they are written back."""
+    source = f"{_CACHE} StaticLayer.update, StaticSlidingWindowLayer.update"
+    shapes = {t.name: _keyed(t.shape, f"{op.caches}_static") for t in tensors}
+    for t in tensors:
+        kept = Tensor(_named(t.name), shapes[t.name], f"={t.name}")
+        yield from _kept(f"{op.name}.{t.name}", kept, now, source, (t.name,))
+    yield from _kept(f"{op.name}.length", Tensor("length of the cache", "", "int64"), now, source)
+    first, *_ = tensors
+    moves = now.decodes and now.longer and op.caches == "kv_window"
+    moved = tuple(Tensor(f"{t.name} moved", shapes[t.name], f"={t.name}") for t in tensors) if moves else ()
+    places = tuple(Tensor(f"places {i}", "s", "int64") for i in range(2))
+    yield Op(f"{op.name}.write", (first.name,), scratch=moved or places, source=source)
+    yield ops.leave(*(t.name for t in tensors))
 
 
 def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:

@@ -400,9 +400,9 @@ def estimate(
     cache_implementation: Annotated[
         str | None,
         option(
-            "What keeps keys and values: dynamic, legacy. Default as the profile has it.",
+            "What keeps keys and values: dynamic, static, legacy. Default as the profile has it.",
             of=GENERATION,
-            complete=_choices("dynamic", "legacy"),
+            complete=_choices("dynamic", "static", "legacy"),
         ),
     ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,

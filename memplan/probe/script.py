@@ -183,6 +183,7 @@ class Script:
             with self.phase("prefill"):
                 inputs, options = self._inputs()
                 ids, options["use_cache"] = inputs["input_ids"], True
+                options |= self._cache(given_as)
                 mask = options.pop("attention_mask", None)
                 padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
                 outputs = model(input_ids=ids, attention_mask=mask if padded else None, **options, **keeps)
@@ -200,6 +201,17 @@ class Script:
                     )
                     token = _next(outputs)
                 del outputs, token
+
+    def _cache(self, name: str) -> dict[str, Any]:
+        """The cache that generation makes before the model is called, by the name the model has for it.
+
+        Source: transformers 5.24 generation/utils.py _prepare_cache_for_generation.
+        """
+        batch, config = self.run.batch, base_of(self.model).config.get_text_config(decoder=True)
+        if self.run.generation.cache_implementation != "static":
+            return {}
+        longest = batch.sequence + batch.new_tokens - 1
+        return {name: library("transformers").StaticCache(config=config, max_cache_len=longest)}
 
     def _attention(self) -> AbstractContextManager[None]:
         """torch's choice of attention kernel, narrowed where the run names one."""
