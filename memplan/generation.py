@@ -76,7 +76,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uncapped=words["uncapped"],
         one_mask=words["one_mask"],
         scales_apart=words["scales_apart"],
-        flattens=batch.micro == 1 and model.model_type in JOINED,
+        flattens=batch.micro * run.generation.num_beams == 1 and model.model_type in JOINED,
         wide=seen == "fp32",
         images=bool(batch.images),
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
@@ -87,6 +87,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
     )
+    if generation.do_sample and generation.num_beams > 1:
+        raise SpecError("generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample")
     now = Pass(
         "prefill" if generates else "forward",
         generation.cache_implementation or "",
@@ -95,6 +97,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         wiring.has_mask(),
         windowed and batch.sequence > (window or 0),
         words["few_rows"],
+        generation.num_beams > 1,
+        generation.do_sample,
     )
     graph = Graph(
         model,
@@ -125,7 +129,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
     structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
-    return Decided(structure, batch, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts, tuple(pictures))
+    return Decided(structure, batch, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts, tuple(pictures), generation.num_beams)
 
 
 def _caches_all(graph: Graph) -> bool:

@@ -58,25 +58,26 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     if not graph.inference.generates:
         return (Step(graph, batch.micro, batch.sequence),)
     window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
+    rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
     room = prompt + batch.new_tokens - 1
-    found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt), room)]
+    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
         static = graph.inference.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window)
         wiring = wiring._replace(padded=wiring.padded or static)
         recipe = graph.recipe
-        if batch.micro <= few_rows:
+        if rows <= few_rows:
             recipe = recipe._replace(copies=False)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode", longer=longer))
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
-        found.append(Step(one, batch.micro, 1, past, kept, windowed(past + 1), room))
+        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
     return tuple(found)
 
 

@@ -65,7 +65,8 @@ class Decided(NamedTuple):
     sequence.
 
     `half` is whether attention computes in 16 bits, `large_tiles` whether the card's shared memory holds tiles of
-    128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide.
+    128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide; `beams`
+    the sequences that are generated of each prompt.
     """
 
     structure: Structure
@@ -76,6 +77,7 @@ class Decided(NamedTuple):
     notes: tuple[str, ...]
     parts: dict[str, Part]
     pictures: tuple[tuple[str, int], ...] = ()
+    beams: int = 1
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:

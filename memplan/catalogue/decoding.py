@@ -54,6 +54,8 @@ class Pass(NamedTuple):
     room        of a prompt, attention has a mask, and so all keys that a static cache has room for
     longer      the sequence is longer than the window of a layer that has one
     few_rows    as many as a product with 4-bit weights has at most where it makes no whole matrix of them
+    beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
+    samples     tokens are drawn, after temperature, top-k and top-p
     """
 
     phase: str
@@ -63,6 +65,8 @@ class Pass(NamedTuple):
     room: bool = False
     longer: bool = False
     few_rows: int = 0
+    beams: bool = False
+    samples: bool = False
 
     @property
     def generates(self) -> bool:
@@ -91,8 +95,11 @@ def inference(stack: Stack, now: Pass) -> Stack:
         Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
     )
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
+    named = tuple(_named_before(now)) if now.decodes else ()
+    before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
-    return Stack(before, runs, (*after, *_next_token(after, now)))
+    kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
+    return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
 
 
 def keeping(stack: Stack) -> Iterator[tuple[str, int]]:
@@ -115,6 +122,16 @@ def _inputs(op: Op, now: Pass) -> Op:
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
         made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
     return op._replace(writes=tuple(made), source=_GENERATE if now.generates else op.source)
+
+
+def _named_before(now: Pass) -> Iterator[Tensor]:
+    """What the loop's names keep of the token before until they have another: its logits, and what was made of them."""
+    more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
+    for what in ("logits", *more):
+        yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
+
+
+_BEFORE = " of the token before"
 
 
 def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
@@ -162,6 +179,7 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield op
 
 
+_REORDERED = ("key cache", "value cache", "latent cache")
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
 
@@ -298,11 +316,54 @@ def _wide(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield ops.leave(made.name)
 
 
-def _next_token(after: tuple[Op, ...], now: Pass) -> Iterator[Op]:
-    """The last token's logits, copied in fp32, and the token they say."""
+def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> Iterator[Op]:
+    """The last token's logits, copied in fp32, and the token they say, are drawn for, or the sequences they rank."""
     if not now.generates:
         return
     logits = next(op for op in reversed(after) if op.writes).writes[0].name
-    yield Op("generate.scores", (logits,), (Tensor("next token logits", "b v", "fp32"),), source=_GENERATE)
+
+    def made(name: str, *reads: str, y: str, scratch: tuple[Tensor, ...] = (), shape: str = "b v") -> Op:
+        return Op(f"generate.{name}", reads, (Tensor(y, shape, "fp32"),), scratch=scratch, source=_GENERATE)
+
+    def forgotten(what: str) -> tuple[Op, ...]:
+        return (ops.leave(f"{what}{_BEFORE}"),) if now.decodes else ()
+
+    yield made("scores", logits, y="next token logits")
+    yield from forgotten("logits")
+    if now.beams:
+        yield made("log_softmax", "next token logits", y="log probabilities")
+        yield from forgotten("sums of log probabilities")
+        yield ops.leave(logits)
+        yield made("accumulate", "log probabilities", y="sums of log probabilities")
+        yield ops.leave("log probabilities")
+        source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
+        for t in dict.fromkeys(cached):
+            copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
+            yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
+        yield ops.leave("next token logits", "sums of log probabilities")
+        return
+    if now.samples:
+        warpers = "transformers 5.24 generation/logits_process.py"
+        sort = (Tensor("sorted", "b v", "fp32"), Tensor("order", "b v", "int64"))
+        sums = (Tensor("softmax of sorted", "b v", "fp32"), Tensor("sums of those", "b v", "fp32"))
+        removed = Tensor("not among the first", "b v", "bool")
+        yield made("temperature", "next token logits", y="warmed")
+        yield made("top_k", "warmed", y="top k", scratch=(removed,))
+        yield ops.leave("warmed")
+        yield Op("generate.top_p", ("top k",), scratch=(*sort, *sums), source=warpers)
+        yield made("masked_fill", "top k", y="next token scores")
+        yield ops.leave("top k")
+        yield from forgotten("scores")
+        yield made("softmax", "next token scores", y="next token probabilities")
+        yield from forgotten("probabilities")
+        yield Op(
+            "generate.multinomial",
+            ("next token probabilities",),
+            (Tensor("next token", "b", "int64"),),
+            scratch=(Tensor("exponentials", "b v", "fp32"),),
+            source="torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial",
+        )
+        yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
+        return
     yield Op("generate.argmax", ("next token logits",), (Tensor("next token", "b", "int64"),), source=_GENERATE)
-    yield ops.leave(logits)
+    yield ops.leave(logits, "next token logits")

@@ -405,6 +405,15 @@ def estimate(
             complete=_choices("dynamic", "static", "legacy"),
         ),
     ] = None,
+    num_beams: Annotated[int | None, option("Sequences that are ranked for each prompt. Default 1.", of=GENERATION)] = None,
+    do_sample: Annotated[
+        bool | None,
+        option(
+            "Tokens are drawn after temperature, top-k and top-p, not the likeliest taken. Default off.",
+            "--do-sample/--no-do-sample",
+            of=GENERATION,
+        ),
+    ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
     targets: Annotated[
         str | None, option("all-linear, or module names with commas between. Default all-linear.", of=ADAPTERS)
