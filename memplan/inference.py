@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`."""
+    layer with a window has `past_window`. A static cache has `room` for so many."""
 
     graph: Graph
     batch: int
@@ -37,6 +37,7 @@ class Step(NamedTuple):
     past: int = 0
     past_window: int = 0
     window: int = 0
+    room: int = 0
 
     @property
     def phase(self) -> str:
@@ -57,23 +58,30 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     if not graph.inference.generates:
         return (Step(graph, batch.micro, batch.sequence),)
     window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
+    rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
-    found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt))]
+    room = prompt + batch.new_tokens - 1
+    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
+        longer = bool(window) and past + 1 > window
+        static = graph.inference.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
             decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
         )
+        wiring = wiring._replace(padded=wiring.padded or static)
         recipe = graph.recipe
-        if batch.micro <= few_rows:
+        if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        one = graph._replace(wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode"))
+        one = graph._replace(
+            wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode", longer=longer)
+        )
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
-        found.append(Step(one, batch.micro, 1, past, kept, windowed(past + 1)))
+        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
     return tuple(found)
 
 
@@ -85,9 +93,13 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "past": step.past,
         "kv_window": step.window,
         "past_window": step.past_window,
+        "kv_static": step.room,
+        "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
         "kernel1": fixed.get("kernel", 0) + 1,
     }
-    for name in ("kv", "kv_window"):
+    if step.graph.model.config.get("index_topk"):
+        more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
+    for name in ("kv", "kv_window", "kv_static", "kv_window_static"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
