@@ -223,6 +223,7 @@ class Estimate:
     calibration: Calibration | None
     via: str
     details: Details
+    serving: Mapping[str, Any] | None
     _parts: Mapping[str, object]
     _usage: Usage
 
@@ -241,9 +242,10 @@ class Estimate:
         calibration: Calibration | None,
         via: str = "engine",
         unsupported: tuple[str, ...] = (),
+        serving: Mapping[str, Any] | None = None,
         host: Host | None = None,
     ) -> None:
-        """`parts` are the run's with every null filled in."""
+        """`parts` are the run's with every null filled in; `serving` is what a serving engine makes of its card."""
         vars(self).update(
             asked=asked,
             parameters=parameters,
@@ -259,6 +261,7 @@ class Estimate:
             calibration=calibration,
             via=via,
             details=details,
+            serving=FrozenDict(serving) if serving is not None else None,
             _parts=parts,
             _usage=usage,
         )
@@ -344,6 +347,7 @@ class Estimate:
             "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
             "beside": [row._asdict() for row in self.beside],
             "host_bytes": self.host_bytes,
+            "serving": dict(self.serving) if self.serving is not None else None,
             "host": self.host.as_dict(),
             "ranks": [rank.as_dict() for rank in self.ranks],
             "unsupported": list(self.unsupported),

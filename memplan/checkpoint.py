@@ -18,7 +18,7 @@ from memplan.errors import ConfigError, printable
 from memplan.gguf_configs import parameters_in
 from memplan.graph import shape_of
 from memplan.headers import Checkpoint, StoredTensor, stored_bytes
-from memplan.ir import Op
+from memplan.ir import Op, Weight
 from memplan.models import ModelSpec
 from memplan.units import gib
 
@@ -54,21 +54,24 @@ def built_tensors(model: ModelSpec) -> Mapping[str, Built]:
     return _built(model)[0]
 
 
+class Parameter(NamedTuple):
+    """A parameter or buffer of the model by its name in transformers' state dict, and its shape as torch has it."""
+
+    name: str
+    weight: Weight
+    shape: tuple[int, ...]
+
+
 @lru_cache(maxsize=64)
-def _built(model: ModelSpec) -> tuple[Mapping[str, Built], frozenset[str]]:
-    """The parameters, and the names of buffers."""
+def parameters(model: ModelSpec) -> tuple[Parameter, ...]:
+    """Every parameter and buffer of the model in the order it uses them; a tied one once."""
     stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
-    found: dict[str, Built] = {}
-    buffers: set[str] = set()
+    found: dict[str, Parameter] = {}
 
     def add(prefix: str, operations: Iterable[Op]) -> None:
         for op in operations:
             for w in op.weights:
-                if w.group == "buffer":
-                    buffers.add(prefix + w.name)
-                else:
-                    shape = shape_of(w, axes)
-                    found.setdefault(prefix + w.name, Built(shape, shape[::-1] if w.transposed else shape))
+                found.setdefault(prefix + w.name, Parameter(prefix + w.name, w, shape_of(w, axes)))
 
     add("", stack.before)
     first: dict[str, int] = {}  # how many layers there were before, of every list of layers
@@ -77,12 +80,25 @@ def _built(model: ModelSpec) -> tuple[Mapping[str, Built], frozenset[str]]:
         for block in run.blocks:
             first.setdefault(block.name, 0)
         period, copies = len(run.blocks), axes[run.times]
-        for i, block in enumerate(run.blocks):
-            for copy in range(copies):
+        for copy in range(copies):
+            for i, block in enumerate(run.blocks):
                 add(f"{block.name}.{first[block.name] + copy * period + i}.", block.ops)
         for name in {block.name for block in run.blocks}:
             first[name] += period * copies
     add("", stack.after)
+    return tuple(found.values())
+
+
+@lru_cache(maxsize=64)
+def _built(model: ModelSpec) -> tuple[Mapping[str, Built], frozenset[str]]:
+    """The parameters, and the names of buffers."""
+    found: dict[str, Built] = {}
+    buffers: set[str] = set()
+    for name, w, shape in parameters(model):
+        if w.group == "buffer":
+            buffers.add(name)
+        else:
+            found[name] = Built(shape, shape[::-1] if w.transposed else shape)
     return found, frozenset(buffers)
 
 
@@ -143,6 +159,25 @@ def compared(model: ModelSpec, tensors: tuple[StoredTensor, ...]) -> Compared:
     buffers = [tensor for tensor in extra if _rootless(tensor.name) in known]
     others = [tensor for tensor in extra if _rootless(tensor.name) not in known]
     return _same_elsewhere(Compared(others, lacks, buffers), built_tensors(model))
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.(\w+?)(_proj)?\.")
+
+
+def owners(model: ModelSpec, names: Iterable[str]) -> Iterator[Parameter | None]:
+    """The parameter that each tensor of a checkpoint is, or is a part of; None where that is not found by its name."""
+    known = {_rootless(one.name): one for one in parameters(model)}
+
+    def of(name: str) -> Parameter | None:
+        found = next((known[whole] for whole in (name, *_wholes(name)) if whole in known), None)
+        expert = _EXPERT.search(name) if found is None else None
+        if expert is None:
+            return found
+        stack = f"{name[: expert.start()]}.experts."
+        last = "down_proj" if expert[1] in ("down", "w2") else "gate_up_proj"
+        return known.get(stack + last) or known.get(f"{stack}{expert[1]}_proj")
+
+    return (of(_rootless(name)) for name in names)
 
 
 def _wholes(name: str) -> Iterator[str]:

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
+from memplan import inference
 from memplan.answer import Bytes, Card, Estimate, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.batches import check_batch
+from memplan.catalogue.engines import find_engine
 from memplan.catalogue.overhead import Communicator, cublas_workspace, cuda_context, nccl
 from memplan.communicators import NODE
 from memplan.engine.walk import largest, values
@@ -38,7 +40,14 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError (all MemplanError) where the run cannot be
     answered. A run that does not fit is an answer, not an error.
     """
-    decided, walked = worst(run, decide(run, model))
+    if find_engine(run.profile) is not None:
+        from memplan.serving import serve
+
+        return serve(run, model)
+    found = decide(run, model)
+    if run.task != "train":
+        return _inferred(run, found, calibration)
+    decided, walked = worst(run, found)
     p = walked.program
     note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.top
@@ -63,6 +72,32 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         Engine(run, walked, decided, calibration),
         calibration,
         host=on_host(decided.structure, run.parallelism, run.profile, in_steps),
+    )
+
+
+def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -> Estimate:
+    """The answer for a run in which nothing trains."""
+    walked = inference.walk(decided)
+    phases = walked.phases
+    top = max(phases, key=lambda phase: phase.peak)
+    model = decided.structure.graph.model
+    note = check_batch(decided.batch, model)
+    calibration = calibration_of(decided.gpu, calibration)
+    axes = tuple(tuple(of.items()) for of in walked.axes)
+    replay = inference.Replay(walked.steps, axes, walked.workspace, run.loop.expandable_segments)
+    beside = around_of(decided.gpu, decided.communicators, calibration)
+    return Estimate(
+        run,
+        {**decided.parts, "objective": model.objective},
+        Parameters(*inference.counted(walked.steps[0].graph)),
+        Usage(replay, walked.parameters, phases[0].peak, top.peak, decided.gpu, beside),
+        Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
+        Peak(top.phase, top.where),
+        tuple(phases),
+        0,
+        (*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())),
+        inference.Engine(walked, top.phase),
+        calibration,
     )
 
 

@@ -8,14 +8,15 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypedDict
 
-from memplan.catalogue import build, context_parallel, losses, megatron, pipeline, tensor_parallel
+from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
+from memplan.catalogue.decoding import Pass, inference
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.degrees import WHOLE, Degrees
-from memplan.engine.record import Recorded, record
-from memplan.engine.step import Lowered, lower, made_by, read_dtype, stream_of
+from memplan.engine.record import Recorded, record, record_inference
+from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stream_of
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.errors import SpecError
@@ -33,7 +34,7 @@ class Graph(NamedTuple):
     cast to fp32; `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings'
     output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
     `degrees` the part of it that one rank computes; `keeps_sent`: what a stage hands on stays until its backward,
-    `moves_sent`: it is copied to another GPU of the process.
+    `moves_sent`: it is copied to another GPU of the process; `inference`: the pass it is, where nothing trains.
     """
 
     model: ModelSpec
@@ -58,6 +59,7 @@ class Graph(NamedTuple):
     degrees: Degrees = WHOLE
     keeps_sent: bool = False
     moves_sent: bool = False
+    inference: Pass | None = None
 
 
 class Held(NamedTuple):
@@ -82,11 +84,13 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.degrees.pp > 1:
         return _stage(graph)
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
+    part: dict[str, int] = {}
     if degrees.tp > 1:
+        part = tensor_parallel.axes_of_part(model, degrees)
         model = tensor_parallel.part_of(model, degrees)
-    if degrees.ep * degrees.etp > 1 or (degrees.tp > 1 and megatron.has_experts(model)):
+    if megatron.has_experts(model) and max(degrees.ep, degrees.etp, degrees.tp) > 1:
         model = megatron.part_of_experts(model, degrees)
-    axes = {**model.axes(), "r": graph.rank}
+    axes = {**model.axes(), **part, "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.by_name:
         named = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
@@ -96,8 +100,10 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     stack = apply(stack, recipe)
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees)
+    own = model.model_type == megatron.KIND
+    if degrees.ep > 1 and not own:
+        stack = expert_parallel.divide(stack, degrees)
     if degrees.cp > 1:
-        own = model.model_type == megatron.KIND
         stack = (megatron if own else context_parallel).around(stack, degrees)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
@@ -108,6 +114,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.hold_outputs:
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
+    if graph.inference is not None:
+        return inference(stack, graph.inference), axes
     stack = losses.attach(
         stack,
         graph.loss,
@@ -156,10 +164,12 @@ def handed_on(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
 
 @lru_cache(maxsize=512)
 def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
-    """The buffers that all passes of a pipeline's rank share."""
+    """The buffers that all passes of a pipeline's rank share; where every layer has one, those of the rank's layers."""
     stack, _ = built(_unstaged(graph))
-    autocast = _ways(graph)["autocast"]
-    return tuple(t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
+    autocast, d = _ways(graph)["autocast"], graph.degrees
+    own = str(sum(d.layers[d.stage :: d.pp]))
+    made = (t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
+    return tuple(t._replace(shape=" ".join(own if a == "L" else a for a in t.shape.split())) for t in made)
 
 
 @lru_cache(maxsize=512)
@@ -235,6 +245,21 @@ def _recorded(
 ) -> Recorded:
     stack, depth = _stack(graph)
     return record(stack, depth, **_ways(graph), grads_exist=grads_exist, updates=dict(updates), division=division)
+
+
+@lru_cache(maxsize=128)
+def inferred(graph: Graph, labelled: bool = False) -> Lowered:
+    """The moments of a pass of inference."""
+    stack, depth = _stack(graph)
+    phase = graph.inference.phase if graph.inference else ""
+    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled)
+
+
+@lru_cache(maxsize=64)
+def recorded_inference(graph: Graph) -> Recorded:
+    """The allocations and frees of a pass of inference, in order."""
+    stack, depth = _stack(graph)
+    return record_inference(stack, depth, _ways(graph)["autocast"])
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ Axes by letter (Korthikanti et al. 2022, arXiv:2205.05198, where they name one):
     b microbatch   s sequence   h hidden      a query heads   k key/value heads   d head dim
     f FFN width    v vocabulary L layers      r LoRA rank     w attention window
     E experts      e experts a token chooses   t sequence of a decoder beside an encoder   c classes
+    kv tokens that keys and values are of, where those of earlier passes are among them; past of them those before
 
 A shape is a string of axes and integers, `"b s h"` or `"b s 3 a d"`; the empty string is a scalar. Families may add
 axes of their own (a word such as `rot`), defined where the family turns a config into axes.
@@ -124,13 +125,21 @@ class Op(NamedTuple):
     autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                     output is fp32 (`wide`).
     holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them; as an
-                    encoder's `states`, until an operation outside of blocks that `releases` those.
+                    encoder's `states`, until an operation outside of blocks that `releases` those; as a `cache`, beyond
+                    the pass, for the next one.
+    past            tensors that are there from the pass before, by the names they are read by here: of each its
+                    reference goes with its last reader.
+    caches          where it stands, what it reads is put beside what a cache has of earlier tokens, of which there are
+                    then as many as this axis says, and the names mean all of them from there on; where it is a view,
+                    another layer has done so. A rewrite makes operations of it (`memplan.catalogue.decoding`).
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients
                     are made though nothing reads them, and stay until the graph goes at the end of the step.
     asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
                     embeddings does. Where no gradient flows through, checkpointing or not.
+    lends           a module whose weights it hands to the operations after it: their gradients reach the weights only
+                    when its own backward would run.
     skipped         the run leaves it out: of it there are only its weights.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
@@ -157,9 +166,12 @@ class Op(NamedTuple):
     autocast: str = ""
     holds: str = ""
     releases: bool = False
+    past: tuple[Tensor, ...] = ()
+    caches: str = ""
     captures: tuple[str, ...] = ()
     wraps: tuple[Tensor, ...] = ()
     asks: bool = False
+    lends: str = ""
     skipped: bool = False
     recorded: bool = False
     unit: str = ""
@@ -176,6 +188,7 @@ class Block(NamedTuple):
     which checkpointing of the reentrant kind then refers to until the graph goes.
     A `lasting` one is never checkpointed, as those of a tower whose layers the library does not checkpoint.
     What it shares takes the place of what it `replaces`, which earlier blocks shared: the model names that no more.
+    Of a `whole` one a checkpoint computes everything again, and does not stop at what was kept last.
     """
 
     name: str
@@ -185,6 +198,7 @@ class Block(NamedTuple):
     lasting: bool = False
     by_name: bool = False
     replaces: tuple[str, ...] = ()
+    whole: bool = False
 
 
 class Run(NamedTuple):
@@ -270,6 +284,7 @@ class Division(NamedTuple):
              unit's gradients only after the backward of the one before it
     keeps    weights stay whole from forward to backward
     waits    what a rank received stays until the pass is over, as replicas sum it
+    returns  the loss is computed when the model has returned, and let go of what its last gathering wrote
     leaves   its parts of the gradients go to the host as soon as they are reduced
     sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
     """
@@ -282,4 +297,5 @@ class Division(NamedTuple):
     ahead: bool = False
     keeps: bool = False
     waits: bool = False
+    returns: bool = False
     leaves: bool = False

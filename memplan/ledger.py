@@ -12,11 +12,13 @@ from memplan.catalogue.pipeline import ENGINES, Moment
 from memplan.catalogue.states import State
 from memplan.engine.lower import Moment as LoweredMoment
 from memplan.engine.step import Lowered
-from memplan.engine.walk import alive, moment_bytes, shared, size, values
+from memplan.engine.walk import alive, moment_bytes, size, values
 from memplan.graph import Held, built
-from memplan.ir import Stack, operations
 from memplan.program import (
+    GATHERED,
     PHASES,
+    REDUCED,
+    RETURNED,
     Flown,
     Structure,
     accumulated_bytes,
@@ -25,19 +27,23 @@ from memplan.program import (
     chunks_of,
     converting_of,
     flying,
+    gathered_of,
+    gone_bytes,
     gradients_of,
     pass_of,
     passing_of,
+    reduced_of,
     reducing_of,
     resident_of,
     returned,
+    stays_whole,
+    whole_of,
 )
+from memplan.tensors import alive_lines, held_line, in_letters, in_numbers
 
 if TYPE_CHECKING:
     from memplan.estimator import Walked
     from memplan.resolve import Decided
-
-_UPDATE = "update of "  # what the engine calls the scratch of an update in backward
 
 
 def lines(walked: Walked, decided: Decided) -> list[Line]:
@@ -51,8 +57,8 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
         if index >= 0:
             flown = walked.program.flown[later][index]
             out += _flown(walked, flown)
-            out += _between(structure, flown.beside, axes)
-            out += _returned(structure, axes) if flown.moment < 0 else ()
+            out += _between(structure, flown.beside, axes, flown.moment == REDUCED)
+            out += _returned(structure, axes) if flown.moment == RETURNED else ()
         elif holds:
             out += _between(structure, None, axes)
     elif index >= 0 or holds:
@@ -67,7 +73,9 @@ def _flown(walked: Walked, flown: Flown) -> Iterator[Line]:
     total = sum(beside.others) + 1
     for i, structure in enumerate(chunks_of(walked.program.structure)):
         low = pass_of(structure, i == beside.chunk and beside.graded[i], labelled=True)
-        if i == beside.chunk:
+        if flown.opens:
+            low = pass_of(structure, labelled=True, opens=True)
+        if i == beside.chunk and flown.moment not in (REDUCED, GATHERED):
             yield from _alive(structure, low, low.moments[flown.moment] if flown.moment >= 0 else low.kept, walked)
         if beside.others[i]:
             passes = f"{beside.others[i]} of {total} microbatches in flight"
@@ -83,7 +91,11 @@ def _returned(structure: Structure, axes: Mapping[str, int]) -> Iterator[Line]:
     logits = returned(structure)
     if logits is not None:
         bytes_ = size(logits.shape, logits.dtype, axes)[1]
-        shape, dims, source = _letters(logits.shape), _dims(logits.shape, axes), ENGINES[structure.pipe.engine].source
+        shape, dims, source = (
+            in_letters(logits.shape),
+            in_numbers(logits.shape, axes),
+            ENGINES[structure.pipe.engine].source,
+        )
         why = "what the model returns is moved to where its inputs are"
         yield Line("logits", "activation", "return", shape, dims, logits.dtype, 1, bytes_, why, source)
 
@@ -96,16 +108,18 @@ _BETWEEN = {
 }
 
 
-def _between(structure: Structure, moment: Moment | None, axes: Mapping[str, int]) -> Iterator[Line]:
+def _between(
+    structure: Structure, moment: Moment | None, axes: Mapping[str, int], reduces: bool = False
+) -> Iterator[Line]:
     """What a pipeline's rank has of hidden states beside those of passes."""
     engine = ENGINES[structure.pipe.engine]
-    for tensor, which, count in beside_of(structure, moment):
+    for tensor, which, count in beside_of(structure, moment, reduces):
         bytes_ = size(tensor.shape, tensor.dtype, axes)[1] * count
         why = "a buffer for every microbatch" if engine.buffers else "the loop's names have no other yet"
         what, where = _BETWEEN[which]
         if which == "buffer":
             what, why = tensor.name, "one buffer for all microbatches"
-        shape, dims = _letters(tensor.shape), _dims(tensor.shape, axes)
+        shape, dims = in_letters(tensor.shape), in_numbers(tensor.shape, axes)
         yield Line(what, "activation", where, shape, dims, tensor.dtype, count, bytes_, why, engine.source)
 
 
@@ -114,26 +128,7 @@ def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Wa
     stack, own = built(structure.graph)
     axes = {**own, **walked.axes}
     optimizer = walked.program.optimizer
-    keepers = _keepers(stack)
-    counts = alive(moment, low.runs, axes)
-    for key, count in sorted(counts.items()):
-        if count:
-            shape, dtype, kind, block, op, name, source = low.sizes[key]
-            where = f"{block}.{op}" if block else op
-            variable, bytes_ = size(shape, dtype, axes)
-            assert not variable.axes
-            yield Line(
-                name,
-                kind,
-                where,
-                _letters(shape),
-                _dims(shape, axes),
-                dtype,
-                count,
-                bytes_ * count,
-                _why(kind, name, op, keepers),
-                *((optimizer.source, optimizer.basis) if name.startswith(_UPDATE) else _sourced(source)),
-            )
+    yield from alive_lines(stack, axes, low, moment, (optimizer.source, optimizer.basis))
 
 
 def timeline(walked: Walked) -> Iterator[Phase]:
@@ -179,6 +174,7 @@ def _round(walked: Walked) -> Iterator[tuple[Structure, Lowered, tuple[str, ...]
                 kept = pass_of(other)
                 beside += most.others[j] * _live(other, kept, kept.kept, walked)
                 beside += accumulated_bytes(other) if most.graded[j] else 0
+                beside -= gone_bytes(other) if most.done[j] and stays_whole(structure) else 0
             phases = ("backward",) if backward else ("forward", "loss")
             yield chunk, low, phases, dict.fromkeys(phases, beside)
 
@@ -189,7 +185,7 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
     phase = walked.phases[walked.peak]
     later, _ = walked.moments[walked.peak]
     for held in resident_of(structure):
-        yield _held(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
+        yield held_line(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
     if phase.phase == "load":
         if p.loading > p.parameters:
             yield _scratch(
@@ -239,22 +235,53 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
             "GradScaler", "other", "torch", "", (), "fp32", 3, p.scaler, "scale of fp16 losses", "torch 2.13 amp"
         )
     for held in reducing_of(structure):
-        yield _held(held, axes, "where gradients are summed over ranks")
+        yield held_line(held, axes, "where gradients are summed over ranks")
+    flown = _flown_at(walked)
+    if flown is not None and stays_whole(structure):
+        for held in _whole(structure, flown, later):
+            yield held_line(held, axes, _IN_STAGES[held.kind])
+        return
     listed = p.gradients if phase.phase == "step" else later and p.accumulated[phase.phase]
     if p.buffered or listed:
         for held in _gradients(walked):
-            yield _held(held, axes, "needed by the optimizer")
+            yield held_line(held, axes, "needed by the optimizer")
     if phase.phase == "step":
         scratch = p.optimizer.first if phase.step == 1 else p.optimizer.later
         if stepping and scratch:
             yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
         if not stepping:
             made = converting_of(structure)
-            yield from (_held(held, axes, "made into the fp32 gradient of the partition") for held in made)
+            yield from (held_line(held, axes, "made into the fp32 gradient of the partition") for held in made)
             if not made:
                 yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
     for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
-        yield _held(held, axes, "between ranks")
+        yield held_line(held, axes, "between ranks")
+
+
+# Why FSDP2 has what it has in the stages of a pipeline.
+_IN_STAGES = {
+    "parameter": "whole for all microbatches",
+    "gradient": "summed whole over microbatches, or reduced already",
+    "temp": "what a collective reads or writes",
+}
+
+
+def _whole(structure: Structure, flown: Flown, later: bool) -> Iterator[Held]:
+    """The weights and gradients that a rank has whole at a moment of its pipeline, and those reduced already."""
+    if flown.moment == REDUCED:
+        yield from reduced_of(structure, flown)
+        return
+    if flown.moment == GATHERED:
+        yield from gathered_of(structure, flown)
+    for i, chunk in enumerate(chunks_of(structure) if not flown.opens else ()):
+        beside = flown.beside if later else flown.beside._replace(graded=(False,) * len(flown.beside.graded))
+        yield from whole_of(chunk, beside, i)
+
+
+def _flown_at(walked: Walked) -> Flown | None:
+    """What a pipeline's rank is at when most is there, in a pass."""
+    later, index = walked.moments[walked.peak]
+    return walked.program.flown[later][index] if walked.program.structure.pipe.engine and index >= 0 else None
 
 
 def _gradients(walked: Walked) -> Iterator[Held]:
@@ -270,52 +297,5 @@ def _gradients(walked: Walked) -> Iterator[Held]:
             yield from accumulated_of(chunk) if there else ()
 
 
-def _held(held: Held, axes: Mapping[str, int], why: str) -> Line:
-    return Line(
-        held.what,
-        held.kind,
-        held.where,
-        _letters(held.shape),
-        _dims(held.shape, axes),
-        held.dtype,
-        held.copies,
-        held.bytes * held.copies,
-        why,
-        held.source,
-    )
-
-
 def _scratch(what: str, bytes_: int, why: str, basis: str) -> Line:
     return Line(what, "temp", "", "", (), "", 1, bytes_, why, "", basis)
-
-
-def _sourced(source: str) -> tuple[str, str]:
-    """An operation's source, and its basis: a source that begins with "assumed" says that it is."""
-    return source or "autograd", "assumed" if source.startswith("assumed") else "derived"
-
-
-def _letters(shape: str) -> str:
-    return "·".join(shape.split())
-
-
-def _dims(shape: str, axes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in shape.split())
-
-
-def _keepers(stack: Stack) -> dict[str, str]:
-    """Which operation keeps a tensor for whose gradient: of several, the first in the model, which lets go last."""
-    found: dict[str, str] = {}
-    for op in operations(stack):
-        for keep in op.keeps:
-            found.setdefault(keep.what, f"kept by {op.name} for the gradient of {keep.of}")
-    return found
-
-
-def _why(kind: str, name: str, op: str, keepers: Mapping[str, str]) -> str:
-    if name.startswith(_UPDATE):
-        return "the optimizer's, as soon as the gradient is there"
-    if kind == "temp":
-        return f"inside {op}" if not name.startswith("gradient of") else f"made by {op}, not yet used up"
-    if kind == "gradient":
-        return "needed by the optimizer"
-    return keepers.get(name, "read by a later operation")

@@ -93,6 +93,36 @@ def trained(model: ModelSpec, method: Method, trains_fp8: bool, capability: tupl
     return Trained(method, True, (said, *stored.notes))
 
 
+def served(model: ModelSpec, method: Method, capability: tuple[int, int] | None) -> Trained:
+    """The method with how the checkpoint is stored filled in, where nothing trains: matrices stay as they are stored,
+    where memplan has their format.
+
+    Raises SpecError where the run quantises it otherwise, ConfigError where its config says too little.
+    """
+    config: Any = model.config.get(_FIELD)
+    if not isinstance(config, Mapping) or not config:
+        return Trained(method)
+    if method.kind in ADAPTERS:
+        return trained(model, method, True, capability)
+    stored = stored_as(model, cast(Mapping[str, Any], config))
+    asked, given = method.quantization, stored.quantization
+    dense = stored.dense if given is None or stored.words != "fp8" else ""
+    if stored.words == "fp8" and not dense and capability is not None and capability < (8, 9):
+        dense = "its kernels need compute capability 8.9"
+    if given is None or dense:
+        return Trained(method, False, (f"the checkpoint is stored in {stored.words} and runs dequantised: {dense}",))
+    if asked not in (None, _PLAIN) and asked.format != given.format:
+        raise SpecError(
+            f"method.quantization: the checkpoint is stored in {stored.words}, not {asked.format}; leave it out, or "
+            "give the checkpoint it was made from",
+            "method.quantization.format",
+        )
+    _check(model, given)
+    if asked in (None, _PLAIN):
+        method = method.model_copy(update={"quantization": given})
+    return Trained(method, True, (f"the checkpoint runs as it is stored: {stored.words}", *stored.notes))
+
+
 def _check(model: ModelSpec, quantization: Quantization) -> None:
     """Raise ConfigError where a tensor of the checkpoint has another number of elements than the config says."""
     block = quantization.block_size

@@ -39,6 +39,7 @@ class Ranks(NamedTuple):
     views     gradients lie in DDP's buckets
     replicated  there are several such groups of ranks, which sum what each has reduced
     offloads    the rank's parts of weights, gradients and states are in host memory, and the optimizer steps there
+    reduces   the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in
     knobs     how DeepSpeed is configured
     """
 
@@ -60,6 +61,7 @@ class Ranks(NamedTuple):
     views: bool = False
     replicated: bool = False
     offloads: bool = False
+    reduces: str = ""
     knobs: Knobs = Knobs()
 
     @property
@@ -81,6 +83,7 @@ class Piece(NamedTuple):
     unit, where, copies  the unit they are gathered in, the block that is (empty outside of blocks), how many such
     shape, dtype         of the rank's part
     whole, sent          how many numbers they are gathered, and their dtype then; `own` of those are no padding
+    made                 how many numbers autograd makes of their gradients
     pads                 the gradients, laid together, are copied to be padded
     alone                a unit of its own within that, gathered for the operation that uses it
     slices               names and numbers of what the optimizer is given of it, where that is each weight by itself,
@@ -95,6 +98,7 @@ class Piece(NamedTuple):
     dtype: str
     whole: int
     own: int
+    made: int
     sent: str
     trains: bool
     pads: bool
@@ -165,7 +169,8 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
     kept = kept_dtype(first, ranks)
     whole = prod(shape) * ranks.among
     slices = tuple(_slices(weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
-    return Piece(name, unit, where, copies, shape, kept, whole, own, sent, first.trains, whole != laid, slices)
+    made = max(own, sum(elements(w._replace(shape=w.gradient), axes) for w in weights if w.gradient))
+    return Piece(name, unit, where, copies, shape, kept, whole, own, made, sent, first.trains, whole != laid, slices)
 
 
 def _slices(
@@ -231,7 +236,17 @@ def division(graph: Graph, ranks: Ranks) -> Division | None:
     flat, keeps = ranks.row.flat, ranks.keeps
     waits = ranks.replicated and not flat  # in an AllReduceState of each unit
     leaves = ranks.offloads and not flat  # FSDP1 has them on the GPU too until backward is over
-    return Division(units, not flat, asks, ranks.row.source, ahead=ranks.ahead, keeps=keeps, waits=waits, leaves=leaves)
+    return Division(
+        units,
+        not flat,
+        asks,
+        ranks.row.source,
+        ahead=ranks.ahead,
+        keeps=keeps,
+        waits=waits,
+        leaves=leaves,
+        returns=graph.code == "torchtitan",
+    )
 
 
 # When FSDP1's BackwardPrefetch asks for the next unit, see `memplan.ir.Division`.
@@ -271,9 +286,10 @@ def _together(group: list[Piece], ranks: Ranks) -> Unit:
     message = (Tensor("all-gather's output", str(sent), "uint8"),)
     if not trained:
         return Unit(whole, message, cast)
-    joined = (Tensor("reduce-scatter's input", str(sum(p.whole for p in trained)), trained[0].sent),)
+    reduces = ranks.reduces or trained[0].sent
+    joined = (Tensor("reduce-scatter's input", str(sum(p.whole for p in trained)), reduces),)
     parts = (Tensor("gradients", str(sum(prod(p.shape) for p in trained)), trained[0].dtype),)
-    received = tuple(t._replace(dtype=trained[0].sent) for t in parts if trained[0].dtype != trained[0].sent)
+    received = tuple(t._replace(dtype=reduces) for t in parts if trained[0].dtype != reduces)
     return Unit(whole, message, cast, joined, received, parts, _summed(trained))
 
 

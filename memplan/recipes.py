@@ -19,7 +19,7 @@ from memplan.graph import (
     several,
 )
 from memplan.models import ModelSpec
-from memplan.spec import Kernels, Method, Precision
+from memplan.spec import Kernels, Method, Precision, Quantization
 
 
 def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
@@ -68,11 +68,16 @@ def recipe_of(
     )
     if q is None:
         return recipe, notes
-    preparation = {True: "fp32", False: "", "trl": "trl", None: ""}[q.kbit_preparation]
-    clamped, more = _unquantised(model, tuple(q.skip or ()))
-    notes += more
     if q.format == "int8":
         notes.append("LLM.int8 layers hold their inputs until the step ends, with or without checkpointing")
+    recipe, more = quantised(model, recipe, q, stored)
+    return recipe, [*more, *notes]
+
+
+def quantised(model: ModelSpec, recipe: Recipe, q: Quantization, stored: bool) -> tuple[Recipe, list[str]]:
+    """The recipe of a model whose matrices are quantised, and notes. `stored`: the checkpoint itself is."""
+    preparation = {True: "fp32", False: "", "trl": "trl", None: ""}[q.kbit_preparation]
+    clamped, notes = _unquantised(model, tuple(q.skip or ()))
     return recipe._replace(
         quantization=q.format,
         double_quant=q.double_quant and q.format in ("nf4", "fp4"),

@@ -6,6 +6,7 @@ No field is ever ignored: one that could not do what it says is an error that na
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast, get_args
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
@@ -13,7 +14,19 @@ from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, OF_
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
-from memplan.spec import Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
+from memplan.spec import (
+    Generation,
+    Kernels,
+    Loop,
+    Method,
+    Optimizer,
+    Parallelism,
+    Precision,
+    Quantization,
+    RunSpec,
+    Serving,
+    TrainedOver,
+)
 
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
@@ -21,15 +34,54 @@ _PLAIN = Method()
 
 def refuse(run: RunSpec) -> None:
     """Raise SpecError for what the run as a whole must not say."""
-    if run.task != "train":
-        raise SpecError(f"task: {run.task!r} is not supported yet; only training is", "task")
-    if run.batch.new_tokens:
-        raise SpecError(
-            "batch.new_tokens: training generates none, and only training is supported yet", "batch.new_tokens"
-        )
+    if run.task != "generate":
+        if run.batch.new_tokens:
+            raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
+        if run.generation != Generation():
+            raise SpecError("generation: is of task generate", "generation")
+    if run.serving != Serving():
+        raise SpecError(f"serving: is of the engines that memplan profiles lists, not {run.profile}", "serving")
     if run.parallelism != _ONE_GPU:
         for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused
+
+
+def refuse_untrained(run: RunSpec, what: str) -> None:
+    """Raise SpecError for `what` is only of training, where nothing trains."""
+    if run.task != "train":
+        raise SpecError(f"task: {what} of task {run.task} is not supported yet; supported: train", "task")
+
+
+def refuse_of_inference(run: RunSpec) -> None:
+    """Raise SpecError for what is said of training where nothing trains, or is not supported yet."""
+    task, method, loop = run.task, run.method, run.loop
+    if run.parallelism != _ONE_GPU:
+        raise _later("parallelism", f"{run.parallelism.world} GPUs", f"one GPU with task {task}")
+    if method.kind == "freeze" or method.frozen or method.modules_to_save:
+        field = "kind" if method.kind == "freeze" else "frozen" if method.frozen else "modules_to_save"
+        raise SpecError(f"method.{field}: says what trains, and with task {task} nothing does", f"method.{field}")
+    for field in ("grads", "master"):
+        if getattr(run.precision, field) is not None:
+            raise SpecError(
+                f"precision.{field}: is of training, and with task {task} nothing trains", f"precision.{field}"
+            )
+    if run.precision.autocast:
+        raise _later("precision.autocast", True, f"false with task {task}")
+    if run.batch.accumulation > 1:
+        raise SpecError(
+            f"batch.accumulation: is of training, and with task {task} nothing trains", "batch.accumulation"
+        )
+    if run.kernels.checkpointing not in (None, "none") or run.kernels.reentrant:
+        raise SpecError(f"kernels.checkpointing: task {task} has no backward pass", "kernels.checkpointing")
+    if run.kernels.loss is not None:
+        raise SpecError(f"kernels.loss: task {task} has no loss", "kernels.loss")
+    if run.kernels.fused:
+        raise _later("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
+    if run.kernels.compile:
+        raise _later("kernels.compile", True, "false")
+    for field in ("hold_outputs", "grad_scaler", "trainer", "use_cache"):
+        if getattr(loop, field):
+            raise SpecError(f"loop.{field}: is of training, and with task {task} nothing trains", f"loop.{field}")
 
 
 def refuse_parts(
@@ -73,13 +125,20 @@ def refuse_of_megatron(profile: str, method: Method, precision: Precision, kerne
 
 
 def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
-    """Raise SpecError for what ranks that divide `experts`, each so wide, cannot do, or memplan not yet. `experts` is 0
-    of models whose layers are not Megatron-core's, or that have none."""
+    """Raise SpecError for what ranks that divide `experts`, each so wide, cannot do as Megatron-core has them.
+    `experts` is 0 of models that have none."""
     for field in ("ep", "etp"):
         if not experts and getattr(p, field) not in (1, _ONE_GPU.etp):
-            raise _later(f"parallelism.{field}", getattr(p, field), "1, but of megatron_gpt configs with experts")
+            value = getattr(p, field)
+            raise SpecError(
+                f"parallelism.{field}: {value} ranks divide experts, and the model has none", f"parallelism.{field}"
+            )
     if not experts:
         return
+    if p.expert_imbalance != 1:
+        raise _later(
+            "parallelism.expert_imbalance", p.expert_imbalance, "1 with megatron_gpt; moe_capacity_factor says it"
+        )
     etp = p.tp if p.etp is None else p.etp
     if experts % p.ep:
         raise SpecError(f"parallelism.ep: {p.ep} does not divide {experts} experts", "parallelism.ep")
@@ -97,6 +156,34 @@ def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
             "with it; say true",
             "parallelism.sequence_parallel",
         )
+
+
+def refuse_parts_of_whole_experts(p: Parallelism, profile: str, style: str) -> None:
+    """Raise SpecError for what ranks that each have some of the experts whole cannot do as transformers has them, or
+    memplan not yet."""
+    if p.etp not in (1, _ONE_GPU.etp):
+        raise _later("parallelism.etp", p.etp, "1, but of megatron_gpt configs with experts")
+    field = "parallelism.ep"
+    if p.ep == 1:
+        if p.expert_imbalance != 1:
+            field = "parallelism.expert_imbalance"
+            raise SpecError(f"{field}: {p.expert_imbalance:g} is of ranks that divide experts, and ep is 1", field)
+        return
+    if style != "transformers":
+        raise _later(
+            field, p.ep, f"1 with profile {profile}; profile transformers-5 has more, and megatron_gpt configs"
+        )
+    wrong = [f"a multiple of tp {p.tp}"] * bool(p.ep % p.tp)
+    wrong += [f"a divisor of dp {p.dp} x tp {p.tp} = {p.dp * p.tp}"] * bool(p.dp * p.tp % p.ep)
+    if wrong:
+        raise SpecError(
+            f"{field}: {p.ep} is not {', nor '.join(wrong)}, as transformers has ranks divide experts", field
+        )
+    for other in ("cp", "pp"):
+        if getattr(p, other) > 1:
+            raise _later(f"parallelism.{other}", getattr(p, other), "1 with expert parallelism of transformers' models")
+    if p.dp > 1:
+        raise _later("parallelism.dp", p.dp, f"1 with expert parallelism; say tp {p.ep} too")
 
 
 def refuse_on_host(optimizer: str) -> None:
@@ -228,10 +315,23 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
     if p.stage is not None and p.stage >= p.pp:
         stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
         yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
-    if p.pp > 1 and p.strategy in ("fsdp", "fsdp2", "zero2", "zero3"):
-        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1, megatron_dist_opt with pp {p.pp}")
-    if p.pp > 1 and p.offload.optimizer:
-        yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
+    if p.pp > 1 and p.strategy in ("zero2", "zero3"):
+        yield SpecError(
+            f"parallelism.strategy: DeepSpeed runs pp {p.pp} stages under ZeRO 1 alone, and refuses {p.strategy}; say "
+            "zero1",
+            "parallelism.strategy",
+        )
+    if p.pp > 1 and p.strategy == "fsdp":
+        yield SpecError(
+            f"parallelism.strategy: torch.distributed.pipelining has the gradients of pp {p.pp} stages reduced under "
+            "fsdp2 and ddp, not fsdp; say fsdp2",
+            "parallelism.strategy",
+        )
+    if p.pp > 1 and p.strategy == "fsdp2" and p.reshard_after_forward:
+        yield _later("parallelism.reshard_after_forward", True, f"false with pp {p.pp}, as torchtitan has it")
+    for part in ("optimizer", "parameters"):
+        if p.pp > 1 and getattr(p.offload, part):
+            yield _later("parallelism.offload", part, f"none with pp {p.pp}")
 
 
 def refuse_staged(p: Parallelism, method: Method, loop: Loop, objective: str, images: bool) -> None:
@@ -262,7 +362,7 @@ def _knobs(p: Parallelism) -> Iterator[SpecError]:
     if (
         group == 1
         and replicas(p) > 1
-        and (p.strategy == "fsdp2" or p.offload.parameters or not p.reshard_after_forward)
+        and (p.strategy == "fsdp2" or p.offload.parameters or p.reshard_after_forward is False)
     ):
         yield SpecError(
             "parallelism.shard_group: a group of one divides nothing, which FSDP1 alone knows (NO_SHARD), without "
@@ -367,27 +467,34 @@ def refuse_parts_of_matrices(
     if style == "":
         raise SpecError(
             f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
-            "megatron-core",
+            "megatron-core, torchtitan",
             "parallelism.tp",
         )
+    if style in ("megatron", "torchtitan") and method.kind != "full":
+        raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
     if style == "megatron":
-        if method.kind != "full":
-            raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
         if p.dp > 1 and not own:
             raise _later(
                 "parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}, but of megatron_gpt configs"
             )
         if precision.autocast:
             raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
-    elif p.sequence_parallel:
+    elif p.sequence_parallel and style == "transformers":
         raise SpecError(
-            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
+            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core and "
+            "torchtitan do",
             "parallelism.sequence_parallel",
         )
     if p.dp > 1 and p.strategy != "fsdp2" and not own:
         raise SpecError(
             f"parallelism.strategy: {p.strategy} does not divide what tensor parallelism has divided; fsdp2 does",
             "parallelism.strategy",
+        )
+    if style != "megatron" and method.quantization is not None:
+        raise SpecError(
+            f"method.kind: transformers 5.24 does not run {method.kind} on tensor-parallel ranks: it makes DTensors of "
+            "bitsandbytes' weights, whose layers then fail in the first pass; full, freeze and lora run",
+            "method.kind",
         )
     if method.kind not in ("full", "freeze", "lora"):
         raise _later("method.kind", method.kind, "full, freeze, lora with tensor parallelism")
@@ -397,6 +504,12 @@ def refuse_parts_of_matrices(
         raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with tensor parallelism")
     if optimizer.in_backward:
         raise _later("optimizer.in_backward", True, "false with tensor parallelism")
+    if kernels.loss == "fused" and style != "megatron":
+        raise SpecError(
+            "kernels.loss: fused kernels (Liger's) take the head's matrix, which is a part in a DTensor on each of "
+            f"{p.tp} ranks, and do not run; say hf",
+            "kernels.loss",
+        )
     if kernels.loss != "hf":
         raise _later("kernels.loss", kernels.loss, "hf with tensor parallelism")
     if kernels.fused:
@@ -466,6 +579,9 @@ _WHOLE = (*_GROUPED, "fp8", "int8")
 
 def _quantization(q: Quantization, storages: tuple[str, ...]) -> Iterator[SpecError]:
     field = "method.quantization"
+    trained = cast(tuple[str, ...], get_args(TrainedOver))
+    if q.format not in trained:
+        yield _later(f"{field}.format", q.format, f"{', '.join(trained)}; others by engines that serve a model")
     if q.block_size < (16 if q.format in _GROUPED else 32) and not (q.block_size == WHOLE and q.format in _WHOLE):
         size = "one scale a column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
         yield SpecError(f"{field}.block_size: {q.format} has no {size}", f"{field}.block_size")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from memplan import zero
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
-from memplan.catalogue import context_parallel, megatron, tensor_parallel
+from memplan.catalogue import context_parallel, expert_parallel, megatron, tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
@@ -24,12 +24,14 @@ from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
 from memplan.communicators import communicators
-from memplan.degrees import degrees_of, replicas
+from memplan.degrees import Degrees, degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
     Graph,
     built,
+    parameter_targets,
+    stacks,
     tower_dtype,
     weights_of,
 )
@@ -53,11 +55,40 @@ from memplan.refusals import (
     refuse_parts_of_experts,
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
+    refuse_parts_of_whole_experts,
     refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
 from memplan.stages import one_process, piped
+from memplan.units import ITEMSIZE
 
+
+def _adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
+    """The targets of adapters that stacks of experts' matrices stand for."""
+    if method.kind not in ADAPTERS:
+        return ()
+    names = [name for stood in stacks(model).values() for name in stood]
+    return tuple(name for name in names if method.targets == "all-linear" or name in method.targets)
+
+
+def _refuse_uncalled(model: ModelSpec, method: Method) -> None:
+    """Raise SpecError for adapters whose weights peft reads without calling the modules that hold them, as it does
+    where they adapt a parameter: FSDP1 has each such module a unit of its own, and gathers it when it is called.
+
+    Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, utils/other.py fsdp_auto_wrap_policy.
+    """
+    names = sorted({name for those in parameter_targets(model) for name in those})
+    found = [name for name in names if method.targets == "all-linear" or name in method.targets]
+    if method.kind in ADAPTERS and found:
+        raise SpecError(
+            f"method.targets: peft 0.21 fails under FSDP1 to adapt {', '.join(found)}, which are parameters and no "
+            "linear layers here: it reads their adapters without calling the modules that FSDP1 gathers; name linear "
+            "layers, such as q_proj and v_proj, or say fsdp2",
+            "method.targets",
+        )
+
+
+NEW_TOKENS = 256  # generated where none are asked for
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
 
 
@@ -88,6 +119,10 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     """
     refuse(run)
     model = with_objective(model or find_model(run.model), run.objective)
+    if run.task != "train":
+        from memplan.generation import decide_inference
+
+        return decide_inference(run, model)
     window = model.sliding_window
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
@@ -128,10 +163,18 @@ def objective_of(run: RunSpec) -> str:
 
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
+    run = with_new_tokens(run)
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
     method = _unprepared(run.method) if _sharded(run.parallelism) else run.method
     method, optimizer, kernels = _filled(method, run.optimizer, run.kernels, run.precision, words)
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
+
+
+def with_new_tokens(run: RunSpec) -> RunSpec:
+    """The run with how many tokens it generates, where it leaves that open."""
+    if run.task != "generate" or run.batch.new_tokens:
+        return run
+    return run.model_copy(update={"batch": run.batch.model_copy(update={"new_tokens": NEW_TOKENS})})
 
 
 def completed(run: RunSpec) -> RunSpec:
@@ -173,6 +216,11 @@ def _decide(
     over = trained(model, method, trains_fp8, capability)
     method = over.method
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
+    if words["code"] == "torchtitan" and method.kind != "full":
+        over_words: Mapping[str, Any] = {"code": "transformers", "logits": "padded"}
+        words = {**words, **over_words}
+        said = "torchtitan: adapters and frozen layers are counted with transformers' layers"
+        over = over._replace(notes=(*over.notes, said))
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     degrees = degrees_of(parallelism, words["tensor_parallel"])
@@ -186,12 +234,17 @@ def _decide(
     refuse_parts(method, precision, optimizer, kernels, _storages(sharded, under_deepspeed, precision), own)
     if own:
         refuse_of_megatron(profile, method, precision, kernels, loop)
-    refuse_parts_of_experts(parallelism, *(megatron.experts_and_width(model) if own else (0, 0)))
+    if own:
+        refuse_parts_of_experts(parallelism, *megatron.experts_and_width(model))
+    else:
+        refuse_parts_of_whole_experts(parallelism, profile, words["tensor_parallel"])
+        if parallelism.ep > 1:
+            expert_parallel.check(model, degrees)
     if degrees.tp > 1:
         refuse_parts_of_matrices(
             parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
         )
-        tensor_parallel.check(model, degrees)
+        tensor_parallel.check(model, degrees, ITEMSIZE[precision.weights], _adapted_experts(model, method))
     if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
     elif parallelism.offload.optimizer and not sharded:
@@ -218,6 +271,8 @@ def _decide(
             "transformers-5 and trl-0.24 have them as they are counted",
             "profile",
         )
+    if alike > 1 and parallelism.strategy == "fsdp":
+        _refuse_uncalled(model, method)
     notes: list[str] = list(_wrapping(parallelism, method, loop.trainer))
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
@@ -237,9 +292,12 @@ def _decide(
     kernels, idle = fused_kernels(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
-    degrees = degrees if megatron.has_experts(model) else degrees._replace(ep=1, etp=1)
-    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
-    if ranks.world > 1 and degrees.ep * degrees.etp > 1:
+    if not own:
+        degrees = degrees._replace(etp=1)
+    elif not megatron.has_experts(model):
+        degrees = degrees._replace(ep=1, etp=1)
+    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"], words)
+    if own and ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
     if sharded and not words["quantised_there"]:
         ranks = ranks._replace(there=False)
@@ -280,7 +338,7 @@ def _decide(
         leaf=kernels.checkpointing != "none"
         and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
-        logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
+        logits=_logits(words, degrees) if kernels.loss in ("hf", "fused") else "padded",
         single=single
         and (kernels.loss == "chunked_lm_head" or (kernels.loss in ("hf", "fused") and words["logits"] != "padded")),
         short=short and kernels.loss == "chunked_lm_head",
@@ -310,7 +368,9 @@ def _decide(
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
-        holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
+        holds_outputs=loop.hold_outputs == "step"
+        or words["code"] == "torchtitan"  # the trainer's names have a step's batches until it is over
+        or (degrees.sequence_parallel and degrees.style == "megatron"),
         on_host=parallelism.offload.optimizer and not ranks.offloads,
         ranks=ranks,
         pipe=pipe,
@@ -368,6 +428,11 @@ def _wrapping(p: Parallelism, method: Method, trainer: bool) -> Iterator[str]:
         )
     if p.static_graph:
         yield "parallelism.static_graph changes no memory"
+
+
+def _logits(words: Mapping[str, Any], degrees: Degrees) -> str:
+    """How the loss of all logits is written; torchtitan's is of each rank's part of the vocabulary."""
+    return "parallel" if words["code"] == "torchtitan" and degrees.tp > 1 else words["logits"]
 
 
 _MEGATRON = (
@@ -447,7 +512,13 @@ def _unprepared(method: Method) -> Method:
 
 
 def _ranks(
-    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool, hidden: int
+    parallelism: Parallelism,
+    recipe: Recipe,
+    method: Method,
+    trainer: bool,
+    accumulates: bool,
+    hidden: int,
+    words: Mapping[str, Any],
 ) -> tuple[Recipe, Ranks]:
     """How ranks divide the run, and the recipe of what they compute.
 
@@ -475,13 +546,14 @@ def _ranks(
         alike if p.shard_group in (None, 1) else p.shard_group,
         delayed=trainer and accumulates,
         replicated=p.shard_group not in (None, 1, alike),
-        keeps=not p.reshard_after_forward,
+        keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
         offloads=p.offload.parameters,
         efficient=p.cpu_ram_efficient_loading and method.quantization is None,
         whole=p.shard_group == 1,
+        reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization
     if q is not None:
@@ -491,6 +563,8 @@ def _ranks(
             return recipe._replace(adapter_dtype=q.storage), ranks._replace(trained=recipe.adapter_dtype)
         return recipe, ranks
     kept = recipe.weights if recipe.weights != recipe.compute else ""
+    if p.strategy == "fsdp2" and words["fsdp_casts"]:
+        recipe = recipe._replace(autocast=False)
     return recipe._replace(weights=recipe.compute, adapter_dtype=recipe.compute), ranks._replace(
         trained="fp32", frozen=kept
     )

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.catalogue.losses import CHUNK
+from memplan.degrees import Degrees
 from memplan.families.megatron import padded
-from memplan.graph import built
+from memplan.graph import Graph, built
 from memplan.models import ModelSpec
 from memplan.program import Program
 from memplan.sizes import ONE_RUN, Arithmetic, Size
@@ -24,6 +25,7 @@ class _Run(NamedTuple):
     attention computes in 16 bits, `needs` the axes that are asked for and not there yet, `axes` those that are."""
 
     model: ModelSpec
+    degrees: Degrees
     fixed: Mapping[str, int]
     needs: frozenset[str]
     axes: Mapping[str, Any]
@@ -59,10 +61,25 @@ def run_axes(
     `pictures` are the axes that its images decide. `target` is the length of what the decoder of an encoder-decoder is
     given; without, as long as the encoder's.
     """
-    degrees = program.structure.graph.degrees
+    return axes_of(program.structure.graph, program.needs, micro, sequence, half, large_tiles, by, pictures, target)
+
+
+def axes_of(
+    graph: Graph,
+    needs: frozenset[str],
+    micro: Size,
+    sequence: Size,
+    half: bool,
+    large_tiles: bool,
+    by: Arithmetic[Size],
+    pictures: Iterable[tuple[str, int]] = (),
+    target: Size | None = None,
+) -> dict[str, Size]:
+    """The same for a graph whose sizes need the axes `needs`."""
+    degrees = graph.degrees
     b, s = micro, -(-sequence // degrees.cp)
     tokens = b * s
-    m = program.structure.graph.model
+    m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
     many, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
     axes = {
@@ -70,6 +87,7 @@ def run_axes(
         "s": s,
         "s1": s + 1,
         "s8": -(-s // 8) * 8,
+        "s_uneven": by.choose(s % 8 == 0, 0, s),
         "s32": -(-s // 32) * 32,
         "s128": -(-s // 128) * 128,
         "targets": by.choose(many, tokens, s + 1),
@@ -90,11 +108,11 @@ def run_axes(
     if degrees.sequence_parallel:
         axes["s_tp"] = -(-s // degrees.tp)
     axes.update(pictures)
-    needs = program.needs.difference(axes)
+    needs = needs.difference(axes)
     if needs:
-        fixed = built(program.structure.graph)[1]
+        fixed = built(graph)[1]
         t = s if target is None else target
-        run = _Run(m, fixed, needs, axes, b, s, t, half, large_tiles, by)
+        run = _Run(m, degrees, fixed, needs, axes, b, s, t, half, large_tiles, by)
         for derive in _derived(needs):
             axes.update(derive(run))
     return axes
@@ -198,8 +216,16 @@ def _experts(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _dispatched(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens that ranks with a part of the experts each gather, and that go to a rank's experts."""
+    """Tokens that ranks with a part of the experts each gather, and that go to a rank's experts; those that a rank
+    sends and receives, where it has them among others that divide them."""
     own = run.b * run.axes.get("s_tp", run.s)
+    part = -(-own // run.degrees.tp)
+    if "tokens_part" in run.needs:
+        yield "tokens_part", part
+    if not run.needs.isdisjoint(("tokens_sent", "tokens_received")):
+        sent, most = part * run.fixed["e"], min(run.degrees.imbalance, 1000 * run.degrees.ep)
+        yield "tokens_sent", sent
+        yield "tokens_received", -(-sent * most // 1000)
     if "tokens_gathered" in run.needs:
         yield "tokens_gathered", own * run.fixed["eg"]
     if "tokens_routed" in run.needs:

@@ -23,6 +23,7 @@ from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
 from memplan.program import Structure, gradients_of, host_bytes, host_of, program, trained_parameters
 from memplan.ranks import pieces
+from memplan.refusals import refuse_untrained
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
@@ -108,6 +109,7 @@ class Work(NamedTuple):
 def work(run: RunSpec) -> Work:
     """What one optimizer step of the run does on one GPU. Raises MemplanError where the run cannot be answered. What
     several GPUs send each other is not counted. Of a pipeline it is the stage that computes most."""
+    refuse_untrained(run, "the work of a step")
     decided = decide(run)
     if decided.structure.pipe.engine:
         stages = (decided._replace(structure=one) for one in may_be_worst(decided.structure))

@@ -23,6 +23,7 @@ from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
 from memplan.families.pictures import picture_of, sees
 from memplan.program import PHASES, Program, phase_peaks, program
+from memplan.refusals import refuse_untrained
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.segments import streams_apart
@@ -126,6 +127,7 @@ def grid(
     """
     import numpy as np
 
+    refuse_untrained(run, "a grid")
     given = {"batch": batch, "sequence": sequence, "rank": rank}
     axes = {name: tuple(map(index, listed)) for name, listed in given.items() if listed is not None}
     if not axes:

@@ -1,6 +1,6 @@
-"""What holds for every test: no profile of the machine's own changes an answer, garbage is seldom collected, of the
-processes that tests start only the first compiles what it imports, and examples are as many as `tests.sampling` says,
-however long one takes."""
+"""What holds for every test: no profile of the machine's own and no terminal's width changes an answer, garbage is
+seldom collected, of the processes that tests start only the first compiles what it imports, and examples are as many as
+`tests.sampling` says, however long one takes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ settings.load_profile("memplan")
 def _no_profile_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> None:  # pyright: ignore[reportUnusedFunction]
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+    patch.delenv("COLUMNS", raising=False)  # pytest-xdist tells its processes how wide the terminal is
     if sys.dont_write_bytecode:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("compiled")))

@@ -17,6 +17,7 @@ import pytest
 from typer.main import get_command
 
 import memplan
+from memplan.catalogue.engines import engine_names
 from memplan.catalogue.profiles import PROFILES
 from memplan.cli import METHODS, app
 from memplan.cli.request import FIELDS, spec_of
@@ -154,7 +155,7 @@ def test_the_choices_that_completion_knows_are_those_of_a_run() -> None:
             words = str(Kernels.model_fields[name].annotation)
             assert set(offered) == set(re.findall(r"'(\w+)'", words))
         offered = [item.value for item in parameters["profile"].shell_complete(context, "")]
-        assert offered == [profile.name for profile in PROFILES]
+        assert offered == [*(profile.name for profile in PROFILES), *engine_names()]
 
 
 PARALLEL = {
@@ -191,7 +192,6 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
     "options",
     [
         "--tp 2 --profile transformers-4.48",
-        "--gpus 4 --pp 2 --fsdp fsdp2",
         "--offload optimizer --gpus 2",
         "--ep 2 --gpus 2",
     ],
@@ -493,7 +493,8 @@ MISTAKES = {
     "qwen2-7b --fsdp full_shrd": ("parallelism.strategy (--fsdp)", "full_shard"),
     "qwen2-7b --gpus 3 --tp 2": ("parallelism.world (--gpus)", "3 GPUs do not divide into groups of 2"),
     "qwen2-7b --offload disk": ("parallelism.offload (--offload)", "optimizer"),
-    "qwen2-7b --method generate": ("task", "not supported yet"),
+    "qwen2-7b --method generate --gpus 2": ("parallelism", "one GPU with task generate"),
+    "qwen2-7b --new-tokens 5": ("batch.new_tokens (--new-tokens)", "only task generate"),
     "qwen2-7b --rank 8": ("method.rank (--rank)", "full has no adapters; lora, qlora"),
     "qwen2-7b --rank 16": ("method.rank (--rank)", "full has no adapters"),
     "qwen2-7b --targets all-linear": ("method.targets (--targets)", "full has no adapters"),
@@ -504,7 +505,7 @@ MISTAKES = {
     "qwen2-7b --method qlora --quant-format int8 --double-quant": ("double_quant (--double-quant)", "int8"),
     "qwen2-7b --method lora --targets all_linear": ("method.targets (--targets)", "did you mean all-linear"),
     "qwen2-7b --method ia3": ("method.kind (--method)", "'ia3' is not supported yet"),
-    "qwen2-7b --method forward": ("task (--method)", "not supported yet"),
+    "qwen2-7b --method forward --loss fused": ("kernels.loss (--loss)", "task forward has no loss"),
     "qwen2-7b --profile transformers-4.47": ("profile (--profile)", "did you mean transformers-4.48"),
     "qwen2-7b --precision bf16 --dtype fp16": ("precision (--precision)", "differ"),
     "qwen2-7b --optimizer adamw": ("optimizer.name (--optimizer)", "adamw_torch"),

@@ -307,7 +307,7 @@ REFUSED = [
     ({"parallelism": {"offload": {"activations": True}}}, SpecError, "parallelism.offload: a probe does not run"),
     ({"parallelism": HOST, "optimizer": "adamw_8bit"}, SpecError, "parallelism.offload: optimizer.name adamw_8bit"),
     ({"parallelism": HOST, "loop": {"grad_scaler": True}}, SpecError, "loop.grad_scaler: a probe scales no losses"),
-    ({"task": "generate"}, SpecError, "batch.new_tokens"),
+    ({"batch": {"new_tokens": 3}}, SpecError, "batch.new_tokens: only task generate makes new tokens"),
     ({"model": {"config": CHATGLM}}, ProbeError, "no class for causal language models of model_type 'chatglm'"),
     ({"method": {"kind": "lora", "targets": ["w_pack"]}}, ProbeError, "method.targets: peft refuses"),
     ({"model": {"config": {"model_type": "llama", "rope_parameters": 3}}}, ProbeError, "cannot build llama"),

@@ -21,9 +21,9 @@ def refused(**fields: Any) -> MemplanError:
 
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
-    ({"task": "generate"}, "task"),
-    ({"task": "forward"}, "task"),
-    ({"batch": {"new_tokens": 1}}, "batch.new_tokens"),
+    ({"task": "generate", "parallelism": {"world": 2, "tp": 2}}, "parallelism"),
+    ({"task": "forward", "precision": {"autocast": True}}, "precision.autocast"),
+    ({"task": "generate", "kernels": {"compile": True}}, "kernels.compile"),
     ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
     ({"kernels": {"compile": True}}, "kernels.compile"),
     ({"precision": {"compute": "fp8"}}, "precision.compute"),
@@ -36,7 +36,7 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"method": {"kind": "lora", "options": {"bias": "all"}}}, "method.options.bias"),
     ({"method": {"kind": "lora", "targets": ["model.layers.0.self_attn.q_proj"]}}, "method.targets"),
     ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
-    ({"parallelism": {"world": 2, "tp": 2}, "method": "qlora"}, "method.kind"),
+    ({"parallelism": {"world": 2, "tp": 2}, "method": "dora"}, "method.kind"),
     ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
     ({"parallelism": {"offload": {"activations": True}}}, "parallelism.offload"),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "ddp", "offload": {"optimizer": True}}}, "parallelism.offload"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, mask
+from memplan.catalogue.attention import Wiring, cached, mask
 from memplan.catalogue.gpt import dropped, drops
 from memplan.catalogue.llama import inputs, lm_head
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor
@@ -30,17 +30,17 @@ def bloom(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.leave("x", "tokens", *(t.name for t in made), "mask", "probs"),
         lm_head("n", "transformer.word_embeddings.weight" if m.tie_word_embeddings else ""),
     )
-    return Stack(before, (Run((_bloom_block(m),), "L"),), after)
+    return Stack(before, (Run((_bloom_block(m, wiring),), "L"),), after)
 
 
-def _bloom_block(m: ModelSpec) -> Block:
+def _bloom_block(m: ModelSpec, wiring: Wiring) -> Block:
     """What each half makes is added to its input, or to its norm's output, inside it."""
     normed, drop = m.get("apply_residual_connection_post_layernorm", False), drops(m, "hidden_dropout")
     return Block(
         "transformer.h",
         (
             ops.layer_norm("input_layernorm", "x", "n1", "b s h", "h"),
-            *_bloom_attention(m),
+            *_bloom_attention(m, wiring),
             *dropped("self_attention.hidden_dropout", "ao", "ao.dropped", "b s h", drop),
             ops.add("residual_1", "n1" if normed else "x", "ao.dropped", "x1", "b s h"),
             ops.leave("qkv", "q", "k", "v", "scores", "masked", "o"),
@@ -56,11 +56,15 @@ def _bloom_block(m: ModelSpec) -> Block:
     )
 
 
-def _bloom_attention(m: ModelSpec, name: str = "self_attention") -> tuple[Op, ...]:
+def _bloom_attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tuple[Op, ...]:
     return (
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", bias=True),
         *(ops.view(f"{name}.{t}_select", "qkv", f"{t}.view", _Q, gradient="new") for t in "qkv"),
-        *(ops.copy(f"{name}.{t}_flat", f"{t}.view", t, _Q) for t in "qkv"),
+        *cached(name, wiring, (), tensors=("k.view", "v.view")),
+        *(
+            (ops.view if wiring.caching and t != "q" else ops.copy)(f"{name}.{t}_flat", f"{t}.view", t, _Q)
+            for t in "qkv"
+        ),
         Op(
             f"{name}.baddbmm",
             ("alibi", "q", "k"),
@@ -119,17 +123,17 @@ def mpt(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.leave("x", "embeds", "alibi", "mask", "probs"),
         lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else ""),
     )
-    return Stack(before, (Run((_mpt_block(m),), "L"),), after)
+    return Stack(before, (Run((_mpt_block(m, wiring),), "L"),), after)
 
 
-def _mpt_block(m: ModelSpec) -> Block:
+def _mpt_block(m: ModelSpec, wiring: Wiring) -> Block:
     drop = m.probability("attn_pdrop", "attn_config") > 0
     clipped = bool(m.part("attn_config").get("clip_qkv"))
     return Block(
         "transformer.blocks",
         (
             ops.layer_norm("norm_1", "x", "n1", "b s h", "h", bias=False),
-            *_mpt_attention(drop, clipped),
+            *_mpt_attention(drop, clipped, wiring),
             *dropped("resid_attn_dropout", "ao", "ao.dropped", "b s h", drop),
             ops.add("residual_1", "ao.dropped", "x", "x1", "b s h"),
             ops.layer_norm("norm_2", "x1", "n2", "b s h", "h", bias=False),
@@ -144,7 +148,7 @@ def _mpt_block(m: ModelSpec) -> Block:
     )
 
 
-def _mpt_attention(drop: bool, clipped: bool, name: str = "attn") -> tuple[Op, ...]:
+def _mpt_attention(drop: bool, clipped: bool, wiring: Wiring, name: str = "attn") -> tuple[Op, ...]:
     projected = ops.linear(f"{name}.Wqkv", "n1", "projected" if clipped else "qkv", "3 a d", "h", "attention")
     clip = Op(
         f"{name}.clip",
@@ -160,7 +164,11 @@ def _mpt_attention(drop: bool, clipped: bool, name: str = "attn") -> tuple[Op, .
         *((clip,) if clipped else ()),
         ops.split(f"{name}.chunk", "qkv", tuple(Tensor(f"{t}.part", _Q) for t in "qkv")),
         *(ops.view(f"{name}.{t}_heads", f"{t}.part", t, _Q, back[t]) for t in "qkv"),
-        *(ops.copy(f"{name}.{t}_flat", t, f"{t}.flat", _Q) for t in "qk"),
+        *cached(name, wiring, ()),
+        *(
+            (ops.view if wiring.caching and t == "k" else ops.copy)(f"{name}.{t}_flat", t, f"{t}.flat", _Q)
+            for t in "qk"
+        ),
         ops.matmul(f"{name}.scores", "q.flat", "k.flat", "scores", _SCORES),
         ops.scale(f"{name}.scaling", "scores", "scaled", _SCORES),
         Op(f"{name}.add_alibi", ("scaled", "alibi"), (Tensor("biased", _SCORES),), gradient="same"),
@@ -175,7 +183,7 @@ def _mpt_attention(drop: bool, clipped: bool, name: str = "attn") -> tuple[Op, .
         *ops.softmax(f"{name}.softmax", "filled", "softmax", _SCORES),
         ops.cast(f"{name}.cast", "softmax", "probs.whole", _SCORES, "=v"),
         *dropped(f"{name}.attn_dropout", "probs.whole", "probs", _SCORES, drop),
-        ops.copy(f"{name}.v_flat", "v", "v.flat", _Q),
+        (ops.view if wiring.caching else ops.copy)(f"{name}.v_flat", "v", "v.flat", _Q),
         ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
         ops.view(f"{name}.permute", "heads", "permuted", _Q, gradient="new"),
         ops.copy(f"{name}.contiguous", "permuted", "o", _Q),

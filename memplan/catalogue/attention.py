@@ -30,7 +30,9 @@ class Wiring(NamedTuple):
     checkpoints: blocks are checkpointed, as T5's code asks. by_name: they are given masks and positions by name.
     recomputes: what attention makes of q, k and v is made again on the way back.
     uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask. drops: the config's
-    attention_dropout is above 0; the fused kernels have it inside them.
+    attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
+    what it asks for. caching: keys and values are put beside those of earlier tokens, and lie head by head. decodes:
+    there is one token a sequence, which sees all before it.
     """
 
     backend: str
@@ -56,6 +58,9 @@ class Wiring(NamedTuple):
     by_name: bool = False
     recomputes: bool = False
     drops: bool = False
+    records: bool = True
+    caching: bool = False
+    decodes: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
@@ -108,6 +113,35 @@ def attention(
     width: str = "d",
 ) -> tuple[Op, ...]:
     """The attention of one layer, with the copies of k and v its kernel needs. `width` is that of a head's values."""
+    return cached(name, wiring, _attention(name, q, k, v, y, wiring, grouped, sliding, mask, width), sliding, (k, v))
+
+
+def cached(
+    name: str, wiring: Wiring, kernel: tuple[Op, ...], sliding: bool = False, tensors: tuple[str, ...] = ("k", "v")
+) -> tuple[Op, ...]:
+    """The kernel, given keys and values of all tokens so far where there is a cache of them."""
+    if not wiring.caching:
+        return kernel
+    return (Op(f"{name}.cache", tensors, caches="kv_window" if sliding else "kv"), *kernel)
+
+
+def reused(name: str, tensors: tuple[str, ...], sliding: bool = False) -> Op:
+    """The place where keys and values of all tokens so far are read that another layer has put there."""
+    return Op(f"{name}.cache", tensors, caches="kv_window" if sliding else "kv", view=True)
+
+
+def _attention(
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    wiring: Wiring,
+    grouped: bool,
+    sliding: bool,
+    mask: str,
+    width: str,
+) -> tuple[Op, ...]:
     masked = wiring.has_mask(sliding)
     backend = wiring.masked if masked else wiring.backend
     if wiring.copies and backend != "eager":
@@ -117,7 +151,7 @@ def attention(
             *_copied(name, q, k, v, grouped, every),
             *laid_out_as(
                 y,
-                attention(
+                _attention(
                     name, f"{q}.given" if every else q, "k.given", "v.given", y, plain, False, sliding, mask, width
                 ),
                 every and backend == "flash",
@@ -133,12 +167,16 @@ def attention(
                 return _seen(wiring, (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped)))
             return _seen(wiring, (heads, flash(name, q, k, "v.heads", y, grouped)))
         case "efficient":
-            return _seen(wiring, _efficient(name, q, k, v, y, grouped, mask if masked else "", width))
+            packed = wiring.decodes and masked and not wiring.copies  # a group of heads' queries as rows of one
+            kernel = _efficient(name, q, k, v, y, grouped and not packed, mask if masked else "", width, wiring.records)
+            return _seen(wiring, kernel)
         case "math":
             to = f"={q}.low" if wiring.half_math else "fp32"
-            return _math(name, q, k, v, y, grouped, mask if masked else "", to, width, wiring.causal, wiring.drops)
+            causal = wiring.causal and not wiring.decodes
+            return _math(name, q, k, v, y, grouped, mask if masked else "", to, width, causal, wiring.drops)
         case "eager":
-            return _eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops)
+            laid = wiring.caching
+            return _eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
         case other:
             raise AssertionError(other)
 
@@ -268,11 +306,25 @@ def _copied(name: str, q: str, k: str, v: str, grouped: bool, every: bool) -> tu
     )
 
 
-def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str) -> tuple[Op, ...]:
+def _efficient(
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    grouped: bool,
+    mask: str,
+    width: str,
+    records: bool = True,
+    converts: bool = True,
+) -> tuple[Op, ...]:
     """Memory-efficient attention: keeps q, k, v, the output, a row of fp32 sums rounded up to 32 rows, and the mask.
+    The sums are made only where autograd `records`.
 
-    A boolean mask becomes one of q's dtype in every layer. The workspace of its backward depends on the tile the
-    card's shared memory allows: `efficient_workspace` bytes a head (see `efficient_workspace_bytes`).
+    A boolean mask becomes one of q's dtype in every layer, and where its rows are no multiple of 8 they are padded to
+    one in another tensor beside that, unless it is of numbers already (`converts`). The workspace of its backward
+    depends on the tile the card's shared memory allows: `efficient_workspace` bytes a head (see
+    `efficient_workspace_bytes`).
     Autocast casts what the function is given: with a mask k and v are repeated before it, without one inside.
     """
     lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
@@ -307,12 +359,13 @@ def _efficient(name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: s
             (q1, k1, v1, *((f"{y}.bias",) if mask else ())),
             (
                 Tensor(y, f"b s a {width}", f"={q1}"),
-                Tensor(lse, "b a s32", "fp32"),
+                Tensor(lse, "b a s32" if records else "0", "fp32"),
                 Tensor(seed, "", "int64"),
                 Tensor(offset, "", "int64"),
             ),
             (),
             tuple(Keep(what, of) for of in (q1, k1, v1) for what in kept),
+            scratch=(Tensor("mask before it is padded", "b s s_uneven", f"={q1}"),) if mask and converts else (),
             scratch_back=(
                 Scratch(Tensor("delta", "b a s", "fp32")),
                 Scratch(Tensor("workspace", "b a efficient_workspace", "uint8")),
@@ -351,7 +404,7 @@ def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tu
             scratch_back=tuple(s._replace(tensor=seen(s.tensor)) for s in made.scratch_back),
             product="whole attention over seen" if made.product else "",
         )
-        for op in _efficient(name, "q", "k", "v", y, grouped, mask, "d")
+        for op in _efficient(name, "q", "k", "v", y, grouped, mask, "d", converts=False)
         for made in (masked if op.name == f"{name}.mask" else (op,))
     )
 
@@ -363,23 +416,25 @@ def _lowered(name: str, x: str, y: str, shape: str) -> Op:
 
 
 def _eager(
-    name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str, drop: bool
+    name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str, drop: bool, laid: bool = False
 ) -> tuple[Op, ...]:
     """transformers' eager_attention_forward: scores, scaled, masked, softmax in fp32, cast back, dropout.
 
-    A product of transposed heads needs them contiguous: q always, k and v where repeating has not made them so.
+    A product of transposed heads needs them contiguous: q always, k and v where neither repeating nor a cache (`laid`)
+    has made them so.
     """
     n, scores = name, "b a s s"
+    lies = grouped or laid
     return (
         *_repeated(n, k, v, grouped, width),
         ops.copy(f"{n}.q_flat", q, "q.flat", "b s a d"),
-        *(() if grouped else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
-        ops.matmul(f"{n}.scores", "q.flat", "k.heads" if grouped else "k.flat", "scores", scores),
+        *(() if lies else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
+        ops.matmul(f"{n}.scores", "q.flat", "k.heads" if lies else "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
         *_masked_softmax(n, "scaled", "probs.whole" if drop else "probs", mask, q),
         *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", scores),) if drop else ()),
-        *(() if grouped else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", f"b s a {width}"),)),
-        ops.matmul(f"{n}.product", "probs", "v.heads" if grouped else "v.flat", "heads", f"b s a {width}"),
+        *(() if lies else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", f"b s a {width}"),)),
+        ops.matmul(f"{n}.product", "probs", "v.heads" if lies else "v.flat", "heads", f"b s a {width}"),
         ops.copy(f"{n}.contiguous", "heads", y, f"b s a {width}", gradient="new"),
         ops.leave("probs", "k.heads", "v.heads"),
     )

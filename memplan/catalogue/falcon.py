@@ -7,7 +7,7 @@ it. The key/value head that all queries share is handed over as one head, which 
 from __future__ import annotations
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention, mask
+from memplan.catalogue.attention import Wiring, attention, cached, mask
 from memplan.catalogue.gpt import activation, dropped, drops
 from memplan.catalogue.llama import inputs, lm_head, positions, returned, rotary_table
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
@@ -172,6 +172,10 @@ def _by_group(name: str) -> tuple[Op, ...]:
 
 
 def _kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
+    return cached(name, wiring, _given_kernel(name, wiring._replace(caching=False), shared, kv, alibi, drop))
+
+
+def _given_kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
     if wiring.backend == "flash_2":
         return attention(name, "q", "k", "v", "o", wiring, False)
     if wiring.backend == "eager":

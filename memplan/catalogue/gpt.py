@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.attention import Wiring, attention, cached
 from memplan.catalogue.llama import inputs, lm_head, mask_name, masks, positions, returned
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
@@ -145,7 +145,7 @@ def _heads(m: ModelSpec, wiring: Wiring, wide: bool = False) -> tuple[Op, ...]:
     """Attention from q, k, v to o, with dropout of the probabilities."""
     name, drop = "attn.attention", drops(m, "attn_pdrop")
     if wiring.backend == "eager":
-        return written_out(name, "q", "k", "v", "o", drop, wide)
+        return cached(name, wiring, written_out(name, "q", "k", "v", "o", drop, wide, laid=wiring.caching))
     return attention(name, "q", "k", "v", "o", wiring._replace(drops=drop), False)
 
 
@@ -194,6 +194,7 @@ def dropped_attention(
     if m.num_key_value_heads == 1 and wiring.has_mask(sliding):  # one head is repeated without a copy
         k, v, grouped = "k.all", "v.all", False
         spread = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, gradient="new") for t in "kv")
+        spread, wiring = cached(name, wiring, spread, sliding), wiring._replace(caching=False)
     wiring = wiring._replace(drops=drops(m, key))
     return (*spread, *attention(name, "q", k, v, "o", wiring, grouped, sliding, mask_name(sliding)))
 
@@ -208,8 +209,10 @@ def written_out(
     wide: bool = False,
     biased: tuple[Op, ...] | None = None,
     held: tuple[str, ...] = (),
+    laid: bool = False,
 ) -> tuple[Op, ...]:
-    """Attention written out, the softmax in the dtype of the scores; `wide`: q and k are cast to fp32.
+    """Attention written out, the softmax in the dtype of the scores; `wide`: q and k are cast to fp32. `laid`: k and v
+    lie head by head, as a cache has them, and need no copy.
 
     `biased`: what becomes of `scores` until they are `masked`; by default they are scaled and the mask is added.
     `held` stays until the product with v is made.
@@ -219,8 +222,8 @@ def written_out(
     return (
         *(ops.cast(f"{n}.{t}_float", t, f"{t}.wide", _Q, "fp32") for t in (q, k) if wide),
         ops.copy(f"{n}.q_flat", q_in, "q.flat", _Q)._replace(autocast="lower"),
-        ops.copy(f"{n}.k_flat", k_in, "k.flat", _Q)._replace(autocast="lower"),
-        ops.matmul(f"{n}.scores", "q.flat", "k.flat", "scores", scores),
+        *(() if laid else (ops.copy(f"{n}.k_flat", k_in, "k.flat", _Q)._replace(autocast="lower"),)),
+        ops.matmul(f"{n}.scores", "q.flat", k_in if laid else "k.flat", "scores", scores),
         *(
             biased
             or (ops.scale(f"{n}.scaling", "scores", "scaled", scores), add_mask(f"{n}.add_mask", "scaled", "masked"))
@@ -229,8 +232,8 @@ def written_out(
         ops.cast(f"{n}.cast", "softmax", "probs.whole", scores, f"={v}"),
         *((ops.leave("masked"),) if wide and biased is None else ()),  # GPT-J casts in the softmax's own statement
         *dropped(f"{n}.attn_dropout", "probs.whole", "probs", scores, drop),
-        ops.copy(f"{n}.v_flat", v, "v.flat", _Q),
-        ops.matmul(f"{n}.product", "probs", "v.flat", "heads", _Q),
+        *(() if laid else (ops.copy(f"{n}.v_flat", v, "v.flat", _Q),)),
+        ops.matmul(f"{n}.product", "probs", v if laid else "v.flat", "heads", _Q),
         ops.leave(*held),
         ops.copy(f"{n}.reshape", "heads", y, _Q, gradient="new"),
     )
@@ -263,7 +266,13 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
     kernel = (
         (Op(f"{name}.bias", weights=(triangle,), gradient="none"), *attention(name, "q", "k", "v", "o", wiring, False))
         if wiring.backend == "flash_2"
-        else written_out(name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"))
+        else cached(
+            name,
+            wiring,
+            written_out(
+                name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"), laid=wiring.caching
+            ),
+        )
     )
     heads = (
         *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),

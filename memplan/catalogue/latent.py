@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.attention import Wiring, attention, cached
 from memplan.catalogue.gemma import scaled_embedding
 from memplan.catalogue.granite import scaled_branch
 from memplan.catalogue.llama import (
@@ -170,6 +170,7 @@ def latent_attention(
         ops.split(f"{name}.kv_split", "kv.low", (Tensor("kv.latent", "b s kl"), Tensor("k.rot", "b s rot"))),
         *ops.rms_norm(f"{name}.kv_a_layernorm", "kv.latent", "kv.normed", "b s kl", "kl"),
         *turn(name),
+        *cached(f"{name}.attention", wiring, (), tensors=("kv.normed", "k.turned")),
         *joined(f"{name}.q_cat", ("q.pass", "q.turned"), "q", _Q),
         ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", g),
         ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
@@ -177,7 +178,7 @@ def latent_attention(
         ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
         *copied_key(name),
         *sparse,
-        *attend(f"{name}.attention", m, wiring, mask),
+        *attend(f"{name}.attention", m, wiring._replace(caching=False), mask),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a dv", g, bias),
         ops.leave("q0", "kv.low", "kv.normed", "q.turned", "k.turned", "q", "k", "v", "o", x),
         *((ops.leave("q.normed", "index.others", mask, *held),) if sparse else ()),

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention, mask
+from memplan.catalogue.attention import Wiring, attention, cached, mask
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -120,10 +120,12 @@ def llama_attention(
     backend = wiring.masked if wiring.has_mask(sliding) else wiring.backend
     back_q = "new" if rotary or qk_norm or backend in ("eager", "math") else "same"
     back_k = "new" if back_q == "new" or (grouped and backend == "efficient") else "same"
-    k, v, repeated = "k", "v", ()
-    if grouped and m.num_key_value_heads == 1 and wiring.has_mask(sliding) and backend == "efficient":
+    k, v, repeated, heads = "k", "v", (), wiring
+    spread = backend == "efficient" and wiring.has_mask(sliding)
+    if grouped and m.num_key_value_heads == 1 and (spread or (backend == "eager" and not wiring.records)):
         k, v, grouped = "k.all", "v.all", False  # one head is repeated without a copy
         repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in "kv")
+        repeated, heads = cached(f"{name}.attention", wiring, repeated, sliding), wiring._replace(caching=False)
     turned = turn(name, q1, k1) if rotary else (ops.view(f"{name}.q", q1, "q", _Q), ops.view(f"{name}.k", k1, "k", _K))
 
     def projected(t: str, heads: str, width: str) -> tuple[Op, ...]:
@@ -145,7 +147,7 @@ def llama_attention(
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", g, bias),
         *turned,
         *repeated,
-        *attend(f"{name}.attention", "q", k, v, "o", wiring, grouped, sliding, mask_name(sliding)),
+        *attend(f"{name}.attention", "q", k, v, "o", heads, grouped, sliding, mask_name(sliding)),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a d", g, out_bias),
         ops.leave("q", "k", "v", "o", x),
     )

@@ -18,8 +18,8 @@ from memplan.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations
 class Adapter(NamedTuple):
     """How a LoRA-like adapter computes; `compute` is what the 4-bit layer inside it does.
 
-    `again`: DoRA multiplies by the base weight once more though nothing is dropped, as peft did until 0.13. `keeps`: as
-    in `quantised_linear`.
+    `again`: DoRA multiplies by the base weight once more though nothing is dropped, as peft did until 0.13. `keeps` and
+    `copies`: as in `quantised_linear`.
     """
 
     dtype: str
@@ -28,6 +28,7 @@ class Adapter(NamedTuple):
     dora: bool
     again: bool = False
     keeps: bool = False
+    copies: bool = True
 
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
@@ -97,7 +98,7 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     casts = not (quantised and autocast)
     result = f"{p}.base"
     yield from (
-        quantised_linear(op, f"{n}.base_layer", result, adapter.compute, keeps=adapter.keeps)
+        quantised_linear(op, f"{n}.base_layer", result, adapter.compute, keeps=adapter.keeps, copies=adapter.copies)
         if how
         else (_renamed(op, result),)
     )
@@ -277,12 +278,14 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[O
 class Recipe(NamedTuple):
     """What a run asks of the methods, resolved: structure only, no sizes.
 
+    kind: a method's, or `stored` where nothing trains over quantised weights.
     weights: dtype the model is loaded in. compute: what quantised layers compute in. quantization: "" or a format.
     preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
     targets: names of linear layers, or ("all-linear",). fused: adapted layers are one function where one exists.
     library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command. again, keeps:
     see `Adapter`. frozen: parts of the model that neither train nor are adapted, see `PARTS`. packed: quantised weights
-    are loaded as they are stored, and not made from whole ones.
+    are loaded as they are stored, and not made from whole ones. copies: a product with packed weights makes a whole
+    matrix of them first, as of more than a few rows, and in training.
     """
 
     kind: str
@@ -304,6 +307,7 @@ class Recipe(NamedTuple):
     frozen: tuple[str, ...] = ()
     keeps: bool = False
     packed: bool = False
+    copies: bool = True
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -357,7 +361,13 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
     adapter = Adapter(
-        recipe.adapter_dtype, recipe.compute, recipe.dropout, "dora" in recipe.kind, recipe.again, recipe.keeps
+        recipe.adapter_dtype,
+        recipe.compute,
+        recipe.dropout,
+        "dora" in recipe.kind,
+        recipe.again,
+        recipe.keeps,
+        recipe.copies,
     )
     stood_for = standing(operations(stack))
     every = recipe.targets == ("all-linear",)
@@ -411,7 +421,8 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
             adapted = tuple(_dressed(o, recipe) for o in adapt(called, adapter, recipe.autocast))
             return (_idle(op, adapted), op) if w.direct and not w.stored else adapted
         if w.stored:
-            return tuple(quantised_linear(op, op.name, op.writes[0].name, recipe.compute, older, recipe.keeps))
+            made = op.writes[0].name
+            return tuple(quantised_linear(op, op.name, made, recipe.compute, older, recipe.keeps, recipe.copies))
         return (op,)
 
     return rewrite(stack, change)

@@ -53,6 +53,10 @@ FORMATS = {
         "assumed",
     ),
 }
+# Rows that bitsandbytes multiplies by packed weights whatever the card and the matrix; before 0.50 it was one. Of up to
+# 1,536 it chooses by both.
+# Source: bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit; 0.41 to 0.49 autograd/_functions.py matmul_4bit.
+FEW_ROWS = 4
 WHOLE = -1  # the block size of one scale a column
 FP8_BLOCK = 128
 
@@ -121,12 +125,15 @@ def dequantise(w: Weight, name: str, y: str, shape: str, dtype: str = "") -> Op:
     return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=absmax(w), source=f"{_BNB} dequantize_4bit")
 
 
-def quantised_linear(op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False) -> Iterator[Op]:
+def quantised_linear(
+    op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False, copies: bool = True
+) -> Iterator[Op]:
     """The linear layer of the library that stores `op`'s matrix in its place, writing `y`; `compute` is what 4-bit ones
     compute in.
 
     `older`: before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step. `keeps`: of GPTQ, torch keeps
-    the dequantised matrix for the backward pass, as gptqmodel has it and auto-gptq had not.
+    the dequantised matrix for the backward pass, as gptqmodel has it and auto-gptq had not. `copies`: a kernel that
+    reads 4-bit weights as they are is not taken.
     """
     w = next(w for w in op.weights if w.matrix)
     if op.skipped:  # its bias is as it was loaded
@@ -139,7 +146,7 @@ def quantised_linear(op: Op, name: str, y: str, compute: str, older: bool = Fals
         case "gptq" if keeps:
             return _linear_kept(op, w, name, y)
         case _:
-            return _linear_4bit(op, w, name, y, compute, older)
+            return _linear_4bit(op, w, name, y, compute, older, copies)
 
 
 def _linear_kept(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
@@ -259,12 +266,13 @@ def _source(w: Weight) -> str:
     return f"{row.basis}: {row.source}" if row else f"{_BNB} MatMul4Bit"
 
 
-def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool) -> Iterator[Op]:
+def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, copies: bool = True) -> Iterator[Op]:
     """Nothing of the input is kept; the matrix is dequantised in both directions.
 
     The input is cast to the layer's compute dtype and the result back; the first call casts the bias, for good. Forward
     dequantises to the compute dtype at once, backward to the dtype the matrix had and then casts that.
-    Before 0.43 forward did as backward does, and the backward node referred to the input (`older`).
+    Before 0.43 forward did as backward does, and the backward node referred to the input (`older`). Without `copies` a
+    kernel reads the packed weights themselves.
     Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py MatMul4Bit; 0.41.3 and 0.42.
     """
     (x,), shape = op.reads, op.writes[0].shape
@@ -278,7 +286,7 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=(*scales, *scales, full) if not older else (*scales, *(t.tensor for t in back)),
+        scratch=() if not copies else (*scales, *scales, full) if not older else (*scales, *(t.tensor for t in back)),
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient=op.gradient,
         captures=(f"{y}.in",) if older else (),

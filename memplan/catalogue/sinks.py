@@ -7,7 +7,7 @@ Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py, models/mimo_v2_fla
 from __future__ import annotations
 
 from memplan.catalogue import experts, ops, routers
-from memplan.catalogue.attention import Wiring
+from memplan.catalogue.attention import Wiring, cached
 from memplan.catalogue.llama import decoder_block, gated_mlp, mask_name, returned, rotary_table, runs
 from memplan.catalogue.mixed import after as last
 from memplan.catalogue.mixed import before as first
@@ -22,13 +22,21 @@ _SCORES, _WITH_SINK = "b a s s", "b a s s1"
 
 
 def sink_attention(
-    name: str, y: str, mask: str, sinks: bool, grouped: bool, value: str, one_name: bool = False, drop: bool = False
+    name: str,
+    y: str,
+    mask: str,
+    sinks: bool,
+    grouped: bool,
+    value: str,
+    one_name: bool = False,
+    drop: bool = False,
+    laid: bool = False,
 ) -> tuple[Op, ...]:
     """Scores of `q` and `k`, less the largest of each row, and what their softmax makes of `v`, heads `value` wide.
 
     The softmax is in the scores' own dtype. With `sinks` each row of scores is one longer, and the probabilities are a
     view of the rest; `drop`: some are dropped, before they are cast. `one_name`: the function has a single name for all
-    that becomes the probabilities.
+    that becomes the probabilities. `laid`: k and v lie head by head, as a cache has them.
     """
     scores, heads = (_WITH_SINK if sinks else _SCORES), f"b s a {value}"
     n, joined, kept = name, *(("joined", "kept") if sinks else ("masked", "softmax"))
@@ -37,7 +45,9 @@ def sink_attention(
         if grouped
         else ops.view(f"{n}.k_same", "k", "k.heads", "b s a d"),
         ops.view(f"{n}.v_view", "v", "v.view", f"b s k {value}", gradient="new"),
-        ops.copy(f"{n}.repeat_v", "v.view", "v.heads", heads, gradient="new" if grouped else "same"),
+        (ops.view if laid and not grouped else ops.copy)(
+            f"{n}.repeat_v", "v.view", "v.heads", heads, gradient="new" if grouped else "same"
+        ),
         ops.matmul(f"{n}.scores", "q", "k.heads", "scores", _SCORES),
         ops.scale(f"{n}.scaling", "scores", "scaled", _SCORES),
         Op(f"{n}.add_mask", ("scaled", mask), (Tensor("masked", _SCORES),), gradient="same", source="add.Tensor"),
@@ -133,14 +143,29 @@ def _projected(m: ModelSpec, x: str, name: str, value: str) -> tuple[Op, ...]:
     )
 
 
-def _gpt_oss_attention(m: ModelSpec, layer: Layer, drop: bool, name: str = "self_attn") -> tuple[Op, ...]:
+def _gpt_oss_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
     grouped = m.num_key_value_heads != m.num_attention_heads
     return (
         *_projected(m, "n1", name, "d"),
         *halves_rotated(f"{name}.rope_q", "q1", "q", "a"),
         *halves_rotated(f"{name}.rope_k", "k1", "k", "k"),
         ops.leave("q1", "k1"),
-        *sink_attention(f"{name}.attention", "o", mask_name(layer.sliding), True, grouped, "d", drop=drop),
+        *cached(
+            f"{name}.attention",
+            wiring,
+            sink_attention(
+                f"{name}.attention",
+                "o",
+                mask_name(layer.sliding),
+                True,
+                grouped,
+                "d",
+                False,
+                wiring.drops,
+                wiring.caching,
+            ),
+            layer.sliding,
+        ),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", m.get("attention_bias", False)),
         ops.leave("q", "k", "v", "o", "n1"),
     )
@@ -180,7 +205,7 @@ def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
     def block(layer: Layer) -> Block:
-        return decoder_block(_gpt_oss_attention(m, layer, wiring.drops), mlp, norm=rms_norm, held=(routers.SCORES,))
+        return decoder_block(_gpt_oss_attention(m, layer, wiring), mlp, norm=rms_norm, held=(routers.SCORES,))
 
     table = tuple(op for op in rotary_table("embeds") if op.name != "rotary.cat")
     halves = tuple(op._replace(reads=tuple("angles" if r == "both" else r for r in op.reads)) for op in table)
@@ -191,7 +216,7 @@ def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
 
-def _mimo_attention(m: ModelSpec, layer: Layer, drop: bool, name: str = "self_attn") -> tuple[Op, ...]:
+def _mimo_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
     """Values narrower than keys, and scaled; a part of each head rotated; sinks where there is a window."""
     made = (
         *_projected(m, "n1", name, "dv"),
@@ -199,15 +224,21 @@ def _mimo_attention(m: ModelSpec, layer: Layer, drop: bool, name: str = "self_at
         ops.leave("v0"),
         *rotate_part(f"{name}.rope", partial=True),
         ops.leave("q1", "k1"),
-        *sink_attention(
+        *cached(
             f"{name}.attention",
-            "o",
-            mask_name(layer.sliding),
+            wiring,
+            sink_attention(
+                f"{name}.attention",
+                "o",
+                mask_name(layer.sliding),
+                layer.sliding,
+                layer.k != m.num_attention_heads,
+                "dv",
+                one_name=True,
+                drop=wiring.drops,
+                laid=wiring.caching,
+            ),
             layer.sliding,
-            layer.k != m.num_attention_heads,
-            "dv",
-            one_name=True,
-            drop=drop,
         ),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a dv", "attention"),
         ops.leave("q", "k", "v", "o", "n1"),
@@ -231,7 +262,7 @@ def mimo(m: ModelSpec, wiring: Wiring) -> Stack:
 
     def block(layer: Layer) -> Block:
         ffn = mixture if layer.ffn == "experts" else gated_mlp("n2", "mo")
-        made = decoder_block(_mimo_attention(m, layer, wiring.drops), ffn, held=returned(wiring))
+        made = decoder_block(_mimo_attention(m, layer, wiring), ffn, held=returned(wiring))
         return local(made) if layer.sliding else made
 
     two = any(layer.sliding for layer in m.layers)

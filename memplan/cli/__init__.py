@@ -231,9 +231,18 @@ def _complete_optimizer(incomplete: str) -> list[str]:
 
 
 def _complete_profile(incomplete: str) -> list[str]:
+    from memplan.catalogue.engines import ENGINES
     from memplan.catalogue.profiles import PROFILES
 
-    return [profile.name for profile in PROFILES if profile.name.startswith(incomplete)]
+    return [profile.name for profile in (*PROFILES, *ENGINES) if profile.name.startswith(incomplete)]
+
+
+def _complete_format(incomplete: str) -> list[str]:
+    from typing import get_args
+
+    from memplan.spec import Format
+
+    return [name for name in get_args(Format) if name.lower().startswith(incomplete.lower())]
 
 
 def _choices(*words: str) -> Callable[[str], list[str]]:
@@ -252,12 +261,16 @@ def option(help: str, *names: str, of: str, complete: Callable[[str], list[str]]
 
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora", "freeze")
+TASKS = ("generate", "forward")  # where nothing trains
 OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
     *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
     *("image_classification", "feature_extraction"),
 )
-TRAINING, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
+CACHE_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+SERVING = "Serving engines"
+TRAINING, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
+    "Generation",
     "Adapters and quantisation",
     "Precision and optimizer",
     "Kernels",
@@ -290,7 +303,12 @@ def estimate(
         ),
     ] = None,
     method: Annotated[
-        str | None, option(f"{', '.join(METHODS)}. Default full.", of=TRAINING, complete=_choices(*METHODS))
+        str | None,
+        option(
+            f"{', '.join(METHODS)}; for inference {' or '.join(TASKS)}. Default full.",
+            of=TRAINING,
+            complete=_choices(*METHODS, *TASKS),
+        ),
     ] = None,
     objective: Annotated[
         str | None,
@@ -386,6 +404,18 @@ def estimate(
             of=TRAINING,
         ),
     ] = None,
+    new_tokens: Annotated[
+        int | None,
+        option("Tokens generated after a prompt of --seq-len. Default 256, with --method generate.", of=GENERATION),
+    ] = None,
+    cache_implementation: Annotated[
+        str | None,
+        option(
+            "What keeps keys and values: dynamic, legacy. Default as the profile has it.",
+            of=GENERATION,
+            complete=_choices("dynamic", "legacy"),
+        ),
+    ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
     targets: Annotated[
         str | None, option("all-linear, or module names with commas between. Default all-linear.", of=ADAPTERS)
@@ -397,10 +427,11 @@ def estimate(
     quant_format: Annotated[
         str | None,
         option(
-            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8. Default nf4; of a "
-            "checkpoint that is stored quantised, its own.",
+            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; to serve a model also "
+            "w4a16, fp8-channel, mxfp4, Q4_K_M and others. Default nf4; of a checkpoint that is stored quantised, its "
+            "own.",
             of=ADAPTERS,
-            complete=_choices("nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"),
+            complete=_complete_format,
         ),
     ] = None,
     double_quant: Annotated[
@@ -502,6 +533,51 @@ def estimate(
             complete=_complete_profile,
         ),
     ] = None,
+    stored: Annotated[
+        str | None,
+        option(
+            "What the weights are stored in: fp8, w4a16, awq-int4, or a GGUF type. Default as the checkpoint is.",
+            of=SERVING,
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, option("Tokens of a request that the engine admits. Default the model's positions.", of=SERVING)
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, option("Requests in one step; llama.cpp's slots. Default the engine's, by the card.", of=SERVING)
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        option(
+            "Tokens in one step: SGLang's chunked prefill size, llama.cpp's ubatch. Default the engine's.", of=SERVING
+        ),
+    ] = None,
+    memory_utilization: Annotated[
+        float | None,
+        option("Share of the card: gpu_memory_utilization, mem_fraction_static. Default the engine's.", of=SERVING),
+    ] = None,
+    block_size: Annotated[int | None, option("Tokens of a block. Default the engine's.", of=SERVING)] = None,
+    cache_dtype: Annotated[
+        str | None,
+        option(
+            f"What keys and values are stored in: {', '.join(CACHE_DTYPES)}. Default the model's dtype.",
+            of=SERVING,
+            complete=_choices(*CACHE_DTYPES),
+        ),
+    ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        option("Record decoding steps. Default on.", "--cuda-graphs/--no-cuda-graphs", of=SERVING),
+    ] = None,
+    prefix_caching: Annotated[
+        bool | None,
+        option("Keep blocks of earlier requests. Default on.", "--prefix-caching/--no-prefix-caching", of=SERVING),
+    ] = None,
+    gpu_layers: Annotated[
+        int | None, option("Of llama.cpp: layers on the card, the head one more. Default all.", of=SERVING)
+    ] = None,
+    lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
+    lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
     gpu: Annotated[
         list[str] | None,
         option(
@@ -578,7 +654,7 @@ def estimate(
     ] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     ep: Annotated[
-        int | None, option("GPUs that divide the experts of megatron_gpt configs. Default 1.", of=SEVERAL)
+        int | None, option("GPUs that divide the experts of a mixture, each having some. Default 1.", of=SEVERAL)
     ] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)

@@ -57,6 +57,8 @@ class Scope:
             tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
             if w.trains:
                 self._trained[w.name] = w
+        past = tuple(t._replace(dtype=tensors[t.dtype[1:]].dtype) if t.dtype.startswith("=") else t for t in op.past)
+        tensors.update((t.name, t) for t in past)
         if op.laid and autocast and tensors[op.reads[0]].dtype in FLOATING - {autocast}:
             tensors[op.writes[0].name] = tensors[op.reads[0]]
             return
@@ -112,6 +114,7 @@ class Scope:
                 ),
                 captures=tuple(new_name.get(c, c) for c in op.captures),
                 wraps=wraps,
+                past=past,
                 scratch=tuple(literal(t) for t in op.scratch),
                 scratch_back=tuple(
                     s._replace(tensor=literal(s.tensor), of=new_name.get(s.of, s.of)) for s in op.scratch_back

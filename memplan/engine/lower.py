@@ -93,12 +93,14 @@ class Frame:
         self.checkpointed = False
         self.reentrant = False
         self.recomputed = False
+        self.whole = False  # a checkpoint runs all of it again
         self.exported: Container[str] = ()
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
         self.named: list[Storage] = []  # what it keeps until the graph goes
         self.to_host = False  # but for `x`, which it keeps in host memory
         self.shares: Container[str] = ()  # what it makes for later blocks, which the checkpoints of all refer to
         self.shared: list[Storage] = []
+        self.past: Mapping[str, Storage] = {}  # what the pass before left for it
 
     def __getitem__(self, name: str) -> Storage:
         return self.names[name] if name in self.names else self.outer[name]
@@ -140,6 +142,7 @@ class Tape:
         self.nested: Mapping[str, Unit] = {}  # weights that are gathered for the operation that uses them
         self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
+        self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
 
     # storages
 
@@ -180,6 +183,20 @@ class Tape:
         copies = dict(self._per_copy.get(run, {}))
         copies[storage.size] = copies.get(storage.size, 0) + 1
         self._per_copy[run] = copies
+
+    def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
+        """What the pass before left for each of the blocks, named and with their operations; in a run, for each of its
+        copies."""
+        found: list[dict[str, Storage]] = []
+        for name, ops in blocks:
+            found.append({})
+            for op in ops:
+                self._block, self._op = name, op
+                for t in op.past:
+                    found[-1][t.name] = storage = self.alloc(t, "activation")
+                    if run is not None:
+                        self.of_copies(storage, run)
+        return found
 
     def note(self) -> None:
         """Write the moment down, if memory rose since the last one."""
@@ -292,6 +309,8 @@ class Tape:
             self.enter(frame, op)
             node = frame.nodes[i]
             written = {t.name for t in op.writes}
+            for t in op.past:
+                names[t.name] = mine[t.name] = frame.past[t.name]
             skipped = op.recorded and not keep
             if not skipped and not (cut and i == end - 1 and written.isdisjoint(node.pins)):
                 self.computed(frame, op)
@@ -324,7 +343,8 @@ class Tape:
                 for name in leaves(op):  # the node that accumulates its gradient refers to it
                     names[name].refs += 1
                     holds["nodes"].append(names[name])
-            for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads)):
+            past = (t.name for t in op.past)
+            for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads, *past)):
                 if last.get(name, i) == i and name not in exported and name in mine:
                     self.drop(mine.pop(name))
         for name in [n for n in mine if n not in exported]:
@@ -369,12 +389,15 @@ class Tape:
         savers = [i for i, node in enumerate(frame.nodes) if node.pins]
         gathers = (i for i, op in enumerate(frame.ops) if any(w.name in self.nested for w in op.weights))
         first = next(gathers, None)
+        self._lent = {op.lends: [] for op in frame.ops if op.lends}
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
+            for name, storage in self._lent.pop(node.op.lends, ()):
+                self._weight_gradient(frame, name, storage)
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
-                self._recompute(frame, savers[-1] + 1)
+                self._recompute(frame, len(frame.ops) if frame.whole else savers[-1] + 1)
             if i == first and self.reaches_first is not None:
                 self.reaches_first()
             self.enter(frame, node.op)
@@ -544,6 +567,10 @@ class Tape:
         return total
 
     def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
+        late = self._lent.get(name.rpartition(".")[0])
+        if late is not None:
+            late.append((name, storage))
+            return
         uses = frame.uses if frame.block else self.uses
         left = uses.get(name, 1) - 1
         total = self._sum(frame.scope[name], self._pending.pop(name, None), storage, "gradient")
@@ -590,6 +617,7 @@ class Tape:
         old, before, now = self._per_copy.get(run, {}), self._before, self._counts
         new = {k: old.get(k, 0) + now.get(k, 0) - before.get(k, 0) for k in sorted({*old, *before, *now})}
         new = {k: n for k, n in new.items() if n}
+        spends = any(new.get(k, 0) < n for k, n in old.items())  # of what the pass before left: the first one may peak
         renamed = self._renamed(new, passed_on)
         for i in range(self._first_moment, len(self.moments)):
             m = self.moments[i]
@@ -598,6 +626,9 @@ class Tape:
                 self.moments.append(Moment(m.phase, self._first_copy(m.where), counts, per_copy))
             else:  # each copy leaves more alive, so the last one peaks
                 self.moments[i] = Moment(m.phase, m.where, counts, per_copy)
+                if spends:
+                    earlier = {**m.per_copy, run: old}
+                    self.moments.append(Moment(m.phase, self._first_copy(m.where), m.counts, earlier))
         self._per_copy[run] = new
         for storage in self._born:
             if storage not in passed_on:

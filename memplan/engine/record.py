@@ -16,6 +16,7 @@ from memplan.engine.step import run_pass
 from memplan.ir import Division, Stack, Tensor
 
 FREED = -1
+_LEFT_OUT = 1 << 40  # storages of copies left out: the same in passes that differ in what they make on the way back
 RUN = 3  # copies of a run that are run: its first, its last, and the one between that all others are like
 
 
@@ -107,6 +108,18 @@ def record(
     return Recorded(tuple(every.events), tuple(tape.sizes), every.turn, every.head, every.over)
 
 
+EVERY = 2**20  # copies of a run, of which none is left out
+
+
+def record_inference(stack: Stack, depth: Mapping[str, int], autocast: str | None = None) -> Recorded:
+    """The allocations and frees of a forward pass of which autograd records nothing. It begins with those of what the
+    pass before left, and what it leaves is not freed."""
+    tape = Recorder()
+    gatherer = Gatherer(tape, None, grads_exist=False)
+    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False)
+    return Recorded(tuple(tape.events), tuple(tape.sizes), tape.turn, len(tape.events), tape.over)
+
+
 class _Expansion:
     """The events with those of the copies that were left out.
 
@@ -129,7 +142,7 @@ class _Expansion:
             self._made.append([n for n, size in within if size != FREED])
             self._born.update((n, (i, place)) for place, n in enumerate(self._made[i]))
         self._instances: dict[tuple[int, int], int] = {}
-        self._fresh = sum(size != FREED for _, size in tape.events)
+        self._fresh = _LEFT_OUT
         last = len(tape.copies) - 1
         self._like = {i: part.skipped for i, part in enumerate(tape.copies) if part.skipped}
         at = 0

@@ -303,6 +303,19 @@ def lower(
     return Lowered(tuple(moments), passed.kept, tape.snapshot(), held, tape.host, tuple(tape.sizes), passed.runs)
 
 
+def infer(
+    stack: Stack, depth: Mapping[str, int], autocast: str | None = None, phase: str = "forward", labelled: bool = False
+) -> Lowered:
+    """The moments of a forward pass of which autograd records nothing, by the name of its `phase`. What it leaves for a
+    later pass, as the caches of keys and values, is alive when it is over (`left`)."""
+    tape = Tape(labelled=labelled)
+    tape.phase = phase
+    passed = run_pass(tape, Gatherer(tape, None, False), stack, depth, autocast, False, False, False, records=False)
+    return Lowered(
+        tuple(tape.moments), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
+    )
+
+
 def run_pass(
     tape: Tape,
     gatherer: Gatherer,
@@ -314,9 +327,11 @@ def run_pass(
     input_grad: bool,
     to_host: bool = False,
     one_by_one: int = 0,
+    records: bool = True,
 ) -> Passed:
     """Run the stack on the tape, forward and backward; see `lower`. With `one_by_one` there are no runs of equal
-    blocks: that many copies of each are run, and the others left out."""
+    blocks: that many copies of each are run, and the others left out. Unless it `records`, autograd keeps nothing, and
+    forward is all there is."""
     first_scope = Scope()
     before = first_scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
@@ -352,12 +367,17 @@ def run_pass(
         read |= {r for op in (c.joins.ops if c.joins is not None else ()) for r in op.reads}
 
     # forward
+    pasts: list[list[dict[str, Storage]]] = []
+    several = 0
+    for c in copies:
+        pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else several))
+        several += not c.alone
     first = Frame(before, first_scope, {}, leaf)
     embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
     outer = gatherer.outside(BEFORE)
     gatherer.gather(REST, first)
     gatherer.gather(outer, first, copies[0].units[0])
-    own = tape.forward(first, read | {embeds})
+    own = tape.forward(first, read | {embeds}, grad=records, checkpoint=not records)
     if outer != ROOT:
         gatherer.leave(outer)
     flows = frozenset(first.flows)
@@ -381,7 +401,8 @@ def run_pass(
             joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
             views = dict.fromkeys(_views_of_x(joint.ops).intersection(later[at]), stream)
             stream.refs += len(views)
-            own = tape.forward(joint, later[at] - {"x"} | {c.joins.stream}, own) | views
+            wanted = later[at] - {"x"} | {c.joins.stream}
+            own = tape.forward(joint, wanted, own, grad=records, checkpoint=not records) | views
             for storage in own.values():
                 storage.shared = True
             stream = own[c.joins.stream]
@@ -412,7 +433,7 @@ def run_pass(
             frame = Frame(block.ops, inner, {**own, "x": stream}, enters, block.name, last_layer + i)
             again = checkpoint and not block.lasting
             if again:
-                frame.reentrant = reentrant
+                frame.reentrant, frame.whole = reentrant, block.whole
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
                 frame.to_host = to_host
                 given = [own[r] for r in reads if r in own]
@@ -425,7 +446,10 @@ def run_pass(
             gatherer.gather(unit, frame, c.units[(i + 1) % period] if within else later_unit)
             behind = _behind(block.ops)
             y, shares = behind["y"], {name: behind[name] for name in block.shares}
-            made = tape.forward(frame, (y, *returned.values(), *shares.values()), checkpoint=again)
+            frame.past = pasts[at][i]
+            made = tape.forward(
+                frame, (y, *returned.values(), *shares.values()), grad=records, checkpoint=again or not records
+            )
             for name, storage in shares.items():
                 own[name] = made[storage]
                 own[name].shared = True
@@ -453,9 +477,15 @@ def run_pass(
     own |= {"x": stream, **carried}
     tail = Frame(after, tail_scope, own, flows | _x(x_flows))
     gatherer.gather(gatherer.outside(AFTER), tail)
-    own = tape.forward(tail, {r for op in loss for r in op.reads}, own)
+    own = tape.forward(tail, {r for op in loss for r in op.reads}, own, grad=records, checkpoint=not records)
     tape.note()
+    if not records:
+        tape.end_forward()
+        kept = tape.snapshot()
+        held, nodes = tape.end_step()
+        return Passed(kept, held, nodes, tuple(runs))
     tape.phase = "loss"
+    gatherer.head_done()
     criterion = Frame(loss, tail_scope, own, tail.flows)
     left = tape.forward(criterion, ("loss",), own)
     tape.end_forward()

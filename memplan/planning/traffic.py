@@ -165,7 +165,16 @@ def least(known: Facts, grid: Grid) -> int:
     row = STRATEGIES.get(grid.strategy)
     divided = (row.parameters, row.gradients, row.states) if row else (False, False, False)
     alike = (grid.replicas if cut else grid.ep for cut in divided)
-    return sum(held // (parts * n) for held, n in zip(known.held, alike, strict=True))
+    divided_up = sum(held // (parts * n) for held, n in zip(known.held, alike, strict=True))
+    if not _whole(grid):
+        return divided_up
+    handed = 2 * grid.accumulation * (grid.pp - 1) / grid.pp  # torch has a buffer for all that a stage is sent
+    return divided_up + int((known.weights + known.trained) / parts + handed * known.state / (grid.cp * grid.tp))
+
+
+def _whole(grid: Grid) -> bool:
+    """Whether weights stay whole for a step, and gradients until its end: as FSDP2 has it in a pipeline's stages."""
+    return grid.strategy == "fsdp2" and grid.pp > 1 and grid.replicas > 1
 
 
 class Sent(NamedTuple):
@@ -282,6 +291,8 @@ def _of_replicas(known: Facts, grid: Grid) -> _Message:
     weights = dense * (n - 1) / n + of_experts * (n // grid.ep - 1) / (n // grid.ep)
     trained = weights * known.trained / known.weights
     units = known.layers / grid.pp
+    if _whole(grid):
+        return _Message("dp", weights + trained, 2 * units)
     if row is not None and row.parameters:
         reduced = 1 if known.delayed else m
         return _Message("dp", 2 * m * weights + reduced * trained, (2 * m + reduced) * units)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from memplan import ledger
+from memplan import inference, ledger
 from memplan.answer import Estimate
 from memplan.answer import Line as Estimated
 from memplan.catalogue.overhead import cublas_workspace
@@ -67,13 +67,13 @@ def difference(traced: Traced, answer: Estimate) -> tuple[Line, ...]:
     Loading is left out unless it is the peak of either: before that, what is loaded first decides what is there.
     """
     decided = decide(answer.asked)
-    walked = walk(answer.asked, decided)
+    theirs = _Trained(walk(answer.asked, decided), decided) if answer.asked.task == "train" else _Inferred(decided)
     found: list[Line] = []
     loads = "load" in (traced.peak_phase, answer.peak.phase)
     for pair in _pairs(traced, answer):
         if pair.line.phase == "load" and not loads:
             continue
-        lines = (line for line in _lines(pair, traced, walked, decided) if line.bytes)
+        lines = (line for line in _lines(pair, traced, theirs) if line.bytes)
         found += sorted(lines, key=lambda line: (-abs(line.bytes), line.what))
     return tuple(found)
 
@@ -85,7 +85,7 @@ class _Pair(NamedTuple):
 
 
 # Phases of an estimate, and those of a trace that they are compared with: clipping is part of an estimate's step.
-_SAME = {"load": ("load",), "forward": ("forward",), "loss": ("loss",), "backward": ("backward",)}
+_SAME = {name: (name,) for name in ("load", "forward", "loss", "backward", "prefill", "decode")}
 _STEP = {"step": ("clip", "step")}
 
 
@@ -107,7 +107,8 @@ def _pairs(traced: Traced, answer: Estimate) -> Iterator[_Pair]:
                 continue
             top = max(ours, key=lambda p: p.peak)
             phase = answer.phases[i]
-            handles = 0 if name == "load" else 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1
+            second = answer.asked.task == "train" and (phase.phase in ("backward", "step") or phase.step != 1)
+            handles = 0 if name == "load" else 1 + second
             yield _Pair(
                 PhaseLine(name, step, top.peak, phase.peak - handles * workspace, _place(traced, top), phase.where),
                 top,
@@ -128,14 +129,56 @@ def _place(traced: Traced, phase: TracedPhase) -> str:
     return f"{storage.module}.{storage.op}".removeprefix(".")
 
 
-def _lines(pair: _Pair, traced: Traced, walked: Walked, decided: Decided) -> Iterator[Line]:
+class _Tensors(Protocol):
+    """What an estimate has in memory, by the number of a phase."""
+
+    def lines(self, phase: int) -> Sequence[Estimated]:
+        """The tensors alive at its peak."""
+        ...
+
+    def most(self, phase: int) -> Mapping[int, int]:
+        """How many tensors of each size there are at once in it, at most, beside those that stay."""
+        ...
+
+
+class _Trained(NamedTuple):
+    walked: Walked
+    decided: Decided
+
+    def lines(self, phase: int) -> Sequence[Estimated]:
+        return ledger.lines(self.walked._replace(peak=phase), self.decided)
+
+    def most(self, phase: int) -> Mapping[int, int]:
+        return _most_estimated(self.walked, self.decided, phase)
+
+
+class _Inferred:
+    def __init__(self, decided: Decided) -> None:
+        self._walked = inference.walk(decided)
+
+    def lines(self, phase: int) -> Sequence[Estimated]:
+        return self._walked.lines(self._walked.phases[phase].phase)
+
+    def most(self, phase: int) -> Mapping[int, int]:
+        most, stays = Counter[int](), Counter[int]()
+        name = self._walked.phases[phase].phase
+        for counts in self._walked.counts(name):
+            for bytes_, count in counts.items():
+                most[bytes_] = max(most[bytes_], count)
+        for line in self.lines(phase):
+            if line.kind in ("parameter", "buffer") and line.count:
+                stays[line.bytes // line.count] += line.count
+        return most + stays
+
+
+def _lines(pair: _Pair, traced: Traced, estimated: _Tensors) -> Iterator[Line]:
     name, step = pair.line.phase, pair.line.step
     ours: dict[int, list[Storage]] = defaultdict(list)
     for storage in traced.alive_at(pair.traced.peak_at):
         ours[storage.bytes].append(storage)
     theirs: dict[int, list[Estimated]] = defaultdict(list)
     lumps: list[Estimated] = []
-    for line in ledger.lines(walked._replace(peak=pair.number), decided):
+    for line in estimated.lines(pair.number):
         if line.what.startswith("cuBLAS"):
             continue
         if line.shape or line.dtype or line.kind != "temp":
@@ -143,7 +186,7 @@ def _lines(pair: _Pair, traced: Traced, walked: Walked, decided: Decided) -> Ite
         else:
             lumps.append(line)  # a step's scratch, in one number
     most_traced = _most_traced(traced, pair.traced)
-    most_estimated = _most_estimated(walked, decided, pair.number)
+    most_estimated = estimated.most(pair.number)
     scratch: list[Storage] = []
     for bytes_ in {*ours, *theirs}:
         have, want = Counter[str](), Counter[str]()

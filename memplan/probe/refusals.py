@@ -76,8 +76,6 @@ def _refuse(run: RunSpec) -> None:
             raise SpecError(
                 "loop.grad_scaler: a probe scales no losses for an optimizer on the host", "loop.grad_scaler"
             )
-    if run.task == "generate" and not run.batch.new_tokens:
-        raise SpecError("batch.new_tokens: how many tokens generate is to make; at least 1", "batch.new_tokens")
     if run.task != "generate" and run.batch.new_tokens:
         raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
     _optimizer(run)
@@ -115,7 +113,8 @@ def _parallelism(run: RunSpec) -> None:
     wrong = check_product(p)
     if wrong is not None:
         raise wrong
-    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, offload=p.offload) and min(p.tp, p.cp) == 1:
+    ep = p.ep if p.ep == p.tp else 1  # tokens are divided among those that divide matrices
+    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, ep=ep, offload=p.offload) and min(p.tp, p.cp) == 1:
         return
     if p.dp != p.world:
         raise SpecError(

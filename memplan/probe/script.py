@@ -89,7 +89,7 @@ class Script:
         make = OnHost if run.parallelism.offload.optimizer else make_optimizer
         if not run.optimizer.in_backward:
             optimizer = make(run.optimizer, self.parameters)
-            if optimizer is not None and run.parallelism.tp > 1:
+            if optimizer is not None and max(run.parallelism.tp, run.parallelism.ep) > 1:
                 group_by_mesh(optimizer)
             self.optimizers += [optimizer] if optimizer is not None else []
             return optimizer
@@ -172,25 +172,30 @@ class Script:
     def _generate(self) -> None:
         """Greedy, as transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
 
-        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32.
+        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32. A mask of ones
+        is kept beside the tokens; a card that looks at it makes no other of it, and so the model is given none.
         """
         model = self.model
-        keeps = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        known = inspect.signature(base_of(model).forward).parameters
+        keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
         with torch.no_grad():
             with self.phase("prefill"):
-                ids = self._inputs()[0]["input_ids"]
-                mask = torch.ones_like(ids)
-                outputs = model(input_ids=ids, attention_mask=mask, use_cache=True, **keeps)
+                inputs, options = self._inputs()
+                ids, options["use_cache"] = inputs["input_ids"], True
+                mask = options.pop("attention_mask", None)
+                padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
+                outputs = model(input_ids=ids, attention_mask=mask if padded else None, **options, **keeps)
+                del inputs, options
                 token = _next(outputs)
             with self.phase("decode"):
                 for _ in range(self.run.batch.new_tokens - 1):
-                    cache = outputs.past_key_values
+                    cache = getattr(outputs, given_as)
                     del outputs
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
-                    outputs = model(
-                        input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **keeps
-                    )
+                    given = mask if padded else None
+                    outputs = model(input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps)
                     token = _next(outputs)
                 del outputs, token
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from memplan.errors import ProbeError
+from memplan.probe import expert_parallel
 from memplan.probe.libraries import library
 from memplan.spec import RunSpec
 
@@ -24,22 +25,24 @@ def mesh_of(degree: int, rank: int = 0) -> Any:
         return library("torch.distributed.device_mesh").init_device_mesh("cuda", (degree,))
 
 
-def divide(model: Any, degree: int) -> None:
-    """Give a model without memory the rank's part of every weight, and the collectives, as its plan says.
+def divide(model: Any, run: RunSpec) -> None:
+    """Give a model without memory the rank's part of every weight, and the collectives, as its plans say.
 
     Source: transformers 5.24 distributed/mixin.py maybe_distribute_model.
     """
+    degree, ep = run.parallelism.tp, run.parallelism.ep
     if not model.tp_plan:
         raise ProbeError(f"parallelism.tp: transformers has no plan for {type(model).__name__}", "parallelism.tp")
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight:  # they are tied when both are divided
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight), head.weight.requires_grad)
     model._device_mesh, model._tp_size = mesh_of(degree), degree
-    config: Any = library("transformers.distributed").DistributedConfig(tp_size=degree)
+    config: Any = library("transformers.distributed").DistributedConfig(tp_size=degree, ep_size=ep)
     model.config.distributed_config = config  # by which peft knows
-    library("transformers.distributed.tensor_parallel").apply_tensor_parallelism(
-        model, model._device_mesh, model._expand_parallel_plan(model.tp_plan)
-    )
+    plan, _, _ = model._resolve_parallel_plans(config)
+    library("transformers.distributed.tensor_parallel").apply_tensor_parallelism(model, model._device_mesh, plan)
+    if ep > 1:
+        expert_parallel.divide(model, run, model._device_mesh, model._device_mesh, config)
 
 
 def watch_parts_only() -> None:
@@ -72,13 +75,14 @@ def part_of(tensor: Any, local: torch.Tensor) -> Any:
 
 
 def by_mesh(parameters: Iterable[Any]) -> list[list[Any]]:
-    """The parameters that are parts of divided ones, and those that are not: no call takes both.
+    """The parameters that are parts of divided ones, by their ranks, and those that are not: no call takes
+    both.
 
     Source: transformers 5.24 trainer.py create_optimizer, _mixed_mesh_grad_norm.
     """
-    groups: dict[bool, list[Any]] = {}
+    groups: dict[Any, list[Any]] = {}
     for parameter in parameters:
-        groups.setdefault(is_part(parameter), []).append(parameter)
+        groups.setdefault(parameter.device_mesh if is_part(parameter) else None, []).append(parameter)
     return list(groups.values())
 
 

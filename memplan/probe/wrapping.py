@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from memplan.catalogue.methods import ADAPTERS
-from memplan.probe import group, tensor_parallel
+from memplan.probe import expert_parallel, group, tensor_parallel
 from memplan.probe.libraries import library
 from memplan.probe.model import DTYPES, base_of, lower_of
 from memplan.spec import RunSpec
@@ -106,7 +106,7 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         blocks = library("torch.distributed.fsdp.wrap").transformer_auto_wrap_policy
         policy = functools.partial(blocks, transformer_layer_cls=_blocks(model))
     p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed(run)
-    strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward]
+    strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward is not False]
     if p.shard_group == 1:
         strategy = "NO_SHARD"
     mixed = fsdp.MixedPrecision(param_dtype=lower, reduce_dtype=lower, buffer_dtype=lower) if lower else None
@@ -160,6 +160,9 @@ def _mixed(run: RunSpec) -> torch.dtype | None:
 
 
 def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
+    if run.parallelism.ep > 1:
+        expert_parallel.shard(model)
+        return model
     fsdp: Any = library("torch.distributed.fsdp")
     mesh, lower = _groups(run, device), _mixed(run)
     if run.precision.autocast and run.method.quantization is None:
@@ -170,7 +173,7 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
     root = {"mesh": mesh, "mp_policy": policy if lower else fsdp.MixedPrecisionPolicy()}
     if run.parallelism.offload.parameters:
         root["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=True)
-    unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward}
+    unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward is not False}
     shard = fsdp.fully_shard
     loaded: Any = model.state_dict() if _sent(run) else {}
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in loaded} if loaded else {}
@@ -246,7 +249,7 @@ def _unreduced(model: Any) -> Generator[None]:
 def clip(model: Any, run: RunSpec, parameters: list[Any]) -> None:
     """Clip the gradients' norm, FSDP1's by its own method."""
     most = float(run.loop.clip_grad_norm or 0)
-    if run.parallelism.tp > 1:
+    if run.parallelism.tp > 1 or run.parallelism.ep > 1:
         tensor_parallel.clip(parameters, most)
     elif run.parallelism.dp > 1 and run.parallelism.strategy == "fsdp":
         model.clip_grad_norm_(most)

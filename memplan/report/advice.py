@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from memplan.answer import Estimate
+from memplan.gpus import GPU
 from memplan.planning.reach import Holding, holding, largest_batch, largest_sequence
 from memplan.report.words import tenths
 from memplan.units import GIB
@@ -17,6 +18,9 @@ def help_line(answer: Estimate) -> str:
         return ""
     if answer.via == "trace":
         return _larger_card(answer)
+    if answer.serving is not None:
+        larger = next((gpu for gpu, held in holding(answer.asked, "NVIDIA") if held == "fits"), None)
+        return _smallest(larger) if larger else ""
     from memplan.frameworks.command import options
     from memplan.planning.search import alone
 
@@ -42,9 +46,11 @@ def _larger_card(answer: Estimate) -> str:
     from memplan.probe.answer import holding
 
     larger = next((gpu for gpu, held in holding(answer, "NVIDIA") if held == "fits"), None)
-    if larger is None:
-        return ""
-    return f"Would fit: {larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it."
+    return _smallest(larger) if larger else ""
+
+
+def _smallest(card: GPU) -> str:
+    return f"Would fit: {card.title} ({tenths(card.usable)} GiB usable), the smallest NVIDIA card that holds it."
 
 
 class Cards(NamedTuple):

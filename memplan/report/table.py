@@ -28,6 +28,7 @@ def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterato
     yield from _categories(answer, to)
     yield ""
     yield from _phases(answer, to)
+    yield from _pool(answer, to)
     yield ""
     yield from paragraph(f"The peak is {words.moment(answer)}.", to)
     yield from paragraph(words.headroom(answer), to)
@@ -36,6 +37,17 @@ def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterato
         yield from _ranks(answer, to)
     yield from _help(answer, to)
     yield from _rest(answer, explain, to)
+
+
+def _pool(answer: Estimate, to: Screen) -> Iterator[str]:
+    """What a serving engine's pool holds."""
+    if answer.serving is None:
+        return
+    from memplan.report.served import pool
+
+    yield ""
+    yield to.paint("Keys and values", "bold")
+    yield from table([Column(""), Column("", wraps=True)], pool(answer), to, ["dim|"] * 9)
 
 
 def _ranks(answer: Estimate, to: Screen) -> Iterator[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Batch, Kernels, Loop, Parallelism, RunSpec
+from memplan.spec import Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -45,9 +45,11 @@ def parts(answer: Estimate) -> list[Part]:
     several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
     beside = "the driver's, and loaded kernels"
     if several:
-        groups = len(answer.beside) - 2  # beside the context and NCCL's kernels
+        groups = sum(row.what.startswith("NCCL's buffers") for row in answer.beside)
         beside = "the driver's, loaded kernels and NCCL's"
         beside += f", in {groups} communicators" if groups > 1 else ""
+    if answer.serving is not None and answer.verdict.answer == "does not fit":
+        beside += ", and what the engine leaves"
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
 
@@ -273,10 +275,16 @@ def count(n: int) -> str:
 
 def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     """What the number rests on, as pairs of a name and a text."""
+    if answer.serving is not None:
+        from memplan.report.served import assumptions as of_serving
+
+        return of_serving(answer)
     run, batch, loop = answer.run, answer.run.batch, answer.run.loop
     total, trainable, active = answer.parameters
     size = f"{count(total)} parameters" + (f", {count(active)} active" if active != total else "")
     sequences = "1 sequence" if batch.micro == 1 else f"{batch.micro:,} sequences"
+    if run.task != "train":
+        return _of_inference(answer, size, sequences)
     passes = "1 pass a step" if batch.accumulation == 1 else f"{batch.accumulation:,} passes a step"
     text = [
         ("model", f"{model(answer)}: {size}"),
@@ -297,6 +305,28 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     if run.parallelism.pp > 1:
         text.insert(-1, ("pipeline", _pipeline(run)))
     return text
+
+
+def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str, str]]:
+    """The same where nothing trains."""
+    run, batch = answer.run, answer.run.batch
+    prompts = sequences.replace("sequence", "prompt") if run.task == "generate" else sequences
+    after = f"; {batch.new_tokens:,} new tokens after each" if run.task == "generate" else ""
+    return [
+        ("model", f"{model(answer)}: {size}"),
+        ("task", "; ".join(_method(answer))),
+        ("precision", "; ".join(_precision(answer))),
+        ("batch", f"{prompts} of {_lengths(batch)}{_images(batch)}{after}"),
+        *((("cache", "; ".join(_cache(run.generation))),) if run.task == "generate" else ()),
+        ("attention", run.kernels.attention + ("; padded batches" if run.loop.padded else "")),
+        *((("answered by", "a trace of the passes"),) if answer.via == "trace" else ()),
+        ("profile", run.profile),
+    ]
+
+
+def _cache(generation: Generation) -> Iterator[str]:
+    """What keeps keys and values."""
+    yield generation.cache_implementation or "as the library has it"
 
 
 def _pipeline(run: RunSpec) -> str:
@@ -348,7 +378,13 @@ def _reenters(kernels: Kernels) -> bool:
 
 def _method(answer: Estimate) -> Iterator[str]:
     m = answer.run.method
-    yield m.kind if answer.run.task == "train" else f"{answer.run.task}, {m.kind} weights"
+    if answer.run.task == "train":
+        yield m.kind
+    else:
+        yield answer.run.task
+        yield "all logits" if answer.run.task == "forward" else "greedy"
+        if m.kind != "full":
+            yield f"adapters of {m.kind}"
     if m.kind == "freeze":
         yield f"the last {m.trainable_layers} layers train" if m.trainable_layers > 1 else "the last layer trains"
     elif m.kind != "full":
@@ -365,16 +401,24 @@ def _method(answer: Estimate) -> Iterator[str]:
     if q is not None:
         four = q.format in ("nf4", "fp4")
         blocks = "one block a column" if q.block_size < 0 else f"in blocks of {q.block_size}"
-        yield q.format + (f" {blocks}" if q.format != "int8" else "")
+        yield q.format + (f" {blocks}" if _has_blocks(q) else "")
         if answer.asked.method.quantization is None:
             yield "as the checkpoint is stored"
         if four:
             yield "double quantisation" if q.double_quant else "no double quantisation"
+        if answer.run.task != "train":
+            return
         prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
         yield prepared[bool(q.kbit_preparation) if q.kbit_preparation != "trl" else "trl"]
         whole = [name for name in q.skip or () if name != "lm_head"]
         if whole:
             yield f"{', '.join(whole)} not quantised"
+
+
+def _has_blocks(q: Quantization) -> bool:
+    """Whether a format has blocks of weights whose size can be said."""
+    whole = ("int8", "w8a8-int8", "torchao-int8", "quanto-int8", "fp8-tensor", "fp8-channel")
+    return q.format not in (*whole, *get_args(GgufType))
 
 
 def _precision(answer: Estimate) -> Iterator[str]:

@@ -1,10 +1,12 @@
 """Traces one rank's training step under tensor or context parallelism, and prints the rows of golden files.
 
 python tests/golden/trace_parallel_tp.py tp > tests/golden/traced_parallel_tp.jsonl
+python tests/golden/trace_parallel_tp.py moe > tests/golden/traced_parallel_moe.jsonl
 python tests/golden/trace_parallel_tp.py cp > tests/golden/traced_parallel_cp.jsonl
 
 transformers' own plan divides the model, on a process group that sends nothing; every family of tests/tiny.py that has
-a plan, on two ranks, and a few at their real widths on as many as are common. torch's context parallelism divides
+a plan, on two ranks, and a few at their real widths on as many as are common; of mixtures of experts each expert is
+divided, or each rank has some whole. torch's context parallelism divides
 sequences, of weights that are whole.
 """
 
@@ -19,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.catalogue.context_parallel import FAMILIES
+from memplan.catalogue.expert_parallel import FAMILIES as EXPERTS
 from memplan.catalogue.tensor_parallel import PLANS
 from memplan.probe.libraries import versions
 from memplan.spec import RunSpec
@@ -50,6 +53,15 @@ _REAL: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
     ("llama-3.1-8b", 0, 2, {"method": {"kind": "lora", "rank": 64}}),
     ("mistral-7b-v0.3", 0, 8, {"kernels": {"attention": "flash_attention_2"}}),
 )
+_MIXTURES = {*EXPERTS, *(name for name, plan in PLANS.items() if plan.experts)}
+_REAL_MIXTURES: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
+    ("mixtral-8x7b", 0, 8, 1, {}),
+    ("mixtral-8x7b", 0, 8, 8, {}),
+    ("qwen3-30b-a3b", 0, 4, 1, {"kernels": {"checkpointing": "none"}}),
+    ("qwen3-30b-a3b", 0, 4, 4, {}),
+    ("gpt-oss-20b", 0, 8, 8, {"optimizer": "adamw_torch"}),
+    ("deepseek-v3", 5, 8, 8, {}),
+)
 
 
 def _run(config: dict[str, Any], tp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
@@ -60,12 +72,32 @@ def _run(config: dict[str, Any], tp: int, batch: dict[str, Any], options: dict[s
 
 def runs() -> Iterator[tuple[str, RunSpec]]:
     for name in sorted(PLANS):
-        if name not in TINY:
+        if name not in TINY or name in _MIXTURES:
             continue
         for options in (*_KINDS, *(_MORE if name in ("llama", "qwen3", "gpt_neox", "phi3", "gemma2") else ())):
             yield f"{name}-tp2", _run(config_of(name, 0), 2, {"micro": 2, "sequence": 256}, options)
     for name, layers, tp, options in _REAL:
         yield f"{name}-tp{tp}", _run(config_of(name, layers), tp, {"micro": 1, "sequence": 2048}, options)
+
+
+def mixture_runs() -> Iterator[tuple[str, RunSpec]]:
+    adapted = {"kernels": {"checkpointing": "full"}, "method": {"kind": "lora", "targets": ["o_proj"]}}
+    for name in sorted(PLANS):
+        if name not in TINY or name not in _MIXTURES:
+            continue
+        config = config_of(name, 0)
+        if config.get("moe_intermediate_size", 16) % 16:  # rows of half an expert's width must be aligned
+            config["moe_intermediate_size"] = 32
+        more = _MORE[:3:2] if name in ("mixtral", "qwen3_moe", "gpt_oss") else ()
+        for options in (*_KINDS[:2], adapted, *more):
+            for ep in (1, 2) if name in EXPERTS else (1,):
+                asked = _run(config, 2, {"micro": 4, "sequence": 256}, options)
+                parallelism = asked.parallelism.model_copy(update={"ep": ep})
+                yield f"{name}-tp2-ep{ep}", asked.model_copy(update={"parallelism": parallelism})
+    for name, layers, tp, ep, options in _REAL_MIXTURES:
+        asked = _run(config_of(name, layers), tp, {"micro": 1, "sequence": 2048}, options)
+        parallelism = asked.parallelism.model_copy(update={"ep": ep})
+        yield f"{name}-tp{tp}-ep{ep}", asked.model_copy(update={"parallelism": parallelism})
 
 
 def context_runs() -> Iterator[tuple[str, RunSpec]]:
@@ -86,7 +118,11 @@ def _context(config: dict[str, Any], cp: int, batch: dict[str, Any], options: di
     return RunSpec(model={"config": config}, parallelism={"world": cp, "cp": cp}, gpu="a100-sxm-80gb", **given)
 
 
-KINDS = {"tp": ("transformers' own tensor parallelism", runs), "cp": ("torch's context parallelism", context_runs)}
+KINDS = {
+    "tp": ("transformers' own tensor parallelism", runs),
+    "moe": ("transformers' own tensor and expert parallelism", mixture_runs),
+    "cp": ("torch's context parallelism", context_runs),
+}
 
 
 def main() -> None:

@@ -1,0 +1,154 @@
+"""What a run of inference leaves open is decided here, and what its model cannot do is refused here."""
+
+from __future__ import annotations
+
+from memplan.batches import axes_of_images, lengths
+from memplan.catalogue.attention import JOINED, large_tiles
+from memplan.catalogue.decoding import NOT_YET, Pass, uncached
+from memplan.catalogue.expert_loops import AS_MODULES
+from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.profiles import decided, find_profile
+from memplan.checkpoint import notes as stored_notes
+from memplan.errors import SpecError, UnsupportedModelError
+from memplan.gpus import find_gpu
+from memplan.graph import Graph, built, tower_dtype
+from memplan.kernels import as_the_version_has, dtype_of_attention, kernel_of_tower, wiring_of
+from memplan.models import ModelSpec
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.prequantized import served
+from memplan.program import Structure
+from memplan.recipes import quantised, recipe_of
+from memplan.refusals import refuse_of_inference, refuse_parts
+from memplan.resolve import Decided, with_new_tokens
+from memplan.spec import Method, Part, Precision, RunSpec
+
+
+def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
+    """Fill in every null of a run whose task is forward or generate.
+
+    Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
+    """
+    refuse_of_inference(run)
+    run = with_new_tokens(run)
+    profile = find_profile(run.profile).name
+    words = decided(profile, model.model_type, run.method.quantization is not None)
+    if words["code"] != "transformers" or words["pipeline"] != "device_map":
+        raise SpecError(f"profile: {run.profile} has no inference here; transformers' profiles have", "profile")
+    generates = run.task == "generate"
+    if generates and model.objective != "causal_lm":
+        raise SpecError(
+            f"task: {model.name or model.model_type} is taken for {model.objective}, and generate is not supported yet "
+            "for that; forward is",
+            "task",
+        )
+    if generates and model.model_type in NOT_YET:
+        raise UnsupportedModelError(
+            f"task: generate is not supported yet for model_type {model.model_type}; forward is", "task"
+        )
+    gpu = find_gpu(run.gpu) if run.gpu is not None else None
+    capability = gpu.compute_capability if gpu else None
+    over = served(model, run.method, capability)
+    method, precision = over.method, _precision(run.precision)
+    if method.kind in ADAPTERS:
+        dtype = method.adapter_dtype or words["method.adapter_dtype"]
+        method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
+    method = _quantised(method, words["method.quantization.skip"])
+    kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
+    refuse_parts(method, run.precision, run.optimizer, kernels)
+    if words["experts"] == "modules" and model.model_type in AS_MODULES:
+        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
+    notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
+    notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
+    recipe, more = _recipe(model, method, precision, over.as_stored)
+    notes += more
+    attention, _, more = as_the_version_has(model, kernels, run.profile, words)
+    notes += more
+    pictures = axes_of_images(model, run)
+    batch = lengths(run.batch, model)
+    window, seen = model.sliding_window, dtype_of_attention(model, recipe)
+    windowed = window is not None and batch.sequence >= window
+    wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)._replace(
+        copies=words["flash_2_copies" if attention == "flash_attention_2" else "sdpa_copies"],
+        triangles=words["triangles"],
+        half_math=words["half_math"],
+        whole_rotary=words["whole_rotary"],
+        uncapped=words["uncapped"],
+        one_mask=words["one_mask"],
+        scales_apart=words["scales_apart"],
+        flattens=batch.micro == 1 and model.model_type in JOINED,
+        wide=seen == "fp32",
+        images=bool(batch.images),
+        uneven=dict(pictures).get("seen", 0) % 8 != 0,
+        tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
+        records=False,
+        caching=generates,
+    )
+    generation = run.generation.model_copy(
+        update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
+    )
+    now = Pass(
+        "prefill" if generates else "forward",
+        generation.cache_implementation or "",
+        words["last_logits"],
+        words["logits"] == "model",
+        words["few_rows"],
+    )
+    graph = Graph(
+        model,
+        recipe,
+        wiring,
+        checkpoint=False,
+        loss="",
+        hold_outputs=False,
+        adds_in_place=True,
+        rank=method.rank,
+        trainable_layers=0,
+        inference=now,
+    )
+    alone = graph._replace(wiring=wiring._replace(images=False))  # a tower caches nothing
+    if generates and uncached(built(alone)[0]):
+        raise UnsupportedModelError(
+            f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
+            f"{model.model_type}",
+            "kernels.attention",
+        )
+    notes += expert_notes(graph, capability)
+    parts: dict[str, Part] = {
+        "method": method,
+        "precision": precision,
+        "kernels": kernels,
+        "batch": batch,
+        "generation": generation,
+    }
+    if pictures:
+        pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
+    structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
+    return Decided(structure, batch, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts, tuple(pictures))
+
+
+def _precision(p: Precision) -> Precision:
+    return p.model_copy(update={"compute": p.compute or p.weights})
+
+
+def _quantised(method: Method, skip: tuple[str, ...]) -> Method:
+    """Nothing is prepared for training."""
+    q = method.quantization
+    if q is None:
+        return method
+    if q.kbit_preparation:
+        field = "method.quantization.kbit_preparation"
+        raise SpecError(f"{field}: prepares weights for training, and nothing trains", field)
+    update = {"kbit_preparation": False, "skip": skip if q.skip is None else q.skip}
+    return method.model_copy(update={"quantization": q.model_copy(update=update)})
+
+
+def _recipe(model: ModelSpec, method: Method, precision: Precision, stored: bool) -> tuple[Recipe, list[str]]:
+    """Adapters as they train, but that nothing is dropped; without them, weights as they are stored."""
+    if method.kind in ADAPTERS:
+        recipe, notes = recipe_of(model, method, precision, "transformers", stored)
+        return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
+    bare = Recipe("full", precision.weights, str(precision.compute))
+    bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
+    if method.quantization is None:
+        return bare, []
+    return quantised(model, bare._replace(kind="stored"), method.quantization, stored)

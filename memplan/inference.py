@@ -1,0 +1,303 @@
+"""Inference as passes: the weights are loaded, and the model runs forward, once, or over a prompt and token by token.
+
+Nothing trains. Of the passes that decode tokens the first and the last are walked: caches grow from one to the other,
+but those of a layer that keeps a window only, which are as long as the prompt until the first of them is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.answer import Line, Phase, Rank
+from memplan.catalogue.overhead import cublas_workspace
+from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.engine.lower import Moment
+from memplan.engine.record import FREED, Recorded
+from memplan.engine.step import Lowered
+from memplan.engine.walk import alive, size
+from memplan.graph import EMPTIED, Graph, active, built, elements, inferred, loading, parameters_of, recorded_inference
+from memplan.graph import weights_of as graph_weights
+from memplan.run_axes import axes_of
+from memplan.sizes import ONE_RUN
+from memplan.tensors import alive_lines, held_line
+
+if TYPE_CHECKING:
+    from memplan.resolve import Decided
+
+
+class Step(NamedTuple):
+    """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
+    layer with a window has `past_window`."""
+
+    graph: Graph
+    batch: int
+    fed: int
+    past: int = 0
+    past_window: int = 0
+    window: int = 0
+
+    @property
+    def phase(self) -> str:
+        return self.graph.inference.phase if self.graph.inference else ""
+
+
+class Peak(NamedTuple):
+    """The most bytes of a pass beside the weights, and the moment they are there at."""
+
+    bytes: int
+    moment: int
+
+
+def steps_of(decided: Decided) -> tuple[Step, ...]:
+    """The passes of a run, in order: of those that decode, the first and the last."""
+    graph, batch = decided.structure.graph, decided.batch
+    assert graph.inference is not None
+    if not graph.inference.generates:
+        return (Step(graph, batch.micro, batch.sequence),)
+    window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
+
+    def windowed(tokens: int) -> int:
+        return min(tokens, window) if window else tokens
+
+    prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
+    found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt))]
+    for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
+        wiring = graph.wiring._replace(
+            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
+        )
+        recipe = graph.recipe
+        if batch.micro <= few_rows:
+            recipe = recipe._replace(copies=False)
+        one = graph._replace(wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode"))
+        # what the prompt's pass left of a window is a view of all of it
+        kept = prompt if past == prompt else windowed(past)
+        found.append(Step(one, batch.micro, 1, past, kept, windowed(past + 1)))
+    return tuple(found)
+
+
+def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
+    """Every axis of a pass with its number."""
+    low, fixed = inferred(step.graph), built(step.graph)[1]
+    more = {
+        "kv": step.past + step.fed,
+        "past": step.past,
+        "kv_window": step.window,
+        "past_window": step.past_window,
+        "kernel1": fixed.get("kernel", 0) + 1,
+    }
+    for name in ("kv", "kv_window"):
+        more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
+        more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
+    needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
+    axes = axes_of(
+        step.graph,
+        frozenset(needs - fixed.keys() - more.keys()),
+        step.batch,
+        step.fed,
+        decided.half,
+        decided.large_tiles,
+        ONE_RUN,
+        decided.pictures,
+    )
+    return {**fixed, **axes, **more}
+
+
+def _bytes(low: Lowered, axes: Mapping[str, int]) -> list[int]:
+    return [size(key[0], key[1], axes)[1] for key in low.sizes]
+
+
+def live(low: Lowered, moment: Moment, axes: Mapping[str, int], sizes: list[int]) -> int:
+    """Bytes alive at a moment of a pass."""
+    return sum(sizes[key] * count for key, count in alive(moment, low.runs, axes).items())
+
+
+class Walked(NamedTuple):
+    """A run's peaks: of loading, and of every pass."""
+
+    decided: Decided
+    steps: tuple[Step, ...]
+    axes: tuple[dict[str, int], ...]
+    peaks: tuple[Peak, ...]
+    parameters: int
+    loading: int
+    workspace: int
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The peak of every phase."""
+        out = [Phase("load", None, self.loading, "")]
+        for name in dict.fromkeys(step.phase for step in self.steps):
+            i = self._top(name)
+            low = inferred(self.steps[i].graph)
+            peak = self.parameters + self.workspace + self.peaks[i].bytes
+            out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
+        return out
+
+    def left(self, step: Step, axes: Mapping[str, int]) -> list[tuple[str, int]]:
+        """What a pass leaves for the next: names, and bytes of all tensors of that name."""
+        low = inferred(step.graph, labelled=True)
+        sizes = _bytes(low, {**built(step.graph)[1], **axes})
+        there = alive(low.left, low.runs, {**built(step.graph)[1], **axes})
+        return [(low.sizes[key][5], sizes[key] * count) for key, count in there.items() if count]
+
+    def counts(self, phase: str) -> Iterator[dict[int, int]]:
+        """How many tensors of each size, in bytes, are alive at every moment of a phase."""
+        for step, axes in zip(self.steps, self.axes, strict=True):
+            if step.phase != phase:
+                continue
+            low = inferred(step.graph)
+            sizes = _bytes(low, axes)
+            for moment in low.moments:
+                found: dict[int, int] = {}
+                for key, count in alive(moment, low.runs, axes).items():
+                    found[sizes[key]] = found.get(sizes[key], 0) + count
+                yield found
+
+    def _top(self, phase: str) -> int:
+        """Which pass of a phase takes the most."""
+        return max((i for i, s in enumerate(self.steps) if s.phase == phase), key=lambda i: self.peaks[i].bytes)
+
+    def lines(self, phase: str) -> list[Line]:
+        """Every tensor alive at a phase's peak, largest first."""
+        first = self.steps[0].graph
+        axes = {**built(first)[1], **self.axes[0]}
+        out = [
+            held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
+            for h in parameters_of(first)
+        ]
+        if phase == "load":
+            more = self.loading - self.parameters
+            what = "weights before they are converted, less what comes after"
+            out += [Line(what, "temp", "", "", (), "", 1, more, "loading", "", "derived")] if more > 0 else []
+        else:
+            i = self._top(phase)
+            capability = self.decided.gpu.compute_capability if self.decided.gpu else None
+            row = cublas_workspace(capability)
+            why = "one for each thread that multiplies matrices"
+            workspace = Line(row.what, "other", "torch", "", (), "uint8", 1, row.usual, why, row.source, row.basis)
+            low = inferred(self.steps[i].graph, labelled=True)
+            moment = low.moments[self.peaks[i].moment]
+            stack, own = built(self.steps[i].graph)
+            out += [workspace, *alive_lines(stack, {**own, **self.axes[i]}, low, moment)]
+        return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+
+
+def walk(decided: Decided) -> Walked:
+    """The peak of every phase."""
+    steps = steps_of(decided)
+    axes = tuple(numbers_of(step, decided) for step in steps)
+    peaks: list[Peak] = []
+    for step, numbers in zip(steps, axes, strict=True):
+        low = inferred(step.graph)
+        sizes = _bytes(low, numbers)
+        most = [live(low, moment, numbers, sizes) for moment in low.moments]
+        peaks.append(Peak(max(most), most.index(max(most))))
+    graph = steps[0].graph
+    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
+    return Walked(decided, steps, axes, tuple(peaks), resident, _most(loading(graph)), workspace)
+
+
+def _most(events: Iterable[tuple[int, int]]) -> int:
+    """The most bytes alive at once of what is made and freed, see `memplan.graph.loading`."""
+    there: dict[int, int] = {}
+    now = most = 0
+    for number, bytes_ in events:
+        if bytes_:
+            there[number] = bytes_
+            now += bytes_
+            most = max(most, now)
+        elif number != EMPTIED:
+            now -= there.pop(number)
+    return most
+
+
+def counted(graph: Graph) -> tuple[int, int, int]:
+    """The parameters of the model, of which none train, and those that a token meets."""
+    _, axes = built(graph)
+    own = [(w, n) for w, n, _ in graph_weights(graph) if w.group not in ("adapter", "buffer")]
+    return sum(elements(w, axes) * n for w, n in own), 0, sum(active(w, axes) * n for w, n in own)
+
+
+class Engine(NamedTuple):
+    """Where an answer's ledger and timeline come from."""
+
+    walked: Walked
+    peak: str
+
+    def lines(self) -> Iterable[Line]:
+        return self.walked.lines(self.peak)
+
+    def moments(self) -> Iterator[Phase]:
+        w = self.walked
+        for step, axes in zip(w.steps, w.axes, strict=True):
+            low = inferred(step.graph)
+            sizes = _bytes(low, axes)
+            for moment in low.moments:
+                bytes_ = w.parameters + w.workspace + live(low, moment, axes, sizes)
+                yield Phase(moment.phase, None, bytes_, moment.where)
+
+    def ranks(self) -> Iterable[Rank]:
+        return ()
+
+
+class Replay(NamedTuple):
+    """What decides the allocations of a run: its passes, their axes, cuBLAS's workspace, how the allocator works."""
+
+    steps: tuple[Step, ...]
+    axes: tuple[tuple[tuple[str, int], ...], ...]
+    workspace: int
+    expandable: bool
+
+    def reserved(self, capacity: int | None = None) -> int | None:
+        return _reserved(self, capacity)
+
+    def apart(self) -> int:
+        return 0
+
+    def beside(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=1024)
+def _reserved(replay: Replay, capacity: int | None) -> int | None:
+    """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
+    allocator = Allocator(replay.expandable, capacity)
+    try:
+        _load(replay.steps[0].graph, allocator)
+        allocator.alloc(replay.workspace)
+        left: list[tuple[tuple[str, ...], Block]] = []
+        for step, axes in zip(replay.steps, replay.axes, strict=True):
+            left = _pass(recorded_inference(step.graph), dict(axes), allocator, left)
+    except OutOfMemoryError:
+        return None
+    return allocator.peak_reserved
+
+
+def _load(graph: Graph, allocator: Allocator) -> None:
+    blocks: dict[int, Block] = {}
+    for number, bytes_ in loading(graph):
+        if bytes_:
+            blocks[number] = allocator.alloc(bytes_)
+        elif number == EMPTIED:
+            allocator.release()
+        else:
+            allocator.free(blocks.pop(number))
+
+
+def _pass(
+    recording: Recorded, axes: Mapping[str, int], allocator: Allocator, left: list[tuple[tuple[str, ...], Block]]
+) -> list[tuple[tuple[str, ...], Block]]:
+    """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
+    bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
+    blocks: dict[int, tuple[tuple[str, ...], Block]] = {}
+    given = iter(left)
+    for number, key in recording.events:
+        if key == FREED:
+            allocator.free(blocks.pop(number)[1])
+        else:
+            before = next(given, None)  # what was left comes first, as it is
+            blocks[number] = before or (recording.sizes[key], allocator.alloc(bytes_[key]))
+    return list(blocks.values())

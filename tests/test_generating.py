@@ -1,0 +1,225 @@
+"""Inference: forward passes and generation, against traces, arithmetic and laws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.accuracy import rows
+from memplan import Estimate, RunSpec, estimate
+from memplan.answer import phase_peaks
+from memplan.catalogue.overhead import cublas_workspace
+from memplan.errors import MemplanError, UnsupportedModelError
+from memplan.gpus import find_gpu
+from memplan.inference import walk
+from memplan.resolve import NEW_TOKENS, decide
+from memplan.units import ITEMSIZE, rounded
+from tests.sampling import ALL, examples, sampled
+
+CASES: list[dict[str, Any]] = sampled(rows("traced_inference.jsonl"))
+
+laws = settings(max_examples=examples(20), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def label(case: dict[str, Any]) -> str:
+    run = case["run"]
+    kernels, method = run.get("kernels", {}), run.get("method", {})
+    more = [kernels.get("attention", ""), method.get("kind", ""), "4-bit" if "quantization" in method else ""]
+    more += ["padded" if run.get("loop") else "", run.get("precision", {}).get("weights", "")]
+    return "-".join([case["name"], run["task"], f"s{run['batch']['sequence']}", *filter(None, more)])
+
+
+def without_workspace(answer: Estimate) -> dict[str, int]:
+    """The peak of every phase as a trace has it."""
+    gpu = answer.run.gpu
+    workspace = cublas_workspace(find_gpu(gpu).compute_capability if gpu else None).usual
+    return {name: n - (workspace if name != "load" else 0) for name, n in phase_peaks(answer).items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_every_pass_is_near_its_trace(case: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**case["run"]))
+    assert answer.parameters.total == case["parameters"]
+    mine = without_workspace(answer)
+    table = 1024 if "quantization" in case["run"].get("method", {}) else 0  # bitsandbytes' own, shared by all layers
+    for phase, bytes_ in case["phases"].items():
+        if phase != "load":
+            assert mine[phase] == pytest.approx(bytes_, rel=case.get("within", 1e-4), abs=table), phase
+
+
+@ALL
+def test_the_mean_error_of_all_passes_is_below_a_tenth_of_a_percent() -> None:
+    errors: list[float] = []
+    for case in CASES:
+        mine = without_workspace(estimate(RunSpec(**case["run"])))
+        errors += [abs(mine[phase] / n - 1) for phase, n in case["phases"].items() if phase != "load"]
+    assert len(errors) > 100
+    assert sum(errors) / len(errors) < 1e-3
+
+
+# --- what it is made of
+
+
+def cached(run: RunSpec, phase: str) -> int:
+    """Bytes of caches alive at a phase's peak."""
+    lines = walk(decide(run)).lines(phase)
+    return sum(line.bytes for line in lines if "cache" in line.what and line.kind == "activation")
+
+
+def generating(model: str = "llama-3.2-1b", **fields: Any) -> RunSpec:
+    return RunSpec(**{"model": model, "task": "generate", **fields})
+
+
+def test_a_cache_has_a_key_and_a_value_of_every_token_layer_and_head() -> None:
+    run = generating("llama-3.1-8b", batch={"micro": 4, "sequence": 1000, "new_tokens": 25})
+    layers, heads, width, bf16 = 32, 8, 128, 2
+    # the last token is fed to the model with those before it in the cache, and joined to that of one layer's values
+    # while its old ones are there
+    one = 4 * heads * width * bf16
+    assert cached(run, "decode") == 2 * layers * one * (1000 + 25 - 1) + one * (1000 + 25 - 2)
+
+
+def test_a_legacy_cache_has_all_layers_twice() -> None:
+    fields: dict[str, Any] = {"batch": {"micro": 4, "sequence": 1000, "new_tokens": 25}}
+    legacy = generating("llama-3.1-8b", **fields, generation={"cache_implementation": "legacy"})
+    one = 4 * 8 * 128 * 2
+    assert cached(legacy, "decode") == 2 * 32 * one * (1024 + 1023)
+
+
+def test_the_prompt_has_one_row_of_logits_where_the_version_asks_for_no_more() -> None:
+    last, every = (
+        estimate(generating("qwen2-0.5b", batch={"sequence": 4096}, profile=profile))
+        for profile in ("transformers-5", "transformers-4.38")
+    )
+    logits = 4096 * 151936
+    assert every.peak.phase == "prefill"
+    assert phase_peaks(every)["prefill"] - phase_peaks(last)["prefill"] > logits * ITEMSIZE["fp32"]
+
+
+def test_tokens_that_are_not_said_are_256_and_the_answer_says_so() -> None:
+    answer = estimate(generating())
+    assert answer.run.batch.new_tokens == NEW_TOKENS == 256
+    assert answer.run.generation.cache_implementation == "dynamic"
+    assert [p.phase for p in answer.phases] == ["load", "prefill", "decode"]
+
+
+def test_one_token_is_the_prompts_own_pass_alone() -> None:
+    assert [p.phase for p in estimate(generating(batch={"new_tokens": 1})).phases] == ["load", "prefill"]
+
+
+def test_a_forward_pass_has_all_logits_and_keeps_nothing() -> None:
+    answer = estimate(RunSpec(model="qwen2-0.5b", task="forward", batch={"micro": 2, "sequence": 512}))
+    assert [p.phase for p in answer.phases] == ["load", "forward"]
+    top = answer.ledger[0] if answer.ledger[0].what == "logits" else answer.ledger[1]
+    assert (top.what, top.bytes) == ("logits", rounded(2 * 512 * 151936 * 2))
+    assert not {"gradient", "optstate"} & {line.kind for line in answer.ledger}
+    assert answer.parameters.trainable == 0
+
+
+def test_weights_are_as_they_are_stored() -> None:
+    four = estimate(generating("llama-3.1-8b", method={"quantization": {}}))
+    whole = estimate(generating("llama-3.1-8b"))
+    assert four.categories["parameter"] < 0.4 * whole.categories["parameter"]
+    assert four.run.method.quantization is not None
+    assert four.run.method.quantization.kbit_preparation is False
+
+
+# --- laws
+
+
+@st.composite
+def generations(draw: st.DrawFn) -> dict[str, Any]:
+    """A run of generation as the fields of a RunSpec."""
+    return {
+        "model": draw(st.sampled_from(["llama-3.2-1b", "qwen2-0.5b", "gemma-2-2b", "gpt2"])),
+        "task": "generate",
+        "batch": {
+            "micro": draw(st.integers(1, 40)),
+            "sequence": draw(st.integers(1, 900)),
+            "new_tokens": draw(st.integers(2, 100)),
+        },
+        "kernels": {"attention": draw(st.sampled_from(["sdpa", "eager", "sdpa_math", "sdpa_efficient"]))},
+        "precision": draw(st.sampled_from(["bf16", "fp16", "fp32"])),
+        "generation": {"cache_implementation": draw(st.sampled_from(["dynamic", "legacy"]))},
+        "loop": {"padded": draw(st.booleans())},
+    }
+
+
+@laws
+@given(generations(), st.sampled_from(["micro", "sequence", "new_tokens"]), st.integers(1, 50))
+def test_more_never_takes_less(fields: dict[str, Any], axis: str, more: int) -> None:
+    larger = {**fields, "batch": {**fields["batch"], axis: fields["batch"][axis] + more}}
+    before, after = (phase_peaks(estimate(RunSpec(**f))) for f in (fields, larger))
+    assert all(after[phase] >= n for phase, n in before.items())
+
+
+@laws
+@given(generations())
+def test_the_ledger_sums_to_the_peak_of_every_phase(fields: dict[str, Any]) -> None:
+    run = RunSpec(**fields)
+    answer, walked = estimate(run), walk(decide(run))
+    assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+    for phase in walked.phases:
+        assert sum(line.bytes for line in walked.lines(phase.phase)) == phase.peak
+    assert answer.bytes.reserved >= answer.bytes.allocated
+
+
+@laws
+@given(generations())
+def test_what_is_left_of_a_pass_is_its_cache(fields: dict[str, Any]) -> None:
+    walked = walk(decide(RunSpec(**fields)))
+    for step, axes in zip(walked.steps, walked.axes, strict=True):
+        left = walked.left(step, axes)
+        assert {what for what, _ in left} == {"key cache", "value cache"}
+        heads, width = axes["k"] * axes["d"], ITEMSIZE[fields["precision"]]
+        tokens = axes["past"] + step.fed
+        assert sum(n for _, n in left) <= 2 * axes["L"] * rounded(axes["b"] * tokens * heads * width)
+
+
+@laws
+@given(generations())
+def test_a_forward_pass_takes_no_more_than_one_that_is_trained(fields: dict[str, Any]) -> None:
+    batch = {k: v for k, v in fields["batch"].items() if k != "new_tokens"}
+    shared = {"batch": batch, **{k: fields[k] for k in ("model", "kernels", "precision", "loop")}}
+    forward = phase_peaks(estimate(RunSpec(**{**shared, "task": "forward"})))
+    kernels = {**fields["kernels"], "checkpointing": "none"}
+    trained = phase_peaks(estimate(RunSpec(**{**shared, "kernels": kernels})))
+    assert forward["forward"] <= max(trained["forward"], trained["loss"])
+
+
+# --- what cannot be
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"task": "forward", "batch": {"new_tokens": 2}}, "batch.new_tokens"),
+    ({"task": "forward", "generation": {"cache_implementation": "dynamic"}}, "generation"),
+    ({"task": "generate", "method": "freeze"}, "method.kind"),
+    ({"task": "generate", "precision": "mixed"}, "precision.grads"),
+    ({"task": "generate", "precision": "amp"}, "precision.autocast"),
+    ({"task": "generate", "batch": {"accumulation": 2}}, "batch.accumulation"),
+    ({"task": "generate", "kernels": {"checkpointing": "full"}}, "kernels.checkpointing"),
+    ({"task": "generate", "kernels": {"fused": ["rope"]}}, "kernels.fused"),
+    ({"task": "generate", "loop": {"trainer": True}}, "loop.trainer"),
+    ({"task": "generate", "profile": "megatron-core"}, "profile"),
+    ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism"),
+    (
+        {"task": "generate", "method": {"kind": "qlora", "quantization": {"kbit_preparation": True}}},
+        "method.quantization.kbit_preparation",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "field"), REFUSED, ids=str)
+def test_what_is_of_training_is_refused_by_its_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(MemplanError) as caught:
+        estimate(RunSpec(model="qwen2-0.5b", **fields))
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)
+
+
+def test_a_family_whose_decoding_was_not_read_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="generate is not supported yet for model_type bloom"):
+        estimate(generating("bloom-560m"))
