@@ -255,6 +255,7 @@ class Unit(NamedTuple):
     received  the rank's part of those, where it is cast to the dtype of its weights afterwards
     parts     the rank's part of the gradients, which stays
     summed    the gradients of the passes before, whole, where they are reduced after several
+    laid      `parts` are the gradients of those that train, laid together, and need no tensor between
     nested    weights within that are units of their own, gathered for the operation that uses them: name and unit
     """
 
@@ -265,6 +266,7 @@ class Unit(NamedTuple):
     received: tuple[Tensor, ...] = ()
     parts: tuple[Tensor, ...] = ()
     summed: tuple[Tensor, ...] = ()
+    laid: bool = False
     nested: tuple[tuple[str, Unit], ...] = ()
 
 

@@ -753,7 +753,7 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
     if megatron.divides(structure.ranks):
         return megatron.trained(structure.graph, structure.ranks)
     if division_of(structure) is not None:
-        return trained_parts(structure.graph, structure.ranks)
+        return trained_parts(structure.graph, structure.ranks, structure.trainer)
     _, axes = built(structure.graph)
     out: list[Parameter] = []
     blocks: dict[str, list[tuple[Parameter, int]]] = {}

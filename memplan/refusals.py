@@ -10,7 +10,7 @@ from typing import cast, get_args
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
-from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, STAGES, STRATEGIES
+from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, OF_SLICES, STAGES, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
@@ -359,9 +359,15 @@ def _knobs(p: Parallelism) -> Iterator[SpecError]:
         yield SpecError(
             f"parallelism.shard_group: {replicas(p)} GPUs are not groups of {group}", "parallelism.shard_group"
         )
-    if group == 1 and replicas(p) > 1:
+    if (
+        group == 1
+        and replicas(p) > 1
+        and (p.strategy == "fsdp2" or p.offload.parameters or p.reshard_after_forward is False)
+    ):
         yield SpecError(
-            "parallelism.shard_group: a group of one divides nothing; say strategy ddp", "parallelism.shard_group"
+            "parallelism.shard_group: a group of one divides nothing, which FSDP1 alone knows (NO_SHARD), without "
+            "parts on the host or that stay whole; say strategy ddp",
+            "parallelism.shard_group",
         )
 
 
@@ -406,6 +412,14 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
     if method.modules_to_save:
         raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
     takes = (*ELEMENTWISE, *OF_FLAT_PARTS) if p.strategy in ZERO else ELEMENTWISE
+    if p.strategy == "fsdp" and not p.offload.parameters:
+        takes = (*ELEMENTWISE, *OF_SLICES)
+    if p.strategy == "fsdp2" and optimizer.name in OF_SLICES:
+        raise SpecError(
+            f"optimizer.name: bitsandbytes' {optimizer.name} does not step on DTensors, which fsdp2's parts are; "
+            f"{', '.join(ELEMENTWISE)} do, or say strategy fsdp",
+            "optimizer.name",
+        )
     if row is not None and optimizer.name not in takes:
         raise _later("optimizer.name", optimizer.name, f"{', '.join(takes)} with {p.strategy}")
     if p.strategy == MEGATRON:

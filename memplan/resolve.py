@@ -544,16 +544,16 @@ def _ranks(
         return recipe, Ranks(p.strategy, alike, views=p.bucket_view, delayed=waits)
     ranks = Ranks(
         p.strategy,
-        p.shard_group or alike,
+        alike if p.shard_group in (None, 1) else p.shard_group,
         delayed=trainer and accumulates,
-        replicated=p.shard_group not in (None, alike),
+        replicated=p.shard_group not in (None, 1, alike),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
         offloads=p.offload.parameters,
         efficient=p.cpu_ram_efficient_loading and method.quantization is None,
-        casts=recipe.autocast or (method.quantization is not None and trainer),
+        whole=p.shard_group == 1,
         reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization

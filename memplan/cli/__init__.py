@@ -615,9 +615,9 @@ def estimate(
     fsdp: Annotated[
         str | None,
         option(
-            "full_shard, shard_grad_op, hybrid_shard, fsdp2. Default none.",
+            "full_shard, shard_grad_op, hybrid_shard, no_shard, fsdp2. Default none.",
             of=SEVERAL,
-            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "fsdp2"),
+            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
         ),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,

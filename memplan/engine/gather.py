@@ -188,11 +188,12 @@ class Gatherer:
             if self._lingers:
                 self._drop(self._sent)
             joined = self._made(unit.joined, "temp")
+            laid = self._made(unit.parts, "gradient") if unit.laid else []
             self._drop(grads)
             self._drop(whole)
             self._ask_gone(frame)
             received = self._made(unit.received, "temp")
-            parts = self._made(unit.parts, "gradient")
+            parts = laid or self._made(unit.parts, "gradient")
             if self._waits:
                 self._received += received
             else:

@@ -508,11 +508,12 @@ class Tape:
     def _reduced(self, unit: Unit, gradient: Storage, whole: list[Storage]) -> None:
         """The gradient of a weight gathered for its operation is reduced at once, and the `whole` weight goes."""
         joined = [self.alloc(t, "temp") for t in unit.joined]
+        laid = [self.alloc(t, "gradient") for t in unit.parts] if unit.laid else []
         for storage in (gradient, *whole):
             self.drop(storage)
         whole.clear()
         received = [self.alloc(t, "temp") for t in unit.received]
-        parts = [self.alloc(t, "gradient") for t in unit.parts]
+        parts = laid or [self.alloc(t, "gradient") for t in unit.parts]
         for storage in (*received, *joined, *(parts if self._grads_exist else ())):
             self.drop(storage)
 
