@@ -158,7 +158,9 @@ def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
         )
 
 
-def refuse_parts_of_whole_experts(p: Parallelism, profile: str, style: str) -> None:
+def refuse_parts_of_whole_experts(
+    p: Parallelism, method: Method, precision: Precision, loop: Loop, profile: str, style: str, accumulates: bool
+) -> None:
     """Raise SpecError for what ranks that each have some of the experts whole cannot do as transformers has them, or
     memplan not yet."""
     if p.etp not in (1, _ONE_GPU.etp):
@@ -182,8 +184,28 @@ def refuse_parts_of_whole_experts(p: Parallelism, profile: str, style: str) -> N
     for other in ("cp", "pp"):
         if getattr(p, other) > 1:
             raise _later(f"parallelism.{other}", getattr(p, other), "1 with expert parallelism of transformers' models")
-    if p.dp > 1:
-        raise _later("parallelism.dp", p.dp, f"1 with expert parallelism; say tp {p.ep} too")
+    if p.dp == 1:
+        return
+    if p.tp > 1 or p.ep < p.dp:
+        field = "parallelism.tp" if p.tp > 1 else field
+        value, other = (p.tp, f"1 with ep {p.ep} and dp {p.dp}") if p.tp > 1 else (p.ep, f"1 or {p.dp}, as many as dp")
+        raise _later(field, value, other)
+    if p.strategy != "fsdp2":
+        raise SpecError(
+            f"parallelism.strategy: {p.strategy} does not divide what expert parallelism has divided; fsdp2 does",
+            "parallelism.strategy",
+        )
+    for name in ("shard_group", "reshard_after_forward"):
+        if getattr(p, name) != getattr(_ONE_GPU, name):
+            raise _later(f"parallelism.{name}", getattr(p, name), f"{getattr(_ONE_GPU, name)} with expert parallelism")
+    if p.offload.parameters:
+        raise _later("parallelism.offload", "parameters", "none with expert parallelism and fsdp2")
+    if method.kind != "full":
+        raise _later("method.kind", method.kind, "full with expert parallelism and fsdp2")
+    if precision.autocast:
+        raise _later("precision.autocast", True, "false with expert parallelism and fsdp2")
+    if loop.trainer and accumulates:
+        raise _later("batch.accumulation", "more", "1 with expert parallelism, fsdp2 and loop.trainer")
 
 
 def refuse_on_host(optimizer: str) -> None:

@@ -461,9 +461,9 @@ class Generation(Part, frozen=True):
     `batch.sequence`, and `batch.new_tokens` come after it.
 
     `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
-    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room for
-    the prompt and all new tokens from the start. Of every prompt there are `num_beams` sequences. With `do_sample` tokens
-    are drawn after temperature, top-k and top-p; else the likeliest is taken.
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room
+    for the prompt and all new tokens from the start. Of every prompt there are `num_beams` sequences. With `do_sample`
+    tokens are drawn after temperature, top-k and top-p; else the likeliest is taken.
     """
 
     cache_implementation: Literal["dynamic", "static", "legacy"] | None = None
