@@ -8,7 +8,7 @@ from math import prod
 from operator import add
 from typing import NamedTuple
 
-from memplan import megatron, unsharded, zero
+from memplan import dividing, megatron, unsharded, zero
 from memplan.catalogue import pipeline
 from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, NORM_OF_HOST, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
@@ -37,7 +37,6 @@ from memplan.ranks import (
     Ranks,
     division,
     gradients_held,
-    loading_events,
     offloaded,
     parameters_held,
     trained_parts,
@@ -82,12 +81,6 @@ class Structure(NamedTuple):
     buffers: bool = False
     workspace: int = 0
     pipe: Pipe = Pipe()
-
-
-def world_of(structure: Structure) -> int:
-    """The ranks there are in all: those that divide weights or the batch, times those that divide the model."""
-    degrees = structure.graph.degrees
-    return structure.ranks.world * degrees.tp * degrees.pp
 
 
 class Flown(NamedTuple):
@@ -585,9 +578,9 @@ def host_of(structure: Structure) -> tuple[Held, ...]:
     return tuple(zero.in_host_memory(structure.graph, ranks, states, structure.accumulates))
 
 
-def host_notes(structure: Structure) -> Iterator[str]:
-    """What to know of the host memory that ranks share."""
-    return zero.host_notes(structure.graph, structure.ranks, host_of(structure))
+def host_notes(structure: Structure, node: int) -> Iterator[str]:
+    """What to know of the host memory that the ranks of a `node`, so many, share."""
+    return zero.host_notes(structure.ranks, host_of(structure), node)
 
 
 def passing_of(structure: Structure, phase: str) -> tuple[Held, ...]:
@@ -658,7 +651,7 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
     if megatron.divides(structure.ranks):
         return megatron.loading_events(structure.graph, structure.ranks, str(structure.grads))
     if division_of(structure) is not None:
-        return loading_events(structure.graph, structure.ranks)
+        return dividing.loading_events(structure.graph, structure.ranks)
     return loading(structure.graph)
 
 

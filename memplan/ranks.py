@@ -27,6 +27,8 @@ class Ranks(NamedTuple):
     trained   the dtype of a rank's part of the weights that train, where it is not the one they are gathered in;
               `frozen` of the others
     storage   the dtype that 4-bit weights are stored in
+    there     a quantised model is whole on every GPU before it is divided
+    efficient one process of a node loads the model and sends the others their parts
     delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
     experts   how many of them have the same experts, where that is not all; Megatron's alone
     inside    a block is checkpointed with its gathering, which is so done again in backward
@@ -46,6 +48,8 @@ class Ranks(NamedTuple):
     trained: str = ""
     frozen: str = ""
     storage: str = "uint8"
+    there: bool = True
+    efficient: bool = False
     delayed: bool = False
     inside: bool = False
     experts: int = 0
@@ -104,7 +108,7 @@ def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
     Source: peft 0.21 utils/other.py fsdp_auto_wrap_policy, which transformers' Trainer uses.
     """
     found: list[Piece] = []
-    for unit, where, copies, weights in _units(graph, ranks.row.flat, ranks.wraps):
+    for unit, where, copies, weights in units_of(graph, ranks.row.flat, ranks.wraps):
         together = [w for w in weights if w.group != "adapter"] if ranks.row.flat else []
         if together:
             found.append(_piece(graph, ranks, unit, where, copies, "flat parameter", together))
@@ -114,7 +118,7 @@ def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def _units(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tuple[str, str, int, list[Weight]]]:
+def units_of(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tuple[str, str, int, list[Weight]]]:
     """The weights of every unit, with the unit's name, its block's and how many such there are.
 
     The weights outside of blocks are one unit where the head's are the embeddings', or are asked to be (`one_outside`).
@@ -149,14 +153,14 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
     _, axes = built(graph)
     first = weights[0]
     sent = ranks.storage if first.stored else first.dtype
-    shapes = [_shape(w, axes, ranks.storage) for w in weights]
+    shapes = [shape_in(w, axes, ranks.storage) for w in weights]
     own = laid = sum(map(prod, shapes))
     if ranks.row.flat:
         laid = sum(aligned(prod(shape), sent) for shape in shapes)
         shape = (part(laid, ranks.world),)
     else:
         shape = rows_of(shapes[0], ranks.world)
-    kept = sent if first.stored else (ranks.trained if first.trains else ranks.frozen) or sent
+    kept = kept_dtype(first, ranks)
     whole = prod(shape) * ranks.world
     slices = tuple(_slices(weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
     made = max(own, sum(elements(w._replace(shape=w.gradient), axes) for w in weights if w.gradient))
@@ -175,10 +179,16 @@ def _slices(weights: list[Weight], shapes: list[tuple[int, ...]], dtype: str, mi
 
 def numbers_of(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, str]:
     """How many numbers a weight's parameter has, and their dtype: of a 4-bit one, of what it is packed into."""
-    return prod(_shape(w, axes, storage)), storage if w.stored else w.dtype
+    return prod(shape_in(w, axes, storage)), storage if w.stored else w.dtype
 
 
-def _shape(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...]:
+def kept_dtype(w: Weight, ranks: Ranks) -> str:
+    """The dtype of a rank's part of a weight, or of what a 4-bit one is packed into."""
+    sent = ranks.storage if w.stored else w.dtype
+    return sent if w.stored else (ranks.trained if w.trains else ranks.frozen) or sent
+
+
+def shape_in(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...]:
     """A weight's axes as the library sees them; of a 4-bit one, of the column it is packed into."""
     if w.stored:
         return (-(-elements(w, axes) // (2 * ITEMSIZE[storage])), 1)
@@ -187,7 +197,7 @@ def _shape(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...]:
 
 def mixed(graph: Graph, ranks: Ranks) -> tuple[str, ...]:
     """The dtypes of a unit's weights that FSDP1 would lay together, where they are several: it cannot."""
-    for _, _, _, weights in _units(graph, one_outside=True):
+    for _, _, _, weights in units_of(graph, one_outside=True):
         found = {ranks.storage if w.stored else w.dtype for w in weights if w.group != "adapter"}
         if len(found) > 1:
             return tuple(sorted(found))
@@ -359,25 +369,3 @@ def trained_parts(graph: Graph, ranks: Ranks) -> list[Parameter]:
         out += [p for p, _ in found]
         out += [p._replace(copies=n - 1) for p, n in found if n > 1]
     return out
-
-
-def loading_events(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
-    """What loading allocates and frees, in order, see `memplan.graph.loading`: a unit is brought whole from the host,
-    copied into one tensor, and the rank's part of it copied out.
-
-    Source: torch 2.13 distributed/fsdp/_init_utils.py; accelerate 1.15 utils/fsdp_utils.py, which goes by parameter.
-    """
-    number = 0
-    for p in pieces(graph, ranks):
-        whole, mine = size(str(p.whole), p.dtype, {})[1], size(str(prod(p.shape)), p.dtype, {})[1]
-        for _ in range(p.copies):
-            for i, bytes_ in enumerate((whole, whole, mine)):
-                yield number + i, bytes_
-            yield number, 0
-            yield number + 1, 0
-            number += 3
-    for held in parameters_held(graph, ranks):
-        if held.kind == "buffer" or beside(held):
-            for _ in range(held.copies):
-                yield number, held.bytes
-                number += 1

@@ -248,6 +248,13 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     elif p.offload.optimizer and p.world > 1 and p.strategy not in (*FSDP, *ZERO):
         yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs but under {', '.join(ZERO)}")
     yield from _zero(p)
+    if p.gpus_per_node is not None and p.world == 1:
+        yield SpecError("parallelism.gpus_per_node: one GPU shares its host's memory with none", _PER_NODE)
+    elif p.gpus_per_node is not None and p.world > p.gpus_per_node and p.world % p.gpus_per_node:
+        yield SpecError(f"{_PER_NODE}: {p.world} GPUs are not nodes of {p.gpus_per_node}", _PER_NODE)
+
+
+_PER_NODE = "parallelism.gpus_per_node"
 
 
 def _offloaded(run: RunSpec) -> Iterator[SpecError]:
@@ -360,6 +367,7 @@ def _knobs(p: Parallelism) -> Iterator[SpecError]:
 _KNOBS = {
     "shard_group": ("fsdp", "fsdp2"),
     "reshard_after_forward": ("fsdp", "fsdp2"),
+    "cpu_ram_efficient_loading": ("fsdp", "fsdp2"),
     "forward_prefetch": ("fsdp",),
     "backward_prefetch": ("fsdp",),
     "bucket_view": ("ddp",),

@@ -18,10 +18,12 @@ from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.overhead import Communicator
 from memplan.catalogue.parallel import MEGATRON, Knobs
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
+from memplan.communicators import communicators
 from memplan.degrees import degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
@@ -57,7 +59,7 @@ from memplan.refusals import (
     refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
-from memplan.stages import piped
+from memplan.stages import one_process, piped
 from memplan.units import ITEMSIZE
 
 
@@ -94,8 +96,9 @@ class Decided(NamedTuple):
     """A run with nothing left open. Of its `batch` the structure has only whether it accumulates, and whether it is one
     sequence.
 
-    `half` is whether attention computes in 16 bits, `large_tiles` whether the card's shared memory holds tiles of
-    128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide.
+    `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
+    `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
+    null filled in; `pictures` are the axes that images decide.
     """
 
     structure: Structure
@@ -106,6 +109,7 @@ class Decided(NamedTuple):
     notes: tuple[str, ...]
     parts: dict[str, Part]
     pictures: tuple[tuple[str, int], ...] = ()
+    communicators: tuple[Communicator, ...] = ()
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
@@ -290,6 +294,8 @@ def _decide(
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"], words)
     if own and ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
+    if sharded and not words["quantised_there"]:
+        ranks = ranks._replace(there=False)
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
@@ -386,7 +392,9 @@ def _decide(
             "batch.accumulation",
         )
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
-    return Decided(structure, Batch(), gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+    sends = () if one_process(structure) else communicators(parallelism)
+    tiles = large_tiles(capability)
+    return Decided(structure, Batch(), gpu, seen != "fp32", tiles, tuple(notes), parts, communicators=sends)
 
 
 _DEEPSPEED = (
@@ -531,6 +539,7 @@ def _ranks(
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
         offloads=p.offload.parameters,
+        efficient=p.cpu_ram_efficient_loading and method.quantization is None,
         casts=recipe.autocast or (method.quantization is not None and trainer),
         reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )

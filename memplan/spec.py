@@ -411,7 +411,8 @@ class Zero(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work. `etp` is `tp` where it is not said, as Megatron has it.
+    """`world` GPUs and how they divide the work; `gpus_per_node` of them share a host's memory (8 unless said). `etp`
+    is `tp` where it is not said, as Megatron has it.
 
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
@@ -421,9 +422,10 @@ class Parallelism(Part, frozen=True):
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
     without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
-    pipeline's stages, where they stay whole for a step); `forward_prefetch` and
-    `backward_prefetch` say when FSDP1 asks for the next unit. Of DDP: with `bucket_view` gradients lie in the buckets,
-    and a `static_graph` is the same in every step.
+    pipeline's stages, where they stay whole for a step); `forward_prefetch` and `backward_prefetch` say when FSDP1 asks
+    for the next unit; with `cpu_ram_efficient_loading` one process of a node loads the checkpoint, and the others are
+    sent what they have of it. Of DDP: with `bucket_view` gradients lie in the buckets, and a `static_graph` is the same
+    in every step.
     """
 
     world: Count = 1
@@ -441,10 +443,12 @@ class Parallelism(Part, frozen=True):
     reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False
     backward_prefetch: Literal["pre", "post", "none"] = "pre"
+    cpu_ram_efficient_loading: Flag = True
     bucket_view: Flag = False
     static_graph: Flag = False
     offload: Offload = Offload()
     zero: Zero = Zero()
+    gpus_per_node: Count | None = None
     stage: Natural | None = None
     schedule: Literal["1f1b", "gpipe", "device_map"] | None = None
     first_stage_layers: Count | None = None

@@ -19,8 +19,8 @@ FLOORS = (
     {"ir"},
     {"catalogue", "engine"},
     {
-        *("graph", "ranks", "fetching", "megatron", "zero", "unsharded", "program", "stages", "run_axes"),
-        *("segments", "usage"),
+        *("communicators", "graph", "ranks", "dividing", "fetching", "megatron", "zero", "unsharded", "program"),
+        *("stages", "run_axes", "segments", "usage", "host"),
         *("refusals", "resolve", "batches", "kernels", "notes", "recipes", "prequantized", "checkpoint", "new_card"),
         *(
             "answer",

@@ -44,6 +44,7 @@ WORDS = {
     "few_rows": "rows at most of a product with 4-bit weights that makes no whole matrix (catalogue/quantization.py)",
     "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
     "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
+    "quantised_there": "under FSDP a quantised model is whole on every GPU before it is divided",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -145,6 +146,7 @@ PROFILES = (
             Row("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
             Row("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
             Row("last_logits", True, "transformers 5.24 generation/utils.py prepare_inputs_for_generation"),
+            Row("quantised_there", True, "transformers 5.24 quantizers/quantizer_bnb_4bit.py update_device_map"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
             Row("fsdp_casts", False, "accelerate 1.15 accelerator.py prepare_model: autocast around the model too"),
             Row("fsdp_reduces", "", "accelerate 1.15 utils/dataclasses.py set_mixed_precision: one dtype for all"),
@@ -185,6 +187,11 @@ PROFILES = (
                 "uncapped", True, "transformers 4.51.3 models/gemma2/modeling_gemma2.py _supports_sdpa", "", ("gemma2",)
             ),
             Row("by_name", False, "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel.forward"),
+            Row(
+                "quantised_there",
+                False,
+                "transformers 4.51.3 modeling_utils.py _load_state_dict_into_meta_model: back to the host, by weight",
+            ),
             Row(
                 "gathers_again",
                 True,

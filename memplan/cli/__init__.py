@@ -369,10 +369,10 @@ def estimate(
     offload: Annotated[
         str | None,
         option(
-            "What the host keeps: optimizer, and its step; none takes back what a file says; parameters and "
-            "activations are refused as yet. Default none.",
+            "What the host keeps: optimizer, and its step; parameters, under FSDP with all of that, and ZeRO 3; none "
+            "takes back what a file says; activations are refused as yet. Default none.",
             of=TRAINING,
-            complete=_choices("optimizer", "none"),
+            complete=_choices("optimizer", "parameters", "none"),
         ),
     ] = None,
     hold_outputs: Annotated[
@@ -644,6 +644,10 @@ def estimate(
             "--ends-as-layers/--no-ends-as-layers",
             of=SEVERAL,
         ),
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        option("How many of the GPUs are in one machine, whose host memory they share. Default 8.", of=SEVERAL),
     ] = None,
     stage: Annotated[
         int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)

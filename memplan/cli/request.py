@@ -41,6 +41,7 @@ FIELDS = {
     "tp": "parallelism.tp",
     "sequence_parallel": "parallelism.sequence_parallel",
     "pp": "parallelism.pp",
+    "gpus_per_node": "parallelism.gpus_per_node",
     "stage": "parallelism.stage",
     "virtual_stages": "parallelism.virtual_stages",
     "schedule": "parallelism.schedule",

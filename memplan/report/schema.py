@@ -8,7 +8,24 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
-from memplan.answer import ANSWERS, BASES, KINDS, VIAS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Rank, Verdict
+from memplan.answer import (
+    ANSWERS,
+    BASES,
+    KINDS,
+    VIAS,
+    Band,
+    Bytes,
+    Card,
+    Host,
+    HostPhase,
+    Line,
+    Parameters,
+    Peak,
+    Phase,
+    Rank,
+    Verdict,
+)
+from memplan.catalogue.overhead import Overhead
 from memplan.catalogue.token_rates import Span
 from memplan.comparison import Comparison, Difference
 from memplan.frameworks import FRAMEWORKS
@@ -58,6 +75,7 @@ def answer_model() -> type[BaseModel]:
     """A model that reads an answer back from its JSON. Its fields are those of the tuples in `memplan.answer`."""
     categories = _model("Categories", "Bytes at the peak by kind of tensor.", dict.fromkeys(KINDS, int))
     verdict = _made(Verdict, answer=Literal[(*ANSWERS, None)])
+    host = {"ranks": int, "peak": Literal["load", "step"], "phases": list[_of(HostPhase)]}
     fields = {
         "schema_version": Literal[1],
         "memplan_version": str,
@@ -72,8 +90,10 @@ def answer_model() -> type[BaseModel]:
         "phases": list[_of(Phase)],
         "categories": categories,
         "ledger": list[_of(Line, kind=Literal[KINDS], basis=Literal[BASES])],
+        "beside": list[_of(Overhead, basis=Literal[BASES])],
         "host_bytes": int,
         "serving": _model("ServingPool", "What a serving engine makes of its card.", SERVING) | None,
+        "host": _model("Host", Host.__doc__ or "", host),
         "ranks": list[_of(Rank, bytes=_made(Bytes), peak=_of(Peak), verdict=verdict)],
         "unsupported": list[str],
         "notes": list[str],
