@@ -164,10 +164,12 @@ def handed_on(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
 
 @lru_cache(maxsize=512)
 def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
-    """The buffers that all passes of a pipeline's rank share."""
+    """The buffers that all passes of a pipeline's rank share; where every layer has one, those of the rank's layers."""
     stack, _ = built(_unstaged(graph))
-    autocast = _ways(graph)["autocast"]
-    return tuple(t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
+    autocast, d = _ways(graph)["autocast"], graph.degrees
+    own = str(sum(d.layers[d.stage :: d.pp]))
+    made = (t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
+    return tuple(t._replace(shape=" ".join(own if a == "L" else a for a in t.shape.split())) for t in made)
 
 
 @lru_cache(maxsize=512)

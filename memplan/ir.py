@@ -188,6 +188,7 @@ class Block(NamedTuple):
     which checkpointing of the reentrant kind then refers to until the graph goes.
     A `lasting` one is never checkpointed, as those of a tower whose layers the library does not checkpoint.
     What it shares takes the place of what it `replaces`, which earlier blocks shared: the model names that no more.
+    Of a `whole` one a checkpoint computes everything again, and does not stop at what was kept last.
     """
 
     name: str
@@ -197,6 +198,7 @@ class Block(NamedTuple):
     lasting: bool = False
     by_name: bool = False
     replaces: tuple[str, ...] = ()
+    whole: bool = False
 
 
 class Run(NamedTuple):
@@ -280,6 +282,7 @@ class Division(NamedTuple):
              unit's gradients only after the backward of the one before it
     keeps    weights stay whole from forward to backward
     waits    what a rank received stays until the pass is over, as replicas sum it
+    returns  the loss is computed when the model has returned, and let go of what its last gathering wrote
     leaves   its parts of the gradients go to the host as soon as they are reduced
     sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
     """
@@ -292,4 +295,5 @@ class Division(NamedTuple):
     ahead: bool = False
     keeps: bool = False
     waits: bool = False
+    returns: bool = False
     leaves: bool = False

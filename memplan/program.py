@@ -355,7 +355,7 @@ def _flown(structure: Structure) -> _Moments:
     index = {v: i for i, v in enumerate(variables)}
     passed = {key: _passed(chunks[key[0]].graph, way, variables) for key, way in ways.items()}
     accumulated = [accumulated_bytes(s) for s in chunks]
-    gone = [_gone(s) if ends else 0 for s in chunks]
+    gone = [gone_bytes(s) if ends else 0 for s in chunks]
 
     def row_of(moment: pipeline.Moment | None, reduces: bool = False) -> list[int]:
         row = [0] * len(variables)
@@ -428,7 +428,7 @@ def _flown(structure: Structure) -> _Moments:
     )
 
 
-def _gone(chunk: Structure) -> int:
+def gone_bytes(chunk: Structure) -> int:
     """Bytes of whole weights and gradients that go when a chunk's gradients are reduced, less what comes for them."""
     whole = (*unsharded.weights(chunk.graph, chunk.ranks), *unsharded.gradients(chunk.graph, chunk.ranks))
     parts = gradients_held(chunk.graph, chunk.ranks)
@@ -650,6 +650,8 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
         return zero.loading_events(structure.graph, structure.ranks)
     if megatron.divides(structure.ranks):
         return megatron.loading_events(structure.graph, structure.ranks, str(structure.grads))
+    if structure.graph.code == "torchtitan":  # made where it lies: trainer.py to_empty
+        return enumerate(h.bytes for h in resident_of(structure) for _ in range(h.copies))
     if division_of(structure) is not None:
         return dividing.loading_events(structure.graph, structure.ranks)
     return loading(structure.graph)

@@ -228,7 +228,17 @@ def division(graph: Graph, ranks: Ranks) -> Division | None:
     flat, keeps = ranks.row.flat, ranks.keeps
     waits = ranks.replicated and not flat  # in an AllReduceState of each unit
     leaves = ranks.offloads and not flat  # FSDP1 has them on the GPU too until backward is over
-    return Division(units, not flat, asks, ranks.row.source, ahead=ranks.ahead, keeps=keeps, waits=waits, leaves=leaves)
+    return Division(
+        units,
+        not flat,
+        asks,
+        ranks.row.source,
+        ahead=ranks.ahead,
+        keeps=keeps,
+        waits=waits,
+        leaves=leaves,
+        returns=graph.code == "torchtitan",
+    )
 
 
 # When FSDP1's BackwardPrefetch asks for the next unit, see `memplan.ir.Division`.

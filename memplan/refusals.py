@@ -329,8 +329,9 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
         )
     if p.pp > 1 and p.strategy == "fsdp2" and p.reshard_after_forward:
         yield _later("parallelism.reshard_after_forward", True, f"false with pp {p.pp}, as torchtitan has it")
-    if p.pp > 1 and p.offload.optimizer:
-        yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
+    for part in ("optimizer", "parameters"):
+        if p.pp > 1 and getattr(p.offload, part):
+            yield _later("parallelism.offload", part, f"none with pp {p.pp}")
 
 
 def refuse_staged(p: Parallelism, method: Method, loop: Loop, objective: str, images: bool) -> None:
@@ -452,21 +453,22 @@ def refuse_parts_of_matrices(
     if style == "":
         raise SpecError(
             f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
-            "megatron-core",
+            "megatron-core, torchtitan",
             "parallelism.tp",
         )
+    if style in ("megatron", "torchtitan") and method.kind != "full":
+        raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
     if style == "megatron":
-        if method.kind != "full":
-            raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
         if p.dp > 1 and not own:
             raise _later(
                 "parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}, but of megatron_gpt configs"
             )
         if precision.autocast:
             raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
-    elif p.sequence_parallel:
+    elif p.sequence_parallel and style == "transformers":
         raise SpecError(
-            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
+            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core and "
+            "torchtitan do",
             "parallelism.sequence_parallel",
         )
     if p.dp > 1 and p.strategy != "fsdp2" and not own:

@@ -24,7 +24,7 @@ from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
 from memplan.communicators import communicators
-from memplan.degrees import degrees_of, replicas
+from memplan.degrees import Degrees, degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
@@ -216,6 +216,11 @@ def _decide(
     over = trained(model, method, trains_fp8, capability)
     method = over.method
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
+    if words["code"] == "torchtitan" and method.kind != "full":
+        over_words: Mapping[str, Any] = {"code": "transformers", "logits": "padded"}
+        words = {**words, **over_words}
+        said = "torchtitan: adapters and frozen layers are counted with transformers' layers"
+        over = over._replace(notes=(*over.notes, said))
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     degrees = degrees_of(parallelism, words["tensor_parallel"])
@@ -333,7 +338,7 @@ def _decide(
         leaf=kernels.checkpointing != "none"
         and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
-        logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
+        logits=_logits(words, degrees) if kernels.loss in ("hf", "fused") else "padded",
         single=single
         and (kernels.loss == "chunked_lm_head" or (kernels.loss in ("hf", "fused") and words["logits"] != "padded")),
         short=short and kernels.loss == "chunked_lm_head",
@@ -363,7 +368,9 @@ def _decide(
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
-        holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
+        holds_outputs=loop.hold_outputs == "step"
+        or words["code"] == "torchtitan"  # the trainer's names have a step's batches until it is over
+        or (degrees.sequence_parallel and degrees.style == "megatron"),
         on_host=parallelism.offload.optimizer and not ranks.offloads,
         ranks=ranks,
         pipe=pipe,
@@ -421,6 +428,11 @@ def _wrapping(p: Parallelism, method: Method, trainer: bool) -> Iterator[str]:
         )
     if p.static_graph:
         yield "parallelism.static_graph changes no memory"
+
+
+def _logits(words: Mapping[str, Any], degrees: Degrees) -> str:
+    """How the loss of all logits is written; torchtitan's is of each rank's part of the vocabulary."""
+    return "parallel" if words["code"] == "torchtitan" and degrees.tp > 1 else words["logits"]
 
 
 _MEGATRON = (

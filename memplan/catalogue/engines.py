@@ -217,7 +217,8 @@ def decided(engine: Engine) -> dict[str, Any]:
 
 _CAPTURED = (
     "vLLM's logs: 2.02 GiB for Llama 3.1 8B in INT8 at 0.7 (vllm-project/vllm#14286), 0.64 GiB for a 3B model in 2026 "
-    "(generative-computing/granite-switch#128); the low end and the usual are assumed"
+    "(generative-computing/granite-switch#128), 0.46 GiB of 0.29 for one request at most (vllm-project/vllm#57475), "
+    "0.09 GiB on each of two RTX 5090 (noonghunna/club-3090#1087); the usual is assumed"
 )
 
 
@@ -226,7 +227,7 @@ def graphs_of(kind: Kind, captured: bool) -> Overhead:
     what = "CUDA graphs"
     if not captured or kind == "llama.cpp":
         return Overhead(what, 0, 0, 0, "derived", "none are recorded")
-    return Overhead(what, 200 * MIB, 700 * MIB, 2068 * MIB, "measured", _CAPTURED)
+    return Overhead(what, 92 * MIB, 700 * MIB, 2068 * MIB, "measured", _CAPTURED)
 
 
 _BESIDE = (

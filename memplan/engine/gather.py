@@ -54,6 +54,7 @@ class Gatherer:
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back
         self._waits = division.waits if division else False
+        self._returns = division.returns if division else False
         self._leaves = division.leaves if division else False
         self._received: list[Storage] = []  # what groups of ranks reduced, and replicas sum
         self._delayed: _Backward | None = None  # the unit before, whose backward is over
@@ -113,8 +114,13 @@ class Gatherer:
         """A unit's weights go."""
         self._drop(self._whole.pop(name, []))
 
+    def head_done(self) -> None:
+        """The head has run, and the loss comes."""
+        if self._returns:
+            self._drop(self._message)
+
     def end_forward(self) -> None:
-        """The model has returned."""
+        """The forward pass is over, its loss too."""
         self._drop(self._message)
 
     def remember(self, name: str, run: int | None) -> None:

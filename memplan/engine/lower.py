@@ -93,6 +93,7 @@ class Frame:
         self.checkpointed = False
         self.reentrant = False
         self.recomputed = False
+        self.whole = False  # a checkpoint runs all of it again
         self.exported: Container[str] = ()
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
         self.named: list[Storage] = []  # what it keeps until the graph goes
@@ -396,7 +397,7 @@ class Tape:
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
-                self._recompute(frame, savers[-1] + 1)
+                self._recompute(frame, len(frame.ops) if frame.whole else savers[-1] + 1)
             if i == first and self.reaches_first is not None:
                 self.reaches_first()
             self.enter(frame, node.op)
