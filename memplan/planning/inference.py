@@ -13,7 +13,7 @@ from memplan.answer import Estimate
 from memplan.cards import find_model
 from memplan.catalogue import token_rates
 from memplan.catalogue.engines import find_engine
-from memplan.catalogue.weight_formats import FORMATS, Step
+from memplan.catalogue.weight_formats import Step, formats
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
 from memplan.gpus import GPU, find_gpu
@@ -259,21 +259,40 @@ def with_tp(run: RunSpec, tp: int) -> RunSpec:
 
 def _formats(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
     """As it was asked, and in each format that comes after that and makes the weights smaller."""
-    own = _format(answer)
-    yield _choice(own or f"as asked, {run.precision.weights}", run, answer, demand, calibration)
-    engine = find_engine(run.profile)
-    ladder = FORMATS[engine.kind if engine else "transformers"]
+    yield _choice(_format(answer) or f"as asked, {run.precision.weights}", run, answer, demand, calibration)
+    for step in _smaller(answer):
+        yield _choice(step.format, with_format(run, step.format), answer, demand, calibration, step)
+
+
+def _smaller(answer: Estimate) -> Iterator[Step]:
+    """The formats of the run's profile that come after its own, where they make its weights smaller; those that the
+    model cannot be stored in are left out."""
+    run, own = answer.run, _format(answer)
+    ladder = formats(run.profile, find_gpu(run.gpu).compute_capability if run.gpu else None)
     names = [step.format for step in ladder]
     model, dtype = find_model(run.model), run.precision.weights
-    least = sum(w.bytes for w in stored_weights(model, _asked(answer.run), dtype))
+    least = sum(w.bytes for w in stored_weights(model, _asked(run), dtype))
     for step in ladder[names.index(own) + 1 if own in names else 0 :]:
         try:
             smaller = sum(w.bytes for w in stored_weights(model, step.format, dtype))
-        except MemplanError as error:
-            yield Choice(step.format, None, str(error), False, 0, 0, None, step)
+        except MemplanError:
             continue
         if smaller < least:
-            yield _choice(step.format, with_format(run, step.format), answer, demand, calibration, step)
+            yield step
+
+
+def mildest_format(
+    answer: Estimate, demand: Demand = FITS, calibration: Calibration | None = None
+) -> tuple[str, Estimate] | None:
+    """Of a run that does not fit the mildest format of its weights that does, and the run in it."""
+    for step in _smaller(answer):
+        try:
+            other = estimate(with_format(answer.asked, step.format), calibration)
+        except MemplanError:
+            continue
+        if demand.met(other):
+            return step.format, other
+    return None
 
 
 def with_format(run: RunSpec, name: str) -> RunSpec:
