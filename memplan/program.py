@@ -141,6 +141,10 @@ class Program(NamedTuple):
     trainable_parameters: int
     active_parameters: int
 
+    def standing(self, workspace: int) -> int:
+        """Bytes that are there between two steps; `workspace` is cuBLAS's for one handle."""
+        return self.parameters + self.buffered + self.reducing + self.scaler + self.states + 2 * workspace
+
 
 PHASES = ("forward", "loss", "backward")
 

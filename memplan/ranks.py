@@ -165,7 +165,7 @@ def units_of(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tu
 
 def is_one_outside(graph: Graph) -> bool:
     """Whether the weights outside of blocks are one unit, as the head's are the embeddings'."""
-    return next(_units(graph, one_outside=False))[0] == ROOT
+    return next(units_of(graph, one_outside=False))[0] == ROOT
 
 
 def _weights(ops: tuple[Op, ...]) -> dict[str, Weight]:

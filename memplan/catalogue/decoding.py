@@ -60,7 +60,8 @@ NOT_YET = (
 
 
 class Pass(NamedTuple):
-    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values.
+    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; or `eval`, of a model
+    that trains, with its loss.
 
     last_only   the head is given the last token alone, as transformers' logits_to_keep has it
     wide        the model itself makes its logits fp32, all of them
@@ -83,7 +84,11 @@ class Pass(NamedTuple):
 
     @property
     def generates(self) -> bool:
-        return self.phase != "forward"
+        return self.phase in ("prefill", "decode")
+
+    @property
+    def evaluates(self) -> bool:
+        return self.phase == "eval"
 
     @property
     def decodes(self) -> bool:
@@ -119,6 +124,35 @@ def keeping(stack: Stack) -> Iterator[tuple[str, int]]:
     """Of every run of blocks how many leave something for the tokens to come, and the axis of how often they do."""
     for run in stack.runs:
         yield run.times, sum(any(op.holds == "cache" for op in block.ops) for block in run.blocks)
+
+
+def evaluation(stack: Stack, now: Pass) -> Stack:
+    """The stack, with its loss, as an evaluation runs it: nothing is recorded, and what the model returned stays until
+    its caller has it."""
+    runs = tuple(
+        Run(
+            tuple(b._replace(ops=tuple(_still(_cached(b.ops, now)))) for b in run.blocks),
+            run.times,
+            tuple(_still(run.before)),
+        )
+        for run in stack.runs
+    )
+    tail = (*stack.after, *stack.loss)
+    returned = returned_by(stack, now.wide)
+    after = (op._replace(holds=RETURNED) if returned and returned in op.writes else op for op in tail)
+    return Stack(tuple(_still(stack.before)), runs, tuple(_still(after)))
+
+
+RETURNED = "returned"  # what `Op.holds` says of what an evaluation's caller is given
+
+
+def returned_by(stack: Stack, wide: bool) -> Tensor | None:
+    """The logits that a model with its loss returns: as they are cast for that last, where they are, or by itself
+    (`wide`); None where there are never all of them."""
+    made = {t.name: t for op in (*stack.after, *stack.loss) for t in op.writes}
+    whole = [t for op in stack.after for t in op.writes if t.shape.split() == ["b", "s", "v"]]
+    cast = made.get("outputs") or (made.get("logits32") if wide else None)
+    return cast or made.get("logits") or (whole[-1] if whole else None)
 
 
 def _still(some: Iterable[Op]) -> Iterator[Op]:
