@@ -18,11 +18,13 @@ from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.overhead import Communicator
 from memplan.catalogue.parallel import MEGATRON, Knobs
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
-from memplan.degrees import degrees_of, replicas
+from memplan.communicators import communicators
+from memplan.degrees import Degrees, degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
@@ -57,7 +59,7 @@ from memplan.refusals import (
     refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
-from memplan.stages import piped
+from memplan.stages import one_process, piped
 from memplan.units import ITEMSIZE
 
 
@@ -94,8 +96,9 @@ class Decided(NamedTuple):
     """A run with nothing left open. Of its `batch` the structure has only whether it accumulates, and whether it is one
     sequence.
 
-    `half` is whether attention computes in 16 bits, `large_tiles` whether the card's shared memory holds tiles of
-    128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide.
+    `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
+    `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
+    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt.
     """
 
     structure: Structure
@@ -106,6 +109,8 @@ class Decided(NamedTuple):
     notes: tuple[str, ...]
     parts: dict[str, Part]
     pictures: tuple[tuple[str, int], ...] = ()
+    communicators: tuple[Communicator, ...] = ()
+    beams: int = 1
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
@@ -212,6 +217,11 @@ def _decide(
     over = trained(model, method, trains_fp8, capability)
     method = over.method
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
+    if words["code"] == "torchtitan" and method.kind != "full":
+        over_words: Mapping[str, Any] = {"code": "transformers", "logits": "padded"}
+        words = {**words, **over_words}
+        said = "torchtitan: adapters and frozen layers are counted with transformers' layers"
+        over = over._replace(notes=(*over.notes, said))
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     degrees = degrees_of(parallelism, words["tensor_parallel"])
@@ -292,6 +302,8 @@ def _decide(
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"], words)
     if own and ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
+    if sharded and not words["quantised_there"]:
+        ranks = ranks._replace(there=False)
     if not own and ranks.world > 1 and degrees.ep > 1:
         ranks = ranks._replace(alone=ranks.world * degrees.tp // degrees.ep)
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
@@ -331,7 +343,7 @@ def _decide(
         leaf=kernels.checkpointing != "none"
         and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
-        logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
+        logits=_logits(words, degrees) if kernels.loss in ("hf", "fused") else "padded",
         single=single
         and (kernels.loss == "chunked_lm_head" or (kernels.loss in ("hf", "fused") and words["logits"] != "padded")),
         short=short and kernels.loss == "chunked_lm_head",
@@ -363,7 +375,9 @@ def _decide(
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
-        holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
+        holds_outputs=loop.hold_outputs == "step"
+        or words["code"] == "torchtitan"  # the trainer's names have a step's batches until it is over
+        or (degrees.sequence_parallel and degrees.style == "megatron"),
         on_host=parallelism.offload.optimizer and not ranks.offloads,
         ranks=ranks,
         pipe=pipe,
@@ -392,7 +406,9 @@ def _decide(
             "batch.accumulation",
         )
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
-    return Decided(structure, Batch(), gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+    sends = () if one_process(structure) else communicators(parallelism)
+    tiles = large_tiles(capability)
+    return Decided(structure, Batch(), gpu, seen != "fp32", tiles, tuple(notes), parts, communicators=sends)
 
 
 _DEEPSPEED = (
@@ -419,6 +435,11 @@ def _wrapping(p: Parallelism, method: Method, trainer: bool) -> Iterator[str]:
         )
     if p.static_graph:
         yield "parallelism.static_graph changes no memory"
+
+
+def _logits(words: Mapping[str, Any], degrees: Degrees) -> str:
+    """How the loss of all logits is written; torchtitan's is of each rank's part of the vocabulary."""
+    return "parallel" if words["code"] == "torchtitan" and degrees.tp > 1 else words["logits"]
 
 
 _MEGATRON = (
@@ -529,15 +550,16 @@ def _ranks(
         return recipe, Ranks(p.strategy, alike, views=p.bucket_view, delayed=waits)
     ranks = Ranks(
         p.strategy,
-        p.shard_group or alike,
+        alike if p.shard_group in (None, 1) else p.shard_group,
         delayed=trainer and accumulates,
-        replicated=p.shard_group not in (None, alike),
+        replicated=p.shard_group not in (None, 1, alike),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
         offloads=p.offload.parameters,
-        casts=recipe.autocast or (method.quantization is not None and trainer),
+        efficient=p.cpu_ram_efficient_loading and method.quantization is None,
+        whole=p.shard_group == 1,
         reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization

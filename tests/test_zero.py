@@ -304,7 +304,8 @@ REFUSED: list[tuple[str, int, tuple[str, ...], dict[str, Any], str, str]] = [
     ("zero2", 2, (), {"sub_group_size": 5}, "parallelism.zero.sub_group_size", "zero3"),
     ("zero3", 2, (), {"round_robin_gradients": True}, "parallelism.zero.round_robin_gradients", "zero1"),
     ("zero2", 2, ("parameters",), {}, "parallelism.offload", "zero3"),
-    ("fsdp2", 2, ("optimizer",), {}, "parallelism.offload", "zero1"),
+    ("fsdp2", 2, ("optimizer",), {}, "parallelism.offload", "say parameters"),
+    ("ddp", 2, ("optimizer",), {}, "parallelism.offload", "zero1"),
     ("zero3", 2, (), {"offload_param": {"pin_memory": False}}, "parallelism.zero.offload_param", "offload"),
     (
         "zero2",

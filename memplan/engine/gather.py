@@ -58,6 +58,7 @@ class Gatherer:
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back
         self._waits = division.waits if division else False
+        self._returns = division.returns if division else False
         self._leaves = division.leaves if division else False
         self._received: list[Storage] = []  # what groups of ranks reduced, and replicas sum
         self._delayed: _Backward | None = None  # the unit before, whose backward is over
@@ -118,8 +119,13 @@ class Gatherer:
         """A unit's weights go."""
         self._drop(self._whole.pop(name, []))
 
+    def head_done(self) -> None:
+        """The head has run, and the loss comes."""
+        if self._returns:
+            self._drop(self._message)
+
     def end_forward(self) -> None:
-        """The model has returned."""
+        """The forward pass is over, its loss too."""
         self._drop(self._message)
 
     def remember(self, name: str, run: int | None) -> None:
@@ -207,11 +213,12 @@ class Gatherer:
             if self._lingers:
                 self._drop(self._sent)
             joined = self._made(unit.joined, "temp")
+            laid = self._made(unit.parts, "gradient") if unit.laid else []
             self._drop(grads)
             self._drop(whole)
             self._ask_gone(frame)
             received = self._made(unit.received, "temp")
-            parts = self._made(unit.parts, "gradient")
+            parts = laid or self._made(unit.parts, "gradient")
             self._drop(self._made(unit.divided, "temp"))
             if self._waits:
                 self._received += received

@@ -93,6 +93,7 @@ class Frame:
         self.checkpointed = False
         self.reentrant = False
         self.recomputed = False
+        self.whole = False  # a checkpoint runs all of it again
         self.exported: Container[str] = ()
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
         self.named: list[Storage] = []  # what it keeps until the graph goes
@@ -405,7 +406,7 @@ class Tape:
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
-                self._recompute(frame, savers[-1] + 1)
+                self._recompute(frame, len(frame.ops) if frame.whole else savers[-1] + 1)
             if i == first and self.reaches_first is not None:
                 self.reaches_first()
             self.enter(frame, node.op)
@@ -516,11 +517,12 @@ class Tape:
     def _reduced(self, unit: Unit, gradient: Storage, whole: list[Storage]) -> None:
         """The gradient of a weight gathered for its operation is reduced at once, and the `whole` weight goes."""
         joined = [self.alloc(t, "temp") for t in unit.joined]
+        laid = [self.alloc(t, "gradient") for t in unit.parts] if unit.laid else []
         for storage in (gradient, *whole):
             self.drop(storage)
         whole.clear()
         received = [self.alloc(t, "temp") for t in unit.received]
-        parts = [self.alloc(t, "gradient") for t in unit.parts]
+        parts = laid or [self.alloc(t, "gradient") for t in unit.parts]
         for storage in (*received, *joined, *(parts if self._grads_exist else ())):
             self.drop(storage)
 
