@@ -179,9 +179,9 @@ class Script:
     def _generate(self) -> None:
         """As transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
 
-        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32; names keep them
-        until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it makes
-        no other of it, and so the model is given none.
+        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32; names keep
+        them until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it
+        makes no other of it, and so the model is given none.
         """
         model = self.model
         known = inspect.signature(base_of(model).forward).parameters
