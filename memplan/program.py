@@ -141,6 +141,10 @@ class Program(NamedTuple):
     trainable_parameters: int
     active_parameters: int
 
+    def standing(self, workspace: int) -> int:
+        """Bytes that are there between two steps; `workspace` is cuBLAS's for one handle."""
+        return self.parameters + self.buffered + self.reducing + self.scaler + self.states + 2 * workspace
+
 
 PHASES = ("forward", "loss", "backward")
 
@@ -753,7 +757,7 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
     if megatron.divides(structure.ranks):
         return megatron.trained(structure.graph, structure.ranks)
     if division_of(structure) is not None:
-        return trained_parts(structure.graph, structure.ranks)
+        return trained_parts(structure.graph, structure.ranks, structure.trainer)
     _, axes = built(structure.graph)
     out: list[Parameter] = []
     blocks: dict[str, list[tuple[Parameter, int]]] = {}
