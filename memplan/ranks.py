@@ -17,7 +17,7 @@ from memplan.catalogue.states import OptimizerMemory
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, unit_of
 from memplan.engine.walk import size
 from memplan.graph import Graph, Held, built, elements, parameters_of, shape_of
-from memplan.ir import Division, Op, Tensor, Unit, Weight
+from memplan.ir import Division, Op, Tensor, Unit, Weight, operations
 from memplan.units import ITEMSIZE
 
 
@@ -31,6 +31,7 @@ class Ranks(NamedTuple):
     efficient one process of a node loads the model and sends the others their parts
     delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
     experts   how many of them have the same experts, where that is not all; Megatron's alone
+    alone     under FSDP2 as many have the same experts, and divide these among them; 0 where all do
     inside    a block is checkpointed with its gathering, which is so done again in backward
     keeps     weights stay whole from forward to backward
     whole     nothing is divided: FSDP1's NO_SHARD, whose flat parameters every rank has
@@ -53,6 +54,7 @@ class Ranks(NamedTuple):
     delayed: bool = False
     inside: bool = False
     experts: int = 0
+    alone: int = 0
     keeps: bool = False
     ahead: bool = False
     asks: str = "pre"
@@ -86,6 +88,7 @@ class Piece(NamedTuple):
     made                 how many numbers autograd makes of their gradients
     pads                 the gradients, laid together, are copied to be padded
     alone                a unit of its own within that, gathered for the operation that uses it
+    module               the path of the module that is a unit of its own within that: of experts, which ranks divide
     slices               names and numbers of what the optimizer is given of it, where that is each weight by itself,
                          and whether that is an embedding
     """
@@ -104,6 +107,7 @@ class Piece(NamedTuple):
     pads: bool
     slices: tuple[tuple[str, int, bool], ...] = ()
     alone: bool = False
+    module: str = ""
 
 
 @lru_cache(maxsize=256)
@@ -120,8 +124,21 @@ def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
             found.append(_piece(graph, ranks, unit, where, copies, "flat parameter", together))
         alone = [w for w in weights if w not in together]
         nested = ranks.row.flat
-        found += [_piece(graph, ranks, unit, where, copies, w.name, [w])._replace(alone=nested) for w in alone]
+        lent = _lent(graph) if ranks.alone else ()
+        for w in alone:
+            module = w.name.rpartition(".")[0]
+            if module in lent:
+                whole = _piece(graph, ranks._replace(world=ranks.alone), unit, where, copies, w.name, [w])
+                found.append(whole._replace(module=module))
+            else:
+                found.append(_piece(graph, ranks, unit, where, copies, w.name, [w])._replace(alone=nested))
     return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _lent(graph: Graph) -> tuple[str, ...]:
+    """The modules whose weights are lent to their operations: those of experts."""
+    return tuple(dict.fromkeys(op.lends for op in operations(built(graph)[0]) if op.lends))
 
 
 def units_of(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tuple[str, str, int, list[Weight]]]:
@@ -144,6 +161,11 @@ def units_of(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tu
                 yield unit_of(i, j) if wraps else REST, block.name, axes[run.times], [*_weights(block.ops).values()]
     if not root:
         yield AFTER, "", 1, [*after.values()]
+
+
+def is_one_outside(graph: Graph) -> bool:
+    """Whether the weights outside of blocks are one unit, as the head's are the embeddings'."""
+    return next(units_of(graph, one_outside=False))[0] == ROOT
 
 
 def _weights(ops: tuple[Op, ...]) -> dict[str, Weight]:
@@ -254,6 +276,10 @@ _ASKS = {"pre": "first", "post": "gone", "none": "never"}
 
 
 def _unit(group: list[Piece], ranks: Ranks) -> Unit:
+    modules = dict.fromkeys(p.module for p in group if p.module)
+    if modules:
+        own = _together([p for p in group if not p.module], ranks)
+        return own._replace(modules=tuple((m, _module([p for p in group if p.module == m], ranks)) for m in modules))
     alone = [p for p in group if p.alone]
     nested = tuple((p.name, _together([p], ranks)) for p in alone)
     if not ranks.keeps:
@@ -261,6 +287,18 @@ def _unit(group: list[Piece], ranks: Ranks) -> Unit:
     unit, inner = _together([p for p in group if not p.alone], ranks), _together(alone, ranks)  # whole with the block
     nested = tuple((name, u._replace(whole=(), cast=())) for name, u in nested)
     return unit._replace(whole=unit.whole + inner.whole, cast=unit.cast + inner.cast, nested=nested)
+
+
+def _module(group: list[Piece], ranks: Ranks) -> Unit:
+    """Weights that one rank has whole are copied all the same, and so are their gradients, which are divided by the
+    number of batches in another copy.
+
+    Source: torch 2.13 distributed/fsdp/_fully_shard/_fsdp_param_group.py wait_for_unshard, _fsdp_collectives.py
+    foreach_reduce; transformers 5.24 distributed/fsdp.py, which sets gradient_divide_factor.
+    """
+    unit = _together(group, ranks)
+    divided = tuple(t._replace(name="gradients by the number of batches") for t in unit.joined)
+    return unit._replace(message=(), divided=divided)
 
 
 def _together(group: list[Piece], ranks: Ranks) -> Unit:
@@ -315,7 +353,8 @@ def parameters_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
         yield from parameters_of(graph)
         return
     for p in pieces(graph, ranks) if not ranks.offloads else ():
-        what = f"{p.name}, one of {ranks.world} parts" if ranks.among > 1 else p.name
+        parts = ranks.alone if p.module else ranks.among
+        what = f"{p.name}, one of {parts} parts" if parts > 1 else p.name
         yield _held("parameter", what, p.where, p.shape, p.dtype, p.copies, ranks.row.source)
     for held in parameters_of(graph):
         if held.kind == "buffer" or beside(held):
@@ -334,7 +373,8 @@ def gradients_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     of = {p.unit: p for p in pieces(graph, ranks)}
     found = division(graph, ranks)
     for name, unit in found.units if found else ():
-        for t in (*unit.parts, *(t for _, nested in unit.nested for t in nested.parts)):
+        inner = (t for _, unit in (*unit.nested, *unit.modules) for t in unit.parts)
+        for t in (*unit.parts, *inner):
             where, copies = (of[name].where, of[name].copies) if name != REST else ("", 1)
             yield _held("gradient", t.name, where, (int(t.shape),), t.dtype, copies, ranks.row.source)
 

@@ -22,6 +22,7 @@ from memplan.planning.inference import (
     DEGREES,
     Questions,
     load_of,
+    mildest_format,
     most_requests,
     places,
     questions,
@@ -30,6 +31,7 @@ from memplan.planning.inference import (
 )
 from memplan.planning.offers import Wanted, owned
 from memplan.planning.plan import plan
+from memplan.planning.reach import reach
 from memplan.spec import changed
 from memplan.stored import stored_weights
 from tests.sampling import examples
@@ -107,7 +109,7 @@ def test_what_does_not_fit_has_the_mildest_format_and_the_fewest_gpus_that_do() 
 def test_a_format_that_was_asked_for_starts_the_ladder() -> None:
     asked = run_of(profile="llama.cpp-2026", gpu="3060", method={"quantization": {"format": "Q5_K_M"}})
     names = [choice.name for choice in questions(asked).formats]
-    every = [step.format for step in FORMATS["llama.cpp"]]
+    every = [step.format for step in FORMATS["llama.cpp-2026"]]
     assert names == ["Q5_K_M", *every[every.index("Q5_K_M") + 1 :]]
 
 
@@ -167,12 +169,36 @@ def test_what_is_no_question_is_an_error_that_says_so() -> None:
 
 
 def test_every_engine_has_formats_that_are_known_with_their_sources() -> None:
-    assert {engine.kind for engine in ENGINES} < FORMATS.keys()
+    assert {engine.name for engine in ENGINES} < FORMATS.keys()
     model = load_card("llama-3.1-8b")
     for steps in FORMATS.values():
         sizes = [sum(w.bytes for w in stored_weights(model, step.format)) for step in steps]
         assert sizes == sorted(sizes, reverse=True)
         assert all(step.quality and step.source for step in steps)
+
+
+def test_formats_that_a_card_has_no_kernels_for_are_not_proposed() -> None:
+    old, new = (questions(run_of("llama-3.2-1b", "sglang-0.5", gpu)).formats for gpu in ("t4", "a10"))
+    assert [choice.name for choice in old] == ["as asked, bf16"]
+    assert [choice.name for choice in new] == ["as asked, bf16", "fp8-channel", "w8a8-int8", "w4a16"]
+
+
+def test_a_run_that_does_not_fit_is_told_the_mildest_format_that_does() -> None:
+    from memplan.report.advice import help_line
+
+    for profile, option in (("vllm-0.33", "--stored fp8-channel"), ("transformers-5", "--quant-format int8")):
+        answer = estimate(run_of("llama-3.1-8b", profile, "t4", batch={"sequence": 4000}))
+        found = mildest_format(answer)
+        assert found is not None
+        assert f"{option} (uses {found[1].bytes.used / 2**30:.1f} GiB)" in help_line(answer)
+    assert "No format" not in help_line(estimate(run_of("llama-3.1-70b")))
+
+
+def test_the_largest_model_is_one_whose_stored_weights_fit() -> None:
+    run = run_of("llama-3.2-1b", "llama.cpp-2026", "3090", serving={"weights": "Q4_K_M"}, batch={"sequence": 2048})
+    found = reach(run, "model")
+    assert isinstance(found.value, str)
+    assert load_card(found.value).card["parameters"] * 2 > find_gpu("3090").usable  # in 16 bits it would not
 
 
 @laws

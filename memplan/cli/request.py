@@ -22,6 +22,8 @@ FIELDS = {
     "images": "batch.images",
     "new_tokens": "batch.new_tokens",
     "cache_implementation": "generation.cache_implementation",
+    "num_beams": "generation.num_beams",
+    "do_sample": "generation.do_sample",
     "rank": "method.rank",
     "lora_dropout": "method.dropout",
     "trainable_layers": "method.trainable_layers",
