@@ -82,16 +82,18 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
-        caching=generates,
+        caching=generates or words["forward_caches"],
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
     )
     if generation.do_sample and generation.num_beams > 1:
-        raise SpecError("generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample")
+        raise SpecError(
+            "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
+        )
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or "",
+        generation.cache_implementation or ("dynamic" if words["forward_caches"] else ""),
         words["last_logits"],
         words["logits"] == "model",
         wiring.has_mask(),
@@ -129,7 +131,17 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
     structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
-    return Decided(structure, batch, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts, tuple(pictures), generation.num_beams)
+    return Decided(
+        structure,
+        batch,
+        gpu,
+        seen != "fp32",
+        large_tiles(capability),
+        tuple(notes),
+        parts,
+        tuple(pictures),
+        generation.num_beams,
+    )
 
 
 def _caches_all(graph: Graph) -> bool:

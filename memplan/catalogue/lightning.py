@@ -59,9 +59,7 @@ def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tupl
         ops.cast(f"{n}.k_float", f"{i}.k", f"{i}.k32", _K, "fp32"),
         _lowered(f"{n}.q_lowered", f"{i}.q32", f"{i}.q.given", _Q),
         _lowered(f"{n}.k_lowered", f"{i}.k32", f"{i}.k.given", _K),
-        (ops.view if wiring.decodes else ops.copy)(
-            f"{n}.k_expand", f"{i}.k.given", f"{i}.k.every", "several s id s"
-        ),
+        (ops.view if wiring.decodes else ops.copy)(f"{n}.k_expand", f"{i}.k.given", f"{i}.k.every", "several s id s"),
         Op(
             f"{n}.products",
             (f"{i}.q.given", f"{i}.k.given", f"{i}.k.every"),

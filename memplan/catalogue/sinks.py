@@ -154,7 +154,15 @@ def _gpt_oss_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "
             f"{name}.attention",
             wiring,
             sink_attention(
-                f"{name}.attention", "o", mask_name(layer.sliding), True, grouped, "d", False, wiring.drops, wiring.caching
+                f"{name}.attention",
+                "o",
+                mask_name(layer.sliding),
+                True,
+                grouped,
+                "d",
+                False,
+                wiring.drops,
+                wiring.caching,
             ),
             layer.sliding,
         ),

@@ -405,7 +405,9 @@ def estimate(
             complete=_choices("dynamic", "static", "legacy"),
         ),
     ] = None,
-    num_beams: Annotated[int | None, option("Sequences that are ranked for each prompt. Default 1.", of=GENERATION)] = None,
+    num_beams: Annotated[
+        int | None, option("Sequences that are ranked for each prompt. Default 1.", of=GENERATION)
+    ] = None,
     do_sample: Annotated[
         bool | None,
         option(
