@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
-from memplan.catalogue.decoding import NOT_YET, Pass, uncached
+from memplan.catalogue.caches import caches
+from memplan.catalogue.decoding import NOT_YET, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
@@ -75,7 +76,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uncapped=words["uncapped"],
         one_mask=words["one_mask"],
         scales_apart=words["scales_apart"],
-        flattens=batch.micro == 1 and model.model_type in JOINED,
+        flattens=batch.micro * run.generation.num_beams == 1 and model.model_type in JOINED,
         wide=seen == "fp32",
         images=bool(batch.images),
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
@@ -86,12 +87,20 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
     )
+    if generation.do_sample and generation.num_beams > 1:
+        raise SpecError(
+            "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
+        )
     now = Pass(
         "prefill" if generates else "forward",
         generation.cache_implementation or "",
         words["last_logits"],
         words["logits"] == "model",
+        wiring.has_mask(),
+        windowed and batch.sequence > (window or 0),
         words["few_rows"],
+        generation.num_beams > 1,
+        generation.do_sample,
     )
     graph = Graph(
         model,
@@ -105,8 +114,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         trainable_layers=0,
         inference=now,
     )
-    alone = graph._replace(wiring=wiring._replace(images=False))  # a tower caches nothing
-    if generates and uncached(built(alone)[0]):
+    if generates and not _caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
             f"{model.model_type}",
@@ -123,7 +131,25 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
     structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
-    return Decided(structure, batch, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts, tuple(pictures))
+    return Decided(
+        structure,
+        batch,
+        gpu,
+        seen != "fp32",
+        large_tiles(capability),
+        tuple(notes),
+        parts,
+        tuple(pictures),
+        generation.num_beams,
+    )
+
+
+def _caches_all(graph: Graph) -> bool:
+    """Whether as many layers leave something for the tokens to come as the table of caches has."""
+    stack, axes = built(graph)
+    kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
+    own = [layer for layer in caches(graph.model) if any(part.per != "source" for part in layer.parts)]
+    return kept == len(own)
 
 
 def _precision(p: Precision) -> Precision:

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.decoding import Pass, inference
+from memplan.catalogue.decoding import Pass, evaluation, inference
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
@@ -84,6 +84,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.degrees.pp > 1:
         return _stage(graph)
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
+    if graph.inference is not None:
+        model = undropped(model)
     part: dict[str, int] = {}
     if degrees.tp > 1:
         part = tensor_parallel.axes_of_part(model, degrees)
@@ -114,7 +116,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.hold_outputs:
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
-    if graph.inference is not None:
+    if graph.inference is not None and not graph.inference.evaluates:
         return inference(stack, graph.inference), axes
     stack = losses.attach(
         stack,
@@ -128,7 +130,25 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         graph.converts,
         graph.short,
     )
-    return stack, axes
+    return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
+
+
+@lru_cache(maxsize=128)
+def undropped(model: ModelSpec) -> ModelSpec:
+    """The model as it is where nothing is dropped: in evaluation."""
+
+    def zeroed(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: zeroed(cast(Mapping[str, Any], value))
+            if isinstance(value, Mapping)
+            else 0.0
+            if isinstance(value, (int, float)) and value and ("dropout" in key or "pdrop" in key)
+            else value
+            for key, value in config.items()
+        }
+
+    config = zeroed(model.config)
+    return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)
 
 
 def _unstaged(graph: Graph) -> Graph:
@@ -248,18 +268,18 @@ def _recorded(
 
 
 @lru_cache(maxsize=128)
-def inferred(graph: Graph, labelled: bool = False) -> Lowered:
-    """The moments of a pass of inference."""
+def inferred(graph: Graph, labelled: bool = False, division: Division | None = None) -> Lowered:
+    """The moments of a pass of inference; `division`: the weights are divided among ranks."""
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
-    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled)
+    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division)
 
 
 @lru_cache(maxsize=64)
-def recorded_inference(graph: Graph) -> Recorded:
+def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
     """The allocations and frees of a pass of inference, in order."""
     stack, depth = _stack(graph)
-    return record_inference(stack, depth, _ways(graph)["autocast"])
+    return record_inference(stack, depth, _ways(graph)["autocast"], division)
 
 
 @lru_cache(maxsize=64)

@@ -411,9 +411,20 @@ def estimate(
     cache_implementation: Annotated[
         str | None,
         option(
-            "What keeps keys and values: dynamic, legacy. Default as the profile has it.",
+            "What keeps keys and values: dynamic, static, legacy. Default as the profile has it.",
             of=GENERATION,
-            complete=_choices("dynamic", "legacy"),
+            complete=_choices("dynamic", "static", "legacy"),
+        ),
+    ] = None,
+    num_beams: Annotated[
+        int | None, option("Sequences that are ranked for each prompt. Default 1.", of=GENERATION)
+    ] = None,
+    do_sample: Annotated[
+        bool | None,
+        option(
+            "Tokens are drawn after temperature, top-k and top-p, not the likeliest taken. Default off.",
+            "--do-sample/--no-do-sample",
+            of=GENERATION,
         ),
     ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
@@ -604,9 +615,9 @@ def estimate(
     fsdp: Annotated[
         str | None,
         option(
-            "full_shard, shard_grad_op, hybrid_shard, fsdp2. Default none.",
+            "full_shard, shard_grad_op, hybrid_shard, no_shard, fsdp2. Default none.",
             of=SEVERAL,
-            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "fsdp2"),
+            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
         ),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,

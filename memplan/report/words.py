@@ -324,6 +324,12 @@ def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str
     ]
 
 
+def _choosing(generation: Generation) -> str:
+    if generation.num_beams > 1:
+        return f"{generation.num_beams:,} beams a prompt"
+    return "sampled" if generation.do_sample else "greedy"
+
+
 def _cache(generation: Generation) -> Iterator[str]:
     """What keeps keys and values."""
     yield generation.cache_implementation or "as the library has it"
@@ -382,7 +388,7 @@ def _method(answer: Estimate) -> Iterator[str]:
         yield m.kind
     else:
         yield answer.run.task
-        yield "all logits" if answer.run.task == "forward" else "greedy"
+        yield "all logits" if answer.run.task == "forward" else _choosing(answer.run.generation)
         if m.kind != "full":
             yield f"adapters of {m.kind}"
     if m.kind == "freeze":
