@@ -50,10 +50,12 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         return _inferred(run, found, calibration)
     decided, walked = worst(run, found)
     asked: tuple[Aside, ...] = ()
+    said: tuple[str, ...] = ()
     if run.also != Also():
         from memplan.also import asides, notes_of
 
         asked = asides(run, walked, decided, model)
+        said = tuple(notes_of(run, asked))
         walked = walked.followed_by(asked)
     p = walked.program
     note = check_batch(decided.batch, p.structure.graph.model)
@@ -64,7 +66,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         *decided.notes,
         *host_notes(decided.structure, run.parallelism.gpus_per_node or NODE),
         *((note,) if note else ()),
-        *(notes_of(run, asked) if asked else ()),
+        *said,
         *((calibration.named(),) if calibration else ()),
     ]
     return Estimate(

@@ -114,7 +114,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         trainable_layers=0,
         inference=now,
     )
-    if generates and not _caches_all(graph):
+    if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
             f"{model.model_type}",
@@ -140,11 +140,11 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tuple(notes),
         parts,
         tuple(pictures),
-        generation.num_beams,
+        beams=generation.num_beams,
     )
 
 
-def _caches_all(graph: Graph) -> bool:
+def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
