@@ -105,7 +105,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         trainable_layers=0,
         inference=now,
     )
-    if generates and uncached(built(graph)[0]):
+    alone = graph._replace(wiring=wiring._replace(images=False))  # a tower caches nothing
+    if generates and uncached(built(alone)[0]):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
             f"{model.model_type}",

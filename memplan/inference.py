@@ -64,7 +64,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
     found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt))]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
-        wiring = graph.wiring._replace(decodes=True, windowed=bool(window) and past + 1 >= window)
+        wiring = graph.wiring._replace(decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window)
         recipe = graph.recipe
         if batch.micro <= few_rows:
             recipe = recipe._replace(copies=False)

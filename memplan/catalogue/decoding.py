@@ -97,8 +97,9 @@ def inference(stack: Stack, now: Pass) -> Stack:
 
 
 def uncached(stack: Stack) -> bool:
-    """Whether some block leaves nothing for the tokens to come."""
-    return any(all(op.holds != "cache" for op in block.ops) for run in stack.runs for block in run.blocks)
+    """Whether some block that runs leaves nothing for the tokens to come."""
+    blocks = [block for run in stack.runs for block in run.blocks if any(op.writes and not op.view for op in block.ops)]
+    return any(all(op.holds != "cache" for op in block.ops) for block in blocks)
 
 
 def _still(some: Iterable[Op]) -> Iterator[Op]:
