@@ -83,6 +83,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "past": step.past,
         "kv_window": step.window,
         "past_window": step.past_window,
+        "kernel1": fixed.get("kernel", 0) + 1,
     }
     for name in ("kv", "kv_window"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}

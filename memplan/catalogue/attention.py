@@ -125,6 +125,11 @@ def cached(
     return (Op(f"{name}.cache", tensors, caches="kv_window" if sliding else "kv"), *kernel)
 
 
+def reused(name: str, tensors: tuple[str, ...], sliding: bool = False) -> Op:
+    """The place where keys and values of all tokens so far are read that another layer has put there."""
+    return Op(f"{name}.cache", tensors, caches="kv_window" if sliding else "kv", view=True)
+
+
 def _attention(
     name: str,
     q: str,

@@ -99,7 +99,9 @@ def inference(stack: Stack, now: Pass) -> Stack:
 def uncached(stack: Stack) -> bool:
     """Whether some block that runs leaves nothing for the tokens to come."""
     blocks = [block for run in stack.runs for block in run.blocks if any(op.writes and not op.view for op in block.ops)]
-    return any(all(op.holds != "cache" for op in block.ops) for block in blocks)
+    shared = {name for block in blocks for name in block.shares}
+    own = [block for block in blocks if shared.isdisjoint(r for op in block.ops for r in op.reads)]
+    return any(all(op.holds != "cache" for op in block.ops) for block in own)
 
 
 def _still(some: Iterable[Op]) -> Iterator[Op]:
@@ -133,8 +135,18 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     axis = ""
     for given in some:
         op = _renamed(given, names)
+        if op.caches == "state":
+            made |= {t.name: t for t in op.writes}
+            (t,) = op.writes
+            if t.dtype.startswith("="):
+                t = t._replace(dtype=f"={names.get(t.dtype[1:], t.dtype[1:])}")
+            yield from _kept(op.name, t, now, f"{_CACHE} LinearAttentionLayer", op.reads)
+            continue
         if op.caches:
             axis = op.caches
+            if op.view:  # another layer's
+                keyed = set(op.reads)
+                continue
             yield from _update(op, [made[name] for name in op.reads], now)
             names |= {name: _named(name) for name in op.reads}
             keyed = {_named(name) for name in op.reads}
@@ -191,13 +203,13 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     yield ops.leave(*(t.name for t in tensors), *(old if windowed else ()))
 
 
-def _kept(name: str, t: Tensor, now: Pass, source: str) -> Iterator[Op]:
-    """A tensor that the first pass makes and the others find."""
+def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
+    """A tensor that the first pass makes and the others find, and write in place."""
     if not now.decodes:
-        yield Op(name, (), (t,), holds="cache", source=source)
+        yield Op(name, reads, (t,), holds="cache", source=source)
         return
     before = t._replace(name=f"{t.name} before")
-    yield Op(name, (before.name,), (t,), past=(before,), view=True, holds="cache", source=source)
+    yield Op(name, (before.name, *reads), (t,), past=(before,), view=True, holds="cache", source=source)
 
 
 def _keyed(shape: str, axis: str) -> str:
@@ -230,9 +242,29 @@ def _head(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield _of_last(op) if head and now.generates and now.last_only else op
 
 
-def _of_last(op: Op) -> Op:
+def for_last(some: tuple[Op, ...], keys: Iterable[str] = ()) -> tuple[Op, ...]:
+    """The operations for the last token alone, over the `keys` of all."""
+    keyed = set(keys)
+    made: list[Op] = []
+    for op in some:
+        if op.reads and keyed.issuperset(op.reads):
+            keyed |= {t.name for t in op.writes}
+            made.append(op)
+        else:
+            made.append(_of_last(op, once=True))
+    return tuple(made)
+
+
+def _of_last(op: Op, once: bool = False) -> Op:
+    """Without the axis of tokens; `once`: the first alone, where there is one of keys too."""
+
+    def shape(text: str) -> str:
+        tokens = text.split()
+        places = [i for i, token in enumerate(tokens) if token in TOKENS][: 1 if once else None]
+        return " ".join(token for i, token in enumerate(tokens) if i not in places)
+
     def tensor(t: Tensor) -> Tensor:
-        return t._replace(shape=" ".join(token for token in t.shape.split() if token not in TOKENS))
+        return t._replace(shape=shape(t.shape))
 
     return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
 

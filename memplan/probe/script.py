@@ -178,6 +178,7 @@ class Script:
         model = self.model
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
         with torch.no_grad():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
@@ -189,13 +190,13 @@ class Script:
                 token = _next(outputs)
             with self.phase("decode"):
                 for _ in range(self.run.batch.new_tokens - 1):
-                    cache = outputs.past_key_values
+                    cache = getattr(outputs, given_as)
                     del outputs
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
                     given = mask if padded else None
                     outputs = model(
-                        input_ids=token, attention_mask=given, past_key_values=cache, use_cache=True, **keeps
+                        input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps
                     )
                     token = _next(outputs)
                 del outputs, token

@@ -44,6 +44,8 @@ def parts(answer: Estimate) -> list[Part]:
     out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
     several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
     beside = "the driver's, loaded kernels and NCCL's" if several else "the driver's, and loaded kernels"
+    if answer.serving is not None and answer.verdict.answer == "does not fit":
+        beside += ", and what the engine leaves"
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
 

@@ -137,6 +137,8 @@ def _filled(
     s: Serving, engine: Engine, words: dict[str, Any], model: ModelSpec, gpu: GPU | None, run: RunSpec, context: int
 ) -> Serving:
     fields = {name: words[name] for name in type(s).model_fields if getattr(s, name) is None and name in words}
+    if run.method.quantization is None and engine.kind != "llama.cpp":
+        fields["weights"] = model.card.get("stored")  # as an engine finds the checkpoint
     if s.max_model_len is None:
         positions = model.longest_sequence or 0
         fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)

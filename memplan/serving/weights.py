@@ -5,10 +5,10 @@ Source: vllm 0.33.0 model_executor/layers/linear.py and vocab_parallel_embedding
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memplan.catalogue.repacked import Kernel, mxfp4_kernel
 from memplan.schemes import FIELD
@@ -107,9 +107,9 @@ def _of_rank(s: Settings, w: StoredWeight) -> int:
 def kernel_of(s: Settings) -> Kernel | None:
     """The kernel of experts in mxfp4, where the model's are."""
     q = s.quantization
-    config = s.model.config.get(FIELD)
-    format_ = q if isinstance(q, str) else q.format if q is not None else (config or {}).get("quant_method")
-    if format_ is None or format_.lower() != "mxfp4" or s.model.model_type != "gpt_oss":
+    config: Mapping[str, Any] = s.model.config.get(FIELD) or {}
+    format_ = q if isinstance(q, str) else q.format if q is not None else str(config.get("quant_method"))
+    if format_.lower() != "mxfp4" or s.model.model_type != "gpt_oss":
         return None
     return mxfp4_kernel(s.engine.name, s.gpu.compute_capability if s.gpu else None)
 
