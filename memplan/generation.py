@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
-from memplan.catalogue.decoding import NOT_YET, Pass, uncached
+from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, uncached
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.profiles import decided, find_profile
@@ -12,6 +12,7 @@ from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
+from memplan.ir import Stack
 from memplan.kernels import as_the_version_has, dtype_of_attention, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
@@ -52,7 +53,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if method.kind in ADAPTERS:
         dtype = method.adapter_dtype or words["method.adapter_dtype"]
         method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
-    method = _quantised(method, words["method.quantization.skip"])
+    method = _quantised(method, words["method.quantization.skip"], words["backend"])
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
     refuse_parts(method, run.precision, run.optimizer, kernels)
     if words["experts"] == "modules" and model.model_type in AS_MODULES:
@@ -63,6 +64,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     notes += more
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
+    caches = generates or (returns_cache(run) and model.objective == "causal_lm")
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
@@ -70,6 +72,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)._replace(
         copies=words["flash_2_copies" if attention == "flash_attention_2" else "sdpa_copies"],
         triangles=words["triangles"],
+        tables=words["rotary_tables"],
         half_math=words["half_math"],
         whole_rotary=words["whole_rotary"],
         uncapped=words["uncapped"],
@@ -81,7 +84,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
-        caching=generates,
+        caching=caches,
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
@@ -92,6 +95,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         words["last_logits"],
         words["logits"] == "model",
         words["few_rows"],
+        loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
     )
     graph = Graph(
         model,
@@ -105,8 +109,9 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         trainable_layers=0,
         inference=now,
     )
-    alone = graph._replace(wiring=wiring._replace(images=False))  # a tower caches nothing
-    if generates and uncached(built(alone)[0]):
+    if caches and not generates and (model.model_type in NOT_YET or uncached(_alone(graph))):
+        notes.append(f"the cache that {model.model_type} returns is not counted: say loop.use_cache false")
+    if generates and uncached(_alone(graph)):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
             f"{model.model_type}",
@@ -119,6 +124,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         "kernels": kernels,
         "batch": batch,
         "generation": generation,
+        "loop": run.loop.model_copy(update={"use_cache": caches}),
     }
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
@@ -126,19 +132,47 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     return Decided(structure, batch, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts, tuple(pictures))
 
 
+def _alone(graph: Graph) -> Stack:
+    """What the language model runs: a tower caches nothing."""
+    return built(graph._replace(wiring=graph.wiring._replace(images=False)))[0]
+
+
+def returns_cache(run: RunSpec) -> bool:
+    """Whether one pass of a decoder returns what it cached, as transformers' models do unless told otherwise."""
+    return run.loop.use_cache or "use_cache" not in run.loop.model_fields_set
+
+
 def _precision(p: Precision) -> Precision:
     return p.model_copy(update={"compute": p.compute or p.weights})
 
 
-def _quantised(method: Method, skip: tuple[str, ...]) -> Method:
-    """Nothing is prepared for training."""
+def _stores_head(method: Method, awq: bool) -> bool:
+    q = method.quantization
+    return awq and q is not None and q.format == "awq-int4"
+
+
+def _backend(method: Method) -> str:
+    q = method.quantization
+    return (q.backend or "") if q is not None else ""
+
+
+def _quantised(method: Method, skip: tuple[str, ...], backend: str) -> Method:
+    """Nothing is prepared for training; GPTQ's 4 bits have a kernel."""
     q = method.quantization
     if q is None:
         return method
     if q.kbit_preparation:
         field = "method.quantization.kbit_preparation"
         raise SpecError(f"{field}: prepares weights for training, and nothing trains", field)
-    update = {"kbit_preparation": False, "skip": skip if q.skip is None else q.skip}
+    four = q.format == "gptq-int4"
+    if q.backend and not four:
+        field = "method.quantization.backend"
+        raise SpecError(f"{field}: {q.backend} is of gptq-int4, not of {q.format}", field)
+    update = {
+        "kbit_preparation": False,
+        "skip": skip if q.skip is None else q.skip,
+        "backend": backend if q.backend is None and four else q.backend or "",
+    }
     return method.model_copy(update={"quantization": q.model_copy(update=update)})
 
 

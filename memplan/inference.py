@@ -64,11 +64,15 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
     found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt))]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
-        wiring = graph.wiring._replace(decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window)
+        wiring = graph.wiring._replace(
+            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
+        )
         recipe = graph.recipe
         if batch.micro <= few_rows:
             recipe = recipe._replace(copies=False)
-        one = graph._replace(wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode"))
+        lingers = past == prompt and not graph.inference.last_only
+        now = graph.inference._replace(phase="decode", lingers=lingers)
+        one = graph._replace(wiring=wiring, recipe=recipe, inference=now)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
         found.append(Step(one, batch.micro, 1, past, kept, windowed(past + 1)))
@@ -119,8 +123,14 @@ class Walked(NamedTuple):
     axes: tuple[dict[str, int], ...]
     peaks: tuple[Peak, ...]
     parameters: int
+    unsplit: int
     loading: int
     workspace: int
+
+    @property
+    def resting(self) -> int:
+        """What is there throughout all passes."""
+        return self.parameters + self.unsplit + self.workspace
 
     @property
     def phases(self) -> list[Phase]:
@@ -129,7 +139,7 @@ class Walked(NamedTuple):
         for name in dict.fromkeys(step.phase for step in self.steps):
             i = self._top(name)
             low = inferred(self.steps[i].graph)
-            peak = self.parameters + self.workspace + self.peaks[i].bytes
+            peak = self.resting + self.peaks[i].bytes
             out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
         return out
 
@@ -165,8 +175,11 @@ class Walked(NamedTuple):
             held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
             for h in parameters_of(first)
         ]
+        if self.unsplit:
+            what, why = "left unsplit", "ends of blocks that weights have to themselves, up to 1 MiB each"
+            out.append(Line(what, "other", "torch", "", (), "uint8", 1, self.unsplit, why, _UNSPLIT, "derived"))
         if phase == "load":
-            more = self.loading - self.parameters
+            more = self.loading - self.parameters - self.unsplit
             what = "weights before they are converted, less what comes after"
             out += [Line(what, "temp", "", "", (), "", 1, more, "loading", "", "derived")] if more > 0 else []
         else:
@@ -182,8 +195,8 @@ class Walked(NamedTuple):
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
 
 
-def walk(decided: Decided) -> Walked:
-    """The peak of every phase."""
+def walk(decided: Decided, expandable: bool = False) -> Walked:
+    """The peak of every phase. `expandable`: torch's allocator has expandable segments."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
     peaks: list[Peak] = []
@@ -193,23 +206,24 @@ def walk(decided: Decided) -> Walked:
         most = [live(low, moment, numbers, sizes) for moment in low.moments]
         peaks.append(Peak(max(most), most.index(max(most))))
     graph = steps[0].graph
-    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    resident, unsplit, most = loaded(graph, expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
-    return Walked(decided, steps, axes, tuple(peaks), resident, _most(loading(graph)), workspace)
+    return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
 
 
-def _most(events: Iterable[tuple[int, int]]) -> int:
-    """The most bytes alive at once of what is made and freed, see `memplan.graph.loading`."""
-    there: dict[int, int] = {}
-    now = most = 0
-    for number, bytes_ in events:
-        if bytes_:
-            there[number] = bytes_
-            now += bytes_
-            most = max(most, now)
-        elif number != EMPTIED:
-            now -= there.pop(number)
-    return most
+_UNSPLIT = (
+    "torch 2.13 c10/cuda/CUDACachingAllocator.cpp should_split: what is left of a large block counts as allocated"
+)
+
+
+@lru_cache(maxsize=512)
+def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
+    """Bytes of weights and buffers; those that torch counts beside them, because blocks were not split; and the most
+    there are while they are loaded."""
+    allocator = Allocator(expandable)
+    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    _load(graph, allocator)
+    return resident, allocator.allocated - resident, allocator.peak_allocated
 
 
 def counted(graph: Graph) -> tuple[int, int, int]:
@@ -234,7 +248,7 @@ class Engine(NamedTuple):
             low = inferred(step.graph)
             sizes = _bytes(low, axes)
             for moment in low.moments:
-                bytes_ = w.parameters + w.workspace + live(low, moment, axes, sizes)
+                bytes_ = w.resting + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
 
     def ranks(self) -> Iterable[Rank]:
@@ -275,6 +289,11 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
 
 
 def _load(graph: Graph, allocator: Allocator) -> None:
+    """Load the weights, from one block for many of them where the version makes that first."""
+    warms = graph.inference.loaded.warms if graph.inference else ""
+    if warms:
+        total = sum(h.bytes * h.copies for h in parameters_of(graph))
+        allocator.free(allocator.alloc(total if warms == "all" else total // 2))
     blocks: dict[int, Block] = {}
     for number, bytes_ in loading(graph):
         if bytes_:

@@ -302,6 +302,7 @@ def _decide(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
             triangles=words["triangles"],
+            tables=words["rotary_tables"],
             half_math=words["half_math"],
             whole_rotary=words["whole_rotary"],
             uncapped=words["uncapped"],

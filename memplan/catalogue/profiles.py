@@ -31,6 +31,7 @@ WORDS = {
     "uncapped": "sdpa is taken where scores are to be capped, and does not cap them",
     "one_mask": "eager's causal mask is one for the whole batch, unless there is padding",
     "scales_apart": "Gemma's model scales the embeddings, not their module",
+    "rotary_tables": "rotary tables that every layer keeps: gathered, computed anew, or none (catalogue/tables.py)",
     "half_math": "torch's plain attention stays in the dtype of what it is given",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
     "experts": "how experts are written: stacked (one parameter of three dimensions), modules (linear layers), own",
@@ -41,6 +42,9 @@ WORDS = {
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
     "last_logits": "generation asks the model for the last token's logits alone",
+    "backend": "the kernel of GPTQ's 4 bits, where it has buffers of its own: exllama_v1 (catalogue/exllama.py)",
+    "warms": "what is allocated once before weights are loaded, and carved up for them: nothing, half or all of them",
+    "stores_head": "a checkpoint in AWQ has the head beside embeddings it is tied to, and both are loaded",
     "few_rows": "rows at most of a product with 4-bit weights that makes no whole matrix (catalogue/quantization.py)",
     "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
     "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
@@ -116,6 +120,7 @@ PROFILES = (
             Row("code", "transformers", "transformers 5.24"),
             Row("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
             Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
+            Row("rotary_tables", "", "transformers 5.24 models/llama/modeling_llama.py LlamaRotaryEmbedding"),
             Row("no_sdpa", False, "transformers 5.24: families without one are written so in the catalogue"),
             Row(
                 "no_sdpa",
@@ -143,6 +148,11 @@ PROFILES = (
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
             Row("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
+            Row(
+                "backend", "", "gptqmodel 7.7 utils/importer.py: Marlin and others come before exllama, without buffers"
+            ),
+            Row("warms", "all", "transformers 5.24 modeling_utils.py caching_allocator_warmup"),
+            Row("stores_head", False, "transformers 5.24 core_model_loading.py: tied weights are loaded once"),
             Row("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
             Row("last_logits", True, "transformers 5.24 generation/utils.py prepare_inputs_for_generation"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
@@ -165,6 +175,17 @@ PROFILES = (
                 "optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"
             ),
             Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
+            Row(
+                "warms",
+                "half",
+                "transformers 4.51.3 modeling_utils.py caching_allocator_warmup, factor=4",
+                "quantised",
+            ),
+            Row(
+                "stores_head",
+                True,
+                "autoawq 0.2.9 models/base.py BaseAWQForCausalLM.save_quantized: every tensor cloned",
+            ),
             Row("few_rows", 1, "bitsandbytes 0.45 autograd/_functions.py matmul_4bit"),
             Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
             Row("tensor_parallel", "", "transformers 4.51.3 integrations/tensor_parallel.py: not read"),
@@ -217,6 +238,12 @@ PROFILES = (
         "transformers 4.48.1, peft 0.13.2",
         "transformers-4.51",
         (
+            Row("warms", "", "transformers 4.48.1 modeling_utils.py _load_state_dict_into_meta_model: one by one"),
+            Row(
+                "backend",
+                "exllama_v1",
+                "transformers 4.46.3 utils/quantization_config.py GPTQConfig.post_init: version 1, unless asked",
+            ),
             Row("logits", "shifted", "transformers 4.48.1 loss/loss_utils.py ForCausalLMLoss"),
             Row("whole_rotary", True, "transformers 4.48.1 models/phi3/modeling_phi3.py", "", ("phi3",)),
             Row("dora_again", True, "peft 0.13.2 tuners/lora/dora.py DoraLinearLayer.forward"),
@@ -293,6 +320,20 @@ PROFILES = (
                 ("gpt2", "gpt_neox", "opt", "phi", "stablelm"),
             ),
             Row("half_math", True, _BEFORE_2_5),
+            Row(
+                "rotary_tables",
+                "gathered",
+                "transformers 4.38.2 models/qwen2/modeling_qwen2.py Qwen2RotaryEmbedding, and alike",
+                "",
+                ("falcon", "gpt_neox", "mistral", "mixtral", "phi", "qwen2", "qwen2_moe", "stablelm"),
+            ),
+            Row(
+                "rotary_tables",
+                "computed",
+                "transformers 4.38.2 models/llama/modeling_llama.py LlamaRotaryEmbedding",
+                "",
+                ("llama",),
+            ),
             Row("last_logits", False, "transformers 4.38.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"),
             Row(
                 "cache",
@@ -300,7 +341,6 @@ PROFILES = (
                 "transformers 4.38.2 cache_utils.py DynamicCache.to_legacy_cache: generate has the tuple of before",
             ),
         ),
-        ("rotary tables that every layer makes for itself: two numbers a token and head width, each layer",),
     ),
     Profile(
         "transformers-4.35",
@@ -315,8 +355,14 @@ PROFILES = (
                 "",
                 ("gpt2", "gpt_bigcode", "gpt_neox", "llama", "mistral", "opt", "phi"),
             ),
+            Row(
+                "rotary_tables",
+                "gathered",
+                "transformers 4.35.2 models/llama/modeling_llama.py LlamaRotaryEmbedding",
+                "",
+                ("llama",),
+            ),
         ),
-        ("rotary tables of all the config's positions, and the batch's rows of them in every layer",),
     ),
     Profile(
         "trl-0.24",

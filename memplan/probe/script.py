@@ -195,9 +195,7 @@ class Script:
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
                     given = mask if padded else None
-                    outputs = model(
-                        input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps
-                    )
+                    outputs = model(input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps)
                     token = _next(outputs)
                 del outputs, token
 
