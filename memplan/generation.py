@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, uncached
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.packed import BACKENDS
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
@@ -53,7 +56,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if method.kind in ADAPTERS:
         dtype = method.adapter_dtype or words["method.adapter_dtype"]
         method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
-    method = _quantised(method, words["method.quantization.skip"], words["backend"])
+    method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
     refuse_parts(method, run.precision, run.optimizer, kernels)
     if words["experts"] == "modules" and model.model_type in AS_MODULES:
@@ -156,22 +159,22 @@ def _backend(method: Method) -> str:
     return (q.backend or "") if q is not None else ""
 
 
-def _quantised(method: Method, skip: tuple[str, ...], backend: str) -> Method:
-    """Nothing is prepared for training; GPTQ's 4 bits have a kernel."""
+def _quantised(method: Method, skip: tuple[str, ...], backends: Mapping[str, str]) -> Method:
+    """Nothing is prepared for training; packed weights have a kernel, by their format."""
     q = method.quantization
     if q is None:
         return method
     if q.kbit_preparation:
         field = "method.quantization.kbit_preparation"
         raise SpecError(f"{field}: prepares weights for training, and nothing trains", field)
-    four = q.format == "gptq-int4"
-    if q.backend and not four:
+    known = BACKENDS.get(q.format, ())
+    if q.backend and q.backend not in known:
         field = "method.quantization.backend"
-        raise SpecError(f"{field}: {q.backend} is of gptq-int4, not of {q.format}", field)
+        raise SpecError(f"{field}: {q.backend} is no kernel of {q.format}; known: {', '.join(known) or 'none'}", field)
     update = {
         "kbit_preparation": False,
         "skip": skip if q.skip is None else q.skip,
-        "backend": backend if q.backend is None and four else q.backend or "",
+        "backend": backends.get(q.format, "") if q.backend is None else q.backend,
     }
     return method.model_copy(update={"quantization": q.model_copy(update=update)})
 

@@ -11,9 +11,9 @@ from typing import NamedTuple, TypedDict
 from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.decoding import Pass, inference
-from memplan.catalogue.exllama import buffers
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
+from memplan.catalogue.packed import unpacked, with_buffers
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.catalogue.tables import own_tables
 from memplan.degrees import WHOLE, Degrees
@@ -121,8 +121,9 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.inference is not None:
         backend = graph.inference.loaded.backend
         if backend:
-            made = buffers(backend, (w for op in operations(stack) for w in op.weights), axes)
-            stack = stack._replace(before=(*stack.before, made))
+            stack = with_buffers(stack, backend, (w for op in operations(stack) for w in op.weights), axes)
+        if graph.inference.unpacks:
+            stack = unpacked(stack, backend)
         return inference(stack, graph.inference), axes
     stack = losses.attach(
         stack,

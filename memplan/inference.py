@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Line, Phase, Rank
 from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.packed import MANY_ROWS
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
 from memplan.engine.lower import Moment
 from memplan.engine.record import FREED, Recorded
@@ -54,6 +55,9 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     """The passes of a run, in order: of those that decode, the first and the last."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
+    many = MANY_ROWS.get(graph.inference.loaded.backend, 0)
+    if many and batch.micro * batch.sequence >= many:
+        graph = graph._replace(inference=graph.inference._replace(unpacks=True))
     if not graph.inference.generates:
         return (Step(graph, batch.micro, batch.sequence),)
     window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
@@ -71,7 +75,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         if batch.micro <= few_rows:
             recipe = recipe._replace(copies=False)
         lingers = past == prompt and not graph.inference.last_only
-        now = graph.inference._replace(phase="decode", lingers=lingers)
+        now = graph.inference._replace(phase="decode", lingers=lingers, unpacks=bool(many) and batch.micro >= many)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=now)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)

@@ -182,7 +182,7 @@ class Quantization(Part, frozen=True):
 
     A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
     formats that a model only runs in have groups of their own, and types of GGUF files none that can be said. `backend`
-    is the kernel that GPTQ's 4 bits run with, by gptqmodel's words.
+    is the kernel that GPTQ's or AWQ's weights run with, where it makes something beside its output.
     """
 
     format: Annotated[Format, BeforeValidator(_named)] = "nf4"
@@ -191,7 +191,7 @@ class Quantization(Part, frozen=True):
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl"] | None = None
-    backend: Literal["", "exllama_v1", "exllama_v2"] | None = None
+    backend: Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -335,8 +335,9 @@ class Loop(Part, frozen=True):
     """What the training script does around the step.
 
     `use_cache` takes no memory in training: what it would hold is kept for backward anyway, or the model has it off
-    under checkpointing. Where nothing trains it is on unless said otherwise, and a decoder's one pass returns its cache. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32
-    under bitsandbytes' 8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
+    under checkpointing. Where nothing trains it is on unless said otherwise, and a decoder's one pass returns its
+    cache. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32 under bitsandbytes'
+    8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
     backward pass, or, with the word `step`, through the optimizer's step too. `expandable_segments`: torch's allocator
     has them (PYTORCH_CUDA_ALLOC_CONF).
     """

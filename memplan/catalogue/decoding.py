@@ -64,7 +64,7 @@ class Loaded(NamedTuple):
 
     warms        what is allocated once and given back before it: nothing, `half` of the weights' bytes, or `all`
     stores_head  the checkpoint has a head though it is tied, which goes when the model is whole
-    backend      the kernel whose buffers are made then (`memplan.catalogue.exllama`)
+    backend      the kernel of packed weights (`memplan.catalogue.packed`)
     """
 
     warms: str = ""
@@ -79,6 +79,7 @@ class Pass(NamedTuple):
     wide        the model itself makes its logits fp32, all of them
     few_rows    as many as a product with 4-bit weights has at most where it makes no whole matrix of them
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
+    unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
     """
 
@@ -88,6 +89,7 @@ class Pass(NamedTuple):
     wide: bool = False
     few_rows: int = 0
     lingers: bool = False
+    unpacks: bool = False
     loaded: Loaded = Loaded()
 
     @property

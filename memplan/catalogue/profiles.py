@@ -42,7 +42,9 @@ WORDS = {
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
     "last_logits": "generation asks the model for the last token's logits alone",
-    "backend": "the kernel of GPTQ's 4 bits, where it has buffers of its own: exllama_v1 (catalogue/exllama.py)",
+    "gptq-int4": "the kernel of GPTQ's 4 bits where it makes something beside its output (catalogue/packed.py)",
+    "gptq-int8": "the same of GPTQ's 8 bits",
+    "awq-int4": "the same of AWQ",
     "warms": "what is allocated once before weights are loaded, and carved up for them: nothing, half or all of them",
     "stores_head": "a checkpoint in AWQ has the head beside embeddings it is tied to, and both are loaded",
     "few_rows": "rows at most of a product with 4-bit weights that makes no whole matrix (catalogue/quantization.py)",
@@ -149,8 +151,10 @@ PROFILES = (
             ),
             Row("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
             Row(
-                "backend", "", "gptqmodel 7.7 utils/importer.py: Marlin and others come before exllama, without buffers"
+                "gptq-int4", "", "gptqmodel 7.7 utils/importer.py: Marlin comes before ExLlama, and has no such buffers"
             ),
+            Row("gptq-int8", "", "gptqmodel 7.7 utils/importer.py: Marlin"),
+            Row("awq-int4", "", "gptqmodel 7.7 utils/importer.py: Marlin"),
             Row("warms", "all", "transformers 5.24 modeling_utils.py caching_allocator_warmup"),
             Row("stores_head", False, "transformers 5.24 core_model_loading.py: tied weights are loaded once"),
             Row("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
@@ -181,6 +185,7 @@ PROFILES = (
                 "transformers 4.51.3 modeling_utils.py caching_allocator_warmup, factor=4",
                 "quantised",
             ),
+            Row("awq-int4", "gemm", "transformers 4.51.3 integrations/awq.py replace_with_awq_linear"),
             Row(
                 "stores_head",
                 True,
@@ -240,10 +245,11 @@ PROFILES = (
         (
             Row("warms", "", "transformers 4.48.1 modeling_utils.py _load_state_dict_into_meta_model: one by one"),
             Row(
-                "backend",
+                "gptq-int4",
                 "exllama_v1",
                 "transformers 4.46.3 utils/quantization_config.py GPTQConfig.post_init: version 1, unless asked",
             ),
+            Row("gptq-int8", "cuda_old", "auto-gptq 0.7.1 utils/import_utils.py dynamically_import_QuantLinear"),
             Row("logits", "shifted", "transformers 4.48.1 loss/loss_utils.py ForCausalLMLoss"),
             Row("whole_rotary", True, "transformers 4.48.1 models/phi3/modeling_phi3.py", "", ("phi3",)),
             Row("dora_again", True, "peft 0.13.2 tuners/lora/dora.py DoraLinearLayer.forward"),

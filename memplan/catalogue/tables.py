@@ -1,4 +1,4 @@
-"""Rotary tables as transformers had them before 4.40: every layer keeps its own, for all the positions of the config."""
+"""Rotary tables as transformers had them before 4.40: every layer keeps its own, for all positions of the config."""
 
 from __future__ import annotations
 
