@@ -23,7 +23,7 @@ from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
-from memplan.resolve import Decided, with_new_tokens
+from memplan.resolve import Decided, with_new_tokens, with_use_cache
 from memplan.spec import Method, Part, Precision, RunSpec
 
 
@@ -33,7 +33,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
     refuse_of_inference(run)
-    run = with_new_tokens(run)
+    run = with_use_cache(with_new_tokens(run))
     profile = find_profile(run.profile).name
     words = decided(profile, model.model_type, run.method.quantization is not None)
     if words["code"] != "transformers" or words["pipeline"] != "device_map":
@@ -67,7 +67,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     notes += more
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
-    caches = generates or (returns_cache(run) and model.objective == "causal_lm")
+    caches = bool(run.loop.use_cache) and model.objective == "causal_lm"
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
@@ -138,11 +138,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
 def _alone(graph: Graph) -> Stack:
     """What the language model runs: a tower caches nothing."""
     return built(graph._replace(wiring=graph.wiring._replace(images=False)))[0]
-
-
-def returns_cache(run: RunSpec) -> bool:
-    """Whether one pass of a decoder returns what it cached, as transformers' models do unless told otherwise."""
-    return run.loop.use_cache or "use_cache" not in run.loop.model_fields_set
 
 
 def _precision(p: Precision) -> Precision:

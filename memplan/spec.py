@@ -155,8 +155,13 @@ GgufType = Literal[
 ]
 Format = Literal[TrainedOver, OnlyRuns, GgufType]
 _FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
+# Weights that share a scale, where a run says no other number: what the formats' own libraries make.
+# Source: transformers 5.24 utils/quantization_config.py GPTQConfig, AwqConfig; torchao 0.18; compressed-tensors 0.20.
 _GROUPS = {
     "fp8": 128,
+    "gptq-int4": 128,
+    "gptq-int8": 128,
+    "awq-int4": 128,
     "w4a16": 128,
     "w8a16": 128,
     "mxfp4": 32,
@@ -344,7 +349,7 @@ class Loop(Part, frozen=True):
 
     hold_outputs: Flag | Literal["step"] = False
     padded: Flag = False
-    use_cache: Flag = False
+    use_cache: Flag | None = None
     clip_grad_norm: Annotated[Number, Field(ge=0)] | None = 1.0
     grad_scaler: Flag = False
     trainer: Flag = False

@@ -25,6 +25,8 @@ from tests.tiny import TARGETS, TINY
 
 SHORT = {"micro": 3, "sequence": 75}
 RUNS: tuple[dict[str, Any], ...] = (
+    {"task": "forward", "batch": SHORT, "loop": {"use_cache": False}},
+    {"task": "forward", "batch": SHORT, "loop": {"padded": True, "use_cache": False}},
     {"task": "forward", "batch": SHORT},
     {"task": "forward", "batch": SHORT, "loop": {"padded": True}},
     {"task": "generate", "batch": {**SHORT, "new_tokens": 5}},
