@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
-from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, uncached
+from memplan.catalogue.caches import caches as caches_of
+from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.packed import BACKENDS
@@ -15,7 +16,6 @@ from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
-from memplan.ir import Stack
 from memplan.kernels import as_the_version_has, dtype_of_attention, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
@@ -81,7 +81,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uncapped=words["uncapped"],
         one_mask=words["one_mask"],
         scales_apart=words["scales_apart"],
-        flattens=batch.micro == 1 and model.model_type in JOINED,
+        flattens=batch.micro * run.generation.num_beams == 1 and model.model_type in JOINED,
         wide=seen == "fp32",
         images=bool(batch.images),
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
@@ -92,12 +92,20 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
     )
+    if generation.do_sample and generation.num_beams > 1:
+        raise SpecError(
+            "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
+        )
     now = Pass(
         "prefill" if generates else "forward",
         generation.cache_implementation or "",
         words["last_logits"],
         words["logits"] == "model",
+        wiring.has_mask(),
+        windowed and batch.sequence > (window or 0),
         words["few_rows"],
+        generation.num_beams > 1,
+        generation.do_sample,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
     )
     graph = Graph(
@@ -112,9 +120,9 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         trainable_layers=0,
         inference=now,
     )
-    if caches and not generates and (model.model_type in NOT_YET or uncached(_alone(graph))):
-        notes.append(f"the cache that {model.model_type} returns is not counted: say loop.use_cache false")
-    if generates and uncached(_alone(graph)):
+    if caches and not generates and not caches_all(graph):
+        notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
+    if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
             f"{model.model_type}",
@@ -132,12 +140,25 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
     structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
-    return Decided(structure, batch, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts, tuple(pictures))
+    return Decided(
+        structure,
+        batch,
+        gpu,
+        seen != "fp32",
+        large_tiles(capability),
+        tuple(notes),
+        parts,
+        tuple(pictures),
+        beams=generation.num_beams,
+    )
 
 
-def _alone(graph: Graph) -> Stack:
-    """What the language model runs: a tower caches nothing."""
-    return built(graph._replace(wiring=graph.wiring._replace(images=False)))[0]
+def caches_all(graph: Graph) -> bool:
+    """Whether as many layers leave something for the tokens to come as the table of caches has."""
+    stack, axes = built(graph)
+    kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
+    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]
+    return kept == len(own)
 
 
 def _precision(p: Precision) -> Precision:

@@ -20,6 +20,7 @@ from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, size
 from memplan.graph import EMPTIED, Graph, active, built, elements, inferred, loading, parameters_of, recorded_inference
 from memplan.graph import weights_of as graph_weights
+from memplan.ir import Division
 from memplan.run_axes import axes_of
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`."""
+    layer with a window has `past_window`. A static cache has `room` for so many. `division`: its weights are divided
+    among ranks."""
 
     graph: Graph
     batch: int
@@ -38,6 +40,8 @@ class Step(NamedTuple):
     past: int = 0
     past_window: int = 0
     window: int = 0
+    room: int = 0
+    division: Division | None = None
 
     @property
     def phase(self) -> str:
@@ -61,39 +65,49 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     if not graph.inference.generates:
         return (Step(graph, batch.micro, batch.sequence),)
     window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
+    rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
-    found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt))]
+    room = prompt + batch.new_tokens - 1
+    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
+        longer = bool(window) and past + 1 > window
+        static = graph.inference.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
             decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
         )
+        wiring = wiring._replace(padded=wiring.padded or static)
         recipe = graph.recipe
-        if batch.micro <= few_rows:
+        if rows <= few_rows:
             recipe = recipe._replace(copies=False)
         lingers = past == prompt and not graph.inference.last_only
-        now = graph.inference._replace(phase="decode", lingers=lingers, unpacks=bool(many) and batch.micro >= many)
+        unpacks = bool(many) and rows >= many
+        now = graph.inference._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=now)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
-        found.append(Step(one, batch.micro, 1, past, kept, windowed(past + 1)))
+        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
     return tuple(found)
 
 
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     """Every axis of a pass with its number."""
-    low, fixed = inferred(step.graph), built(step.graph)[1]
+    low, fixed = inferred(step.graph, division=step.division), built(step.graph)[1]
     more = {
         "kv": step.past + step.fed,
         "past": step.past,
         "kv_window": step.window,
         "past_window": step.past_window,
+        "kv_static": step.room,
+        "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
         "kernel1": fixed.get("kernel", 0) + 1,
     }
-    for name in ("kv", "kv_window"):
+    if step.graph.model.config.get("index_topk"):
+        more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
+    for name in ("kv", "kv_window", "kv_static", "kv_window_static"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
@@ -106,17 +120,26 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         decided.large_tiles,
         ONE_RUN,
         decided.pictures,
+        decided.batch.target_sequence,
     )
     return {**fixed, **axes, **more}
 
 
-def _bytes(low: Lowered, axes: Mapping[str, int]) -> list[int]:
+def bytes_of(low: Lowered, axes: Mapping[str, int]) -> list[int]:
+    """The bytes of a storage of each of a pass's sizes."""
     return [size(key[0], key[1], axes)[1] for key in low.sizes]
 
 
 def live(low: Lowered, moment: Moment, axes: Mapping[str, int], sizes: list[int]) -> int:
     """Bytes alive at a moment of a pass."""
     return sum(sizes[key] * count for key, count in alive(moment, low.runs, axes).items())
+
+
+def most_of(low: Lowered, axes: Mapping[str, int]) -> Peak:
+    """The most bytes alive at a moment of a pass."""
+    sizes = bytes_of(low, axes)
+    most = [live(low, moment, axes, sizes) for moment in low.moments]
+    return Peak(max(most), most.index(max(most)))
 
 
 class Walked(NamedTuple):
@@ -150,7 +173,7 @@ class Walked(NamedTuple):
     def left(self, step: Step, axes: Mapping[str, int]) -> list[tuple[str, int]]:
         """What a pass leaves for the next: names, and bytes of all tensors of that name."""
         low = inferred(step.graph, labelled=True)
-        sizes = _bytes(low, {**built(step.graph)[1], **axes})
+        sizes = bytes_of(low, {**built(step.graph)[1], **axes})
         there = alive(low.left, low.runs, {**built(step.graph)[1], **axes})
         return [(low.sizes[key][5], sizes[key] * count) for key, count in there.items() if count]
 
@@ -160,7 +183,7 @@ class Walked(NamedTuple):
             if step.phase != phase:
                 continue
             low = inferred(step.graph)
-            sizes = _bytes(low, axes)
+            sizes = bytes_of(low, axes)
             for moment in low.moments:
                 found: dict[int, int] = {}
                 for key, count in alive(moment, low.runs, axes).items():
@@ -203,12 +226,7 @@ def walk(decided: Decided, expandable: bool = False) -> Walked:
     """The peak of every phase. `expandable`: torch's allocator has expandable segments."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
-    peaks: list[Peak] = []
-    for step, numbers in zip(steps, axes, strict=True):
-        low = inferred(step.graph)
-        sizes = _bytes(low, numbers)
-        most = [live(low, moment, numbers, sizes) for moment in low.moments]
-        peaks.append(Peak(max(most), most.index(max(most))))
+    peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
     graph = steps[0].graph
     resident, unsplit, most = loaded(graph, expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
@@ -226,8 +244,22 @@ def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
     there are while they are loaded."""
     allocator = Allocator(expandable)
     resident = sum(h.bytes * h.copies for h in parameters_of(graph))
-    _load(graph, allocator)
+    load(graph, allocator)
     return resident, allocator.allocated - resident, allocator.peak_allocated
+
+
+def most_while_loading(events: Iterable[tuple[int, int]]) -> int:
+    """The most bytes alive at once of what is made and freed, see `memplan.graph.loading`."""
+    there: dict[int, int] = {}
+    now = most = 0
+    for number, bytes_ in events:
+        if bytes_:
+            there[number] = bytes_
+            now += bytes_
+            most = max(most, now)
+        elif number != EMPTIED:
+            now -= there.pop(number)
+    return most
 
 
 def counted(graph: Graph) -> tuple[int, int, int]:
@@ -250,7 +282,7 @@ class Engine(NamedTuple):
         w = self.walked
         for step, axes in zip(w.steps, w.axes, strict=True):
             low = inferred(step.graph)
-            sizes = _bytes(low, axes)
+            sizes = bytes_of(low, axes)
             for moment in low.moments:
                 bytes_ = w.resting + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
@@ -282,18 +314,18 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
     """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
     allocator = Allocator(replay.expandable, capacity)
     try:
-        _load(replay.steps[0].graph, allocator)
+        load(replay.steps[0].graph, allocator)
         allocator.alloc(replay.workspace)
         left: list[tuple[tuple[str, ...], Block]] = []
         for step, axes in zip(replay.steps, replay.axes, strict=True):
-            left = _pass(recorded_inference(step.graph), dict(axes), allocator, left)
+            left = replayed(recorded_inference(step.graph), dict(axes), allocator, left)
     except OutOfMemoryError:
         return None
     return allocator.peak_reserved
 
 
-def _load(graph: Graph, allocator: Allocator) -> None:
-    """Load the weights, from one block for many of them where the version makes that first."""
+def load(graph: Graph, allocator: Allocator) -> None:
+    """Replay loading, from one block for many weights where the version makes that first."""
     warms = graph.inference.loaded.warms if graph.inference else ""
     if warms:
         total = sum(h.bytes * h.copies for h in parameters_of(graph))
@@ -308,7 +340,7 @@ def _load(graph: Graph, allocator: Allocator) -> None:
             allocator.free(blocks.pop(number))
 
 
-def _pass(
+def replayed(
     recording: Recorded, axes: Mapping[str, int], allocator: Allocator, left: list[tuple[tuple[str, ...], Block]]
 ) -> list[tuple[tuple[str, ...], Block]]:
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""

@@ -419,7 +419,8 @@ class Zero(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work. `etp` is `tp` where it is not said, as Megatron has it.
+    """`world` GPUs and how they divide the work; `gpus_per_node` of them share a host's memory (8 unless said). `etp`
+    is `tp` where it is not said, as Megatron has it.
 
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
@@ -429,9 +430,10 @@ class Parallelism(Part, frozen=True):
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
     without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
-    pipeline's stages, where they stay whole for a step); `forward_prefetch` and
-    `backward_prefetch` say when FSDP1 asks for the next unit. Of DDP: with `bucket_view` gradients lie in the buckets,
-    and a `static_graph` is the same in every step.
+    pipeline's stages, where they stay whole for a step); `forward_prefetch` and `backward_prefetch` say when FSDP1 asks
+    for the next unit; with `cpu_ram_efficient_loading` one process of a node loads the checkpoint, and the others are
+    sent what they have of it. Of DDP: with `bucket_view` gradients lie in the buckets, and a `static_graph` is the same
+    in every step.
     """
 
     world: Count = 1
@@ -449,10 +451,12 @@ class Parallelism(Part, frozen=True):
     reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False
     backward_prefetch: Literal["pre", "post", "none"] = "pre"
+    cpu_ram_efficient_loading: Flag = True
     bucket_view: Flag = False
     static_graph: Flag = False
     offload: Offload = Offload()
     zero: Zero = Zero()
+    gpus_per_node: Count | None = None
     stage: Natural | None = None
     schedule: Literal["1f1b", "gpipe", "device_map"] | None = None
     first_stage_layers: Count | None = None
@@ -465,10 +469,66 @@ class Generation(Part, frozen=True):
     `batch.sequence`, and `batch.new_tokens` come after it.
 
     `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
-    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done.
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room
+    for the prompt and all new tokens from the start. Of every prompt there are `num_beams` sequences. With `do_sample`
+    tokens are drawn after temperature, top-k and top-p; else the likeliest is taken.
     """
 
-    cache_implementation: Literal["dynamic", "legacy"] | None = None
+    cache_implementation: Literal["dynamic", "static", "legacy"] | None = None
+    num_beams: Count = 1
+    do_sample: Flag = False
+
+
+class Evaluation(Part, frozen=True):
+    """Evaluation between two steps, as transformers' Trainer runs it: forward passes of `micro` sequences
+    (`per_device_eval_batch_size`) of `sequence` tokens each, as long as those of training where that is None.
+
+    kept_batches   of so many batches the logits are kept on the GPU, as they are for `compute_metrics`, unless
+                   `prediction_loss_only`; 0 for none
+    accumulation   after so many batches they go to the host (`eval_accumulation_steps`)
+    concatenates   those of a further batch are joined with those before (`eval_do_concat_batches`); else a list is kept
+    preprocess     `preprocess_logits_for_metrics` keeps the likeliest token alone
+    batch_metrics  each batch's go when its metrics are computed (`batch_eval_metrics`)
+    new_tokens     so many tokens are generated after each sequence (`predict_with_generate`)
+    """
+
+    micro: Count = 8
+    sequence: Count | None = None
+    kept_batches: Natural = 0
+    accumulation: Count | None = None
+    concatenates: Flag = True
+    preprocess: Literal["argmax"] | None = None
+    batch_metrics: Flag = False
+    new_tokens: Natural = 0
+
+
+class Saving(Part, frozen=True):
+    """A checkpoint after a step. `state_dict`: `full` gathers whole weights, `sharded` has every rank write its part;
+    None for full. `optimizer`: its states are written too, as they are in a checkpoint of the Trainer's."""
+
+    state_dict: Literal["full", "sharded"] | None = None
+    optimizer: Flag = True
+
+
+class Merging(Part, frozen=True):
+    """Adapters added to the weights they are beside, as peft's `merge_and_unload` does it: of the model that was
+    `trained`, in its process; or of one `reloaded` for it on the GPU by another, in `dtype` and not quantised."""
+
+    model: Literal["trained", "reloaded"] = "trained"
+    dtype: Dtype | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class Also(Part, frozen=True):
+    """What a training run does beside its steps, where it is to be counted: evaluate, save, merge its adapters."""
+
+    evaluation: Evaluation | None = None
+    saving: Saving | None = None
+    merging: Merging | None = None
 
 
 class Serving(Part, frozen=True):
@@ -540,6 +600,7 @@ class RunSpec(Part, frozen=True):
             kernels: Kernels | Mapping[str, Any] = ...,
             loop: Loop | Mapping[str, Any] = ...,
             generation: Generation | Mapping[str, Any] = ...,
+            also: Also | Mapping[str, Any] = ...,
             parallelism: Parallelism | Mapping[str, Any] = ...,
             serving: Serving | Mapping[str, Any] = ...,
             profile: str = ...,
@@ -556,6 +617,7 @@ class RunSpec(Part, frozen=True):
     kernels: Kernels = Kernels()
     loop: Loop = Loop()
     generation: Generation = Generation()
+    also: Also = Also()
     parallelism: Parallelism = Parallelism()
     serving: Serving = Serving()
     profile: str = "transformers-5"

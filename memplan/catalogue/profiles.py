@@ -19,7 +19,7 @@ WORDS = {
     "logits": "how the loss of all logits is written: padded, shifted, model, half, in_place (catalogue/losses.py)",
     "sdpa_copies": "what is copied before torch's attention: heads (repeated k and v), all (q, k and v), or nothing",
     "flash_2_copies": "the same before flash attention 2",
-    "code": "whose model it is: transformers, litgpt",
+    "code": "whose model it is: transformers, litgpt, torchtitan",
     "converts": "what the model returns is cast to fp32",
     "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
     "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
@@ -39,7 +39,7 @@ WORDS = {
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
-    "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
+    "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, or none",
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
     "last_logits": "generation asks the model for the last token's logits alone",
     "gptq-int4": "the kernel of GPTQ's 4 bits where it makes something beside its output (catalogue/packed.py)",
@@ -50,6 +50,7 @@ WORDS = {
     "few_rows": "rows at most of a product with 4-bit weights that makes no whole matrix (catalogue/quantization.py)",
     "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
     "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
+    "quantised_there": "under FSDP a quantised model is whole on every GPU before it is divided",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -159,6 +160,7 @@ PROFILES = (
             Row("stores_head", False, "transformers 5.24 core_model_loading.py: tied weights are loaded once"),
             Row("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
             Row("last_logits", True, "transformers 5.24 generation/utils.py prepare_inputs_for_generation"),
+            Row("quantised_there", True, "transformers 5.24 quantizers/quantizer_bnb_4bit.py update_device_map"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
             Row("fsdp_casts", False, "accelerate 1.15 accelerator.py prepare_model: autocast around the model too"),
             Row("fsdp_reduces", "", "accelerate 1.15 utils/dataclasses.py set_mixed_precision: one dtype for all"),
@@ -211,6 +213,11 @@ PROFILES = (
                 "uncapped", True, "transformers 4.51.3 models/gemma2/modeling_gemma2.py _supports_sdpa", "", ("gemma2",)
             ),
             Row("by_name", False, "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel.forward"),
+            Row(
+                "quantised_there",
+                False,
+                "transformers 4.51.3 modeling_utils.py _load_state_dict_into_meta_model: back to the host, by weight",
+            ),
             Row(
                 "gathers_again",
                 True,
@@ -501,12 +508,15 @@ PROFILES = (
             Row("fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"),
             Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
-            Row("tensor_parallel", "", "torchtitan 0.3.0 models/common/decoder_sharding.py: not read"),
+            Row("tensor_parallel", "torchtitan", "torchtitan 0.3.0 models/common/decoder_sharding.py"),
+            Row("code", "torchtitan", "torchtitan 0.3.0 models/llama3/model.py", "", ("llama",)),
+            Row("logits", "plain", "torchtitan 0.3.0 components/loss.py CrossEntropyLoss", "", ("llama",)),
             Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
-            "FSDP2 keeps fp32 shards and computes in bf16: say precision amp; tensor parallelism",
-            "selective checkpointing of operations, and compiled blocks and loss",
+            "FSDP2 keeps fp32 shards and computes in bf16: say precision amp",
+            "its own layers are those of Llama, in full training; others are counted with transformers' layers",
+            "the loss in chunks, selective checkpointing of operations, and compiled blocks and loss",
         ),
     ),
     Profile(

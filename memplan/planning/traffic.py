@@ -41,7 +41,8 @@ class Cluster(NamedTuple):
 class Grid(NamedTuple):
     """How the GPUs divide a run: the degrees, the strategy of the replicas, and the passes that make up a step.
 
-    world = dp x tp x pp x cp; the ep ranks that divide the experts are among the replicas.
+    world = dp x tp x pp x cp; the ep ranks that divide the experts are among the replicas, or, where there are none,
+    those that divide matrices.
     """
 
     dp: int
@@ -85,7 +86,7 @@ def groups(cluster: Cluster, grid: Grid) -> dict[str, Group]:
     return {
         "tp": group(cluster, grid.tp, 1),
         "cp": group(cluster, grid.cp, grid.tp),
-        "ep": group(cluster, grid.ep, grid.tp),
+        "ep": group(cluster, grid.ep, grid.tp if grid.replicas > 1 else 1),
         "dp": group(cluster, grid.replicas, grid.tp),
         "pp": group(cluster, grid.pp, beside * grid.dp),
     }

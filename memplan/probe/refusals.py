@@ -124,6 +124,12 @@ def _parallelism(run: RunSpec) -> None:
         )
     if p.dp > 1 and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
+    if p.ep > 1 and (p.ep != p.dp or p.strategy != "fsdp2" or run.precision.autocast or run.method.kind != "full"):
+        raise SpecError(
+            f"parallelism.ep: a probe runs {p.ep} ranks that divide experts where they divide matrices (tp), or the "
+            "batch (dp) in full training under fsdp2 without autocast",
+            "parallelism.ep",
+        )
     if run.task != "train" and p.dp > 1:
         raise _not_run("task", run.task, "train, on several GPUs")
     if p.static_graph:  # it counts which parameters were used in pinned memory

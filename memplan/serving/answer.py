@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from memplan.answer import Band, Card, Estimate, Line, Parameters, Peak, Phase, Rank
+from memplan.catalogue.overhead import Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.graph import active, elements
 from memplan.models import ModelSpec
@@ -224,9 +225,14 @@ class Served(Usage):
             + self._budget.pool.needs(self._settings.context, self._settings.batch)
         )
 
-    def _beside_torch(self, level: str) -> int:
+    @property
+    def beside(self) -> tuple[Overhead, ...]:
+        """What the process has beside torch's tensors and the graphs."""
         b = self._budget
-        return sum(getattr(row, level) for row in (b.context, b.nccl, b.beside))
+        return (b.context, *b.nccl, b.beside)
+
+    def _beside_torch(self, level: str) -> int:
+        return sum(getattr(row, level) for row in self.beside)
 
     @cached_property
     def used(self) -> int:

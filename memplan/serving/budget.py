@@ -9,7 +9,7 @@ from math import ceil
 from typing import NamedTuple
 
 from memplan.catalogue.engines import beside_of, graphs_of
-from memplan.catalogue.overhead import Overhead, cuda_context, nccl
+from memplan.catalogue.overhead import Communicator, Overhead, cuda_context, nccl
 from memplan.serving.passes import Step, largest
 from memplan.serving.pool import Pool
 from memplan.serving.settings import Settings
@@ -37,7 +37,7 @@ class Budget(NamedTuple):
     graphs: Overhead
     beside: Overhead
     context: Overhead
-    nccl: Overhead
+    nccl: tuple[Overhead, ...]
     available: int
     pool: Pool
     aside: int | None = None
@@ -95,18 +95,19 @@ def budget(s: Settings, total: int | None, level: str = "usual") -> Budget:
     return found
 
 
-def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, Overhead]:
+def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhead, ...]]:
     """Recorded graphs, what is loaded beside torch, the driver's context, and NCCL's."""
     capability = s.gpu.compute_capability if s.gpu else None
     kind = s.engine.kind
-    return graphs_of(kind, bool(s.serving.cuda_graphs)), beside_of(kind), cuda_context(capability), nccl(s.tp)
+    groups = (Communicator("tp", s.tp),) if s.tp > 1 else ()
+    return graphs_of(kind, bool(s.serving.cuda_graphs)), beside_of(kind), cuda_context(capability), nccl(groups)
 
 
 def _at(s: Settings, level: str) -> tuple[int, int]:
     """What is there before the engine looks at its card, and what it takes off for graphs and loaded kernels."""
     graphs, beside, context, ranks = _overheads(s)
     aside = getattr(beside, level) + (getattr(graphs, level) if s.words.get("counts_graphs") else 0)
-    return getattr(context, level) + getattr(ranks, level), aside
+    return sum(getattr(row, level) for row in (context, *ranks)), aside
 
 
 def card_for(b: Budget, level: str = "usual") -> int:

@@ -110,6 +110,7 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     model = model or find_model(run.model)
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     _refuse(run, engine, model)
+    _refuse_card(gpu, engine, words)
     context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
     serving = _filled(run.serving, engine, words, model, gpu, run, context)
     if serving.max_model_len is not None and context > serving.max_model_len:
@@ -191,6 +192,16 @@ def _steps(engine: Engine, gpu: GPU | None, tp: int) -> tuple[int, int]:
 
 
 _SGLANG = ((20, 2048, 8, 8), (35, 4096, 48, 160), (60, 4096, 32, 160), (90, 8192, 256, 512), (160, 8192, 256, 512))
+
+
+def _refuse_card(gpu: GPU | None, engine: Engine, words: dict[str, Any]) -> None:
+    """Raise SpecError for a card that is too old for the engine's kernels."""
+    least = words.get("capability", 0)
+    if gpu is not None and gpu.compute_capability is not None and gpu.compute_capability < divmod(least, 10):
+        has = ".".join(map(str, gpu.compute_capability))
+        raise SpecError(
+            f"gpu: {engine.title} needs compute capability {least / 10:g}, and {gpu.title} has {has}", "gpu"
+        )
 
 
 def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:

@@ -52,7 +52,7 @@ def held(s: Settings) -> tuple[Held, ...]:
     for w in stored_weights(s.model, s.quantization, s.dtype):
         if s.engine.kind == "llama.cpp" and not _on_card(s, w):
             continue
-        bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else _of_rank(s, w), w.source
+        bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w), w.source
         if kernel is not None and ".experts." in w.name:
             bytes_, source = _repacked(s, kernel, w), kernel.source
         entry = found.setdefault((w.group, w.dtype, source, w.basis), [0, 0])
@@ -86,7 +86,7 @@ def _on_card(s: Settings, w: StoredWeight) -> bool:
     return (s.serving.gpu_layers or 0) > 0
 
 
-def _of_rank(s: Settings, w: StoredWeight) -> int:
+def of_rank(s: Settings, w: StoredWeight) -> int:
     """Bytes of a tensor on one of the ranks."""
     words, tp = frozenset(w.name.split(".")), s.tp
     if w.group in ("embedding", "lm_head") and not words & _POSITIONS and len(w.shape) == 2:

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from memplan.catalogue.context_parallel import FAMILIES
 from memplan.catalogue.expert_parallel import FAMILIES as EXPERTS
 from memplan.catalogue.tensor_parallel import PLANS
+from memplan.errors import MemplanError
+from memplan.estimator import estimate
 from memplan.probe.libraries import versions
 from memplan.spec import RunSpec
 from tests.golden.trace_families import config_of
@@ -54,6 +56,10 @@ _REAL: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
     ("mistral-7b-v0.3", 0, 8, {"kernels": {"attention": "flash_attention_2"}}),
 )
 _MIXTURES = {*EXPERTS, *(name for name, plan in PLANS.items() if plan.experts)}
+_WHOLE: tuple[dict[str, Any], ...] = (
+    {"batch": {"micro": 8, "sequence": 128, "accumulation": 2}, "optimizer": "adamw_torch"},
+    {"precision": "fp32", "loop": {"clip_grad_norm": None}, "optimizer": "sgd"},
+)
 _REAL_MIXTURES: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("mixtral-8x7b", 0, 8, 1, {}),
     ("mixtral-8x7b", 0, 8, 8, {}),
@@ -94,10 +100,36 @@ def mixture_runs() -> Iterator[tuple[str, RunSpec]]:
                 asked = _run(config, 2, {"micro": 4, "sequence": 256}, options)
                 parallelism = asked.parallelism.model_copy(update={"ep": ep})
                 yield f"{name}-tp2-ep{ep}", asked.model_copy(update={"parallelism": parallelism})
+    for name in EXPERTS:
+        for options in (*_KINDS[:2], *(_WHOLE if name in ("mixtral", "qwen3_moe") else ())):
+            asked = _whole(config_of(name, 0), 4, {"micro": 4, "sequence": 256}, options)
+            if _is_answered(asked):  # FSDP2 takes no models with weights of two dtypes
+                yield f"{name}-dp4-ep4", asked
+    for name, dp, options in (
+        ("mixtral-8x7b", 8, {}),
+        ("qwen3-30b-a3b", 8, {"kernels": {"checkpointing": "none"}}),
+        ("gpt-oss-20b", 16, {"optimizer": "adamw_torch"}),
+    ):
+        yield f"{name}-dp{dp}-ep{dp}", _whole(config_of(name, 0), dp, {"micro": 1, "sequence": 4096}, options)
     for name, layers, tp, ep, options in _REAL_MIXTURES:
         asked = _run(config_of(name, layers), tp, {"micro": 1, "sequence": 2048}, options)
         parallelism = asked.parallelism.model_copy(update={"ep": ep})
         yield f"{name}-tp{tp}-ep{ep}", asked.model_copy(update={"parallelism": parallelism})
+
+
+def _whole(config: dict[str, Any], dp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
+    """On ranks that divide the batch, their weights by FSDP2, and that each have some experts whole."""
+    parallelism = {"world": dp, "dp": dp, "ep": dp, "strategy": "fsdp2"}
+    given = {"batch": batch, **options}
+    return RunSpec(model={"config": config}, parallelism=parallelism, gpu="a100-sxm-80gb", **given)
+
+
+def _is_answered(run: RunSpec) -> bool:
+    try:
+        estimate(run)
+    except MemplanError:
+        return False
+    return True
 
 
 def context_runs() -> Iterator[tuple[str, RunSpec]]:
