@@ -141,7 +141,7 @@ def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | N
     division = division_in_pass(found.structure, later=False)
     cache = words["cache"] if run.loop.use_cache else ""
     now = Pass("eval", cache, wide=words["logits"] == "model")
-    graph = _still(found.structure.graph, now, caching=run.loop.use_cache)
+    graph = _still(found.structure.graph, now, caching=bool(run.loop.use_cache))
     step = Step(graph, e.micro, found.batch.sequence, division=division)
     axes = numbers_of(step, found)
     low = inferred(graph, division=division)

@@ -87,7 +87,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
 
 def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -> Estimate:
     """The answer for a run in which nothing trains."""
-    walked = inference.walk(decided)
+    walked = inference.walk(decided, run.loop.expandable_segments)
     phases = walked.phases
     top = max(phases, key=lambda phase: phase.peak)
     model = decided.structure.graph.model

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Line, Phase, Rank
 from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.packed import MANY_ROWS
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
 from memplan.engine.lower import Moment
 from memplan.engine.record import FREED, Recorded
@@ -58,6 +59,9 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     """The passes of a run, in order: of those that decode, the first and the last."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
+    many = MANY_ROWS.get(graph.inference.loaded.backend, 0)
+    if many and batch.micro * batch.sequence >= many:
+        graph = graph._replace(inference=graph.inference._replace(unpacks=True))
     if not graph.inference.generates:
         return (Step(graph, batch.micro, batch.sequence),)
     window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
@@ -79,9 +83,10 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         recipe = graph.recipe
         if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        one = graph._replace(
-            wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode", longer=longer)
-        )
+        lingers = past == prompt and not graph.inference.last_only
+        unpacks = bool(many) and rows >= many
+        now = graph.inference._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
+        one = graph._replace(wiring=wiring, recipe=recipe, inference=now)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
         found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
@@ -145,8 +150,14 @@ class Walked(NamedTuple):
     axes: tuple[dict[str, int], ...]
     peaks: tuple[Peak, ...]
     parameters: int
+    unsplit: int
     loading: int
     workspace: int
+
+    @property
+    def resting(self) -> int:
+        """What is there throughout all passes."""
+        return self.parameters + self.unsplit + self.workspace
 
     @property
     def phases(self) -> list[Phase]:
@@ -155,7 +166,7 @@ class Walked(NamedTuple):
         for name in dict.fromkeys(step.phase for step in self.steps):
             i = self._top(name)
             low = inferred(self.steps[i].graph)
-            peak = self.parameters + self.workspace + self.peaks[i].bytes
+            peak = self.resting + self.peaks[i].bytes
             out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
         return out
 
@@ -191,8 +202,11 @@ class Walked(NamedTuple):
             held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
             for h in parameters_of(first)
         ]
+        if self.unsplit:
+            what, why = "left unsplit", "ends of blocks that weights have to themselves, up to 1 MiB each"
+            out.append(Line(what, "other", "torch", "", (), "uint8", 1, self.unsplit, why, _UNSPLIT, "derived"))
         if phase == "load":
-            more = self.loading - self.parameters
+            more = self.loading - self.parameters - self.unsplit
             what = "weights before they are converted, less what comes after"
             out += [Line(what, "temp", "", "", (), "", 1, more, "loading", "", "derived")] if more > 0 else []
         else:
@@ -208,15 +222,30 @@ class Walked(NamedTuple):
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
 
 
-def walk(decided: Decided) -> Walked:
-    """The peak of every phase."""
+def walk(decided: Decided, expandable: bool = False) -> Walked:
+    """The peak of every phase. `expandable`: torch's allocator has expandable segments."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
     peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
     graph = steps[0].graph
-    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    resident, unsplit, most = loaded(graph, expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
-    return Walked(decided, steps, axes, tuple(peaks), resident, most_while_loading(loading(graph)), workspace)
+    return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
+
+
+_UNSPLIT = (
+    "torch 2.13 c10/cuda/CUDACachingAllocator.cpp should_split: what is left of a large block counts as allocated"
+)
+
+
+@lru_cache(maxsize=512)
+def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
+    """Bytes of weights and buffers; those that torch counts beside them, because blocks were not split; and the most
+    there are while they are loaded."""
+    allocator = Allocator(expandable)
+    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    load(graph, allocator)
+    return resident, allocator.allocated - resident, allocator.peak_allocated
 
 
 def most_while_loading(events: Iterable[tuple[int, int]]) -> int:
@@ -255,7 +284,7 @@ class Engine(NamedTuple):
             low = inferred(step.graph)
             sizes = bytes_of(low, axes)
             for moment in low.moments:
-                bytes_ = w.parameters + w.workspace + live(low, moment, axes, sizes)
+                bytes_ = w.resting + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
 
     def ranks(self) -> Iterable[Rank]:
@@ -315,7 +344,11 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
 
 
 def load(graph: Graph, allocator: Allocator) -> None:
-    """Replay loading."""
+    """Replay loading, from one block for many weights where the version makes that first."""
+    warms = graph.inference.loaded.warms if graph.inference else ""
+    if warms:
+        total = sum(h.bytes * h.copies for h in parameters_of(graph))
+        allocator.free(allocator.alloc(total if warms == "all" else total // 2))
     blocks: dict[int, Block] = {}
     for number, bytes_ in loading(graph):
         if bytes_:

@@ -129,7 +129,9 @@ def refuse_of_inference(run: RunSpec) -> None:
         raise _later("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
     if run.kernels.compile:
         raise _later("kernels.compile", True, "false")
-    for field in ("hold_outputs", "grad_scaler", "trainer", "use_cache"):
+    if task == "generate" and loop.use_cache is False:
+        raise _later("loop.use_cache", False, "true with task generate")
+    for field in ("hold_outputs", "grad_scaler", "trainer"):
         if getattr(loop, field):
             raise SpecError(f"loop.{field}: is of training, and with task {task} nothing trains", f"loop.{field}")
 

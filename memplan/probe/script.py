@@ -162,7 +162,7 @@ class Script:
         inputs = inputs_of(self.run, self.model, self.device)
         options: dict[str, Any] = {}
         if "use_cache" in inspect.signature(base_of(self.model).forward).parameters:  # it decodes
-            options["use_cache"] = self.run.loop.use_cache
+            options["use_cache"] = bool(self.run.loop.use_cache)
         if self.run.batch.images:
             options |= pictures(self.run, base_of(self.model), inputs["input_ids"])
         if self.run.loop.padded and "input_ids" in inputs:
