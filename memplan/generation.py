@@ -114,6 +114,13 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         trainable_layers=0,
         inference=now,
     )
+    crosses = any(part.per == "source" for layer in caches(model) for part in layer.parts) if generates else False
+    if crosses and batch.images:
+        raise SpecError(
+            f"batch.images: the keys and values that {model.model_type} caches of images are not supported yet with task "
+            "generate; supported: 0, text alone",
+            "batch.images",
+        )
     if generates and not _caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
