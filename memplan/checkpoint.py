@@ -161,6 +161,25 @@ def compared(model: ModelSpec, tensors: tuple[StoredTensor, ...]) -> Compared:
     return _same_elsewhere(Compared(others, lacks, buffers), built_tensors(model))
 
 
+_EXPERT = re.compile(r"\.experts\.\d+\.(\w+?)(_proj)?\.")
+
+
+def owners(model: ModelSpec, names: Iterable[str]) -> Iterator[Parameter | None]:
+    """The parameter that each tensor of a checkpoint is, or is a part of; None where that is not found by its name."""
+    known = {_rootless(one.name): one for one in parameters(model)}
+
+    def of(name: str) -> Parameter | None:
+        found = next((known[whole] for whole in (name, *_wholes(name)) if whole in known), None)
+        expert = _EXPERT.search(name) if found is None else None
+        if expert is None:
+            return found
+        stack = f"{name[: expert.start()]}.experts."
+        last = "down_proj" if expert[1] in ("down", "w2") else "gate_up_proj"
+        return known.get(stack + last) or known.get(f"{stack}{expert[1]}_proj")
+
+    return (of(_rootless(name)) for name in names)
+
+
 def _wholes(name: str) -> Iterator[str]:
     """The parameters that a tensor may be a part of, where it is a part of how a library stores one."""
     whole = _PACKED.sub("", name)

@@ -12,8 +12,9 @@ class Degrees(NamedTuple):
     """Which part of the model and of a sequence one rank computes.
 
     tp                 ranks that divide each matrix; `sequence_parallel`: they divide the sequence between matrices too
-    cp                 ranks that divide the sequence
+    cp, context        ranks that divide the sequence, and how they attend to all of it: ring, ulysses
     ep, etp            ranks that divide the experts, and each expert's matrices
+    imbalance          rows that the rank receives of those that it sends to others' experts, in thousandths
     pp, stage          stages of a pipeline, and this rank's, the first being 0
     virtual_stages     chunks of layers that a stage has
     layers             how many of the model's each stage has, in order; of several chunks each is a stage here
@@ -23,8 +24,10 @@ class Degrees(NamedTuple):
     tp: int = 1
     sequence_parallel: bool = False
     cp: int = 1
+    context: str = "ring"
     ep: int = 1
     etp: int = 1
+    imbalance: int = 1000
     pp: int = 1
     stage: int = 0
     virtual_stages: int = 1
@@ -51,7 +54,17 @@ def degrees_of(p: Parallelism, style: str) -> Degrees:
     """The degrees of a rank of such a world, whose profile has tensor parallelism of that style."""
     style = style if p.tp > 1 else WHOLE.style
     etp = p.tp if p.etp is None else p.etp
-    return Degrees(tp=p.tp, sequence_parallel=p.sequence_parallel, cp=p.cp, ep=p.ep, etp=etp, style=style)
+    most = round(1000 * p.expert_imbalance)
+    return Degrees(
+        tp=p.tp,
+        sequence_parallel=p.sequence_parallel,
+        cp=p.cp,
+        context=p.context,
+        ep=p.ep,
+        etp=etp,
+        imbalance=most,
+        style=style,
+    )
 
 
 def check_product(p: Parallelism) -> SpecError | None:

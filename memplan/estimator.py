@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, NamedTuple
 from memplan import inference
 from memplan.answer import Bytes, Card, Estimate, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.batches import check_batch
-from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
+from memplan.catalogue.engines import find_engine
+from memplan.catalogue.overhead import Communicator, cublas_workspace, cuda_context, nccl
+from memplan.communicators import NODE
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
+from memplan.host import on_host
 from memplan.program import PHASES, Program, host_bytes, host_notes, phase_peaks, program, step_where
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
-from memplan.spec import RunSpec
-from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, one_process, parameters_of
+from memplan.spec import Also, RunSpec
+from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, parameters_of
 from memplan.usage import Around, Replay, Usage, around, resident
 
 if TYPE_CHECKING:
+    from memplan.also import Aside
     from memplan.calibration import Calibration
     from memplan.models import ModelSpec
 
@@ -37,18 +41,32 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError (all MemplanError) where the run cannot be
     answered. A run that does not fit is an answer, not an error.
     """
+    if find_engine(run.profile) is not None:
+        from memplan.serving import serve
+
+        return serve(run, model)
     found = decide(run, model)
     if run.task != "train":
         return _inferred(run, found, calibration)
     decided, walked = worst(run, found)
+    asked: tuple[Aside, ...] = ()
+    said: tuple[str, ...] = ()
+    if run.also != Also():
+        from memplan.also import asides, notes_of
+
+        asked = asides(run, walked, decided, model)
+        said = tuple(notes_of(run, asked))
+        walked = walked.followed_by(asked)
     p = walked.program
     note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.top
     calibration = calibration_of(decided.gpu, calibration)
+    in_steps = host_bytes(p, walked.axes)
     notes = [
         *decided.notes,
-        *host_notes(decided.structure),
+        *host_notes(decided.structure, run.parallelism.gpus_per_node or NODE),
         *((note,) if note else ()),
+        *said,
         *((calibration.named(),) if calibration else ()),
     ]
     return Estimate(
@@ -59,10 +77,11 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
-        host_bytes(p, walked.axes),
+        in_steps + max((aside.host for aside in asked), default=0),
         tuple(notes),
         Engine(run, walked, decided, calibration),
         calibration,
+        host=on_host(decided.structure, run.parallelism, run.profile, in_steps),
     )
 
 
@@ -74,8 +93,9 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
     model = decided.structure.graph.model
     note = check_batch(decided.batch, model)
     calibration = calibration_of(decided.gpu, calibration)
-    replay = inference.replay(walked, run.loop.expandable_segments)
-    beside = around_of(decided.gpu, 1, calibration)
+    axes = tuple(tuple(of.items()) for of in walked.axes)
+    replay = inference.Replay(walked.steps, axes, walked.workspace, run.loop.expandable_segments)
+    beside = around_of(decided.gpu, decided.communicators, calibration)
     return Estimate(
         run,
         {**decided.parts, "objective": model.objective},
@@ -93,10 +113,12 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
 
 def _usage(run: RunSpec, decided: Decided, walked: Walked, calibration: Calibration | None) -> Usage:
     """What a rank takes of its card."""
-    replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
-    world = 1 if one_process(decided.structure) else run.parallelism.world
-    beside = around_of(decided.gpu, world, calibration)
-    return Usage(replay, resident(walked.program), walked.phases[0].peak, walked.top.peak, decided.gpu, beside)
+    axes, expandable = tuple(walked.axes.items()), run.loop.expandable_segments
+    replay = Replay(decided.structure, axes, walked.workspace, expandable, walked.asides)
+    beside = around_of(decided.gpu, decided.communicators, calibration)
+    there = min((resident(walked.program), *(a.standing for a in walked.asides)))
+    load = max((walked.phases[0].peak, *(a.loads for a in walked.asides)))
+    return Usage(replay, there, load, walked.top.peak, decided.gpu, beside)
 
 
 def _staged(run: RunSpec, decided: Decided) -> dict[str, object]:
@@ -116,7 +138,7 @@ class Numbers(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """A run's peaks, phase by phase, and which is the largest."""
+    """A run's peaks, phase by phase, and which is the largest. The last phases are what it does beside its steps."""
 
     program: Program
     axes: dict[str, int]
@@ -125,6 +147,20 @@ class Walked(NamedTuple):
     phases: list[Phase]
     moments: list[tuple[bool, int]]  # per phase: whether in a later micro-batch, and the moment's index (-1: none)
     peak: int
+    asides: tuple[Aside, ...] = ()
+
+    def followed_by(self, asides: tuple[Aside, ...]) -> Walked:
+        """The same with what the run does beside its steps."""
+        phases = [*self.phases, *(Phase(aside.phase, None, aside.peak, aside.where) for aside in asides)]
+        moments = [*self.moments, *((False, -1) for _ in asides)]
+        peak = max(range(len(phases)), key=lambda i: (phases[i].peak, i))
+        return self._replace(phases=phases, moments=moments, peak=peak, asides=asides)
+
+    @property
+    def aside(self) -> Aside | None:
+        """What the run does at its peak, where that is not a step."""
+        at = self.peak - len(self.phases) + len(self.asides)
+        return self.asides[at] if at >= 0 else None
 
     @property
     def top(self) -> Phase:
@@ -216,9 +252,9 @@ def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibrat
     return calibration
 
 
-def around_of(gpu: GPU | None, world: int, calibration: Calibration | None) -> Around:
-    """What a process takes beside torch's segments, on the run's card as one of `world`."""
-    return around(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(world).usual)
+def around_of(gpu: GPU | None, communicators: tuple[Communicator, ...], calibration: Calibration | None) -> Around:
+    """What a process takes beside torch's segments, on the run's card and in so many `communicators`."""
+    return around(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(communicators))
 
 
 def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, int]:

@@ -82,7 +82,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
-        caching=generates or words["forward_caches"],
+        caching=generates,
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
@@ -93,7 +93,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         )
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or ("dynamic" if words["forward_caches"] else ""),
+        generation.cache_implementation or "",
         words["last_logits"],
         words["logits"] == "model",
         wiring.has_mask(),
@@ -114,14 +114,13 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         trainable_layers=0,
         inference=now,
     )
-    crosses = any(part.per == "source" for layer in caches(model) for part in layer.parts) if generates else False
-    if crosses and batch.images:
+    if generates and batch.images and any(part.per == "source" for layer in caches(model) for part in layer.parts):
         raise SpecError(
-            f"batch.images: the keys and values that {model.model_type} caches of images are not supported yet with task "
-            "generate; supported: 0, text alone",
+            f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
+            "task generate; supported: 0, text alone",
             "batch.images",
         )
-    if generates and not _caches_all(graph):
+    if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
             f"{model.model_type}",
@@ -147,11 +146,11 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tuple(notes),
         parts,
         tuple(pictures),
-        generation.num_beams,
+        beams=generation.num_beams,
     )
 
 
-def _caches_all(graph: Graph) -> bool:
+def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))

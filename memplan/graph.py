@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
-from memplan.catalogue import build, context_parallel, losses, megatron, pipeline, tensor_parallel
+from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.decoding import Pass, inference
+from memplan.catalogue.decoding import Pass, evaluation, inference
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
@@ -84,11 +84,15 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.degrees.pp > 1:
         return _stage(graph)
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
+    if graph.inference is not None:
+        model = undropped(model)
+    part: dict[str, int] = {}
     if degrees.tp > 1:
+        part = tensor_parallel.axes_of_part(model, degrees)
         model = tensor_parallel.part_of(model, degrees)
-    if degrees.ep * degrees.etp > 1 or (degrees.tp > 1 and megatron.has_experts(model)):
+    if megatron.has_experts(model) and max(degrees.ep, degrees.etp, degrees.tp) > 1:
         model = megatron.part_of_experts(model, degrees)
-    axes = {**model.axes(), "r": graph.rank}
+    axes = {**model.axes(), **part, "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.by_name:
         named = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
@@ -98,9 +102,12 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     stack = apply(stack, recipe)
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees)
+    own = model.model_type == megatron.KIND
+    if degrees.ep > 1 and not own:
+        stack = expert_parallel.divide(stack, degrees)
     if degrees.cp > 1:
-        own = model.model_type == megatron.KIND
-        stack = (megatron if own else context_parallel).around(stack, degrees)
+        heads = (graph.model.num_attention_heads, graph.model.num_key_value_heads)
+        stack = megatron.around(stack, degrees) if own else context_parallel.around(stack, degrees, heads)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)
@@ -110,7 +117,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.hold_outputs:
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
-    if graph.inference is not None:
+    if graph.inference is not None and not graph.inference.evaluates:
         return inference(stack, graph.inference), axes
     stack = losses.attach(
         stack,
@@ -124,7 +131,25 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         graph.converts,
         graph.short,
     )
-    return stack, axes
+    return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
+
+
+@lru_cache(maxsize=128)
+def undropped(model: ModelSpec) -> ModelSpec:
+    """The model as it is where nothing is dropped: in evaluation."""
+
+    def zeroed(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: zeroed(cast(Mapping[str, Any], value))
+            if isinstance(value, Mapping)
+            else 0.0
+            if isinstance(value, (int, float)) and value and ("dropout" in key or "pdrop" in key)
+            else value
+            for key, value in config.items()
+        }
+
+    config = zeroed(model.config)
+    return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)
 
 
 def _unstaged(graph: Graph) -> Graph:
@@ -160,10 +185,12 @@ def handed_on(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
 
 @lru_cache(maxsize=512)
 def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
-    """The buffers that all passes of a pipeline's rank share."""
+    """The buffers that all passes of a pipeline's rank share; where every layer has one, those of the rank's layers."""
     stack, _ = built(_unstaged(graph))
-    autocast = _ways(graph)["autocast"]
-    return tuple(t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
+    autocast, d = _ways(graph)["autocast"], graph.degrees
+    own = str(sum(d.layers[d.stage :: d.pp]))
+    made = (t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
+    return tuple(t._replace(shape=" ".join(own if a == "L" else a for a in t.shape.split())) for t in made)
 
 
 @lru_cache(maxsize=512)
@@ -242,18 +269,18 @@ def _recorded(
 
 
 @lru_cache(maxsize=128)
-def inferred(graph: Graph, labelled: bool = False) -> Lowered:
-    """The moments of a pass of inference."""
+def inferred(graph: Graph, labelled: bool = False, division: Division | None = None) -> Lowered:
+    """The moments of a pass of inference; `division`: the weights are divided among ranks."""
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
-    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled)
+    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division)
 
 
 @lru_cache(maxsize=64)
-def recorded_inference(graph: Graph) -> Recorded:
+def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
     """The allocations and frees of a pass of inference, in order."""
     stack, depth = _stack(graph)
-    return record_inference(stack, depth, _ways(graph)["autocast"])
+    return record_inference(stack, depth, _ways(graph)["autocast"], division)
 
 
 @lru_cache(maxsize=64)

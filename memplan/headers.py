@@ -50,7 +50,7 @@ class GgmlType(NamedTuple):
     bytes: int
 
 
-# By number. Source: gguf 0.19 constants.py GGMLQuantizationType, GGML_QUANT_SIZES.
+# By number. Source: gguf-py constants.py GGMLQuantizationType, GGML_QUANT_SIZES (gguf 0.19; llama-cpp-python 0.3.36).
 GGML_TYPES = {
     0: GgmlType("F32", 1, 4),
     1: GgmlType("F16", 1, 2),
@@ -86,6 +86,7 @@ GGML_TYPES = {
     39: GgmlType("MXFP4", 32, 1 + 16),
     40: GgmlType("NVFP4", 64, 4 + 32),
     41: GgmlType("Q1_0", 128, 2 + 16),
+    42: GgmlType("Q2_0", 64, 2 + 16),
 }
 
 

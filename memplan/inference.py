@@ -19,6 +19,7 @@ from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, size
 from memplan.graph import EMPTIED, Graph, active, built, elements, inferred, loading, parameters_of, recorded_inference
 from memplan.graph import weights_of as graph_weights
+from memplan.ir import Division
 from memplan.run_axes import axes_of
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`. A static cache has `room` for so many."""
+    layer with a window has `past_window`. A static cache has `room` for so many. `division`: its weights are divided
+    among ranks."""
 
     graph: Graph
     batch: int
@@ -38,6 +40,7 @@ class Step(NamedTuple):
     past_window: int = 0
     window: int = 0
     room: int = 0
+    division: Division | None = None
 
     @property
     def phase(self) -> str:
@@ -87,7 +90,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
 
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     """Every axis of a pass with its number."""
-    low, fixed = inferred(step.graph), built(step.graph)[1]
+    low, fixed = inferred(step.graph, division=step.division), built(step.graph)[1]
     more = {
         "kv": step.past + step.fed,
         "past": step.past,
@@ -112,17 +115,26 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         decided.large_tiles,
         ONE_RUN,
         decided.pictures,
+        decided.batch.target_sequence,
     )
     return {**fixed, **axes, **more}
 
 
-def _bytes(low: Lowered, axes: Mapping[str, int]) -> list[int]:
+def bytes_of(low: Lowered, axes: Mapping[str, int]) -> list[int]:
+    """The bytes of a storage of each of a pass's sizes."""
     return [size(key[0], key[1], axes)[1] for key in low.sizes]
 
 
 def live(low: Lowered, moment: Moment, axes: Mapping[str, int], sizes: list[int]) -> int:
     """Bytes alive at a moment of a pass."""
     return sum(sizes[key] * count for key, count in alive(moment, low.runs, axes).items())
+
+
+def most_of(low: Lowered, axes: Mapping[str, int]) -> Peak:
+    """The most bytes alive at a moment of a pass."""
+    sizes = bytes_of(low, axes)
+    most = [live(low, moment, axes, sizes) for moment in low.moments]
+    return Peak(max(most), most.index(max(most)))
 
 
 class Walked(NamedTuple):
@@ -150,7 +162,7 @@ class Walked(NamedTuple):
     def left(self, step: Step, axes: Mapping[str, int]) -> list[tuple[str, int]]:
         """What a pass leaves for the next: names, and bytes of all tensors of that name."""
         low = inferred(step.graph, labelled=True)
-        sizes = _bytes(low, {**built(step.graph)[1], **axes})
+        sizes = bytes_of(low, {**built(step.graph)[1], **axes})
         there = alive(low.left, low.runs, {**built(step.graph)[1], **axes})
         return [(low.sizes[key][5], sizes[key] * count) for key, count in there.items() if count]
 
@@ -160,7 +172,7 @@ class Walked(NamedTuple):
             if step.phase != phase:
                 continue
             low = inferred(step.graph)
-            sizes = _bytes(low, axes)
+            sizes = bytes_of(low, axes)
             for moment in low.moments:
                 found: dict[int, int] = {}
                 for key, count in alive(moment, low.runs, axes).items():
@@ -200,19 +212,14 @@ def walk(decided: Decided) -> Walked:
     """The peak of every phase."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
-    peaks: list[Peak] = []
-    for step, numbers in zip(steps, axes, strict=True):
-        low = inferred(step.graph)
-        sizes = _bytes(low, numbers)
-        most = [live(low, moment, numbers, sizes) for moment in low.moments]
-        peaks.append(Peak(max(most), most.index(max(most))))
+    peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
     graph = steps[0].graph
     resident = sum(h.bytes * h.copies for h in parameters_of(graph))
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
-    return Walked(decided, steps, axes, tuple(peaks), resident, _most(loading(graph)), workspace)
+    return Walked(decided, steps, axes, tuple(peaks), resident, most_while_loading(loading(graph)), workspace)
 
 
-def _most(events: Iterable[tuple[int, int]]) -> int:
+def most_while_loading(events: Iterable[tuple[int, int]]) -> int:
     """The most bytes alive at once of what is made and freed, see `memplan.graph.loading`."""
     there: dict[int, int] = {}
     now = most = 0
@@ -246,7 +253,7 @@ class Engine(NamedTuple):
         w = self.walked
         for step, axes in zip(w.steps, w.axes, strict=True):
             low = inferred(step.graph)
-            sizes = _bytes(low, axes)
+            sizes = bytes_of(low, axes)
             for moment in low.moments:
                 bytes_ = w.parameters + w.workspace + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
@@ -259,9 +266,11 @@ _REPLAYED = 8  # passes of those that decode
 
 
 def replay(walked: Walked, expandable: bool) -> Replay:
-    """The run's passes for a replay: of those that decode some, evenly spread. What torch holds of caches that grow by a
-    token, each in a block of its own, depends on how often they do: a replay of 8 of 119 held 1.3 % less than one of all,
-    and of 32 as much."""
+    """The run's passes for a replay: of those that decode some, evenly spread.
+
+    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do: a replay
+    of 8 of 119 held 1.3 % less than one of all, and of 32 as much.
+    """
     steps = walked.steps
     if len(steps) > 2:  # the prompt's, the first that decodes and the last
         *early, last = steps
@@ -297,17 +306,18 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
     """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
     allocator = Allocator(replay.expandable, capacity)
     try:
-        _load(replay.steps[0].graph, allocator)
+        load(replay.steps[0].graph, allocator)
         allocator.alloc(replay.workspace)
         left: list[tuple[tuple[str, ...], Block]] = []
         for step, axes in zip(replay.steps, replay.axes, strict=True):
-            left = _pass(recorded_inference(step.graph), dict(axes), allocator, left)
+            left = replayed(recorded_inference(step.graph), dict(axes), allocator, left)
     except OutOfMemoryError:
         return None
     return allocator.peak_reserved
 
 
-def _load(graph: Graph, allocator: Allocator) -> None:
+def load(graph: Graph, allocator: Allocator) -> None:
+    """Replay loading."""
     blocks: dict[int, Block] = {}
     for number, bytes_ in loading(graph):
         if bytes_:
@@ -318,7 +328,7 @@ def _load(graph: Graph, allocator: Allocator) -> None:
             allocator.free(blocks.pop(number))
 
 
-def _pass(
+def replayed(
     recording: Recorded, axes: Mapping[str, int], allocator: Allocator, left: list[tuple[tuple[str, ...], Block]]
 ) -> list[tuple[tuple[str, ...], Block]]:
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""

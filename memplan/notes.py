@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from memplan.catalogue.kimi_k3 import of_its_own
 from memplan.catalogue.pipeline import ENGINES
-from memplan.degrees import Degrees
+from memplan.degrees import Degrees, replicas
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
 from memplan.graph import Graph, built, elements, weights_of
@@ -106,6 +106,12 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
             "before compute capability 8.0 transformers multiplies experts in a loop of its own, which keeps their "
             "rows and makes gradients of matrices that are frozen: that is not counted"
         )
+    ranks = graph.degrees.ep
+    if ranks > 1 and graph.degrees.imbalance == 1000 and graph.model.model_type != "megatron_gpt":
+        yield (
+            f"tokens are counted as spread evenly over {ranks} ranks' experts; one that is sent more holds more rows: "
+            f"parallelism.expert_imbalance says how many times the mean, up to {ranks}"
+        )
     if graph.recipe.quantization and left:
         share = 100 * sum(n for w, n in weights if w.stored) / sum(n for _, n in weights)
         yield (
@@ -121,6 +127,10 @@ def pipeline_notes(degrees: Degrees, pipe: Pipe, asked: Parallelism) -> Iterator
     engine = ENGINES[pipe.engine]
     if not engine.moves:
         yield f"pipeline: {pipe.schedule} of {pipe.microbatches} microbatches by {engine.title}"
+        if asked.strategy == "fsdp2" and replicas(asked) > 1:
+            yield "fsdp2 in stages: weights stay whole for a step, and gradients are summed whole until its end"
+        if asked.strategy == "zero1" and engine.buffers:
+            yield "zero1 in stages: passes and buffers are counted as torch runs them, not DeepSpeed's PipelineModule"
         return
     yield "device_map: one process, one GPU at a time; say schedule 1f1b for a pipeline of torch.distributed.pipelining"
     if degrees.pp < asked.pp:

@@ -8,9 +8,9 @@ from math import prod
 from operator import add
 from typing import NamedTuple
 
-from memplan import megatron, zero
+from memplan import dividing, megatron, unsharded, zero
 from memplan.catalogue import pipeline
-from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
+from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, NORM_OF_HOST, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
 from memplan.degrees import WHOLE
 from memplan.engine import walk
@@ -37,7 +37,7 @@ from memplan.ranks import (
     Ranks,
     division,
     gradients_held,
-    loading_events,
+    offloaded,
     parameters_held,
     trained_parts,
     whole_gradients,
@@ -83,18 +83,18 @@ class Structure(NamedTuple):
     pipe: Pipe = Pipe()
 
 
-def world_of(structure: Structure) -> int:
-    """The ranks there are in all: those that divide weights or the batch, times those that divide the model."""
-    degrees = structure.graph.degrees
-    return structure.ranks.world * degrees.tp * degrees.pp
-
-
 class Flown(NamedTuple):
     """A moment of a pipeline: that of a pass through a chunk of the rank's layers, with what is there beside it. With
-    `moment` -1 it is when the model has returned, and its logits are there as well."""
+    `moment` RETURNED it is when the model has returned, and its logits are there as well; with REDUCED, when a chunk's
+    gradients are reduced; with GATHERED, when its weights are gathered before its first pass. The first pass of a
+    rank's only chunk gathers them as it goes (`opens`)."""
 
     beside: pipeline.Moment
     moment: int
+    opens: bool = False
+
+
+RETURNED, REDUCED, GATHERED = -1, -2, -3
 
 
 class Program(NamedTuple):
@@ -141,13 +141,18 @@ class Program(NamedTuple):
     trainable_parameters: int
     active_parameters: int
 
+    def standing(self, workspace: int) -> int:
+        """Bytes that are there between two steps; `workspace` is cuBLAS's for one handle."""
+        return self.parameters + self.buffered + self.reducing + self.scaler + self.states + 2 * workspace
+
 
 PHASES = ("forward", "loss", "backward")
 
 
-def pass_of(structure: Structure, later: bool = False, labelled: bool = False) -> Lowered:
-    """The moments of the first forward and backward pass of a step, or of a `later` one."""
-    return _lowered(structure.graph, _way(structure, later), labelled)
+def pass_of(structure: Structure, later: bool = False, labelled: bool = False, opens: bool = False) -> Lowered:
+    """The moments of the first forward and backward pass of a step, or of a `later` one; where weights stay whole, of
+    the one that gathers them, if it `opens` the step."""
+    return _lowered(structure.graph, _opening(structure) if opens else _way(structure, later), labelled)
 
 
 class _Way(NamedTuple):
@@ -162,10 +167,16 @@ class _Way(NamedTuple):
 def _way(structure: Structure, later: bool) -> _Way:
     exist = later or spends_gradients(structure)
     follows = later or not structure.accumulates  # without accumulation, of every step but the first
-    found = division_of(structure)
+    found = division_in_pass(structure, later)
     if found is not None and later and structure.ranks.delayed:
         found = found._replace(sums=True)
     return _Way(exist, updates_of(structure), follows, found)
+
+
+def _opening(structure: Structure) -> _Way:
+    """The way of the pass that gathers weights which stay whole."""
+    found = unsharded.opening(structure.graph, structure.ranks) if stays_whole(structure) else None
+    return _way(structure, later=False)._replace(division=found)
 
 
 def _lowered(graph: Graph, way: _Way, labelled: bool = False) -> Lowered:
@@ -175,6 +186,18 @@ def _lowered(graph: Graph, way: _Way, labelled: bool = False) -> Lowered:
 def division_of(structure: Structure) -> Division | None:
     """The units of weights that a pass gathers, where ranks hold parts of them."""
     return division(structure.graph, structure.ranks)
+
+
+def stays_whole(structure: Structure) -> bool:
+    """Whether weights that ranks have parts of are whole for a step's passes, and their gradients until its end."""
+    return bool(structure.pipe.engine) and division_of(structure) is not None
+
+
+def division_in_pass(structure: Structure, later: bool) -> Division | None:
+    """What a pass gathers and reduces of it."""
+    if stays_whole(structure):
+        return unsharded.passing(structure.graph, structure.ranks, later)
+    return division_of(structure)
 
 
 def spends_gradients(structure: Structure) -> bool:
@@ -246,13 +269,18 @@ def flying(structure: Structure) -> tuple[pipeline.Moment, ...]:
     return pipeline.moments(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
 
 
-def beside_of(structure: Structure, moment: pipeline.Moment | None) -> Iterator[tuple[Tensor, str, int]]:
+def beside_of(
+    structure: Structure, moment: pipeline.Moment | None, reduces: bool = False
+) -> Iterator[tuple[Tensor, str, int]]:
     """What a pipeline's rank has of hidden states and their gradients beside the passes' own: each tensor, which it is,
-    and how many. In the optimizer's step where there is no `moment`."""
+    and how many. In the optimizer's step where there is no `moment`; with `reduces`, when gradients are reduced after
+    it."""
     d, pipe = structure.graph.degrees, structure.pipe
     engine = pipeline.ENGINES[pipe.engine]
     if moment is None:
         found = pipeline.lasting(engine, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
+    elif reduces:
+        found = pipeline.reducing(engine, moment, d.pp, d.stage, pipe.microbatches)
     else:
         found = pipeline.beside(engine, pipe.schedule, moment, d.pp, d.stage, pipe.microbatches)
     chunks = chunks_of(structure)
@@ -312,9 +340,18 @@ def _flown(structure: Structure) -> _Moments:
     graded = {(m.chunk, m.graded[m.chunk]) for m in moments} | {(i, False) for i in range(len(chunks))}
     ways = {(i, later): _way(chunks[i], later) for i, later in graded}
     axes = built(structure.graph)[1]
-    beside = {m: [(size(t.shape, t.dtype, axes), n) for t, _, n in beside_of(structure, m)] for m in (*moments, None)}
+
+    def between(moment: pipeline.Moment | None, reduces: bool = False) -> list[tuple[tuple[Variable, int], int]]:
+        return [(size(t.shape, t.dtype, axes), n) for t, _, n in beside_of(structure, moment, reduces)]
+
+    ends, starts = reductions_of(structure), openings_of(structure)
+    opening = _opening(chunks[0]) if starts else None
+    beside = {m: between(m) for m in (*moments, *starts, None)}
     used = {v for (i, _), way in ways.items() for v, _ in _sizes(chunks[i].graph, way)}
-    used.update(v for of in beside.values() for (v, _), _ in of)
+    ending = {r.after: between(r.after, reduces=True) for r in ends}
+    if opening is not None:
+        used.update(v for v, _ in _sizes(chunks[0].graph, opening))
+    used.update(v for of in (*beside.values(), *ending.values()) for (v, _), _ in of)
     logits = returned(structure)
     if logits is not None:
         used.add(size(logits.shape, logits.dtype, axes)[0])
@@ -322,17 +359,41 @@ def _flown(structure: Structure) -> _Moments:
     index = {v: i for i, v in enumerate(variables)}
     passed = {key: _passed(chunks[key[0]].graph, way, variables) for key, way in ways.items()}
     accumulated = [accumulated_bytes(s) for s in chunks]
+    gone = [gone_bytes(s) if ends else 0 for s in chunks]
 
-    def row_of(moment: pipeline.Moment | None) -> list[int]:
+    def row_of(moment: pipeline.Moment | None, reduces: bool = False) -> list[int]:
         row = [0] * len(variables)
-        for (variable, bytes_), count in beside[moment]:
+        for (variable, bytes_), count in ending[moment] if reduces and moment else beside[moment]:
             row[index[variable]] += bytes_ * count
         for i, count in enumerate(moment.others if moment else ()):
             if count:
                 row = [a + count * b for a, b in zip(row, passed[i, False].kept, strict=True)]
-        if moment and not moment.first:  # of gradients that are not all there yet
+        if moment and not moment.first and not reduces:  # of gradients that are not all there yet, or not any more
             row[0] -= sum(n for n, there in zip(accumulated, moment.graded, strict=True) if not there)
+            row[0] -= sum(n for n, over in zip(gone, moment.done, strict=True) if over)
         return row
+
+    def gathering_and_reducing() -> Iterator[tuple[bool, str, tuple[int, ...], Flown, str]]:
+        """Where weights stay whole for a step: whether before any gradient, the phase, bytes, the moment, its name."""
+        whole = sum(h.bytes * h.copies for h in passing_of(structure, "forward")) if starts or ends else 0
+        for start in starts:
+            row = row_of(start)
+            if opening is None or len(chunks) > 1:
+                flown = Flown(start, GATHERED)
+                row[0] += sum(h.bytes * h.copies for h in gathered_of(structure, flown))
+                yield True, "forward", tuple(row), flown, "all_gather"
+                continue
+            row[0] -= whole
+            low, terms = _lowered(chunks[0].graph, opening), _passed(chunks[0].graph, opening, variables).terms
+            for phase, term in ((of, term) for of in ("forward", "loss") for term in terms[of]):
+                flown = Flown(start, term.moment, opens=True)
+                yield True, phase, tuple(map(add, row, term.coefficients)), flown, low.moments[term.moment].where
+        for end in ends:
+            flown = Flown(end.after, REDUCED)
+            row = row_of(end.after, reduces=True)
+            row[0] += sum(h.bytes * h.copies for h in reduced_of(structure, flown))
+            row[0] -= whole + accumulated_bytes(structure)
+            yield not structure.accumulates, "backward", tuple(row), flown, "reduce_scatter"
 
     tables: list[tuple[dict[str, tuple[Term, ...]], tuple[Flown, ...], dict[int, str]]] = []
     for first in (True, False):
@@ -353,7 +414,12 @@ def _flown(structure: Structure) -> _Moments:
                 whole[index[variable]] += bytes_
                 found["loss"].append((tuple(whole), len(places)))
                 where[len(places)] = "return"
-                places.append(Flown(moment, -1))
+                places.append(Flown(moment, RETURNED))
+        for at_first, phase, row, flown, name in gathering_and_reducing():
+            if at_first == first:
+                found[phase].append((row, len(places)))
+                where[len(places)] = name
+                places.append(flown)
         terms = {phase: prune(some, variables) if some else () for phase, some in found.items()}
         tables.append((terms, tuple(places), where))
     (first_terms, *_), (later_terms, *_) = tables
@@ -367,6 +433,13 @@ def _flown(structure: Structure) -> _Moments:
         where=(tables[0][2], tables[1][2]),
         flown=(tables[0][1], tables[1][1]),
     )
+
+
+def gone_bytes(chunk: Structure) -> int:
+    """Bytes of whole weights and gradients that go when a chunk's gradients are reduced, less what comes for them."""
+    whole = (*unsharded.weights(chunk.graph, chunk.ranks), *unsharded.gradients(chunk.graph, chunk.ranks))
+    parts = gradients_held(chunk.graph, chunk.ranks)
+    return sum(h.bytes * h.copies for h in whole) - sum(h.bytes * h.copies for h in parts)
 
 
 def accumulated_bytes(structure: Structure) -> int:
@@ -460,7 +533,7 @@ def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
 def _optimizer(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
     """The optimizer's memory; at ZeRO's stage 3 it steps one sub-group after the other, with that one's scratch."""
     found = _with_parts(optimizer_of(structure, trained), structure)
-    if structure.ranks.knobs.optimizer:
+    if structure.ranks.knobs.optimizer or structure.ranks.offloads:
         states = tuple(s._replace(bytes=0, host=True) for s in found.states)
         return found._replace(states=states, first=0, later=0, scratch="", listed=())
     if zero.stage(structure.ranks) < 3:
@@ -488,6 +561,8 @@ def _clipping(structure: Structure, trained: list[Parameter]) -> int:
     """Bytes between backward and the update: norms of gradients, or what DeepSpeed makes the update's of."""
     if zero.stage(structure.ranks):
         return sum(h.bytes for h in converting_of(structure))
+    if structure.ranks.offloads:
+        return NORM_OF_HOST[structure.ranks.row.flat] if structure.clips else 0
     return clipping(trained) if structure.clips and not frees_gradients(structure) else 0
 
 
@@ -497,22 +572,83 @@ def converting_of(structure: Structure) -> tuple[Held, ...]:
 
 
 def host_of(structure: Structure) -> tuple[Held, ...]:
-    """What DeepSpeed has in a rank's host memory."""
+    """What DeepSpeed or FSDP has in a rank's host memory."""
     ranks = structure.ranks
+    if ranks.offloads:
+        trained = trained_parameters(structure)
+        alone = optimizer_of(structure._replace(foreach=False if structure.foreach else None), trained)
+        adds = structure.accumulates and not ranks.delayed
+        return tuple(offloaded(structure.graph, ranks, alone, adds))
     if not zero.stage(ranks) or not (ranks.knobs.optimizer or ranks.knobs.parameters):
         return ()
     states = optimizer_of(structure, trained_parameters(structure)).states
     return tuple(zero.in_host_memory(structure.graph, ranks, states, structure.accumulates))
 
 
-def host_notes(structure: Structure) -> Iterator[str]:
-    """What to know of the host memory that ranks share."""
-    return zero.host_notes(structure.graph, structure.ranks, host_of(structure))
+def host_notes(structure: Structure, node: int) -> Iterator[str]:
+    """What to know of the host memory that the ranks of a `node`, so many, share."""
+    return zero.host_notes(structure.ranks, host_of(structure), node)
 
 
 def passing_of(structure: Structure, phase: str) -> tuple[Held, ...]:
     """What ranks have in a phase of a pass beside the moments' tensors."""
+    if stays_whole(structure):
+        return tuple(unsharded.weights(structure.graph, structure.ranks))
     return tuple(zero.passing(structure.graph, structure.ranks, phase)) if zero.stage(structure.ranks) else ()
+
+
+def reduced_of(structure: Structure, flown: Flown) -> Iterator[Held]:
+    """The weights and gradients at a moment at which a chunk's gradients are reduced: other chunks have theirs whole,
+    or are done."""
+    for i, chunk in enumerate(chunks_of(structure)):
+        if i == flown.beside.chunk:
+            yield from unsharded.reduction(chunk.graph, chunk.ranks).held
+        else:
+            yield from whole_of(chunk, flown.beside, i)
+
+
+def gathered_of(structure: Structure, flown: Flown) -> tuple[Held, ...]:
+    """What an all-gather wrote, before it is copied into the weights of a chunk that is gathered before its first pass:
+    all chunks' are asked for at once."""
+    chunk = chunks_of(structure)[flown.beside.chunk]
+    return unsharded.message(chunk.graph, chunk.ranks)
+
+
+def whole_of(chunk: Structure, moment: pipeline.Moment, i: int) -> Iterator[Held]:
+    """The weights and gradients that a chunk of a rank's layers, the `i`th, has beside the passes at a moment, where
+    its weights are whole for a step: none, once it is done, but the rank's part of its gradients."""
+    if moment.done[i]:
+        yield from gradients_held(chunk.graph, chunk.ranks)
+        return
+    yield from unsharded.weights(chunk.graph, chunk.ranks)
+    if moment.graded[i] and chunk.accumulates:
+        yield from unsharded.gradients(chunk.graph, chunk.ranks)
+
+
+def reductions_of(structure: Structure) -> tuple[pipeline.Reduced, ...]:
+    """When the gradients of a rank's chunks are reduced, where that is at the end of their passes."""
+    if not stays_whole(structure):
+        return ()
+    d, pipe = structure.graph.degrees, structure.pipe
+    return pipeline.reductions(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
+
+
+def openings_of(structure: Structure) -> tuple[pipeline.Moment, ...]:
+    """Each chunk's first pass forward, where its weights are gathered for a step: none where later passes find more in
+    gradients than an all-gather writes."""
+    if not stays_whole(structure):
+        return ()
+    graph, ranks = structure.graph, structure.ranks
+    written = sum(h.bytes for h in unsharded.message(graph, ranks))
+    if structure.accumulates and sum(h.bytes * h.copies for h in unsharded.gradients(graph, ranks)) >= written:
+        return ()
+    d, pipe = structure.graph.degrees, structure.pipe
+    first: dict[int, pipeline.Moment] = {}
+    for one in pipeline.passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches):
+        first.setdefault(one.chunk, one)
+        if len(first) == d.virtual_stages:
+            break
+    return tuple(first.values())
 
 
 def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
@@ -521,8 +657,10 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
         return zero.loading_events(structure.graph, structure.ranks)
     if megatron.divides(structure.ranks):
         return megatron.loading_events(structure.graph, structure.ranks, str(structure.grads))
+    if structure.graph.code == "torchtitan":  # made where it lies: trainer.py to_empty
+        return enumerate(h.bytes for h in resident_of(structure) for _ in range(h.copies))
     if division_of(structure) is not None:
-        return loading_events(structure.graph, structure.ranks)
+        return dividing.loading_events(structure.graph, structure.ranks)
     return loading(structure.graph)
 
 
@@ -592,7 +730,8 @@ def _whole_gradients(structure: Structure) -> Iterator[Held]:
 def stay_throughout(structure: Structure, phase: str) -> bool:
     """Whether the gradients that a later micro-batch finds are there throughout a phase of it: not where ranks reduce
     them then, unit by unit."""
-    return not (phase == "backward" and structure.ranks.delayed and division_of(structure) is not None)
+    whole = stays_whole(structure)
+    return whole or not (phase == "backward" and structure.ranks.delayed and division_of(structure) is not None)
 
 
 def accumulated_of(structure: Structure) -> Iterator[Held]:
@@ -604,6 +743,8 @@ def accumulated_of(structure: Structure) -> Iterator[Held]:
             return zero.accumulated(structure.graph, structure.ranks)
         case _:
             pass
+    if stays_whole(structure):
+        return unsharded.gradients(structure.graph, structure.ranks)
     if structure.ranks.delayed and division_of(structure) is not None:
         return whole_gradients(structure.graph, structure.ranks)
     return gradients_of(structure)
@@ -616,7 +757,7 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
     if megatron.divides(structure.ranks):
         return megatron.trained(structure.graph, structure.ranks)
     if division_of(structure) is not None:
-        return trained_parts(structure.graph, structure.ranks)
+        return trained_parts(structure.graph, structure.ranks, structure.trainer)
     _, axes = built(structure.graph)
     out: list[Parameter] = []
     blocks: dict[str, list[tuple[Parameter, int]]] = {}

@@ -6,14 +6,30 @@ No field is ever ignored: one that could not do what it says is an error that na
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast, get_args
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
-from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, STAGES, STRATEGIES
+from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, OF_SLICES, STAGES, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
-from memplan.spec import Generation, Kernels, Loop, Method, Optimizer, Parallelism, Precision, Quantization, RunSpec
+from memplan.graph import Graph
+from memplan.spec import (
+    Also,
+    Evaluation,
+    Generation,
+    Kernels,
+    Loop,
+    Method,
+    Optimizer,
+    Parallelism,
+    Precision,
+    Quantization,
+    RunSpec,
+    Serving,
+    TrainedOver,
+)
 
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
@@ -26,9 +42,58 @@ def refuse(run: RunSpec) -> None:
             raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
         if run.generation != Generation():
             raise SpecError("generation: is of task generate", "generation")
+    if run.task != "train" and run.also != Also():
+        raise SpecError(f"also: is of training, and with task {run.task} nothing trains", "also")
+    if run.serving != Serving():
+        raise SpecError(f"serving: is of the engines that memplan profiles lists, not {run.profile}", "serving")
     if run.parallelism != _ONE_GPU:
-        for refused in _parallelism(run.parallelism):
+        for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused
+
+
+def refuse_also(run: RunSpec, graph: Graph) -> None:
+    """Raise SpecError for what a run must not say of what it does beside its steps."""
+    also, degrees = run.also, graph.degrees
+    divided = next((name for name in ("tp", "pp", "cp", "ep") if getattr(run.parallelism, name) > 1), None)
+    if divided is not None:
+        raise _later(
+            "also", f"beside {divided} {getattr(run.parallelism, divided)}", "ranks that divide weights or data"
+        )
+    if graph.code != "transformers" or degrees.style != "transformers" or graph.model.model_type == "megatron_gpt":
+        raise SpecError(f"also: what {run.profile} does beside its steps is not supported yet", "also")
+    if also.evaluation is not None:
+        for refused in _evaluation(run, also.evaluation):
+            raise refused
+    if also.merging is not None:
+        if run.method.kind not in ADAPTERS:
+            raise SpecError(f"also.merging: method {run.method.kind} has no adapters to merge", "also.merging")
+        if also.merging.model == "trained" and also.merging.dtype is not None:
+            raise SpecError(
+                "also.merging.dtype: the model that was trained has one already; it is of a reloaded one",
+                "also.merging.dtype",
+            )
+        if also.merging.model == "trained" and run.parallelism.world > 1:
+            raise _later("also.merging.model", f"trained on {run.parallelism.world} GPUs", "reloaded on one")
+
+
+def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
+    loss = run.kernels.loss or "hf"
+    if e.kept_batches and loss not in ("hf", "fused"):
+        yield SpecError(
+            f"also.evaluation.kept_batches: loss {loss} never has all logits at once; hf and fused have, in evaluation",
+            "also.evaluation.kept_batches",
+        )
+    for field in ("accumulation", "preprocess", "batch_metrics", "concatenates"):
+        if not e.kept_batches and getattr(e, field) != getattr(Evaluation(), field):
+            name = f"also.evaluation.{field}"
+            yield SpecError(f"{name}: no logits are kept; say also.evaluation.kept_batches too", name)
+    if e.batch_metrics and (e.accumulation is not None or not e.concatenates):
+        name = f"also.evaluation.{'accumulation' if e.accumulation is not None else 'concatenates'}"
+        yield SpecError(f"{name}: with batch_metrics nothing is kept of a batch", name)
+    if e.new_tokens and run.parallelism.world > 1:
+        yield _later("also.evaluation.new_tokens", f"{e.new_tokens} on {run.parallelism.world} GPUs", "one GPU")
+    if run.batch.images:
+        yield _later("also.evaluation", "with images", "text alone")
 
 
 def refuse_untrained(run: RunSpec, what: str) -> None:
@@ -110,13 +175,20 @@ def refuse_of_megatron(profile: str, method: Method, precision: Precision, kerne
 
 
 def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
-    """Raise SpecError for what ranks that divide `experts`, each so wide, cannot do, or memplan not yet. `experts` is 0
-    of models whose layers are not Megatron-core's, or that have none."""
+    """Raise SpecError for what ranks that divide `experts`, each so wide, cannot do as Megatron-core has them.
+    `experts` is 0 of models that have none."""
     for field in ("ep", "etp"):
         if not experts and getattr(p, field) not in (1, _ONE_GPU.etp):
-            raise _later(f"parallelism.{field}", getattr(p, field), "1, but of megatron_gpt configs with experts")
+            value = getattr(p, field)
+            raise SpecError(
+                f"parallelism.{field}: {value} ranks divide experts, and the model has none", f"parallelism.{field}"
+            )
     if not experts:
         return
+    if p.expert_imbalance != 1:
+        raise _later(
+            "parallelism.expert_imbalance", p.expert_imbalance, "1 with megatron_gpt; moe_capacity_factor says it"
+        )
     etp = p.tp if p.etp is None else p.etp
     if experts % p.ep:
         raise SpecError(f"parallelism.ep: {p.ep} does not divide {experts} experts", "parallelism.ep")
@@ -134,6 +206,56 @@ def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
             "with it; say true",
             "parallelism.sequence_parallel",
         )
+
+
+def refuse_parts_of_whole_experts(
+    p: Parallelism, method: Method, precision: Precision, loop: Loop, profile: str, style: str, accumulates: bool
+) -> None:
+    """Raise SpecError for what ranks that each have some of the experts whole cannot do as transformers has them, or
+    memplan not yet."""
+    if p.etp not in (1, _ONE_GPU.etp):
+        raise _later("parallelism.etp", p.etp, "1, but of megatron_gpt configs with experts")
+    field = "parallelism.ep"
+    if p.ep == 1:
+        if p.expert_imbalance != 1:
+            field = "parallelism.expert_imbalance"
+            raise SpecError(f"{field}: {p.expert_imbalance:g} is of ranks that divide experts, and ep is 1", field)
+        return
+    if style != "transformers":
+        raise _later(
+            field, p.ep, f"1 with profile {profile}; profile transformers-5 has more, and megatron_gpt configs"
+        )
+    wrong = [f"a multiple of tp {p.tp}"] * bool(p.ep % p.tp)
+    wrong += [f"a divisor of dp {p.dp} x tp {p.tp} = {p.dp * p.tp}"] * bool(p.dp * p.tp % p.ep)
+    if wrong:
+        raise SpecError(
+            f"{field}: {p.ep} is not {', nor '.join(wrong)}, as transformers has ranks divide experts", field
+        )
+    for other in ("cp", "pp"):
+        if getattr(p, other) > 1:
+            raise _later(f"parallelism.{other}", getattr(p, other), "1 with expert parallelism of transformers' models")
+    if p.dp == 1:
+        return
+    if p.tp > 1 or p.ep < p.dp:
+        field = "parallelism.tp" if p.tp > 1 else field
+        value, other = (p.tp, f"1 with ep {p.ep} and dp {p.dp}") if p.tp > 1 else (p.ep, f"1 or {p.dp}, as many as dp")
+        raise _later(field, value, other)
+    if p.strategy != "fsdp2":
+        raise SpecError(
+            f"parallelism.strategy: {p.strategy} does not divide what expert parallelism has divided; fsdp2 does",
+            "parallelism.strategy",
+        )
+    for name in ("shard_group", "reshard_after_forward"):
+        if getattr(p, name) != getattr(_ONE_GPU, name):
+            raise _later(f"parallelism.{name}", getattr(p, name), f"{getattr(_ONE_GPU, name)} with expert parallelism")
+    if p.offload.parameters:
+        raise _later("parallelism.offload", "parameters", "none with expert parallelism and fsdp2")
+    if method.kind != "full":
+        raise _later("method.kind", method.kind, "full with expert parallelism and fsdp2")
+    if precision.autocast:
+        raise _later("precision.autocast", True, "false with expert parallelism and fsdp2")
+    if loop.trainer and accumulates:
+        raise _later("batch.accumulation", "more", "1 with expert parallelism, fsdp2 and loop.trainer")
 
 
 def refuse_on_host(optimizer: str) -> None:
@@ -178,19 +300,57 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             "parallelism.sequence_parallel: divides tokens among the ranks that divide matrices; say tp too",
             "parallelism.sequence_parallel",
         )
+    if p.context != _ONE_GPU.context and p.cp == 1:
+        yield SpecError(
+            f"parallelism.context: {p.context} is of ranks that divide sequences, and cp is 1", "parallelism.context"
+        )
     if replicas(p) > 1 and p.strategy == "none":
         yield SpecError(
             f"parallelism.strategy: says how {replicas(p)} GPUs divide the run: {', '.join(STRATEGIES)}",
             "parallelism.strategy",
         )
     yield from _knobs(p)
-    if p.offload.parameters and not (p.strategy == "zero3" and p.world > 1):
-        yield _later("parallelism.offload", "parameters", "optimizer; parameters too with several GPUs under zero3")
+    offloads = (*FSDP, "zero3")
+    if p.offload.parameters and not (p.strategy in offloads and p.world > 1):
+        those = ", ".join(offloads)
+        yield _later("parallelism.offload", "parameters", f"optimizer; parameters too with several GPUs under {those}")
     if p.offload.activations:
         yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
-    if p.offload.optimizer and p.world > 1 and p.strategy not in ZERO:
+    if p.offload.optimizer and p.world > 1 and p.strategy in FSDP and not p.offload.parameters:
+        yield SpecError(
+            "parallelism.offload: FSDP keeps parameters, gradients and states on the host together; say parameters",
+            "parallelism.offload",
+        )
+    elif p.offload.optimizer and p.world > 1 and p.strategy not in (*FSDP, *ZERO):
         yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs but under {', '.join(ZERO)}")
     yield from _zero(p)
+    if p.gpus_per_node is not None and p.world == 1:
+        yield SpecError("parallelism.gpus_per_node: one GPU shares its host's memory with none", _PER_NODE)
+    elif p.gpus_per_node is not None and p.world > p.gpus_per_node and p.world % p.gpus_per_node:
+        yield SpecError(f"{_PER_NODE}: {p.world} GPUs are not nodes of {p.gpus_per_node}", _PER_NODE)
+
+
+_PER_NODE = "parallelism.gpus_per_node"
+
+
+def _offloaded(run: RunSpec) -> Iterator[SpecError]:
+    """What FSDP does not do with its parts on the host, or memplan not yet.
+
+    Source: torch 2.13 distributed/fsdp/fully_sharded_data_parallel.py, of gradients accumulated outside of no_sync().
+    """
+    p = run.parallelism
+    if not p.offload.parameters or p.strategy not in FSDP:
+        return
+    if p.strategy == "fsdp" and run.batch.accumulation > 1 and not run.loop.trainer:
+        yield SpecError(
+            "batch.accumulation: with its parts on the host FSDP1 writes each micro-batch's gradients over those "
+            "before; under transformers' Trainer (loop.trainer) they are reduced once, and fsdp2 adds them up",
+            "batch.accumulation",
+        )
+    if run.loop.grad_scaler:
+        yield _later("loop.grad_scaler", True, f"false with parameters offloaded under {p.strategy}")
+    if p.tp > 1:
+        yield _later("parallelism.offload", "parameters", "none with tensor parallelism")
 
 
 def _zero(p: Parallelism) -> Iterator[SpecError]:
@@ -231,10 +391,23 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
     if p.stage is not None and p.stage >= p.pp:
         stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
         yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
-    if p.pp > 1 and p.strategy in ("fsdp", "fsdp2", "zero2", "zero3"):
-        yield _later("parallelism.strategy", p.strategy, f"ddp, zero1, megatron_dist_opt with pp {p.pp}")
-    if p.pp > 1 and p.offload.optimizer:
-        yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
+    if p.pp > 1 and p.strategy in ("zero2", "zero3"):
+        yield SpecError(
+            f"parallelism.strategy: DeepSpeed runs pp {p.pp} stages under ZeRO 1 alone, and refuses {p.strategy}; say "
+            "zero1",
+            "parallelism.strategy",
+        )
+    if p.pp > 1 and p.strategy == "fsdp":
+        yield SpecError(
+            f"parallelism.strategy: torch.distributed.pipelining has the gradients of pp {p.pp} stages reduced under "
+            "fsdp2 and ddp, not fsdp; say fsdp2",
+            "parallelism.strategy",
+        )
+    if p.pp > 1 and p.strategy == "fsdp2" and p.reshard_after_forward:
+        yield _later("parallelism.reshard_after_forward", True, f"false with pp {p.pp}, as torchtitan has it")
+    for part in ("optimizer", "parameters"):
+        if p.pp > 1 and getattr(p.offload, part):
+            yield _later("parallelism.offload", part, f"none with pp {p.pp}")
 
 
 def refuse_staged(p: Parallelism, method: Method, loop: Loop, objective: str, images: bool) -> None:
@@ -262,15 +435,22 @@ def _knobs(p: Parallelism) -> Iterator[SpecError]:
         yield SpecError(
             f"parallelism.shard_group: {replicas(p)} GPUs are not groups of {group}", "parallelism.shard_group"
         )
-    if group == 1 and replicas(p) > 1:
+    if (
+        group == 1
+        and replicas(p) > 1
+        and (p.strategy == "fsdp2" or p.offload.parameters or p.reshard_after_forward is False)
+    ):
         yield SpecError(
-            "parallelism.shard_group: a group of one divides nothing; say strategy ddp", "parallelism.shard_group"
+            "parallelism.shard_group: a group of one divides nothing, which FSDP1 alone knows (NO_SHARD), without "
+            "parts on the host or that stay whole; say strategy ddp",
+            "parallelism.shard_group",
         )
 
 
 _KNOBS = {
     "shard_group": ("fsdp", "fsdp2"),
     "reshard_after_forward": ("fsdp", "fsdp2"),
+    "cpu_ram_efficient_loading": ("fsdp", "fsdp2"),
     "forward_prefetch": ("fsdp",),
     "backward_prefetch": ("fsdp",),
     "bucket_view": ("ddp",),
@@ -308,6 +488,14 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
     if method.modules_to_save:
         raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
     takes = (*ELEMENTWISE, *OF_FLAT_PARTS) if p.strategy in ZERO else ELEMENTWISE
+    if p.strategy == "fsdp" and not p.offload.parameters:
+        takes = (*ELEMENTWISE, *OF_SLICES)
+    if p.strategy == "fsdp2" and optimizer.name in OF_SLICES:
+        raise SpecError(
+            f"optimizer.name: bitsandbytes' {optimizer.name} does not step on DTensors, which fsdp2's parts are; "
+            f"{', '.join(ELEMENTWISE)} do, or say strategy fsdp",
+            "optimizer.name",
+        )
     if row is not None and optimizer.name not in takes:
         raise _later("optimizer.name", optimizer.name, f"{', '.join(takes)} with {p.strategy}")
     if p.strategy == MEGATRON:
@@ -355,27 +543,34 @@ def refuse_parts_of_matrices(
     if style == "":
         raise SpecError(
             f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
-            "megatron-core",
+            "megatron-core, torchtitan",
             "parallelism.tp",
         )
+    if style in ("megatron", "torchtitan") and method.kind != "full":
+        raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
     if style == "megatron":
-        if method.kind != "full":
-            raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
         if p.dp > 1 and not own:
             raise _later(
                 "parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}, but of megatron_gpt configs"
             )
         if precision.autocast:
             raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
-    elif p.sequence_parallel:
+    elif p.sequence_parallel and style == "transformers":
         raise SpecError(
-            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
+            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core and "
+            "torchtitan do",
             "parallelism.sequence_parallel",
         )
     if p.dp > 1 and p.strategy != "fsdp2" and not own:
         raise SpecError(
             f"parallelism.strategy: {p.strategy} does not divide what tensor parallelism has divided; fsdp2 does",
             "parallelism.strategy",
+        )
+    if style != "megatron" and method.quantization is not None:
+        raise SpecError(
+            f"method.kind: transformers 5.24 does not run {method.kind} on tensor-parallel ranks: it makes DTensors of "
+            "bitsandbytes' weights, whose layers then fail in the first pass; full, freeze and lora run",
+            "method.kind",
         )
     if method.kind not in ("full", "freeze", "lora"):
         raise _later("method.kind", method.kind, "full, freeze, lora with tensor parallelism")
@@ -385,6 +580,12 @@ def refuse_parts_of_matrices(
         raise _later("optimizer.name", optimizer.name, f"{', '.join(ELEMENTWISE)} with tensor parallelism")
     if optimizer.in_backward:
         raise _later("optimizer.in_backward", True, "false with tensor parallelism")
+    if kernels.loss == "fused" and style != "megatron":
+        raise SpecError(
+            "kernels.loss: fused kernels (Liger's) take the head's matrix, which is a part in a DTensor on each of "
+            f"{p.tp} ranks, and do not run; say hf",
+            "kernels.loss",
+        )
     if kernels.loss != "hf":
         raise _later("kernels.loss", kernels.loss, "hf with tensor parallelism")
     if kernels.fused:
@@ -397,6 +598,8 @@ def refuse_parts_of_sequences(
     """Raise SpecError for what ranks that divide sequences cannot do, or memplan not yet. `style`: of the profile's
     tensor parallelism, by which it is known which library it has; `own`: the model is of that library's own layers."""
     field = "parallelism.cp"
+    if own and p.context != "ring":
+        raise _later("parallelism.context", p.context, "ring with megatron_gpt")
     if own:
         if kernels.attention == "eager" or kernels.checkpointing == "selective":
             raise SpecError(
@@ -408,8 +611,17 @@ def refuse_parts_of_sequences(
     if style != "transformers":
         raise _later(field, p.cp, f"1 with profile {profile}; profile transformers-5 has more")
     if p.tp > 1:
-        raise _later(field, p.cp, "1 with tensor parallelism")
-    if p.strategy != "fsdp2":
+        raise SpecError(
+            f"{field}: accelerate 1.15 does not run cp {p.cp} beside tp {p.tp} with transformers 5.24: under FSDP2 it "
+            "imports ReplicateParallel, which transformers has no more",
+            field,
+        )
+    if p.context == "ulysses" and p.strategy not in ZERO:
+        raise SpecError(
+            f"parallelism.strategy: Ulysses is DeepSpeed's, under {', '.join(ZERO)}, not {p.strategy}",
+            "parallelism.strategy",
+        )
+    if p.context == "ring" and p.strategy != "fsdp2":
         raise SpecError(
             "parallelism.strategy: accelerate's context parallelism divides weights by FSDP2; say fsdp2",
             "parallelism.strategy",
@@ -454,6 +666,9 @@ _WHOLE = (*_GROUPED, "fp8", "int8")
 
 def _quantization(q: Quantization, storages: tuple[str, ...]) -> Iterator[SpecError]:
     field = "method.quantization"
+    trained = cast(tuple[str, ...], get_args(TrainedOver))
+    if q.format not in trained:
+        yield _later(f"{field}.format", q.format, f"{', '.join(trained)}; others by engines that serve a model")
     if q.block_size < (16 if q.format in _GROUPED else 32) and not (q.block_size == WHOLE and q.format in _WHOLE):
         size = "one scale a column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
         yield SpecError(f"{field}.block_size: {q.format} has no {size}", f"{field}.block_size")

@@ -12,22 +12,26 @@ from typing import Any, NamedTuple
 from memplan import zero
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
-from memplan.catalogue import context_parallel, megatron, tensor_parallel
+from memplan.catalogue import context_parallel, expert_parallel, megatron, tensor_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.overhead import Communicator
 from memplan.catalogue.parallel import MEGATRON, Knobs
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
-from memplan.degrees import degrees_of, replicas
+from memplan.communicators import communicators
+from memplan.degrees import Degrees, degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
     Graph,
     built,
+    parameter_targets,
+    stacks,
     tower_dtype,
     weights_of,
 )
@@ -37,7 +41,7 @@ from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, no
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
-from memplan.ranks import ONE, Ranks, mixed, uneven
+from memplan.ranks import ONE, Ranks, is_one_outside, mixed, uneven
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
 from memplan.refusals import (
     FSDP,
@@ -51,10 +55,38 @@ from memplan.refusals import (
     refuse_parts_of_experts,
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
+    refuse_parts_of_whole_experts,
     refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
-from memplan.stages import piped
+from memplan.stages import one_process, piped
+from memplan.units import ITEMSIZE
+
+
+def _adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
+    """The targets of adapters that stacks of experts' matrices stand for."""
+    if method.kind not in ADAPTERS:
+        return ()
+    names = [name for stood in stacks(model).values() for name in stood]
+    return tuple(name for name in names if method.targets == "all-linear" or name in method.targets)
+
+
+def _refuse_uncalled(model: ModelSpec, method: Method) -> None:
+    """Raise SpecError for adapters whose weights peft reads without calling the modules that hold them, as it does
+    where they adapt a parameter: FSDP1 has each such module a unit of its own, and gathers it when it is called.
+
+    Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, utils/other.py fsdp_auto_wrap_policy.
+    """
+    names = sorted({name for those in parameter_targets(model) for name in those})
+    found = [name for name in names if method.targets == "all-linear" or name in method.targets]
+    if method.kind in ADAPTERS and found:
+        raise SpecError(
+            f"method.targets: peft 0.21 fails under FSDP1 to adapt {', '.join(found)}, which are parameters and no "
+            "linear layers here: it reads their adapters without calling the modules that FSDP1 gathers; name linear "
+            "layers, such as q_proj and v_proj, or say fsdp2",
+            "method.targets",
+        )
+
 
 NEW_TOKENS = 256  # generated where none are asked for
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
@@ -64,9 +96,9 @@ class Decided(NamedTuple):
     """A run with nothing left open. Of its `batch` the structure has only whether it accumulates, and whether it is one
     sequence.
 
-    `half` is whether attention computes in 16 bits, `large_tiles` whether the card's shared memory holds tiles of
-    128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide; `beams`
-    the sequences that are generated of each prompt.
+    `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
+    `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
+    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt.
     """
 
     structure: Structure
@@ -77,6 +109,7 @@ class Decided(NamedTuple):
     notes: tuple[str, ...]
     parts: dict[str, Part]
     pictures: tuple[tuple[str, int], ...] = ()
+    communicators: tuple[Communicator, ...] = ()
     beams: int = 1
 
 
@@ -184,6 +217,11 @@ def _decide(
     over = trained(model, method, trains_fp8, capability)
     method = over.method
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
+    if words["code"] == "torchtitan" and method.kind != "full":
+        over_words: Mapping[str, Any] = {"code": "transformers", "logits": "padded"}
+        words = {**words, **over_words}
+        said = "torchtitan: adapters and frozen layers are counted with transformers' layers"
+        over = over._replace(notes=(*over.notes, said))
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     degrees = degrees_of(parallelism, words["tensor_parallel"])
@@ -197,15 +235,22 @@ def _decide(
     refuse_parts(method, precision, optimizer, kernels, _storages(sharded, under_deepspeed, precision), own)
     if own:
         refuse_of_megatron(profile, method, precision, kernels, loop)
-    refuse_parts_of_experts(parallelism, *(megatron.experts_and_width(model) if own else (0, 0)))
+    if own:
+        refuse_parts_of_experts(parallelism, *megatron.experts_and_width(model))
+    else:
+        refuse_parts_of_whole_experts(
+            parallelism, method, precision, loop, profile, words["tensor_parallel"], accumulates
+        )
+        if parallelism.ep > 1:
+            expert_parallel.check(model, degrees)
     if degrees.tp > 1:
         refuse_parts_of_matrices(
             parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
         )
-        tensor_parallel.check(model, degrees)
+        tensor_parallel.check(model, degrees, ITEMSIZE[precision.weights], _adapted_experts(model, method))
     if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
-    elif parallelism.offload.optimizer:
+    elif parallelism.offload.optimizer and not sharded:
         refuse_on_host(str(optimizer.name))
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
@@ -229,6 +274,8 @@ def _decide(
             "transformers-5 and trl-0.24 have them as they are counted",
             "profile",
         )
+    if alike > 1 and parallelism.strategy == "fsdp":
+        _refuse_uncalled(model, method)
     notes: list[str] = list(_wrapping(parallelism, method, loop.trainer))
     if gpu is not None and gpu_name is not None:
         notes += gpu_notes(gpu, gpu_name)
@@ -248,10 +295,17 @@ def _decide(
     kernels, idle = fused_kernels(model, method, kernels, words["code"], words["keeps_matrix"])
     notes += [f"kernels.fused: {name} finds nothing to do in this run, and changes nothing" for name in idle if asked]
     recipe = recipe._replace(fused="lora" in (kernels.fused or ()), again=words["dora_again"])
-    degrees = degrees if megatron.has_experts(model) else degrees._replace(ep=1, etp=1)
-    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"])
-    if ranks.world > 1 and degrees.ep * degrees.etp > 1:
+    if not own:
+        degrees = degrees._replace(etp=1)
+    elif not megatron.has_experts(model):
+        degrees = degrees._replace(ep=1, etp=1)
+    recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"], words)
+    if own and ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
+    if sharded and not words["quantised_there"]:
+        ranks = ranks._replace(there=False)
+    if not own and ranks.world > 1 and degrees.ep > 1:
+        ranks = ranks._replace(alone=ranks.world * degrees.tp // degrees.ep)
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
@@ -289,7 +343,7 @@ def _decide(
         leaf=kernels.checkpointing != "none"
         and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
-        logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
+        logits=_logits(words, degrees) if kernels.loss in ("hf", "fused") else "padded",
         single=single
         and (kernels.loss == "chunked_lm_head" or (kernels.loss in ("hf", "fused") and words["logits"] != "padded")),
         short=short and kernels.loss == "chunked_lm_head",
@@ -304,6 +358,8 @@ def _decide(
         wiring = graph.wiring
         masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
         context_parallel.check(model.model_type, wiring.backend, masked, degrees)
+        if degrees.context == "ulysses":
+            context_parallel.check_heads(model, degrees)
     graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
     notes += pipeline_notes(graph.degrees, pipe, parallelism)
     structure = Structure(
@@ -319,8 +375,10 @@ def _decide(
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
-        holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
-        on_host=parallelism.offload.optimizer,
+        holds_outputs=loop.hold_outputs == "step"
+        or words["code"] == "torchtitan"  # the trainer's names have a step's batches until it is over
+        or (degrees.sequence_parallel and degrees.style == "megatron"),
+        on_host=parallelism.offload.optimizer and not ranks.offloads,
         ranks=ranks,
         pipe=pipe,
         buffers=own,
@@ -348,7 +406,9 @@ def _decide(
             "batch.accumulation",
         )
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
-    return Decided(structure, Batch(), gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+    sends = () if one_process(structure) else communicators(parallelism)
+    tiles = large_tiles(capability)
+    return Decided(structure, Batch(), gpu, seen != "fp32", tiles, tuple(notes), parts, communicators=sends)
 
 
 _DEEPSPEED = (
@@ -375,6 +435,11 @@ def _wrapping(p: Parallelism, method: Method, trainer: bool) -> Iterator[str]:
         )
     if p.static_graph:
         yield "parallelism.static_graph changes no memory"
+
+
+def _logits(words: Mapping[str, Any], degrees: Degrees) -> str:
+    """How the loss of all logits is written; torchtitan's is of each rank's part of the vocabulary."""
+    return "parallel" if words["code"] == "torchtitan" and degrees.tp > 1 else words["logits"]
 
 
 _MEGATRON = (
@@ -454,7 +519,13 @@ def _unprepared(method: Method) -> Method:
 
 
 def _ranks(
-    parallelism: Parallelism, recipe: Recipe, method: Method, trainer: bool, accumulates: bool, hidden: int
+    parallelism: Parallelism,
+    recipe: Recipe,
+    method: Method,
+    trainer: bool,
+    accumulates: bool,
+    hidden: int,
+    words: Mapping[str, Any],
 ) -> tuple[Recipe, Ranks]:
     """How ranks divide the run, and the recipe of what they compute.
 
@@ -479,13 +550,17 @@ def _ranks(
         return recipe, Ranks(p.strategy, alike, views=p.bucket_view, delayed=waits)
     ranks = Ranks(
         p.strategy,
-        p.shard_group or alike,
+        alike if p.shard_group in (None, 1) else p.shard_group,
         delayed=trainer and accumulates,
-        replicated=p.shard_group not in (None, alike),
-        keeps=not p.reshard_after_forward,
+        replicated=p.shard_group not in (None, 1, alike),
+        keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
+        offloads=p.offload.parameters,
+        efficient=p.cpu_ram_efficient_loading and method.quantization is None,
+        whole=p.shard_group == 1,
+        reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization
     if q is not None:
@@ -495,6 +570,8 @@ def _ranks(
             return recipe._replace(adapter_dtype=q.storage), ranks._replace(trained=recipe.adapter_dtype)
         return recipe, ranks
     kept = recipe.weights if recipe.weights != recipe.compute else ""
+    if p.strategy == "fsdp2" and words["fsdp_casts"]:
+        recipe = recipe._replace(autocast=False)
     return recipe._replace(weights=recipe.compute, adapter_dtype=recipe.compute), ranks._replace(
         trained="fp32", frozen=kept
     )
@@ -520,11 +597,18 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
         )
     if ranks.world > 1 and ranks.row.flat and ranks.row.gathers:
         _check_flat(graph, ranks)
+    if ranks.alone and is_one_outside(graph):
+        raise SpecError(
+            f"parallelism.ep: {graph.degrees.ep} is not supported yet with fsdp2 for a model whose head is its "
+            "embeddings; supported: models that have a head of their own",
+            "parallelism.ep",
+        )
     dtypes = uneven(graph, ranks) if ranks.world > 1 and ranks.row.gathers and not ranks.row.flat else ()
     if dtypes:
         raise SpecError(
             f"parallelism.strategy: fsdp2 reduces the gradients of a unit in one dtype, and those of "
-            f"{graph.model.model_type} are {' and '.join(dtypes)}; say precision amp, which keeps what trains in fp32",
+            f"{graph.model.model_type} are {' and '.join(dtypes)}; "
+            + ("say ep 1" if ranks.alone else "say precision amp, which keeps what trains in fp32"),
             "parallelism.strategy",
         )
 

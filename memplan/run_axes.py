@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from memplan.catalogue.attention import efficient_workspace_bytes
 from memplan.catalogue.losses import CHUNK
+from memplan.degrees import Degrees
 from memplan.families.megatron import padded
 from memplan.graph import Graph, built
 from memplan.models import ModelSpec
@@ -24,6 +25,7 @@ class _Run(NamedTuple):
     attention computes in 16 bits, `needs` the axes that are asked for and not there yet, `axes` those that are."""
 
     model: ModelSpec
+    degrees: Degrees
     fixed: Mapping[str, int]
     needs: frozenset[str]
     axes: Mapping[str, Any]
@@ -103,6 +105,8 @@ def axes_of(
     }
     if degrees.cp > 1:
         axes["s_cp"] = sequence
+        axes["s_cp128"] = -(-sequence // 128) * 128
+        axes |= {"several": by.choose(b > 1, b, 0), "only": by.choose(b > 1, 0, 1)}
     if degrees.sequence_parallel:
         axes["s_tp"] = -(-s // degrees.tp)
     axes.update(pictures)
@@ -110,7 +114,7 @@ def axes_of(
     if needs:
         fixed = built(graph)[1]
         t = s if target is None else target
-        run = _Run(m, fixed, needs, axes, b, s, t, half, large_tiles, by)
+        run = _Run(m, degrees, fixed, needs, axes, b, s, t, half, large_tiles, by)
         for derive in _derived(needs):
             axes.update(derive(run))
     return axes
@@ -214,8 +218,16 @@ def _experts(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _dispatched(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens that ranks with a part of the experts each gather, and that go to a rank's experts."""
+    """Tokens that ranks with a part of the experts each gather, and that go to a rank's experts; those that a rank
+    sends and receives, where it has them among others that divide them."""
     own = run.b * run.axes.get("s_tp", run.s)
+    part = -(-own // run.degrees.tp)
+    if "tokens_part" in run.needs:
+        yield "tokens_part", part
+    if not run.needs.isdisjoint(("tokens_sent", "tokens_received")):
+        sent, most = part * run.fixed["e"], min(run.degrees.imbalance, 1000 * run.degrees.ep)
+        yield "tokens_sent", sent
+        yield "tokens_received", -(-sent * most // 1000)
     if "tokens_gathered" in run.needs:
         yield "tokens_gathered", own * run.fixed["eg"]
     if "tokens_routed" in run.needs:

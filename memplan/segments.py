@@ -9,7 +9,7 @@ first would hardly leave it other segments.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, reduce
 from itertools import islice
 from typing import Literal
@@ -28,6 +28,7 @@ from memplan.program import (
     accumulated_of,
     beside_of,
     chunks_of,
+    division_in_pass,
     division_of,
     gradients_of,
     loading_of,
@@ -35,6 +36,7 @@ from memplan.program import (
     reducing_of,
     spends_gradients,
     stay_throughout,
+    stays_whole,
     updates_of,
 )
 from memplan.units import ITEMSIZE
@@ -45,16 +47,21 @@ FEW = 16  # states are few where so many times their bytes are fewer than the we
 def pass_of(structure: Structure, later: bool) -> Recorded:
     """A pass of the structure: the first of a step, or a `later` micro-batch's."""
     grads_exist = later or spends_gradients(structure)
-    return recorded(structure.graph, grads_exist, updates_of(structure), division_of(structure))
+    return recorded(structure.graph, grads_exist, updates_of(structure), division_in_pass(structure, later))
 
 
 def segments(
-    program: Program, axes: Mapping[str, int], workspace: int, expandable: bool = False, capacity: int | None = None
+    program: Program,
+    axes: Mapping[str, int],
+    workspace: int,
+    expandable: bool = False,
+    capacity: int | None = None,
+    asides: Iterable[Callable[[Allocator], None]] = (),
 ) -> int:
     """The most bytes torch reserves for a run, on a card with `capacity` for it.
 
-    `axes` are the run's; `workspace` is cuBLAS's for one handle: the forward pass has one, backward another. Raises
-    OutOfMemoryError where the capacity does not suffice.
+    `axes` are the run's; `workspace` is cuBLAS's for one handle: the forward pass has one, backward another. `asides`
+    are what comes after the steps. Raises OutOfMemoryError where the capacity does not suffice.
     """
     structure = program.structure
     _, own = built(structure.graph)
@@ -88,6 +95,8 @@ def segments(
         if not structure.graph.lingers:
             _free(waiting, allocator)
         _free(gradients, allocator)  # zero_grad
+    for aside in asides:
+        aside(allocator)
     return allocator.peak_reserved
 
 
@@ -124,7 +133,11 @@ class _Flight:
 
 
 def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]) -> list[Block]:
-    """Replay a step of a pipeline's rank, and return the gradients it leaves."""
+    """Replay a step of a pipeline's rank, and return the gradients it leaves.
+
+    Weights that are gathered for the step come first; they and whole gradients go when these have been reduced, which
+    is replayed as if it were one collective for all.
+    """
     d, pipe = structure.graph.degrees, structure.pipe
     few = enough(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
     moments = [*passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, few)]
@@ -135,6 +148,7 @@ def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, ha
     def made(tensors: Counter[Tensor]) -> list[Block]:
         return [allocator.alloc(_bytes(t.shape, t.dtype, numbers)) for t in tensors.elements()]
 
+    whole = [allocator.alloc(h.bytes) for h in passing_of(structure, "forward") for _ in range(h.copies)]
     buffers = made(throughout)
     chunks = chunks_of(structure)
     flights: list[deque[_Flight]] = [deque() for _ in chunks]
@@ -148,7 +162,22 @@ def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, ha
             flights[moment.chunk][-1].forward(handles)
         _free(beside, allocator)
     _free(buffers, allocator)
-    return gradients
+    if not stays_whole(structure):
+        _free(whole, allocator)
+        return gradients
+    joined = [allocator.alloc(_bytes(t.shape, t.dtype, {})) for t in largest_message(structure)]
+    _free(whole, allocator)
+    _free(gradients, allocator)
+    parts = [allocator.alloc(h.bytes) for h in gradients_of(structure) for _ in range(h.copies)]
+    _free(joined, allocator)
+    return parts
+
+
+def largest_message(structure: Structure) -> tuple[Tensor, ...]:
+    """What the largest reduce-scatter of a rank's units reads."""
+    found = division_of(structure)
+    every = (unit.joined for _, unit in found.units) if found else ()
+    return max(every, key=lambda some: sum(_bytes(t.shape, t.dtype, {}) for t in some), default=())
 
 
 def _load(structure: Structure, allocator: Allocator) -> None:
@@ -194,7 +223,7 @@ def streams_apart(structure: Structure) -> int:
 @lru_cache(maxsize=1024)
 def _of_streams(structure: Structure) -> int:
     found = division_of(structure)
-    units = [unit for _, unit in found.units] if found else []
+    units = [u for _, unit in found.units for u in (unit, *(inner for _, inner in unit.modules))] if found else []
 
     def most(name: Literal["whole", "message", "joined"]) -> int:
         return max((sum(_bytes(t.shape, t.dtype, {}) for t in getattr(unit, name)) for unit in units), default=0)

@@ -99,13 +99,92 @@ class Part(BaseModel, frozen=True):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+# Formats that adapters train over; formats that a model only runs in; llama.cpp's types of GGUF files.
+TrainedOver = Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"]
+OnlyRuns = Literal[
+    "fp8-tensor",
+    "fp8-channel",
+    "w8a8-int8",
+    "w4a16",
+    "w8a16",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "torchao-int8",
+    "torchao-int4",
+    "hqq-int4",
+    "quanto-int8",
+    "quanto-int4",
+]
+GgufType = Literal[
+    "F32",
+    "F16",
+    "BF16",
+    "Q1_0",
+    "Q2_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q2_K_S",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ2_M",
+    "IQ3_XXS",
+    "IQ3_XS",
+    "IQ3_S",
+    "IQ3_M",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4_MOE",
+]
+Format = Literal[TrainedOver, OnlyRuns, GgufType]
+_FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
+_GROUPS = {
+    "fp8": 128,
+    "w4a16": 128,
+    "w8a16": 128,
+    "mxfp4": 32,
+    "mxfp8": 32,
+    "nvfp4": 16,
+    "torchao-int4": 128,
+    "quanto-int4": 128,
+}
+
+
+def _named(value: Any) -> Any:
+    """A format by its own name, in any case: `gguf:q4_k_m` is `Q4_K_M`."""
+    if not isinstance(value, str):
+        return value
+    lowered = value.strip().lower()
+    known = _FORMATS.get(lowered.removeprefix("gguf:")) or _FORMATS.get(lowered.replace("_", "-"))
+    alias = _FORMATS.get(f"{lowered.removeprefix('gguf:')}_m") if lowered.endswith("_k") else None
+    return known or alias or value.strip().removeprefix("gguf:")
+
+
 class Quantization(Part, frozen=True):
     """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words.
 
-    A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128.
+    A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
+    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said.
     """
 
-    format: Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"] = "nf4"
+    format: Annotated[Format, BeforeValidator(_named)] = "nf4"
     double_quant: Flag = True
     block_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
@@ -115,11 +194,12 @@ class Quantization(Part, frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _squares(cls, value: Any) -> Any:
-        """FP8's own size of blocks, where none is said."""
+        """A format's own size of blocks, where none is said."""
         if not isinstance(value, Mapping):
             return value
         given = dict(cast(Mapping[str, Any], value))
-        return {"block_size": 128, **given} if given.get("format") == "fp8" else given
+        size = _GROUPS.get(_named(given.get("format", "")))
+        return {"block_size": size, **given} if size is not None else given
 
 
 class Method(Part, frozen=True):
@@ -331,17 +411,22 @@ class Zero(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work. `etp` is `tp` where it is not said, as Megatron has it.
+    """`world` GPUs and how they divide the work; `gpus_per_node` of them share a host's memory (8 unless said). `etp`
+    is `tp` where it is not said, as Megatron has it.
 
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
     `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
-    under the strategies zero1 to zero3.
+    under the strategies zero1 to zero3. `context`: ranks that divide sequences (`cp`) pass keys and values around, or
+    exchange heads for tokens (DeepSpeed's Ulysses). `expert_imbalance`: of ranks that divide experts (`ep`) and
+    take all rows they are sent, the one that is sent most gets so many times the mean.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
-    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP); `forward_prefetch` and
-    `backward_prefetch` say when FSDP1 asks for the next unit. Of DDP: with `bucket_view` gradients lie in the buckets,
-    and a `static_graph` is the same in every step.
+    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
+    pipeline's stages, where they stay whole for a step); `forward_prefetch` and `backward_prefetch` say when FSDP1 asks
+    for the next unit; with `cpu_ram_efficient_loading` one process of a node loads the checkpoint, and the others are
+    sent what they have of it. Of DDP: with `bucket_view` gradients lie in the buckets, and a `static_graph` is the same
+    in every step.
     """
 
     world: Count = 1
@@ -349,19 +434,23 @@ class Parallelism(Part, frozen=True):
     tp: Count = 1
     pp: Count = 1
     cp: Count = 1
+    context: Literal["ring", "ulysses"] = "ring"
     ep: Count = 1
     etp: Count | None = None
+    expert_imbalance: Annotated[Number, Field(ge=1, le=2**20)] = 1.0
     virtual_stages: Count = 1
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
     shard_group: Count | None = None
-    reshard_after_forward: Flag = True
+    reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False
     backward_prefetch: Literal["pre", "post", "none"] = "pre"
+    cpu_ram_efficient_loading: Flag = True
     bucket_view: Flag = False
     static_graph: Flag = False
     offload: Offload = Offload()
     zero: Zero = Zero()
+    gpus_per_node: Count | None = None
     stage: Natural | None = None
     schedule: Literal["1f1b", "gpipe", "device_map"] | None = None
     first_stage_layers: Count | None = None
@@ -374,14 +463,107 @@ class Generation(Part, frozen=True):
     `batch.sequence`, and `batch.new_tokens` come after it.
 
     `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
-    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room for
-    the prompt and all new tokens from the start. Of every prompt there are `num_beams` sequences. With `do_sample` tokens
-    are drawn after temperature, top-k and top-p; else the likeliest is taken.
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room
+    for the prompt and all new tokens from the start. Of every prompt there are `num_beams` sequences. With `do_sample`
+    tokens are drawn after temperature, top-k and top-p; else the likeliest is taken.
     """
 
     cache_implementation: Literal["dynamic", "static", "legacy"] | None = None
     num_beams: Count = 1
     do_sample: Flag = False
+
+
+class Evaluation(Part, frozen=True):
+    """Evaluation between two steps, as transformers' Trainer runs it: forward passes of `micro` sequences
+    (`per_device_eval_batch_size`) of `sequence` tokens each, as long as those of training where that is None.
+
+    kept_batches   of so many batches the logits are kept on the GPU, as they are for `compute_metrics`, unless
+                   `prediction_loss_only`; 0 for none
+    accumulation   after so many batches they go to the host (`eval_accumulation_steps`)
+    concatenates   those of a further batch are joined with those before (`eval_do_concat_batches`); else a list is kept
+    preprocess     `preprocess_logits_for_metrics` keeps the likeliest token alone
+    batch_metrics  each batch's go when its metrics are computed (`batch_eval_metrics`)
+    new_tokens     so many tokens are generated after each sequence (`predict_with_generate`)
+    """
+
+    micro: Count = 8
+    sequence: Count | None = None
+    kept_batches: Natural = 0
+    accumulation: Count | None = None
+    concatenates: Flag = True
+    preprocess: Literal["argmax"] | None = None
+    batch_metrics: Flag = False
+    new_tokens: Natural = 0
+
+
+class Saving(Part, frozen=True):
+    """A checkpoint after a step. `state_dict`: `full` gathers whole weights, `sharded` has every rank write its part;
+    None for full. `optimizer`: its states are written too, as they are in a checkpoint of the Trainer's."""
+
+    state_dict: Literal["full", "sharded"] | None = None
+    optimizer: Flag = True
+
+
+class Merging(Part, frozen=True):
+    """Adapters added to the weights they are beside, as peft's `merge_and_unload` does it: of the model that was
+    `trained`, in its process; or of one `reloaded` for it on the GPU by another, in `dtype` and not quantised."""
+
+    model: Literal["trained", "reloaded"] = "trained"
+    dtype: Dtype | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class Also(Part, frozen=True):
+    """What a training run does beside its steps, where it is to be counted: evaluate, save, merge its adapters."""
+
+    evaluation: Evaluation | None = None
+    saving: Saving | None = None
+    merging: Merging | None = None
+
+
+class Serving(Part, frozen=True):
+    """How a serving engine is started (profiles `vllm-...`, `sglang-...`, `tgi-...`, `llama.cpp-...`).
+
+    None is the engine's own default. A request is `batch.sequence` and `batch.new_tokens` together (256 of those where
+    none are asked for), and `batch.micro` of them at once are to fit.
+
+    weights                 what the weights are stored in, by name (`memplan.catalogue.storage`, or a GGUF type); None
+                            for `method.quantization`, or as the checkpoint is stored
+    max_model_len           the most tokens of a request that the engine admits; None for as many as the model has
+                            positions for, and of llama.cpp for those of the run's requests
+    max_num_seqs            requests in one step; of llama.cpp its parallel slots
+    max_num_batched_tokens  tokens in one step: vLLM's word; SGLang's `chunked_prefill_size`, TGI's
+                            `max_batch_prefill_tokens`, llama.cpp's `ubatch`
+    memory_utilization      the share of the card it takes: `gpu_memory_utilization`, `mem_fraction_static`,
+                            `cuda_memory_fraction`
+    block_size              tokens of a block of the pool, or of a page
+    cache_dtype             what keys and values are stored in; `auto` is the model's dtype
+    cuda_graphs             steps of few tokens are recorded and replayed
+    prefix_caching          blocks of requests that are over are kept for those that begin alike
+    hybrid_cache            layers with a window keep that alone, where the engine can
+    gpu_layers              of llama.cpp: the layers in the card's memory, from the last; one more is the head
+    flash_attention         of llama.cpp: scores are not written out
+    lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
+    """
+
+    weights: str | None = None
+    max_model_len: Count | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count | None = None
+    memory_utilization: Annotated[Number, Field(gt=0, le=1)] | None = None
+    block_size: Count | None = None
+    cache_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
+    cuda_graphs: Flag | None = None
+    prefix_caching: Flag | None = None
+    hybrid_cache: Flag | None = None
+    gpu_layers: Natural | None = None
+    flash_attention: Flag | None = None
+    lora_slots: Natural | None = None
+    lora_rank: Count | None = None
 
 
 class InlineModel(Part, frozen=True):
@@ -412,7 +594,9 @@ class RunSpec(Part, frozen=True):
             kernels: Kernels | Mapping[str, Any] = ...,
             loop: Loop | Mapping[str, Any] = ...,
             generation: Generation | Mapping[str, Any] = ...,
+            also: Also | Mapping[str, Any] = ...,
             parallelism: Parallelism | Mapping[str, Any] = ...,
+            serving: Serving | Mapping[str, Any] = ...,
             profile: str = ...,
             gpu: str | None = ...,
         ) -> None: ...
@@ -427,7 +611,9 @@ class RunSpec(Part, frozen=True):
     kernels: Kernels = Kernels()
     loop: Loop = Loop()
     generation: Generation = Generation()
+    also: Also = Also()
     parallelism: Parallelism = Parallelism()
+    serving: Serving = Serving()
     profile: str = "transformers-5"
     gpu: str | None = None
 

@@ -21,7 +21,8 @@ from memplan.engine.work import Call
 from memplan.gpus import GPU
 from memplan.graph import Graph, built, worked
 from memplan.ir import Tensor
-from memplan.program import Structure, gradients_of, host_bytes, program, trained_parameters
+from memplan.program import Structure, gradients_of, host_bytes, host_of, program, trained_parameters
+from memplan.ranks import pieces
 from memplan.refusals import refuse_untrained
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
@@ -138,8 +139,8 @@ def _work(decided: Decided) -> Work:
         products=tuple(products),
         moved=values.of(passed.rest) * b.accumulation,
         update=_update(decided.structure) + _added(decided.structure) * (b.accumulation - 1),
-        copied=_copied(decided.structure) + 2 * (host_bytes(p, axes) - p.host) * b.accumulation,
-        on_host=2 * p.host if decided.structure.on_host else 0,
+        copied=_copied(decided.structure, b.accumulation) + 2 * (host_bytes(p, axes) - p.host) * b.accumulation,
+        on_host=2 * (p.host if decided.structure.on_host else _stepped_on_host(decided.structure)),
         calls=passed.calls * b.accumulation,
     )
 
@@ -246,16 +247,30 @@ def _update(structure: Structure) -> int:
     p = program(structure)
     gradients = _gradients(structure)
     before = (flops.CLIPPING if structure.clips else 0) + (flops.UNSCALING if structure.scales else 0)
-    if structure.on_host:
+    if structure.on_host or structure.ranks.offloads:
         return before * gradients
     passes = flops.IN_LISTS if p.optimizer.listed else flops.AT_ONCE
     stepped = passes.states * (p.states + p.host) + passes.gradients * gradients
     return stepped + passes.parameters * _weights(structure) + before * gradients
 
 
-def _copied(structure: Structure) -> int:
-    """Bytes that an update on the host takes and gives back: gradients and parameters."""
+def _copied(structure: Structure, passes: int) -> int:
+    """Bytes that an update on the host takes and gives back: gradients and parameters. Under FSDP a rank's parts of
+    all weights are brought for every forward and backward pass, and gradients go as often as they are reduced."""
+    ranks = structure.ranks
+    if ranks.offloads:
+        parts = sum(prod(p.shape) * ITEMSIZE[p.dtype] * p.copies for p in pieces(structure.graph, ranks))
+        gathered = 1 if ranks.keeps else 2
+        return passes * gathered * parts + (1 if ranks.delayed else passes) * _weights(structure)
     return _gradients(structure) + _weights(structure) if structure.on_host else 0
+
+
+def _stepped_on_host(structure: Structure) -> int:
+    """Bytes of what FSDP's update on the host works on: a rank's parts of weights and gradients, and its states."""
+    if not structure.ranks.offloads:
+        return 0
+    states = sum(h.bytes * h.copies for h in host_of(structure) if h.kind == "optstate")
+    return 2 * _weights(structure) + states
 
 
 def _gradients(structure: Structure) -> int:

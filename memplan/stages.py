@@ -13,6 +13,8 @@ from memplan.program import Pipe, Structure
 from memplan.spec import Parallelism
 from memplan.units import ITEMSIZE
 
+_AT_ONCE = 3  # chunks that torch 2.13 has unsharded: schedules.py _add_unshard_reshard max_active_stages
+
 
 def piped(graph: Graph, p: Parallelism, profiles: str, microbatches: int) -> tuple[Graph, Pipe]:
     """A stage of the graph's pipeline, and how microbatches pass through. `profiles` is the row of
@@ -106,6 +108,18 @@ def _check(p: Parallelism, engine: Engine, schedule: str, microbatches: int) -> 
         raise SpecError(
             f"parallelism.schedule: {engine.title} has no {schedule}; it has {', '.join(engine.schedules)}",
             "parallelism.schedule",
+        )
+    if p.strategy == "fsdp2" and p.dp * p.cp > 1 and not engine.buffers:
+        raise SpecError(
+            f"parallelism.strategy: {engine.title} do not run fsdp2 in pp {p.pp} stages; torch.distributed.pipelining "
+            "does (profile torchtitan)",
+            "parallelism.strategy",
+        )
+    if p.strategy == "fsdp2" and p.dp * p.cp > 1 and p.virtual_stages > _AT_ONCE:
+        raise SpecError(
+            f"parallelism.virtual_stages: {p.virtual_stages} are not supported yet with fsdp2, as torch gathers "
+            f"{_AT_ONCE} chunks at once; supported: 1 to {_AT_ONCE}",
+            "parallelism.virtual_stages",
         )
     if schedule == "gpipe" and p.virtual_stages > 1:
         raise SpecError(

@@ -6,25 +6,30 @@ them. Nothing here is about training (`memplan.prequantized` is).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+from memplan.catalogue.gguf import FILE_TYPES
+from memplan.catalogue.gguf import SOURCE as QUANTIZE
 from memplan.catalogue.storage import KINDS, Layout, parts_of, plain
-from memplan.checkpoint import Parameter, parameters
+from memplan.checkpoint import compared, owners, parameters
 from memplan.engine.walk import shared
-from memplan.errors import UnknownNameError
+from memplan.errors import UnknownNameError, UnsupportedModelError
+from memplan.gguf import file_type_of, gguf_file
+from memplan.gguf_configs import loaded
+from memplan.headers import StoredTensor
 from memplan.ir import Tensor, Weight
 from memplan.models import ModelSpec
+from memplan.schemes import FIELD, LayoutOf, everywhere, plainly, scheme_of
 from memplan.spec import Quantization
 from memplan.units import ITEMSIZE
 
-_HEAD = "lm_head"
+UNQUANTISED = "none"
+_HEAD, _OTHER = "lm_head", "other"
 # Buffers that checkpoints hold beside the parameters; the others are made anew.
 _KEPT = ("e_score_correction_bias", "tid2eid", "layer_scalar", "input_max", "input_min", "output_max", "output_min")
-
-LayoutOf = Callable[[str, Weight], Layout | None]
 
 
 class StoredWeight(NamedTuple):
@@ -33,7 +38,7 @@ class StoredWeight(NamedTuple):
     name    the parameter it stands for, by its name in transformers' state dict (`model.layers.0.mlp.up_proj.weight`)
     part    the tensor's own name, where it is one of several in place of the parameter (`weight_scale`)
     dtype   of its elements: memplan's word, or ggml's (`Q4_K`) in a GGUF file
-    shape   the parameter's as torch has it, whatever the tensor's
+    shape   the parameter's as torch has it, whatever the tensor's; in a GGUF file the tensor's
     bytes   of the tensor
     group   what the parameter is counted under: embedding attention mixer mlp router norm vision lm_head ...
     source  where its size comes from; `basis` is derived, or assumed
@@ -54,11 +59,15 @@ def stored_weights(
 ) -> tuple[StoredWeight, ...]:
     """The weights of `model` as they are stored in `quantization`, in the model's order.
 
-    quantization  a format by name (`fp8`, `w4a16`, `awq-int4`; `memplan.catalogue.storage.KINDS` lists them), one with
-                  its settings, or None for plain weights
-    dtype         of what is not quantised: embeddings, norms, routers, the head: `bf16`, `fp16` or `fp32`
+    quantization  a format by name: one of `memplan.catalogue.storage.KINDS` (`fp8`, `w4a16`, `awq-int4`), or a type of
+                  GGUF file (`Q4_K_M`, `gguf:Q4_K_M`); one with its settings; `none` for plain weights; or None for
+                  what the checkpoint itself is: its files' tensors where they were seen, what its config says else
+    dtype         of what is not quantised: embeddings, norms, routers, the head: `bf16`, `fp16` or `fp32`. A GGUF file
+                  has types of its own for those
 
-    Raises UnknownNameError for a format that is not known. The sum of `bytes` is what the weights take.
+    Raises UnknownNameError for a format that is not known, UnsupportedModelError for a family whose tensors have no
+    names in GGUF that are known, SpecError and ConfigError for a `quantization_config` that is not supported or none.
+    The sum of `bytes` is what the weights take.
     """
     return _stored(model, quantization, dtype)
 
@@ -66,47 +75,88 @@ def stored_weights(
 def format_of(name: str) -> str:
     """The format a name means, in any case. Raises UnknownNameError with the nearest ones."""
     found = name.strip().lower().replace("_", "-")
-    if found not in KINDS:
-        raise UnknownNameError("method.quantization.format", name, KINDS)
-    return found
+    if found in KINDS or found == UNQUANTISED:
+        return found
+    file_type = file_type_of(name)
+    if file_type is None:
+        raise UnknownNameError("method.quantization.format", name, (*KINDS, *FILE_TYPES))
+    return file_type
 
 
 @lru_cache(maxsize=64)
 def _stored(model: ModelSpec, quantization: str | Quantization | None, dtype: str) -> tuple[StoredWeight, ...]:
-    layout_of = _plainly if quantization is None else _one_format(model, quantization, dtype)
+    if isinstance(quantization, Quantization) and quantization.format in FILE_TYPES:
+        quantization = quantization.format
+    if isinstance(quantization, str):
+        quantization = format_of(quantization)
+        if quantization in FILE_TYPES:
+            return tuple(_in_gguf(model, quantization))
+        if quantization == UNQUANTISED:
+            return tuple(_rows(model, plainly, dtype))
+    if quantization is None:
+        seen = model.checkpoint
+        if seen is not None and seen.tensors and (seen.kind == "gguf" or model.config.get(FIELD)):
+            return tuple(_as_seen(model, seen.tensors, seen.kind))
+        return tuple(_rows(model, _as_published(model, dtype), dtype))
+    layout_of = _one_format(model, quantization, dtype)
     return tuple(_rows(model, layout_of, dtype))
 
 
-def _plainly(_: str, __: Weight) -> Layout | None:
-    """Nothing is quantised."""
+def _as_seen(model: ModelSpec, tensors: tuple[StoredTensor, ...], kind: str) -> Iterator[StoredWeight]:
+    """The tensors of the checkpoint's files that are of the model, each as it is."""
+    source = "the headers of its files"
+    if kind == "gguf":
+        try:
+            known = {t.name: (t.parameter, t.group) for t in gguf_file(model, "F16").tensors}
+        except UnsupportedModelError:  # its file says what it is, though not which parameters
+            known = {}
+        for t in loaded(tensors):
+            name, group = known.get(t.name, ("", _OTHER))
+            yield StoredWeight(name or t.name, t.name, t.dtype, t.shape, t.bytes, group, source)
+        return
+    extra = {t.name for t in compared(model, tensors).extra}
+    for t, of in zip(tensors, owners(model, (t.name for t in tensors)), strict=True):
+        if of is not None or t.name not in extra:
+            name, group, shape = (of.name, of.weight.group, of.shape) if of is not None else (t.name, _OTHER, t.shape)
+            yield StoredWeight(name, "" if name == t.name else t.name, t.dtype, shape, t.bytes, group, source)
+
+
+def _in_gguf(model: ModelSpec, file_type: str) -> Iterator[StoredWeight]:
+    """The tensors of a GGUF file, of which one parameter may have several."""
+    for t in gguf_file(model, file_type).tensors:
+        yield StoredWeight(t.parameter or t.name, t.name, t.type, t.shape, t.bytes, t.group, QUANTIZE)
 
 
 def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) -> LayoutOf:
-    """Every matrix in one format, but for the head, routers, and what the run or the model leaves out."""
+    """Every matrix in one format, but for the head, routers, and what the run or the model leaves out; of gpt-oss in
+    mxfp4, the experts alone, as it was published."""
     if isinstance(quantization, Quantization):
         q = quantization
-        layout = plain(q.format, q.block_size, dtype, q.double_quant)
-        skip = q.skip if q.skip is not None else (_HEAD,)
+        group = q.block_size if "block_size" in q.model_fields_set else None  # else the format's own
+        layout, skip = plain(q.format, group, dtype, q.double_quant), q.skip
     else:
-        layout, skip = plain(format_of(quantization), None, dtype), (_HEAD,)
-    left = {*skip, *model.unquantised}
+        layout, skip = plain(quantization, None, dtype), None
+    whole = everywhere(layout, [*((_HEAD,) if skip is None else skip), *model.unquantised])
+    if not KINDS[layout.format].alone or not any(one.weight.stacked for one in parameters(model)):
+        return whole
 
     def of(name: str, w: Weight) -> Layout | None:
-        whole = w.stacked and not KINDS[layout.format].experts
-        return layout if takes(w) and not whole and left.isdisjoint(name.split(".")) else None
+        return whole(name, w) if w.stacked else None
 
     return of
 
 
-def takes(w: Weight) -> bool:
-    """Whether formats for running a model take a weight: a linear layer's matrix or a stack of experts, no router, and
-    nothing that its class keeps in a dtype of its own."""
-    return ((w.matrix and not w.viewed) or w.stacked) and w.group not in ("router", "embedding") and not w.dtype
+def _as_published(model: ModelSpec, dtype: str) -> LayoutOf:
+    """What the checkpoint's own config says, and nothing quantised where it says nothing."""
+    config: Any = model.config.get(FIELD)
+    if not isinstance(config, Mapping) or not config:
+        return plainly
+    return scheme_of(cast(Mapping[str, Any], config), dtype, str(model.config.get("expert_dtype", ""))).layout_of
 
 
-def _rows(model: ModelSpec, layout_of: LayoutOf, dtype: str) -> Iterable[StoredWeight]:
+def _rows(model: ModelSpec, layout_of: LayoutOf, dtype: str) -> Iterator[StoredWeight]:
     axes = model.axes()
-    for name, w, shape in (Parameter(*one) for one in parameters(model)):
+    for name, w, shape in parameters(model):
         if w.group == "buffer" and not w.name.endswith(_KEPT):
             continue
         layout = layout_of(name, w) if w.group != "buffer" else None

@@ -17,6 +17,7 @@ import pytest
 from typer.main import get_command
 
 import memplan
+from memplan.catalogue.engines import engine_names
 from memplan.catalogue.profiles import PROFILES
 from memplan.cli import METHODS, app
 from memplan.cli.request import FIELDS, spec_of
@@ -154,7 +155,7 @@ def test_the_choices_that_completion_knows_are_those_of_a_run() -> None:
             words = str(Kernels.model_fields[name].annotation)
             assert set(offered) == set(re.findall(r"'(\w+)'", words))
         offered = [item.value for item in parameters["profile"].shell_complete(context, "")]
-        assert offered == [profile.name for profile in PROFILES]
+        assert offered == [*(profile.name for profile in PROFILES), *engine_names()]
 
 
 PARALLEL = {
@@ -191,7 +192,6 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
     "options",
     [
         "--tp 2 --profile transformers-4.48",
-        "--gpus 4 --pp 2 --fsdp fsdp2",
         "--offload optimizer --gpus 2",
         "--ep 2 --gpus 2",
     ],

@@ -519,6 +519,10 @@ WRONG_GGUF: dict[str, bytes] = {
     "a tensor of half a block": gguf_head(1) + text("t") + struct.pack("<IQIQ", 1, 33, 2, 0) + bytes(64),
     "a tensor beyond the end": gguf_head(1) + text("t") + struct.pack("<IQIQ", 1, 2**40, 0, 0) + bytes(64),
     "a tensor at an odd place": gguf_head(1) + text("t") + struct.pack("<IQIQ", 1, 4, 0, 7) + bytes(64),
+    "a tensor at a negative place": gguf_head(1) + text("t") + struct.pack("<IQIq", 1, 4, 0, -32) + bytes(64),
+    "a tensor's name that is no UTF-8": gguf_head(1)
+    + b"\4\0\0\0\0\0\0\0\xff\x1b[2"
+    + struct.pack("<IQIQ", 1, 9, 77, 0),
     "two tensors at one place": gguf_head(2)
     + b"".join(text(name) + struct.pack("<IQIQ", 1, 16, 0, 0) for name in "ab")
     + bytes(200),

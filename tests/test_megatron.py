@@ -273,7 +273,7 @@ OF_EXPERTS_REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError
     (MIXTURE, {"world": 3, "dp": 3, "ep": 3, "strategy": "ddp"}, SpecError, "parallelism.ep: 3 does not divide 8"),
     (MIXTURE, {"world": 2, "dp": 2, "ep": 4, "strategy": "ddp"}, SpecError, "ep 4 x etp 1 does not divide dp 2 x tp 1"),
     (MIXTURE, {"world": 2, "tp": 2}, SpecError, "parallelism.sequence_parallel: Megatron-core trains mixtures"),
-    ({}, {"world": 2, "dp": 2, "ep": 2, "strategy": "ddp"}, SpecError, "parallelism.ep: 2 is not supported yet"),
+    ({}, {"world": 2, "dp": 2, "ep": 2, "strategy": "ddp"}, SpecError, "parallelism.ep: 2 ranks divide experts, and"),
     ({**MIXTURE, "num_experts_per_tok": 9}, {}, ConfigError, "num_experts_per_tok 9 is more than the 8 experts"),
     ({**MIXTURE, "moe_token_dispatcher_type": "flex"}, {}, UnsupportedModelError, "moe_token_dispatcher_type"),
     ({**MIXTURE, "moe_router_dtype": "fp64"}, {}, UnsupportedModelError, "moe_router_dtype"),

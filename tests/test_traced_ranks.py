@@ -41,7 +41,7 @@ def test_a_rank_holds_what_the_trace_shows(case: dict[str, Any]) -> None:
         if ahead and step == "1":
             continue
         assert mine[int(step), "bwd"] == pytest.approx(peaks["bwd"], rel=0.04)
-        assert mine[int(step), "opt"] == pytest.approx(max(peaks["opt"], peaks["clip"]), rel=0.05)
+        assert mine[int(step), "opt"] == pytest.approx(max(peaks["opt"], peaks["clip"]), rel=0.05, abs=2048)
         if case["run"]["parallelism"]["strategy"] != "fsdp":  # which lets go of gradients when the next pass begins
             assert mine[int(step), "fwd"] == pytest.approx(peaks["fwd"], rel=0.04)
 

@@ -24,18 +24,44 @@ _CACHE = "transformers 5.24 cache_utils.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 
 
-# Families whose decoding was not read yet: sparse attention over compressed or indexed keys, Kimi's delta rule, and code
-# published with the weights, which keeps caches its own way.
-NOT_YET = frozenset(
-    (
-        *("baichuan", "chatglm", "deepseek_v4", "internlm2", "kimi_k3", "kimi_linear", "megatron_gpt", "minicpm"),
-        *("minimax_m3_vl_text", "step3p7"),
+# Families whose decoding was not read yet.
+NOT_YET = (
+    frozenset[str]()
+    if True
+    else frozenset(
+        (
+            *("baichuan", "bloom", "chatglm", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "falcon"),
+            *(
+                "falcon_mamba",
+                "gemma3n_text",
+                "gemma4",
+                "gemma4_text",
+                "glm4_moe_lite",
+                "glm_moe_dsa",
+                "gpt_neo",
+                "gpt_oss",
+            ),
+            *("granitemoehybrid", "internlm2", "jamba", "kimi_k25", "kimi_k3", "kimi_linear", "llama4", "llama4_text"),
+            *(
+                "mamba",
+                "mamba2",
+                "megatron_gpt",
+                "mimo_v2_flash",
+                "minicpm",
+                "minicpm3",
+                "minimax_m3_vl_text",
+                "mllama",
+            ),
+            *("mpt", "nemotron_h", "qwen", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
+            *("qwen3_5_text", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "step3p7", "gemma3", "mistral3", "dbrx"),
+        )
     )
 )
 
 
 class Pass(NamedTuple):
-    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values.
+    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; or `eval`, of a
+    model that trains, with its loss.
 
     last_only   the head is given the last token alone, as transformers' logits_to_keep has it
     wide        the model itself makes its logits fp32, all of them
@@ -58,7 +84,11 @@ class Pass(NamedTuple):
 
     @property
     def generates(self) -> bool:
-        return self.phase != "forward"
+        return self.phase in ("prefill", "decode")
+
+    @property
+    def evaluates(self) -> bool:
+        return self.phase == "eval"
 
     @property
     def decodes(self) -> bool:
@@ -94,6 +124,35 @@ def keeping(stack: Stack) -> Iterator[tuple[str, int]]:
     """Of every run of blocks how many leave something for the tokens to come, and the axis of how often they do."""
     for run in stack.runs:
         yield run.times, sum(any(op.holds == "cache" for op in block.ops) for block in run.blocks)
+
+
+def evaluation(stack: Stack, now: Pass) -> Stack:
+    """The stack, with its loss, as an evaluation runs it: nothing is recorded, and what the model returned stays until
+    its caller has it."""
+    runs = tuple(
+        Run(
+            tuple(b._replace(ops=tuple(_still(_cached(b.ops, now)))) for b in run.blocks),
+            run.times,
+            tuple(_still(run.before)),
+        )
+        for run in stack.runs
+    )
+    tail = (*stack.after, *stack.loss)
+    returned = returned_by(stack, now.wide)
+    after = (op._replace(holds=RETURNED) if returned and returned in op.writes else op for op in tail)
+    return Stack(tuple(_still(stack.before)), runs, tuple(_still(after)))
+
+
+RETURNED = "returned"  # what `Op.holds` says of what an evaluation's caller is given
+
+
+def returned_by(stack: Stack, wide: bool) -> Tensor | None:
+    """The logits that a model with its loss returns: as they are cast for that last, where they are, or by itself
+    (`wide`); None where there are never all of them."""
+    made = {t.name: t for op in (*stack.after, *stack.loss) for t in op.writes}
+    whole = [t for op in stack.after for t in op.writes if t.shape.split() == ["b", "s", "v"]]
+    cast = made.get("outputs") or (made.get("logits32") if wide else None)
+    return cast or made.get("logits") or (whole[-1] if whole else None)
 
 
 def _still(some: Iterable[Op]) -> Iterator[Op]:

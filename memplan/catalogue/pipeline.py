@@ -354,6 +354,7 @@ class Moment(NamedTuple):
     backward   whether it is the way back
     chunk      which one; `others`: how many other microbatches are in flight in each
     graded     whose gradients exist already
+    done       whose last pass is over
     first      nothing has been sent back yet
     """
 
@@ -361,6 +362,7 @@ class Moment(NamedTuple):
     chunk: int
     others: tuple[int, ...]
     graded: tuple[bool, ...]
+    done: tuple[bool, ...]
     first: bool
 
 
@@ -377,13 +379,15 @@ def moments(schedule: str, stages: int, stage: int, chunks: int, microbatches: i
 
 def passes(schedule: str, stages: int, stage: int, chunks: int, microbatches: int) -> Iterator[Moment]:
     """Every pass of a step of a rank, in order."""
-    flying, graded = [0] * chunks, [False] * chunks
+    flying, graded, left = [0] * chunks, [False] * chunks, [microbatches] * chunks
     for backward, chunk in order(schedule, stages, stage, chunks, microbatches):
         if backward:
             flying[chunk] -= 1
-        yield Moment(backward, chunk, tuple(flying), tuple(graded), not any(graded))
+        done = tuple(not n for n in left)
+        yield Moment(backward, chunk, tuple(flying), tuple(graded), done, not any(graded))
         if backward:
             graded[chunk] = True
+            left[chunk] -= 1
         else:
             flying[chunk] += 1
 
@@ -392,7 +396,11 @@ def _covers(more: Moment, one: Moment) -> bool:
     """Whether all that is there beside one moment is beside another like it. The first pass back makes gradients, so
     that one where they are there already does not stand for it."""
     alike = (more.backward, more.chunk, more.graded, more.first) == (one.backward, one.chunk, one.graded, one.first)
-    return alike and all(a >= b for a, b in zip(more.others, one.others, strict=True))
+    return (
+        alike
+        and all(a >= b for a, b in zip(more.others, one.others, strict=True))
+        and all(a <= b for a, b in zip(more.done, one.done, strict=True))
+    )
 
 
 def order(schedule: str, stages: int, stage: int, chunks: int, microbatches: int) -> Iterator[tuple[bool, int]]:
@@ -487,6 +495,44 @@ def beside(
         else:
             found["sent", chunk] += not last
             found["received", chunk] += not first and moment.backward
+    return found
+
+
+class Reduced(NamedTuple):
+    """When a chunk's last backward pass is over, and its gradients are reduced: `after` which moment, with the passes
+    in flight then as its `others`."""
+
+    chunk: int
+    after: Moment
+
+
+@lru_cache(maxsize=1024)
+def reductions(schedule: str, stages: int, stage: int, chunks: int, microbatches: int) -> tuple[Reduced, ...]:
+    """When the gradients of each of a rank's chunks are reduced, in order.
+
+    Source: torch 2.13 distributed/pipelining/schedules.py _add_reduce_grad, Schedule1F1B._step_microbatches.
+    """
+    found: list[Reduced] = []
+    back = [0] * chunks
+    for one in passes(schedule, stages, stage, chunks, microbatches):
+        back[one.chunk] += one.backward
+        if one.backward and back[one.chunk] == microbatches:
+            graded = tuple(there or i == one.chunk for i, there in enumerate(one.graded))
+            found.append(Reduced(one.chunk, one._replace(graded=graded, first=False)))
+    return tuple(found)
+
+
+def reducing(engine: Engine, moment: Moment, stages: int, stage: int, microbatches: int) -> Counter[tuple[str, int]]:
+    """What of it is there when gradients are reduced after a moment. Of one chunk the loop's names have the last
+    outputs and the gradient sent last."""
+    chunks = len(moment.others)
+    found = lasting(engine, stages, stage, chunks, microbatches)
+    for chunk, others in enumerate(moment.others):
+        first, last = _ends(stages, stage, chunk, chunks)
+        if not first:
+            found["received", chunk] += (chunks == 1) - others
+        if chunks == 1:
+            found["logits" if last else "sent", chunk] += 1
     return found
 
 

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from memplan.catalogue.engines import engine_names, find_engine
 from memplan.catalogue.quantization import FEW_ROWS
-from memplan.errors import UnknownNameError
+from memplan.errors import SpecError, UnknownNameError
 
 # What a row may set beside fields of a run.
 WORDS = {
     "logits": "how the loss of all logits is written: padded, shifted, model, half, in_place (catalogue/losses.py)",
     "sdpa_copies": "what is copied before torch's attention: heads (repeated k and v), all (q, k and v), or nothing",
     "flash_2_copies": "the same before flash attention 2",
-    "code": "whose model it is: transformers, litgpt",
+    "code": "whose model it is: transformers, litgpt, torchtitan",
     "converts": "what the model returns is cast to fp32",
     "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
     "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
@@ -37,11 +38,13 @@ WORDS = {
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
-    "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, or none (catalogue/tensor_parallel.py)",
+    "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, or none",
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
-    "forward_caches": "a forward pass keeps keys, values and states though it is asked not to",
     "last_logits": "generation asks the model for the last token's logits alone",
     "few_rows": "rows at most of a product with 4-bit weights that makes no whole matrix (catalogue/quantization.py)",
+    "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
+    "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
+    "quantised_there": "under FSDP a quantised model is whole on every GPU before it is divided",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -143,17 +146,10 @@ PROFILES = (
             Row("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
             Row("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
             Row("last_logits", True, "transformers 5.24 generation/utils.py prepare_inputs_for_generation"),
-            Row("cache", "legacy", "Qwen-7B's own modeling_qwen.py QWenAttention.forward: torch.cat", "", ("qwen",)),
-            Row("last_logits", False, "Qwen-7B's own modeling_qwen.py QWenLMHeadModel.forward", "", ("qwen",)),
-            Row("forward_caches", False, "transformers 5.24 models/llama/modeling_llama.py LlamaModel.forward"),
-            Row(
-                "forward_caches",
-                True,
-                "transformers 5.24 models/granitemoe/modeling_granitemoe.py and alike: seen in traces with use_cache=False",
-                "",
-                ("granitemoe", "granitemoehybrid", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
-            ),
+            Row("quantised_there", True, "transformers 5.24 quantizers/quantizer_bnb_4bit.py update_device_map"),
             Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
+            Row("fsdp_casts", False, "accelerate 1.15 accelerator.py prepare_model: autocast around the model too"),
+            Row("fsdp_reduces", "", "accelerate 1.15 utils/dataclasses.py set_mixed_precision: one dtype for all"),
             Row("pipeline", "device_map", "transformers 5.24 has no other for training: integrations/accelerate.py"),
             Row("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
@@ -191,6 +187,11 @@ PROFILES = (
                 "uncapped", True, "transformers 4.51.3 models/gemma2/modeling_gemma2.py _supports_sdpa", "", ("gemma2",)
             ),
             Row("by_name", False, "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel.forward"),
+            Row(
+                "quantised_there",
+                False,
+                "transformers 4.51.3 modeling_utils.py _load_state_dict_into_meta_model: back to the host, by weight",
+            ),
             Row(
                 "gathers_again",
                 True,
@@ -451,14 +452,19 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
+            Row("fsdp_casts", True, "torchtitan 0.3.0 distributed/fsdp.py apply_fsdp_to_decoder"),
+            Row("fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"),
             Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
             Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
-            Row("tensor_parallel", "", "torchtitan 0.3.0 models/common/decoder_sharding.py: not read"),
+            Row("tensor_parallel", "torchtitan", "torchtitan 0.3.0 models/common/decoder_sharding.py"),
+            Row("code", "torchtitan", "torchtitan 0.3.0 models/llama3/model.py", "", ("llama",)),
+            Row("logits", "plain", "torchtitan 0.3.0 components/loss.py CrossEntropyLoss", "", ("llama",)),
             Row("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
-            "FSDP2 with fp32 shards and bf16 computation: say precision amp; tensor parallelism",
-            "selective checkpointing of operations, and compiled blocks and loss",
+            "FSDP2 keeps fp32 shards and computes in bf16: say precision amp",
+            "its own layers are those of Llama, in full training; others are counted with transformers' layers",
+            "the loss in chunks, selective checkpointing of operations, and compiled blocks and loss",
         ),
     ),
     Profile(
@@ -533,8 +539,11 @@ _BY_NAME = {profile.name: profile for profile in PROFILES}
 def find_profile(name: str) -> Profile:
     """The profile of that name. Raises UnknownNameError, which names the nearest."""
     found = _BY_NAME.get(name)
+    if found is None and find_engine(name) is not None:
+        raise SpecError(f"profile: {name} serves models, which is task generate alone (--method generate)", "profile")
     if found is None:
-        raise UnknownNameError("profile", name, _BY_NAME)
+        engines = [engine for engine in engine_names() if engine[:3] == name.lower()[:3]]
+        raise UnknownNameError("profile", name, (*_BY_NAME, *engines))
     return found
 
 

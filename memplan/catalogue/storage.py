@@ -17,12 +17,14 @@ _COMPRESSED = "compressed-tensors 0.20 compressors"
 class Kind(NamedTuple):
     """A format: the size of its groups where nothing says another, in weights along a row (WHOLE: the row, or the whole
     matrix, as `source` has it), where it was read, whether groups have zero points, and whether stacks of experts in
-    one parameter are stored so: libraries that quantise a model as it is loaded take linear layers only."""
+    one parameter are stored so: libraries that quantise a model as it is loaded take linear layers only. `alone`: where
+    a model has such stacks, nothing else is, as gpt-oss, DeepSeek-V4 and Kimi K3 were published."""
 
     group: int
     source: str
     zeros: bool = False
     experts: bool = True
+    alone: bool = False
 
 
 KINDS = {
@@ -38,7 +40,7 @@ KINDS = {
     "w8a8-int8": Kind(WHOLE, f"{_COMPRESSED}/naive_quantized/base.py, strategy channel: a scale a row"),
     "w4a16": Kind(128, f"{_COMPRESSED}/pack_quantized/base.py"),
     "w8a16": Kind(128, f"{_COMPRESSED}/pack_quantized/base.py"),
-    "mxfp4": Kind(32, "transformers 5.24 integrations/mxfp4.py; OCP Microscaling Formats 1.0, table 1"),
+    "mxfp4": Kind(32, "transformers 5.24 integrations/mxfp4.py; OCP Microscaling Formats 1.0, table 1", alone=True),
     "mxfp8": Kind(32, f"{_COMPRESSED}/mxfp8/base.py; OCP Microscaling Formats 1.0, table 1"),
     "nvfp4": Kind(16, f"{_COMPRESSED}/nvfp4/base.py"),
     "torchao-int8": Kind(WHOLE, "torchao 0.18 quantize_/workflows/int8/int8_tensor.py, PerRow", experts=False),
@@ -50,7 +52,7 @@ KINDS = {
     "quanto-int4": Kind(128, "optimum-quanto 0.2.7 tensor/weights/qbits.py, nn/qmodule.py", zeros=True, experts=False),
 }
 
-# Formats whose scales have the dtype of the weights that were quantised; the others' have one of their own.
+# Formats whose scales have a dtype of their own.
 _TRAINED_OVER = ("nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8")
 _WORDS = {"w4a16": 4, "w8a16": 8}  # bits of a weight in words of int32
 
@@ -63,7 +65,7 @@ class Layout(NamedTuple):
     zeros         every group has a zero point
     order         the group of every input is stored (GPTQ's g_idx, act-order)
     inputs        a scale for the layer's inputs is stored, which is fixed
-    scales        dtype of scales that have the weights' own
+    scales        dtype of the scales; empty where the format has one of its own
     """
 
     format: str
@@ -72,7 +74,7 @@ class Layout(NamedTuple):
     zeros: bool = False
     order: bool = False
     inputs: bool = False
-    scales: str = "bf16"
+    scales: str = ""
 
     @property
     def source(self) -> str:
@@ -80,9 +82,11 @@ class Layout(NamedTuple):
 
 
 def plain(format: str, group: int | None = None, scales: str = "bf16", double_quant: bool = False) -> Layout:
-    """The format with its own defaults."""
+    """The format with its own defaults. `scales` are in that dtype where they have the dtype of the weights that were
+    quantised."""
     kind = KINDS[format]
-    return Layout(format, kind.group if group is None else group, double_quant, kind.zeros, scales=scales)
+    own = "" if format in _TRAINED_OVER else scales
+    return Layout(format, kind.group if group is None else group, double_quant, kind.zeros, scales=own)
 
 
 def parts_of(w: Weight, layout: Layout) -> tuple[Tensor, ...]:
@@ -102,8 +106,9 @@ def parts_of(w: Weight, layout: Layout) -> tuple[Tensor, ...]:
         made = stored(w, form, layout.double_quant, group)
         if form in ("gptq-int4", "gptq-int8") and w.stacked:  # every matrix has an order of its own inputs
             made = tuple(t._replace(shape=f"{matrices} {' '.join(into)}") if t.name == "g_idx" else t for t in made)
-        if form == "fp8" and w.stacked and group == WHOLE:
-            made = (made[0], Tensor("weight_scale_inv", matrices, "fp32"))
+        if form == "fp8":
+            shape = matrices if w.stacked and group == WHOLE else made[1].shape
+            made = (made[0], Tensor(made[1].name, shape, layout.scales or made[1].dtype))
         return (*made, *inputs)
     match form:
         case "fp8-tensor":

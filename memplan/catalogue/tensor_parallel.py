@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from memplan.catalogue import megatron_parallel, ops
+from memplan.catalogue import megatron_parallel, ops, torchtitan
+from memplan.catalogue.expert_parallel import lent
 from memplan.catalogue.methods import matrix, rewrite
 from memplan.degrees import Degrees
 from memplan.errors import SpecError
@@ -29,17 +30,23 @@ class Plan(NamedTuple):
     rows       each rank has some columns, and makes a summand of the output; all summands are added up
     gathered   as `columns`, and the output is gathered at once, because something reads all of it
     split      as `rows`, of an input that every rank has whole
+    experts    each rank has a part of every expert's width
+    whole      modules whose layers every rank has whole, whatever they are called
     """
 
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     gathered: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
+    experts: bool = False
+    whole: tuple[str, ...] = ()
 
     @property
     def heads(self) -> bool:
         """Whether a rank computes the attention of some heads only."""
-        return not {"q_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv"}.isdisjoint(self.columns)
+        return not {"q_proj", "q_b_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv"}.isdisjoint(
+            self.columns
+        )
 
     @property
     def width(self) -> bool:
@@ -51,6 +58,10 @@ _QKV, _GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _LLAMA = Plan((*_QKV, *_GATED), ("o_proj", "down_proj"))
 _OLMO_2 = Plan(_GATED, ("down_proj",), _QKV, ("o_proj",))
 _GLM = Plan(_QKV, ("o_proj",), ("gate_up_proj",), ("down_proj",))
+_MIXTURE = _LLAMA._replace(experts=True)
+_OF_WIDTH = Plan(_GATED, ("down_proj",), experts=True)
+_LATENT = Plan(("q_proj", "q_b_proj", "kv_b_proj", *_GATED), ("o_proj", "down_proj"))
+_DELTA = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 
 # Source: transformers 5.24 models/*/configuration_*.py base_model_tp_plan. The embeddings and the head are divided by
 # the vocabulary in all of them (distributed/mixin.py init_parallel_plans, the classes' _tp_plan).
@@ -64,6 +75,17 @@ PLANS: dict[str, Plan] = {
     ),
     **dict.fromkeys(("glm", "glm4"), _GLM),
     **dict.fromkeys(("olmo2", "olmo3"), _OLMO_2),
+    **dict.fromkeys(("ernie4_5_moe", "glm4_moe", "mixtral", "qwen3_moe"), _MIXTURE),
+    **dict.fromkeys(("minimax_m2", "olmoe"), Plan((), (), _QKV, ("o_proj",), experts=True)),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "phimoe"), Plan(experts=True)),
+    **dict.fromkeys(("deepseek_v3", "kimi_linear"), _OF_WIDTH),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v32", "glm_moe_dsa"), _LATENT._replace(experts=True)),
+    "glm4_moe_lite": _LATENT._replace(experts=True, whole=("shared_experts",)),
+    "minicpm3": _LATENT,
+    **dict.fromkeys(("gpt_oss", "hunyuan_v1_dense"), Plan()),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _MIXTURE._replace(gathered=_DELTA)),
+    "qwen3_5_text": _LLAMA._replace(gathered=_DELTA),
+    "qwen2_moe": _MIXTURE._replace(whole=("shared_expert",)),
     "gpt_neox": Plan(("query_key_value", "dense_h_to_4h"), ("dense", "dense_4h_to_h")),
     "gptj": Plan((*_QKV, "fc_in"), ("out_proj", "fc_out")),
     "nemotron": Plan((*_QKV, "up_proj"), ("o_proj", "down_proj")),
@@ -75,13 +97,16 @@ PLANS: dict[str, Plan] = {
 
 # Megatron-core has one projection of q, k and v, whose rows lie group by group, and one of gate and up.
 MEGATRON: dict[str, Plan] = {
-    **{name: plan for name, plan in PLANS.items() if not plan.gathered},
+    **{name: plan for name, plan in PLANS.items() if not plan.gathered and not plan.experts},
     **dict.fromkeys(("glm", "glm4"), Plan((*_QKV, "gate_up_proj"), ("o_proj", "down_proj"))),
     "gpt2": Plan(("c_attn", "c_fc"), ("c_proj",)),
     "megatron_gpt": Plan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")),
     "phi3": Plan(("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
 }
-STYLES = {"transformers": PLANS, "megatron": MEGATRON}
+_TITAN: dict[str, Plan] = dict.fromkeys(
+    torchtitan.KINDS, Plan(("qkv_proj",), ("down_proj",))
+)  # heads and width are divided
+STYLES = {"transformers": PLANS, "megatron": MEGATRON, "torchtitan": _TITAN}
 
 
 def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
@@ -92,25 +117,67 @@ def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
         a, k = a // t, k // t
     if degrees.style == "megatron":
         v = padded(v, t)
+    if degrees.style == "torchtitan":
+        v = -(-v // t)
     return model.narrowed(a, k, -(-f // t) if plan.width else f, v)
 
 
-def check(model: ModelSpec, degrees: Degrees) -> None:
+def axes_of_part(model: ModelSpec, degrees: Degrees) -> dict[str, int]:
+    """How wide a rank's parts of the experts are, which it has whole where ranks have other experts each; and of those
+    that all tokens use, where they are divided."""
+    t, plan, axes = degrees.tp, STYLES[degrees.style][model.model_type], model.axes()
+    if not plan.experts or "m" not in axes:
+        return {}
+    shared = {"fs": axes["fs"] // t} if "fs" in axes and plan.width and not plan.whole else {}
+    return {"m": axes["m"] // (t if degrees.ep == 1 else 1), **shared}
+
+
+# What has a plan in transformers 5.24, and fails in its own code.
+_FAILS = {
+    "llama4_text": "its experts' output is added to in place (modeling_llama4.py), which autograd refuses of a tensor "
+    "that DTensor hands out",
+}
+
+
+def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str, ...] = ()) -> None:
     """Raise SpecError for a family that cannot be divided, naming those that can, or by a degree that does not divide
-    its heads, naming every number that it does not divide."""
+    its heads, naming every number that it does not divide. `adapted` are the targets that experts' matrices stand for.
+
+    Rows that are multiplied in one grouped product are a multiple of 16 bytes, of numbers of `itemsize`.
+    Source: torch 2.13 aten/src/ATen/native/GroupedMMUtils.h check_valid_strides_and_return_transposed.
+    """
     t, field = degrees.tp, "parallelism.tp"
     plan = STYLES[degrees.style].get(model.model_type)
     if plan is None:
+        if degrees.style != "megatron" and model.model_type in _FAILS:
+            reason = _FAILS[model.model_type]
+            raise SpecError(f"{field}: transformers 5.24 does not run {model.model_type} on {t}: {reason}", field)
         known = ", ".join(sorted(STYLES[degrees.style]))
         raise SpecError(f"{field}: {t} is not supported yet for {model.model_type}; supported: {known}", field)
+    axes = model.axes()
+    width = axes.get("m", 0) if plan.experts and degrees.ep == 1 else 0
     counted = {
         "attention heads": model.num_attention_heads if plan.heads else 0,
         "key/value heads": model.num_key_value_heads if plan.heads else 0,
         "of the FFN's width": model.intermediate_size if degrees.style == "megatron" else 0,
+        "of an expert's width": width,
+        "of the shared experts' width": axes.get("fs", 0) if plan.experts and plan.width and not plan.whole else 0,
     }
     left = [f"{n} {what}" for what, n in counted.items() if n % t]
     if left:
         raise SpecError(f"{field}: {t} does not divide {' and '.join(left)}", field)
+    if width // t * itemsize % 16:
+        raise SpecError(
+            f"{field}: {t} leaves experts {width // t} wide, and torch's grouped products take rows of a multiple of "
+            f"16 bytes ({16 // itemsize} numbers)",
+            field,
+        )
+    if plan.experts and adapted:
+        raise SpecError(
+            f"method.targets: peft 0.21 fails to adapt experts ({', '.join(adapted)}) that tensor parallelism has "
+            "divided; name linear layers, such as q_proj and o_proj",
+            "method.targets",
+        )
 
 
 def check_sequence(sequence: int, degrees: Degrees) -> None:
@@ -125,10 +192,14 @@ def divide(stack: Stack, model_type: str, degrees: Degrees) -> Stack:
     t, plan = degrees.tp, STYLES[degrees.style][model_type]
     if degrees.style == "megatron":
         return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
+    if degrees.style == "torchtitan":
+        return torchtitan.divide(stack, degrees.sequence_parallel)
     uses = Counter(w.name for op in operations(stack) for w in op.weights)
 
     def change(op: Op) -> Iterator[Op]:
-        if not op.weights:
+        if plan.experts and degrees.ep == 1 and op.name.endswith("experts.sort"):
+            yield lent(op.name.removesuffix(".sort"))
+        if not op.weights or not set(plan.whole).isdisjoint(op.name.split(".")):
             yield op
             return
         w, (name, half) = matrix(op), _module(op)

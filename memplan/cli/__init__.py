@@ -231,9 +231,18 @@ def _complete_optimizer(incomplete: str) -> list[str]:
 
 
 def _complete_profile(incomplete: str) -> list[str]:
+    from memplan.catalogue.engines import ENGINES
     from memplan.catalogue.profiles import PROFILES
 
-    return [profile.name for profile in PROFILES if profile.name.startswith(incomplete)]
+    return [profile.name for profile in (*PROFILES, *ENGINES) if profile.name.startswith(incomplete)]
+
+
+def _complete_format(incomplete: str) -> list[str]:
+    from typing import get_args
+
+    from memplan.spec import Format
+
+    return [name for name in get_args(Format) if name.lower().startswith(incomplete.lower())]
 
 
 def _choices(*words: str) -> Callable[[str], list[str]]:
@@ -257,6 +266,8 @@ OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
     *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
     *("image_classification", "feature_extraction"),
 )
+CACHE_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+SERVING = "Serving engines"
 TRAINING, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
     "Generation",
@@ -358,10 +369,10 @@ def estimate(
     offload: Annotated[
         str | None,
         option(
-            "What the host keeps: optimizer, and its step; none takes back what a file says; parameters and "
-            "activations are refused as yet. Default none.",
+            "What the host keeps: optimizer, and its step; parameters, under FSDP with all of that, and ZeRO 3; none "
+            "takes back what a file says; activations are refused as yet. Default none.",
             of=TRAINING,
-            complete=_choices("optimizer", "none"),
+            complete=_choices("optimizer", "parameters", "none"),
         ),
     ] = None,
     hold_outputs: Annotated[
@@ -427,10 +438,11 @@ def estimate(
     quant_format: Annotated[
         str | None,
         option(
-            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8. Default nf4; of a "
-            "checkpoint that is stored quantised, its own.",
+            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; to serve a model also "
+            "w4a16, fp8-channel, mxfp4, Q4_K_M and others. Default nf4; of a checkpoint that is stored quantised, its "
+            "own.",
             of=ADAPTERS,
-            complete=_choices("nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"),
+            complete=_complete_format,
         ),
     ] = None,
     double_quant: Annotated[
@@ -532,6 +544,51 @@ def estimate(
             complete=_complete_profile,
         ),
     ] = None,
+    stored: Annotated[
+        str | None,
+        option(
+            "What the weights are stored in: fp8, w4a16, awq-int4, or a GGUF type. Default as the checkpoint is.",
+            of=SERVING,
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, option("Tokens of a request that the engine admits. Default the model's positions.", of=SERVING)
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, option("Requests in one step; llama.cpp's slots. Default the engine's, by the card.", of=SERVING)
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        option(
+            "Tokens in one step: SGLang's chunked prefill size, llama.cpp's ubatch. Default the engine's.", of=SERVING
+        ),
+    ] = None,
+    memory_utilization: Annotated[
+        float | None,
+        option("Share of the card: gpu_memory_utilization, mem_fraction_static. Default the engine's.", of=SERVING),
+    ] = None,
+    block_size: Annotated[int | None, option("Tokens of a block. Default the engine's.", of=SERVING)] = None,
+    cache_dtype: Annotated[
+        str | None,
+        option(
+            f"What keys and values are stored in: {', '.join(CACHE_DTYPES)}. Default the model's dtype.",
+            of=SERVING,
+            complete=_choices(*CACHE_DTYPES),
+        ),
+    ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        option("Record decoding steps. Default on.", "--cuda-graphs/--no-cuda-graphs", of=SERVING),
+    ] = None,
+    prefix_caching: Annotated[
+        bool | None,
+        option("Keep blocks of earlier requests. Default on.", "--prefix-caching/--no-prefix-caching", of=SERVING),
+    ] = None,
+    gpu_layers: Annotated[
+        int | None, option("Of llama.cpp: layers on the card, the head one more. Default all.", of=SERVING)
+    ] = None,
+    lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
+    lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
     gpu: Annotated[
         list[str] | None,
         option(
@@ -558,9 +615,9 @@ def estimate(
     fsdp: Annotated[
         str | None,
         option(
-            "full_shard, shard_grad_op, hybrid_shard, fsdp2. Default none.",
+            "full_shard, shard_grad_op, hybrid_shard, no_shard, fsdp2. Default none.",
             of=SEVERAL,
-            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "fsdp2"),
+            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
         ),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
@@ -599,12 +656,16 @@ def estimate(
             of=SEVERAL,
         ),
     ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        option("How many of the GPUs are in one machine, whose host memory they share. Default 8.", of=SEVERAL),
+    ] = None,
     stage: Annotated[
         int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)
     ] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     ep: Annotated[
-        int | None, option("GPUs that divide the experts of megatron_gpt configs. Default 1.", of=SEVERAL)
+        int | None, option("GPUs that divide the experts of a mixture, each having some. Default 1.", of=SEVERAL)
     ] = None,
     spec: Annotated[
         str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)

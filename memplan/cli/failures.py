@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memplan.errors import MemplanError, printable
+from memplan.errors import MemplanError, nearest, printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
+_MOST_CHOICES = 20  # that are all named where none is near
 _LONGEST = 60  # letters of a value or key that are repeated in the error about it
 
 
@@ -174,4 +175,6 @@ def _nearest(value: object, words: list[str], what: str) -> str:
         near = [str(min(numbers, key=lambda n: abs(n - value)))]
     else:
         near = get_close_matches(str(value).lower()[:_LONGEST], words, n=1, cutoff=0.5)
+    if not near and len(words) > _MOST_CHOICES:
+        near = [" or ".join(nearest(str(value), words))]
     return f"{what}; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(words)}")

@@ -43,6 +43,7 @@ FIELDS = {
     "tp": "parallelism.tp",
     "sequence_parallel": "parallelism.sequence_parallel",
     "pp": "parallelism.pp",
+    "gpus_per_node": "parallelism.gpus_per_node",
     "stage": "parallelism.stage",
     "virtual_stages": "parallelism.virtual_stages",
     "schedule": "parallelism.schedule",
@@ -51,6 +52,18 @@ FIELDS = {
     "ends_as_layers": "parallelism.ends_as_layers",
     "cp": "parallelism.cp",
     "ep": "parallelism.ep",
+    "stored": "serving.weights",
+    "max_model_len": "serving.max_model_len",
+    "max_num_seqs": "serving.max_num_seqs",
+    "max_num_batched_tokens": "serving.max_num_batched_tokens",
+    "memory_utilization": "serving.memory_utilization",
+    "block_size": "serving.block_size",
+    "cache_dtype": "serving.cache_dtype",
+    "cuda_graphs": "serving.cuda_graphs",
+    "prefix_caching": "serving.prefix_caching",
+    "gpu_layers": "serving.gpu_layers",
+    "lora_slots": "serving.lora_slots",
+    "lora_rank": "serving.lora_rank",
     "profile": "profile",
 }
 
@@ -266,8 +279,7 @@ _FSDP = {
     "fsdp": "fsdp",
     "fsdp1": "fsdp",
     "fsdp2": "fsdp2",
-    "no_shard": "ddp",
-    **dict.fromkeys(("shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
+    **dict.fromkeys(("no_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
 }
 _KEEPS_WHOLE = ("shard_grad_op", "hybrid_shard_zero2")
 _NODE = 8  # GPUs of a group whose size is not said: those of a node
@@ -297,6 +309,8 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     word = given.get("fsdp")
     if word in _KEEPS_WHOLE:
         spec["parallelism"]["reshard_after_forward"] = False
+    if word == "no_shard" and world // rest > 1:
+        spec["parallelism"]["shard_group"] = 1
     if str(word).startswith("hybrid") and "shard_group" not in spec["parallelism"] and world // rest > 1:
         spec["parallelism"]["shard_group"] = min(_NODE, world // rest)
 

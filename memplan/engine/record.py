@@ -16,6 +16,7 @@ from memplan.engine.step import run_pass
 from memplan.ir import Division, Stack, Tensor
 
 FREED = -1
+_LEFT_OUT = 1 << 40  # storages of copies left out: the same in passes that differ in what they make on the way back
 RUN = 3  # copies of a run that are run: its first, its last, and the one between that all others are like
 
 
@@ -110,11 +111,13 @@ def record(
 EVERY = 2**20  # copies of a run, of which none is left out
 
 
-def record_inference(stack: Stack, depth: Mapping[str, int], autocast: str | None = None) -> Recorded:
+def record_inference(
+    stack: Stack, depth: Mapping[str, int], autocast: str | None = None, division: Division | None = None
+) -> Recorded:
     """The allocations and frees of a forward pass of which autograd records nothing. It begins with those of what the
-    pass before left, and what it leaves is not freed."""
+    pass before left, and what it leaves is not freed. `division` is as `infer` has it."""
     tape = Recorder()
-    gatherer = Gatherer(tape, None, grads_exist=False)
+    gatherer = Gatherer(tape, division, grads_exist=False)
     run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False)
     return Recorded(tuple(tape.events), tuple(tape.sizes), tape.turn, len(tape.events), tape.over)
 
@@ -141,7 +144,7 @@ class _Expansion:
             self._made.append([n for n, size in within if size != FREED])
             self._born.update((n, (i, place)) for place, n in enumerate(self._made[i]))
         self._instances: dict[tuple[int, int], int] = {}
-        self._fresh = sum(size != FREED for _, size in tape.events)
+        self._fresh = _LEFT_OUT
         last = len(tape.copies) - 1
         self._like = {i: part.skipped for i, part in enumerate(tape.copies) if part.skipped}
         at = 0

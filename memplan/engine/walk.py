@@ -247,10 +247,11 @@ def largest(terms: Sequence[Term], values: Sequence[int], products: Sequence[int
     """The most bytes of any term, and its moment. `products` are the values of the chain's products."""
     floors = [sum(map(mul, term.at_least, products)) for term in terms]
     highest = max(floors)
-    most, moment = -1, -1
+    found: tuple[int, int] | None = None  # less than nothing, where what is there throughout is counted apart
     for term, floor in zip(terms, floors, strict=True):
         if term.slack is None or floor + term.slack >= highest:
             total = sum(map(mul, term.coefficients, values))
-            if total > most:
-                most, moment = total, term.moment
-    return most, moment
+            if found is None or total > found[0]:
+                found = total, term.moment
+    assert found is not None
+    return found

@@ -235,15 +235,16 @@ def resharding(run: RunSpec) -> bool | str:
     """accelerate's `reshard_after_forward`: of FSDP1 its sharding strategy, by which groups may be replicas, too."""
     p = run.parallelism
     if p.strategy == "fsdp2":
-        return p.reshard_after_forward
-    kept = "" if p.reshard_after_forward else "_zero2"
+        return p.reshard_after_forward is not False
+    whole = p.reshard_after_forward is False
+    kept = "_zero2" if whole else ""
     grouped = p.shard_group not in (None, p.world)
-    return f"hybrid_shard{kept}" if grouped else "full_shard" if p.reshard_after_forward else "shard_grad_op"
+    return f"hybrid_shard{kept}" if grouped else "shard_grad_op" if whole else "full_shard"
 
 
 def _fsdp_offload(run: RunSpec) -> str:
     o = run.parallelism.offload
-    if fsdp(run) is None or o.parameters == o.optimizer:
+    if fsdp(run) is None or o.parameters or not o.optimizer:
         return ""
     return "FSDP keeps parameters, gradients and states on the host together, or none of them"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memplan.answer import Estimate
 from memplan.cards import find_model
 from memplan.catalogue.links import inside, network
+from memplan.catalogue.megatron import KIND
 from memplan.catalogue.parallel import STAGES, STRATEGIES
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
@@ -149,13 +150,13 @@ def search(
         found = looked.fitting(grid, took)
         placed += [found] if found is not None else []
     slower = len(small) - len(placed) - looked.missed - looked.refused.total()
-    if not placed and looked.nearest is None:
+    if not placed and looked.nearest() is None:
         looked.smallest(known, grids)
     return Found(
         cluster=cluster,
         asked=asked,
         placed=tuple(placed),
-        nearest=None if placed else looked.nearest,
+        nearest=None if placed else looked.nearest(),
         grids=len(grids),
         too_large=len(grids) - len(small),
         missed=looked.missed,
@@ -177,12 +178,21 @@ class _Looked:
         self._words: dict[str, tuple[str, str]] = {}
         self.refused: Counter[str] = Counter()
         self.missed = 0
-        self.nearest: Placed | None = None
+        self._cut: list[tuple[int, Grid, Step]] = []  # of which one stage alone was looked at, and its bytes
+        self._nearest: Placed | None = None
 
     def fitting(self, grid: Grid, took: Step) -> Placed | None:
-        """The grid, where it meets the demand."""
+        """The grid, where it meets the demand. Of a pipeline whose second stage, which has most layers and nearly as
+        much in flight as the first, has no room, the other stages are not looked at."""
         try:
-            answer = estimate(run_of(self._run, self._cluster, grid), self._calibration)
+            run = run_of(self._run, self._cluster, grid)
+            if grid.pp > 1:
+                one = estimate(with_fields(run, [("parallelism.stage", 1)]), self._calibration).least
+                if one > self._cluster.gpu.usable - self._demand.headroom:
+                    self.missed += 1
+                    self._cut.append((one, grid, took))
+                    return None
+            answer = estimate(run, self._calibration)
         except MemplanError as error:
             kind = re.sub(r"\d[\d,]*", "#", str(error))
             self._words.setdefault(kind, (str(error), error.field))
@@ -193,9 +203,20 @@ class _Looked:
         if told or (told is None and self._demand.met(answer)):
             return found
         self.missed += 1
-        if self.nearest is None or answer.least < self.nearest.answer.least:
-            self.nearest = found
+        self._nearer(found)
         return None
+
+    def _nearer(self, found: Placed) -> None:
+        if self._nearest is None or found.answer.least < self._nearest.answer.least:
+            self._nearest = found
+
+    def nearest(self) -> Placed | None:
+        """Of the grids that do not fit, the one that lacks least."""
+        for one, grid, took in sorted(self._cut, key=lambda found: found[0]):
+            if self._nearest is not None and self._nearest.answer.least <= one:
+                break
+            self._nearer(Placed(grid, estimate(run_of(self._run, self._cluster, grid), self._calibration), took))
+        return self._nearest
 
     def smallest(self, known: Facts, grids: list[Grid]) -> None:
         """Of grids whose weights, gradients and states are too large, the one with least of them is the nearest."""
@@ -204,7 +225,7 @@ class _Looked:
                 answer = estimate(run_of(self._run, self._cluster, grid), self._calibration)
             except MemplanError:
                 continue
-            self.nearest = Placed(grid, answer, step(known, self._cluster, grid))
+            self._nearest = Placed(grid, answer, step(known, self._cluster, grid))
             return
 
     def reasons(self) -> Iterator[Refused]:
@@ -295,6 +316,7 @@ def _divisors(n: int) -> tuple[int, ...]:
 def _grids(run: RunSpec, model: ModelSpec, cluster: Cluster, pinned: Pinned, sequences: int) -> Iterator[Grid]:
     world, micro = cluster.world, run.batch.micro
     degrees = degrees_of(run, model, world)
+    alike = model.model_type != KIND  # transformers' experts may be among the ranks that divide matrices
     for name in DEGREES:
         asked = getattr(pinned, name)
         if asked is not None:
@@ -308,7 +330,7 @@ def _grids(run: RunSpec, model: ModelSpec, cluster: Cluster, pinned: Pinned, seq
                 passes = sequences // (dp * micro)
                 virtual = run.parallelism.virtual_stages if pp > 1 else 1
                 for ep in degrees["ep"]:
-                    if (dp * cp) % ep:
+                    if (dp * cp) % ep and not (alike and ep == tp == world):
                         continue
                     for strategy in _strategies(dp * cp, pinned):
                         yield Grid(dp, tp, pp, cp, ep, strategy, micro, passes, virtual)

@@ -41,7 +41,8 @@ class Cluster(NamedTuple):
 class Grid(NamedTuple):
     """How the GPUs divide a run: the degrees, the strategy of the replicas, and the passes that make up a step.
 
-    world = dp x tp x pp x cp; the ep ranks that divide the experts are among the replicas.
+    world = dp x tp x pp x cp; the ep ranks that divide the experts are among the replicas, or, where there are none,
+    those that divide matrices.
     """
 
     dp: int
@@ -85,7 +86,7 @@ def groups(cluster: Cluster, grid: Grid) -> dict[str, Group]:
     return {
         "tp": group(cluster, grid.tp, 1),
         "cp": group(cluster, grid.cp, grid.tp),
-        "ep": group(cluster, grid.ep, grid.tp),
+        "ep": group(cluster, grid.ep, grid.tp if grid.replicas > 1 else 1),
         "dp": group(cluster, grid.replicas, grid.tp),
         "pp": group(cluster, grid.pp, beside * grid.dp),
     }
@@ -165,7 +166,16 @@ def least(known: Facts, grid: Grid) -> int:
     row = STRATEGIES.get(grid.strategy)
     divided = (row.parameters, row.gradients, row.states) if row else (False, False, False)
     alike = (grid.replicas if cut else grid.ep for cut in divided)
-    return sum(held // (parts * n) for held, n in zip(known.held, alike, strict=True))
+    divided_up = sum(held // (parts * n) for held, n in zip(known.held, alike, strict=True))
+    if not _whole(grid):
+        return divided_up
+    handed = 2 * grid.accumulation * (grid.pp - 1) / grid.pp  # torch has a buffer for all that a stage is sent
+    return divided_up + int((known.weights + known.trained) / parts + handed * known.state / (grid.cp * grid.tp))
+
+
+def _whole(grid: Grid) -> bool:
+    """Whether weights stay whole for a step, and gradients until its end: as FSDP2 has it in a pipeline's stages."""
+    return grid.strategy == "fsdp2" and grid.pp > 1 and grid.replicas > 1
 
 
 class Sent(NamedTuple):
@@ -282,6 +292,8 @@ def _of_replicas(known: Facts, grid: Grid) -> _Message:
     weights = dense * (n - 1) / n + of_experts * (n // grid.ep - 1) / (n // grid.ep)
     trained = weights * known.trained / known.weights
     units = known.layers / grid.pp
+    if _whole(grid):
+        return _Message("dp", weights + trained, 2 * units)
     if row is not None and row.parameters:
         reduced = 1 if known.delayed else m
         return _Message("dp", 2 * m * weights + reduced * trained, (2 * m + reduced) * units)

@@ -14,6 +14,7 @@ from torch import nn
 from memplan.cards import find_config
 from memplan.errors import MemplanError, ProbeError, SpecError
 from memplan.objectives import saved_with
+from memplan.probe import expert_parallel
 from memplan.probe.libraries import library, model_class
 from memplan.probe.quantized import is_quantisable, quantise
 from memplan.probe.tensor_parallel import divide, is_part, local_of, part_of
@@ -82,7 +83,9 @@ def _empty_model(run: RunSpec) -> Any:
         with torch.device("meta"):
             model: Any = getattr(transformers, auto).from_config(config, **options)
         if run.parallelism.tp > 1:
-            divide(model, run.parallelism.tp)
+            divide(model, run)
+        elif run.parallelism.ep > 1:
+            expert_parallel.divide_alone(model, run)
         model.tie_weights()  # as loading does: not every version has done it by now
         _untie(model, given)
         _let_return(model, model_type)

@@ -11,7 +11,7 @@ from memplan.gpus import find_gpu
 from memplan.prequantized import trained
 from memplan.refusals import refuse_on_host
 from memplan.resolve import filled
-from memplan.spec import Offload, Parallelism, RunSpec
+from memplan.spec import Parallelism, RunSpec
 
 # What `memplan.probe.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -58,11 +58,11 @@ def refuse_several(run: RunSpec, what: str) -> None:
 
 def _refuse(run: RunSpec) -> None:
     offload = run.parallelism.offload
-    if offload != Offload(optimizer=offload.optimizer):
-        raise _not_run("parallelism.offload", "parameters or activations", "optimizer")
+    if offload.activations:
+        raise _not_run("parallelism.offload", "activations", "optimizer, and parameters under fsdp and fsdp2")
     _parallelism(run)
     tp, cp = run.parallelism.tp, run.parallelism.cp
-    if run.batch.sequence % (2 * cp if cp > 1 else 1):
+    if run.batch.sequence % ((2 * cp if run.parallelism.context == "ring" else cp) if cp > 1 else 1):
         raise SpecError(f"parallelism.cp: {2 * cp} slices do not divide {run.batch.sequence} tokens", "parallelism.cp")
     if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
         raise SpecError(
@@ -113,7 +113,11 @@ def _parallelism(run: RunSpec) -> None:
     wrong = check_product(p)
     if wrong is not None:
         raise wrong
-    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, offload=p.offload) and min(p.tp, p.cp) == 1:
+    ep = p.ep if p.ep == p.tp else 1  # tokens are divided among those that divide matrices
+    if (
+        p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)
+        and min(p.tp, p.cp) == 1
+    ):
         return
     if p.dp != p.world:
         raise SpecError(
@@ -123,6 +127,12 @@ def _parallelism(run: RunSpec) -> None:
         )
     if p.dp > 1 and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
+    if p.ep > 1 and (p.ep != p.dp or p.strategy != "fsdp2" or run.precision.autocast or run.method.kind != "full"):
+        raise SpecError(
+            f"parallelism.ep: a probe runs {p.ep} ranks that divide experts where they divide matrices (tp), or the "
+            "batch (dp) in full training under fsdp2 without autocast",
+            "parallelism.ep",
+        )
     if run.task != "train" and p.dp > 1:
         raise _not_run("task", run.task, "train, on several GPUs")
     if p.static_graph:  # it counts which parameters were used in pinned memory

@@ -24,7 +24,7 @@ from memplan.probe.model import base_of, build_model, lower_of
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
-from memplan.probe.tensor_parallel import attends_around, group_by_mesh, part_of_tokens
+from memplan.probe.tensor_parallel import attends_around, exchanges_heads, group_by_mesh, part_of_tokens
 from memplan.probe.wrapping import accumulating, clip, home, wrap
 from memplan.resolve import objective_of
 from memplan.spec import RunSpec
@@ -44,6 +44,12 @@ def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> 
     Raises SpecError for what the script does not run, ProbeError where a library or a model class is missing.
     """
     return Script(settled(run), torch.device(device), phase)
+
+
+def _context(run: RunSpec) -> AbstractContextManager[None]:
+    """How ranks attend that divide sequences."""
+    cp = run.parallelism.cp
+    return exchanges_heads(cp) if run.parallelism.context == "ulysses" else attends_around(cp)
 
 
 class Script:
@@ -74,7 +80,7 @@ class Script:
     def step(self) -> None:
         """One step of the task, all its phases; nothing of it is left but what training keeps."""
         cp = self.run.parallelism.cp
-        with self._attention(), attends_around(cp) if cp > 1 else nullcontext():
+        with self._attention(), _context(self.run) if cp > 1 else nullcontext():
             match self.run.task:
                 case "train":
                     self._train()
@@ -90,7 +96,7 @@ class Script:
         make = OnHost if run.parallelism.offload.optimizer else make_optimizer
         if not run.optimizer.in_backward:
             optimizer = make(run.optimizer, self.parameters)
-            if optimizer is not None and run.parallelism.tp > 1:
+            if optimizer is not None and max(run.parallelism.tp, run.parallelism.ep) > 1:
                 group_by_mesh(optimizer)
             self.optimizers += [optimizer] if optimizer is not None else []
             return optimizer
@@ -173,9 +179,9 @@ class Script:
     def _generate(self) -> None:
         """As transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
 
-        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32; names keep them
-        until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it makes
-        no other of it, and so the model is given none.
+        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32; names keep
+        them until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it
+        makes no other of it, and so the model is given none.
         """
         model = self.model
         known = inspect.signature(base_of(model).forward).parameters

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from memplan.errors import ProbeError
+from memplan.probe import expert_parallel
 from memplan.probe.libraries import library
 from memplan.spec import RunSpec
 
@@ -24,22 +25,24 @@ def mesh_of(degree: int, rank: int = 0) -> Any:
         return library("torch.distributed.device_mesh").init_device_mesh("cuda", (degree,))
 
 
-def divide(model: Any, degree: int) -> None:
-    """Give a model without memory the rank's part of every weight, and the collectives, as its plan says.
+def divide(model: Any, run: RunSpec) -> None:
+    """Give a model without memory the rank's part of every weight, and the collectives, as its plans say.
 
     Source: transformers 5.24 distributed/mixin.py maybe_distribute_model.
     """
+    degree, ep = run.parallelism.tp, run.parallelism.ep
     if not model.tp_plan:
         raise ProbeError(f"parallelism.tp: transformers has no plan for {type(model).__name__}", "parallelism.tp")
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight:  # they are tied when both are divided
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight), head.weight.requires_grad)
     model._device_mesh, model._tp_size = mesh_of(degree), degree
-    config: Any = library("transformers.distributed").DistributedConfig(tp_size=degree)
+    config: Any = library("transformers.distributed").DistributedConfig(tp_size=degree, ep_size=ep)
     model.config.distributed_config = config  # by which peft knows
-    library("transformers.distributed.tensor_parallel").apply_tensor_parallelism(
-        model, model._device_mesh, model._expand_parallel_plan(model.tp_plan)
-    )
+    plan, _, _ = model._resolve_parallel_plans(config)
+    library("transformers.distributed.tensor_parallel").apply_tensor_parallelism(model, model._device_mesh, plan)
+    if ep > 1:
+        expert_parallel.divide(model, run, model._device_mesh, model._device_mesh, config)
 
 
 def watch_parts_only() -> None:
@@ -72,13 +75,14 @@ def part_of(tensor: Any, local: torch.Tensor) -> Any:
 
 
 def by_mesh(parameters: Iterable[Any]) -> list[list[Any]]:
-    """The parameters that are parts of divided ones, and those that are not: no call takes both.
+    """The parameters that are parts of divided ones, by their ranks, and those that are not: no call takes
+    both.
 
     Source: transformers 5.24 trainer.py create_optimizer, _mixed_mesh_grad_norm.
     """
-    groups: dict[bool, list[Any]] = {}
+    groups: dict[Any, list[Any]] = {}
     for parameter in parameters:
-        groups.setdefault(is_part(parameter), []).append(parameter)
+        groups.setdefault(parameter.device_mesh if is_part(parameter) else None, []).append(parameter)
     return list(groups.values())
 
 
@@ -119,3 +123,65 @@ def part_of_tokens(run: RunSpec) -> RunSpec:
     """The run of sequences as long as one rank's part of them."""
     batch = run.batch.model_copy(update={"sequence": run.batch.sequence // run.parallelism.cp})
     return run.model_copy(update={"batch": batch})
+
+
+@contextmanager
+def exchanges_heads(degree: int) -> Generator[None]:
+    """While inside, each rank has a part of the tokens, and attention has some heads of all, as DeepSpeed has it.
+
+    Source: DeepSpeed 0.19.8 runtime/sequence_parallel/ulysses_sp.py UlyssesSPAttentionHF.
+    """
+    attention: Any = library("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+    plain = attention["sdpa"]
+
+    def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        parts: list[Any] = [t.permute(2, 0, 1, 3) for t in (query, key, value)]
+        received = [_combined(t, degree) for t in parts]
+        for i in range(len(received)):
+            received[i] = received[i].permute(1, 2, 0, 3).contiguous()
+        context, _ = plain(module, *received, mask, *args, **kwargs)
+        context = context.transpose(0, 1)
+        context = context.reshape(*context.shape[:2], -1)
+        out = _parted(context, degree).transpose(0, 1)
+        return out.reshape(*out.shape[:2], -1), None
+
+    attention["sdpa"] = forward
+    try:
+        yield
+    finally:
+        attention["sdpa"] = plain
+
+
+def _combined(t: Any, n: int) -> Any:
+    """Tokens of this rank with all heads, for all tokens with some: [s, b, a, d] to [s n, b, a / n, d]."""
+    s, b, heads, d = t.shape
+    if heads < n:
+        t = t.repeat_interleave(n // heads, dim=2)
+    t = t.reshape(s, b, n, -1, d)
+    out: Any = _exchanged(t.permute(2, 0, 1, 3, 4).contiguous())
+    return out.reshape(n * s, *out.shape[2:]).contiguous()
+
+
+def _parted(t: Any, n: int) -> Any:
+    """And back: [s n, b, h / n] to [s, b, h]."""
+    t = t.reshape(n, t.shape[0] // n, *t.shape[1:]).contiguous()
+    out: Any = _exchanged(t)
+    out = out.permute(1, 2, 0, 3)
+    return out.reshape(*out.shape[:2], -1).contiguous()
+
+
+def _exchanged(t: Any) -> Any:
+    function: Any = _AllToAll
+    return function.apply(t)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Another tensor of the same size, there and back."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Any) -> Any:
+        return torch.empty_like(t)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.empty_like(gradient.contiguous())

@@ -286,9 +286,14 @@ class Tracker(TorchDispatchMode):
         for tensor in _tensors(out):
             self._record(tensor, func)
         scratch = self._scratch.get(func)
-        if scratch is not None:
+        if scratch is not None and self._here(args):
             self._inside(scratch(args, kwargs))
         return out
+
+    def _here(self, args: Any) -> bool:
+        """Whether a call computes on the device: the tensors it is given first lie there, where it is given any."""
+        first = next((tensor for arg in args for tensor in _tensors(arg)), None)
+        return first is None or first.device.type == self.device
 
     def _record(self, tensor: Any, func: Any) -> None:
         if tensor.device.type != self.device:
@@ -314,7 +319,7 @@ class Tracker(TorchDispatchMode):
                 return out
             outputs.append(described)
         scratch = self._scratch.get(func)
-        inside = tuple(scratch(args, kwargs)) if scratch is not None else ()
+        inside = tuple(scratch(args, kwargs)) if scratch is not None and self._here(args) else ()
         self._answers[call] = _Answer(tuple(outputs), sequence, inside)
         return out
 

@@ -158,6 +158,7 @@ def groups(answers: Sequence[Estimate]) -> list[Group]:
         Group("at the peak, GiB", categories(answers)),
         Group("by phase, GiB", _phases(answers)),
         Group("", _others(answers)),
+        Group("keys and values", _served(answers)),
     )
     return [group for group in found if group.rows]
 
@@ -202,6 +203,17 @@ def _others(answers: Sequence[Estimate]) -> list[Row]:
     """What the hosts hold, where they hold something."""
     host = [answer.host_bytes for answer in answers]
     return [_row("GiB on the host", host)] if any(host) else []
+
+
+def _served(answers: Sequence[Estimate]) -> list[Row]:
+    """What the pools of serving engines hold, where there are any."""
+    found = [answer.serving or {} for answer in answers]
+    if not any(found):
+        return []
+    return [
+        Row("tokens", tuple(f"{s['tokens']:,}" if s else "" for s in found)),
+        Row("requests at once", tuple(f"{s['concurrency']:,.2f}" if s else "" for s in found)),
+    ]
 
 
 def _row(label: str, values: Sequence[int | None], kind: str = "", better: bool = False) -> Row:

@@ -56,6 +56,11 @@ def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[s
         yield _categories(answer)
         yield "<h2>By phase</h2>"
         yield _phases(answer)
+        if answer.serving is not None:
+            from memplan.report.served import pool
+
+            yield "<h2>Keys and values</h2>"
+            yield _table(("", ""), pool(answer))
         yield "<h2>The step</h2>"
         yield timeline(answer)
         yield (

@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from typing import Any, cast
 
 from memplan.cards import card_names, load_card
+from memplan.catalogue import engines
+from memplan.catalogue.engines import ENGINES, Engine
 from memplan.catalogue.profiles import PROFILES, WHEN, Profile, Row
 from memplan.errors import UnknownNameError
 from memplan.gpus import GPU, all_gpus, find_gpu
@@ -118,7 +120,7 @@ def _price(gpu: GPU) -> str:
 
 def profiles(text: str, as_json: bool) -> str:
     """The profiles with `text` in their name or title, and what each sets: its own rows, over those it is like."""
-    found = _search("profile", text, PROFILES, lambda profile: (profile.name, profile.title))
+    found = _search("profile", text, (*PROFILES, *ENGINES), lambda profile: (profile.name, profile.title))
     if as_json:
         return _json([_profile_facts(profile) for profile in found])
     columns = (Column("profile"), Column("sets"), Column("to"), Column("source", optional=True))
@@ -131,8 +133,11 @@ def profiles(text: str, as_json: bool) -> str:
     return "\n".join(table(columns, rows, _screen())) + "\n"
 
 
-def _of(row: Row) -> str:
+def _of(row: Row | engines.Row) -> str:
     """The field, and which runs it is set for."""
+    if isinstance(row, engines.Row):
+        field = row.field if row.field in engines.WORDS else f"serving.{row.field}"
+        return field if row.basis == "derived" else f"{field} ({row.basis})"
     only = [WHEN[row.when]] if row.when else []
     if row.model_types:
         only.append("of " + ", ".join(row.model_types))
@@ -147,7 +152,7 @@ def _shown(value: Any) -> str:
     return str(value) or "nothing"
 
 
-def _profile_facts(profile: Profile) -> dict[str, Any]:
+def _profile_facts(profile: Profile | Engine) -> dict[str, Any]:
     return {**profile._asdict(), "rows": [row._asdict() for row in profile.rows]}
 
 

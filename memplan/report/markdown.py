@@ -45,6 +45,11 @@ def _lines(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[
         yield from _categories(answer)
         yield ""
         yield from _phases(answer)
+        if answer.serving is not None:
+            from memplan.report.served import pool
+
+            yield ""
+            yield from table(("keys and values", ""), pool(answer), "ll")
         if explain:
             yield ""
             yield from _ledger(answer)

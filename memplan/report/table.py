@@ -28,6 +28,7 @@ def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterato
     yield from _categories(answer, to)
     yield ""
     yield from _phases(answer, to)
+    yield from _pool(answer, to)
     yield ""
     yield from paragraph(f"The peak is {words.moment(answer)}.", to)
     yield from paragraph(words.headroom(answer), to)
@@ -36,6 +37,17 @@ def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterato
         yield from _ranks(answer, to)
     yield from _help(answer, to)
     yield from _rest(answer, explain, to)
+
+
+def _pool(answer: Estimate, to: Screen) -> Iterator[str]:
+    """What a serving engine's pool holds."""
+    if answer.serving is None:
+        return
+    from memplan.report.served import pool
+
+    yield ""
+    yield to.paint("Keys and values", "bold")
+    yield from table([Column(""), Column("", wraps=True)], pool(answer), to, ["dim|"] * 9)
 
 
 def _ranks(answer: Estimate, to: Screen) -> Iterator[str]:
@@ -200,7 +212,10 @@ def _ledger(answer: Estimate, to: Screen) -> Iterator[str]:
     held = {kind: n for kind, n in answer.categories.items() if n}
     sums = [(f"{n:,}", words.CATEGORIES[kind]) for kind, n in held.items()]
     sums.append((f"{sum(held.values()):,}", "bytes allocated"))
-    yield from table((Column("sum", right=True), Column("", wraps=True)), sums, to, [*[""] * len(held), "bold"])
+    several = answer.beside if len(answer.beside) > 1 else ()
+    sums += [(f"{row.usual:,}", f"{row.what} ({row.basis})") for row in several]
+    styles = [*[""] * len(held), "bold", *[""] * len(several)]
+    yield from table((Column("sum", right=True), Column("", wraps=True)), sums, to, styles)
     yield ""
     for source in sources:
         yield from paragraph(f"{number[source]} {source}", to, "    ")

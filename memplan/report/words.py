@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Batch, Generation, Kernels, Loop, Parallelism, RunSpec
+from memplan.spec import Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -43,7 +43,13 @@ def parts(answer: Estimate) -> list[Part]:
     held = answer.bytes
     out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
     several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
-    beside = "the driver's, loaded kernels and NCCL's" if several else "the driver's, and loaded kernels"
+    beside = "the driver's, and loaded kernels"
+    if several:
+        groups = sum(row.what.startswith("NCCL's buffers") for row in answer.beside)
+        beside = "the driver's, loaded kernels and NCCL's"
+        beside += f", in {groups} communicators" if groups > 1 else ""
+    if answer.serving is not None and answer.verdict.answer == "does not fit":
+        beside += ", and what the engine leaves"
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
 
@@ -179,8 +185,16 @@ def notes(answers: Sequence[Estimate]) -> list[str]:
 
 
 def host(answer: Estimate) -> str:
-    """What the host holds; empty where it holds nothing."""
-    return f"{gib(answer.host_bytes)} more are in the host's memory." if answer.host_bytes else ""
+    """What the host holds; empty where it holds nothing. Of several processes, those of a node together."""
+    found = answer.host.peak
+    if answer.host.ranks == 1:
+        return f"{gib(answer.host_bytes)} more are in the host's memory." if answer.host_bytes else ""
+    if not found.node:
+        return ""
+    when = "while the model is loaded" if found.phase == "load" else "in the steps"
+    return (
+        f"Host memory: {gib(found.rank)} a process, {gib(found.node)} the {answer.host.ranks} of a node, most {when}."
+    )
 
 
 class PhaseRow(NamedTuple):
@@ -261,6 +275,10 @@ def count(n: int) -> str:
 
 def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     """What the number rests on, as pairs of a name and a text."""
+    if answer.serving is not None:
+        from memplan.report.served import assumptions as of_serving
+
+        return of_serving(answer)
     run, batch, loop = answer.run, answer.run.batch, answer.run.loop
     total, trainable, active = answer.parameters
     size = f"{count(total)} parameters" + (f", {count(active)} active" if active != total else "")
@@ -389,7 +407,7 @@ def _method(answer: Estimate) -> Iterator[str]:
     if q is not None:
         four = q.format in ("nf4", "fp4")
         blocks = "one block a column" if q.block_size < 0 else f"in blocks of {q.block_size}"
-        yield q.format + (f" {blocks}" if q.format != "int8" else "")
+        yield q.format + (f" {blocks}" if _has_blocks(q) else "")
         if answer.asked.method.quantization is None:
             yield "as the checkpoint is stored"
         if four:
@@ -401,6 +419,12 @@ def _method(answer: Estimate) -> Iterator[str]:
         whole = [name for name in q.skip or () if name != "lm_head"]
         if whole:
             yield f"{', '.join(whole)} not quantised"
+
+
+def _has_blocks(q: Quantization) -> bool:
+    """Whether a format has blocks of weights whose size can be said."""
+    whole = ("int8", "w8a8-int8", "torchao-int8", "quanto-int8", "fp8-tensor", "fp8-channel")
+    return q.format not in (*whole, *get_args(GgufType))
 
 
 def _precision(answer: Estimate) -> Iterator[str]:

@@ -4,9 +4,9 @@ python tests/golden/trace_inference.py > tests/golden/traced_inference.jsonl
 python tests/golden/trace_inference.py llama mistral
 
 Every family of tests/tiny.py and tests/tiny_vision.py, or those named, at its small size: a forward pass, and a prompt
-with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters, quantised, with
-other caches, with beams and drawn. Then some cards at their own sizes. Runs that cannot be traced are said on standard
-error.
+with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters, quantised,
+with other caches, with beams and drawn. Then some cards at their own sizes. Runs that cannot be traced are said on
+standard error.
 """
 
 from __future__ import annotations

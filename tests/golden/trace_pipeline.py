@@ -2,8 +2,11 @@
 
 python tests/golden/trace_pipeline.py > tests/golden/traced_pipeline.jsonl
 
+With an argument only the stages that FSDP2 divides are traced.
+
 The schedules are torch's own, with a process group that sends nothing: a stage receives what lies in its buffers. Each
 stage is told the shapes of what it receives. tests/test_pipeline.py compares with the lines. Takes a few minutes.
+Stages whose gradients are reduced in fp32 are of torchtitan's own layers: see tests/golden/trace_titan.py.
 """
 
 from __future__ import annotations
@@ -14,21 +17,34 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.pipelining.stage import InferenceMode
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.golden import trace_titan
+
 warnings.simplefilter("ignore")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Bytes(TorchDispatchMode):
@@ -37,22 +53,25 @@ class Bytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, weakref.ref[Any]] = {}
+        self.sizes: dict[int, int] = {}
         self.now = self.peak = 0
 
     def watch(self, tensor: Any) -> None:
+        if isinstance(tensor, DTensor):
+            tensor = tensor._local_tensor
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
             return
         storage = tensor.untyped_storage()
         key, bytes_ = storage._cdata, -(-storage.nbytes() // 512) * 512
-        if key in self.alive:
-            return
 
         def freed(_: Any) -> None:
             del self.alive[key]
-            self.now -= bytes_
+            self.now -= self.sizes.pop(key)
 
-        self.alive[key] = weakref.ref(storage, freed)
-        self.now += bytes_
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, freed)
+        self.now += bytes_ - self.sizes.get(key, 0)  # FSDP makes a storage small to free it, and large again
+        self.sizes[key] = bytes_
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,6 +79,20 @@ class Bytes(TorchDispatchMode):
         for tensor in tree_leaves(out):
             self.watch(tensor)
         return out
+
+
+_SIZED = {name: getattr(_fsdp_param, name) for name in ("alloc_storage", "free_storage")}
+
+
+def resized(counted: Bytes) -> None:
+    """Has what FSDP frees and allocates again counted."""
+    for name, plain in _SIZED.items():
+
+        def watched(tensor: torch.Tensor, plain: Any = plain) -> None:
+            plain(tensor)
+            counted.watch(tensor)
+
+        setattr(_fsdp_param, name, watched)
 
 
 def told(schedule: Any, stages: list[Any], *_: Any) -> None:
@@ -93,26 +126,70 @@ class Stage(nn.Module):
         return self.lm_head(self.norm(x))
 
 
+class TitanStage(nn.Module):
+    """Some of torchtitan's layers."""
+
+    def __init__(self, config: dict[str, Any], start: int, end: int, first: bool, last: bool, tokens: int) -> None:
+        super().__init__()
+        asked = {"flavour": "debugmodel", "layers": config["num_hidden_layers"], "tokens": tokens}
+        model = trace_titan.model_of(asked).build()
+        model.init_states(buffer_device=torch.device("cpu"))
+        self.embed_tokens = model.tok_embeddings if first else None
+        self.layers = nn.ModuleList([*model.layers.values()][start:end])
+        self.norm, self.lm_head = (model.norm, model.lm_head) if last else (None, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        positions = torch.zeros(x.shape[:2], dtype=torch.int64)
+        for layer in self.layers:
+            x = layer(x, None, positions)
+        return x if self.norm is None else self.lm_head(self.norm(x))
+
+
+def divided(module: Any, mesh: Any, reduces: str) -> None:
+    """FSDP2 as torchtitan has it in stages: weights stay whole after forward, gradients are reduced in `reduces`."""
+    lower = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, DTYPES[reduces])} if reduces else {}
+    units: list[Any] = [*module.layers, *([module.embed_tokens] if module.embed_tokens is not None else [])]
+    units += [] if module.norm is None else [[module.norm, module.lm_head]]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=False, **lower)
+    fully_shard(module, mesh=mesh, **lower)
+
+
 def peaks(asked: dict[str, Any]) -> dict[str, int]:
     """Of each of two steps: of the passes, and of the optimizer."""
     p, chunks, rank, m = asked["stages"], asked["chunks"], asked["stage"], asked["microbatches"]
-    dist.init_process_group("fake", rank=rank, world_size=p, store=FakeStore())
+    each = asked.get("replicas", 1)
+    dist.init_process_group("fake", rank=rank * each, world_size=p * each, store=FakeStore())
+    mesh = init_device_mesh("cpu", (p, each), mesh_dim_names=("pp", "dp"))
     torch.manual_seed(0)
     config = AutoConfig.for_model(**asked["config"])
     whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     whole.train()
+    if "lora" in asked:
+        kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        get_peft_model(whole, LoraConfig(r=asked["lora"], target_modules=kinds, task_type="CAUSAL_LM"))
     if asked["checkpoint"]:
         whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layers, tokens, width = asked["layers"], asked["tokens"], config.hidden_size
     counted = Bytes()
+    resized(counted)
     with counted:
         made: list[Any] = []
         for index in range(rank, p * chunks, p):
             start, first, last = sum(layers[:index]), index == 0, index == p * chunks - 1
-            module = Stage(whole, start, start + layers[index], first, last)
-            hidden = torch.empty(1, tokens, width, device="meta", requires_grad=True)
+            ends = (start, start + layers[index], first, last)
+            titan = asked.get("reduces")
+            module = TitanStage(asked["config"], *ends, tokens) if titan else Stage(whole, *ends)
+            if titan and asked["checkpoint"]:
+                module.layers = nn.ModuleList([checkpoint_wrapper(layer, early_stop=False) for layer in module.layers])
+            if each > 1:
+                divided(module, mesh["dp"], asked["reduces"])
+            between = torch.bfloat16 if asked.get("reduces") else torch.float32
+            hidden = torch.empty(1, tokens, width, dtype=between, device="meta", requires_grad=True)
             ids = torch.empty(1, tokens, dtype=torch.int64, device="meta")
-            logits = torch.empty(1, tokens, config.vocab_size, device="meta", requires_grad=True)
+            logits = torch.empty(1, tokens, config.vocab_size, dtype=between, device="meta", requires_grad=True)
             given, out = (ids if first else hidden), (logits if last else hidden)
             stage = PipelineStage(
                 module,
@@ -121,9 +198,10 @@ def peaks(asked: dict[str, Any]) -> dict[str, int]:
                 torch.device("cpu"),
                 input_args=(given,),
                 output_args=(out,),
+                group=mesh["pp"].get_group(),
             )
             made.append(stage)
-        loss = partial(_loss, vocab_size=config.vocab_size)
+        loss = partial(_titan_loss if asked.get("reduces") else _loss, vocab_size=config.vocab_size)
         kinds = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
         schedule: Any = (
             ScheduleInterleaved1F1B(made, m, loss_fn=loss, scale_grads=False)
@@ -155,6 +233,12 @@ def _loss(logits: Any, labels: Any, vocab_size: int) -> Any:
     return ForCausalLMLoss(logits, labels, vocab_size)
 
 
+def _titan_loss(logits: Any, labels: Any, vocab_size: int) -> Any:
+    from torchtitan.components.loss import cross_entropy_loss
+
+    return cross_entropy_loss(logits, labels)
+
+
 def cases() -> Iterator[dict[str, Any]]:
     """Every stage of four, under each schedule, with as many microbatches as stages and more, checkpointed and not."""
     for schedule, chunks, layers in (
@@ -162,15 +246,6 @@ def cases() -> Iterator[dict[str, Any]]:
         ("gpipe", 1, (3, 4, 3, 2)),
         ("1f1b", 2, (2, 3, 2, 2, 2, 2, 2, 1)),
     ):
-        config = {
-            "model_type": "llama",
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": sum(layers),
-            "num_attention_heads": 4,
-            "vocab_size": 1000,
-            "max_position_embeddings": 512,
-        }
         for stage in range(4):
             for microbatches, checkpoint in ((4, schedule == "1f1b"), (8, schedule == "gpipe")):
                 yield {
@@ -182,14 +257,59 @@ def cases() -> Iterator[dict[str, Any]]:
                     "microbatches": microbatches,
                     "tokens": 256,
                     "checkpoint": checkpoint,
-                    "config": config,
+                    "config": _config(layers),
                 }
+    yield from _divided()
+
+
+def _config(layers: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": sum(layers),
+        "num_attention_heads": 4,
+        "vocab_size": 1000,
+        "max_position_embeddings": 512,
+    }
+
+
+# FSDP2 among the ranks of a stage: in fp32, and computing in bf16 with gradients reduced in fp32, as torchtitan has it.
+_SHARDED: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
+    ((7, 7), {"stages": 2, "replicas": 2}),
+    ((7, 7), {"stages": 2, "replicas": 8, "lora": 8}),
+    ((3, 4, 3, 2), {"replicas": 2, "checkpoint": False}),
+    ((3, 4, 3, 2), {"replicas": 4, "lora": 8}),
+    ((3, 4, 3, 2), {"replicas": 4, "lora": 8, "tokens": 8}),
+    ((3, 4, 3, 2), {"replicas": 4, "reduces": "fp32"}),
+    ((3, 4, 3, 2), {"replicas": 4, "reduces": "fp32", "tokens": 8}),
+    ((3, 4, 3, 2), {"replicas": 3, "schedule": "gpipe"}),
+    ((2, 3, 2, 2, 2, 2, 2, 1), {"replicas": 4, "chunks": 2}),
+    ((2, 3, 2, 2, 2, 2, 2, 1), {"replicas": 4, "chunks": 2, "reduces": "fp32", "microbatches": 4}),
+    ((2, 3, 2, 2, 2, 2, 2, 1), {"replicas": 4, "chunks": 2, "lora": 8, "tokens": 8}),
+    ((2, 3, 3, 3, 3, 2), {"stages": 2, "chunks": 3, "replicas": 2, "microbatches": 4}),
+)
+
+
+# torchtitan's debugmodel.
+_TITAN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 16, "vocab_size": 2048}
+
+
+def _divided() -> Iterator[dict[str, Any]]:
+    """The first stage and the last."""
+    for layers, more in _SHARDED:
+        plain = {"stages": 4, "chunks": 1, "schedule": "1f1b", "microbatches": 8, "tokens": 128, "checkpoint": True}
+        for stage in (0, more.get("stages", 4) - 1):
+            config = {**_config(layers), **(_TITAN if "reduces" in more else {})}
+            yield {**plain, "reduces": "", **more, "stage": stage, "layers": layers, "config": config}
 
 
 if __name__ == "__main__":
     made = {"about": "torch 2.13 distributed/pipelining with layers of transformers 5.24, fp32, AdamW, on the CPU"}
     sys.stdout.write(json.dumps(made) + "\n")
     torch.set_num_threads(1)
-    for case in cases():
+    trace_titan.leave_out()
+    trace_titan.norms_of_one_kernel()
+    for case in cases() if len(sys.argv) == 1 else [c for c in _divided() if sys.argv[1] in ("sharded", c["reduces"])]:
         sys.stdout.write(json.dumps({**case, "peaks": peaks(case)}) + "\n")
         sys.stdout.flush()

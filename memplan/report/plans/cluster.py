@@ -121,14 +121,18 @@ def bring(found: Found) -> str:
 def _counts(found: Found) -> str:
     refused = sum(r.grids for r in found.refused)
     kinds = (
-        (len(found.placed), "fit and are shown"),
-        (found.slower, "are slower, and were not looked at (--each does)"),
-        (found.missed, "do not fit"),
-        (found.too_large, "do not hold even weights, gradients and states"),
-        (refused, "memplan does not answer"),
+        (len(found.placed), "fits and is shown", "fit and are shown"),
+        (
+            found.slower,
+            "is slower, and was not looked at (--each does)",
+            "are slower, and were not looked at (--each does)",
+        ),
+        (found.missed, "does not fit", "do not fit"),
+        (found.too_large, *(f"{verb} not hold even weights, gradients and states" for verb in ("does", "do"))),
+        (refused, *["memplan does not answer"] * 2),
     )
-    counted = ", ".join(f"{n:,} {what}" for n, what in kinds if n)
-    return f"Of {found.grids:,} grids {counted}."
+    counted = ", ".join(f"{n:,} {one if n == 1 else several}" for n, one, several in kinds if n)
+    return f"Of {found.grids:,} grid{'s' if found.grids > 1 else ''} {counted}."
 
 
 def _table(found: Found) -> Table:

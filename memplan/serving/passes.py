@@ -1,0 +1,76 @@
+"""The most that a step of a serving engine has beside weights and pool, and the tensors it is."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from memplan.catalogue.caches import caches
+from memplan.catalogue.served import Instant, instants, parts_of_rank
+from memplan.serving.settings import Settings
+from memplan.units import ITEMSIZE
+
+
+class Alive(NamedTuple):
+    """One tensor: what it is, its shape in letters and in numbers, dtype and bytes."""
+
+    what: str
+    shape: str
+    dims: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+class Step(NamedTuple):
+    """The largest moment of a step."""
+
+    where: str
+    alive: tuple[Alive, ...]
+    source: str
+    basis: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.bytes for t in self.alive)
+
+
+@lru_cache(maxsize=512)
+def largest(s: Settings, tokens: int, requests: int) -> Step:
+    """The largest moment of a step of `tokens` of `requests`."""
+    if s.engine.kind == "llama.cpp":
+        from memplan.serving.llama_cpp import compute_buffer
+
+        one = s._replace(serving=s.serving.model_copy(update={"max_num_batched_tokens": tokens}))
+        buffer = compute_buffer(one)
+        alive = tuple(Alive(what, "", dims, "", bytes_) for what, dims, bytes_ in buffer.alive)
+        return Step(
+            buffer.where, alive, "llama.cpp src/llama-graph.cpp, and the logs that tests hold it to", "measured"
+        )
+    axes = {**parts_of_rank(s.model, s.tp), "s": tokens, "n": min(tokens, requests)}
+    axes["se"] = tokens * axes.get("e", 0)
+    axes["room"] = _room(s)
+    eager = s.engine.kind != "vllm" or not s.serving.cuda_graphs  # vLLM's enforce_eager compiles nothing either
+    found = [_step(s, instant, axes) for instant in instants(s.model, s.tp, s.words["sampler"], eager)]
+    return max(found, key=lambda step: step.bytes)
+
+
+def _room(s: Settings) -> int:
+    """Tokens of cached prompts whose keys and values a step of latents has room for; 0 of an engine that makes none.
+
+    Source: vllm 0.33.0 model_executor/layers/attention/mla_attention.py determine_chunked_prefill_workspace_size.
+    """
+    made = s.words.get("latent_workspace")
+    sparse = any(part.name == "index keys" for c in caches(s.model) for part in c.parts)
+    if made is None or (made == "dense" and sparse):
+        return 0
+    return min(max(8 * s.longest, 4 * (s.serving.max_num_seqs or 1) * s.block), 64 * 1024)
+
+
+def _step(s: Settings, instant: Instant, axes: dict[str, int]) -> Step:
+    alive: list[Alive] = []
+    for t in instant.alive:
+        dims = tuple(int(a) if a.isdigit() else axes[a] for a in t.shape.split())
+        dtype = t.dtype or s.dtype
+        alive.append(Alive(t.name, t.shape, dims, dtype, prod(dims) * ITEMSIZE[dtype]))
+    return Step(instant.where, tuple(alive), instant.source, instant.basis)

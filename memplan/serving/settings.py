@@ -1,0 +1,272 @@
+"""A run on a serving engine with nothing left open."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from memplan.cards import find_model
+from memplan.catalogue.engines import ENGINES, Engine, decided, find_engine
+from memplan.errors import SpecError, UnknownNameError
+from memplan.gpus import GPU, find_gpu
+from memplan.models import ModelSpec
+from memplan.spec import (
+    Batch,
+    FrozenDict,
+    Generation,
+    Kernels,
+    Loop,
+    Method,
+    Optimizer,
+    Parallelism,
+    Precision,
+    Quantization,
+    RunSpec,
+    Serving,
+    frozen,
+)
+from memplan.stored import format_of
+from memplan.units import GIB, ITEMSIZE
+
+# Bytes of 32 numbers of a cache in ggml's blocks. Source: llama.cpp ggml/src/ggml-common.h block_q8_0 and alike.
+BLOCKS_OF_32 = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
+
+
+NEW_TOKENS = 256  # where a run says nothing of them
+
+
+class Settings(NamedTuple):
+    """Everything that decides an answer.
+
+    dtype          what the model computes in, and what of it is not quantised
+    words          what the engine's rows say beside the fields (`memplan.catalogue.engines.WORDS`)
+    context        tokens of one of the run's requests; `batch` of them are to fit at once
+    tp             ranks that divide every matrix
+    """
+
+    engine: Engine
+    words: FrozenDict
+    model: ModelSpec
+    gpu: GPU | None
+    dtype: str
+    quantization: Quantization | str | None
+    serving: Serving
+    context: int
+    prompt: int
+    batch: int
+    tp: int
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a request that the engine admits."""
+        return self.serving.max_model_len or self.context
+
+    @property
+    def steps(self) -> int:
+        """Tokens of one step."""
+        return self.serving.max_num_batched_tokens or 1
+
+    @property
+    def requests(self) -> int:
+        """Requests of one step."""
+        return min(self.serving.max_num_seqs or 1, self.steps)
+
+    @property
+    def block(self) -> int:
+        return self.serving.block_size or 1
+
+    @property
+    def cache_dtype(self) -> str:
+        asked = self.serving.cache_dtype or "auto"
+        return self.dtype if asked == "auto" else asked
+
+    def cache_bytes(self, elements: int) -> int:
+        """Bytes of so many numbers of a cache of keys and values."""
+        if self.cache_dtype in BLOCKS_OF_32:
+            return -(-elements // 32) * BLOCKS_OF_32[self.cache_dtype]
+        return elements * ITEMSIZE[self.cache_dtype]
+
+
+def serves(run: RunSpec) -> Engine | None:
+    """The engine that the run's profile names, where it is one that serves and the run generates.
+
+    Raises SpecError where such a profile is asked for another task.
+    """
+    engine = find_engine(run.profile)
+    if engine is not None and run.task != "generate":
+        raise SpecError(f"profile: {run.profile} serves models: it needs task generate, not {run.task}", "profile")
+    return engine
+
+
+def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
+    """Fill in every null of the run by its engine.
+
+    Raises SpecError for what an engine does not take, UnknownNameError for a profile that is no engine's, and as
+    `memplan.cards.find_model` does.
+    """
+    engine = serves(run)
+    if engine is None:
+        raise UnknownNameError("profile", run.profile, [e.name for e in ENGINES])
+    words = decided(engine)
+    model = model or find_model(run.model)
+    gpu = find_gpu(run.gpu) if run.gpu is not None else None
+    _refuse(run, engine, model)
+    _refuse_card(gpu, engine, words)
+    context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
+    serving = _filled(run.serving, engine, words, model, gpu, run, context)
+    if serving.max_model_len is not None and context > serving.max_model_len:
+        raise SpecError(
+            f"serving.max_model_len: {serving.max_model_len:,} is less than the {context:,} tokens of a request "
+            "(batch.sequence and batch.new_tokens)",
+            "serving.max_model_len",
+        )
+    return Settings(
+        engine,
+        frozen(words),
+        model,
+        gpu,
+        run.precision.weights,
+        serving.weights or run.method.quantization,
+        serving,
+        context,
+        run.batch.sequence,
+        run.batch.micro,
+        run.parallelism.tp,
+    )
+
+
+def _filled(
+    s: Serving, engine: Engine, words: dict[str, Any], model: ModelSpec, gpu: GPU | None, run: RunSpec, context: int
+) -> Serving:
+    fields = {name: words[name] for name in type(s).model_fields if getattr(s, name) is None and name in words}
+    if run.method.quantization is None and engine.kind != "llama.cpp":
+        fields["weights"] = model.card.get("stored")  # as an engine finds the checkpoint
+    if s.max_model_len is None:
+        positions = model.longest_sequence or 0
+        fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)
+    tokens, requests = _steps(engine, gpu, run.parallelism.tp)
+    if engine.kind == "vllm":
+        longest = s.max_model_len or fields["max_model_len"]
+        seqs = s.max_num_seqs or requests
+        batched = s.max_num_batched_tokens or min(tokens, seqs * longest)
+        fields |= {"max_num_batched_tokens": batched, "max_num_seqs": s.max_num_seqs or min(seqs, batched)}
+        if _latent(model) and s.block_size is None:
+            fields["block_size"] = 64  # FlashMLA's, FlashInfer's and sparse MLA's kernels
+    if engine.kind == "sglang":
+        fields["max_num_batched_tokens"] = s.max_num_batched_tokens or tokens
+        fields["max_num_seqs"] = s.max_num_seqs or requests
+        if s.memory_utilization is None:
+            from memplan.serving.sglang import static_fraction
+
+            graphs = s.cuda_graphs is not False
+            total = gpu.usable if gpu else 80 * GIB
+            fields["memory_utilization"] = static_fraction(
+                total, fields["max_num_batched_tokens"], requests, run.parallelism.tp, _latent(model), graphs
+            )
+    if engine.kind == "llama.cpp":
+        fields["max_num_seqs"] = s.max_num_seqs or run.batch.micro
+        fields["gpu_layers"] = model.num_hidden_layers + 1 if s.gpu_layers is None else s.gpu_layers
+    fields = {name: value for name, value in fields.items() if getattr(s, name) is None}
+    return s.model_copy(update=fields)
+
+
+def _latent(model: ModelSpec) -> bool:
+    return "kl" in model.axes()
+
+
+def _steps(engine: Engine, gpu: GPU | None, tp: int) -> tuple[int, int]:
+    """Tokens and requests of a step where nothing is said, by the card's memory.
+
+    Source: vllm 0.33.0 engine/arg_utils.py get_batch_defaults, as a server; sglang 0.5.23 arg_groups/memory_hook.py
+    handle_gpu_memory_settings, whose decoding steps are recorded up to so many requests.
+    """
+    total = gpu.usable if gpu else 80 * GIB
+    if engine.kind == "vllm":
+        if total >= 160 * GIB and engine.name != "vllm-0.11":
+            return 16384, 1024
+        small = gpu is not None and ("a100" in gpu.name or gpu.unified)
+        return (8192, 1024) if total >= 70 * GIB and not small else (2048, 256)
+    for below, tokens, few, many in _SGLANG:
+        if total < below * GIB:
+            return tokens, few if tp < 4 else many
+    return 16384, 512
+
+
+_SGLANG = ((20, 2048, 8, 8), (35, 4096, 48, 160), (60, 4096, 32, 160), (90, 8192, 256, 512), (160, 8192, 256, 512))
+
+
+def _refuse_card(gpu: GPU | None, engine: Engine, words: dict[str, Any]) -> None:
+    """Raise SpecError for a card that is too old for the engine's kernels."""
+    least = words.get("capability", 0)
+    if gpu is not None and gpu.compute_capability is not None and gpu.compute_capability < divmod(least, 10):
+        has = ".".join(map(str, gpu.compute_capability))
+        raise SpecError(
+            f"gpu: {engine.title} needs compute capability {least / 10:g}, and {gpu.title} has {has}", "gpu"
+        )
+
+
+def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
+    """Raise SpecError for what a serving engine's run must not say, and for what is not described yet."""
+    for field, usual in (("optimizer", Optimizer()), ("kernels", Kernels()), ("loop", Loop())):
+        if getattr(run, field) != usual:
+            raise SpecError(f"{field}: of training; {engine.name} has its own kernels and trains nothing", field)
+    if run.generation != Generation():
+        raise SpecError(f"generation: of transformers' generate; {engine.name} has a pool (serving)", "generation")
+    if run.objective not in (None, "causal_lm"):
+        raise SpecError(f"objective: {engine.name} generates, which is causal_lm, not {run.objective}", "objective")
+    if run.precision != Precision(weights=run.precision.weights, compute=run.precision.compute):
+        raise SpecError(f"precision: of training; {engine.name} is told precision.weights alone", "precision")
+    if run.precision.compute not in (None, run.precision.weights):
+        raise SpecError(
+            f"precision.compute: {engine.name} computes in {run.precision.weights}, the dtype of what is not quantised",
+            "precision.compute",
+        )
+    if run.method != Method(quantization=run.method.quantization):
+        raise SpecError(
+            f"method.kind: {engine.name} trains nothing; adapters are serving.lora_slots and lora_rank", "method.kind"
+        )
+    if run.serving.weights is not None and run.method.quantization is not None:
+        raise SpecError("serving.weights: says what method.quantization does; say one of them", "serving.weights")
+    if run.batch != Batch(micro=run.batch.micro, sequence=run.batch.sequence, new_tokens=run.batch.new_tokens):
+        raise SpecError(
+            f"batch: {engine.name} is given micro, sequence and new_tokens alone; images are not supported yet", "batch"
+        )
+    p = run.parallelism
+    if p != Parallelism(world=p.world, dp=p.dp, tp=p.tp, strategy=p.strategy) or p.strategy not in ("none", "ddp"):
+        raise SpecError(f"parallelism: {engine.name} with anything but tp and dp is not supported yet", "parallelism")
+    if p.world != p.dp * p.tp:
+        raise SpecError(f"parallelism.world: {p.world} GPUs are not dp {p.dp} x tp {p.tp}", "parallelism.world")
+    if model.num_attention_heads % p.tp:
+        raise SpecError(
+            f"parallelism.tp: {p.tp} does not divide {model.num_attention_heads} attention heads", "parallelism.tp"
+        )
+    if engine.kind == "llama.cpp" and p.tp > 1:
+        raise SpecError(
+            "parallelism.tp: llama.cpp lays layers on several cards, which is not supported yet", "parallelism.tp"
+        )
+    if model.is_encoder_decoder or model.objectives[0] != "causal_lm" or model.model_type in _NOT_YET:
+        raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
+    s = run.serving
+    if s.weights is not None:
+        try:
+            format_of(s.weights)
+        except UnknownNameError as e:
+            raise UnknownNameError("serving.weights", s.weights, e.nearest, ranked=True) from None
+    if engine.kind != "llama.cpp":
+        if s.cache_dtype in BLOCKS_OF_32:
+            raise SpecError(
+                f"serving.cache_dtype: {s.cache_dtype} is llama.cpp's; auto, bf16, fp16, fp8", "serving.cache_dtype"
+            )
+        for name in ("gpu_layers", "flash_attention"):
+            if getattr(s, name) is not None:
+                raise SpecError(f"serving.{name}: is llama.cpp's, and {engine.name} has no such", f"serving.{name}")
+    elif s.memory_utilization is not None or s.cache_dtype == "fp8":
+        field = "serving.cache_dtype" if s.cache_dtype == "fp8" else "serving.memory_utilization"
+        raise SpecError(f"{field}: llama.cpp has no such; its caches are fp16, bf16, q8_0 or q4_0", field)
+    if s.cache_dtype in BLOCKS_OF_32 and s.flash_attention is False:
+        raise SpecError(
+            "serving.flash_attention: llama.cpp quantises values only with flash attention", "serving.flash_attention"
+        )
+
+
+# Whose pools are laid out in ways that were not read: compressed entries, and keys of images.
+_NOT_YET = frozenset(("deepseek_v4", "mllama", "megatron_gpt"))

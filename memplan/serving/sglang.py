@@ -1,0 +1,87 @@
+"""SGLang's pools: slots for tokens, of layers that keep all and of those with a window, and states of requests.
+
+Source: sglang 0.5.23 arg_groups/memory_hook.py handle_gpu_memory_settings, model_executor/pool_configurator.py,
+mem_cache/kv_cache_configurator.py _profile_available_bytes and _handle_max_mamba_cache.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.caches import CONVOLUTION, LayerCache, caches
+from memplan.errors import SpecError
+from memplan.serving.pool import Tokens
+from memplan.serving.settings import Settings
+from memplan.units import GIB, ITEMSIZE, MIB
+
+_FP8_LATENT, _FP8_INDEX = 656, 4
+_STATES_A_REQUEST = 3  # with a radix cache: mem_cache/kv_cache_configurator.py _calculate_mamba_ratio
+
+
+def static_fraction(total: int, chunk: int, graphs: int, tp: int, latent: bool, captures: bool) -> float:
+    """The share of a card's bytes for weights and pools: what is left after an allowance in MiB for activations of a
+    chunk of tokens, and for graphs of up to so many requests."""
+    reserved = 512 + 1.5 * max(chunk, 2048) + tp / 8 * 1024
+    if captures:
+        reserved += 2 * graphs + (1.5 * 1024 if latent else 8 * prefill_graphs(chunk))
+    if total > 60 * GIB:
+        reserved = max(reserved, 10 * 1024)
+    mib = total / MIB
+    return round((mib - reserved) / mib, 3)
+
+
+def prefill_graphs(tokens: int) -> int:
+    """How many steps of a prompt's tokens are recorded. Source: arg_groups/cuda_graph_hook.py
+    generate_prefill_cuda_graph_batch_sizes."""
+    sizes = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
+    sizes += [*range(1280, 4097, 256), *range(4608, tokens + 1, 512)]
+    return sum(size <= tokens for size in sizes)
+
+
+def pool(s: Settings, available: int) -> Tokens:
+    """What `available` bytes on each rank become."""
+    layers = [c for c in caches(s.model) if c.parts]
+    full = sum(_token(s, c) for c in layers if c.kind in ("attention", "latent", "chunked"))
+    sliding = sum(_token(s, c) for c in layers if c.kind == "sliding")
+    window = max((c.window or 0 for c in layers if c.kind == "sliding"), default=0)
+    state = sum(_state(s, c) for c in layers if c.kind == "state")
+    if not full and not sliding:
+        raise SpecError(f"model: {s.model.model_type} keeps no keys, which is not supported yet", "model")
+    if state and "state_share" not in s.words:
+        raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
+    page, available = s.block, max(0, available)
+    states = None
+    if state:
+        share = s.words["state_share"]
+        states = available * share // (1000 + share) // state
+        available -= states * state
+    if not s.serving.hybrid_cache:
+        full, sliding = full + sliding, 0
+    if full and sliding:
+        share = s.words["window_share"]
+        slots = available * 1000 // (1000 * full + share * sliding) // page * page
+        windowed = slots * share // 1000 // page * page
+        return Tokens(slots, full, page, windowed, sliding, window, states, state, _STATES_A_REQUEST)
+    slots = available // (full or sliding) // page * page
+    if full:
+        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=_STATES_A_REQUEST)
+    return Tokens(0, 0, page, slots, sliding, window, states, state, _STATES_A_REQUEST)
+
+
+def _token(s: Settings, c: LayerCache) -> int:
+    """A token in one layer on one rank."""
+    index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
+    kept = [p for p in c.parts if p.name != "index keys"]
+    if index and c.kind == "latent" and s.cache_dtype == "fp8":
+        return _FP8_LATENT + index
+    return sum(s.cache_bytes(p.on(s.tp)) for p in kept) + index
+
+
+def _state(s: Settings, c: LayerCache) -> int:
+    kernel, total = s.model.axes()["kernel"], 0
+    for p in c.parts:
+        elements = p.on(s.tp)
+        convolved = p.name.startswith(CONVOLUTION)
+        if convolved:
+            elements = elements // kernel * (kernel - 1)
+        kept = s.words["state_dtype"]
+        total += elements * ITEMSIZE[s.dtype if convolved or kept == "model" else kept]
+    return total

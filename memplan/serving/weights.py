@@ -1,0 +1,157 @@
+"""What a rank holds of the weights while it serves: its part of every matrix, tables of positions, slots for adapters.
+
+Source: vllm 0.33.0 model_executor/layers/linear.py and vocab_parallel_embedding.py, whose classes SGLang and TGI took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+from memplan.catalogue.repacked import Kernel, mxfp4_kernel
+from memplan.schemes import FIELD
+from memplan.serving.settings import Settings
+from memplan.stored import StoredWeight, stored_weights
+from memplan.units import ITEMSIZE
+
+# Projections to a latent, and an indexer's, which every rank computes whole.
+_WHOLE = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj", "indexer", "wk", "wq_b", "weights_proj"))
+_FUSED = frozenset(("qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack", "wqkv", "qkv"))
+_KEYS = frozenset(("k_proj", "v_proj"))
+_POSITIONS = frozenset(("wpe", "embed_positions", "position_embeddings", "position_embedding"))
+# Families without rotary positions, which have no table of them.
+_NOT_ROTATED = frozenset(
+    (
+        *("gpt2", "gpt_bigcode", "gpt_neo", "opt", "bloom", "mpt", "mamba", "mamba2", "falcon_mamba", "jamba"),
+        *("nemotron_h", "kimi_linear", "kimi_k3"),
+    )
+)
+MXFP4_GROUP = 32  # numbers that share a scale
+_ROUNDED = 64  # rows that a table of tokens is rounded up to
+
+
+class Held(NamedTuple):
+    """Weights of a kind that a rank holds: what they are, their group, how many, dtype, bytes, source."""
+
+    what: str
+    group: str
+    tensors: int
+    dtype: str
+    bytes: int
+    source: str
+    basis: str = "derived"
+
+
+@lru_cache(maxsize=256)
+def held(s: Settings) -> tuple[Held, ...]:
+    """What one rank has of the weights, by group and dtype; llama.cpp's, of the layers in the card's memory."""
+    found: dict[tuple[str, str, str, str], list[int]] = {}
+    kernel = kernel_of(s)
+    for w in stored_weights(s.model, s.quantization, s.dtype):
+        if s.engine.kind == "llama.cpp" and not _on_card(s, w):
+            continue
+        bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w), w.source
+        if kernel is not None and ".experts." in w.name:
+            bytes_, source = _repacked(s, kernel, w), kernel.source
+        entry = found.setdefault((w.group, w.dtype, source, w.basis), [0, 0])
+        entry[0] += 1
+        entry[1] += bytes_
+    out = [
+        Held(_NAMES.get(group, group), group, count, dtype, bytes_, source, basis)
+        for (group, dtype, source, basis), (count, bytes_) in found.items()
+    ]
+    return (*out, *_tables(s), *_adapters(s))
+
+
+_NAMES = {"embedding": "embeddings", "norm": "norms", "lm_head": "head", "router": "routers"}
+
+
+def _layer(name: str) -> int | None:
+    """The number of the layer that a weight is of."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _on_card(s: Settings, w: StoredWeight) -> bool:
+    """Of llama.cpp: layers from the last, after the head; embeddings stay with the host, but a tied table is there
+    twice."""
+    from memplan.serving.llama_cpp import offloaded
+
+    layer = _layer(w.name)
+    if layer is not None:
+        return layer >= s.model.num_hidden_layers - offloaded(s)
+    if w.group == "embedding":
+        return s.model.tie_word_embeddings and (s.serving.gpu_layers or 0) > 0
+    return (s.serving.gpu_layers or 0) > 0
+
+
+def of_rank(s: Settings, w: StoredWeight) -> int:
+    """Bytes of a tensor on one of the ranks."""
+    words, tp = frozenset(w.name.split(".")), s.tp
+    if w.group in ("embedding", "lm_head") and not words & _POSITIONS and len(w.shape) == 2:
+        rows = w.shape[0]
+        each = w.bytes // rows if w.bytes % rows == 0 else None
+        if each is not None and rows == s.model.vocab_size:
+            return -(-rows // _ROUNDED) * _ROUNDED * each // tp
+    if tp == 1 or len(w.shape) < 2 or w.group in ("norm", "router") or words & _WHOLE or words & _POSITIONS:
+        return w.bytes
+    a, k = s.model.num_attention_heads, s.model.num_key_value_heads
+    if words & _KEYS:
+        return w.bytes * -(-k // tp) // k
+    if words & _FUSED:
+        return w.bytes * (a // tp + 2 * -(-k // tp)) // (a + 2 * k)
+    return -(-w.bytes // tp)
+
+
+def kernel_of(s: Settings) -> Kernel | None:
+    """The kernel of experts in mxfp4, where the model's are."""
+    q = s.quantization
+    config: Mapping[str, Any] = s.model.config.get(FIELD) or {}
+    format_ = q if isinstance(q, str) else q.format if q is not None else str(config.get("quant_method"))
+    if format_.lower() != "mxfp4" or s.model.model_type != "gpt_oss":
+        return None
+    return mxfp4_kernel(s.engine.name, s.gpu.compute_capability if s.gpu else None)
+
+
+def _repacked(s: Settings, kernel: Kernel, w: StoredWeight) -> int:
+    """Bytes on a rank of one tensor of a layer's experts, padded as the kernel has it: numbers, scales, or biases."""
+    axes = s.model.axes()
+    blocks = -(-axes["m"] // (MXFP4_GROUP * s.tp))  # of 32 numbers, which a rank has whole
+    width, hidden = _up(blocks * MXFP4_GROUP, kernel.width), _up(axes["h"], kernel.hidden)
+    out, into = (2 * width, hidden) if "gate_up" in w.name else (hidden, width)
+    if w.name.endswith("bias"):
+        return axes["E"] * out * ITEMSIZE[kernel.bias]
+    if w.part.endswith(("scale", "scales")):
+        return axes["E"] * _up(out, kernel.rows) * _up(into // MXFP4_GROUP, kernel.columns)
+    return axes["E"] * out * into // 2
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _tables(s: Settings) -> Iterator[Held]:
+    """Cosines and sines of every position: one table for all layers that rotate alike."""
+    if s.engine.kind == "llama.cpp" or s.model.model_type in _NOT_ROTATED or not s.model.max_position_embeddings:
+        return
+    axes = s.model.axes()
+    width = axes["klr"] - axes["kl"] if "kl" in axes else s.model.rotary_width
+    bytes_ = s.model.max_position_embeddings * width * ITEMSIZE[s.dtype]
+    source = "vllm 0.33.0 model_executor/layers/rotary_embedding/base.py RotaryEmbedding.cos_sin_cache"
+    yield Held("cosines and sines of positions", "buffer", 1, s.dtype, bytes_, source)
+
+
+def _adapters(s: Settings) -> Iterator[Held]:
+    """Slots of adapters: A and B of the largest rank for every matrix of the layers."""
+    slots, rank = s.serving.lora_slots or 0, s.serving.lora_rank or 0
+    if not slots:
+        return
+    count = numbers = 0
+    for w in {w.name: w for w in stored_weights(s.model, None, s.dtype)}.values():
+        if w.group in ("attention", "mixer", "mlp") and len(w.shape) >= 2 and _layer(w.name) is not None:
+            *many, out, into = w.shape
+            numbers += prod(many) * slots * rank * (into + -(-out // s.tp))
+            count += 2
+    source = "vllm 0.33.0 lora/layers/base_linear.py create_lora_weights: A whole and B divided on every rank"
+    yield Held(f"slots for {slots} adapters", "adapter", count, s.dtype, numbers * ITEMSIZE[s.dtype], source)

@@ -1,0 +1,511 @@
+"""Serving engines: their pools to the block of what logs say, what a card makes of them, and laws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from typer.main import get_command
+
+from memplan import RunSpec, estimate
+from memplan.cards import find_model, load_card
+from memplan.catalogue.engines import ENGINES, WORDS, decided, rows
+from memplan.cli import app
+from memplan.errors import MemplanError, SpecError, UnknownNameError
+from memplan.report.schema import answer_model
+from memplan.serving import budget, pool_tokens, requests, settled
+from memplan.serving.budget import card_for, pool_of
+from memplan.serving.llama_cpp import compute_buffer
+from memplan.serving.passes import largest
+from memplan.serving.pool import Blocks
+from memplan.serving.settings import Settings
+from memplan.serving.sglang import static_fraction
+from memplan.serving.weights import held
+from memplan.spec import Serving, changed
+from tests.sampling import examples
+
+GIB, MIB = 2**30, 2**20
+GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "serving.jsonl").read_text().splitlines()]
+
+
+def of_kind(kind: str) -> Any:
+    found = [row for row in GOLDEN if row["kind"] == kind]
+    return pytest.mark.parametrize("row", found, ids=lambda row: row["id"])
+
+
+def settings_of(row: Mapping[str, Any]) -> Settings:
+    """A run as a log says it was started."""
+    serving = {"max_model_len": row.get("longest"), "max_num_batched_tokens": row.get("batched")}
+    if row.get("cache_dtype"):
+        serving["cache_dtype"] = row["cache_dtype"]
+    if row.get("states") == 1:
+        serving["prefix_caching"] = False
+    if "seqs" in row:
+        serving |= {"max_num_seqs": row["seqs"], "cuda_graphs": not row.get("eager", False)}
+    if "flash" in row:
+        serving["flash_attention"] = row["flash"]
+    if "weights" in row:
+        serving["weights"] = row["weights"]
+    tp = row.get("tp", 1)
+    return settled(
+        RunSpec(
+            model=row.get("model") or {"config": row["config"]},
+            gpu=row.get("gpu"),
+            task="generate",
+            batch={"sequence": 1, "new_tokens": 1},
+            serving=serving,
+            parallelism={"world": tp, "tp": tp},
+            profile=row.get("profile", "llama.cpp-2026"),
+        )
+    )
+
+
+@of_kind("pool")
+def test_a_pool_has_the_blocks_that_a_log_says(row: dict[str, Any]) -> None:
+    """Of bytes that round to the log's GiB some make exactly its blocks; and its blocks the tokens and the concurrency
+    that it prints."""
+    s = settings_of(row)
+    a_block = pool_of(s, 0).block_bytes
+    groups = pool_of(s, 0).groups  # type: ignore[attr-defined]
+    blocks = row.get("blocks") or row["tokens"] // (row.get("block_size") or 16) * len(groups)
+    if "available_gib" in row:
+        digits = Fraction(row["available_gib"])
+        low, high = (digits - Fraction(1, 200)) * GIB, (digits + Fraction(1, 200)) * GIB
+        made = range(int(low) // a_block, int(high) // a_block + 1)
+        blocks = row.get("blocks") or next(n for n in made if pool_of(s, n * a_block).tokens == row["tokens"])
+        assert blocks in made
+    pool = pool_of(s, blocks * a_block)
+    assert isinstance(pool, Blocks)
+    assert pool.blocks == blocks
+    assert len(pool.groups) == row.get("groups", 1)
+    assert pool.block == row.get("block_size", 16)
+    if "tokens" in row:
+        assert pool.tokens == row["tokens"]
+    if "concurrency" in row:
+        assert f"{float(pool.concurrency(row['longest'])):.2f}" == row["concurrency"]
+
+
+@of_kind("needed")
+def test_the_longest_request_needs_what_a_log_says(row: dict[str, Any]) -> None:
+    s = settings_of(row)
+    pool = pool_of(s, 0)
+    assert isinstance(pool, Blocks)
+    needed = sum(g.layers * g.page * g.blocks_of(s.longest, pool.in_flight) for g in pool.groups)
+    assert str(round(needed / GIB, 2)) == row["needed_gib"]
+
+
+@of_kind("block")
+def test_a_block_is_no_smaller_than_a_state(row: dict[str, Any]) -> None:
+    pool = pool_of(settings_of(row), 0)
+    assert isinstance(pool, Blocks)
+    assert pool.block == row["block_size"]
+    if "padding" in row:
+        (padding,) = {f"{100 * (g.page / g.own - 1):.2f}" for g in pool.groups if g.kind == "state"}
+        assert padding == row["padding"]
+
+
+@of_kind("slots")
+def test_slots_take_the_bytes_that_a_log_says(row: dict[str, Any]) -> None:
+    pool = pool_of(settings_of(row), 10**12)
+    assert abs(Fraction(row["tokens"] * pool.block_bytes, GIB) - Fraction(row["gib"])) <= Fraction(row["within"])
+
+
+@of_kind("weights")
+def test_weights_take_the_bytes_that_a_log_says(row: dict[str, Any]) -> None:
+    taken = sum(h.bytes for h in held(settings_of(row)))
+    if "within" in row:
+        assert abs(taken / GIB / float(row["gib"]) - 1) <= float(row["within"])
+        return
+    assert f"{taken / GIB:.{len(row['gib'].partition('.')[2])}f}" == row["gib"]
+
+
+@of_kind("step")
+def test_a_step_takes_about_what_a_log_says(row: dict[str, Any]) -> None:
+    """Within a share of it: what the sampler's sort has beside its tensors is assumed."""
+    s = settings_of(row)
+    step = largest(s, s.steps, s.requests)
+    assert abs(step.bytes / GIB / float(row["gib"]) - 1) <= float(row["within"])
+
+
+@of_kind("llama.cpp")
+def test_llama_cpp_reserves_the_buffers_that_a_log_says(row: dict[str, Any]) -> None:
+    s = settings_of(row)
+    assert f"{pool_of(s, 0).bytes / MIB:.2f}" == row["cache_mib"]
+    assert f"{compute_buffer(s).bytes / MIB:.2f}" == row["compute_mib"]
+
+
+@of_kind("card")
+def test_a_pool_from_the_card_alone_misses_a_log_by_what_is_written(row: dict[str, Any]) -> None:
+    run = RunSpec(
+        model=row["model"],
+        task="generate",
+        batch={"sequence": 1, "new_tokens": 1},
+        gpu=row["gpu"],
+        profile=row["profile"],
+        parallelism={"world": row["tp"], "tp": row["tp"]},
+        serving=row["serving"],
+    )
+    tokens = pool_tokens(run)
+    assert f"{100 * (tokens / row['tokens'] - 1):+.1f}" == row["percent"]
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text("utf-8")
+    assert f"| {row['tokens']:,} | {tokens:,} |" in page
+
+
+def run_of(model: str, profile: str, gpu: str | None = "h100", tp: int = 1, **more: Any) -> RunSpec:
+    parallelism = {"world": tp, "tp": tp}
+    batch = {"micro": more.pop("micro", 1), "sequence": more.pop("sequence", 4096), "new_tokens": 512}
+    return RunSpec(
+        model=model,
+        task="generate",
+        batch=batch,
+        profile=profile,
+        gpu=gpu,
+        parallelism=parallelism,
+        **more,
+    )
+
+
+def test_every_row_of_an_engine_says_what_was_read() -> None:
+    for engine in ENGINES:
+        assert engine.read
+        for row in engine.rows:
+            assert row.field in WORDS or row.field in Serving.model_fields, row.field
+            assert row.source
+            assert (row.basis == "assumed") == row.source.startswith("assumed") or engine.kind in ("tgi", "llama.cpp")
+        assert len({row.field for row in engine.rows}) == len(engine.rows)
+        assert {row.field for row in rows(engine)} == set(decided(engine))
+
+
+def test_vllm_divides_its_share_of_a_card() -> None:
+    """Llama 3 8B on an H100: 0.92 of the card, less weights, the sampler's moment, graphs and what is loaded beside."""
+    answer = estimate(run_of("llama-3-8b", "vllm-0.33"))
+    s, total = answer.serving, 0
+    assert s is not None
+    assert answer.gpu is not None
+    total = -(-answer.gpu.usable * 92 // 100)
+    rotary = 8192 * 128 * 2
+    assert s["weights"] == 2 * 8_030_261_248 + rotary
+    sampled = 1024 * 128_256  # numbers of logits: in bf16, and in fp32 with probabilities and noise
+    assert s["activations"] == sampled * (2 + 3 * 4) + (8192 + 1024) * 4096 * 2
+    left = total - s["weights"] - s["activations"] - s["cuda_graphs"] - 256 * MIB
+    assert s["blocks"] == left // (16 * 128 * 2**10)
+    assert s["tokens"] == s["blocks"] * 16 * 8192 // 8192
+    assert s["requests"] == s["blocks"] // (4608 // 16)
+    assert answer.verdict.answer == "fits"
+
+
+def test_the_ledger_sums_and_the_answer_is_as_its_schema_says() -> None:
+    for profile in ("vllm-0.33", "sglang-0.5", "tgi-3", "llama.cpp-2026"):
+        for gpu in ("h100", None):
+            answer = estimate(run_of("qwen2.5-7b", profile, gpu))
+            assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+            assert answer.bytes.allocated == max(p.peak for p in answer.phases)
+            assert [p.phase for p in answer.phases] == ["load", "prefill", "decode"]
+            read = answer_model().model_validate_json(answer.model_dump_json())
+            assert read.model_dump()["serving"]["tokens"] == answer.serving["tokens"]  # type: ignore[index]
+
+
+def test_without_a_card_there_is_room_for_the_requests_alone() -> None:
+    answer = estimate(run_of("llama-3-8b", "vllm-0.33", None, micro=3))
+    assert answer.verdict.answer is None
+    assert answer.serving is not None
+    blocks = 3 * (4608 // 16) + 1  # and one that is never given out
+    assert answer.serving["pool"] == answer.serving["needed"] == blocks * 16 * 128 * 2**10
+
+
+def test_a_run_fits_where_its_requests_do() -> None:
+    held_ = requests(run_of("llama-3-8b", "vllm-0.33", "4090", serving={"max_model_len": 8192}), 4608)
+    assert 0 < held_ < 60
+    fits = [
+        estimate(run_of("llama-3-8b", "vllm-0.33", "4090", micro=n, serving={"max_model_len": 8192})).verdict.answer
+        for n in (1, held_ + 1)
+    ]
+    assert fits[0] == "fits"
+    assert fits[1] != "fits"
+    assert estimate(run_of("llama-3-8b", "vllm-0.33", "t4")).verdict.answer == "does not fit"
+
+
+@pytest.mark.parametrize("profile", [engine.name for engine in ENGINES])
+def test_what_does_not_fit_says_how_large_a_card_it_needs(profile: str) -> None:
+    """A card with just as much holds the requests at the same share of it, and one with 1 % less does not."""
+    run = run_of("llama-3.1-8b", profile, micro=300)
+    answer = estimate(run)
+    assert answer.verdict.answer == "does not fit"
+    assert answer.bytes.used == sum(line.bytes for line in answer.ledger) + (answer.bytes.used - answer.bytes.reserved)
+    s = settled(run)
+    s = s._replace(serving=s.serving.model_copy(update={"max_model_len": s.context}))
+    needed = card_for(budget(s, s.gpu.usable))  # type: ignore[union-attr]
+    assert answer.bytes.used >= needed > answer.gpu.usable  # type: ignore[union-attr]
+    assert budget(s, needed + 2**24).fits
+    assert not budget(s, needed * 99 // 100).fits
+
+
+def test_a_card_too_small_names_the_smallest_that_holds_the_run() -> None:
+    from memplan.report import render
+
+    text = render("table", [estimate(run_of("llama-3-8b", "vllm-0.33", "t4"))], False, None, False)
+    assert "Would fit:" in text
+    assert "does not fit" in text
+
+
+def test_layers_of_several_kinds_share_blocks() -> None:
+    """gpt-oss: 18 layers of each kind, whose blocks lie over each other. Gemma 3 27B: 52 with a window and 10 without,
+    in 6 and 1 groups of 10. Gemma 4 31B: pages of two sizes."""
+    s = settled(run_of("gpt-oss-120b", "vllm-0.33"))
+    pool = pool_of(s, 10 * GIB)
+    assert isinstance(pool, Blocks)
+    assert [(g.kind, g.layers) for g in pool.groups] == [("sliding", 18), ("full", 18)]
+    assert pool.block_bytes == 18 * 16 * 2 * 8 * 64 * 2
+    gemma = pool_of(settled(run_of("gemma-3-27b", "vllm-0.33")), 10 * GIB)
+    assert isinstance(gemma, Blocks)
+    assert sorted((g.kind, g.layers) for g in gemma.groups) == [("full", 10)] + [("sliding", 10)] * 6
+    both = pool_of(settled(run_of("gemma-4-31b", "vllm-0.33")), 10 * GIB)
+    assert isinstance(both, Blocks)
+    assert {(g.kind, g.block) for g in both.groups} == {("sliding", 16), ("full", 32)}
+    with pytest.raises(SpecError, match="caches of 131,072 and 262,144"):
+        pool_of(settled(run_of("gemma-4-31b", "vllm-0.11")), GIB)
+
+
+def test_without_the_hybrid_manager_windows_keep_all() -> None:
+    pool = pool_of(settled(run_of("gemma-3-27b", "vllm-0.33", serving={"hybrid_cache": False})), 10 * GIB)
+    assert isinstance(pool, Blocks)
+    assert [(g.kind, g.page) for g in pool.groups] == [("full", 62 * 16 * 2 * 16 * 128 * 2)]
+
+
+def test_states_take_a_block_of_their_own_each() -> None:
+    """Qwen3-Next: 12 layers with keys, 36 with states, in four groups; a request holds blocks of tokens in one, and two
+    states in each other while prefixes are kept."""
+    s = settled(run_of("qwen3-next-80b-a3b", "vllm-0.33"))
+    pool = pool_of(s, 40 * GIB)
+    assert isinstance(pool, Blocks)
+    assert sorted((g.kind, g.layers) for g in pool.groups) == [("full", 12)] + [("state", 12)] * 3
+    state = 32 * 128 * 128 * 2 + (2 * 16 * 128 + 32 * 128) * 3 * 2
+    block = -(-state // (16 * 2 * 2 * 256 * 2)) * 16
+    assert pool.block == block
+    assert pool.of_request(10_000) == -(-10_000 // block) + 3 * 2
+
+
+def test_adapters_take_slots_for_every_matrix() -> None:
+    """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers."""
+    plain, slots = (
+        settled(run_of("llama-3-8b", "vllm-0.33", serving={"lora_slots": n, "lora_rank": 16})) for n in (0, 2)
+    )
+    h, kv, f = 4096, 1024, 14336
+    each = 2 * (h + h) + 2 * (h + kv) + 3 * (h + f)
+    more = sum(h.bytes for h in held(slots)) - sum(h.bytes for h in held(plain))
+    assert more == 2 * 16 * 32 * each * 2
+
+
+def test_ranks_divide_matrices_and_copy_heads_that_are_too_few() -> None:
+    one, eight, sixteen = (settled(run_of("llama-3-8b", "vllm-0.33", tp=tp)) for tp in (1, 8, 16))
+    assert pool_of(one, 0).block_bytes == 8 * pool_of(eight, 0).block_bytes == 8 * pool_of(sixteen, 0).block_bytes
+    latent = [pool_of(settled(run_of("deepseek-v3", "vllm-0.33", tp=tp)), 0).block_bytes for tp in (1, 8)]
+    assert latent[0] == latent[1] == 64 * 61 * 576 * 2
+
+
+def test_a_step_of_latents_has_room_for_the_prompts_that_are_cached() -> None:
+    """Keys and values of 65,536 tokens, of 16 heads with 128 and 128, beside q, latent, residual and output."""
+    s = settled(run_of("deepseek-v2-lite", "vllm-0.33"))
+    step = largest(s, 2048, 1)
+    assert step.where == "attention.workspace"
+    assert step.bytes == 2 * (65536 * 16 * (128 + 128) + 2048 * (2048 + 16 * 192 + 512 + 64 + 16 * 128))
+    short = settled(run_of("deepseek-v2-lite", "vllm-0.33", serving={"max_model_len": 5120, "max_num_seqs": 16}))
+    assert largest(short, 2048, 1).bytes == step.bytes - 2 * (65536 - 8 * 5120) * 16 * 256
+    other = settled(run_of("deepseek-v2-lite", "sglang-0.5"))
+    assert largest(other, 2048, 1).where != "attention.workspace"
+
+
+def test_a_sparse_latent_is_in_fp8_by_default_in_one_version_alone() -> None:
+    """Of 61 layers: 656 bytes packed, else 576 numbers; index keys of 128 and a scale."""
+    of = {"auto": 2 * 576, "fp8": 656, "bf16": 2 * 576}
+    for profile, usual in (("vllm-0.33", "auto"), ("vllm-0.11", "fp8")):
+        for dtype, kept in {**of, "auto": of[usual]}.items():
+            s = settled(run_of("deepseek-v3.2", profile, tp=8, serving={"cache_dtype": dtype}))
+            assert pool_of(s, 0).block_bytes == 64 * 61 * (kept + 128 + 4)
+
+
+def test_sglang_keeps_aside_what_its_heuristic_says() -> None:
+    """An 80 GiB card: at least 10 GiB; a 24 GiB one: 512 MiB, 1.5 MiB a token, an eighth of a GiB and graphs."""
+    assert static_fraction(80 * GIB, 8192, 256, 1, False, True) == round(
+        1 - (512 + 12288 + 128 + 512 + 8 * 58) / 81920, 3
+    )
+    small = 512 + 1.5 * 4096 + 128 + 2 * 48 + 8 * 50
+    assert static_fraction(24 * GIB, 4096, 48, 1, False, True) == round(1 - small / (24 * 1024), 3)
+
+
+def test_experts_in_mxfp4_are_padded_as_the_cards_kernel_has_them() -> None:
+    """Of 36 layers with 128 experts of width 2880: numbers in half a byte, scales of 32 in one, biases."""
+
+    def experts(gpu: str, profile: str = "vllm-0.33", tp: int = 1) -> int:
+        s = settled(run_of("gpt-oss-120b", profile, gpu=gpu, tp=tp, serving={"weights": "mxfp4"}))
+        return sum(h.bytes for h in held(s) if h.group == "mlp")
+
+    def padded(width: int, hidden: int, bias: int) -> int:
+        return 36 * 128 * (3 * width * hidden * 17 // 32 + (2 * width + hidden) * bias)
+
+    assert experts("a100-80gb") == experts("rtx-5090") == experts("h100", "vllm-0.11") == padded(2944, 3072, 2)
+    assert experts("b200") == padded(2944, 3072, 4)
+    assert experts("b200", "vllm-0.11") == padded(3072, 3072, 4)
+    assert experts("a100-80gb", tp=8) == padded(384, 3072, 2)  # 12 of 90 blocks, which are 3 tiles of 128
+    scales = 5888 * 92 + 3072 * 92  # of rows in 256s and columns in 4s
+    assert experts("h100") == 36 * 128 * (3 * 2880 * 2880 // 2 + scales + (5760 + 2880) * 4)
+    assert experts("h100", "sglang-0.5") == padded(2880, 2880, 2)
+
+
+def test_a_card_says_what_an_engine_finds_its_checkpoint_stored_in() -> None:
+    """DeepSeek V3's matrices take a byte a number, with a scale of 4 for 128 x 128 of them; embeddings and head two."""
+    run = run_of("deepseek-v3", "vllm-0.33", gpu="h200", tp=8)
+    assert estimate(run).run.serving.weights == "fp8"
+    found, said, plain = (
+        sum(h.bytes for h in held(settled(changed(run, "serving", weights=w)))) for w in (None, "fp8", "none")
+    )
+    assert found == said
+    assert 0.50 < found / plain < 0.51
+    assert estimate(run_of("llama-3-8b", "vllm-0.33")).run.serving.weights is None
+    assert estimate(run_of("gpt-oss-20b", "llama.cpp-2026")).run.serving.weights is None
+    quantised = changed(run, "method", quantization={"format": "nf4"})
+    assert estimate(quantised).run.serving.weights is None
+
+
+def test_the_command_shows_the_pool_and_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["llama-3-8b", "--method", "generate", "--profile", "vllm-0.33", "--seq-len", "4096", "--gpu", "h100"]
+    run = run_of("llama-3-8b", "vllm-0.33")
+    pool = estimate(changed(run, "batch", new_tokens=256)).serving or {}
+
+    def printed(*args: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            get_command(app).main([*args])
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    table = printed(*asked)
+    assert f"{pool['tokens']:,} tokens in bf16, {pool['blocks']:,} blocks of 16 at 2,097,152 bytes" in table
+    assert f"holds    {pool['concurrency']:,.2f} requests of 4,352 tokens at once; 1 is asked for" in table
+    assert json.loads(printed(*asked, "--format", "json"))["serving"] == pool
+    assert "<h2>Keys and values</h2>" in printed(*asked, "--format", "html")
+    assert "| holds |" in printed(*asked, "--format", "markdown")
+    both = printed("compare", "llama-3-8b", "llama-3-8b --cache-dtype fp8", *asked[1:])
+    assert f"{pool['tokens']:,}" in next(line for line in both.splitlines() if line.startswith("tokens "))
+
+
+def test_llama_cpp_keeps_on_the_host_what_is_not_offloaded() -> None:
+    """Of 33 layers, the head among them, 0, 17 and all."""
+    answers = [estimate(run_of("llama-3-8b", "llama.cpp-2026", serving={"gpu_layers": n})) for n in (0, 17, 33)]
+    weights = [a.serving["weights"] for a in answers]  # type: ignore[index]
+    layer = 2 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096)
+    head = 2 * (128_256 * 4096 + 4096)
+    assert weights == [0, head + 16 * layer, head + 32 * layer]
+    pools = [a.serving["pool"] for a in answers]  # type: ignore[index]
+    assert pools == [0, 4608 * 16 * 4096, 4608 * 32 * 4096]
+
+
+def test_llama_cpp_quantises_caches_in_blocks_of_32() -> None:
+    plain, eight, four = (
+        pool_of(settled(run_of("llama-3-8b", "llama.cpp-2026", serving={"cache_dtype": dtype})), 0).bytes
+        for dtype in ("fp16", "q8_0", "q4_0")
+    )
+    assert (eight * 64, four * 64) == (plain * 34, plain * 18)
+
+
+def test_a_step_of_experts_has_their_rows() -> None:
+    """Qwen3-30B-A3B, 32,768 tokens of one request: 8 rows a token, as wide as gate and up or as the outputs."""
+    s = settled(run_of("qwen3-30b-a3b", "vllm-0.33", serving={"max_num_batched_tokens": 32768, "max_num_seqs": 1}))
+    step = largest(s, 32768, 1)
+    assert step.where == "experts"
+    tokens = 32768
+    wide = max(2 * 768, 2048)
+    assert step.bytes == tokens * 2 * (3 * 2048 + 128 + 8 * (wide + 768))
+
+
+REFUSED = {
+    "profile: vllm-0.33 serves models": {"task": "train"},
+    "optimizer: of training": {"optimizer": "sgd"},
+    "kernels: of training": {"kernels": {"attention": "eager"}},
+    "method.kind: vllm-0.33 trains nothing": {"method": "lora"},
+    "parallelism.tp: 3 does not divide 32": {"parallelism": {"world": 3, "tp": 3}},
+    "parallelism: vllm-0.33 with anything but": {"parallelism": {"world": 2, "pp": 2}},
+    "serving.cache_dtype: q8_0 is llama.cpp's": {"serving": {"cache_dtype": "q8_0"}},
+    "serving.gpu_layers: is llama.cpp's": {"serving": {"gpu_layers": 3}},
+    "serving.max_model_len: 100 is less": {"serving": {"max_model_len": 100}},
+    "batch: vllm-0.33 is given": {"batch": {"images": 1}},
+    "serving.weights: unknown name": {"serving": {"weights": "bogus"}},
+    "generation: of transformers": {"generation": {"cache_implementation": "legacy"}},
+    "objective: vllm-0.33 generates": {"objective": "masked_lm"},
+    "precision: of training": {"precision": "amp"},
+    "precision.compute: vllm-0.33 computes in bf16": {"precision": {"compute": "fp8"}},
+    "gpu: vLLM 0.33 needs compute capability 7.5, and Tesla P40 has 6.1": {"gpu": "p40"},
+    "model: t5 models are not supported yet": {"model": "t5-base"},
+    "model: mamba keeps no keys": {"model": "mamba-130m"},
+}
+
+
+@pytest.mark.parametrize(("line", "change"), REFUSED.items(), ids=REFUSED)
+def test_what_an_engine_does_not_take_is_an_error_that_says_so(line: str, change: dict[str, Any]) -> None:
+    run = {"model": "llama-3-8b", "task": "generate", "profile": "vllm-0.33", "gpu": "h100"}
+    with pytest.raises(MemplanError) as caught:
+        estimate(RunSpec(**{**run, **change}))
+    assert str(caught.value).startswith(line)
+
+
+def test_training_with_an_engine_and_unknown_engines_are_errors() -> None:
+    with pytest.raises(SpecError, match="serves models"):
+        estimate(RunSpec(model="llama-3-8b", profile="sglang-0.5"))
+    for task in ("train", "generate"):
+        with pytest.raises(SpecError, match="serving: is of the engines"):
+            estimate(RunSpec(model="llama-3-8b", task=task, serving={"block_size": 16}))  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match=r"vllm-0\.33"):
+        estimate(RunSpec(model="llama-3-8b", profile="vllm-0.34"))
+    with pytest.raises(UnknownNameError):
+        settled(RunSpec(model="llama-3-8b", task="generate", profile="transformers-5"))
+    with pytest.raises(ValidationError):
+        Serving(max_seqs=3)  # type: ignore[call-arg]
+
+
+SERVED = (
+    "llama-3-8b",
+    "qwen2.5-7b",
+    "gemma-3-4b",
+    "gpt-oss-20b",
+    "qwen3-next-80b-a3b",
+    "deepseek-v2-lite",
+    "jamba-v0.1",
+)
+STATES = ("qwen3-next-80b-a3b", "jamba-v0.1")
+PAGED = ("vllm-0.33", "vllm-0.11", "sglang-0.5", "tgi-3")
+
+
+@settings(max_examples=examples(80), deadline=None)
+@given(
+    st.sampled_from(SERVED),
+    st.sampled_from(PAGED),
+    st.integers(1, 4000),
+    st.integers(1, 4000),
+    st.sampled_from(["h200", "b200", "a100-80gb"]),
+)
+def test_laws(model: str, profile: str, tokens: int, more: int, gpu: str) -> None:
+    """A longer request is never held more often; 8 bits and more ranks never hold fewer tokens, nor more memory."""
+    assume(profile != "tgi-3" or model not in STATES)
+    run = run_of(model, profile, gpu, sequence=4000)
+    s = settled(run)
+    assert s.gpu is not None
+    pool = budget(s, s.gpu.usable).pool
+    if pool.bytes:
+        assert pool.concurrency(tokens + more) <= pool.concurrency(tokens)
+        assert pool.bytes <= max(0, budget(s, s.gpu.usable).available)
+    eight = run.model_copy(update={"serving": Serving(cache_dtype="fp8")})
+    assert pool_tokens(eight) >= pool_tokens(run)
+    assert pool_tokens(run_of(model, profile, gpu, tp=2, sequence=4000)) >= pool_tokens(run)
+
+
+def test_models_are_found_once() -> None:
+    model = load_card("llama-3-8b")
+    run = run_of("llama-3-8b", "vllm-0.33")
+    facts = estimate(run, model=find_model("llama-3-8b")).serving or {}
+    assert pool_tokens(run, model) == pool_tokens(run) == facts["tokens"]
