@@ -42,6 +42,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "for that; forward is",
             "task",
         )
+    if not generates and model.model_type == "deepseek_v4":
+        raise UnsupportedModelError("task: forward is not supported yet for model_type deepseek_v4", "task")
     if generates and model.model_type in NOT_YET:
         raise UnsupportedModelError(
             f"task: generate is not supported yet for model_type {model.model_type}; forward is", "task"
@@ -82,7 +84,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
-        caching=generates,
+        caching=generates or words["forward_caches"],
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
@@ -93,7 +95,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         )
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or "",
+        generation.cache_implementation or ("dynamic" if words["forward_caches"] else ""),
         words["last_logits"],
         words["logits"] == "model",
         wiring.has_mask(),
@@ -119,6 +121,11 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
             "task generate; supported: 0, text alone",
             "batch.images",
+        )
+    if generates and run.loop.padded and any(part.per == "sequence" for layer in caches(model) for part in layer.parts):
+        raise SpecError(
+            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep states",
+            "loop.padded",
         )
     if generates and not caches_all(graph):
         raise UnsupportedModelError(

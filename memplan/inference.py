@@ -84,6 +84,8 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         )
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
+        if decided.beams > 1 and window:  # but a copy in another order is of the window alone
+            kept = min(past, window - 1)
         found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
     return tuple(found)
 
@@ -266,11 +268,9 @@ _REPLAYED = 8  # passes of those that decode
 
 
 def replay(walked: Walked, expandable: bool) -> Replay:
-    """The run's passes for a replay: of those that decode some, evenly spread.
-
-    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do: a replay
-    of 8 of 119 held 1.3 % less than one of all, and of 32 as much.
-    """
+    """The run's passes for a replay: of those that decode some, evenly spread. What torch holds of caches that grow by a
+    token, each in a block of its own, depends on how often they do: a replay of 8 of 119 held 1.3 % less than one of all,
+    and of 32 as much."""
     steps = walked.steps
     if len(steps) > 2:  # the prompt's, the first that decodes and the last
         *early, last = steps
