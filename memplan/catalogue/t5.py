@@ -208,7 +208,7 @@ def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple
 
 def _with_bias(op: Op) -> Op:
     """The kernel, which makes the bias's gradient for every sequence, whose sum it is."""
-    kept = tuple(Keep(k.what, "o.bias") for k in op.keeps if k.of == op.reads[0])
+    kept = tuple(k._replace(of="o.bias") for k in op.keeps if k.of == op.reads[0])
     each = Scratch(Tensor("gradient of the bias", "b a s s8", "=o.bias"), "o.bias")
     return op._replace(keeps=(*op.keeps, *kept), scratch_back=(*op.scratch_back, each))
 
