@@ -168,7 +168,7 @@ def _attention(
 
 
 def _of(keeps: tuple[Keep, ...], x: str, states: str) -> tuple[Keep, ...]:
-    return tuple(Keep(states if k.what == x else k.what, states if k.of == x else k.of) for k in keeps)
+    return tuple(k._replace(what=states if k.what == x else k.what, of=states if k.of == x else k.of) for k in keeps)
 
 
 def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple[Op, ...]:
