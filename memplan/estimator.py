@@ -47,12 +47,12 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     if run.task != "train":
         return _inferred(run, found, calibration)
     decided, walked = worst(run, found)
-    asked: tuple[Aside, ...] = ()
+    more: list[str] = []
     if run.also != Also():
         from memplan.also import asides, notes_of
 
-        asked = asides(run, walked, decided, model)
-        walked = walked.followed_by(asked)
+        walked = walked.followed_by(asides(run, walked, decided, model))
+        more += notes_of(run, walked.asides)
     p = walked.program
     note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.top
@@ -61,7 +61,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         *decided.notes,
         *host_notes(decided.structure),
         *((note,) if note else ()),
-        *(notes_of(run, asked) if asked else ()),
+        *more,
         *((calibration.named(),) if calibration else ()),
     ]
     return Estimate(
@@ -72,7 +72,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
-        host_bytes(p, walked.axes) + max((aside.host for aside in asked), default=0),
+        host_bytes(p, walked.axes) + max((aside.host for aside in walked.asides), default=0),
         tuple(notes),
         Engine(run, walked, decided, calibration),
         calibration,

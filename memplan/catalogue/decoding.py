@@ -60,8 +60,8 @@ NOT_YET = (
 
 
 class Pass(NamedTuple):
-    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; or `eval`, of a model
-    that trains, with its loss.
+    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; or `eval`, of a
+    model that trains, with its loss.
 
     last_only   the head is given the last token alone, as transformers' logits_to_keep has it
     wide        the model itself makes its logits fp32, all of them

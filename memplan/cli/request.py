@@ -22,6 +22,12 @@ FIELDS = {
     "images": "batch.images",
     "new_tokens": "batch.new_tokens",
     "cache_implementation": "generation.cache_implementation",
+    "eval_batch_size": "also.evaluation.micro",
+    "eval_seq_len": "also.evaluation.sequence",
+    "eval_keep_logits": "also.evaluation.kept_batches",
+    "eval_accumulation_steps": "also.evaluation.accumulation",
+    "eval_generate": "also.evaluation.new_tokens",
+    "merge": "also.merging",
     "rank": "method.rank",
     "lora_dropout": "method.dropout",
     "trainable_layers": "method.trainable_layers",
@@ -79,6 +85,7 @@ WORDS = {
     "fused": "kernels.fused",
     "zero": "parallelism.strategy",
     "deepspeed": "parallelism.zero",
+    "save": "also.saving",
     "fsdp": "parallelism.strategy",
     "offload": "parallelism.offload",
 }
@@ -221,6 +228,8 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         yield "method.quantization.kbit_preparation", {"true": True, "false": False}.get(word, word)
     if "checkpointing" in given or "gradient_checkpointing" in given:
         yield "kernels.checkpointing", _checkpointing(given.get("checkpointing"), given.get("gradient_checkpointing"))
+    if "save" in given:
+        yield "also.saving", {} if given["save"] else None
     if "precision" in given:
         yield "precision", _precision(given["precision"], given.get("dtype"))
     elif "dtype" in given:
