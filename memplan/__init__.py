@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from memplan.gpus import all_gpus as all_gpus
     from memplan.gpus import find_gpu as find_gpu
     from memplan.models import ModelSpec as ModelSpec
+    from memplan.planning.inference import Questions as Questions
+    from memplan.planning.inference import questions as questions
     from memplan.planning.plan import Plan as Plan
     from memplan.planning.plan import plan as plan
     from memplan.spec import RunSpec as RunSpec
@@ -47,6 +49,8 @@ _NAMES = {
     "find_gpu": "gpus",
     "all_gpus": "gpus",
     "ModelSpec": "models",
+    "Questions": "planning.inference",
+    "questions": "planning.inference",
     "Plan": "planning.plan",
     "plan": "planning.plan",
     "RunSpec": "spec",

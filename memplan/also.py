@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.batches import check_batch
-from memplan.catalogue.decoding import NOT_YET, Pass, returned_by, uncached
+from memplan.catalogue.decoding import NOT_YET, Pass, returned_by
 from memplan.catalogue.merging import adapted, merge
 from memplan.catalogue.profiles import decided as words_of
 from memplan.catalogue.profiles import find_profile
@@ -21,6 +21,7 @@ from memplan.engine.allocator import Allocator, Block
 from memplan.engine.step import Lowered
 from memplan.engine.walk import size
 from memplan.errors import SpecError, UnsupportedModelError
+from memplan.generation import caches_all
 from memplan.graph import Graph, Held, built, elements, inferred, loading, parameters_of, recorded_inference
 from memplan.inference import Step, load, most_of, most_while_loading, numbers_of, replayed, steps_of
 from memplan.ir import Tensor
@@ -166,7 +167,7 @@ def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | N
     division = division_in_pass(found.structure, later=False)
     cache = words["cache"] if run.loop.use_cache else ""
     now = Pass("eval", cache, wide=words["logits"] == "model")
-    graph = _still(found.structure.graph, now, caching=run.loop.use_cache)
+    graph = _still(found.structure.graph, now, caching=bool(run.loop.use_cache))
     step = Step(graph, e.micro, found.batch.sequence, division=division)
     axes = numbers_of(step, found)
     low = inferred(graph, division=division)
@@ -292,9 +293,9 @@ def _generated(
             f"also.evaluation.new_tokens: generation is not supported yet for {graph.model.name or kind}",
             "also.evaluation.new_tokens",
         )
-    now = Pass("prefill", "legacy" if cache == "legacy" else "dynamic", last_only, wide, few_rows)
+    now = Pass("prefill", "legacy" if cache == "legacy" else "dynamic", last_only, wide, few_rows=few_rows)
     one = _still(graph, now, caching=True)
-    if uncached(built(one)[0]):
+    if not caches_all(one):
         raise UnsupportedModelError(
             f"also.evaluation.new_tokens: generation is not supported yet for model_type {kind} with this attention",
             "also.evaluation.new_tokens",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from memplan.catalogue.overhead import Overhead
 from memplan.spec import FrozenDict, RunSpec
 
 if TYPE_CHECKING:
@@ -122,6 +123,31 @@ class Phase(NamedTuple):
     where: str
 
 
+class HostPhase(NamedTuple):
+    """Host memory in a phase, `load`, `step` or one beside the steps: of one process, of all of a node, and the `mapped`
+    files they share."""
+
+    phase: str
+    rank: int
+    node: int
+    mapped: int
+
+
+class Host(NamedTuple):
+    """Host memory: how many processes of the run a node has, and the phases. Bytes of the process that has most."""
+
+    ranks: int
+    phases: tuple[HostPhase, ...]
+
+    @property
+    def peak(self) -> HostPhase:
+        """The phase in which a node has most, the later of equal ones."""
+        return max(reversed(self.phases), key=lambda phase: phase.node)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ranks": self.ranks, "peak": self.peak.phase, "phases": [phase._asdict() for phase in self.phases]}
+
+
 class Rank(NamedTuple):
     """The ranks of one stage of a pipeline: how many of the model's layers and parameters they have, of how many
     microbatches they keep what backward needs at most, and what of an answer is theirs."""
@@ -192,6 +218,7 @@ class Estimate:
     peak: Peak
     phases: tuple[Phase, ...]
     host_bytes: int
+    host: Host
     unsupported: tuple[str, ...]
     notes: tuple[str, ...]
     calibration: Calibration | None
@@ -217,6 +244,7 @@ class Estimate:
         via: str = "engine",
         unsupported: tuple[str, ...] = (),
         serving: Mapping[str, Any] | None = None,
+        host: Host | None = None,
     ) -> None:
         """`parts` are the run's with every null filled in; `serving` is what a serving engine makes of its card."""
         vars(self).update(
@@ -228,6 +256,7 @@ class Estimate:
             peak=peak,
             phases=phases,
             host_bytes=host_bytes,
+            host=host or Host(1, (HostPhase("step", host_bytes, host_bytes, 0),)),
             unsupported=unsupported,
             notes=notes,
             calibration=calibration,
@@ -269,6 +298,11 @@ class Estimate:
     def band(self) -> Band:
         """Where `bytes.used` lies in most runs."""
         return self._usage.band
+
+    @property
+    def beside(self) -> tuple[Overhead, ...]:
+        """What the process has of the card beside torch's segments: the CUDA context, and NCCL's by communicator."""
+        return self._usage.beside
 
     @cached_property
     def ledger(self) -> tuple[Line, ...]:
@@ -312,8 +346,10 @@ class Estimate:
             "phases": [p._asdict() for p in self.phases],
             "categories": dict(self.categories),
             "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
+            "beside": [row._asdict() for row in self.beside],
             "host_bytes": self.host_bytes,
             "serving": dict(self.serving) if self.serving is not None else None,
+            "host": self.host.as_dict(),
             "ranks": [rank.as_dict() for rank in self.ranks],
             "unsupported": list(self.unsupported),
             "notes": list(self.notes),

@@ -13,15 +13,17 @@ from memplan import inference
 from memplan.answer import Bytes, Card, Estimate, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.batches import check_batch
 from memplan.catalogue.engines import find_engine
-from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
+from memplan.catalogue.overhead import Communicator, cublas_workspace, cuda_context, nccl
+from memplan.communicators import NODE
 from memplan.engine.walk import largest, values
 from memplan.gpus import GPU
+from memplan.host import on_host
 from memplan.program import PHASES, Program, host_bytes, host_notes, phase_peaks, program, step_where
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
 from memplan.spec import Also, RunSpec
-from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, one_process, parameters_of
+from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, parameters_of
 from memplan.usage import Around, Replay, Usage, around, resident
 
 if TYPE_CHECKING:
@@ -57,9 +59,10 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.top
     calibration = calibration_of(decided.gpu, calibration)
+    in_steps = host_bytes(p, walked.axes)
     notes = [
         *decided.notes,
-        *host_notes(decided.structure),
+        *host_notes(decided.structure, run.parallelism.gpus_per_node or NODE),
         *((note,) if note else ()),
         *more,
         *((calibration.named(),) if calibration else ()),
@@ -72,24 +75,24 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
-        host_bytes(p, walked.axes) + max((aside.host for aside in walked.asides), default=0),
+        in_steps + max((aside.host for aside in walked.asides), default=0),
         tuple(notes),
         Engine(run, walked, decided, calibration),
         calibration,
+        host=on_host(decided.structure, run.parallelism, run.profile, in_steps, walked.asides),
     )
 
 
 def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -> Estimate:
     """The answer for a run in which nothing trains."""
-    walked = inference.walk(decided)
+    walked = inference.walk(decided, run.loop.expandable_segments)
     phases = walked.phases
     top = max(phases, key=lambda phase: phase.peak)
     model = decided.structure.graph.model
     note = check_batch(decided.batch, model)
     calibration = calibration_of(decided.gpu, calibration)
-    axes = tuple(tuple(of.items()) for of in walked.axes)
-    replay = inference.Replay(walked.steps, axes, walked.workspace, run.loop.expandable_segments)
-    beside = around_of(decided.gpu, 1, calibration)
+    replay = inference.replay(walked, run.loop.expandable_segments)
+    beside = around_of(decided.gpu, decided.communicators, calibration)
     return Estimate(
         run,
         {**decided.parts, "objective": model.objective},
@@ -109,8 +112,7 @@ def _usage(run: RunSpec, decided: Decided, walked: Walked, calibration: Calibrat
     """What a rank takes of its card."""
     axes, expandable = tuple(walked.axes.items()), run.loop.expandable_segments
     replay = Replay(decided.structure, axes, walked.workspace, expandable, walked.asides)
-    world = 1 if one_process(decided.structure) else run.parallelism.world
-    beside = around_of(decided.gpu, world, calibration)
+    beside = around_of(decided.gpu, decided.communicators, calibration)
     there = min((resident(walked.program), *(a.standing for a in walked.asides)))
     load = max((walked.phases[0].peak, *(a.loads for a in walked.asides)))
     return Usage(replay, there, load, walked.top.peak, decided.gpu, beside)
@@ -247,9 +249,9 @@ def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibrat
     return calibration
 
 
-def around_of(gpu: GPU | None, world: int, calibration: Calibration | None) -> Around:
-    """What a process takes beside torch's segments, on the run's card as one of `world`."""
-    return around(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(world).usual)
+def around_of(gpu: GPU | None, communicators: tuple[Communicator, ...], calibration: Calibration | None) -> Around:
+    """What a process takes beside torch's segments, on the run's card and in so many `communicators`."""
+    return around(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(communicators))
 
 
 def _best(p: Program, later: bool, phase: str, numbers: Numbers) -> tuple[int, int]:

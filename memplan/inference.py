@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Line, Phase, Rank
 from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.packed import MANY_ROWS
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
 from memplan.engine.lower import Moment
 from memplan.engine.record import FREED, Recorded
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`. `division`: its weights are divided among ranks."""
+    layer with a window has `past_window`. A static cache has `room` for so many. `division`: its weights are divided
+    among ranks."""
 
     graph: Graph
     batch: int
@@ -38,6 +40,7 @@ class Step(NamedTuple):
     past: int = 0
     past_window: int = 0
     window: int = 0
+    room: int = 0
     division: Division | None = None
 
     @property
@@ -56,24 +59,39 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     """The passes of a run, in order: of those that decode, the first and the last."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
+    many = MANY_ROWS.get(graph.inference.loaded.backend, 0)
+    if many and batch.micro * batch.sequence >= many:
+        graph = graph._replace(inference=graph.inference._replace(unpacks=True))
     if not graph.inference.generates:
         return (Step(graph, batch.micro, batch.sequence),)
     window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
+    rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
-    found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt))]
+    room = prompt + batch.new_tokens - 1
+    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
-        wiring = graph.wiring._replace(decodes=True, windowed=bool(window) and past + 1 >= window)
+        longer = bool(window) and past + 1 > window
+        static = graph.inference.cache == "static"  # which attention sees through a mask
+        wiring = graph.wiring._replace(
+            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
+        )
+        wiring = wiring._replace(padded=wiring.padded or static)
         recipe = graph.recipe
-        if batch.micro <= few_rows:
+        if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        one = graph._replace(wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode"))
+        lingers = past == prompt and not graph.inference.last_only
+        unpacks = bool(many) and rows >= many
+        now = graph.inference._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
+        one = graph._replace(wiring=wiring, recipe=recipe, inference=now)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
-        found.append(Step(one, batch.micro, 1, past, kept, windowed(past + 1)))
+        if decided.beams > 1 and window:  # but a copy in another order is of the window alone
+            kept = min(past, window - 1)
+        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
     return tuple(found)
 
 
@@ -85,8 +103,13 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "past": step.past,
         "kv_window": step.window,
         "past_window": step.past_window,
+        "kv_static": step.room,
+        "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
+        "kernel1": fixed.get("kernel", 0) + 1,
     }
-    for name in ("kv", "kv_window"):
+    if step.graph.model.config.get("index_topk"):
+        more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
+    for name in ("kv", "kv_window", "kv_static", "kv_window_static"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
@@ -129,8 +152,14 @@ class Walked(NamedTuple):
     axes: tuple[dict[str, int], ...]
     peaks: tuple[Peak, ...]
     parameters: int
+    unsplit: int
     loading: int
     workspace: int
+
+    @property
+    def resting(self) -> int:
+        """What is there throughout all passes."""
+        return self.parameters + self.unsplit + self.workspace
 
     @property
     def phases(self) -> list[Phase]:
@@ -139,7 +168,7 @@ class Walked(NamedTuple):
         for name in dict.fromkeys(step.phase for step in self.steps):
             i = self._top(name)
             low = inferred(self.steps[i].graph)
-            peak = self.parameters + self.workspace + self.peaks[i].bytes
+            peak = self.resting + self.peaks[i].bytes
             out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
         return out
 
@@ -175,8 +204,11 @@ class Walked(NamedTuple):
             held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
             for h in parameters_of(first)
         ]
+        if self.unsplit:
+            what, why = "left unsplit", "ends of blocks that weights have to themselves, up to 1 MiB each"
+            out.append(Line(what, "other", "torch", "", (), "uint8", 1, self.unsplit, why, _UNSPLIT, "derived"))
         if phase == "load":
-            more = self.loading - self.parameters
+            more = self.loading - self.parameters - self.unsplit
             what = "weights before they are converted, less what comes after"
             out += [Line(what, "temp", "", "", (), "", 1, more, "loading", "", "derived")] if more > 0 else []
         else:
@@ -192,15 +224,30 @@ class Walked(NamedTuple):
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
 
 
-def walk(decided: Decided) -> Walked:
-    """The peak of every phase."""
+def walk(decided: Decided, expandable: bool = False) -> Walked:
+    """The peak of every phase. `expandable`: torch's allocator has expandable segments."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
     peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
     graph = steps[0].graph
-    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    resident, unsplit, most = loaded(graph, expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
-    return Walked(decided, steps, axes, tuple(peaks), resident, most_while_loading(loading(graph)), workspace)
+    return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
+
+
+_UNSPLIT = (
+    "torch 2.13 c10/cuda/CUDACachingAllocator.cpp should_split: what is left of a large block counts as allocated"
+)
+
+
+@lru_cache(maxsize=512)
+def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
+    """Bytes of weights and buffers; those that torch counts beside them, because blocks were not split; and the most
+    there are while they are loaded."""
+    allocator = Allocator(expandable)
+    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    load(graph, allocator)
+    return resident, allocator.allocated - resident, allocator.peak_allocated
 
 
 def most_while_loading(events: Iterable[tuple[int, int]]) -> int:
@@ -239,11 +286,30 @@ class Engine(NamedTuple):
             low = inferred(step.graph)
             sizes = bytes_of(low, axes)
             for moment in low.moments:
-                bytes_ = w.parameters + w.workspace + live(low, moment, axes, sizes)
+                bytes_ = w.resting + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
 
     def ranks(self) -> Iterable[Rank]:
         return ()
+
+
+_REPLAYED = 8  # passes of those that decode
+
+
+def replay(walked: Walked, expandable: bool) -> Replay:
+    """The run's passes for a replay: of those that decode some, evenly spread. What torch holds of caches that grow by a
+    token, each in a block of its own, depends on how often they do: a replay of 8 of 119 held 1.3 % less than one of all,
+    and of 32 as much."""
+    steps = walked.steps
+    if len(steps) > 2:  # the prompt's, the first that decodes and the last
+        *early, last = steps
+        first, count = early[-1], min(_REPLAYED, last.past - early[-1].past + 1)
+        between = (first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1))
+        window = walked.decided.structure.graph.model.sliding_window or last.past + 1
+        some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
+        steps = (*early, *some, last)
+    axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
+    return Replay(steps, axes, walked.workspace, expandable)
 
 
 class Replay(NamedTuple):
@@ -280,7 +346,11 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
 
 
 def load(graph: Graph, allocator: Allocator) -> None:
-    """Replay loading."""
+    """Replay loading, from one block for many weights where the version makes that first."""
+    warms = graph.inference.loaded.warms if graph.inference else ""
+    if warms:
+        total = sum(h.bytes * h.copies for h in parameters_of(graph))
+        allocator.free(allocator.alloc(total if warms == "all" else total // 2))
     blocks: dict[int, Block] = {}
     for number, bytes_ in loading(graph):
         if bytes_:

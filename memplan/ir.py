@@ -130,8 +130,8 @@ class Op(NamedTuple):
     past            tensors that are there from the pass before, by the names they are read by here: of each its
                     reference goes with its last reader.
     caches          where it stands, what it reads is put beside what a cache has of earlier tokens, of which there are
-                    then as many as this axis says, and the names mean all of them from there on. A rewrite makes
-                    operations of it (`memplan.catalogue.decoding`).
+                    then as many as this axis says, and the names mean all of them from there on; where it is a view,
+                    another layer has done so. A rewrite makes operations of it (`memplan.catalogue.decoding`).
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients
@@ -140,6 +140,7 @@ class Op(NamedTuple):
                     embeddings does. Where no gradient flows through, checkpointing or not.
     lends           a module whose weights it hands to the operations after it: their gradients reach the weights only
                     when its own backward would run.
+    returns         the module that this is the last operation of, which one that lends its weights began.
     skipped         the run leaves it out: of it there are only its weights.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
@@ -172,6 +173,7 @@ class Op(NamedTuple):
     wraps: tuple[Tensor, ...] = ()
     asks: bool = False
     lends: str = ""
+    returns: str = ""
     skipped: bool = False
     recorded: bool = False
     unit: str = ""
@@ -188,6 +190,7 @@ class Block(NamedTuple):
     which checkpointing of the reentrant kind then refers to until the graph goes.
     A `lasting` one is never checkpointed, as those of a tower whose layers the library does not checkpoint.
     What it shares takes the place of what it `replaces`, which earlier blocks shared: the model names that no more.
+    Of a `whole` one a checkpoint computes everything again, and does not stop at what was kept last.
     """
 
     name: str
@@ -197,6 +200,7 @@ class Block(NamedTuple):
     lasting: bool = False
     by_name: bool = False
     replaces: tuple[str, ...] = ()
+    whole: bool = False
 
 
 class Run(NamedTuple):
@@ -253,7 +257,11 @@ class Unit(NamedTuple):
     received  the rank's part of those, where it is cast to the dtype of its weights afterwards
     parts     the rank's part of the gradients, which stays
     summed    the gradients of the passes before, whole, where they are reduced after several
+    laid      `parts` are the gradients of those that train, laid together, and need no tensor between
     nested    weights within that are units of their own, gathered for the operation that uses them: name and unit
+    modules   modules within that are units of their own, gathered from the operation that lends their weights to the
+              one that returns: path and unit
+    divided   what is made of the gradients as they were joined, to divide them, once the rank's part is there
     """
 
     whole: tuple[Tensor, ...]
@@ -263,7 +271,10 @@ class Unit(NamedTuple):
     received: tuple[Tensor, ...] = ()
     parts: tuple[Tensor, ...] = ()
     summed: tuple[Tensor, ...] = ()
+    laid: bool = False
     nested: tuple[tuple[str, Unit], ...] = ()
+    modules: tuple[tuple[str, Unit], ...] = ()
+    divided: tuple[Tensor, ...] = ()
 
 
 class Division(NamedTuple):
@@ -280,6 +291,7 @@ class Division(NamedTuple):
              unit's gradients only after the backward of the one before it
     keeps    weights stay whole from forward to backward
     waits    what a rank received stays until the pass is over, as replicas sum it
+    returns  the loss is computed when the model has returned, and let go of what its last gathering wrote
     leaves   its parts of the gradients go to the host as soon as they are reduced
     sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
     """
@@ -292,4 +304,5 @@ class Division(NamedTuple):
     ahead: bool = False
     keeps: bool = False
     waits: bool = False
+    returns: bool = False
     leaves: bool = False

@@ -29,6 +29,7 @@ from memplan.program import (
     converting_of,
     flying,
     gathered_of,
+    gone_bytes,
     gradients_of,
     pass_of,
     passing_of,
@@ -233,6 +234,7 @@ def _round(walked: Walked) -> Iterator[tuple[Structure, Lowered, tuple[str, ...]
                 kept = pass_of(other)
                 beside += most.others[j] * _live(other, kept, kept.kept, walked)
                 beside += accumulated_bytes(other) if most.graded[j] else 0
+                beside -= gone_bytes(other) if most.done[j] and stays_whole(structure) else 0
             phases = ("backward",) if backward else ("forward", "loss")
             yield chunk, low, phases, dict.fromkeys(phases, beside)
 

@@ -8,7 +8,7 @@ from math import prod
 from operator import add
 from typing import NamedTuple
 
-from memplan import megatron, unsharded, zero
+from memplan import dividing, megatron, unsharded, zero
 from memplan.catalogue import pipeline
 from memplan.catalogue.parallel import BROADCAST, BROADCASTS, BUCKETS_SOURCE, NORM_OF_HOST, buckets
 from memplan.catalogue.states import GRAD_SCALER, OptimizerMemory, Parameter, clipping, optimizer_memory
@@ -37,7 +37,6 @@ from memplan.ranks import (
     Ranks,
     division,
     gradients_held,
-    loading_events,
     offloaded,
     parameters_held,
     trained_parts,
@@ -82,12 +81,6 @@ class Structure(NamedTuple):
     buffers: bool = False
     workspace: int = 0
     pipe: Pipe = Pipe()
-
-
-def world_of(structure: Structure) -> int:
-    """The ranks there are in all: those that divide weights or the batch, times those that divide the model."""
-    degrees = structure.graph.degrees
-    return structure.ranks.world * degrees.tp * degrees.pp
 
 
 class Flown(NamedTuple):
@@ -366,7 +359,7 @@ def _flown(structure: Structure) -> _Moments:
     index = {v: i for i, v in enumerate(variables)}
     passed = {key: _passed(chunks[key[0]].graph, way, variables) for key, way in ways.items()}
     accumulated = [accumulated_bytes(s) for s in chunks]
-    gone = [_gone(s) if ends else 0 for s in chunks]
+    gone = [gone_bytes(s) if ends else 0 for s in chunks]
 
     def row_of(moment: pipeline.Moment | None, reduces: bool = False) -> list[int]:
         row = [0] * len(variables)
@@ -379,6 +372,28 @@ def _flown(structure: Structure) -> _Moments:
             row[0] -= sum(n for n, there in zip(accumulated, moment.graded, strict=True) if not there)
             row[0] -= sum(n for n, over in zip(gone, moment.done, strict=True) if over)
         return row
+
+    def gathering_and_reducing() -> Iterator[tuple[bool, str, tuple[int, ...], Flown, str]]:
+        """Where weights stay whole for a step: whether before any gradient, the phase, bytes, the moment, its name."""
+        whole = sum(h.bytes * h.copies for h in passing_of(structure, "forward")) if starts or ends else 0
+        for start in starts:
+            row = row_of(start)
+            if opening is None or len(chunks) > 1:
+                flown = Flown(start, GATHERED)
+                row[0] += sum(h.bytes * h.copies for h in gathered_of(structure, flown))
+                yield True, "forward", tuple(row), flown, "all_gather"
+                continue
+            row[0] -= whole
+            low, terms = _lowered(chunks[0].graph, opening), _passed(chunks[0].graph, opening, variables).terms
+            for phase, term in ((of, term) for of in ("forward", "loss") for term in terms[of]):
+                flown = Flown(start, term.moment, opens=True)
+                yield True, phase, tuple(map(add, row, term.coefficients)), flown, low.moments[term.moment].where
+        for end in ends:
+            flown = Flown(end.after, REDUCED)
+            row = row_of(end.after, reduces=True)
+            row[0] += sum(h.bytes * h.copies for h in reduced_of(structure, flown))
+            row[0] -= whole + accumulated_bytes(structure)
+            yield not structure.accumulates, "backward", tuple(row), flown, "reduce_scatter"
 
     tables: list[tuple[dict[str, tuple[Term, ...]], tuple[Flown, ...], dict[int, str]]] = []
     for first in (True, False):
@@ -400,30 +415,11 @@ def _flown(structure: Structure) -> _Moments:
                 found["loss"].append((tuple(whole), len(places)))
                 where[len(places)] = "return"
                 places.append(Flown(moment, RETURNED))
-        for start in starts if first else ():
-            flown = Flown(start, GATHERED) if len(chunks) > 1 else Flown(start, 0, opens=True)
-            row = row_of(start)
-            if opening is None or not flown.opens:
-                row[0] += sum(h.bytes * h.copies for h in gathered_of(structure, flown))
-                found["forward"].append((tuple(row), len(places)))
-                where[len(places)] = "all_gather"
+        for at_first, phase, row, flown, name in gathering_and_reducing():
+            if at_first == first:
+                found[phase].append((row, len(places)))
+                where[len(places)] = name
                 places.append(flown)
-                continue
-            row[0] -= sum(h.bytes * h.copies for h in passing_of(structure, "forward"))
-            low = _lowered(chunks[0].graph, opening)
-            for phase in ("forward", "loss"):
-                for term in _passed(chunks[0].graph, opening, variables).terms[phase]:
-                    found[phase].append((tuple(map(add, row, term.coefficients)), len(places)))
-                    where[len(places)] = low.moments[term.moment].where
-                    places.append(flown._replace(moment=term.moment))
-        for end in ends if first != structure.accumulates else ():
-            flown = Flown(end.after, REDUCED)
-            row = row_of(end.after, reduces=True)
-            row[0] += sum(h.bytes * h.copies for h in reduced_of(structure, flown))
-            row[0] -= sum(h.bytes * h.copies for h in passing_of(structure, "backward")) + accumulated_bytes(structure)
-            found["backward"].append((tuple(row), len(places)))
-            where[len(places)] = "reduce_scatter"
-            places.append(flown)
         terms = {phase: prune(some, variables) if some else () for phase, some in found.items()}
         tables.append((terms, tuple(places), where))
     (first_terms, *_), (later_terms, *_) = tables
@@ -439,7 +435,7 @@ def _flown(structure: Structure) -> _Moments:
     )
 
 
-def _gone(chunk: Structure) -> int:
+def gone_bytes(chunk: Structure) -> int:
     """Bytes of whole weights and gradients that go when a chunk's gradients are reduced, less what comes for them."""
     whole = (*unsharded.weights(chunk.graph, chunk.ranks), *unsharded.gradients(chunk.graph, chunk.ranks))
     parts = gradients_held(chunk.graph, chunk.ranks)
@@ -589,9 +585,9 @@ def host_of(structure: Structure) -> tuple[Held, ...]:
     return tuple(zero.in_host_memory(structure.graph, ranks, states, structure.accumulates))
 
 
-def host_notes(structure: Structure) -> Iterator[str]:
-    """What to know of the host memory that ranks share."""
-    return zero.host_notes(structure.graph, structure.ranks, host_of(structure))
+def host_notes(structure: Structure, node: int) -> Iterator[str]:
+    """What to know of the host memory that the ranks of a `node`, so many, share."""
+    return zero.host_notes(structure.ranks, host_of(structure), node)
 
 
 def passing_of(structure: Structure, phase: str) -> tuple[Held, ...]:
@@ -661,8 +657,10 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
         return zero.loading_events(structure.graph, structure.ranks)
     if megatron.divides(structure.ranks):
         return megatron.loading_events(structure.graph, structure.ranks, str(structure.grads))
+    if structure.graph.code == "torchtitan":  # made where it lies: trainer.py to_empty
+        return enumerate(h.bytes for h in resident_of(structure) for _ in range(h.copies))
     if division_of(structure) is not None:
-        return loading_events(structure.graph, structure.ranks)
+        return dividing.loading_events(structure.graph, structure.ranks)
     return loading(structure.graph)
 
 
@@ -759,7 +757,7 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
     if megatron.divides(structure.ranks):
         return megatron.trained(structure.graph, structure.ranks)
     if division_of(structure) is not None:
-        return trained_parts(structure.graph, structure.ranks)
+        return trained_parts(structure.graph, structure.ranks, structure.trainer)
     _, axes = built(structure.graph)
     out: list[Parameter] = []
     blocks: dict[str, list[tuple[Parameter, int]]] = {}

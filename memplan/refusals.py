@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
-from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, STAGES, STRATEGIES
+from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, OF_SLICES, STAGES, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
@@ -134,7 +134,9 @@ def refuse_of_inference(run: RunSpec) -> None:
         raise _later("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
     if run.kernels.compile:
         raise _later("kernels.compile", True, "false")
-    for field in ("hold_outputs", "grad_scaler", "trainer", "use_cache"):
+    if task == "generate" and loop.use_cache is False:
+        raise _later("loop.use_cache", False, "true with task generate")
+    for field in ("hold_outputs", "grad_scaler", "trainer"):
         if getattr(loop, field):
             raise SpecError(f"loop.{field}: is of training, and with task {task} nothing trains", f"loop.{field}")
 
@@ -213,7 +215,9 @@ def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
         )
 
 
-def refuse_parts_of_whole_experts(p: Parallelism, profile: str, style: str) -> None:
+def refuse_parts_of_whole_experts(
+    p: Parallelism, method: Method, precision: Precision, loop: Loop, profile: str, style: str, accumulates: bool
+) -> None:
     """Raise SpecError for what ranks that each have some of the experts whole cannot do as transformers has them, or
     memplan not yet."""
     if p.etp not in (1, _ONE_GPU.etp):
@@ -237,8 +241,28 @@ def refuse_parts_of_whole_experts(p: Parallelism, profile: str, style: str) -> N
     for other in ("cp", "pp"):
         if getattr(p, other) > 1:
             raise _later(f"parallelism.{other}", getattr(p, other), "1 with expert parallelism of transformers' models")
-    if p.dp > 1:
-        raise _later("parallelism.dp", p.dp, f"1 with expert parallelism; say tp {p.ep} too")
+    if p.dp == 1:
+        return
+    if p.tp > 1 or p.ep < p.dp:
+        field = "parallelism.tp" if p.tp > 1 else field
+        value, other = (p.tp, f"1 with ep {p.ep} and dp {p.dp}") if p.tp > 1 else (p.ep, f"1 or {p.dp}, as many as dp")
+        raise _later(field, value, other)
+    if p.strategy != "fsdp2":
+        raise SpecError(
+            f"parallelism.strategy: {p.strategy} does not divide what expert parallelism has divided; fsdp2 does",
+            "parallelism.strategy",
+        )
+    for name in ("shard_group", "reshard_after_forward"):
+        if getattr(p, name) != getattr(_ONE_GPU, name):
+            raise _later(f"parallelism.{name}", getattr(p, name), f"{getattr(_ONE_GPU, name)} with expert parallelism")
+    if p.offload.parameters:
+        raise _later("parallelism.offload", "parameters", "none with expert parallelism and fsdp2")
+    if method.kind != "full":
+        raise _later("method.kind", method.kind, "full with expert parallelism and fsdp2")
+    if precision.autocast:
+        raise _later("precision.autocast", True, "false with expert parallelism and fsdp2")
+    if loop.trainer and accumulates:
+        raise _later("batch.accumulation", "more", "1 with expert parallelism, fsdp2 and loop.trainer")
 
 
 def refuse_on_host(optimizer: str) -> None:
@@ -283,6 +307,10 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             "parallelism.sequence_parallel: divides tokens among the ranks that divide matrices; say tp too",
             "parallelism.sequence_parallel",
         )
+    if p.context != _ONE_GPU.context and p.cp == 1:
+        yield SpecError(
+            f"parallelism.context: {p.context} is of ranks that divide sequences, and cp is 1", "parallelism.context"
+        )
     if replicas(p) > 1 and p.strategy == "none":
         yield SpecError(
             f"parallelism.strategy: says how {replicas(p)} GPUs divide the run: {', '.join(STRATEGIES)}",
@@ -303,6 +331,13 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     elif p.offload.optimizer and p.world > 1 and p.strategy not in (*FSDP, *ZERO):
         yield _later("parallelism.offload", "optimizer", f"none with {p.world} GPUs but under {', '.join(ZERO)}")
     yield from _zero(p)
+    if p.gpus_per_node is not None and p.world == 1:
+        yield SpecError("parallelism.gpus_per_node: one GPU shares its host's memory with none", _PER_NODE)
+    elif p.gpus_per_node is not None and p.world > p.gpus_per_node and p.world % p.gpus_per_node:
+        yield SpecError(f"{_PER_NODE}: {p.world} GPUs are not nodes of {p.gpus_per_node}", _PER_NODE)
+
+
+_PER_NODE = "parallelism.gpus_per_node"
 
 
 def _offloaded(run: RunSpec) -> Iterator[SpecError]:
@@ -377,8 +412,9 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
         )
     if p.pp > 1 and p.strategy == "fsdp2" and p.reshard_after_forward:
         yield _later("parallelism.reshard_after_forward", True, f"false with pp {p.pp}, as torchtitan has it")
-    if p.pp > 1 and p.offload.optimizer:
-        yield _later("parallelism.offload", "optimizer", f"none with pp {p.pp}")
+    for part in ("optimizer", "parameters"):
+        if p.pp > 1 and getattr(p.offload, part):
+            yield _later("parallelism.offload", part, f"none with pp {p.pp}")
 
 
 def refuse_staged(p: Parallelism, method: Method, loop: Loop, objective: str, images: bool) -> None:
@@ -406,15 +442,22 @@ def _knobs(p: Parallelism) -> Iterator[SpecError]:
         yield SpecError(
             f"parallelism.shard_group: {replicas(p)} GPUs are not groups of {group}", "parallelism.shard_group"
         )
-    if group == 1 and replicas(p) > 1:
+    if (
+        group == 1
+        and replicas(p) > 1
+        and (p.strategy == "fsdp2" or p.offload.parameters or p.reshard_after_forward is False)
+    ):
         yield SpecError(
-            "parallelism.shard_group: a group of one divides nothing; say strategy ddp", "parallelism.shard_group"
+            "parallelism.shard_group: a group of one divides nothing, which FSDP1 alone knows (NO_SHARD), without "
+            "parts on the host or that stay whole; say strategy ddp",
+            "parallelism.shard_group",
         )
 
 
 _KNOBS = {
     "shard_group": ("fsdp", "fsdp2"),
     "reshard_after_forward": ("fsdp", "fsdp2"),
+    "cpu_ram_efficient_loading": ("fsdp", "fsdp2"),
     "forward_prefetch": ("fsdp",),
     "backward_prefetch": ("fsdp",),
     "bucket_view": ("ddp",),
@@ -452,6 +495,14 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
     if method.modules_to_save:
         raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
     takes = (*ELEMENTWISE, *OF_FLAT_PARTS) if p.strategy in ZERO else ELEMENTWISE
+    if p.strategy == "fsdp" and not p.offload.parameters:
+        takes = (*ELEMENTWISE, *OF_SLICES)
+    if p.strategy == "fsdp2" and optimizer.name in OF_SLICES:
+        raise SpecError(
+            f"optimizer.name: bitsandbytes' {optimizer.name} does not step on DTensors, which fsdp2's parts are; "
+            f"{', '.join(ELEMENTWISE)} do, or say strategy fsdp",
+            "optimizer.name",
+        )
     if row is not None and optimizer.name not in takes:
         raise _later("optimizer.name", optimizer.name, f"{', '.join(takes)} with {p.strategy}")
     if p.strategy == MEGATRON:
@@ -499,21 +550,22 @@ def refuse_parts_of_matrices(
     if style == "":
         raise SpecError(
             f"parallelism.tp: {p.tp} is not supported yet with profile {profile}; supported: transformers-5, "
-            "megatron-core",
+            "megatron-core, torchtitan",
             "parallelism.tp",
         )
+    if style in ("megatron", "torchtitan") and method.kind != "full":
+        raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
     if style == "megatron":
-        if method.kind != "full":
-            raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
         if p.dp > 1 and not own:
             raise _later(
                 "parallelism.dp", p.dp, f"1 with tensor parallelism and profile {profile}, but of megatron_gpt configs"
             )
         if precision.autocast:
             raise SpecError("precision.autocast: Megatron-core casts the model itself, not by autocast", "precision")
-    elif p.sequence_parallel:
+    elif p.sequence_parallel and style == "transformers":
         raise SpecError(
-            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core does",
+            f"parallelism.sequence_parallel: profile {profile} divides no tokens beside matrices; megatron-core and "
+            "torchtitan do",
             "parallelism.sequence_parallel",
         )
     if p.dp > 1 and p.strategy != "fsdp2" and not own:
@@ -553,6 +605,8 @@ def refuse_parts_of_sequences(
     """Raise SpecError for what ranks that divide sequences cannot do, or memplan not yet. `style`: of the profile's
     tensor parallelism, by which it is known which library it has; `own`: the model is of that library's own layers."""
     field = "parallelism.cp"
+    if own and p.context != "ring":
+        raise _later("parallelism.context", p.context, "ring with megatron_gpt")
     if own:
         if kernels.attention == "eager" or kernels.checkpointing == "selective":
             raise SpecError(
@@ -564,8 +618,17 @@ def refuse_parts_of_sequences(
     if style != "transformers":
         raise _later(field, p.cp, f"1 with profile {profile}; profile transformers-5 has more")
     if p.tp > 1:
-        raise _later(field, p.cp, "1 with tensor parallelism")
-    if p.strategy != "fsdp2":
+        raise SpecError(
+            f"{field}: accelerate 1.15 does not run cp {p.cp} beside tp {p.tp} with transformers 5.24: under FSDP2 it "
+            "imports ReplicateParallel, which transformers has no more",
+            field,
+        )
+    if p.context == "ulysses" and p.strategy not in ZERO:
+        raise SpecError(
+            f"parallelism.strategy: Ulysses is DeepSpeed's, under {', '.join(ZERO)}, not {p.strategy}",
+            "parallelism.strategy",
+        )
+    if p.context == "ring" and p.strategy != "fsdp2":
         raise SpecError(
             "parallelism.strategy: accelerate's context parallelism divides weights by FSDP2; say fsdp2",
             "parallelism.strategy",

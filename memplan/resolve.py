@@ -18,11 +18,13 @@ from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.overhead import Communicator
 from memplan.catalogue.parallel import MEGATRON, Knobs
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.states import optimizer_names, spares_embeddings, takes_foreach
 from memplan.checkpoint import notes as stored_notes
-from memplan.degrees import degrees_of, replicas
+from memplan.communicators import communicators
+from memplan.degrees import Degrees, degrees_of, replicas
 from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
@@ -39,7 +41,7 @@ from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, no
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
-from memplan.ranks import ONE, Ranks, mixed, uneven
+from memplan.ranks import ONE, Ranks, is_one_outside, mixed, uneven
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
 from memplan.refusals import (
     FSDP,
@@ -57,7 +59,7 @@ from memplan.refusals import (
     refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
-from memplan.stages import piped
+from memplan.stages import one_process, piped
 from memplan.units import ITEMSIZE
 
 
@@ -94,8 +96,9 @@ class Decided(NamedTuple):
     """A run with nothing left open. Of its `batch` the structure has only whether it accumulates, and whether it is one
     sequence.
 
-    `half` is whether attention computes in 16 bits, `large_tiles` whether the card's shared memory holds tiles of
-    128 x 128; `parts` are the spec's parts with every null filled in; `pictures` are the axes that images decide.
+    `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
+    `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
+    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt.
     """
 
     structure: Structure
@@ -106,6 +109,8 @@ class Decided(NamedTuple):
     notes: tuple[str, ...]
     parts: dict[str, Part]
     pictures: tuple[tuple[str, int], ...] = ()
+    communicators: tuple[Communicator, ...] = ()
+    beams: int = 1
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
@@ -142,7 +147,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     )
     context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
-    decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
+    loop = with_use_cache(run).loop
+    decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch, "loop": loop})
     if not pictures:
         return decided
     half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
@@ -159,7 +165,7 @@ def objective_of(run: RunSpec) -> str:
 
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
-    run = with_new_tokens(run)
+    run = with_use_cache(with_new_tokens(run))
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
     method = _unprepared(run.method) if _sharded(run.parallelism) else run.method
     method, optimizer, kernels = _filled(method, run.optimizer, run.kernels, run.precision, words)
@@ -171,6 +177,14 @@ def with_new_tokens(run: RunSpec) -> RunSpec:
     if run.task != "generate" or run.batch.new_tokens:
         return run
     return run.model_copy(update={"batch": run.batch.model_copy(update={"new_tokens": NEW_TOKENS})})
+
+
+def with_use_cache(run: RunSpec) -> RunSpec:
+    """The run with whether the model is asked for its cache, where it leaves that open: as transformers' models do
+    where nothing trains, which in training is turned off or changes nothing."""
+    if run.loop.use_cache is not None:
+        return run
+    return run.model_copy(update={"loop": run.loop.model_copy(update={"use_cache": run.task != "train"})})
 
 
 def completed(run: RunSpec) -> RunSpec:
@@ -212,6 +226,11 @@ def _decide(
     over = trained(model, method, trains_fp8, capability)
     method = over.method
     words = decided(find_profile(profile).name, model.model_type, method.quantization is not None)
+    if words["code"] == "torchtitan" and method.kind != "full":
+        over_words: Mapping[str, Any] = {"code": "transformers", "logits": "padded"}
+        words = {**words, **over_words}
+        said = "torchtitan: adapters and frozen layers are counted with transformers' layers"
+        over = over._replace(notes=(*over.notes, said))
     if words["code"] == "litgpt" and model.model_type not in KINDS:
         raise SpecError(f"profile: {profile} has no {model.model_type}; it has {', '.join(KINDS)}", "profile")
     degrees = degrees_of(parallelism, words["tensor_parallel"])
@@ -228,7 +247,9 @@ def _decide(
     if own:
         refuse_parts_of_experts(parallelism, *megatron.experts_and_width(model))
     else:
-        refuse_parts_of_whole_experts(parallelism, profile, words["tensor_parallel"])
+        refuse_parts_of_whole_experts(
+            parallelism, method, precision, loop, profile, words["tensor_parallel"], accumulates
+        )
         if parallelism.ep > 1:
             expert_parallel.check(model, degrees)
     if degrees.tp > 1:
@@ -290,6 +311,10 @@ def _decide(
     recipe, ranks = _ranks(parallelism, recipe, method, loop.trainer, accumulates, model.axes()["h"], words)
     if own and ranks.world > 1 and degrees.ep * degrees.etp > 1:
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
+    if sharded and not words["quantised_there"]:
+        ranks = ranks._replace(there=False)
+    if not own and ranks.world > 1 and degrees.ep > 1:
+        ranks = ranks._replace(alone=ranks.world * degrees.tp // degrees.ep)
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
@@ -302,6 +327,7 @@ def _decide(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
             triangles=words["triangles"],
+            tables=words["rotary_tables"],
             half_math=words["half_math"],
             whole_rotary=words["whole_rotary"],
             uncapped=words["uncapped"],
@@ -327,7 +353,7 @@ def _decide(
         leaf=kernels.checkpointing != "none"
         and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),
-        logits=words["logits"] if kernels.loss in ("hf", "fused") else "padded",
+        logits=_logits(words, degrees) if kernels.loss in ("hf", "fused") else "padded",
         single=single
         and (kernels.loss == "chunked_lm_head" or (kernels.loss in ("hf", "fused") and words["logits"] != "padded")),
         short=short and kernels.loss == "chunked_lm_head",
@@ -342,6 +368,8 @@ def _decide(
         wiring = graph.wiring
         masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
         context_parallel.check(model.model_type, wiring.backend, masked, degrees)
+        if degrees.context == "ulysses":
+            context_parallel.check_heads(model, degrees)
     graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
     notes += pipeline_notes(graph.degrees, pipe, parallelism)
     structure = Structure(
@@ -357,7 +385,9 @@ def _decide(
         clips=bool(loop.clip_grad_norm) and not optimizer.in_backward,
         scales=loop.grad_scaler,
         trainer=loop.trainer,
-        holds_outputs=loop.hold_outputs == "step" or degrees.sequence_parallel,
+        holds_outputs=loop.hold_outputs == "step"
+        or words["code"] == "torchtitan"  # the trainer's names have a step's batches until it is over
+        or (degrees.sequence_parallel and degrees.style == "megatron"),
         on_host=parallelism.offload.optimizer and not ranks.offloads,
         ranks=ranks,
         pipe=pipe,
@@ -386,7 +416,9 @@ def _decide(
             "batch.accumulation",
         )
     parts: dict[str, Part] = {"method": method, "precision": precision, "optimizer": optimizer, "kernels": kernels}
-    return Decided(structure, Batch(), gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts)
+    sends = () if one_process(structure) else communicators(parallelism)
+    tiles = large_tiles(capability)
+    return Decided(structure, Batch(), gpu, seen != "fp32", tiles, tuple(notes), parts, communicators=sends)
 
 
 _DEEPSPEED = (
@@ -413,6 +445,11 @@ def _wrapping(p: Parallelism, method: Method, trainer: bool) -> Iterator[str]:
         )
     if p.static_graph:
         yield "parallelism.static_graph changes no memory"
+
+
+def _logits(words: Mapping[str, Any], degrees: Degrees) -> str:
+    """How the loss of all logits is written; torchtitan's is of each rank's part of the vocabulary."""
+    return "parallel" if words["code"] == "torchtitan" and degrees.tp > 1 else words["logits"]
 
 
 _MEGATRON = (
@@ -523,15 +560,16 @@ def _ranks(
         return recipe, Ranks(p.strategy, alike, views=p.bucket_view, delayed=waits)
     ranks = Ranks(
         p.strategy,
-        p.shard_group or alike,
+        alike if p.shard_group in (None, 1) else p.shard_group,
         delayed=trainer and accumulates,
-        replicated=p.shard_group not in (None, alike),
+        replicated=p.shard_group not in (None, 1, alike),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
         offloads=p.offload.parameters,
-        casts=recipe.autocast or (method.quantization is not None and trainer),
+        efficient=p.cpu_ram_efficient_loading and method.quantization is None,
+        whole=p.shard_group == 1,
         reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization
@@ -569,11 +607,18 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
         )
     if ranks.world > 1 and ranks.row.flat and ranks.row.gathers:
         _check_flat(graph, ranks)
+    if ranks.alone and is_one_outside(graph):
+        raise SpecError(
+            f"parallelism.ep: {graph.degrees.ep} is not supported yet with fsdp2 for a model whose head is its "
+            "embeddings; supported: models that have a head of their own",
+            "parallelism.ep",
+        )
     dtypes = uneven(graph, ranks) if ranks.world > 1 and ranks.row.gathers and not ranks.row.flat else ()
     if dtypes:
         raise SpecError(
             f"parallelism.strategy: fsdp2 reduces the gradients of a unit in one dtype, and those of "
-            f"{graph.model.model_type} are {' and '.join(dtypes)}; say precision amp, which keeps what trains in fp32",
+            f"{graph.model.model_type} are {' and '.join(dtypes)}; "
+            + ("say ep 1" if ranks.alone else "say precision amp, which keeps what trains in fp32"),
             "parallelism.strategy",
         )
 

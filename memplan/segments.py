@@ -223,7 +223,7 @@ def streams_apart(structure: Structure) -> int:
 @lru_cache(maxsize=1024)
 def _of_streams(structure: Structure) -> int:
     found = division_of(structure)
-    units = [unit for _, unit in found.units] if found else []
+    units = [u for _, unit in found.units for u in (unit, *(inner for _, inner in unit.modules))] if found else []
 
     def most(name: Literal["whole", "message", "joined"]) -> int:
         return max((sum(_bytes(t.shape, t.dtype, {}) for t in getattr(unit, name)) for unit in units), default=0)

@@ -155,8 +155,13 @@ GgufType = Literal[
 ]
 Format = Literal[TrainedOver, OnlyRuns, GgufType]
 _FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
+# Weights that share a scale, where a run says no other number: what the formats' own libraries make.
+# Source: transformers 5.24 utils/quantization_config.py GPTQConfig, AwqConfig; torchao 0.18; compressed-tensors 0.20.
 _GROUPS = {
     "fp8": 128,
+    "gptq-int4": 128,
+    "gptq-int8": 128,
+    "awq-int4": 128,
     "w4a16": 128,
     "w8a16": 128,
     "mxfp4": 32,
@@ -181,7 +186,8 @@ class Quantization(Part, frozen=True):
     """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words.
 
     A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
-    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said.
+    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said. `backend`
+    is the kernel that GPTQ's or AWQ's weights run with, where it makes something beside its output.
     """
 
     format: Annotated[Format, BeforeValidator(_named)] = "nf4"
@@ -190,6 +196,7 @@ class Quantization(Part, frozen=True):
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl"] | None = None
+    backend: Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -333,15 +340,16 @@ class Loop(Part, frozen=True):
     """What the training script does around the step.
 
     `use_cache` takes no memory in training: what it would hold is kept for backward anyway, or the model has it off
-    under checkpointing. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32
-    under bitsandbytes' 8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
+    under checkpointing. Where nothing trains it is on unless said otherwise, and a decoder's one pass returns its
+    cache. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32 under bitsandbytes'
+    8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
     backward pass, or, with the word `step`, through the optimizer's step too. `expandable_segments`: torch's allocator
     has them (PYTORCH_CUDA_ALLOC_CONF).
     """
 
     hold_outputs: Flag | Literal["step"] = False
     padded: Flag = False
-    use_cache: Flag = False
+    use_cache: Flag | None = None
     clip_grad_norm: Annotated[Number, Field(ge=0)] | None = 1.0
     grad_scaler: Flag = False
     trainer: Flag = False
@@ -411,19 +419,22 @@ class Zero(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work. `etp` is `tp` where it is not said, as Megatron has it.
+    """`world` GPUs and how they divide the work; `gpus_per_node` of them share a host's memory (8 unless said). `etp`
+    is `tp` where it is not said, as Megatron has it.
 
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
     `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
-    under the strategies zero1 to zero3. `expert_imbalance`: of ranks that divide experts (`ep`) and
+    under the strategies zero1 to zero3. `context`: ranks that divide sequences (`cp`) pass keys and values around, or
+    exchange heads for tokens (DeepSpeed's Ulysses). `expert_imbalance`: of ranks that divide experts (`ep`) and
     take all rows they are sent, the one that is sent most gets so many times the mean.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
     without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
-    pipeline's stages, where they stay whole for a step); `forward_prefetch` and
-    `backward_prefetch` say when FSDP1 asks for the next unit. Of DDP: with `bucket_view` gradients lie in the buckets,
-    and a `static_graph` is the same in every step.
+    pipeline's stages, where they stay whole for a step); `forward_prefetch` and `backward_prefetch` say when FSDP1 asks
+    for the next unit; with `cpu_ram_efficient_loading` one process of a node loads the checkpoint, and the others are
+    sent what they have of it. Of DDP: with `bucket_view` gradients lie in the buckets, and a `static_graph` is the same
+    in every step.
     """
 
     world: Count = 1
@@ -431,6 +442,7 @@ class Parallelism(Part, frozen=True):
     tp: Count = 1
     pp: Count = 1
     cp: Count = 1
+    context: Literal["ring", "ulysses"] = "ring"
     ep: Count = 1
     etp: Count | None = None
     expert_imbalance: Annotated[Number, Field(ge=1, le=2**20)] = 1.0
@@ -441,10 +453,12 @@ class Parallelism(Part, frozen=True):
     reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False
     backward_prefetch: Literal["pre", "post", "none"] = "pre"
+    cpu_ram_efficient_loading: Flag = True
     bucket_view: Flag = False
     static_graph: Flag = False
     offload: Offload = Offload()
     zero: Zero = Zero()
+    gpus_per_node: Count | None = None
     stage: Natural | None = None
     schedule: Literal["1f1b", "gpipe", "device_map"] | None = None
     first_stage_layers: Count | None = None
@@ -457,10 +471,14 @@ class Generation(Part, frozen=True):
     `batch.sequence`, and `batch.new_tokens` come after it.
 
     `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
-    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done.
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room
+    for the prompt and all new tokens from the start. Of every prompt there are `num_beams` sequences. With `do_sample`
+    tokens are drawn after temperature, top-k and top-p; else the likeliest is taken.
     """
 
-    cache_implementation: Literal["dynamic", "legacy"] | None = None
+    cache_implementation: Literal["dynamic", "static", "legacy"] | None = None
+    num_beams: Count = 1
+    do_sample: Flag = False
 
 
 class Evaluation(Part, frozen=True):

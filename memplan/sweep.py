@@ -22,7 +22,7 @@ from memplan.engine.walk import values
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import around_of, calibration_of, estimate, workspace_of
 from memplan.families.pictures import picture_of, sees
-from memplan.program import PHASES, Program, phase_peaks, program, world_of
+from memplan.program import PHASES, Program, phase_peaks, program
 from memplan.refusals import refuse_untrained
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
@@ -297,7 +297,7 @@ class _Walk:
         gpu = decided.gpu
         self._room: Room | None = None
         if gpu is not None:
-            left = room(gpu.usable, around_of(gpu, world_of(decided.structure), calibration))
+            left = room(gpu.usable, around_of(gpu, decided.communicators, calibration))
             self._room = left._replace(sure=left.sure - streams_apart(decided.structure))
 
     def over(self, b: NDArray[np.int64], s: NDArray[np.int64], out: _Found) -> None:

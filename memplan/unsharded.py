@@ -106,7 +106,7 @@ def reduction(graph: Graph, ranks: Ranks) -> Reduction:
         for moment, there in enumerate((left + joined, left - graded + joined + came + parts)):
             if there > most:
                 most, best = there, (dict(done), name, moment)
-        left += parts - graded
+        left += parts - graded + (came if ranks.replicated else 0)  # which replicas sum until all are reduced
         done[name] += 1
     return Reduction(tuple(_there(by_unit, reads, ranks, *best)), most)
 
@@ -125,6 +125,8 @@ def _there(
         parts = done[name] + here * moment
         if parts:
             yield from (_of(t, "gradient", parts) for t in unit.parts)
+        if ranks.replicated and done[name]:
+            yield from (_of(t, "temp", done[name]) for t in unit.received)
         if here:
             yield from (_of(t, "temp", 1) for t in (*unit.joined, *(unit.received if moment else ())))
 

@@ -77,7 +77,8 @@ class Around(NamedTuple):
     """What a process takes beside torch's segments, and how sure that is.
 
     `context` in bytes; `low`, `usual` and `high` in millionths of segments and context together; `coverage` is the
-    share of runs between `low` and `high`.
+    share of runs between `low` and `high`. `less` and `more` are bytes by which the context may differ where it was
+    measured of no run. `rows` are what it consists of.
     """
 
     context: int
@@ -85,19 +86,29 @@ class Around(NamedTuple):
     usual: int
     high: int
     coverage: float
+    less: int = 0
+    more: int = 0
+    rows: tuple[Overhead, ...] = ()
 
 
-def around(context: Overhead, calibration: Calibration | None = None, nccl: int = 0) -> Around:
-    """By the catalogue's rows, or by a machine's own profile. With `nccl` bytes there are several ranks, about whose
-    errors a profile of one says nothing."""
-    held = (calibration.context if calibration else context).usual + nccl
+def around(context: Overhead, calibration: Calibration | None = None, nccl: tuple[Overhead, ...] = ()) -> Around:
+    """By the catalogue's rows, or by a machine's own profile. With rows of NCCL's there are several ranks, about whose
+    errors a profile of one says nothing; those that are assumed widen the band."""
+    own = context
+    if calibration:
+        ours = calibration.context
+        own = context._replace(low=ours.low, usual=ours.usual, high=ours.high, basis="measured", source="this machine")
+    rows = (own, *nccl)
+    held = sum(row.usual for row in rows)
     if nccl:
-        return Around(held, SHOWN_OF_RANKS.low * 1000, 0, SHOWN_OF_RANKS.high * 1000, COVERAGE)
+        assumed = [row for row in nccl if row.basis == "assumed"]
+        less, more = sum(row.usual - row.low for row in assumed), sum(row.high - row.usual for row in assumed)
+        return Around(held, SHOWN_OF_RANKS.low * 1000, 0, SHOWN_OF_RANKS.high * 1000, COVERAGE, less, more, rows)
     if calibration is None:
-        return Around(held, SHOWN.low * 1000, 0, SHOWN.high * 1000, COVERAGE)
+        return Around(held, SHOWN.low * 1000, 0, SHOWN.high * 1000, COVERAGE, rows=rows)
     error = calibration.used_error
     low, usual, high = (round(1_000_000 * share) for share in (error.low, error.usual, error.high))
-    return Around(held, low, usual, high, calibration.coverage)
+    return Around(held, low, usual, high, calibration.coverage, rows=rows)
 
 
 class Room(NamedTuple):
@@ -110,10 +121,10 @@ class Room(NamedTuple):
 def room(usable: int, beside: Around) -> Room:
     """What of a card's usable bytes is left for torch's segments."""
 
-    def left(error: int) -> int:
-        return usable * 1_000_000 // (1_000_000 + error) - beside.context
+    def left(error: int, more: int) -> int:
+        return usable * 1_000_000 // (1_000_000 + error) - beside.context - more
 
-    return Room(left(beside.high), left(beside.low))
+    return Room(left(beside.high, beside.more), left(beside.low, -beside.less))
 
 
 def resident(p: Program) -> int:
@@ -147,6 +158,11 @@ class Usage:
         self.allocated = peak
 
     @property
+    def beside(self) -> tuple[Overhead, ...]:
+        """What the process has beside torch's segments."""
+        return self._beside.rows
+
+    @property
     def answer(self) -> str | None:
         """fits, tight or does not fit; None without a card."""
         if self._gpu is None:
@@ -174,7 +190,7 @@ class Usage:
     @property
     def least(self) -> int:
         """No card with fewer usable bytes holds the run."""
-        return self._shown(self.allocated, self._beside.low)
+        return self._shown(self.allocated, self._beside.low, -self._beside.less)
 
     def _sure(self, usable: int) -> int:
         """What is left for the segments that a replay has, of which other streams' are no part."""
@@ -204,8 +220,8 @@ class Usage:
 
     @property
     def band(self) -> Band:
-        low = min(self._shown(self.reserved, self._beside.low), self.used)
-        high = max(self._shown(self.reserved, self._beside.high), self.used)
+        low = min(self._shown(self.reserved, self._beside.low, -self._beside.less), self.used)
+        high = max(self._shown(self.reserved, self._beside.high, self._beside.more), self.used)
         if self._gpu is not None:
             usable = self._gpu.usable
             match self.answer:
@@ -231,6 +247,6 @@ class Usage:
     def _lives_in(self, capacity: int) -> bool:
         return capacity >= self.allocated and self._replay.reserved(capacity) is not None
 
-    def _shown(self, segments: int, error: int) -> int:
-        """What the card shows where torch holds `segments`, off by `error` millionths."""
-        return (segments + self._beside.context) * (1_000_000 + error) // 1_000_000
+    def _shown(self, segments: int, error: int, more: int = 0) -> int:
+        """What the card shows where torch holds `segments`, off by `error` millionths, and the context by `more`."""
+        return (segments + self._beside.context + more) * (1_000_000 + error) // 1_000_000

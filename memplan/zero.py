@@ -29,7 +29,6 @@ from memplan.ranks import Ranks, beside, numbers_of
 from memplan.units import ITEMSIZE, gib
 
 NORM_CHUNK = 250_000_000  # numbers whose norm is taken at once at stage 3: _constant_buffered_norm2
-NODE = 8  # GPUs of a node, where nothing says how many
 
 
 def stage(ranks: Ranks) -> int:
@@ -399,32 +398,26 @@ def _sub_groups(graph: Graph, ranks: Ranks) -> tuple[int, ...]:
     return (*out, filled) if filled else tuple(out)
 
 
-def loaded_on_host(graph: Graph, ranks: Ranks) -> int:
-    """Bytes of the checkpoint that each rank has in host memory at first: all of it, unless weights are divided or
-    quantised as they are loaded."""
-    if graph.recipe.quantization or (stage(ranks) == 3 and ranks.knobs.divides_loading):
-        return 0
-    _, axes = built(graph)
-    weights = (w for w in in_order(graph) if w.group not in ("adapter", "buffer"))
-    return sum(elements(w, axes) * ITEMSIZE[graph.recipe.weights] for w in weights)
-
-
-def host_notes(graph: Graph, ranks: Ranks, held: Iterable[Held]) -> Iterator[str]:
-    """What to know of host memory: a node's ranks share it. Nothing of a run on one GPU."""
-    if not stage(ranks):
-        return
-    node = min(ranks.world, NODE)
+def host_notes(ranks: Ranks, held: Iterable[Held], node: int) -> Iterator[str]:
+    """What is in host memory under DeepSpeed and FSDP: the ranks of a `node` share it. Nothing of a run on one GPU."""
+    node = min(ranks.world, node)
     rows = sorted(held, key=lambda h: -h.bytes * h.copies)
     if rows:
-        total = sum(h.bytes * h.copies for h in rows)
-        said = "; ".join(f"{h.what} {gib(h.bytes * h.copies)}" for h in rows[:5])
+        of: dict[str, int] = {}
+        for h in rows:
+            what = h.what if stage(ranks) else _KINDS[h.kind]
+            of[what] = of.get(what, 0) + h.bytes * h.copies
+        total = sum(of.values())
+        said = "; ".join(f"{what} {gib(bytes_)}" for what, bytes_ in [*of.items()][:5])
         yield f"host memory: {gib(total)} a rank, {gib(node * total)} for {node} ranks of a node: {said}"
-    checkpoint = loaded_on_host(graph, ranks)
-    if checkpoint:
-        yield (
-            f"host memory while loading: each rank has the whole checkpoint first, {gib(checkpoint)}, "
-            f"{gib(node * checkpoint)} for {node} ranks of a node, unless its files are mapped"
-        )
+
+
+_KINDS = {
+    "parameter": "parts of weights, pinned",
+    "gradient": "parts of gradients, pinned",
+    "optstate": "the optimizer's states",
+    "temp": "what the update makes",
+}
 
 
 def _on_host(what: str, numbers: int, dtype: str, pinned: bool, source: str) -> Held:

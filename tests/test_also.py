@@ -177,6 +177,10 @@ def test_fsdp_gathers_a_unit_and_fsdp2_a_tensor() -> None:
     none = asked({"saving": {"state_dict": "sharded"}}, method="full", parallelism={**RANKS, "strategy": "fsdp"})
     assert peak(one, "save") - peak(none, "save") == up((151936 * 896 + 896) * 2)  # with the last norm
     assert one.host_bytes == 494_032_768 * 2
+    assert [(p.phase, p.rank, p.node) for p in one.host.phases[1:]] == [
+        ("step", 0, 0),
+        ("save", *[494_032_768 * 2] * 2),
+    ]
     assert none.host_bytes == 0
 
 

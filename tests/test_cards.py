@@ -21,6 +21,7 @@ from memplan.errors import ConfigError, FactsMissingError, MemplanError, Unknown
 from memplan.families import MODULES, family
 from memplan.ir import outside
 from memplan.models import ModelSpec
+from memplan.stored import format_of
 from tests.sampling import sampled
 from tests.tiny import TINY
 
@@ -92,6 +93,10 @@ def test_a_card_names_its_sources_and_explains_what_a_checkpoint_stores_otherwis
     assert card["checked"].isoformat() >= "2026-01-01"
     assert card["config"]["model_type"] in {*MODEL_TYPES, *MODULES}
     assert card["published_source"]
+    if "stored" in card:
+        assert card["stored_source"]
+        assert format_of(card["stored"]) == card["stored"]
+        assert "quantization_config" not in card["config"]
     if "nominal" in card["published_source"]:
         assert card["published"] == pytest.approx(card["parameters"], rel=0.1)
         assert card["difference"] == "the published figure is nominal"

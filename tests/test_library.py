@@ -84,6 +84,7 @@ def test_numbers_are_integers_all_the_way_down() -> None:
                 ".run.method.dropout",
                 ".run.loop.clip_grad_norm",
                 ".run.optimizer.momentum",
+                ".run.parallelism.expert_imbalance",
             ), path
 
     huge = RunSpec(model="llama-3.1-405b", batch={"micro": 2**40, "sequence": 2**40})

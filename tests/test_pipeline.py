@@ -46,7 +46,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
     chunks = draw(st.sampled_from([1, 1, 2]))
     schedule = draw(st.sampled_from(["1f1b", "gpipe"])) if profile == "torchtitan" and chunks == 1 else "1f1b"
     microbatches = pp * draw(st.integers(1, 3))
-    dp = draw(st.sampled_from([1, 2]))
+    dp = draw(st.sampled_from([1, 2, 4]))
     precision = draw(st.sampled_from(["pure", "amp", {"weights": "bf16", "grads": "fp32", "master": "fp32"}]))
     replicated = ["ddp", "fsdp2"] if profile == "torchtitan" and isinstance(precision, str) else ["ddp"]
     return {
@@ -111,6 +111,9 @@ def test_only_the_first_stage_embeds_and_only_the_last_has_norm_head_and_loss() 
         RunSpec(model="llama-3.1-8b", parallelism={"world": 4, "pp": 4}, batch={"accumulation": 4}, **TITAN)
     ).structure
     outside = [{w.name for w, _, where in weights_of(s.graph) if not where} for s in every_stage(structure)]
+    assert outside == [{"tok_embeddings.weight"}, set(), set(), {"norm.weight", "lm_head.weight"}]
+    run = RunSpec(model="qwen3-8b", parallelism={"world": 4, "pp": 4}, batch={"accumulation": 4}, **TITAN)
+    outside = [{w.name for w, _, where in weights_of(s.graph) if not where} for s in every_stage(decide(run).structure)]
     buffers = {f"model.rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq")}
     assert [names - buffers for names in outside] == [
         {"model.embed_tokens.weight"},
@@ -372,6 +375,10 @@ REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] 
     ({"virtual_stages": 2}, 1, MEGATRON, "parallelism.virtual_stages", ("pp is 1",)),
     ({"schedule": "gpipe"}, 1, TITAN, "parallelism.schedule", ("pp is 1",)),
     ({"pp": 2, "dp": 2, "strategy": "fsdp"}, 2, TITAN, "parallelism.strategy", ("fsdp2", "ddp", "pp 2")),
+    (
+        {"pp": 2, "dp": 2, "strategy": "fsdp2", "offload": {"parameters": True}},
+        *(2, TITAN, "parallelism.offload", ("parameters", "pp 2")),
+    ),
     ({"pp": 2, "dp": 2, "strategy": "zero2"}, 2, {}, "parallelism.strategy", ("DeepSpeed", "zero2", "zero1", "pp 2")),
     ({"pp": 2, "dp": 2, "strategy": "zero3"}, 2, {}, "parallelism.strategy", ("DeepSpeed", "zero3", "zero1", "pp 2")),
     ({"pp": 2, "dp": 2, "strategy": "fsdp2"}, 2, MEGATRON, "parallelism.strategy", ("megatron", "fsdp2", "pp 2")),

@@ -28,6 +28,7 @@ from memplan.gpus import all_gpus, find_gpu
 from memplan.planning.advice import advise
 from memplan.planning.cluster import Pinned, cluster_of, search
 from memplan.planning.demand import Demand
+from memplan.planning.inference import places, questions
 from memplan.planning.ladder import ladder
 from memplan.planning.offers import Wanted, offers, owned
 from memplan.planning.plan import SEVERITIES, plan
@@ -36,6 +37,7 @@ from memplan.report.plans import Planned, dump, render
 from memplan.report.plans.advice import Advised, least
 from memplan.report.plans.cluster import Divided, bring, named
 from memplan.report.plans.heat import short
+from memplan.report.plans.inference import Asked, Places
 from memplan.report.plans.ladder import Rungs
 from memplan.report.plans.levers import Levers, lacks, singles
 from memplan.report.plans.offers import Bought
@@ -81,6 +83,12 @@ GRIDS = Divided(FITS, search(run(model="llama-3.2-1b"), cluster_of(find_gpu("h10
 NO_GRID = Divided(
     FITS, search(run(model="llama-3.1-8b", method="lora"), cluster_of(find_gpu("t4"), 1, 2), Pinned(pp=1))
 )
+SERVED = run(model="llama-3.2-1b", task="generate", profile="vllm-0.33", batch={"sequence": 4000, "new_tokens": 96})
+ASKED = Asked(questions(SERVED.model_copy(update={"gpu": "3060"})))
+ROWED = run(model="qwen2.5-7b", task="generate", profile="llama.cpp-2026", gpu="3060")
+TOO_LARGE = Asked(questions(ROWED))
+PLACED = Places(estimate(SERVED), FITS, places(SERVED, Wanted(owned=owned("8xl4,3090"))))
+NO_PLACE = Places(estimate(SERVED), FITS, ())
 CASES: dict[str, Planned] = {
     "ways": WAYS,
     "free": FREE,
@@ -95,10 +103,14 @@ CASES: dict[str, Planned] = {
     "advice": ADVICE,
     "grids": GRIDS,
     "no grid": NO_GRID,
+    "asked": ASKED,
+    "too large": TOO_LARGE,
+    "placed": PLACED,
+    "no place": NO_PLACE,
 }
 SCHEMA, MODEL = plan_schema(), plan_model()
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-ROWS = {name: case for name, case in CASES.items() if isinstance(case, (Far, Rungs, Bought, Divided))}
+ROWS = {name: case for name, case in CASES.items() if isinstance(case, (Far, Rungs, Bought, Divided, Places))}
 
 
 def words_of(text: str) -> str:
@@ -174,6 +186,8 @@ def test_csv_has_a_row_for_each_and_never_none(case: Planned) -> None:
         for row, placed in zip(rows, case.cluster.placed, strict=True):
             assert float(row["step_seconds_usual"]) == placed.step.seconds.usual
             assert (int(row["tp"]), row["strategy"]) == (placed.grid.tp, placed.grid.strategy)
+    elif isinstance(case, Places):
+        assert [int(row["used"]) for row in rows] == [placed.answer.bytes.used for placed in case.places]
     else:
         assert len(rows) == 1
 
@@ -629,6 +643,9 @@ MISTAKES: dict[tuple[str, ...], str] = {
     ): "parallelism.pp (--pp): accelerate has",
     (*CARD, "--nodes", "1", "--gpus", "2", "--emit", "deepspeed", "--fsdp", "fsdp2"): "parallelism.strategy (--fsdp): "
     "DeepSpeed has no fsdp2; it has zero1, zero2, zero3",
+    (*CARD, "--ladder", "--method", "generate"): "ladder (--ladder): is of training, not of task generate",
+    (*CARD, "--tokens", "1e9", "--buy", "--method", "generate"): "tokens (--tokens): is of training, not of task",
+    (*CARD, "--method", "forward"): "task (--method): a plan of task forward has --max alone",
     (*CARD, "--nodes", "2"): "gpus: say how many each node has",
     (
         "pythia-70m",

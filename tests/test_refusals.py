@@ -64,9 +64,11 @@ def test_no_field_of_parallelism_is_ignored(field: str) -> None:
         "sequence_parallel": True,
         "zero": {"reduce_bucket_size": 2},
         "backward_prefetch": "post",
+        "cpu_ram_efficient_loading": False,
         "reshard_after_forward": False,
         "schedule": "gpipe",
         "ends_as_layers": True,
+        "context": "ulysses",
     }
     value = words.get(field, Parallelism.model_fields[field].default is False or 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"

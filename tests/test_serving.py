@@ -12,21 +12,23 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typer.main import get_command
 
 from memplan import RunSpec, estimate
 from memplan.cards import find_model, load_card
 from memplan.catalogue.engines import ENGINES, WORDS, decided, rows
+from memplan.cli import app
 from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.report.schema import answer_model
 from memplan.serving import budget, pool_tokens, requests, settled
-from memplan.serving.budget import pool_of
+from memplan.serving.budget import card_for, pool_of
 from memplan.serving.llama_cpp import compute_buffer
 from memplan.serving.passes import largest
 from memplan.serving.pool import Blocks
 from memplan.serving.settings import Settings
 from memplan.serving.sglang import static_fraction
 from memplan.serving.weights import held
-from memplan.spec import Serving
+from memplan.spec import Serving, changed
 from tests.sampling import examples
 
 GIB, MIB = 2**30, 2**20
@@ -77,7 +79,7 @@ def test_a_pool_has_the_blocks_that_a_log_says(row: dict[str, Any]) -> None:
         digits = Fraction(row["available_gib"])
         low, high = (digits - Fraction(1, 200)) * GIB, (digits + Fraction(1, 200)) * GIB
         made = range(int(low) // a_block, int(high) // a_block + 1)
-        blocks = row.get("blocks") or next(n for n in made if n // len(groups) * pool_of(s, 0).block == row["tokens"])
+        blocks = row.get("blocks") or next(n for n in made if pool_of(s, n * a_block).tokens == row["tokens"])
         assert blocks in made
     pool = pool_of(s, blocks * a_block)
     assert isinstance(pool, Blocks)
@@ -101,7 +103,12 @@ def test_the_longest_request_needs_what_a_log_says(row: dict[str, Any]) -> None:
 
 @of_kind("block")
 def test_a_block_is_no_smaller_than_a_state(row: dict[str, Any]) -> None:
-    assert pool_of(settings_of(row), 0).block == row["block_size"]
+    pool = pool_of(settings_of(row), 0)
+    assert isinstance(pool, Blocks)
+    assert pool.block == row["block_size"]
+    if "padding" in row:
+        (padding,) = {f"{100 * (g.page / g.own - 1):.2f}" for g in pool.groups if g.kind == "state"}
+        assert padding == row["padding"]
 
 
 @of_kind("slots")
@@ -132,6 +139,23 @@ def test_llama_cpp_reserves_the_buffers_that_a_log_says(row: dict[str, Any]) -> 
     s = settings_of(row)
     assert f"{pool_of(s, 0).bytes / MIB:.2f}" == row["cache_mib"]
     assert f"{compute_buffer(s).bytes / MIB:.2f}" == row["compute_mib"]
+
+
+@of_kind("card")
+def test_a_pool_from_the_card_alone_misses_a_log_by_what_is_written(row: dict[str, Any]) -> None:
+    run = RunSpec(
+        model=row["model"],
+        task="generate",
+        batch={"sequence": 1, "new_tokens": 1},
+        gpu=row["gpu"],
+        profile=row["profile"],
+        parallelism={"world": row["tp"], "tp": row["tp"]},
+        serving=row["serving"],
+    )
+    tokens = pool_tokens(run)
+    assert f"{100 * (tokens / row['tokens'] - 1):+.1f}" == row["percent"]
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text("utf-8")
+    assert f"| {row['tokens']:,} | {tokens:,} |" in page
 
 
 def run_of(model: str, profile: str, gpu: str | None = "h100", tp: int = 1, **more: Any) -> RunSpec:
@@ -206,6 +230,21 @@ def test_a_run_fits_where_its_requests_do() -> None:
     assert fits[0] == "fits"
     assert fits[1] != "fits"
     assert estimate(run_of("llama-3-8b", "vllm-0.33", "t4")).verdict.answer == "does not fit"
+
+
+@pytest.mark.parametrize("profile", [engine.name for engine in ENGINES])
+def test_what_does_not_fit_says_how_large_a_card_it_needs(profile: str) -> None:
+    """A card with just as much holds the requests at the same share of it, and one with 1 % less does not."""
+    run = run_of("llama-3.1-8b", profile, micro=300)
+    answer = estimate(run)
+    assert answer.verdict.answer == "does not fit"
+    assert answer.bytes.used == sum(line.bytes for line in answer.ledger) + (answer.bytes.used - answer.bytes.reserved)
+    s = settled(run)
+    s = s._replace(serving=s.serving.model_copy(update={"max_model_len": s.context}))
+    needed = card_for(budget(s, s.gpu.usable))  # type: ignore[union-attr]
+    assert answer.bytes.used >= needed > answer.gpu.usable  # type: ignore[union-attr]
+    assert budget(s, needed + 2**24).fits
+    assert not budget(s, needed * 99 // 100).fits
 
 
 def test_a_card_too_small_names_the_smallest_that_holds_the_run() -> None:
@@ -320,6 +359,42 @@ def test_experts_in_mxfp4_are_padded_as_the_cards_kernel_has_them() -> None:
     assert experts("h100", "sglang-0.5") == padded(2880, 2880, 2)
 
 
+def test_a_card_says_what_an_engine_finds_its_checkpoint_stored_in() -> None:
+    """DeepSeek V3's matrices take a byte a number, with a scale of 4 for 128 x 128 of them; embeddings and head two."""
+    run = run_of("deepseek-v3", "vllm-0.33", gpu="h200", tp=8)
+    assert estimate(run).run.serving.weights == "fp8"
+    found, said, plain = (
+        sum(h.bytes for h in held(settled(changed(run, "serving", weights=w)))) for w in (None, "fp8", "none")
+    )
+    assert found == said
+    assert 0.50 < found / plain < 0.51
+    assert estimate(run_of("llama-3-8b", "vllm-0.33")).run.serving.weights is None
+    assert estimate(run_of("gpt-oss-20b", "llama.cpp-2026")).run.serving.weights is None
+    quantised = changed(run, "method", quantization={"format": "nf4"})
+    assert estimate(quantised).run.serving.weights is None
+
+
+def test_the_command_shows_the_pool_and_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["llama-3-8b", "--method", "generate", "--profile", "vllm-0.33", "--seq-len", "4096", "--gpu", "h100"]
+    run = run_of("llama-3-8b", "vllm-0.33")
+    pool = estimate(changed(run, "batch", new_tokens=256)).serving or {}
+
+    def printed(*args: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            get_command(app).main([*args])
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    table = printed(*asked)
+    assert f"{pool['tokens']:,} tokens in bf16, {pool['blocks']:,} blocks of 16 at 2,097,152 bytes" in table
+    assert f"holds    {pool['concurrency']:,.2f} requests of 4,352 tokens at once; 1 is asked for" in table
+    assert json.loads(printed(*asked, "--format", "json"))["serving"] == pool
+    assert "<h2>Keys and values</h2>" in printed(*asked, "--format", "html")
+    assert "| holds |" in printed(*asked, "--format", "markdown")
+    both = printed("compare", "llama-3-8b", "llama-3-8b --cache-dtype fp8", *asked[1:])
+    assert f"{pool['tokens']:,}" in next(line for line in both.splitlines() if line.startswith("tokens "))
+
+
 def test_llama_cpp_keeps_on_the_host_what_is_not_offloaded() -> None:
     """Of 33 layers, the head among them, 0, 17 and all."""
     answers = [estimate(run_of("llama-3-8b", "llama.cpp-2026", serving={"gpu_layers": n})) for n in (0, 17, 33)]
@@ -365,6 +440,7 @@ REFUSED = {
     "objective: vllm-0.33 generates": {"objective": "masked_lm"},
     "precision: of training": {"precision": "amp"},
     "precision.compute: vllm-0.33 computes in bf16": {"precision": {"compute": "fp8"}},
+    "gpu: vLLM 0.33 needs compute capability 7.5, and Tesla P40 has 6.1": {"gpu": "p40"},
     "model: t5 models are not supported yet": {"model": "t5-base"},
     "model: mamba keeps no keys": {"model": "mamba-130m"},
 }
@@ -431,6 +507,5 @@ def test_laws(model: str, profile: str, tokens: int, more: int, gpu: str) -> Non
 def test_models_are_found_once() -> None:
     model = load_card("llama-3-8b")
     run = run_of("llama-3-8b", "vllm-0.33")
-    assert (
-        pool_tokens(run, model) == pool_tokens(run) == estimate(run, model=find_model("llama-3-8b")).serving["tokens"]
-    )  # type: ignore[index]
+    facts = estimate(run, model=find_model("llama-3-8b")).serving or {}
+    assert pool_tokens(run, model) == pool_tokens(run) == facts["tokens"]

@@ -68,8 +68,10 @@ _MODULES = {
 def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack:
     """The model as a stack of operations, with its weights and without dtypes, method or loss.
 
-    `code`: whose, transformers' or litgpt's.
+    `code`: whose, transformers', litgpt's or torchtitan's.
     """
+    if code == "torchtitan":
+        return import_module("memplan.catalogue.torchtitan").build(model, wiring)
     if code == "litgpt":
         return import_module("memplan.catalogue.litgpt").build(model, wiring)
     wiring = wiring._replace(drops=model.probability("attention_dropout") > 0)

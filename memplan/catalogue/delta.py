@@ -26,6 +26,7 @@ from memplan.catalogue.llama import (
     runs,
 )
 from memplan.catalogue.mixed import after
+from memplan.catalogue.one_token import delta_step, kept
 from memplan.catalogue.recurrent import (
     causal_conv,
     cumulate,
@@ -324,7 +325,7 @@ def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "l
     joined = m.model_type == "qwen3_next"
     return (
         *(joined_projections if joined else split_projections)(n, x),
-        *causal_conv(f"{n}.conv1d", "qkv", "mixed", "convolved", False),
+        *causal_conv(f"{n}.conv1d", "qkv", "mixed", "convolved", False, wiring=wiring),
         *((ops.leave("q.copy", "k.copy", "v.copy"),) if joined else ()),
         ops.split(f"{n}.split_qkv", "mixed", parts),
         exp(f"{n}.sigmoid", "b_", "beta", "b s lv"),
@@ -340,10 +341,13 @@ def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "l
         ),
         ops.activation(f"{n}.softplus", "dt", "dt.plus", "b s lv"),
         ops.spread(f"{n}.g", "dt.plus", "decay_rate", "g", "b s lv"),
-        *chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.wide),
+        *(() if wiring.decodes else chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.wide)),
+        *kept(wiring, f"{n}.state", "state", "b lv ldk ldv", "fp32", "g"),
+        *(delta_step(f"{n}.rule", "core", repeats) if wiring.decodes else ()),
         *gated_norm(f"{n}.norm", "core", "z", "core.gated", "b s lv ldv", "ldv"),
         ops.linear(f"{n}.out_proj", "core.gated", y, "h", "lv ldv", "mixer"),
         ops.leave("mixed", "z", "b_", "a_", "beta", "g", *(("qkvz", "ba") if joined else ()), x),
+        *((ops.leave("state.now"),) if wiring.decodes else ()),
     )
 
 

@@ -26,6 +26,7 @@ WORDS = {
     "latent_block": "tokens that blocks of latents are rounded up to, where layers beside them keep states",
     "sampler": "how next tokens are drawn: sorted (all probabilities are), filtered (a kernel masks them)",
     "state_dtype": "what states of state spaces are stored in, unless the config says: model, fp32",
+    "capability": "the least compute capability of an NVIDIA card that it runs on, in tenths",
     "wiggle": "the share of free memory that becomes the pool, in thousandths",
     "window_share": "tokens of layers with a window for every thousand of those without one",
     "state_share": "bytes of states for every thousand of the other caches",
@@ -87,6 +88,7 @@ ENGINES = (
             Row("packs_latents", False, f"{_VLLM} model_executor/models/config.py DeepseekV32ForCausalLM"),
             Row("latent_block", 128, f"{_VLLM} platforms/interface.py _align_hybrid_block_size"),
             Row("state_dtype", "model", f"{_VLLM} model_executor/layers/mamba/mamba_utils.py _mamba_state_dtype"),
+            Row("capability", 75, "vllm 0.21.0 docs/getting_started/installation/gpu.cuda.inc.md, and later"),
         ),
         (
             "images, speculative decoding, pipelines, expert and data parallelism, offloaded caches",
@@ -111,6 +113,7 @@ ENGINES = (
             Row("packs_latents", True, "vllm 0.11.0 model_executor/models/config.py DeepseekV32ForCausalLM"),
             Row("latent_block", 64, "vllm 0.11.1 model_executor/models/config.py HybridAttentionMambaModelConfig"),
             Row("sampler", "sorted", "vllm 0.11.0 v1/sample/ops/topk_topp_sampler.py apply_top_k_top_p"),
+            Row("capability", 70, "vllm 0.14.0 docs/getting_started/installation/gpu.md, and earlier"),
         ),
     ),
     Engine(
@@ -129,6 +132,7 @@ ENGINES = (
             Row("lora_rank", 16, "assumed: the rank of the adapters that are loaded decides", "assumed"),
             Row("sampler", "filtered", "sglang 0.5.23 layers/sampler.py: FlashInfer's kernels"),
             Row("state_dtype", "fp32", "sglang 0.5.23 configs/mamba_utils.py mamba2_state_dtype"),
+            Row("capability", 75, "SGLang's documentation, install: FlashInfer supports sm75 and above"),
             Row("window_share", 800, "sglang 0.5.23 arg_groups/fields/schedule.py swa_full_tokens_ratio"),
             Row("state_share", 900, "sglang 0.5.23 arg_groups/fields/schedule.py mamba_full_memory_ratio"),
         ),
@@ -217,7 +221,8 @@ def decided(engine: Engine) -> dict[str, Any]:
 
 _CAPTURED = (
     "vLLM's logs: 2.02 GiB for Llama 3.1 8B in INT8 at 0.7 (vllm-project/vllm#14286), 0.64 GiB for a 3B model in 2026 "
-    "(generative-computing/granite-switch#128); the low end and the usual are assumed"
+    "(generative-computing/granite-switch#128), 0.46 GiB of 0.29 for one request at most (vllm-project/vllm#57475), "
+    "0.09 GiB on each of two RTX 5090 (noonghunna/club-3090#1087); the usual is assumed"
 )
 
 
@@ -226,7 +231,7 @@ def graphs_of(kind: Kind, captured: bool) -> Overhead:
     what = "CUDA graphs"
     if not captured or kind == "llama.cpp":
         return Overhead(what, 0, 0, 0, "derived", "none are recorded")
-    return Overhead(what, 200 * MIB, 700 * MIB, 2068 * MIB, "measured", _CAPTURED)
+    return Overhead(what, 92 * MIB, 700 * MIB, 2068 * MIB, "measured", _CAPTURED)
 
 
 _BESIDE = (

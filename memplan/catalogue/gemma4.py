@@ -7,7 +7,8 @@ Source: transformers 5.24 models/gemma4/modeling_gemma4.py.
 from __future__ import annotations
 
 from memplan.catalogue import experts, ops, routers
-from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.attention import Wiring, attention, cached, reused
+from memplan.catalogue.decoding import for_last
 from memplan.catalogue.gemma import capped_logits, scaled_embedding
 from memplan.catalogue.llama import gated_mlp, mask_name, masks, positions, returned, runs
 from memplan.catalogue.llama import inputs as given
@@ -115,11 +116,17 @@ def attend(
     repeated: tuple[Op, ...] = ()
     masked = wiring.has_mask(layer.sliding)
     before = masked or wide  # transformers repeats heads itself for a mask, and for heads beyond 256
-    if grouped and layer.k == 1 and before and (wiring.masked if masked else wiring.backend) == "efficient":
+    kernel = wiring.masked if masked else wiring.backend
+    spread = kernel == "efficient" and before
+    if grouped and layer.k == 1 and (spread or (kernel == "eager" and not wiring.records)):
         repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in (keys, values))
         keys, values, grouped = f"{keys}.all", f"{values}.all", False  # one head is repeated without a copy
     stored = shared(layer.sliding) if layer.mixer == STORED else ()
+    own = cached(f"{name}.attention", wiring, (), layer.sliding)
+    again = (reused(f"{name}.attention", shared(layer.sliding), layer.sliding),) if wiring.caching else ()
+    wiring = wiring._replace(caching=False)
     return (
+        *(again if layer.mixer == REUSED else own),
         *(ops.view(f"{name}.store_{t}", t, kept, _K) for t, kept in zip("kv", stored, strict=False)),
         *repeated,
         *attention(
@@ -267,8 +274,14 @@ def gemma4(m: ModelSpec, wiring: Wiring, whole: bool = False) -> Stack:
     own = m.whole("hidden_size_per_layer_input", least=0) > 0
     wide = wired(wiring, m.whole("global_head_dim"))
 
+    # of a prompt, layers that cache nothing themselves are given the last token alone
+    cuts = wiring.caching and not wiring.decodes and wiring.backend != "flash_2"
+    cuts = cuts and any(layer.mixer == REUSED for layer in m.layers)
+
     def block(layer: Layer) -> Block:
-        heads = _heads(m, wiring if layer.sliding else wide, layer, "n1", "ao")
+        last_only = cuts and layer.mixer == REUSED
+        wired_ = (wiring if layer.sliding else wide)._replace(decodes=last_only or wiring.decodes)
+        heads = _heads(m, wired_, layer, "n1", "ao")
         last, branch = "y1" if own else "y0", "mixed" if layer.ffn == "experts" else "mo"
         made = (
             *((own_embeddings(),) if own else ()),
@@ -297,11 +310,13 @@ def gemma4(m: ModelSpec, wiring: Wiring, whole: bool = False) -> Stack:
             ),
             ops.leave("positions", *returned(wiring), *(_HELD if layer.ffn == "experts" else ())),
         )
+        made = for_last(made, shared(layer.sliding)) if last_only else made
         local_block = Block("model.layers", made, shared(layer.sliding) if layer.mixer == STORED else ())
         return local(local_block) if layer.sliding else local_block
 
     two = any(layer.sliding for layer in m.layers)
     last = after(m, wiring, True, rms_norm, two)
+    last = for_last(last) if cuts else last
     return Stack(
         (
             given(wiring.padded),

@@ -121,7 +121,8 @@ def llama_attention(
     back_q = "new" if rotary or qk_norm or backend in ("eager", "math") else "same"
     back_k = "new" if back_q == "new" or (grouped and backend == "efficient") else "same"
     k, v, repeated, heads = "k", "v", (), wiring
-    if grouped and m.num_key_value_heads == 1 and wiring.has_mask(sliding) and backend == "efficient":
+    spread = backend == "efficient" and wiring.has_mask(sliding)
+    if grouped and m.num_key_value_heads == 1 and (spread or (backend == "eager" and not wiring.records)):
         k, v, grouped = "k.all", "v.all", False  # one head is repeated without a copy
         repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in "kv")
         repeated, heads = cached(f"{name}.attention", wiring, repeated, sliding), wiring._replace(caching=False)

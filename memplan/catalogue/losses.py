@@ -113,6 +113,8 @@ def cross_entropy(
     shifted   logits are cast to fp32 in the loss, and all rows but the last copied; the model still holds them in half
     model     the model itself casts to fp32, so that half-precision logits go at once; then as shifted
     half      never cast: all rows but the last are copied, and the loss is in the logits' dtype
+    plain     torchtitan's: cast to fp32, and no more, as labels come shifted
+    parallel  the same of each rank's part of the vocabulary
     in_place  Megatron's: cast to fp32, and softmax and gradient are written over that; labels come shifted
 
     `single`: of a single sequence all rows but the last are contiguous already, and no copy is made. `fused`: a kernel
@@ -128,6 +130,14 @@ def cross_entropy(
             _targets(source),
             *kernel("loss", wide, "log_probs", "targets", "b s v", "loss"),
             ops.leave(wide, "padded_labels", "targets", logits, "n"),
+        )
+    if form in ("plain", "parallel"):
+        source = "torchtitan 0.3.0 components/loss.py"
+        own = _of_parts("loss", "logits32", "labels") if form == "parallel" else None
+        return (
+            _float(logits, source),
+            *(own or nll("loss", "logits32", "log_probs", "labels", "b s v", "loss")),
+            ops.leave("logits32", logits, "n"),
         )
     if form == "in_place":
         source = "megatron-core 0.12 tensor_parallel/cross_entropy.py"
@@ -148,6 +158,30 @@ def cross_entropy(
         *_shifted(wide, source, single),
         *kernel("loss", "shifted", "log_probs", "targets", "shifted_rows v", "loss"),
         ops.leave("shifted", "targets", wide, *((logits,) if form == "shifted" else ()), "n"),
+    )
+
+
+def _of_parts(n: str, logits: str, targets: str) -> tuple[Op, ...]:
+    """Each rank's part of the vocabulary: log-probabilities are kept, and on the way back exponents of them are added
+    to a matrix of zeros with one number a row."""
+    shape, source = "b s v", "torchtitan 0.3.0 components/loss.py _LossParallelCrossEntropy"
+    wide = Tensor("shifted", shape, "fp32")
+    return (
+        Op(
+            f"{n}.cross_entropy",
+            (logits, targets),
+            (Tensor("loss", "", "fp32"), Tensor("log_probs", shape, "fp32")),
+            (),
+            (Keep("log_probs", logits), Keep(targets, logits)),
+            scratch=(wide, *(Tensor(what, "b s", "fp32") for what in ("maxima", "sums", "own"))),
+            scratch_back=(
+                *(Scratch(wide._replace(name=what)) for what in ("zeros", "exponents")),
+                *(Scratch(Tensor(what, "b s", "int64")) for what in ("labels", "own labels", "rows")),
+                *(Scratch(Tensor(what, "b s", "fp32")) for what in ("updates", "gradients")),
+                Scratch(Tensor("others", "b s", "bool")),
+            ),
+            source=source,
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.llama import after, before, decoder_block, gated_mlp, llama_attention, returned, runs
+from memplan.catalogue.one_token import kept, selective_state_update
 from memplan.catalogue.recurrent import causal_conv, exp, negative_exp, unpadded
 from memplan.catalogue.ssm import pure
 from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
@@ -139,7 +140,7 @@ def mamba_mixer(
         ops.view(f"{n}.xz", "xz.flat", "xz", "b s 2 inner", gradient="new"),
         *negative_exp(f"{n}.A_log", "rate", "inner mn"),
         ops.split(f"{n}.chunk", "xz", (Tensor("x.part", "b s inner"), Tensor("gate.z", _ROWS))),
-        *causal_conv(f"{n}.conv1d", "x.part", "mixed", "inner", conv_bias),
+        *causal_conv(f"{n}.conv1d", "x.part", "mixed", "inner", conv_bias, wiring=wiring),
         *unpadded(wiring, "mixed", "mixed.real", _ROWS),
         ops.copy(f"{n}.by_token", "mixed.real", "mixed.rows", "b s inner", gradient="same"),
         ops.linear(f"{n}.x_proj", "mixed.rows", "dbc", "dbc", "inner", "mixer"),
@@ -153,11 +154,14 @@ def mamba_mixer(
         ),
         *_time_steps(n, names["dt"], "dt.plus"),
         *(ops.view(f"{n}.{t}", t, f"{t}.scan", _PARTS[t]) for t in "BC" if not norms),
-        *selective_scan(n, "mixed.real", "gated"),
+        *(() if wiring.decodes else selective_scan(n, "mixed.real", "gated")),
+        *kept(wiring, f"{n}.state", "state.kept" if not wiring.decodes else "state", "b inner mn", "fp32", "rate"),
+        *(selective_state_update(n, "gated") if wiring.decodes else ()),
         ops.cast(f"{n}.cast", "gated", "gated.low", _ROWS, f"={x}"),
         ops.copy(f"{n}.rows", "gated.low", "gated.rows", "b s inner", gradient="same"),
         ops.linear(f"{n}.out_proj", "gated.rows", y, "h", "inner", "mixer", bias),
         ops.leave("gated", "gated.low", "dt.channels", "mixed.real", "xz", "rate", "dbc", "real", x),
+        *((ops.leave("state"),) if wiring.caching else ()),
     )
 
 

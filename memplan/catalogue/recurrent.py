@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
+from memplan.catalogue.one_token import convolved, kept
 from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 
 
@@ -46,7 +47,9 @@ def negative_exp(name: str, y: str, axis: str, group: str = "mixer") -> tuple[Op
     )
 
 
-def causal_conv(name: str, x: str, y: str, axis: str, bias: bool, kernel: str = "kernel") -> tuple[Op, ...]:
+def causal_conv(
+    name: str, x: str, y: str, axis: str, bias: bool, kernel: str = "kernel", wiring: Wiring | None = None
+) -> tuple[Op, ...]:
     """`silu(conv1d(x))` along the sequence, a filter for each of `axis` channels; x is `b s axis`, transposed.
 
     The convolution pads both ends and the last rows are cut off by a view: `s_conv` rows are kept for silu. Inside, x
@@ -56,7 +59,11 @@ def causal_conv(name: str, x: str, y: str, axis: str, bias: bool, kernel: str = 
     weights = (w, *((Weight(f"{name}.bias", axis, "mixer"),) if bias else ()))
     given, shape = f"{y}.given", f"b {axis} s"
     contiguous = Tensor("contiguous input", shape, f"={given}")
+    state = kept(wiring, f"{name}.state", "conv.state", f"b {axis} {kernel}", f"={x}", x) if wiring else ()
+    if wiring and wiring.decodes:
+        return (*state, *convolved(name, x, y, axis, weights))
     return (
+        *state,
         ops.cast(f"{name}.to_weight", x, given, f"b s {axis}", f"={w.name}"),
         Op(
             name,

@@ -25,6 +25,7 @@ from memplan.catalogue.llama import (
     runs,
 )
 from memplan.catalogue.mixed import renamed
+from memplan.catalogue.one_token import kept, selective_state_update_2
 from memplan.catalogue.recurrent import causal_conv, cumulate, exp, mask_fill, negative_exp, pad, unpadded
 from memplan.ir import Block, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
@@ -178,15 +179,18 @@ def mamba2_mixer(
         ops.linear(f"{n}.in_proj", "real", "zxbcdt", "projected", "h", "mixer", bias),
         *negative_exp(f"{n}.A_log", "rate", "mh"),
         ops.split(f"{n}.split", "zxbcdt", parts),
-        *causal_conv(f"{n}.conv1d", "xbc", "mixed", "convolved", conv_bias),
+        *causal_conv(f"{n}.conv1d", "xbc", "mixed", "convolved", conv_bias, wiring=wiring),
         *unpadded(wiring, "mixed", "mixed.real", "b s convolved"),
         ops.split(f"{n}.split_xbc", "mixed.real", split),
-        *chunk_scan(n, "scanned"),
+        *(() if wiring.decodes else chunk_scan(n, "scanned")),
+        *kept(wiring, f"{n}.state", "state", "b mh mp mn", "fp32", "dt"),
+        *(selective_state_update_2(n, "scanned") if wiring.decodes else ()),
         ops.view(f"{n}.cut", "scanned", "scanned.rows", "b s mg grouped", gradient="new"),
         *gated_norm(f"{n}.norm", "scanned.rows", "gate.z", "normed"),
         ops.cast(f"{n}.cast", "normed", "normed.low", "b s inner", f"={x}"),
         ops.linear(f"{n}.out_proj", "normed.low", y, "h", "inner", "mixer", bias),
         ops.leave("mixed", "mixed.real", "scanned", "normed", "real", "zxbcdt", "rate", x),
+        *((ops.leave("states.new"),) if wiring.caching and not wiring.decodes else ()),
     )
 
 

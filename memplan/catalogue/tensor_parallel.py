@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from memplan.catalogue import megatron_parallel, ops
+from memplan.catalogue import megatron_parallel, ops, torchtitan
 from memplan.catalogue.expert_parallel import lent
 from memplan.catalogue.methods import matrix, rewrite
 from memplan.degrees import Degrees
@@ -103,7 +103,10 @@ MEGATRON: dict[str, Plan] = {
     "megatron_gpt": Plan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")),
     "phi3": Plan(("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
 }
-STYLES = {"transformers": PLANS, "megatron": MEGATRON}
+_TITAN: dict[str, Plan] = dict.fromkeys(
+    torchtitan.KINDS, Plan(("qkv_proj",), ("down_proj",))
+)  # heads and width are divided
+STYLES = {"transformers": PLANS, "megatron": MEGATRON, "torchtitan": _TITAN}
 
 
 def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
@@ -114,6 +117,8 @@ def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
         a, k = a // t, k // t
     if degrees.style == "megatron":
         v = padded(v, t)
+    if degrees.style == "torchtitan":
+        v = -(-v // t)
     return model.narrowed(a, k, -(-f // t) if plan.width else f, v)
 
 
@@ -187,6 +192,8 @@ def divide(stack: Stack, model_type: str, degrees: Degrees) -> Stack:
     t, plan = degrees.tp, STYLES[degrees.style][model_type]
     if degrees.style == "megatron":
         return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
+    if degrees.style == "torchtitan":
+        return torchtitan.divide(stack, degrees.sequence_parallel)
     uses = Counter(w.name for op in operations(stack) for w in op.weights)
 
     def change(op: Op) -> Iterator[Op]:

@@ -370,10 +370,10 @@ def estimate(
     offload: Annotated[
         str | None,
         option(
-            "What the host keeps: optimizer, and its step; none takes back what a file says; parameters and "
-            "activations are refused as yet. Default none.",
+            "What the host keeps: optimizer, and its step; parameters, under FSDP with all of that, and ZeRO 3; none "
+            "takes back what a file says; activations are refused as yet. Default none.",
             of=TRAINING,
-            complete=_choices("optimizer", "none"),
+            complete=_choices("optimizer", "parameters", "none"),
         ),
     ] = None,
     hold_outputs: Annotated[
@@ -449,9 +449,20 @@ def estimate(
     cache_implementation: Annotated[
         str | None,
         option(
-            "What keeps keys and values: dynamic, legacy. Default as the profile has it.",
+            "What keeps keys and values: dynamic, static, legacy. Default as the profile has it.",
             of=GENERATION,
-            complete=_choices("dynamic", "legacy"),
+            complete=_choices("dynamic", "static", "legacy"),
+        ),
+    ] = None,
+    num_beams: Annotated[
+        int | None, option("Sequences that are ranked for each prompt. Default 1.", of=GENERATION)
+    ] = None,
+    do_sample: Annotated[
+        bool | None,
+        option(
+            "Tokens are drawn after temperature, top-k and top-p, not the likeliest taken. Default off.",
+            "--do-sample/--no-do-sample",
+            of=GENERATION,
         ),
     ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
@@ -642,9 +653,9 @@ def estimate(
     fsdp: Annotated[
         str | None,
         option(
-            "full_shard, shard_grad_op, hybrid_shard, fsdp2. Default none.",
+            "full_shard, shard_grad_op, hybrid_shard, no_shard, fsdp2. Default none.",
             of=SEVERAL,
-            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "fsdp2"),
+            complete=_choices("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
         ),
     ] = None,
     tp: Annotated[int | None, option("Tensor-parallel GPUs. Default 1.", of=SEVERAL)] = None,
@@ -682,6 +693,10 @@ def estimate(
             "--ends-as-layers/--no-ends-as-layers",
             of=SEVERAL,
         ),
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        option("How many of the GPUs are in one machine, whose host memory they share. Default 8.", of=SEVERAL),
     ] = None,
     stage: Annotated[
         int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Of `estimate` alone, or with a meaning of their own here.
 _NONE = ("explain", "online", "revision", "via", "cache")
+_OF_TRAINING = ("ladder", "advice", "nodes")
 _MODES = ("max", "ladder", "buy", "advice", "nodes")
 _SWITCHES = ("tight", "ladder", "buy", "advice", "each")
 _OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count")
@@ -159,7 +160,6 @@ def plan(
 
 def _plan(given: Mapping[str, Any]) -> int:
     from memplan.errors import SpecError, UnsupportedModelError
-    from memplan.refusals import refuse_untrained
     from memplan.report.plans import render
     from memplan.report.text import Screen, screen
     from memplan.via import without_a_trace
@@ -170,8 +170,8 @@ def _plan(given: Mapping[str, Any]) -> int:
     if len(runs) > 1:
         raise SpecError("gpu: a plan is for one card; --buy --have compares several", "gpu")
     run = runs[0]
-    refuse_untrained(run, "a plan")
     mode = mode or ("levers" if run.gpu else "buy")
+    _check_task(run, mode, given)
     for names, modes in ((_OF_BUYING, ("buy",)), (_OF_NODES, ("nodes",)), (_OF_BOTH, ("buy", "nodes"))):
         for name in names:
             if name in given and mode not in modes:
@@ -187,6 +187,21 @@ def _plan(given: Mapping[str, Any]) -> int:
     to = Screen() if "output" in given else screen()
     show(render(format, planned, "explain" in given, to), format, given.get("output"))
     return _exit_code(planned.found, "strict" in given)
+
+
+def _check_task(run: RunSpec, mode: str, given: Mapping[str, Any]) -> None:
+    """Raise SpecError where the mode, or one of its options, is of another task than the run's."""
+    from memplan.errors import SpecError
+
+    if run.task == "train":
+        return
+    if mode in _OF_TRAINING:
+        raise SpecError(f"{mode}: is of training, not of task {run.task}", mode)
+    if run.task == "forward" and mode != "max":
+        raise SpecError("task: a plan of task forward has --max alone", "task")
+    for name in ("tokens", "each"):
+        if name in given:
+            raise SpecError(f"{name}: is of training, not of task {run.task}", name)
 
 
 def _mode(given: Mapping[str, Any]) -> str:
@@ -239,6 +254,8 @@ def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) 
     from memplan.estimator import estimate
 
     own = own_profile(run.gpu, given)
+    if run.task == "generate" and mode in ("levers", "buy"):
+        return _generating(mode, run, demand, given, own)
     if mode == "levers":
         return _levers(run, demand, own)
     if mode == "nodes":
@@ -250,7 +267,7 @@ def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) 
             from memplan.report.plans.reach import Far
 
             found = reach(run, given["max"], demand, own)
-            both = given["max"] in ("batch", "sequence") and found.answer is not None
+            both = given["max"] in ("batch", "sequence") and found.answer is not None and run.task == "train"
             return Far(answer, demand, found, frontier(run, demand, own) if both else None)
         case "ladder":
             from memplan.planning.ladder import ladder
@@ -264,6 +281,26 @@ def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) 
             return Advised(answer, demand, advise(run, demand, own))
         case _:
             return _bought(run, answer, demand, given)
+
+
+def _generating(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibration | None) -> Planned:
+    from memplan.estimator import estimate
+    from memplan.planning.inference import places, questions
+    from memplan.report.plans.inference import Asked, Places
+
+    if mode == "levers":
+        return Asked(questions(run, demand, own))
+    found = places(run, _wanted(given), _most_of(given), demand)
+    return Places(estimate(run.model_copy(update={"gpu": None})), demand, found)
+
+
+def _most_of(given: Mapping[str, Any]) -> int:
+    from memplan.errors import SpecError
+
+    most: int = given.get("most", 20)
+    if most < 1:
+        raise SpecError(f"most: must be at least 1, not {most}", "most")
+    return most
 
 
 def _levers(run: RunSpec, demand: Demand, own: Calibration | None) -> Planned:

@@ -22,6 +22,8 @@ FIELDS = {
     "images": "batch.images",
     "new_tokens": "batch.new_tokens",
     "cache_implementation": "generation.cache_implementation",
+    "num_beams": "generation.num_beams",
+    "do_sample": "generation.do_sample",
     "eval_batch_size": "also.evaluation.micro",
     "eval_seq_len": "also.evaluation.sequence",
     "eval_keep_logits": "also.evaluation.kept_batches",
@@ -47,6 +49,7 @@ FIELDS = {
     "tp": "parallelism.tp",
     "sequence_parallel": "parallelism.sequence_parallel",
     "pp": "parallelism.pp",
+    "gpus_per_node": "parallelism.gpus_per_node",
     "stage": "parallelism.stage",
     "virtual_stages": "parallelism.virtual_stages",
     "schedule": "parallelism.schedule",
@@ -285,8 +288,7 @@ _FSDP = {
     "fsdp": "fsdp",
     "fsdp1": "fsdp",
     "fsdp2": "fsdp2",
-    "no_shard": "ddp",
-    **dict.fromkeys(("shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
+    **dict.fromkeys(("no_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
 }
 _KEEPS_WHOLE = ("shard_grad_op", "hybrid_shard_zero2")
 _NODE = 8  # GPUs of a group whose size is not said: those of a node
@@ -316,6 +318,8 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     word = given.get("fsdp")
     if word in _KEEPS_WHOLE:
         spec["parallelism"]["reshard_after_forward"] = False
+    if word == "no_shard" and world // rest > 1:
+        spec["parallelism"]["shard_group"] = 1
     if str(word).startswith("hybrid") and "shard_group" not in spec["parallelism"] and world // rest > 1:
         spec["parallelism"]["shard_group"] = min(_NODE, world // rest)
 

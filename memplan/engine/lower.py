@@ -93,6 +93,7 @@ class Frame:
         self.checkpointed = False
         self.reentrant = False
         self.recomputed = False
+        self.whole = False  # a checkpoint runs all of it again
         self.exported: Container[str] = ()
         self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
         self.named: list[Storage] = []  # what it keeps until the graph goes
@@ -141,6 +142,7 @@ class Tape:
         self.nested: Mapping[str, Unit] = {}  # weights that are gathered for the operation that uses them
         self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
+        self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
 
     # storages
@@ -305,6 +307,7 @@ class Tape:
         cut = end < len(ops)
         mine = dict(owned)  # Python's references
         for i, op in enumerate(ops[:end]):
+            self._tell("begins", op.lends, frame)
             self.enter(frame, op)
             node = frame.nodes[i]
             written = {t.name for t in op.writes}
@@ -346,9 +349,14 @@ class Tape:
             for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads, *past)):
                 if last.get(name, i) == i and name not in exported and name in mine:
                     self.drop(mine.pop(name))
+            self._tell("returns", op.returns, frame)
         for name in [n for n in mine if n not in exported]:
             self.drop(mine.pop(name))
         return mine
+
+    def _tell(self, event: str, module: str, frame: Frame) -> None:
+        if module and self.module is not None:
+            self.module(event, module, frame)
 
     def _gathered(self, op: Op) -> list[Storage]:
         """The weights of an operation that are gathered for it."""
@@ -391,12 +399,14 @@ class Tape:
         self._lent = {op.lends: [] for op in frame.ops if op.lends}
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
+            self._tell("differentiated", node.op.returns, frame)
             for name, storage in self._lent.pop(node.op.lends, ()):
                 self._weight_gradient(frame, name, storage)
+            self._tell("reduced", node.op.lends, frame)
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
-                self._recompute(frame, savers[-1] + 1)
+                self._recompute(frame, len(frame.ops) if frame.whole else savers[-1] + 1)
             if i == first and self.reaches_first is not None:
                 self.reaches_first()
             self.enter(frame, node.op)
@@ -507,11 +517,12 @@ class Tape:
     def _reduced(self, unit: Unit, gradient: Storage, whole: list[Storage]) -> None:
         """The gradient of a weight gathered for its operation is reduced at once, and the `whole` weight goes."""
         joined = [self.alloc(t, "temp") for t in unit.joined]
+        laid = [self.alloc(t, "gradient") for t in unit.parts] if unit.laid else []
         for storage in (gradient, *whole):
             self.drop(storage)
         whole.clear()
         received = [self.alloc(t, "temp") for t in unit.received]
-        parts = [self.alloc(t, "gradient") for t in unit.parts]
+        parts = laid or [self.alloc(t, "gradient") for t in unit.parts]
         for storage in (*received, *joined, *(parts if self._grads_exist else ())):
             self.drop(storage)
 

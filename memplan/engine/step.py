@@ -440,7 +440,7 @@ def run_pass(
             frame = Frame(block.ops, inner, {**own, "x": stream}, enters, block.name, last_layer + i)
             again = checkpoint and not block.lasting
             if again:
-                frame.reentrant = reentrant
+                frame.reentrant, frame.whole = reentrant, block.whole
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
                 frame.to_host = to_host
                 given = [own[r] for r in reads if r in own]
@@ -493,6 +493,7 @@ def run_pass(
         held, nodes = tape.end_step()
         return Passed(kept, held, nodes, tuple(runs))
     tape.phase = "loss"
+    gatherer.head_done()
     criterion = Frame(loss, tail_scope, own, tail.flows)
     left = tape.forward(criterion, ("loss",), own)
     tape.end_forward()

@@ -48,6 +48,10 @@ def _precision(run: RunSpec) -> str:
     return words.computes(run) if p.autocast or p.master is not None else "no"
 
 
+def _sent(run: RunSpec) -> bool:
+    return run.parallelism.cpu_ram_efficient_loading
+
+
 def _offloads(run: RunSpec) -> bool:
     return run.parallelism.offload.parameters
 
@@ -129,7 +133,7 @@ ACCELERATE = Written(
             where(_fsdp, of_run(lambda run: "FULL_SHARD" if _fsdp1(run) else True)),
         ),
         Said("fsdp_config.fsdp_offload_params", where(_fsdp, of_run(_offloads))),
-        Said("fsdp_config.fsdp_cpu_ram_efficient_loading", where(_fsdp, constant(True))),
+        Said("fsdp_config.fsdp_cpu_ram_efficient_loading", where(_fsdp, of_run(_sent))),
         Said("fsdp_config.fsdp_activation_checkpointing", where(_fsdp, constant(False))),
         Said("fsdp_config.fsdp_state_dict_type", where(_fsdp, constant("SHARDED_STATE_DICT"))),
         Said("fsdp_config.fsdp_backward_prefetch", where(_fsdp1, constant("BACKWARD_PRE"))),

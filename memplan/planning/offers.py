@@ -130,7 +130,7 @@ def offers(
         if choice is not None:
             heapq.heappush(queue, (_order(choice), next(numbers), choice, choices))
 
-    for gpu, counts in _cards(wanted):
+    for gpu, counts in wanted_cards(wanted):
         for some in [(n,) for n in counts] if each else [counts]:
             queued(_choices(kinds, gpu, some, wanted, tokens))
     found: list[Offer] = []
@@ -266,7 +266,7 @@ def _order(choice: _Choice) -> tuple[float, float, float, str]:
     return usd, seconds, choice.gpu.usable * choice.count, choice.gpu.name
 
 
-def _cards(wanted: Wanted) -> Iterator[tuple[GPU, tuple[int, ...]]]:
+def wanted_cards(wanted: Wanted) -> Iterator[tuple[GPU, tuple[int, ...]]]:
     """The cards that may be offered, and the counts of each. Raises SpecError where there are none."""
     if wanted.owned:
         cards = [(owned.gpu, tuple(n for n in range(1, owned.count + 1))) for owned in wanted.owned]

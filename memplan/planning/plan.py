@@ -189,8 +189,11 @@ def plan(
     Of every kind of change the mildest that does alone, and for every degree of difference in the result up to `most`
     sets of several. `tight` counts as fitting where it is asked for. Each proposal was estimated as it stands.
 
-    Raises SpecError where the run names no GPU, or the headroom is more than the GPU has, and what `estimate` raises.
+    Raises SpecError where the run names no GPU, or does not train, or the headroom is more than the GPU has, and what
+    `estimate` raises.
     """
+    if run.task != "train":
+        raise SpecError(f"task: levers are of training; memplan.questions answers for {run.task}", "task")
     answer = estimate(run, calibration)
     if answer.gpu is None:
         raise SpecError("gpu: what fits depends on it; name one", "gpu")

@@ -122,7 +122,7 @@ def _answer(run: RunSpec, traced: Traced, notes: list[str], calibration: Calibra
         *traced.notes,
         *((calibration.named(),) if calibration else ()),
     ]
-    usage = Usage(details, details.resident, details.load, top.peak, gpu, around_of(gpu, 1, calibration))
+    usage = Usage(details, details.resident, details.load, top.peak, gpu, around_of(gpu, (), calibration))
     return Estimate(
         run,
         {
@@ -358,5 +358,5 @@ def holding(answer: Estimate, vendor: str = "") -> Iterator[Holding]:
 
 def _verdict(details: Details, gpu: GPU) -> str:
     """fits, tight or does not fit; from a replay on a card with room where that tells."""
-    usage = Usage(details, details.resident, details.load, details.top.peak, gpu, around_of(gpu, 1, None))
+    usage = Usage(details, details.resident, details.load, details.top.peak, gpu, around_of(gpu, (), None))
     return "fits" if usage.told(gpu.usable, replayed=True) else str(usage.answer)

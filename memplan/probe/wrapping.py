@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from memplan.catalogue.methods import ADAPTERS
 from memplan.probe import expert_parallel, group, tensor_parallel
 from memplan.probe.libraries import library
-from memplan.probe.model import DTYPES, lower_of
+from memplan.probe.model import DTYPES, base_of, lower_of
 from memplan.spec import RunSpec
 
 _SHARDED = ("fsdp", "fsdp2")
@@ -107,10 +107,12 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         policy = functools.partial(blocks, transformer_layer_cls=_blocks(model))
     p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed(run)
     strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward is not False]
+    if p.shard_group == 1:
+        strategy = "NO_SHARD"
     mixed = fsdp.MixedPrecision(param_dtype=lower, reduce_dtype=lower, buffer_dtype=lower) if lower else None
     wrapped = fsdp.FullyShardedDataParallel(
         model,
-        device_mesh=_groups(run, device) if p.shard_group else None,
+        device_mesh=_groups(run, device) if (p.shard_group or 1) > 1 else None,
         sharding_strategy=getattr(fsdp.ShardingStrategy, strategy),
         auto_wrap_policy=policy,
         mixed_precision=mixed,
@@ -118,6 +120,7 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         forward_prefetch=p.forward_prefetch,
         backward_prefetch={"pre": prefetch.BACKWARD_PRE, "post": prefetch.BACKWARD_POST}.get(p.backward_prefetch),
         use_orig_params=True,
+        sync_module_states=_sent(run),
         limit_all_gathers=True,
         device_id=device,
     )
@@ -172,6 +175,11 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
         root["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=True)
     unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward is not False}
     shard = fsdp.fully_shard
+    loaded: Any = model.state_dict() if _sent(run) else {}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in loaded} if loaded else {}
+    if loaded:
+        model = model.to(torch.device("meta"))
+        base_of(model).tie_weights()
     blocks = () if run.loop.trainer and run.method.kind in ADAPTERS else tuple(_blocks(model))
     for module in _bottom_up(model):
         if isinstance(module, blocks) and not isinstance(module, fsdp.FSDPModule):
@@ -186,7 +194,25 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
     if own:
         shard(own, **{**unit, "reshard_after_forward": False})
     shard(model, **root)
+    if loaded:
+        _send(model, run, device, loaded, buffers)
     return model
+
+
+def _sent(run: RunSpec) -> bool:
+    """Whether one process loads the model and sends the others their parts."""
+    return run.parallelism.cpu_ram_efficient_loading and run.method.quantization is None
+
+
+def _send(model: Any, run: RunSpec, device: torch.device, loaded: Any, buffers: dict[str, Any]) -> None:
+    """What accelerate does of a model on the meta device that is divided: a weight after the other comes whole."""
+    first = SimpleNamespace(is_main_process=True)
+    load = library("accelerate.utils.fsdp_utils").fsdp2_load_full_state_dict
+    load(first, model, loaded, cpu_offload=run.parallelism.offload.parameters)
+    for name, buffer in buffers.items():
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent).register_buffer(own, buffer.to(device), persistent=False)
+    base_of(model).tie_weights()
 
 
 def _embeddings(model: Any) -> tuple[Any, Any]:

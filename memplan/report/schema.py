@@ -8,14 +8,34 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
-from memplan.answer import ANSWERS, BASES, KINDS, VIAS, Band, Bytes, Card, Line, Parameters, Peak, Phase, Rank, Verdict
+from memplan.answer import (
+    ANSWERS,
+    BASES,
+    KINDS,
+    VIAS,
+    Band,
+    Bytes,
+    Card,
+    Host,
+    HostPhase,
+    Line,
+    Parameters,
+    Peak,
+    Phase,
+    Rank,
+    Verdict,
+)
+from memplan.catalogue.overhead import Overhead
+from memplan.catalogue.token_rates import Span
 from memplan.comparison import Comparison, Difference
 from memplan.frameworks import FRAMEWORKS
 from memplan.planning.cluster import Refused, Together
 from memplan.planning.demand import Demand
+from memplan.planning.inference import Most
 from memplan.planning.offers import Miss
 from memplan.planning.plan import SEVERITIES, Time
 from memplan.planning.reach import AXES
+from memplan.roofline import Seconds
 from memplan.serving import FACTS as SERVING_FACTS
 from memplan.spec import PRECISIONS, MethodKind, RunSpec
 from memplan.speed import Hourly, Range
@@ -55,6 +75,7 @@ def answer_model() -> type[BaseModel]:
     """A model that reads an answer back from its JSON. Its fields are those of the tuples in `memplan.answer`."""
     categories = _model("Categories", "Bytes at the peak by kind of tensor.", dict.fromkeys(KINDS, int))
     verdict = _made(Verdict, answer=Literal[(*ANSWERS, None)])
+    host = {"ranks": int, "peak": Literal["load", "step", "eval", "save", "merge"], "phases": list[_of(HostPhase)]}
     fields = {
         "schema_version": Literal[1],
         "memplan_version": str,
@@ -69,8 +90,10 @@ def answer_model() -> type[BaseModel]:
         "phases": list[_of(Phase)],
         "categories": categories,
         "ledger": list[_of(Line, kind=Literal[KINDS], basis=Literal[BASES])],
+        "beside": list[_of(Overhead, basis=Literal[BASES])],
         "host_bytes": int,
         "serving": _model("ServingPool", "What a serving engine makes of its card.", SERVING) | None,
+        "host": _model("Host", Host.__doc__ or "", host),
         "ranks": list[_of(Rank, bytes=_made(Bytes), peak=_of(Peak), verdict=verdict)],
         "unsupported": list[str],
         "notes": list[str],
@@ -105,7 +128,7 @@ _COUNTS = ("allocated", "reserved", "used", "host")
 
 
 def plan_schema() -> dict[str, Any]:
-    """What `memplan plan` holds as JSON: one of six kinds, which `mode` tells apart."""
+    """What `memplan plan` holds as JSON: one of eight kinds, which `mode` tells apart."""
     return {"$schema": DRAFT, **plan_model().json_schema(mode="serialization", schema_generator=_Schema)}
 
 
@@ -152,6 +175,8 @@ def plan_model() -> TypeAdapter[BaseModel]:
             "best": way | None,
         },
         "nodes": _divided(figures),
+        "generate": _generating(at),
+        "places": _placed(figures),
     }
     common = {"schema_version": Literal[1], "memplan_version": str, **figures}
     common |= {"gpu": _of(Card) | None, "demand": _of(Demand)}
@@ -179,6 +204,39 @@ def _offered(figures: dict[str, Any]) -> dict[str, Any]:
         "nearest": miss | None,
         "tokens": int | None,
     }
+
+
+def _generating(at: Any) -> dict[str, Any]:
+    """The questions of those who run a model."""
+    most = _of(Most, binds=Literal["memory", "positions", "max_num_seqs", "nothing"])
+    rate = _of(Seconds)
+    amounts = {"weights": int, "requests": int, "at": at | None, "tokens_per_second": rate | None}
+    named = {"name": str, "refused": str, "fits": bool, **amounts, "quality": str | None, "quality_source": str | None}
+    choice = _model("Variant", "The run in another format, or divided.", named)
+    counted = {"weight_bytes": int, "cache_bytes": list[int], "operations": int, "experts": list[float]}
+    rates = {"seconds": rate, "tokens": int, "requests": int, "tokens_per_second": rate, "per_request": rate}
+    facts = {"bound": list[str], **counted, "assumed": list[_of(Span)], "notes": list[str]}
+    pace = _model("Roofline", "A step between two ends, and every rate that they rest on.", {**rates, **facts})
+    return {
+        "fits": bool,
+        "requests": most,
+        "context": most,
+        "degrees": list[choice],
+        "formats": list[choice],
+        "mildest": str | None,
+        "fewest": int | None,
+        "decoding": pace | None,
+        "full": pace | None,
+        "prompt": pace | None,
+        "unpaced": str,
+    }
+
+
+def _placed(figures: dict[str, Any]) -> dict[str, Any]:
+    """Cards that hold a run of task generate."""
+    cards = {"gpu": str, "gpus": int, "price": _of(Hourly) | None, "requests": int}
+    placed = {**cards, "tokens_per_second": _of(Seconds) | None, **figures}
+    return {"places": list[_model("Place", "So many of a card.", placed)]}
 
 
 def _divided(figures: dict[str, Any]) -> dict[str, Any]:

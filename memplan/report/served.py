@@ -7,6 +7,7 @@ from typing import Any
 
 from memplan.answer import Estimate
 from memplan.report import words
+from memplan.stored import UNQUANTISED
 from memplan.units import gib
 
 
@@ -42,6 +43,8 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     s, settings = answer.serving or {}, run.serving
     q = run.method.quantization
     stored = settings.weights or (q.format if q is not None else "")
+    if stored.lower() == UNQUANTISED:
+        stored = ""
     text = [
         ("model", f"{words.model(answer)}: {size}"),
         ("engine", f"{run.profile}, {', '.join(_engine(answer))}"),

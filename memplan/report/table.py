@@ -212,7 +212,10 @@ def _ledger(answer: Estimate, to: Screen) -> Iterator[str]:
     held = {kind: n for kind, n in answer.categories.items() if n}
     sums = [(f"{n:,}", words.CATEGORIES[kind]) for kind, n in held.items()]
     sums.append((f"{sum(held.values()):,}", "bytes allocated"))
-    yield from table((Column("sum", right=True), Column("", wraps=True)), sums, to, [*[""] * len(held), "bold"])
+    several = answer.beside if len(answer.beside) > 1 else ()
+    sums += [(f"{row.usual:,}", f"{row.what} ({row.basis})") for row in several]
+    styles = [*[""] * len(held), "bold", *[""] * len(several)]
+    yield from table((Column("sum", right=True), Column("", wraps=True)), sums, to, styles)
     yield ""
     for source in sources:
         yield from paragraph(f"{number[source]} {source}", to, "    ")

@@ -43,7 +43,13 @@ def parts(answer: Estimate) -> list[Part]:
     held = answer.bytes
     out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
     several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
-    beside = "the driver's, loaded kernels and NCCL's" if several else "the driver's, and loaded kernels"
+    beside = "the driver's, and loaded kernels"
+    if several:
+        groups = sum(row.what.startswith("NCCL's buffers") for row in answer.beside)
+        beside = "the driver's, loaded kernels and NCCL's"
+        beside += f", in {groups} communicators" if groups > 1 else ""
+    if answer.serving is not None and answer.verdict.answer == "does not fit":
+        beside += ", and what the engine leaves"
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
 
@@ -179,8 +185,16 @@ def notes(answers: Sequence[Estimate]) -> list[str]:
 
 
 def host(answer: Estimate) -> str:
-    """What the host holds; empty where it holds nothing."""
-    return f"{gib(answer.host_bytes)} more are in the host's memory." if answer.host_bytes else ""
+    """What the host holds; empty where it holds nothing. Of several processes, those of a node together."""
+    found = answer.host.peak
+    if answer.host.ranks == 1:
+        return f"{gib(answer.host_bytes)} more are in the host's memory." if answer.host_bytes else ""
+    if not found.node:
+        return ""
+    when = "while the model is loaded" if found.phase == "load" else "in the steps"
+    return (
+        f"Host memory: {gib(found.rank)} a process, {gib(found.node)} the {answer.host.ranks} of a node, most {when}."
+    )
 
 
 class PhaseRow(NamedTuple):
@@ -327,6 +341,12 @@ def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str
     ]
 
 
+def _choosing(generation: Generation) -> str:
+    if generation.num_beams > 1:
+        return f"{generation.num_beams:,} beams a prompt"
+    return "sampled" if generation.do_sample else "greedy"
+
+
 def _cache(generation: Generation) -> Iterator[str]:
     """What keeps keys and values."""
     yield generation.cache_implementation or "as the library has it"
@@ -385,7 +405,7 @@ def _method(answer: Estimate) -> Iterator[str]:
         yield m.kind
     else:
         yield answer.run.task
-        yield "all logits" if answer.run.task == "forward" else "greedy"
+        yield "all logits" if answer.run.task == "forward" else _choosing(answer.run.generation)
         if m.kind != "full":
             yield f"adapters of {m.kind}"
     if m.kind == "freeze":

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from memplan.answer import Band, Card, Estimate, Line, Parameters, Peak, Phase, Rank
+from memplan.catalogue.overhead import Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.graph import active, elements
 from memplan.models import ModelSpec
-from memplan.serving.budget import Budget, budget
+from memplan.serving.budget import Budget, budget, card_for
 from memplan.serving.passes import Step
 from memplan.serving.settings import Settings, settled
 from memplan.serving.weights import kernel_of
@@ -28,9 +29,10 @@ def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
     s = settled(run, model)
     total = s.gpu.usable if s.gpu else None
     b = budget(s, total)
+    usage = Served(s, b)
+    b = usage.budget
     phases = _phases(b)
     peak = max(range(len(phases)), key=lambda i: (phases[i].peak, -i))
-    usage = Served(s, b)
     return Estimate(
         run,
         {"serving": s.serving},
@@ -125,7 +127,7 @@ def _notes(b: Budget) -> Iterable[str]:
 
 def _phases(b: Budget) -> tuple[Phase, ...]:
     beside = b.graphs.usual
-    there = b.parameters + beside + b.pool.bytes
+    there = b.parameters + beside + b.shown
     return (
         Phase("load", None, b.parameters, ""),
         Phase("prefill", None, there + b.step.bytes, b.step.where),
@@ -155,9 +157,11 @@ def _lines(b: Budget, step: Step) -> Iterable[Line]:
             why = "the rank's part of the model's weights" if b.settings.tp > 1 else "the model's weights"
             yield Line(h.what, kind, "", "", (), h.dtype, h.tensors, h.bytes, why, h.source, h.basis)
     pool, s = b.pool, b.settings
-    if pool.bytes:
+    if b.shown:
         why = f"{pool.tokens:,} tokens of a sequence, in {pool.blocks:,} blocks of {pool.block_bytes:,} bytes"
-        yield Line("KV cache", "buffer", "", "", (), s.cache_dtype, 1, pool.bytes, why, s.engine.read)
+        if b.wished:
+            why = f"{s.batch:,} requests of {s.context:,} tokens, which do not fit"
+        yield Line("KV cache", "buffer", "", "", (), s.cache_dtype, 1, b.shown, why, s.engine.read)
     for t in step.alive:
         why = "alive in the largest step"
         yield Line(t.what, "activation", step.where, t.shape, t.dims, t.dtype, 1, t.bytes, why, step.source, step.basis)
@@ -184,9 +188,15 @@ class Served(Usage):
     beside torch's tensors; and is tight where they fit at some."""
 
     def __init__(self, s: Settings, b: Budget) -> None:
-        held = b.parameters + b.graphs.usual + b.pool.bytes + b.step.bytes
+        self._settings, self._gpu = s, s.gpu
+        self._budget = b = b._replace(wished=self.answer == "does not fit")
+        held = b.parameters + b.graphs.usual + b.shown + b.step.bytes
         super().__init__(_Nothing(), b.parameters, b.parameters, held, s.gpu, Around(0, 0, 0, 0, COVERAGE))
-        self._settings, self._budget = s, b
+
+    @property
+    def budget(self) -> Budget:
+        """What the answer shows."""
+        return self._budget
 
     def _fits_at(self, level: str) -> bool:
         return self._gpu is not None and budget(self._settings, self._gpu.usable, level).fits
@@ -215,22 +225,26 @@ class Served(Usage):
             + self._budget.pool.needs(self._settings.context, self._settings.batch)
         )
 
-    def _beside_torch(self, level: str) -> int:
+    @property
+    def beside(self) -> tuple[Overhead, ...]:
+        """What the process has beside torch's tensors and the graphs."""
         b = self._budget
-        return sum(getattr(row, level) for row in (b.context, b.nccl, b.beside))
+        return (b.context, *b.nccl, b.beside)
+
+    def _beside_torch(self, level: str) -> int:
+        return sum(getattr(row, level) for row in self.beside)
 
     @cached_property
     def used(self) -> int:
         used = self.reserved + self._beside_torch("usual")
-        if self._gpu is None or self.answer == "does not fit":
+        if self._gpu is None:
             return used
+        if self._budget.wished:  # at the engine's share of a card
+            return max(used, card_for(self._budget))
         return max(min(used, self._gpu.usable), self.reserved)
 
     @cached_property
     def reserved(self) -> int:
-        if self._gpu is not None and self.answer == "does not fit":
-            b = self._budget
-            return max(b.least(), self.allocated)
         return self.allocated
 
     @property
@@ -247,5 +261,6 @@ class Served(Usage):
                 case "tight":
                     low, high = min(low, usable), max(high, usable + 1)
                 case _:
-                    low, high = max(low, usable + 1), max(high, usable + 1)
+                    low = max(low, card_for(b, "low"), usable + 1)
+                    high = max(high, card_for(b, "high"), usable + 1)
         return Band(min(low, high), high, COVERAGE)

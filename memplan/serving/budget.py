@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
+from math import ceil
 from typing import NamedTuple
 
 from memplan.catalogue.engines import beside_of, graphs_of
-from memplan.catalogue.overhead import Overhead, cuda_context, nccl
+from memplan.catalogue.overhead import Communicator, Overhead, cuda_context, nccl
 from memplan.serving.passes import Step, largest
 from memplan.serving.pool import Pool
 from memplan.serving.settings import Settings
@@ -24,6 +26,7 @@ class Budget(NamedTuple):
     graphs     recorded graphs, `beside` what the driver loads, `context` what it has for the process, NCCL's too
     available  bytes that are left for the pool; `pool` is what becomes of them
     aside      what is set aside for steps and graphs, where that is not what was measured of them
+    wished     the answer shows the pool that the run's requests need, as they do not fit in the one there is
     """
 
     settings: Settings
@@ -34,14 +37,21 @@ class Budget(NamedTuple):
     graphs: Overhead
     beside: Overhead
     context: Overhead
-    nccl: Overhead
+    nccl: tuple[Overhead, ...]
     available: int
     pool: Pool
     aside: int | None = None
+    wished: bool = False
 
     @property
     def parameters(self) -> int:
         return sum(h.bytes for h in self.weights)
+
+    @property
+    def shown(self) -> int:
+        """Bytes of the pool in an answer."""
+        s = self.settings
+        return max(self.pool.bytes, self.pool.needs(s.context, s.batch)) if self.wished else self.pool.bytes
 
     @property
     def fits(self) -> bool:
@@ -56,11 +66,6 @@ class Budget(NamedTuple):
         room = self.available - self.pool.needs(s.context, s.batch)
         return room if self.aside is None else min(room, self.aside - self.step.bytes - self.graphs.usual)
 
-    def least(self) -> int:
-        """Bytes that the engine needs of a card for the run's requests, beside the driver's context."""
-        s = self.settings
-        return self.parameters + self.step.bytes + self.graphs.usual + self.pool.needs(s.context, s.batch)
-
 
 def pool_of(s: Settings, available: int) -> Pool:
     """What so many bytes on each rank become with the engine."""
@@ -73,16 +78,12 @@ def budget(s: Settings, total: int | None, level: str = "usual") -> Budget:
 
     `level` is low, usual or high: which end of what was measured beside torch's tensors.
     """
-    graphs = graphs_of(s.engine.kind, bool(s.serving.cuda_graphs))
-    beside = beside_of(s.engine.kind)
-    capability = s.gpu.compute_capability if s.gpu else None
-    context, ranks = cuda_context(capability), nccl(s.tp)
+    graphs, beside, context, ranks = _overheads(s)
     weights = held(s)
     step = largest(s, s.steps, s.requests)
     decoding = largest(s, min(s.requests, s.steps), s.requests)
     parameters = sum(h.bytes for h in weights)
-    aside = getattr(beside, level) + (getattr(graphs, level) if s.words.get("counts_graphs") else 0)
-    before = getattr(context, level) + getattr(ranks, level)
+    before, aside = _at(s, level)
     if total is None:
         needs = pool_of(s, 0).needs(s.context, s.batch)
         available, taken = needs, parameters + step.bytes + aside + needs
@@ -92,6 +93,42 @@ def budget(s: Settings, total: int | None, level: str = "usual") -> Budget:
     if s.engine.kind == "sglang" and total is not None:
         return found._replace(aside=total - before - taken)
     return found
+
+
+def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhead, ...]]:
+    """Recorded graphs, what is loaded beside torch, the driver's context, and NCCL's."""
+    capability = s.gpu.compute_capability if s.gpu else None
+    kind = s.engine.kind
+    groups = (Communicator("tp", s.tp),) if s.tp > 1 else ()
+    return graphs_of(kind, bool(s.serving.cuda_graphs)), beside_of(kind), cuda_context(capability), nccl(groups)
+
+
+def _at(s: Settings, level: str) -> tuple[int, int]:
+    """What is there before the engine looks at its card, and what it takes off for graphs and loaded kernels."""
+    graphs, beside, context, ranks = _overheads(s)
+    aside = getattr(beside, level) + (getattr(graphs, level) if s.words.get("counts_graphs") else 0)
+    return sum(getattr(row, level) for row in (context, *ranks)), aside
+
+
+def card_for(b: Budget, level: str = "usual") -> int:
+    """Bytes that a card must have, at the engine's share of it, for the run's requests to fit at once."""
+    s = b.settings
+    share = Fraction(s.serving.memory_utilization or 1).limit_denominator(10**6)
+    (before, aside), graphs = _at(s, level), getattr(b.graphs, level)
+    needs, step = b.pool.needs(s.context, s.batch), b.step.bytes
+    match s.engine.kind:
+        case "vllm":
+            found = (b.parameters + step + aside + needs) / share
+        case "sglang":
+            found = before + (b.parameters + aside + needs) / share
+            if share < 1:
+                found = max(found, before + (step + graphs) / (1 - share))
+        case "tgi":
+            made = Fraction(needs * 1000, s.words["wiggle"])
+            found = (before + b.parameters + step + aside + graphs + made) / share
+        case _:
+            found = Fraction(before + b.parameters + step + needs)
+    return ceil(found)
 
 
 def _left(s: Settings, total: int, before: int, parameters: int, step: int, aside: int, graphs: int) -> tuple[int, int]:
@@ -108,6 +145,6 @@ def _left(s: Settings, total: int, before: int, parameters: int, step: int, asid
             return round(free * share), int(free - parameters - aside - free * (1 - share))
         case "tgi":
             taken = int(total * share) - before
-            return taken, taken - parameters - step - aside - graphs
+            return taken, (taken - parameters - step - aside - graphs) * s.words["wiggle"] // 1000
         case _:
             return total - before, total - before - parameters - step

@@ -111,6 +111,7 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     model = model or find_model(run.model)
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     _refuse(run, engine, model)
+    _refuse_card(gpu, engine, words)
     context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
     serving = _filled(run.serving, engine, words, model, gpu, run, context)
     if serving.max_model_len is not None and context > serving.max_model_len:
@@ -138,6 +139,8 @@ def _filled(
     s: Serving, engine: Engine, words: dict[str, Any], model: ModelSpec, gpu: GPU | None, run: RunSpec, context: int
 ) -> Serving:
     fields = {name: words[name] for name in type(s).model_fields if getattr(s, name) is None and name in words}
+    if run.method.quantization is None and engine.kind != "llama.cpp":
+        fields["weights"] = model.card.get("stored")  # as an engine finds the checkpoint
     if s.max_model_len is None:
         positions = model.longest_sequence or 0
         fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)
@@ -190,6 +193,16 @@ def _steps(engine: Engine, gpu: GPU | None, tp: int) -> tuple[int, int]:
 
 
 _SGLANG = ((20, 2048, 8, 8), (35, 4096, 48, 160), (60, 4096, 32, 160), (90, 8192, 256, 512), (160, 8192, 256, 512))
+
+
+def _refuse_card(gpu: GPU | None, engine: Engine, words: dict[str, Any]) -> None:
+    """Raise SpecError for a card that is too old for the engine's kernels."""
+    least = words.get("capability", 0)
+    if gpu is not None and gpu.compute_capability is not None and gpu.compute_capability < divmod(least, 10):
+        has = ".".join(map(str, gpu.compute_capability))
+        raise SpecError(
+            f"gpu: {engine.title} needs compute capability {least / 10:g}, and {gpu.title} has {has}", "gpu"
+        )
 
 
 def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:

@@ -1,4 +1,4 @@
-"""Text Generation Inference's pool: tokens of every layer, in what is left after a prompt's pass, less some room.
+"""Text Generation Inference's pool: tokens of every layer, in what is left after a prompt's pass.
 
 Only what is public was used; see the engine's rows.
 """
@@ -12,4 +12,4 @@ from memplan.serving.settings import Settings
 
 def pool(s: Settings, available: int) -> Tokens:
     """What `available` bytes on each rank become: slots for tokens, of all layers alike."""
-    return sglang.pool(s, available * s.words["wiggle"] // 1000)
+    return sglang.pool(s, available)

@@ -5,10 +5,10 @@ Source: vllm 0.33.0 model_executor/layers/linear.py and vocab_parallel_embedding
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memplan.catalogue.repacked import Kernel, mxfp4_kernel
 from memplan.schemes import FIELD
@@ -52,7 +52,7 @@ def held(s: Settings) -> tuple[Held, ...]:
     for w in stored_weights(s.model, s.quantization, s.dtype):
         if s.engine.kind == "llama.cpp" and not _on_card(s, w):
             continue
-        bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else _of_rank(s, w), w.source
+        bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w), w.source
         if kernel is not None and ".experts." in w.name:
             bytes_, source = _repacked(s, kernel, w), kernel.source
         entry = found.setdefault((w.group, w.dtype, source, w.basis), [0, 0])
@@ -86,7 +86,7 @@ def _on_card(s: Settings, w: StoredWeight) -> bool:
     return (s.serving.gpu_layers or 0) > 0
 
 
-def _of_rank(s: Settings, w: StoredWeight) -> int:
+def of_rank(s: Settings, w: StoredWeight) -> int:
     """Bytes of a tensor on one of the ranks."""
     words, tp = frozenset(w.name.split(".")), s.tp
     if w.group in ("embedding", "lm_head") and not words & _POSITIONS and len(w.shape) == 2:
@@ -107,9 +107,9 @@ def _of_rank(s: Settings, w: StoredWeight) -> int:
 def kernel_of(s: Settings) -> Kernel | None:
     """The kernel of experts in mxfp4, where the model's are."""
     q = s.quantization
-    config = s.model.config.get(FIELD)
-    format_ = q if isinstance(q, str) else q.format if q is not None else (config or {}).get("quant_method")
-    if format_ is None or format_.lower() != "mxfp4" or s.model.model_type != "gpt_oss":
+    config: Mapping[str, Any] = s.model.config.get(FIELD) or {}
+    format_ = q if isinstance(q, str) else q.format if q is not None else str(config.get("quant_method"))
+    if format_.lower() != "mxfp4" or s.model.model_type != "gpt_oss":
         return None
     return mxfp4_kernel(s.engine.name, s.gpu.compute_capability if s.gpu else None)
 

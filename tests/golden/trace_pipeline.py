@@ -6,6 +6,7 @@ With an argument only the stages that FSDP2 divides are traced.
 
 The schedules are torch's own, with a process group that sends nothing: a stage receives what lies in its buffers. Each
 stage is told the shapes of what it receives. tests/test_pipeline.py compares with the lines. Takes a few minutes.
+Stages whose gradients are reduced in fp32 are of torchtitan's own layers: see tests/golden/trace_titan.py.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
@@ -34,6 +37,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.golden import trace_titan
 
 warnings.simplefilter("ignore")
 
@@ -119,7 +126,28 @@ class Stage(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def divided(module: Stage, mesh: Any, reduces: str) -> None:
+class TitanStage(nn.Module):
+    """Some of torchtitan's layers."""
+
+    def __init__(self, config: dict[str, Any], start: int, end: int, first: bool, last: bool, tokens: int) -> None:
+        super().__init__()
+        asked = {"flavour": "debugmodel", "layers": config["num_hidden_layers"], "tokens": tokens}
+        model = trace_titan.model_of(asked).build()
+        model.init_states(buffer_device=torch.device("cpu"))
+        self.embed_tokens = model.tok_embeddings if first else None
+        self.layers = nn.ModuleList([*model.layers.values()][start:end])
+        self.norm, self.lm_head = (model.norm, model.lm_head) if last else (None, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        positions = torch.zeros(x.shape[:2], dtype=torch.int64)
+        for layer in self.layers:
+            x = layer(x, None, positions)
+        return x if self.norm is None else self.lm_head(self.norm(x))
+
+
+def divided(module: Any, mesh: Any, reduces: str) -> None:
     """FSDP2 as torchtitan has it in stages: weights stay whole after forward, gradients are reduced in `reduces`."""
     lower = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, DTYPES[reduces])} if reduces else {}
     units: list[Any] = [*module.layers, *([module.embed_tokens] if module.embed_tokens is not None else [])]
@@ -151,7 +179,11 @@ def peaks(asked: dict[str, Any]) -> dict[str, int]:
         made: list[Any] = []
         for index in range(rank, p * chunks, p):
             start, first, last = sum(layers[:index]), index == 0, index == p * chunks - 1
-            module = Stage(whole, start, start + layers[index], first, last)
+            ends = (start, start + layers[index], first, last)
+            titan = asked.get("reduces")
+            module = TitanStage(asked["config"], *ends, tokens) if titan else Stage(whole, *ends)
+            if titan and asked["checkpoint"]:
+                module.layers = nn.ModuleList([checkpoint_wrapper(layer, early_stop=False) for layer in module.layers])
             if each > 1:
                 divided(module, mesh["dp"], asked["reduces"])
             between = torch.bfloat16 if asked.get("reduces") else torch.float32
@@ -169,7 +201,7 @@ def peaks(asked: dict[str, Any]) -> dict[str, int]:
                 group=mesh["pp"].get_group(),
             )
             made.append(stage)
-        loss = partial(_loss, vocab_size=config.vocab_size)
+        loss = partial(_titan_loss if asked.get("reduces") else _loss, vocab_size=config.vocab_size)
         kinds = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
         schedule: Any = (
             ScheduleInterleaved1F1B(made, m, loss_fn=loss, scale_grads=False)
@@ -199,6 +231,12 @@ def peaks(asked: dict[str, Any]) -> dict[str, int]:
 
 def _loss(logits: Any, labels: Any, vocab_size: int) -> Any:
     return ForCausalLMLoss(logits, labels, vocab_size)
+
+
+def _titan_loss(logits: Any, labels: Any, vocab_size: int) -> Any:
+    from torchtitan.components.loss import cross_entropy_loss
+
+    return cross_entropy_loss(logits, labels)
 
 
 def cases() -> Iterator[dict[str, Any]]:
@@ -253,18 +291,25 @@ _SHARDED: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
 )
 
 
+# torchtitan's debugmodel.
+_TITAN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 16, "vocab_size": 2048}
+
+
 def _divided() -> Iterator[dict[str, Any]]:
     """The first stage and the last."""
     for layers, more in _SHARDED:
         plain = {"stages": 4, "chunks": 1, "schedule": "1f1b", "microbatches": 8, "tokens": 128, "checkpoint": True}
         for stage in (0, more.get("stages", 4) - 1):
-            yield {**plain, "reduces": "", **more, "stage": stage, "layers": layers, "config": _config(layers)}
+            config = {**_config(layers), **(_TITAN if "reduces" in more else {})}
+            yield {**plain, "reduces": "", **more, "stage": stage, "layers": layers, "config": config}
 
 
 if __name__ == "__main__":
     made = {"about": "torch 2.13 distributed/pipelining with layers of transformers 5.24, fp32, AdamW, on the CPU"}
     sys.stdout.write(json.dumps(made) + "\n")
     torch.set_num_threads(1)
-    for case in cases() if len(sys.argv) == 1 else _divided():
+    trace_titan.leave_out()
+    trace_titan.norms_of_one_kernel()
+    for case in cases() if len(sys.argv) == 1 else [c for c in _divided() if sys.argv[1] in ("sharded", c["reduces"])]:
         sys.stdout.write(json.dumps({**case, "peaks": peaks(case)}) + "\n")
         sys.stdout.flush()

@@ -11,16 +11,17 @@ from typing import Any, TypeAlias
 from memplan.answer import SCHEMA_VERSION, Estimate
 from memplan.planning.demand import Demand
 from memplan.report.blocks import Block, page, terminal
-from memplan.report.plans import advice, cluster, ladder, levers, offers, reach
+from memplan.report.plans import advice, cluster, inference, ladder, levers, offers, reach
 from memplan.report.plans.advice import Advised
 from memplan.report.plans.cluster import Divided
+from memplan.report.plans.inference import Asked, Places
 from memplan.report.plans.ladder import Rungs
 from memplan.report.plans.levers import Levers
 from memplan.report.plans.offers import Bought
 from memplan.report.plans.reach import Far
 from memplan.report.text import Screen
 
-Planned: TypeAlias = Levers | Far | Rungs | Bought | Advised | Divided
+Planned: TypeAlias = Levers | Far | Rungs | Bought | Advised | Divided | Asked | Places
 
 FORMATS = ("table", "json", "markdown")
 IN_ROWS = ("max", "ladder", "buy", "nodes")  # modes that are there as CSV too
@@ -53,6 +54,10 @@ def _blocks(planned: Planned, explain: bool) -> Iterator[Block]:
             return advice.blocks(planned, explain)
         case Divided():
             return cluster.blocks(planned, explain)
+        case Asked():
+            return inference.blocks(planned, explain)
+        case Places():
+            return inference.place_blocks(planned)
 
 
 def dump(planned: Planned) -> dict[str, Any]:
@@ -70,6 +75,10 @@ def dump(planned: Planned) -> dict[str, Any]:
             return {**_common("advice", planned.answer, planned.demand), **advice.dump(planned)}
         case Divided():
             return {**_common("nodes", planned.cluster.asked, planned.demand), **cluster.dump(planned)}
+        case Asked():
+            return {**_common("generate", planned.answer, planned.demand), **inference.dump(planned)}
+        case Places():
+            return {**_common("places", planned.answer, planned.demand), **inference.place_dump(planned)}
 
 
 def _common(mode: str, answer: Estimate, demand: Demand) -> dict[str, Any]:
@@ -98,7 +107,9 @@ def _rows(planned: Planned) -> tuple[list[str], list[dict[str, object]]]:
             return offers.rows(planned)
         case Divided():
             return cluster.rows(planned)
-        case Levers() | Advised():
+        case Places():
+            return inference.titles(), inference.rows(planned)
+        case Levers() | Advised() | Asked():
             raise AssertionError("changes have parts, and are no rows")
     return list(rows[0]), rows
 

@@ -1,0 +1,304 @@
+"""The questions of those who run a model, answered: on a card, and on which cards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from memplan.answer import Estimate
+from memplan.planning.demand import Demand
+from memplan.planning.inference import Choice, Most, Placed, Questions, lengths
+from memplan.report import words
+from memplan.report.blocks import Block, Heading, Pairs, Table, Text
+from memplan.report.plans.words import figures, span, wish
+from memplan.report.table import COLOURS
+from memplan.report.text import Column
+from memplan.roofline import Pace, Seconds
+from memplan.units import gib
+
+
+class Asked(NamedTuple):
+    """The questions about a run on its card."""
+
+    questions: Questions
+
+    @property
+    def answer(self) -> Estimate:
+        return self.questions.answer
+
+    @property
+    def demand(self) -> Demand:
+        return self.questions.demand
+
+    @property
+    def found(self) -> list[Estimate]:
+        """What meets the demand: the run as asked, or what would do in its place."""
+        q = self.questions
+        if q.fits:
+            return [q.answer]
+        return [choice.answer for choice in (*q.degrees, *q.formats) if choice.fits and choice.answer]
+
+
+class Places(NamedTuple):
+    """Cards that hold a run."""
+
+    answer: Estimate
+    demand: Demand
+    places: tuple[Placed, ...]
+
+    @property
+    def found(self) -> list[Estimate]:
+        return [placed.answer for placed in self.places]
+
+
+def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
+    q = asked.questions
+    answer = q.answer
+    said = wish(q.demand)
+    yield Text(f"{words.verdict(answer)}{f' ({said})' if said else ''}", f"bold {COLOURS[answer.verdict.answer or '']}")
+    yield Pairs(list(_answers(q)))
+    if any(choice.answer for choice in q.degrees[1:]):
+        yield Heading("GPUs that divide it by tensor parallelism")
+        yield _choices("GPUs", q.degrees)
+    refused = [f"{choice.name}: {choice.refused}" for choice in q.degrees if choice.refused]
+    if refused:
+        yield Text(f"Not on more GPUs: {refused[0].partition(': ')[2]}.")
+    yield Heading("Formats of the weights, the mildest first")
+    yield _choices("format", q.formats, explain)
+    yield from _speed(q, explain)
+    yield from (Text(f"Note: {note}.") for note in answer.notes)
+
+
+def _answers(q: Questions) -> Iterator[tuple[str, str]]:
+    prompt, new = lengths(q.answer)
+    yield "requests at once", _most(q.requests, f"of {prompt + new:,} tokens")
+    longest = _most(q.context, "tokens of one request alone")
+    admitted = (q.answer.serving or {}).get("max_model_len", 0)
+    if 0 < q.context.value < admitted:
+        longest += f"; the engine is to be told --max-model-len {q.context.value}"
+    yield "longest context", longest
+    if not q.fits:
+        if q.mildest:
+            yield "mildest format", f"{q.mildest.name}: {words.tenths(q.mildest.weights)} GiB of weights"
+        if q.fewest:
+            yield "fewest GPUs", f"{q.fewest.name}, with {words.tenths(q.fewest.weights)} GiB of weights each"
+        if not (q.mildest or q.fewest):
+            yield "what would do", "no format and no number of these GPUs that was tried"
+    if q.prompt is not None:
+        yield "first token", f"after {_seconds(q.prompt.step)}, of {prompt:,} tokens read"
+    if q.decoding is not None:
+        yield "tokens a second", _rate(q.decoding)
+    if q.full is not None and q.full.requests != (q.decoding.requests if q.decoding else 0):
+        yield "", _rate(q.full)
+    if q.unpaced:
+        yield "tokens a second", q.unpaced
+
+
+def _most(most: Most, what: str) -> str:
+    ends = {
+        "memory": "memory",
+        "positions": "the model's positions",
+        "max_num_seqs": "the engine's max_num_seqs",
+        "nothing": "nothing: it takes no memory",
+    }
+    if not most.value:
+        return "none fits"
+    return f"{most.value:,} {what}; what ends it: {ends[most.binds]}"
+
+
+def _rate(pace: Pace) -> str:
+    together = rate(pace.tokens_per_second)
+    if pace.requests == 1:
+        return f"{together}, of one request"
+    return f"{together}, of {pace.requests:,} requests at once; {rate(pace.per_request)} each"
+
+
+def rate(of: Seconds) -> str:
+    """A range of tokens a second, with no more digits than it deserves.
+
+    >>> rate(Seconds(24.72, 59.63)), rate(Seconds(0.42, 1.9)), rate(Seconds(1234.5, 5678.9))
+    ('25–60', '0.4–1.9', '1,234–5,679')
+    """
+    digits = 0 if of.low >= 10 else 1
+    return f"{of.low:,.{digits}f}–{of.high:,.{digits}f}"
+
+
+def _seconds(of: Seconds) -> str:
+    if of.high < 1:
+        return f"{1000 * of.low:,.0f}–{1000 * of.high:,.0f} ms"
+    return f"{of.low:,.1f}–{of.high:,.1f} s"
+
+
+def _choices(title: str, choices: Sequence[Choice], explain: bool = False) -> Table:
+    steps = any(choice.step for choice in choices)
+    columns = [
+        Column(title, wraps=True),
+        Column("weights GiB", right=True, optional=True),
+        Column("answer", wraps=True),
+        Column("requests", right=True),
+        Column("tokens/s", right=True, optional=True),
+        *((Column("what is lost", wraps=True, optional=not explain),) if steps else ()),
+    ]
+    shown = [choice for choice in choices if choice.answer is not None]
+    rows = [tuple(_cells(choice, steps, explain)) for choice in shown]
+    styles = ["||" + COLOURS[str(c.answer.verdict.answer)] + "|" * (len(columns) - 3) for c in shown if c.answer]
+    return Table(columns, rows, styles)
+
+
+def _cells(choice: Choice, steps: bool, explain: bool) -> Iterator[str]:
+    assert choice.answer is not None
+    yield choice.name
+    yield words.tenths(choice.weights)
+    yield str(choice.answer.verdict.answer)
+    yield f"{choice.requests:,}"
+    yield rate(choice.pace.tokens_per_second) if choice.pace else "–"
+    if steps:
+        step = choice.step
+        yield "" if step is None else f"{step.quality} [{step.source}]" if explain else step.quality
+
+
+def _speed(q: Questions, explain: bool) -> Iterator[Block]:
+    """What the ranges rest on."""
+    paces = [pace for pace in (q.decoding, q.full, q.prompt) if pace is not None]
+    if not paces:
+        return
+    yield Heading("Speeds lie between these ends; none is measured here")
+    if q.decoding is not None:
+        yield Text(_reads(q.decoding))
+    assumed = list(dict.fromkeys(row for pace in paces for row in pace.assumed))
+    columns = [Column("assumed", wraps=True), Column("low", right=True), Column("high", right=True)]
+    rows = [(row.what, f"{row.low:g}", f"{row.high:g}") for row in assumed]
+    if explain:
+        columns.append(Column("source", wraps=True))
+        rows = [(*cells, row.source) for cells, row in zip(rows, assumed, strict=True)]
+    yield Table(columns, rows)
+    yield from (Text(f"Note: {note}.") for note in (q.decoding.notes if q.decoding else ()))
+
+
+def _reads(pace: Pace) -> str:
+    low, high = (gib(n) for n in pace.work.caches)
+    caches = low if low == high else f"{low} to {high}"
+    one, other = pace.bound
+    waits = one if one == other else f"{one}, or at worst for {other}"
+    return f"A step reads {gib(pace.work.bytes)} of weights and {caches} of caches on each GPU, and waits for {waits}."
+
+
+def place_blocks(places: Places) -> Iterator[Block]:
+    said = wish(places.demand)
+    asked = f" ({said})" if said else ""
+    if not places.places:
+        yield Text(f"No card that was looked at holds it{asked}.", "bold red")
+        return
+    yield Text(
+        f"Cards that hold it{asked}, the cheapest an hour first, those without a dated price last.", "bold green"
+    )
+    columns = [
+        Column("card", wraps=True),
+        Column("GPUs", right=True),
+        Column("GiB used", right=True, optional=True),
+        Column("requests", right=True),
+        Column("tokens/s", right=True),
+        Column("USD/h", right=True, optional=True),
+        Column("priced", optional=True),
+    ]
+    yield Table(columns, [tuple(_placed(placed)) for placed in places.places])
+    yield Text(
+        "Of several GPUs, GiB are of each, prices of all together. Speeds are ranges: with --gpu, on what they rest."
+    )
+
+
+def _placed(placed: Placed) -> Iterator[str]:
+    yield placed.gpu.name
+    yield str(placed.tp)
+    yield words.tenths(placed.answer.bytes.used)
+    yield f"{placed.requests:,}"
+    pace, price = placed.pace, placed.price
+    yield rate(pace.tokens_per_second) if pace else "–"
+    yield span((price.low, price.high)) if price else "–"
+    yield price.date if price else ""
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------
+
+
+def dump(asked: Asked) -> dict[str, Any]:
+    q = asked.questions
+    return {
+        "fits": q.fits,
+        "requests": q.requests._asdict(),
+        "context": q.context._asdict(),
+        "degrees": [_choice(choice) for choice in q.degrees],
+        "formats": [_choice(choice) for choice in q.formats],
+        "mildest": q.mildest.name if q.mildest else None,
+        "fewest": int(q.fewest.name) if q.fewest else None,
+        "decoding": _pace(q.decoding),
+        "full": _pace(q.full),
+        "prompt": _pace(q.prompt),
+        "unpaced": q.unpaced,
+    }
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    answer, step = choice.answer, choice.step
+    return {
+        "name": choice.name,
+        "refused": choice.refused,
+        "fits": choice.fits,
+        "weights": choice.weights,
+        "requests": choice.requests,
+        "at": figures(answer) if answer else None,
+        "tokens_per_second": choice.pace.tokens_per_second._asdict() if choice.pace else None,
+        "quality": step.quality if step else None,
+        "quality_source": step.source if step else None,
+    }
+
+
+def _pace(pace: Pace | None) -> dict[str, Any] | None:
+    if pace is None:
+        return None
+    return {
+        "seconds": pace.step._asdict(),
+        "tokens": pace.tokens,
+        "requests": pace.requests,
+        "tokens_per_second": pace.tokens_per_second._asdict(),
+        "per_request": pace.per_request._asdict(),
+        "bound": list(pace.bound),
+        "weight_bytes": pace.work.bytes,
+        "cache_bytes": list(pace.work.caches),
+        "operations": pace.work.operations + pace.work.attending,
+        "experts": list(pace.work.experts),
+        "assumed": [row._asdict() for row in pace.assumed],
+        "notes": list(pace.notes),
+    }
+
+
+def place_dump(places: Places) -> dict[str, Any]:
+    return {
+        "places": [
+            {
+                "gpu": placed.gpu.name,
+                "gpus": placed.tp,
+                "price": placed.price._asdict() if placed.price else None,
+                "requests": placed.requests,
+                "tokens_per_second": placed.pace.tokens_per_second._asdict() if placed.pace else None,
+                **figures(placed.answer),
+            }
+            for placed in places.places
+        ]
+    }
+
+
+def titles() -> list[str]:
+    return ["gpu", "gpus", "used", "verdict", "requests", "low", "high", "usd_per_hour"]
+
+
+def rows(places: Places) -> list[dict[str, object]]:
+    """For CSV: a row a card; `low` and `high` are tokens a second."""
+    return [dict(zip(titles(), _row(placed), strict=True)) for placed in places.places]
+
+
+def _row(placed: Placed) -> Iterator[object]:
+    pace, price = placed.pace.tokens_per_second if placed.pace else None, placed.price
+    yield from (placed.gpu.name, placed.tp, placed.answer.bytes.used, placed.answer.verdict.answer, placed.requests)
+    yield from (round(pace.low, 2), round(pace.high, 2)) if pace else ("", "")
+    yield price.low if price else ""
