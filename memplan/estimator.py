@@ -93,8 +93,7 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
     model = decided.structure.graph.model
     note = check_batch(decided.batch, model)
     calibration = calibration_of(decided.gpu, calibration)
-    axes = tuple(tuple(of.items()) for of in walked.axes)
-    replay = inference.Replay(walked.steps, axes, walked.workspace, run.loop.expandable_segments)
+    replay = inference.replay(walked, run.loop.expandable_segments)
     beside = around_of(decided.gpu, decided.communicators, calibration)
     return Estimate(
         run,

@@ -87,7 +87,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
-        caching=caches,
+        caching=caches or words["forward_caches"],
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
@@ -98,7 +98,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         )
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or "",
+        generation.cache_implementation or ("dynamic" if wiring.caching else ""),
         words["last_logits"],
         words["logits"] == "model",
         wiring.has_mask(),

@@ -110,7 +110,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if degrees.ep > 1 and not own:
         stack = expert_parallel.divide(stack, degrees)
     if degrees.cp > 1:
-        stack = (megatron if own else context_parallel).around(stack, degrees)
+        heads = (graph.model.num_attention_heads, graph.model.num_key_value_heads)
+        stack = megatron.around(stack, degrees) if own else context_parallel.around(stack, degrees, heads)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)

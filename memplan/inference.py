@@ -291,6 +291,25 @@ class Engine(NamedTuple):
         return ()
 
 
+_REPLAYED = 8  # passes of those that decode
+
+
+def replay(walked: Walked, expandable: bool) -> Replay:
+    """The run's passes for a replay: of those that decode some, evenly spread. What torch holds of caches that grow by a
+    token, each in a block of its own, depends on how often they do: a replay of 8 of 119 held 1.3 % less than one of all,
+    and of 32 as much."""
+    steps = walked.steps
+    if len(steps) > 2:  # the prompt's, the first that decodes and the last
+        *early, last = steps
+        first, count = early[-1], min(_REPLAYED, last.past - early[-1].past + 1)
+        between = (first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1))
+        window = walked.decided.structure.graph.model.sliding_window or last.past + 1
+        some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
+        steps = (*early, *some, last)
+    axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
+    return Replay(steps, axes, walked.workspace, expandable)
+
+
 class Replay(NamedTuple):
     """What decides the allocations of a run: its passes, their axes, cuBLAS's workspace, how the allocator works."""
 

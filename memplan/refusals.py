@@ -302,6 +302,10 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
             "parallelism.sequence_parallel: divides tokens among the ranks that divide matrices; say tp too",
             "parallelism.sequence_parallel",
         )
+    if p.context != _ONE_GPU.context and p.cp == 1:
+        yield SpecError(
+            f"parallelism.context: {p.context} is of ranks that divide sequences, and cp is 1", "parallelism.context"
+        )
     if replicas(p) > 1 and p.strategy == "none":
         yield SpecError(
             f"parallelism.strategy: says how {replicas(p)} GPUs divide the run: {', '.join(STRATEGIES)}",
@@ -596,6 +600,8 @@ def refuse_parts_of_sequences(
     """Raise SpecError for what ranks that divide sequences cannot do, or memplan not yet. `style`: of the profile's
     tensor parallelism, by which it is known which library it has; `own`: the model is of that library's own layers."""
     field = "parallelism.cp"
+    if own and p.context != "ring":
+        raise _later("parallelism.context", p.context, "ring with megatron_gpt")
     if own:
         if kernels.attention == "eager" or kernels.checkpointing == "selective":
             raise SpecError(
@@ -607,8 +613,17 @@ def refuse_parts_of_sequences(
     if style != "transformers":
         raise _later(field, p.cp, f"1 with profile {profile}; profile transformers-5 has more")
     if p.tp > 1:
-        raise _later(field, p.cp, "1 with tensor parallelism")
-    if p.strategy != "fsdp2":
+        raise SpecError(
+            f"{field}: accelerate 1.15 does not run cp {p.cp} beside tp {p.tp} with transformers 5.24: under FSDP2 it "
+            "imports ReplicateParallel, which transformers has no more",
+            field,
+        )
+    if p.context == "ulysses" and p.strategy not in ZERO:
+        raise SpecError(
+            f"parallelism.strategy: Ulysses is DeepSpeed's, under {', '.join(ZERO)}, not {p.strategy}",
+            "parallelism.strategy",
+        )
+    if p.context == "ring" and p.strategy != "fsdp2":
         raise SpecError(
             "parallelism.strategy: accelerate's context parallelism divides weights by FSDP2; say fsdp2",
             "parallelism.strategy",

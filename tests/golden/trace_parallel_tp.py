@@ -3,6 +3,7 @@
 python tests/golden/trace_parallel_tp.py tp > tests/golden/traced_parallel_tp.jsonl
 python tests/golden/trace_parallel_tp.py moe > tests/golden/traced_parallel_moe.jsonl
 python tests/golden/trace_parallel_tp.py cp > tests/golden/traced_parallel_cp.jsonl
+python tests/golden/trace_parallel_tp.py ulysses > tests/golden/traced_parallel_ulysses.jsonl
 
 transformers' own plan divides the model, on a process group that sends nothing; every family of tests/tiny.py that has
 a plan, on two ranks, and a few at their real widths on as many as are common; of mixtures of experts each expert is
@@ -150,7 +151,39 @@ def _context(config: dict[str, Any], cp: int, batch: dict[str, Any], options: di
     return RunSpec(model={"config": config}, parallelism={"world": cp, "cp": cp}, gpu="a100-sxm-80gb", **given)
 
 
+def ulysses_runs() -> Iterator[tuple[str, RunSpec]]:
+    """DeepSpeed's class is written out in the probe; heads are wide enough, where they can be, to be the peak."""
+    adapted = {"kernels": {"checkpointing": "full"}, "method": {"kind": "lora", "adapter_dtype": "bf16"}}
+    wide = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+    }
+    for name in sorted(FAMILIES):
+        for cp, micro, options in ((2, 2, _KINDS[0]), (4, 1, _KINDS[1]), (8, 2, adapted)):
+            config = config_of(name, 0)
+            wider = {**config, **wide} if "head_dim" in config or name in ("llama", "mistral", "qwen3") else config
+            if wider["num_attention_heads"] % cp:
+                continue
+            yield f"{name}-sp{cp}", _ulysses(wider, cp, {"micro": micro, "sequence": 256 * cp}, options)
+    for name, cp, options in (
+        ("llama-3.1-8b", 8, {}),
+        ("llama-3.1-8b", 16, {"kernels": {"checkpointing": "none"}}),
+        ("qwen3-4b", 4, {"optimizer": "adamw_torch"}),
+    ):
+        yield f"{name}-sp{cp}", _ulysses(config_of(name, 0), cp, {"micro": 1, "sequence": 16384}, options)
+
+
+def _ulysses(config: dict[str, Any], cp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
+    parallelism = {"world": cp, "cp": cp, "context": "ulysses"}
+    given = {"batch": batch, **options}
+    return RunSpec(model={"config": config}, parallelism=parallelism, gpu="a100-sxm-80gb", **given)
+
+
 KINDS = {
+    "ulysses": ("DeepSpeed's exchange of heads, written out", ulysses_runs),
     "tp": ("transformers' own tensor parallelism", runs),
     "moe": ("transformers' own tensor and expert parallelism", mixture_runs),
     "cp": ("torch's context parallelism", context_runs),
