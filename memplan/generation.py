@@ -50,6 +50,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "for that; forward is",
             "task",
         )
+    if not generates and model.model_type == "deepseek_v4":
+        raise UnsupportedModelError("task: forward is not supported yet for model_type deepseek_v4", "task")
     if generates and model.model_type in NOT_YET:
         raise UnsupportedModelError(
             f"task: generate is not supported yet for model_type {model.model_type}; forward is", "task"
@@ -129,6 +131,21 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     )
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
+    if generates and batch.images and any(part.per == "source" for layer in caches_of(model) for part in layer.parts):
+        raise SpecError(
+            f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
+            "task generate; supported: 0, text alone",
+            "batch.images",
+        )
+    if (
+        generates
+        and run.loop.padded
+        and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
+    ):
+        raise SpecError(
+            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep states",
+            "loop.padded",
+        )
     if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "

@@ -89,6 +89,8 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         one = graph._replace(wiring=wiring, recipe=recipe, inference=now)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
+        if decided.beams > 1 and window:  # but a copy in another order is of the window alone
+            kept = min(past, window - 1)
         found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
     return tuple(found)
 

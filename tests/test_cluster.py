@@ -371,7 +371,20 @@ def test_torchtitans_grids_have_stages_matrices_and_fsdp2_together() -> None:
     assert (placed.grid.dp, placed.grid.tp, placed.grid.pp, placed.grid.accumulation) == (2, 8, 4, 16)
     assert placed.answer.run.parallelism.sequence_parallel
     bare = asked.model_copy(update={"parallelism": plain_parallelism(asked)})
-    assert least(facts(bare, estimate(bare)), placed.grid) <= placed.answer.bytes.allocated
+    assert least(facts(bare, estimate(bare), asked), placed.grid) <= placed.answer.bytes.allocated
+
+
+@pytest.mark.parametrize(("profile", "precision"), [("torchtitan", "amp"), ("transformers-5", "pure")])
+def test_the_bound_of_stages_under_fsdp2_holds(profile: str, precision: str) -> None:
+    """Of the second stage too, whose layers and microbatches in flight are counted."""
+    divides = {"sequence_parallel": profile == "torchtitan"}
+    asked = run(model="llama-3.1-8b", profile=profile, precision=precision, parallelism=divides)
+    bare = asked.model_copy(update={"parallelism": plain_parallelism(asked)})
+    bound, cluster = facts(bare, estimate(bare), asked), cluster_of(H100, 4, 8)
+    for tp, pp, passes in ((1, 4, 8), (2, 8, 8), (2, 4, 32), (1, 2, 4)):
+        grid = Grid(32 // (tp * pp), tp, pp, 1, 1, "fsdp2", 1, passes)
+        least_of_all = least(bound, grid)
+        assert 0 < least_of_all <= estimate(run_of(asked, cluster, grid)).bytes.allocated
 
 
 def test_of_stages_without_room_the_nearest_is_found_all_the_same() -> None:
