@@ -441,10 +441,11 @@ off.
 RUNNING = """
 ## Running models
 
-What {count} forward passes and generations took (`tests/golden/inference.jsonl`), of weights in 16 bits, GPTQ and AWQ,
-prompts of 1 to 30,720 tokens and batches of 1 to 64: Qwen's speed benchmarks with transformers 4.38, 4.46 and 4.51, and
-Hugging Face's optimum-benchmark with 4.35. Nothing was fitted to them: what older libraries made was read in them. Of
-large weights that an older library loads one by one the ends of blocks are counted, which torch counts as allocated.
+What {count} forward passes and generations took (`tests/golden/inference.jsonl`), of weights in 16 and 32 bits, GPTQ,
+AWQ, FP8 and bitsandbytes' 4 bits, prompts of 1 to 30,720 tokens and batches of 1 to 64: Qwen's speed benchmarks with
+transformers 4.38, 4.46 and 4.51, Hugging Face's optimum-benchmark with 4.35, and LitGPT's tables. Nothing was fitted to
+them: what older libraries made was read in them. Of large weights that an older library loads one by one the ends of
+blocks are counted, which torch counts as allocated.
 
 Qwen3's figures leave out the prompt's own pass: they are weights, the cache of all tokens and cuBLAS's workspace to
 4 MiB, where the hidden states of a prompt of 30,720 tokens alone would take hundreds. They are compared with the pass
