@@ -297,9 +297,11 @@ _REPLAYED = 8  # passes of those that decode
 
 
 def replay(walked: Walked, expandable: bool) -> Replay:
-    """The run's passes for a replay: of those that decode some, evenly spread. What torch holds of caches that grow by a
-    token, each in a block of its own, depends on how often they do: a replay of 8 of 119 held 1.3 % less than one of all,
-    and of 32 as much."""
+    """The run's passes for a replay: of those that decode some, evenly spread.
+
+    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do: a replay
+    of 8 of 119 held 1.3 % less than one of all, and of 32 as much.
+    """
     steps = walked.steps
     if len(steps) > 2:  # the prompt's, the first that decodes and the last
         *early, last = steps

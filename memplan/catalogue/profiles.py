@@ -168,7 +168,7 @@ PROFILES = (
             Row(
                 "forward_caches",
                 True,
-                "transformers 5.24 models/granitemoe/modeling_granitemoe.py and alike: seen in traces with use_cache=False",
+                "transformers 5.24 models/granitemoe/modeling_granitemoe.py, and alike: seen in traces",
                 "",
                 ("granitemoe", "granitemoehybrid", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
             ),
