@@ -30,7 +30,7 @@ def label(case: dict[str, Any]) -> str:
     run = case["run"]
     kernels, method = run.get("kernels", {}), run.get("method", {})
     more = [kernels.get("attention", ""), method.get("kind", ""), "4-bit" if "quantization" in method else ""]
-    more += ["padded" if run.get("loop") else "", run.get("precision", {}).get("weights", "")]
+    more += ["padded" if run.get("loop", {}).get("padded") else "", run.get("precision", {}).get("weights", "")]
     return "-".join([case["name"], run["task"], f"s{run['batch']['sequence']}", *filter(None, more)])
 
 
