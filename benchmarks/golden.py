@@ -170,6 +170,7 @@ class Ran(NamedTuple):
     cause: str
     within: float
     slack: int
+    reserved: int | None
 
     @property
     def off(self) -> int:
@@ -203,6 +204,7 @@ def ran(row: dict[str, Any]) -> Ran:
         row.get("cause", ""),
         row.get("within", 0.0),
         SLACK + row["digits"] // 2,
+        row.get("reserved"),
     )
 
 

@@ -68,6 +68,21 @@ def test_small_peaks_without_a_cause_are_met_within_150_mib() -> None:
     assert {r.id: r.off for r in running() if not r.large and not r.cause and abs(r.off) > RUNNING_NEAR} == {}
 
 
+@ALL
+def test_what_torch_reserved_for_caches_that_grow_is_met() -> None:
+    errors = [abs(r.answer.bytes.reserved / r.reserved - 1) for r in running() if r.reserved]
+    assert sum(errors) <= 0.01 * len(errors)
+    assert max(errors) <= 0.08
+
+
+def test_caches_that_grow_leave_blocks_that_no_later_one_fits() -> None:
+    """Eight sequences of 256 and 512 tokens of Llama-2-7B took 60.8 GB of an A100, of which 19 are tensors."""
+    row = next(row for row in ROWS if row["id"] == "optimum-7b-fp16-fa2-generate-b8")
+    answer = estimate(RunSpec(**row["run"]))
+    assert answer.bytes.allocated < 0.35 * row["reserved"]
+    assert answer.bytes.reserved == pytest.approx(row["reserved"], rel=0.02)
+
+
 # --- what older libraries made
 
 
