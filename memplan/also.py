@@ -41,6 +41,9 @@ _LOOP = "transformers 5.24 trainer.py Trainer.evaluation_loop"
 _CONTAINER = "transformers 5.24 trainer_pt_utils.py EvalLoopContainer.add"
 
 
+_REPLAYED = 8  # batches whose passes are replayed for what torch reserves, and the last one's
+
+
 class Aside(NamedTuple):
     """One of the things a run does beside its steps, at its peak.
 
@@ -101,11 +104,11 @@ class Aside(NamedTuple):
             allocator.free(left.pop()[1])
 
     def _replay_batches(self, allocator: Allocator) -> None:
-        """Batches, of which predictions are kept: passes between the second and the last find segments as that did."""
+        """Batches, of which predictions are kept; of more than a few the last one's pass stands for the rest."""
         together: list[Block] = []
         last: list[Block] = []
         for count in range(1, self.batches + 1):
-            if count < 3 or count == self.batches:
+            if count <= _REPLAYED or count == self.batches:
                 self._replay_passes(allocator)
             new = [allocator.alloc(bytes_) for bytes_ in self.kept]
             _free(last, allocator)
