@@ -143,7 +143,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
     ):
         raise SpecError(
-            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep states",
+            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
+            "states; supported: false",
             "loop.padded",
         )
     if generates and not caches_all(graph):

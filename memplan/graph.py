@@ -264,17 +264,23 @@ def recorded(
     grads_exist: bool = False,
     updates: tuple[tuple[str, int], ...] = (),
     division: Division | None = None,
+    late: frozenset[str] = frozenset(),
 ) -> Recorded:
-    """The graph's allocations and frees in order. The arguments are those of `lowered`."""
-    return _recorded(first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, updates, division)
+    """The graph's allocations and frees in order. The arguments are those of `lowered`, and `late` of `record`."""
+    return _recorded(first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, updates, division, late)
 
 
 @lru_cache(maxsize=64)
 def _recorded(
-    graph: Graph, grads_exist: bool, updates: tuple[tuple[str, int], ...], division: Division | None
+    graph: Graph,
+    grads_exist: bool,
+    updates: tuple[tuple[str, int], ...],
+    division: Division | None,
+    late: frozenset[str],
 ) -> Recorded:
     stack, depth = _stack(graph)
-    return record(stack, depth, **_ways(graph), grads_exist=grads_exist, updates=dict(updates), division=division)
+    ways, exist = _ways(graph), grads_exist
+    return record(stack, depth, **ways, grads_exist=exist, updates=dict(updates), division=division, late=late)
 
 
 @lru_cache(maxsize=128)
@@ -481,8 +487,9 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
 EMPTIED = -1  # in place of a storage's number: torch's allocator gives back what nothing uses
 
 
-def loading(graph: Graph) -> Iterator[tuple[int, int]]:
-    """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0.
+def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[tuple[int, int]]:
+    """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0. `places`
+    is given the numbers of what the weights that are not quantised are in at last.
 
     A weight that is quantised is there in the dtype it is loaded in until that is done, unless its checkpoint has it
     packed. One that is cast is, until all are loaded and its turn comes; trl's preparation casts most of them twice.
@@ -526,9 +533,14 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
                 yield number, size(w.shape, to, axes)[1]
                 yield first, 0
                 waiting[i] = (number, w, to)
+    if places is not None:
+        places.update((number, w) for number, w, _ in waiting)
     for w in weights:
         if w.group == "adapter":
-            yield next(numbers), sizes(w)[1][0]
+            number = next(numbers)
+            yield number, sizes(w)[1][0]
+            if places is not None:
+                places[number] = w
     if graph.inference is not None and graph.inference.loaded.stores_head:
         heads = [w for op in stack.after for w in op.weights if w.group == "embedding"]  # what is tied
         for first, w in zip(numbers, heads, strict=False):

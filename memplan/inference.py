@@ -300,9 +300,10 @@ _FEWEST, _MOST = 8, 32  # passes that are replayed of those that decode
 def replay(walked: Walked, expandable: bool) -> Replay:
     """The run's passes for a replay: of those that decode some, evenly spread.
 
-    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do. A block has
-    up to 1 MiB more than was asked for; a cache that outgrows it takes another, and none needs one that small again. So
-    often a pass is replayed, but 32 times at most: replays of 32 of 511 passes held within 1.4 % what those of all did.
+    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do. A block
+    has up to 1 MiB more than was asked for; a cache that outgrows it takes another, and none needs one that small
+    again. So often a pass is replayed, but 32 times at most: replays of 32 of 511 passes held within 1.4 % what those
+    of all did.
     """
     steps = walked.steps
     if len(steps) > 2:  # the prompt's, the first that decodes and the last

@@ -254,6 +254,7 @@ class Unit(NamedTuple):
     message   what the all-gather writes, where the weights are copied out of that
     cast      the rank's part in the dtype that is sent, where it is kept in another
     joined    the gradients of those that train as the reduce-scatter reads them
+    padded    a copy of them with padding, where it reads that
     received  the rank's part of those, where it is cast to the dtype of its weights afterwards
     parts     the rank's part of the gradients, which stays
     summed    the gradients of the passes before, whole, where they are reduced after several
@@ -268,6 +269,7 @@ class Unit(NamedTuple):
     message: tuple[Tensor, ...] = ()
     cast: tuple[Tensor, ...] = ()
     joined: tuple[Tensor, ...] = ()
+    padded: tuple[Tensor, ...] = ()
     received: tuple[Tensor, ...] = ()
     parts: tuple[Tensor, ...] = ()
     summed: tuple[Tensor, ...] = ()

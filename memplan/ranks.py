@@ -319,7 +319,7 @@ def _together(group: list[Piece], ranks: Ranks) -> Unit:
         padded = tuple(Tensor(f"padded gradient of {p.name}", str(p.whole), p.sent) for p in trained if p.pads)
         parts = tuple(Tensor(f"{p.name}.grad", str(prod(p.shape)), p.dtype) for p in trained)
         received = tuple(t._replace(dtype=p.sent) for t, p in zip(parts, trained, strict=True) if p.dtype != p.sent)
-        return Unit(whole, (), cast, (*joined, *padded), received, parts, _summed(trained))
+        return Unit(whole, (), cast, joined, padded, received, parts, _summed(trained))
     sent = sum(p.whole * ITEMSIZE[p.sent] for p in group)
     message = (Tensor("all-gather's output", str(sent), "uint8"),)
     if not trained:
@@ -328,7 +328,7 @@ def _together(group: list[Piece], ranks: Ranks) -> Unit:
     joined = (Tensor("reduce-scatter's input", str(sum(p.whole for p in trained)), reduces),)
     parts = (Tensor("gradients", str(sum(prod(p.shape) for p in trained)), trained[0].dtype),)
     received = tuple(t._replace(dtype=reduces) for t in parts if trained[0].dtype != reduces)
-    return Unit(whole, message, cast, joined, received, parts, _summed(trained))
+    return Unit(whole, message, cast, joined, (), received, parts, _summed(trained))
 
 
 def _undivided(group: list[Piece]) -> Unit:

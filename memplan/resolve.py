@@ -345,7 +345,7 @@ def _decide(
         checkpoint=checkpoints,
         loss=str(kernels.loss),
         hold_outputs=bool(loop.hold_outputs),
-        adds_in_place=kernels.loss != "fused" or adds_in_place(capability),
+        adds_in_place=kernels.loss != "fused" or (words["adds_products"] and adds_in_place(capability)),
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
         reentrant=bool(kernels.reentrant) and checkpoints,

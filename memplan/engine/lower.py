@@ -16,6 +16,11 @@ from memplan.ir import Op, Tensor, Unit
 
 Counts = dict[int, int]  # size -> how many storages of it are alive
 
+# The streams that a process allocates on, each with pools of its own: the one it computes on, and those that FSDP and
+# DeepSpeed gather weights on, cast a rank's part on before that, and reduce gradients on. What is LENT was allocated on
+# the first, and is read on the last.
+COMPUTING, GATHERING, CASTING, REDUCING, LENT = range(5)
+
 
 class Moment(NamedTuple):
     """What is alive at one point: `counts`, and per run what each copy of its blocks beyond the first adds."""
@@ -123,6 +128,7 @@ class Tape:
         self.sizes: dict[tuple[str, ...], int] = {}
         self.moments: list[Moment] = []
         self.phase = "forward"
+        self.stream = COMPUTING  # that allocations are made on
         self._labelled = labelled
         self._updates = updates
         self._grads_exist = grads_exist
@@ -158,6 +164,13 @@ class Tape:
         if self._in_run is not None:
             self._born.add(storage)
         return storage
+
+    def made(self, tensors: Iterable[Tensor], kind: str, stream: int = COMPUTING) -> list[Storage]:
+        """Storages that a collective reads or writes, allocated on its stream."""
+        self.stream = stream
+        storages = [self.alloc(t, kind) for t in tensors]
+        self.stream = COMPUTING
+        return storages
 
     def drop(self, storage: Storage) -> None:
         storage.refs -= 1
@@ -362,8 +375,8 @@ class Tape:
         """The weights of an operation that are gathered for it."""
         found: list[Storage] = []
         for unit in (self.nested[w.name] for w in op.weights if w.name in self.nested):
-            cast = [self.alloc(t, "temp") for t in unit.cast]
-            found += [self.alloc(t, "parameter") for t in unit.whole]
+            cast = self.made(unit.cast, "temp", CASTING)
+            found += self.made(unit.whole, "parameter", GATHERING)
             for storage in cast:
                 self.drop(storage)
         return found
@@ -516,13 +529,13 @@ class Tape:
 
     def _reduced(self, unit: Unit, gradient: Storage, whole: list[Storage]) -> None:
         """The gradient of a weight gathered for its operation is reduced at once, and the `whole` weight goes."""
-        joined = [self.alloc(t, "temp") for t in unit.joined]
-        laid = [self.alloc(t, "gradient") for t in unit.parts] if unit.laid else []
+        joined = self.made(unit.joined, "temp", LENT) + self.made(unit.padded, "temp", REDUCING)
+        laid = self.made(unit.parts, "gradient") if unit.laid else []
         for storage in (gradient, *whole):
             self.drop(storage)
         whole.clear()
-        received = [self.alloc(t, "temp") for t in unit.received]
-        parts = laid or [self.alloc(t, "gradient") for t in unit.parts]
+        received = self.made(unit.received, "temp", REDUCING)
+        parts = laid or self.made(unit.parts, "gradient", REDUCING)
         for storage in (*received, *joined, *(parts if self._grads_exist else ())):
             self.drop(storage)
 
