@@ -31,7 +31,7 @@ def label(case: dict[str, Any]) -> str:
     kernels, method = run.get("kernels", {}), run.get("method", {})
     more = [kernels.get("attention", ""), method.get("kind", ""), "4-bit" if "quantization" in method else ""]
     more += ["padded" if run.get("loop") else "", run.get("precision", {}).get("weights", "")]
-    return "-".join([case["name"], run["task"], f"s{run['batch']['sequence']}", *filter(None, more)])
+    return "-".join([case["name"], run["task"], f"s{run['batch'].get('sequence', 2048)}", *filter(None, more)])
 
 
 def without_workspace(answer: Estimate) -> dict[str, int]:
