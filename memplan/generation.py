@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
-from memplan.catalogue.caches import caches
-from memplan.catalogue.decoding import NOT_YET, Pass, keeping
+from memplan.catalogue.caches import caches as caches_of
+from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
+from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.packed import BACKENDS
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
@@ -20,7 +24,7 @@ from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
-from memplan.resolve import Decided, with_new_tokens
+from memplan.resolve import Decided, with_new_tokens, with_use_cache
 from memplan.spec import Method, Part, Precision, RunSpec
 
 
@@ -30,11 +34,15 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
     refuse_of_inference(run)
-    run = with_new_tokens(run)
+    run = with_use_cache(with_new_tokens(run))
     profile = find_profile(run.profile).name
     words = decided(profile, model.model_type, run.method.quantization is not None)
-    if words["code"] != "transformers" or words["pipeline"] != "device_map":
-        raise SpecError(f"profile: {run.profile} has no inference here; transformers' profiles have", "profile")
+    if words["code"] not in ("transformers", "litgpt") or words["pipeline"] != "device_map":
+        raise SpecError(f"profile: {run.profile} has no inference here; transformers' and LitGPT's have", "profile")
+    if words["code"] == "litgpt" and model.model_type not in KINDS:
+        raise SpecError(
+            f"profile: LitGPT has no model_type {model.model_type} here; supported: {', '.join(KINDS)}", "profile"
+        )
     generates = run.task == "generate"
     if generates and model.objective != "causal_lm":
         raise SpecError(
@@ -55,17 +63,19 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if method.kind in ADAPTERS:
         dtype = method.adapter_dtype or words["method.adapter_dtype"]
         method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
-    method = _quantised(method, words["method.quantization.skip"])
+    method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
     refuse_parts(method, run.precision, run.optimizer, kernels)
     if words["experts"] == "modules" and model.model_type in AS_MODULES:
         model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
     notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
-    recipe, more = _recipe(model, method, precision, over.as_stored)
+    recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored)
     notes += more
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
+    returns = generates or words["code"] == "transformers"  # LitGPT's model has a cache where it is told to
+    caches = bool(run.loop.use_cache) and returns and model.objective == "causal_lm"
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
@@ -73,6 +83,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)._replace(
         copies=words["flash_2_copies" if attention == "flash_attention_2" else "sdpa_copies"],
         triangles=words["triangles"],
+        tables=words["rotary_tables"],
         half_math=words["half_math"],
         whole_rotary=words["whole_rotary"],
         uncapped=words["uncapped"],
@@ -84,7 +95,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
-        caching=generates or words["forward_caches"],
+        caching=caches or words["forward_caches"],
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
@@ -95,7 +106,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         )
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or ("dynamic" if words["forward_caches"] else ""),
+        generation.cache_implementation or ("dynamic" if wiring.caching else ""),
         words["last_logits"],
         words["logits"] == "model",
         wiring.has_mask(),
@@ -103,6 +114,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         words["few_rows"],
         generation.num_beams > 1,
         generation.do_sample,
+        loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
     )
     graph = Graph(
         model,
@@ -114,15 +126,22 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         adds_in_place=True,
         rank=method.rank,
         trainable_layers=0,
+        code=words["code"],
         inference=now,
     )
-    if generates and batch.images and any(part.per == "source" for layer in caches(model) for part in layer.parts):
+    if caches and not generates and not caches_all(graph):
+        notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
+    if generates and batch.images and any(part.per == "source" for layer in caches_of(model) for part in layer.parts):
         raise SpecError(
             f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
             "task generate; supported: 0, text alone",
             "batch.images",
         )
-    if generates and run.loop.padded and any(part.per == "sequence" for layer in caches(model) for part in layer.parts):
+    if (
+        generates
+        and run.loop.padded
+        and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
+    ):
         raise SpecError(
             f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
             "states; supported: false",
@@ -141,6 +160,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         "kernels": kernels,
         "batch": batch,
         "generation": generation,
+        "loop": run.loop.model_copy(update={"use_cache": caches}),
     }
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
@@ -162,7 +182,7 @@ def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
-    own = [layer for layer in caches(graph.model) if any(part.per != "source" for part in layer.parts)]
+    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]
     return kept == len(own)
 
 
@@ -170,24 +190,44 @@ def _precision(p: Precision) -> Precision:
     return p.model_copy(update={"compute": p.compute or p.weights})
 
 
-def _quantised(method: Method, skip: tuple[str, ...]) -> Method:
-    """Nothing is prepared for training."""
+def _stores_head(method: Method, awq: bool) -> bool:
+    q = method.quantization
+    return awq and q is not None and q.format == "awq-int4"
+
+
+def _backend(method: Method) -> str:
+    q = method.quantization
+    return (q.backend or "") if q is not None else ""
+
+
+def _quantised(method: Method, skip: tuple[str, ...], backends: Mapping[str, str]) -> Method:
+    """Nothing is prepared for training; packed weights have a kernel, by their format."""
     q = method.quantization
     if q is None:
         return method
     if q.kbit_preparation:
         field = "method.quantization.kbit_preparation"
         raise SpecError(f"{field}: prepares weights for training, and nothing trains", field)
-    update = {"kbit_preparation": False, "skip": skip if q.skip is None else q.skip}
+    known = BACKENDS.get(q.format, ())
+    if q.backend and q.backend not in known:
+        field = "method.quantization.backend"
+        raise SpecError(f"{field}: {q.backend} is no kernel of {q.format}; known: {', '.join(known) or 'none'}", field)
+    update = {
+        "kbit_preparation": False,
+        "skip": skip if q.skip is None else q.skip,
+        "backend": backends.get(q.format, "") if q.backend is None else q.backend,
+    }
     return method.model_copy(update={"quantization": q.model_copy(update=update)})
 
 
-def _recipe(model: ModelSpec, method: Method, precision: Precision, stored: bool) -> tuple[Recipe, list[str]]:
+def _recipe(
+    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool
+) -> tuple[Recipe, list[str]]:
     """Adapters as they train, but that nothing is dropped; without them, weights as they are stored."""
     if method.kind in ADAPTERS:
-        recipe, notes = recipe_of(model, method, precision, "transformers", stored)
+        recipe, notes = recipe_of(model, method, precision, code, stored)
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
-    bare = Recipe("full", precision.weights, str(precision.compute))
+    bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None:
         return bare, []

@@ -13,7 +13,9 @@ from memplan.catalogue.attention import Wiring
 from memplan.catalogue.decoding import Pass, evaluation, inference
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
+from memplan.catalogue.packed import unpacked, with_buffers
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
+from memplan.catalogue.tables import own_tables
 from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record, record_inference
 from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stream_of
@@ -94,6 +96,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         model = megatron.part_of_experts(model, degrees)
     axes = {**model.axes(), **part, "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
+    if graph.wiring.tables:
+        stack = own_tables(stack, model.max_position_embeddings or 2048, recipe.weights, graph.wiring.tables)
     if graph.wiring.by_name:
         named = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
         stack = stack._replace(runs=tuple(named))
@@ -118,6 +122,11 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
     if graph.inference is not None and not graph.inference.evaluates:
+        backend = graph.inference.loaded.backend
+        if backend:
+            stack = with_buffers(stack, backend, (w for op in operations(stack) for w in op.weights), axes)
+        if graph.inference.unpacks:
+            stack = unpacked(stack, backend)
         return inference(stack, graph.inference), axes
     stack = losses.attach(
         stack,
@@ -477,9 +486,9 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
 
     A weight that is quantised is there in the dtype it is loaded in until that is done, unless its checkpoint has it
     packed. One that is cast is, until all are loaded and its turn comes; trl's preparation casts most of them twice.
-    Adapters come last.
+    Adapters come last. Of a checkpoint that has a head beside the embeddings it is tied to, both are there to the end.
     """
-    _, axes = built(graph)
+    stack, axes = built(graph)
     loaded = graph.recipe.weights
     of: dict[int, tuple[int, tuple[int, ...]]] = {}  # the bytes a weight is loaded in, and those it ends in
 
@@ -520,6 +529,11 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
     for w in weights:
         if w.group == "adapter":
             yield next(numbers), sizes(w)[1][0]
+    if graph.inference is not None and graph.inference.loaded.stores_head:
+        heads = [w for op in stack.after for w in op.weights if w.group == "embedding"]  # what is tied
+        for first, w in zip(numbers, heads, strict=False):
+            yield first, size(w.shape, loaded, axes)[1]
+            yield first, 0
 
 
 def in_order(graph: Graph) -> Iterator[Weight]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Line, Phase, Rank
 from memplan.catalogue.overhead import cublas_workspace
-from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.catalogue.packed import MANY_ROWS
+from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
 from memplan.engine.lower import Moment
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.step import Lowered
@@ -58,9 +59,13 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     """The passes of a run, in order: of those that decode, the first and the last."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
-    if not graph.inference.generates:
+    many, now = MANY_ROWS.get(graph.inference.loaded.backend, 0), graph.inference
+    if many and batch.micro * decided.beams * batch.sequence >= many:
+        now = now._replace(unpacks=True)
+        graph = graph._replace(inference=now)
+    if not now.generates:
         return (Step(graph, batch.micro, batch.sequence),)
-    window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
+    window, few_rows = graph.model.sliding_window or 0, now.few_rows
     rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
@@ -71,7 +76,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
-        static = graph.inference.cache == "static"  # which attention sees through a mask
+        static = now.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
             decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
         )
@@ -79,9 +84,10 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         recipe = graph.recipe
         if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        one = graph._replace(
-            wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode", longer=longer)
-        )
+        lingers = past == prompt and not now.last_only
+        unpacks = bool(many) and rows >= many
+        token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
+        one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
         if decided.beams > 1 and window:  # but a copy in another order is of the window alone
@@ -147,8 +153,14 @@ class Walked(NamedTuple):
     axes: tuple[dict[str, int], ...]
     peaks: tuple[Peak, ...]
     parameters: int
+    unsplit: int
     loading: int
     workspace: int
+
+    @property
+    def resting(self) -> int:
+        """What is there throughout all passes."""
+        return self.parameters + self.unsplit + self.workspace
 
     @property
     def phases(self) -> list[Phase]:
@@ -157,7 +169,7 @@ class Walked(NamedTuple):
         for name in dict.fromkeys(step.phase for step in self.steps):
             i = self._top(name)
             low = inferred(self.steps[i].graph)
-            peak = self.parameters + self.workspace + self.peaks[i].bytes
+            peak = self.resting + self.peaks[i].bytes
             out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
         return out
 
@@ -193,8 +205,11 @@ class Walked(NamedTuple):
             held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
             for h in parameters_of(first)
         ]
+        if self.unsplit:
+            what, why = "left unsplit", "ends of blocks that weights have to themselves, up to 1 MiB each"
+            out.append(Line(what, "other", "torch", "", (), "uint8", 1, self.unsplit, why, _UNSPLIT, "derived"))
         if phase == "load":
-            more = self.loading - self.parameters
+            more = self.loading - self.parameters - self.unsplit
             what = "weights before they are converted, less what comes after"
             out += [Line(what, "temp", "", "", (), "", 1, more, "loading", "", "derived")] if more > 0 else []
         else:
@@ -210,15 +225,30 @@ class Walked(NamedTuple):
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
 
 
-def walk(decided: Decided) -> Walked:
-    """The peak of every phase."""
+def walk(decided: Decided, expandable: bool = False) -> Walked:
+    """The peak of every phase. `expandable`: torch's allocator has expandable segments."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
     peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
     graph = steps[0].graph
-    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    resident, unsplit, most = loaded(graph, expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
-    return Walked(decided, steps, axes, tuple(peaks), resident, most_while_loading(loading(graph)), workspace)
+    return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
+
+
+_UNSPLIT = (
+    "torch 2.13 c10/cuda/CUDACachingAllocator.cpp should_split: what is left of a large block counts as allocated"
+)
+
+
+@lru_cache(maxsize=512)
+def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
+    """Bytes of weights and buffers; those that torch counts beside them, because blocks were not split; and the most
+    there are while they are loaded."""
+    allocator = Allocator(expandable)
+    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    load(graph, allocator)
+    return resident, allocator.allocated - resident, allocator.peak_allocated
 
 
 def most_while_loading(events: Iterable[tuple[int, int]]) -> int:
@@ -257,32 +287,45 @@ class Engine(NamedTuple):
             low = inferred(step.graph)
             sizes = bytes_of(low, axes)
             for moment in low.moments:
-                bytes_ = w.parameters + w.workspace + live(low, moment, axes, sizes)
+                bytes_ = w.resting + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
 
     def ranks(self) -> Iterable[Rank]:
         return ()
 
 
-_REPLAYED = 8  # passes of those that decode
+_FEWEST, _MOST = 8, 32  # passes that are replayed of those that decode
 
 
 def replay(walked: Walked, expandable: bool) -> Replay:
     """The run's passes for a replay: of those that decode some, evenly spread.
 
-    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do: a replay
-    of 8 of 119 held 1.3 % less than one of all, and of 32 as much.
+    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do. A block
+    has up to 1 MiB more than was asked for; a cache that outgrows it takes another, and none needs one that small
+    again. So often a pass is replayed, but 32 times at most: replays of 32 of 511 passes held within 1.4 % what those
+    of all did.
     """
     steps = walked.steps
     if len(steps) > 2:  # the prompt's, the first that decodes and the last
         *early, last = steps
-        first, count = early[-1], min(_REPLAYED, last.past - early[-1].past + 1)
+        first = early[-1]
+        often = min(_MOST, max(_FEWEST, _growth(walked) // SMALL_REQUEST + 2))
+        count = min(often, last.past - first.past + 1)
         between = (first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1))
         window = walked.decided.structure.graph.model.sliding_window or last.past + 1
         some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
         steps = (*early, *some, last)
     axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
     return Replay(steps, axes, walked.workspace, expandable)
+
+
+def _growth(walked: Walked) -> int:
+    """By how many bytes the largest tensor of a cache grows from the first pass that decodes to the last."""
+    *_, first, last = walked.steps
+    low = inferred(last.graph)
+    at_first = last._replace(past=first.past, past_window=first.past_window, window=first.window)
+    then, now = (bytes_of(low, numbers_of(step, walked.decided)) for step in (at_first, last))
+    return max((now[key] - then[key] for key in alive(low.left, low.runs, walked.axes[-1])), default=0)
 
 
 class Replay(NamedTuple):
@@ -319,7 +362,11 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
 
 
 def load(graph: Graph, allocator: Allocator) -> None:
-    """Replay loading."""
+    """Replay loading, from one block for many weights where the version makes that first."""
+    warms = graph.inference.loaded.warms if graph.inference else ""
+    if warms:
+        total = sum(h.bytes * h.copies for h in parameters_of(graph))
+        allocator.free(allocator.alloc(total if warms == "all" else total // 2))
     blocks: dict[int, Block] = {}
     for number, bytes_ in loading(graph):
         if bytes_:

@@ -147,7 +147,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     )
     context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
-    decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
+    loop = with_use_cache(run).loop
+    decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch, "loop": loop})
     if not pictures:
         return decided
     half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
@@ -164,7 +165,7 @@ def objective_of(run: RunSpec) -> str:
 
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
-    run = with_new_tokens(run)
+    run = with_use_cache(with_new_tokens(run))
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
     method = _unprepared(run.method) if _sharded(run.parallelism) else run.method
     method, optimizer, kernels = _filled(method, run.optimizer, run.kernels, run.precision, words)
@@ -176,6 +177,14 @@ def with_new_tokens(run: RunSpec) -> RunSpec:
     if run.task != "generate" or run.batch.new_tokens:
         return run
     return run.model_copy(update={"batch": run.batch.model_copy(update={"new_tokens": NEW_TOKENS})})
+
+
+def with_use_cache(run: RunSpec) -> RunSpec:
+    """The run with whether the model is asked for its cache, where it leaves that open: as transformers' models do
+    where nothing trains, which in training is turned off or changes nothing."""
+    if run.loop.use_cache is not None:
+        return run
+    return run.model_copy(update={"loop": run.loop.model_copy(update={"use_cache": run.task != "train"})})
 
 
 def completed(run: RunSpec) -> RunSpec:
@@ -318,6 +327,7 @@ def _decide(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
             triangles=words["triangles"],
+            tables=words["rotary_tables"],
             half_math=words["half_math"],
             whole_rotary=words["whole_rotary"],
             uncapped=words["uncapped"],

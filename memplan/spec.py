@@ -155,8 +155,13 @@ GgufType = Literal[
 ]
 Format = Literal[TrainedOver, OnlyRuns, GgufType]
 _FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
+# Weights that share a scale, where a run says no other number: what the formats' own libraries make.
+# Source: transformers 5.24 utils/quantization_config.py GPTQConfig, AwqConfig; torchao 0.18; compressed-tensors 0.20.
 _GROUPS = {
     "fp8": 128,
+    "gptq-int4": 128,
+    "gptq-int8": 128,
+    "awq-int4": 128,
     "w4a16": 128,
     "w8a16": 128,
     "mxfp4": 32,
@@ -181,7 +186,8 @@ class Quantization(Part, frozen=True):
     """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words.
 
     A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
-    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said.
+    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said. `backend`
+    is the kernel that GPTQ's or AWQ's weights run with, where it makes something beside its output.
     """
 
     format: Annotated[Format, BeforeValidator(_named)] = "nf4"
@@ -190,6 +196,7 @@ class Quantization(Part, frozen=True):
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl"] | None = None
+    backend: Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -333,15 +340,16 @@ class Loop(Part, frozen=True):
     """What the training script does around the step.
 
     `use_cache` takes no memory in training: what it would hold is kept for backward anyway, or the model has it off
-    under checkpointing. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32
-    under bitsandbytes' 8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
+    under checkpointing. Where nothing trains it is on unless said otherwise, and a decoder's one pass returns its
+    cache. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32 under bitsandbytes'
+    8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
     backward pass, or, with the word `step`, through the optimizer's step too. `expandable_segments`: torch's allocator
     has them (PYTORCH_CUDA_ALLOC_CONF).
     """
 
     hold_outputs: Flag | Literal["step"] = False
     padded: Flag = False
-    use_cache: Flag = False
+    use_cache: Flag | None = None
     clip_grad_norm: Annotated[Number, Field(ge=0)] | None = 1.0
     grad_scaler: Flag = False
     trainer: Flag = False

@@ -34,6 +34,19 @@ NOT_YET = frozenset(
 )
 
 
+class Loaded(NamedTuple):
+    """How weights are loaded to run a model.
+
+    warms        what is allocated once and given back before it: nothing, `half` of the weights' bytes, or `all`
+    stores_head  the checkpoint has a head though it is tied, which goes when the model is whole
+    backend      the kernel of packed weights (`memplan.catalogue.packed`)
+    """
+
+    warms: str = ""
+    stores_head: bool = False
+    backend: str = ""
+
+
 class Pass(NamedTuple):
     """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; or `eval`, of a
     model that trains, with its loss.
@@ -45,6 +58,9 @@ class Pass(NamedTuple):
     few_rows    as many as a product with 4-bit weights has at most where it makes no whole matrix of them
     beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
     samples     tokens are drawn, after temperature, top-k and top-p
+    lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
+    unpacks     it has so many rows that the kernel of packed weights makes whole matrices
+    loaded      how the weights came there
     """
 
     phase: str
@@ -56,6 +72,9 @@ class Pass(NamedTuple):
     few_rows: int = 0
     beams: bool = False
     samples: bool = False
+    lingers: bool = False
+    unpacks: bool = False
+    loaded: Loaded = Loaded()
 
     @property
     def generates(self) -> bool:
@@ -143,6 +162,7 @@ def _inputs(op: Op, now: Pass) -> Op:
         made = [t for t in made if t.name != "attention_mask"]
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
         made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
+        made += [Tensor("logits of the prompt", "b past v", "fp32")] if now.lingers else []
     return op._replace(writes=tuple(made), source=_GENERATE if now.generates else op.source)
 
 
@@ -333,9 +353,10 @@ def _wide(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """All logits that the model makes are cast to fp32 by itself, in versions that did so."""
     yield from some
     if now.wide:
-        made = next(op for op in reversed(some) if op.writes).writes[0]
+        last = next(op for op in reversed(some) if op.writes)
+        made = last.writes[0]
         yield ops.cast("float", made.name, f"{made.name}.float", made.shape, "fp32")
-        yield ops.leave(made.name)
+        yield ops.leave(made.name, *last.reads[:1])  # what the head was given is the outputs' last_hidden_state
 
 
 def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> Iterator[Op]:

@@ -27,6 +27,8 @@ from tests.tiny_vision import TINY as TOWERS
 
 SHORT = {"micro": 3, "sequence": 75}
 RUNS: tuple[dict[str, Any], ...] = (
+    {"task": "forward", "batch": SHORT, "loop": {"use_cache": False}},
+    {"task": "forward", "batch": SHORT, "loop": {"padded": True, "use_cache": False}},
     {"task": "forward", "batch": SHORT},
     {"task": "generate", "batch": {**SHORT, "new_tokens": 5}},
     {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "kernels": {"attention": "eager"}},
