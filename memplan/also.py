@@ -175,7 +175,9 @@ def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | N
     standing += walked.program.passing["forward"]
     passes = ((step, tuple(axes.items())),)
     kept = _kept(e, graph, axes, run.parallelism.dp)
-    during, joined = kept.during, kept.joined
+    loss = Held("activation", "loss of a batch, by the loop's name", "evaluation", "", "fp32", 1, 512, _LOOP)
+    named = () if e.batch_metrics else (loss,)  # the loop lets go of them by itself there
+    during, joined = (*kept.during, *named), (*kept.joined, *named)
     where, batches = low.moments[moment].where, together_of(e) if kept.each else 1
     one = Aside(
         "eval", where, standing, during, passes, (0, moment), moving, kept.each, batches, e.concatenates, kept.host
