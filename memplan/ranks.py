@@ -238,7 +238,23 @@ def division(graph: Graph, ranks: Ranks) -> Division | None:
         waits=waits,
         leaves=leaves,
         returns=graph.code == "torchtitan",
+        hooks=flat and ranks.inside and hooked(graph),
     )
+
+
+def hooked(graph: Graph) -> bool:
+    """Whether FSDP1's hooks on what frozen blocks were given keep that, and its gradient, until backward is over.
+
+    To let go of weights that get no gradient FSDP1 hooks the block's input. Where it is called within the recomputation
+    of a reentrant checkpoint that is a leaf of the inner graph, which the hook's node refers to, and whose gradient is
+    written to it. Published runs of Llama and Mistral show both; those of Granite and GPT-BigCode, whose embeddings are
+    scaled or added to, neither.
+    Source: torch 2.4 distributed/fsdp/_runtime_utils.py _register_post_backward_reshard_only_hook, autograd/graph.py
+    register_multi_grad_hook.
+    """
+    before = built(graph)[0].before
+    bare = any(w.group == "embedding" for op in before for w in op.weights if op.writes[0].name == "embeds")
+    return graph.reentrant and graph.leaf and bare
 
 
 # When FSDP1's BackwardPrefetch asks for the next unit, see `memplan.ir.Division`.

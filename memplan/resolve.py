@@ -29,7 +29,6 @@ from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
     Graph,
-    built,
     parameter_targets,
     stacks,
     tower_dtype,
@@ -600,26 +599,12 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
 
 
 def _check_flat(graph: Graph, ranks: Ranks) -> None:
-    """Raise SpecError where FSDP1 would lay weights of several dtypes together, or keeps what is not modelled.
-
-    Where transformers until 4.52 has a frozen block checkpointed by the reentrant kind, together with its FSDP wrapper,
-    the hook on the recomputation's input keeps that and its gradient alive: published LoRA and QLoRA runs of Llama and
-    Mistral hold a copy of hidden states more for all blocks but two. Those of Granite and GPT-BigCode, whose embeddings
-    are scaled or added to, do not.
-    """
+    """Raise SpecError where FSDP1 would lay weights of several dtypes together, or as LitGPT has adapters."""
     if graph.code == "litgpt" and graph.recipe.kind in ADAPTERS:
         raise SpecError(
             "method.kind: adapters under fsdp are not supported yet as LitGPT has them, in one flat parameter with "
             "frozen weights, of which gradients are made too; supported: full, or profile transformers-5",
             "method.kind",
-        )
-    before = built(graph)[0].before
-    bare = any(w.group == "embedding" for op in before for w in op.weights if op.writes[0].name == "embeds")
-    if ranks.inside and graph.reentrant and graph.leaf and bare:
-        raise SpecError(
-            "kernels.reentrant: true is not supported yet for adapters under fsdp with this profile; supported: false, "
-            "or profile transformers-5",
-            "kernels.reentrant",
         )
     dtypes = mixed(graph, ranks)
     if dtypes:

@@ -49,6 +49,7 @@ class Gatherer:
         self._sums = division.sums if division else False
         self._grads_exist = grads_exist and not self._sums
         self._summed: dict[str, list[list[Storage]]] = {}  # of passes before, by unit, of the last copy last
+        tape.hooks = division.hooks if division else False
         self._whole: dict[str, list[Storage]] = {}
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back
@@ -214,6 +215,7 @@ class Gatherer:
             self._reduce(frame, *self._delayed)
         for storages in (self._ahead, self._sent, self._received):
             self._drop(storages)
+        self._tape.end_hooks()
 
     def _ask_gone(self, frame: Frame) -> None:
         if self._asks == "gone":
