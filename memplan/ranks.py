@@ -16,7 +16,7 @@ from memplan.catalogue.parameters import Parameter
 from memplan.catalogue.states import OptimizerMemory
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, unit_of
 from memplan.engine.walk import size
-from memplan.graph import Graph, Held, built, elements, parameters_of, shape_of
+from memplan.graph import Graph, Held, built, elements, optimized, parameters_of, shape_of
 from memplan.ir import Division, Op, Tensor, Unit, Weight
 from memplan.units import ITEMSIZE
 
@@ -109,7 +109,7 @@ def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
     """
     found: list[Piece] = []
     for unit, where, copies, weights in units_of(graph, ranks.row.flat, ranks.wraps):
-        together = [w for w in weights if w.group != "adapter"] if ranks.row.flat else []
+        together = [w for w in weights if graph.joined or w.group != "adapter"] if ranks.row.flat else []
         if together:
             found.append(_piece(graph, ranks, unit, where, copies, "flat parameter", together))
         alone = [w for w in weights if w not in together]
@@ -162,17 +162,20 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
         shape = rows_of(shapes[0], ranks.world)
     kept = kept_dtype(first, ranks)
     whole = prod(shape) * ranks.world
-    slices = tuple(_slices(weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
+    slices = tuple(_slices(graph, weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
     made = max(own, sum(elements(w._replace(shape=w.gradient), axes) for w in weights if w.gradient))
     return Piece(name, unit, where, copies, shape, kept, whole, own, made, sent, first.trains, whole != laid, slices)
 
 
-def _slices(weights: list[Weight], shapes: list[tuple[int, ...]], dtype: str, mine: int) -> Iterator[tuple[str, int]]:
-    """What the first rank has of each weight, in numbers, of those laid one after the other: use_orig_params."""
+def _slices(
+    graph: Graph, weights: list[Weight], shapes: list[tuple[int, ...]], dtype: str, mine: int
+) -> Iterator[tuple[str, int]]:
+    """What the first rank has of each weight that the optimizer is given, in numbers, of those laid one after the
+    other: use_orig_params."""
     start = 0
     for w, shape in zip(weights, shapes, strict=True):
         numbers = prod(shape)
-        if start < mine:
+        if start < mine and (optimized(w, graph) or not w.trains):
             yield w.name, min(numbers, mine - start)
         start += aligned(numbers, dtype)
 
@@ -390,7 +393,7 @@ def trained_parts(graph: Graph, ranks: Ranks) -> list[Parameter]:
         found = [
             (Parameter(f"{p.where}.{name}".lstrip("."), shape, p.dtype), p.copies)
             for p in own
-            for name, shape in ([(name, (n,)) for name, n in p.slices] or [(p.name, p.shape)])
+            for name, shape in ([(n, (count,)) for n, count in p.slices] or [(p.name, p.shape)][: not graph.joined])
         ]
         out += [p for p, _ in found]
         out += [p._replace(copies=n - 1) for p, n in found if n > 1]

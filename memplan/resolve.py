@@ -347,6 +347,7 @@ def _decide(
         code=words["code"],
         lingers=words["lingers"] and parallelism.pp == 1,
         degrees=degrees,
+        joined=words["code"] == "litgpt" and method.kind in ADAPTERS and ranks.world > 1 and ranks.row.flat,
     )
     if degrees.cp > 1 and not own:
         wiring = graph.wiring
@@ -543,7 +544,7 @@ def _ranks(
     ranks = Ranks(
         p.strategy,
         p.shard_group or alike,
-        delayed=trainer and accumulates,
+        delayed=(trainer or words["code"] == "litgpt") and accumulates,  # fabric.no_backward_sync
         replicated=p.shard_group not in (None, alike),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
@@ -599,12 +600,12 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
 
 
 def _check_flat(graph: Graph, ranks: Ranks) -> None:
-    """Raise SpecError where FSDP1 would lay weights of several dtypes together, or as LitGPT has adapters."""
-    if graph.code == "litgpt" and graph.recipe.kind in ADAPTERS:
+    """Raise SpecError where FSDP1 would lay weights of several dtypes together, or some that get no gradients."""
+    if graph.joined and any(w.stored for w, _, _ in weights_of(graph)):
         raise SpecError(
-            "method.kind: adapters under fsdp are not supported yet as LitGPT has them, in one flat parameter with "
-            "frozen weights, of which gradients are made too; supported: full, or profile transformers-5",
-            "method.kind",
+            "method.quantization: adapters over quantised weights are not supported under fsdp as LitGPT has them, in "
+            "one flat parameter with frozen weights; supported: lora, or profile transformers-5",
+            "method.quantization",
         )
     dtypes = mixed(graph, ranks)
     if dtypes:

@@ -353,7 +353,16 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         "parallelism.strategy",
         "fsdp2",
     ),
-    ("fsdp", {"model": "llama-2-7b", "method": "lora", "profile": "litgpt-2024"}, "method.kind", "full"),
+    (
+        "fsdp",
+        {
+            "model": "llama-2-7b",
+            "method": {"kind": "qlora", "quantization": {"storage": "bf16"}},
+            "profile": "litgpt-2024",
+        },
+        "method.quantization",
+        "lora",
+    ),
 ]
 
 
@@ -394,11 +403,11 @@ def test_a_rank_of_a_published_run_is_met(row: dict[str, Any]) -> None:
     assert row["source"].startswith("https://")
     off = abs(a.bytes.allocated - row["allocated"])
     if "cause" in row:
-        assert SLACK < off <= row["within"] * row["allocated"]
+        assert SLACK + row.get("digits", 0) // 2 < off <= row["within"] * row["allocated"]
     else:
         assert off <= SLACK
     if (
-        row["run"]["method"] == "full"
+        row["run"]["method"] == "full" and "after" in row
     ):  # after a step the parts of weights, of gradients in their dtype, and states stayed
         world = row["run"]["parallelism"]["world"]
         parts = sum(line.bytes for line in a.ledger if f"one of {world} parts" in line.what)
@@ -406,17 +415,35 @@ def test_a_rank_of_a_published_run_is_met(row: dict[str, Any]) -> None:
         assert abs(kept - row["after"]) <= 2 * SLACK
 
 
-def test_published_runs_on_two_and_four_gpus_are_met_within_a_thousandth_on_average() -> None:
-    errors = [abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1) for row in MEASURED]
-    assert len(errors) == 58
-    assert mean(errors) < 1.2e-3
+def test_published_runs_on_two_and_four_gpus_are_met_on_average() -> None:
+    errors: dict[str, list[float]] = {}
+    for row in MEASURED:
+        found = abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1)
+        errors.setdefault(row["family"], []).append(found)
+    assert {family: len(some) for family, some in errors.items()} == {"fms-acceleration": 58, "litgpt": 5}
+    assert mean(errors["fms-acceleration"]) < 1e-3
+    assert mean(errors["litgpt"]) < 0.025
 
 
 def test_the_band_of_several_gpus_is_the_shortest_range_of_the_published_errors() -> None:
     """With `COVERAGE` of them in it, where one more run is counted beside them."""
-    low, high = shortest([row["process"] / estimate(RunSpec(**row["run"])).bytes.used - 1 for row in MEASURED])
+    seen = [row for row in MEASURED if "process" in row]
+    low, high = shortest([row["process"] / estimate(RunSpec(**row["run"])).bytes.used - 1 for row in seen])
     assert SHOWN_OF_RANKS.low / 1000 <= low < (SHOWN_OF_RANKS.low + 1) / 1000
     assert (SHOWN_OF_RANKS.high - 1) / 1000 < high <= SHOWN_OF_RANKS.high / 1000
+
+
+def test_litgpt_makes_gradients_of_what_is_frozen_beside_adapters() -> None:
+    """A flat parameter has both: a block's gradient is as large as its weights, and the optimizer is given adapters."""
+    run = {"model": "llama-2-7b", "method": {"kind": "lora", "targets": ["q_proj", "v_proj"]}, "precision": "pure"}
+    parallelism = {"world": 2, "dp": 2, "strategy": "fsdp"}
+    structure = decide(RunSpec(**run, profile="litgpt-2024", parallelism=parallelism)).structure
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    adapters = 32 * 2 * 16 * (4096 + 4096)
+    graded = sum(h.bytes * h.copies for h in gradients_of(structure))
+    assert graded == pytest.approx(2 * (linear + adapters) / 2, rel=1e-4)
+    assert program(structure).trainable_parameters == adapters
+    assert program(structure).states <= 2 * 2 * adapters
 
 
 @pytest.mark.parametrize("layers", [4, 16])
