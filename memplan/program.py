@@ -27,6 +27,7 @@ from memplan.graph import (
     handed_on,
     loading,
     lowered,
+    optimized,
     shape_of,
     shared_buffers,
     weights_of,
@@ -487,7 +488,7 @@ def program(structure: Structure) -> Program:
         away=tuple(_away(structure)),
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
-        trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.trains or w.idle),
+        trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if optimized(w, whole) or w.idle),
         active_parameters=sum(active(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
     )
 
