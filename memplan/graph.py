@@ -22,7 +22,7 @@ from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stre
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.errors import SpecError
-from memplan.ir import Division, Op, Stack, Tensor, Weight, operations
+from memplan.ir import Block, Division, Op, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
 from memplan.units import ITEMSIZE
 
@@ -36,7 +36,8 @@ class Graph(NamedTuple):
     cast to fp32; `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings'
     output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
     `degrees` the part of it that one rank computes; `keeps_sent`: what a stage hands on stays until its backward,
-    `moves_sent`: it is copied to another GPU of the process; `inference`: the pass it is, where nothing trains.
+    `moves_sent`: it is copied to another GPU of the process; `inference`: the pass it is, where nothing trains;
+    `joined`: gradients are made of what is frozen beside adapters in a block, as they lie in one flat parameter.
     """
 
     model: ModelSpec
@@ -62,6 +63,7 @@ class Graph(NamedTuple):
     keeps_sent: bool = False
     moves_sent: bool = False
     inference: Pass | None = None
+    joined: bool = False
 
 
 class Held(NamedTuple):
@@ -104,6 +106,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
+    if graph.joined:
+        stack = stack._replace(runs=tuple(r._replace(blocks=tuple(map(_joined, r.blocks))) for r in stack.runs))
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees)
     own = model.model_type == megatron.KIND
@@ -159,6 +163,20 @@ def undropped(model: ModelSpec) -> ModelSpec:
 
     config = zeroed(model.config)
     return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)
+
+
+def _joined(block: Block) -> Block:
+    """A block that autograd makes the gradients of all weights of."""
+
+    def trains(op: Op) -> Op:
+        return op._replace(weights=tuple(w if w.group == "buffer" else w._replace(trains=True) for w in op.weights))
+
+    return block._replace(ops=tuple(map(trains, block.ops)))
+
+
+def optimized(w: Weight, graph: Graph) -> bool:
+    """Whether the optimizer is given a weight."""
+    return w.trains and (w.group == "adapter" or not graph.joined)
 
 
 def _unstaged(graph: Graph) -> Graph:

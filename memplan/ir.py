@@ -295,6 +295,8 @@ class Division(NamedTuple):
     waits    what a rank received stays until the pass is over, as replicas sum it
     returns  the loss is computed when the model has returned, and let go of what its last gathering wrote
     leaves   its parts of the gradients go to the host as soon as they are reduced
+    hooks    what a recomputed block was given, and the gradient of that, stay until the pass is over: a hook refers to
+             them
     sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
     """
 
@@ -308,3 +310,4 @@ class Division(NamedTuple):
     waits: bool = False
     returns: bool = False
     leaves: bool = False
+    hooks: bool = False

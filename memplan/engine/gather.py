@@ -53,6 +53,7 @@ class Gatherer:
         self._inner: list[Storage] = []  # a module's weights, while they are whole
         self._outer: list[Storage] | None = None  # where gradients wait outside of the module
         tape.module = self._told if any(unit.modules for unit in self._units.values()) else None
+        tape.hooks = division.hooks if division else False
         self._whole: dict[str, list[Storage]] = {}
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back
@@ -241,6 +242,7 @@ class Gatherer:
             self._reduce(frame, *self._delayed)
         for storages in (self._ahead, self._sent, self._received):
             self._drop(storages)
+        self._tape.end_hooks()
 
     def _ask_gone(self, frame: Frame) -> None:
         if self._asks == "gone":

@@ -149,6 +149,8 @@ class Tape:
         self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
         self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
+        self.hooks = False  # a hook keeps what a recomputed block was given, and its gradient
+        self._hooked: list[tuple[Storage, int | None]] = []  # those, and the run of whose copies each has one
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
 
     # storages
@@ -459,6 +461,13 @@ class Tape:
             storage.refs += 1
         self._shared += (*made.values(), *kept)
 
+    def end_hooks(self) -> None:
+        """The pass is over, and the hooks on what blocks were given go."""
+        while self._hooked:
+            storage, run = self._hooked.pop()
+            storage.run = run
+            self.drop(storage)
+
     def end_blocks(self) -> None:
         """No checkpoint is left: what blocks made for others goes."""
         while self._shared:
@@ -486,6 +495,10 @@ class Tape:
         del self._held["nodes"][before:]
         for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # nothing here makes use of it
             self.drop(grads.pop(name))
+        if self.hooks and "x" in grads:
+            for storage in (inputs[0], grads["x"]):
+                storage.refs += 1
+                self._hooked.append((storage, self._in_run))
         for storage in (*gradients, *returned.values(), *inputs, *holds["step"], *holds["nodes"]):
             self.drop(storage)
 
