@@ -214,6 +214,39 @@ def by_phase(published: Sequence[Measured]) -> Iterable[str]:
     yield f"| after a step | {len(kept)} | {mean(map(abs, kept)):,.0f} | {max(kept, key=abs):+,.0f} |"
 
 
+def ran_models() -> Iterable[str]:
+    """Runs in which nothing trains."""
+    ran = golden.running()
+    yield RUNNING.format(count=len(ran))
+    yield "| family | weights | above 4 GiB | mean | from | to | below 4 GiB | worst MiB |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for family, weights in dict.fromkeys((r.family, _weights(r.answer)) for r in ran):
+        those = [r for r in ran if (r.family, _weights(r.answer)) == (family, weights)]
+        large, small = [r.error for r in those if r.large], [r.off for r in those if not r.large]
+        left = f"{percent(mean(map(abs, large)))} | {_signed(min(large))} | {_signed(max(large))}" if large else " | | "
+        right = f"{max(small, key=abs) / MIB:+,.0f}" if small else ""
+        yield f"| {family} | {weights} | {len(large)} | {left} | {len(small)} | {right} |"
+    yield ""
+    for cause in dict.fromkeys(r.cause for r in ran if r.cause):
+        those = [r for r in ran if r.cause == cause]
+        what = those[0].id if len(those) == 1 else f"{len(those)} runs"
+        yield f"- {what}, {span([r.error for r in those])}: {cause}."
+    held = [r.answer.bytes.reserved / r.reserved - 1 for r in ran if r.reserved]
+    yield f"""
+`reserved` against `torch.cuda.max_memory_reserved`, {len(held)} runs: {span(held)}. Caches that grow by a token, all
+layers twice, leave freed blocks that no later one fits: 80 GB are held where 26 are allocated."""
+
+
+def _signed(error: float) -> str:
+    return f"{100 * error:+.2f} %"
+
+
+def _weights(answer: Estimate) -> str:
+    """What a run's weights are stored in."""
+    q = answer.run.method.quantization
+    return q.format if q is not None else str(answer.run.precision.weights)
+
+
 def bands(published: Sequence[Measured]) -> Iterable[str]:
     yield "| card | runs | below the band | in it | above it | half its width |"
     yield "|---|---|---|---|---|---|"
@@ -345,6 +378,7 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
         f"- Missed by more than {SLACK // MIB} MiB, {sum(m.cause == c for m in golden.megatron())} runs: {c}."
         for c in causes
     )
+    yield from ran_models()
     yield REPLAYED
     yield from traces()
     yield FIT
@@ -374,11 +408,13 @@ def summary() -> Iterable[str]:
     measured = [
         (f"peaks above 4 GiB others measured on their cards: {goal.title}", golden.means(goal)) for goal in GOALS
     ]
+    running = [abs(r.error) for r in golden.running() if r.large]
     for what, errors in (
         ("traced steps of the real libraries, common models", [c.peak for c in traced()]),
         ("traced steps of every dense family at real sizes, to 72 billion parameters", [c.peak for c in traced_runs()]),
         ("traced steps of every family, small and at real widths", [c.peak for c in traced_families()]),
         *measured,
+        ("peaks above 4 GiB others measured running models: generation and forward passes", running),
     ):
         if errors:
             yield f"| {what} | {len(errors)} | {percent(mean(errors))} | {percent(max(errors))} |"
@@ -442,6 +478,20 @@ What the last rank took at most in {count} of its functional tests (golden value
 read in megatron-core 0.12 and TransformerEngine 2.3; `tests/golden/megatron.jsonl` has each. They set
 `CUBLAS_WORKSPACE_CONFIG=:4096:8`, which gives an A100 47.75 MiB of workspaces more than it has else; these are taken
 off.
+"""
+
+RUNNING = """
+## Running models
+
+What {count} forward passes and generations took (`tests/golden/inference.jsonl`), of weights in 16 and 32 bits, GPTQ,
+AWQ, FP8 and bitsandbytes' 4 bits, prompts of 1 to 30,720 tokens and batches of 1 to 64: Qwen's speed benchmarks with
+transformers 4.38, 4.46 and 4.51, Hugging Face's optimum-benchmark with 4.35, and LitGPT's tables. Nothing was fitted to
+them: what older libraries made was read in them. Of large weights that an older library loads one by one the ends of
+blocks are counted, which torch counts as allocated.
+
+Qwen3's figures leave out the prompt's own pass: they are weights, the cache of all tokens and cuBLAS's workspace to
+4 MiB, where the hidden states of a prompt of 30,720 tokens alone would take hundreds. They are compared with the pass
+that decodes, which joins the new key with the old ones in a tensor of its own: what they do not show either.
 """
 
 REPLAYED = """

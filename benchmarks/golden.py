@@ -4,7 +4,8 @@ Each line of `tests/golden/published.jsonl` is a run: where it was published, th
 bytes, and the run as a RunSpec; `ranks.jsonl` has those on several GPUs, `megatron.jsonl` those of Megatron-LM's own
 CI, with what they had `beside` what a RunSpec says (`CUBLAS_WORKSPACE_CONFIG=:4096:8` on an A100), `oom.jsonl` and
 `ranks_oom.jsonl` runs that died for want of memory, `not_expressed.jsonl` the published measurements that no RunSpec
-says yet, with the reason.
+says yet, with the reason. `inference.jsonl` has those in which nothing trains: forward passes and generation; where a
+figure is not of the whole run, it says of which `phase`.
 `other_tools.jsonl` in this folder has what other estimators answer for the same runs.
 """
 
@@ -18,6 +19,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
+from memplan.answer import phase_peaks
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 OTHER_TOOLS = Path(__file__).resolve().parent / "other_tools.jsonl"
@@ -177,6 +179,66 @@ def ranks_reserved() -> list[Reserved]:
 def megatron() -> list[Measured]:
     """What the last of several ranks took in the runs of Megatron-LM's own CI."""
     return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("megatron.jsonl")]
+
+
+class Ran(NamedTuple):
+    """A published run in which nothing trains, beside what memplan answers for it, or for its `phase`.
+
+    `cause` says why it is missed, if it is known to be; `slack` is how many bytes a met peak may be off.
+    """
+
+    id: str
+    family: str
+    card: str
+    phase: str
+    allocated: int
+    answered: int
+    answer: Estimate
+    cause: str
+    within: float
+    slack: int
+    reserved: int | None
+
+    @property
+    def off(self) -> int:
+        """Bytes that memplan answers too many (or, negative, too few)."""
+        return self.answered - self.allocated
+
+    @property
+    def error(self) -> float:
+        return self.off / self.allocated
+
+    @property
+    def large(self) -> bool:
+        return self.allocated >= LARGE
+
+
+RUNNING, RUNNING_NEAR = 0.03, 150 * MIB  # the mean error of a family's large peaks, and the most of a small one
+
+
+def ran(row: dict[str, Any]) -> Ran:
+    """A row of `inference.jsonl` beside what memplan answers."""
+    answer = estimate(RunSpec(**row["run"]))
+    phase = row.get("phase", "")
+    return Ran(
+        row["id"],
+        row["family"],
+        row["measured"],
+        phase,
+        row["allocated"],
+        phase_peaks(answer)[phase] if phase else answer.bytes.allocated,
+        answer,
+        row.get("cause", ""),
+        row.get("within", 0.0),
+        SLACK + row["digits"] // 2,
+        row.get("reserved"),
+    )
+
+
+@cache
+def running() -> list[Ran]:
+    """Every published run in which nothing trains."""
+    return [ran(row) for row in rows("inference.jsonl")]
 
 
 class Replayed(NamedTuple):

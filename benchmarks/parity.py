@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,13 +86,13 @@ def reference(name: str) -> Said:
     """What transformers builds from the card's config, and the cache that it leaves."""
     if not (find_spec("torch") and find_spec("transformers")):
         return Said(why="torch and transformers are not installed here")
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    torch, transformers = map(import_module, ("torch", "transformers"))
     config = _config(name)
-    made: Any = AutoConfig.for_model(config.pop("model_type"), **{k: v for k, v in config.items() if k != "auto_map"})
+    made = transformers.AutoConfig.for_model(
+        config.pop("model_type"), **{k: v for k, v in config.items() if k != "auto_map"}
+    )
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     model.eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     for module in model.modules():  # who is sent to which expert depends on data, and no expert caches anything
@@ -117,13 +118,12 @@ def _with_scores(hidden_states: Any, *args: Any, **more: Any) -> Any:
 
 def _held(layer: Any) -> int:
     """Bytes of every tensor that a layer's cache has."""
-    import torch
-
+    tensor = import_module("torch").Tensor
     found: list[Any] = list(vars(layer).values())
-    tensors = []
+    tensors: list[Any] = []
     while found:
         one = found.pop()
-        if isinstance(one, torch.Tensor):
+        if isinstance(one, tensor):
             tensors.append(one)
         elif isinstance(one, (list, tuple)):
             found += one

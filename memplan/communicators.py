@@ -35,7 +35,7 @@ def _groups(p: Parallelism) -> Iterator[tuple[str, int, int]]:
     if p.ep > 1:
         yield "ep", p.ep, inner * p.ep
     group = p.shard_group
-    if group is not None and group < alike:
+    if group is not None and 1 < group < alike:
         yield "shard", group, inner * group
         yield "replicate", alike // group, inner * alike
     elif alike > 1 and (p.dp > 1 or p.strategy != "none"):

@@ -12,7 +12,7 @@ class Degrees(NamedTuple):
     """Which part of the model and of a sequence one rank computes.
 
     tp                 ranks that divide each matrix; `sequence_parallel`: they divide the sequence between matrices too
-    cp                 ranks that divide the sequence
+    cp, context        ranks that divide the sequence, and how they attend to all of it: ring, ulysses
     ep, etp            ranks that divide the experts, and each expert's matrices
     imbalance          rows that the rank receives of those that it sends to others' experts, in thousandths
     pp, stage          stages of a pipeline, and this rank's, the first being 0
@@ -24,6 +24,7 @@ class Degrees(NamedTuple):
     tp: int = 1
     sequence_parallel: bool = False
     cp: int = 1
+    context: str = "ring"
     ep: int = 1
     etp: int = 1
     imbalance: int = 1000
@@ -55,7 +56,14 @@ def degrees_of(p: Parallelism, style: str) -> Degrees:
     etp = p.tp if p.etp is None else p.etp
     most = round(1000 * p.expert_imbalance)
     return Degrees(
-        tp=p.tp, sequence_parallel=p.sequence_parallel, cp=p.cp, ep=p.ep, etp=etp, imbalance=most, style=style
+        tp=p.tp,
+        sequence_parallel=p.sequence_parallel,
+        cp=p.cp,
+        context=p.context,
+        ep=p.ep,
+        etp=etp,
+        imbalance=most,
+        style=style,
     )
 
 

@@ -169,10 +169,14 @@ def _laid(
     dtype = ranks.storage if first.stored else _loaded(first, ranks)
     laid = sum(aligned(prod(shape_in(w, axes, ranks.storage)), dtype) for w in weights)
     flat, mine = next(numbers), next(numbers)
-    own = part(laid, ranks.world)
+    own = part(laid, ranks.among)
     yield flat, size(str(laid), dtype, {})[1]
-    yield mine, size(str(own), dtype, {})[1]
-    for number in (flat, *whole):
+    if ranks.whole:  # and that is the rank's
+        flat, mine = mine, flat
+    else:
+        yield mine, size(str(own), dtype, {})[1]
+        whole = [flat, *whole]
+    for number in whole:
         yield number, 0
     if ranks.offloads:
         yield mine, 0

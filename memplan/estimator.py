@@ -22,11 +22,12 @@ from memplan.program import PHASES, Program, host_bytes, host_notes, phase_peaks
 from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
-from memplan.spec import RunSpec
+from memplan.spec import Also, RunSpec
 from memplan.stages import every_stage, in_flight, layers_of, may_be_worst, parameters_of
 from memplan.usage import Around, Replay, Usage, around, resident
 
 if TYPE_CHECKING:
+    from memplan.also import Aside
     from memplan.calibration import Calibration
     from memplan.models import ModelSpec
 
@@ -48,6 +49,12 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     if run.task != "train":
         return _inferred(run, found, calibration)
     decided, walked = worst(run, found)
+    more: list[str] = []
+    if run.also != Also():
+        from memplan.also import asides, notes_of
+
+        walked = walked.followed_by(asides(run, walked, decided, model))
+        more += notes_of(run, walked.asides)
     p = walked.program
     note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.top
@@ -57,6 +64,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         *decided.notes,
         *host_notes(decided.structure, run.parallelism.gpus_per_node or NODE),
         *((note,) if note else ()),
+        *more,
         *((calibration.named(),) if calibration else ()),
     ]
     return Estimate(
@@ -67,24 +75,23 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
-        in_steps,
+        in_steps + max((aside.host for aside in walked.asides), default=0),
         tuple(notes),
         Engine(run, walked, decided, calibration),
         calibration,
-        host=on_host(decided.structure, run.parallelism, run.profile, in_steps),
+        host=on_host(decided.structure, run.parallelism, run.profile, in_steps, walked.asides),
     )
 
 
 def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -> Estimate:
     """The answer for a run in which nothing trains."""
-    walked = inference.walk(decided)
+    walked = inference.walk(decided, run.loop.expandable_segments)
     phases = walked.phases
     top = max(phases, key=lambda phase: phase.peak)
     model = decided.structure.graph.model
     note = check_batch(decided.batch, model)
     calibration = calibration_of(decided.gpu, calibration)
-    axes = tuple(tuple(of.items()) for of in walked.axes)
-    replay = inference.Replay(walked.steps, axes, walked.workspace, run.loop.expandable_segments)
+    replay = inference.replay(walked, run.loop.expandable_segments)
     beside = around_of(decided.gpu, decided.communicators, calibration)
     return Estimate(
         run,
@@ -103,9 +110,12 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
 
 def _usage(run: RunSpec, decided: Decided, walked: Walked, calibration: Calibration | None) -> Usage:
     """What a rank takes of its card."""
-    replay = Replay(decided.structure, tuple(walked.axes.items()), walked.workspace, run.loop.expandable_segments)
+    axes, expandable = tuple(walked.axes.items()), run.loop.expandable_segments
+    replay = Replay(decided.structure, axes, walked.workspace, expandable, walked.asides)
     beside = around_of(decided.gpu, decided.communicators, calibration)
-    return Usage(replay, resident(walked.program), walked.phases[0].peak, walked.top.peak, decided.gpu, beside)
+    there = min((resident(walked.program), *(a.standing for a in walked.asides)))
+    load = max((walked.phases[0].peak, *(a.loads for a in walked.asides)))
+    return Usage(replay, there, load, walked.top.peak, decided.gpu, beside)
 
 
 def _staged(run: RunSpec, decided: Decided) -> dict[str, object]:
@@ -125,7 +135,7 @@ class Numbers(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """A run's peaks, phase by phase, and which is the largest."""
+    """A run's peaks, phase by phase, and which is the largest. The last phases are what it does beside its steps."""
 
     program: Program
     axes: dict[str, int]
@@ -134,6 +144,20 @@ class Walked(NamedTuple):
     phases: list[Phase]
     moments: list[tuple[bool, int]]  # per phase: whether in a later micro-batch, and the moment's index (-1: none)
     peak: int
+    asides: tuple[Aside, ...] = ()
+
+    def followed_by(self, asides: tuple[Aside, ...]) -> Walked:
+        """The same with what the run does beside its steps."""
+        phases = [*self.phases, *(Phase(aside.phase, None, aside.peak, aside.where) for aside in asides)]
+        moments = [*self.moments, *((False, -1) for _ in asides)]
+        peak = max(range(len(phases)), key=lambda i: (phases[i].peak, i))
+        return self._replace(phases=phases, moments=moments, peak=peak, asides=asides)
+
+    @property
+    def aside(self) -> Aside | None:
+        """What the run does at its peak, where that is not a step."""
+        at = self.peak - len(self.phases) + len(self.asides)
+        return self.asides[at] if at >= 0 else None
 
     @property
     def top(self) -> Phase:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
-from memplan.catalogue.decoding import NOT_YET, Pass, uncached
+from memplan.catalogue.caches import caches as caches_of
+from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
+from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
+from memplan.catalogue.packed import BACKENDS
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
@@ -19,7 +24,7 @@ from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
-from memplan.resolve import Decided, with_new_tokens
+from memplan.resolve import Decided, with_new_tokens, with_use_cache
 from memplan.spec import Method, Part, Precision, RunSpec
 
 
@@ -29,11 +34,15 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
     refuse_of_inference(run)
-    run = with_new_tokens(run)
+    run = with_use_cache(with_new_tokens(run))
     profile = find_profile(run.profile).name
     words = decided(profile, model.model_type, run.method.quantization is not None)
-    if words["code"] != "transformers" or words["pipeline"] != "device_map":
-        raise SpecError(f"profile: {run.profile} has no inference here; transformers' profiles have", "profile")
+    if words["code"] not in ("transformers", "litgpt") or words["pipeline"] != "device_map":
+        raise SpecError(f"profile: {run.profile} has no inference here; transformers' and LitGPT's have", "profile")
+    if words["code"] == "litgpt" and model.model_type not in KINDS:
+        raise SpecError(
+            f"profile: LitGPT has no model_type {model.model_type} here; supported: {', '.join(KINDS)}", "profile"
+        )
     generates = run.task == "generate"
     if generates and model.objective != "causal_lm":
         raise SpecError(
@@ -41,6 +50,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "for that; forward is",
             "task",
         )
+    if not generates and model.model_type == "deepseek_v4":
+        raise UnsupportedModelError("task: forward is not supported yet for model_type deepseek_v4", "task")
     if generates and model.model_type in NOT_YET:
         raise UnsupportedModelError(
             f"task: generate is not supported yet for model_type {model.model_type}; forward is", "task"
@@ -52,17 +63,19 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if method.kind in ADAPTERS:
         dtype = method.adapter_dtype or words["method.adapter_dtype"]
         method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
-    method = _quantised(method, words["method.quantization.skip"])
+    method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
     refuse_parts(method, run.precision, run.optimizer, kernels)
     if words["experts"] == "modules" and model.model_type in AS_MODULES:
         model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
     notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
-    recipe, more = _recipe(model, method, precision, over.as_stored)
+    recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored)
     notes += more
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
+    returns = generates or words["code"] == "transformers"  # LitGPT's model has a cache where it is told to
+    caches = bool(run.loop.use_cache) and returns and model.objective == "causal_lm"
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
@@ -70,28 +83,38 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)._replace(
         copies=words["flash_2_copies" if attention == "flash_attention_2" else "sdpa_copies"],
         triangles=words["triangles"],
+        tables=words["rotary_tables"],
         half_math=words["half_math"],
         whole_rotary=words["whole_rotary"],
         uncapped=words["uncapped"],
         one_mask=words["one_mask"],
         scales_apart=words["scales_apart"],
-        flattens=batch.micro == 1 and model.model_type in JOINED,
+        flattens=batch.micro * run.generation.num_beams == 1 and model.model_type in JOINED,
         wide=seen == "fp32",
         images=bool(batch.images),
         uneven=dict(pictures).get("seen", 0) % 8 != 0,
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
-        caching=generates,
+        caching=caches or words["forward_caches"],
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
     )
+    if generation.do_sample and generation.num_beams > 1:
+        raise SpecError(
+            "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
+        )
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or "",
+        generation.cache_implementation or ("dynamic" if wiring.caching else ""),
         words["last_logits"],
         words["logits"] == "model",
+        wiring.has_mask(),
+        windowed and batch.sequence > (window or 0),
         words["few_rows"],
+        generation.num_beams > 1,
+        generation.do_sample,
+        loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
     )
     graph = Graph(
         model,
@@ -103,10 +126,28 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         adds_in_place=True,
         rank=method.rank,
         trainable_layers=0,
+        code=words["code"],
         inference=now,
     )
-    alone = graph._replace(wiring=wiring._replace(images=False))  # a tower caches nothing
-    if generates and uncached(built(alone)[0]):
+    if caches and not generates and not caches_all(graph):
+        notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
+    if generates and batch.images and any(part.per == "source" for layer in caches_of(model) for part in layer.parts):
+        raise SpecError(
+            f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
+            "task generate; supported: 0, text alone",
+            "batch.images",
+        )
+    if (
+        generates
+        and run.loop.padded
+        and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
+    ):
+        raise SpecError(
+            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
+            "states; supported: false",
+            "loop.padded",
+        )
+    if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
             f"{model.model_type}",
@@ -119,35 +160,74 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         "kernels": kernels,
         "batch": batch,
         "generation": generation,
+        "loop": run.loop.model_copy(update={"use_cache": caches}),
     }
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
     structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
-    return Decided(structure, batch, gpu, seen != "fp32", large_tiles(capability), tuple(notes), parts, tuple(pictures))
+    return Decided(
+        structure,
+        batch,
+        gpu,
+        seen != "fp32",
+        large_tiles(capability),
+        tuple(notes),
+        parts,
+        tuple(pictures),
+        beams=generation.num_beams,
+    )
+
+
+def caches_all(graph: Graph) -> bool:
+    """Whether as many layers leave something for the tokens to come as the table of caches has."""
+    stack, axes = built(graph)
+    kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
+    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]
+    return kept == len(own)
 
 
 def _precision(p: Precision) -> Precision:
     return p.model_copy(update={"compute": p.compute or p.weights})
 
 
-def _quantised(method: Method, skip: tuple[str, ...]) -> Method:
-    """Nothing is prepared for training."""
+def _stores_head(method: Method, awq: bool) -> bool:
+    q = method.quantization
+    return awq and q is not None and q.format == "awq-int4"
+
+
+def _backend(method: Method) -> str:
+    q = method.quantization
+    return (q.backend or "") if q is not None else ""
+
+
+def _quantised(method: Method, skip: tuple[str, ...], backends: Mapping[str, str]) -> Method:
+    """Nothing is prepared for training; packed weights have a kernel, by their format."""
     q = method.quantization
     if q is None:
         return method
     if q.kbit_preparation:
         field = "method.quantization.kbit_preparation"
         raise SpecError(f"{field}: prepares weights for training, and nothing trains", field)
-    update = {"kbit_preparation": False, "skip": skip if q.skip is None else q.skip}
+    known = BACKENDS.get(q.format, ())
+    if q.backend and q.backend not in known:
+        field = "method.quantization.backend"
+        raise SpecError(f"{field}: {q.backend} is no kernel of {q.format}; known: {', '.join(known) or 'none'}", field)
+    update = {
+        "kbit_preparation": False,
+        "skip": skip if q.skip is None else q.skip,
+        "backend": backends.get(q.format, "") if q.backend is None else q.backend,
+    }
     return method.model_copy(update={"quantization": q.model_copy(update=update)})
 
 
-def _recipe(model: ModelSpec, method: Method, precision: Precision, stored: bool) -> tuple[Recipe, list[str]]:
+def _recipe(
+    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool
+) -> tuple[Recipe, list[str]]:
     """Adapters as they train, but that nothing is dropped; without them, weights as they are stored."""
     if method.kind in ADAPTERS:
-        recipe, notes = recipe_of(model, method, precision, "transformers", stored)
+        recipe, notes = recipe_of(model, method, precision, code, stored)
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
-    bare = Recipe("full", precision.weights, str(precision.compute))
+    bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None:
         return bare, []

@@ -6,14 +6,16 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
-from memplan.catalogue.decoding import Pass, inference
+from memplan.catalogue.decoding import Pass, evaluation, inference
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
+from memplan.catalogue.packed import unpacked, with_buffers
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
+from memplan.catalogue.tables import own_tables
 from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record, record_inference
 from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stream_of
@@ -86,6 +88,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.degrees.pp > 1:
         return _stage(graph)
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
+    if graph.inference is not None:
+        model = undropped(model)
     part: dict[str, int] = {}
     if degrees.tp > 1:
         part = tensor_parallel.axes_of_part(model, degrees)
@@ -94,6 +98,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         model = megatron.part_of_experts(model, degrees)
     axes = {**model.axes(), **part, "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
+    if graph.wiring.tables:
+        stack = own_tables(stack, model.max_position_embeddings or 2048, recipe.weights, graph.wiring.tables)
     if graph.wiring.by_name:
         named = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
         stack = stack._replace(runs=tuple(named))
@@ -108,7 +114,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if degrees.ep > 1 and not own:
         stack = expert_parallel.divide(stack, degrees)
     if degrees.cp > 1:
-        stack = (megatron if own else context_parallel).around(stack, degrees)
+        heads = (graph.model.num_attention_heads, graph.model.num_key_value_heads)
+        stack = megatron.around(stack, degrees) if own else context_parallel.around(stack, degrees, heads)
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)
@@ -118,7 +125,12 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.hold_outputs:
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
-    if graph.inference is not None:
+    if graph.inference is not None and not graph.inference.evaluates:
+        backend = graph.inference.loaded.backend
+        if backend:
+            stack = with_buffers(stack, backend, (w for op in operations(stack) for w in op.weights), axes)
+        if graph.inference.unpacks:
+            stack = unpacked(stack, backend)
         return inference(stack, graph.inference), axes
     stack = losses.attach(
         stack,
@@ -132,7 +144,25 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         graph.converts,
         graph.short,
     )
-    return stack, axes
+    return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
+
+
+@lru_cache(maxsize=128)
+def undropped(model: ModelSpec) -> ModelSpec:
+    """The model as it is where nothing is dropped: in evaluation."""
+
+    def zeroed(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: zeroed(cast(Mapping[str, Any], value))
+            if isinstance(value, Mapping)
+            else 0.0
+            if isinstance(value, (int, float)) and value and ("dropout" in key or "pdrop" in key)
+            else value
+            for key, value in config.items()
+        }
+
+    config = zeroed(model.config)
+    return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)
 
 
 def _joined(block: Block) -> Block:
@@ -272,18 +302,18 @@ def _recorded(
 
 
 @lru_cache(maxsize=128)
-def inferred(graph: Graph, labelled: bool = False) -> Lowered:
-    """The moments of a pass of inference."""
+def inferred(graph: Graph, labelled: bool = False, division: Division | None = None) -> Lowered:
+    """The moments of a pass of inference; `division`: the weights are divided among ranks."""
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
-    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled)
+    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division)
 
 
 @lru_cache(maxsize=64)
-def recorded_inference(graph: Graph) -> Recorded:
+def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
     """The allocations and frees of a pass of inference, in order."""
     stack, depth = _stack(graph)
-    return record_inference(stack, depth, _ways(graph)["autocast"])
+    return record_inference(stack, depth, _ways(graph)["autocast"], division)
 
 
 @lru_cache(maxsize=64)
@@ -481,9 +511,9 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
 
     A weight that is quantised is there in the dtype it is loaded in until that is done, unless its checkpoint has it
     packed. One that is cast is, until all are loaded and its turn comes; trl's preparation casts most of them twice.
-    Adapters come last.
+    Adapters come last. Of a checkpoint that has a head beside the embeddings it is tied to, both are there to the end.
     """
-    _, axes = built(graph)
+    stack, axes = built(graph)
     loaded = graph.recipe.weights
     of: dict[int, tuple[int, tuple[int, ...]]] = {}  # the bytes a weight is loaded in, and those it ends in
 
@@ -529,6 +559,11 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
             yield number, sizes(w)[1][0]
             if places is not None:
                 places[number] = w
+    if graph.inference is not None and graph.inference.loaded.stores_head:
+        heads = [w for op in stack.after for w in op.weights if w.group == "embedding"]  # what is tied
+        for first, w in zip(numbers, heads, strict=False):
+            yield first, size(w.shape, loaded, axes)[1]
+            yield first, 0
 
 
 def in_order(graph: Graph) -> Iterator[Weight]:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Line, Phase, Rank
 from memplan.catalogue.overhead import cublas_workspace
-from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.catalogue.packed import MANY_ROWS
+from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
 from memplan.engine.lower import Moment
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, size
 from memplan.graph import EMPTIED, Graph, active, built, elements, inferred, loading, parameters_of, recorded_inference
 from memplan.graph import weights_of as graph_weights
+from memplan.ir import Division
 from memplan.run_axes import axes_of
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`."""
+    layer with a window has `past_window`. A static cache has `room` for so many. `division`: its weights are divided
+    among ranks."""
 
     graph: Graph
     batch: int
@@ -37,6 +40,8 @@ class Step(NamedTuple):
     past: int = 0
     past_window: int = 0
     window: int = 0
+    room: int = 0
+    division: Division | None = None
 
     @property
     def phase(self) -> str:
@@ -54,40 +59,58 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     """The passes of a run, in order: of those that decode, the first and the last."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
-    if not graph.inference.generates:
+    many, now = MANY_ROWS.get(graph.inference.loaded.backend, 0), graph.inference
+    if many and batch.micro * decided.beams * batch.sequence >= many:
+        now = now._replace(unpacks=True)
+        graph = graph._replace(inference=now)
+    if not now.generates:
         return (Step(graph, batch.micro, batch.sequence),)
-    window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
+    window, few_rows = graph.model.sliding_window or 0, now.few_rows
+    rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
-    found = [Step(graph, batch.micro, prompt, 0, 0, windowed(prompt))]
+    room = prompt + batch.new_tokens - 1
+    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
+        longer = bool(window) and past + 1 > window
+        static = now.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
             decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
         )
+        wiring = wiring._replace(padded=wiring.padded or static)
         recipe = graph.recipe
-        if batch.micro <= few_rows:
+        if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        one = graph._replace(wiring=wiring, recipe=recipe, inference=graph.inference._replace(phase="decode"))
+        lingers = past == prompt and not now.last_only
+        unpacks = bool(many) and rows >= many
+        token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
+        one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
-        found.append(Step(one, batch.micro, 1, past, kept, windowed(past + 1)))
+        if decided.beams > 1 and window:  # but a copy in another order is of the window alone
+            kept = min(past, window - 1)
+        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
     return tuple(found)
 
 
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     """Every axis of a pass with its number."""
-    low, fixed = inferred(step.graph), built(step.graph)[1]
+    low, fixed = inferred(step.graph, division=step.division), built(step.graph)[1]
     more = {
         "kv": step.past + step.fed,
         "past": step.past,
         "kv_window": step.window,
         "past_window": step.past_window,
+        "kv_static": step.room,
+        "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
         "kernel1": fixed.get("kernel", 0) + 1,
     }
-    for name in ("kv", "kv_window"):
+    if step.graph.model.config.get("index_topk"):
+        more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
+    for name in ("kv", "kv_window", "kv_static", "kv_window_static"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
@@ -100,17 +123,26 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         decided.large_tiles,
         ONE_RUN,
         decided.pictures,
+        decided.batch.target_sequence,
     )
     return {**fixed, **axes, **more}
 
 
-def _bytes(low: Lowered, axes: Mapping[str, int]) -> list[int]:
+def bytes_of(low: Lowered, axes: Mapping[str, int]) -> list[int]:
+    """The bytes of a storage of each of a pass's sizes."""
     return [size(key[0], key[1], axes)[1] for key in low.sizes]
 
 
 def live(low: Lowered, moment: Moment, axes: Mapping[str, int], sizes: list[int]) -> int:
     """Bytes alive at a moment of a pass."""
     return sum(sizes[key] * count for key, count in alive(moment, low.runs, axes).items())
+
+
+def most_of(low: Lowered, axes: Mapping[str, int]) -> Peak:
+    """The most bytes alive at a moment of a pass."""
+    sizes = bytes_of(low, axes)
+    most = [live(low, moment, axes, sizes) for moment in low.moments]
+    return Peak(max(most), most.index(max(most)))
 
 
 class Walked(NamedTuple):
@@ -121,8 +153,14 @@ class Walked(NamedTuple):
     axes: tuple[dict[str, int], ...]
     peaks: tuple[Peak, ...]
     parameters: int
+    unsplit: int
     loading: int
     workspace: int
+
+    @property
+    def resting(self) -> int:
+        """What is there throughout all passes."""
+        return self.parameters + self.unsplit + self.workspace
 
     @property
     def phases(self) -> list[Phase]:
@@ -131,14 +169,14 @@ class Walked(NamedTuple):
         for name in dict.fromkeys(step.phase for step in self.steps):
             i = self._top(name)
             low = inferred(self.steps[i].graph)
-            peak = self.parameters + self.workspace + self.peaks[i].bytes
+            peak = self.resting + self.peaks[i].bytes
             out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
         return out
 
     def left(self, step: Step, axes: Mapping[str, int]) -> list[tuple[str, int]]:
         """What a pass leaves for the next: names, and bytes of all tensors of that name."""
         low = inferred(step.graph, labelled=True)
-        sizes = _bytes(low, {**built(step.graph)[1], **axes})
+        sizes = bytes_of(low, {**built(step.graph)[1], **axes})
         there = alive(low.left, low.runs, {**built(step.graph)[1], **axes})
         return [(low.sizes[key][5], sizes[key] * count) for key, count in there.items() if count]
 
@@ -148,7 +186,7 @@ class Walked(NamedTuple):
             if step.phase != phase:
                 continue
             low = inferred(step.graph)
-            sizes = _bytes(low, axes)
+            sizes = bytes_of(low, axes)
             for moment in low.moments:
                 found: dict[int, int] = {}
                 for key, count in alive(moment, low.runs, axes).items():
@@ -167,8 +205,11 @@ class Walked(NamedTuple):
             held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
             for h in parameters_of(first)
         ]
+        if self.unsplit:
+            what, why = "left unsplit", "ends of blocks that weights have to themselves, up to 1 MiB each"
+            out.append(Line(what, "other", "torch", "", (), "uint8", 1, self.unsplit, why, _UNSPLIT, "derived"))
         if phase == "load":
-            more = self.loading - self.parameters
+            more = self.loading - self.parameters - self.unsplit
             what = "weights before they are converted, less what comes after"
             out += [Line(what, "temp", "", "", (), "", 1, more, "loading", "", "derived")] if more > 0 else []
         else:
@@ -184,23 +225,33 @@ class Walked(NamedTuple):
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
 
 
-def walk(decided: Decided) -> Walked:
-    """The peak of every phase."""
+def walk(decided: Decided, expandable: bool = False) -> Walked:
+    """The peak of every phase. `expandable`: torch's allocator has expandable segments."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
-    peaks: list[Peak] = []
-    for step, numbers in zip(steps, axes, strict=True):
-        low = inferred(step.graph)
-        sizes = _bytes(low, numbers)
-        most = [live(low, moment, numbers, sizes) for moment in low.moments]
-        peaks.append(Peak(max(most), most.index(max(most))))
+    peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
     graph = steps[0].graph
-    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    resident, unsplit, most = loaded(graph, expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
-    return Walked(decided, steps, axes, tuple(peaks), resident, _most(loading(graph)), workspace)
+    return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
 
 
-def _most(events: Iterable[tuple[int, int]]) -> int:
+_UNSPLIT = (
+    "torch 2.13 c10/cuda/CUDACachingAllocator.cpp should_split: what is left of a large block counts as allocated"
+)
+
+
+@lru_cache(maxsize=512)
+def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
+    """Bytes of weights and buffers; those that torch counts beside them, because blocks were not split; and the most
+    there are while they are loaded."""
+    allocator = Allocator(expandable)
+    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
+    load(graph, allocator)
+    return resident, allocator.allocated - resident, allocator.peak_allocated
+
+
+def most_while_loading(events: Iterable[tuple[int, int]]) -> int:
     """The most bytes alive at once of what is made and freed, see `memplan.graph.loading`."""
     there: dict[int, int] = {}
     now = most = 0
@@ -234,13 +285,47 @@ class Engine(NamedTuple):
         w = self.walked
         for step, axes in zip(w.steps, w.axes, strict=True):
             low = inferred(step.graph)
-            sizes = _bytes(low, axes)
+            sizes = bytes_of(low, axes)
             for moment in low.moments:
-                bytes_ = w.parameters + w.workspace + live(low, moment, axes, sizes)
+                bytes_ = w.resting + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
 
     def ranks(self) -> Iterable[Rank]:
         return ()
+
+
+_FEWEST, _MOST = 8, 32  # passes that are replayed of those that decode
+
+
+def replay(walked: Walked, expandable: bool) -> Replay:
+    """The run's passes for a replay: of those that decode some, evenly spread.
+
+    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do. A block
+    has up to 1 MiB more than was asked for; a cache that outgrows it takes another, and none needs one that small
+    again. So often a pass is replayed, but 32 times at most: replays of 32 of 511 passes held within 1.4 % what those
+    of all did.
+    """
+    steps = walked.steps
+    if len(steps) > 2:  # the prompt's, the first that decodes and the last
+        *early, last = steps
+        first = early[-1]
+        often = min(_MOST, max(_FEWEST, _growth(walked) // SMALL_REQUEST + 2))
+        count = min(often, last.past - first.past + 1)
+        between = (first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1))
+        window = walked.decided.structure.graph.model.sliding_window or last.past + 1
+        some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
+        steps = (*early, *some, last)
+    axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
+    return Replay(steps, axes, walked.workspace, expandable)
+
+
+def _growth(walked: Walked) -> int:
+    """By how many bytes the largest tensor of a cache grows from the first pass that decodes to the last."""
+    *_, first, last = walked.steps
+    low = inferred(last.graph)
+    at_first = last._replace(past=first.past, past_window=first.past_window, window=first.window)
+    then, now = (bytes_of(low, numbers_of(step, walked.decided)) for step in (at_first, last))
+    return max((now[key] - then[key] for key in alive(low.left, low.runs, walked.axes[-1])), default=0)
 
 
 class Replay(NamedTuple):
@@ -266,17 +351,22 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
     """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
     allocator = Allocator(replay.expandable, capacity)
     try:
-        _load(replay.steps[0].graph, allocator)
+        load(replay.steps[0].graph, allocator)
         allocator.alloc(replay.workspace)
         left: list[tuple[tuple[str, ...], Block]] = []
         for step, axes in zip(replay.steps, replay.axes, strict=True):
-            left = _pass(recorded_inference(step.graph), dict(axes), allocator, left)
+            left = replayed(recorded_inference(step.graph), dict(axes), allocator, left)
     except OutOfMemoryError:
         return None
     return allocator.peak_reserved
 
 
-def _load(graph: Graph, allocator: Allocator) -> None:
+def load(graph: Graph, allocator: Allocator) -> None:
+    """Replay loading, from one block for many weights where the version makes that first."""
+    warms = graph.inference.loaded.warms if graph.inference else ""
+    if warms:
+        total = sum(h.bytes * h.copies for h in parameters_of(graph))
+        allocator.free(allocator.alloc(total if warms == "all" else total // 2))
     blocks: dict[int, Block] = {}
     for number, bytes_ in loading(graph):
         if bytes_:
@@ -287,7 +377,7 @@ def _load(graph: Graph, allocator: Allocator) -> None:
             allocator.free(blocks.pop(number))
 
 
-def _pass(
+def replayed(
     recording: Recorded, axes: Mapping[str, int], allocator: Allocator, left: list[tuple[tuple[str, ...], Block]]
 ) -> list[tuple[tuple[str, ...], Block]]:
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""

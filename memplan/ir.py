@@ -140,6 +140,7 @@ class Op(NamedTuple):
                     embeddings does. Where no gradient flows through, checkpointing or not.
     lends           a module whose weights it hands to the operations after it: their gradients reach the weights only
                     when its own backward would run.
+    returns         the module that this is the last operation of, which one that lends its weights began.
     skipped         the run leaves it out: of it there are only its weights.
     recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
     unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
@@ -172,6 +173,7 @@ class Op(NamedTuple):
     wraps: tuple[Tensor, ...] = ()
     asks: bool = False
     lends: str = ""
+    returns: str = ""
     skipped: bool = False
     recorded: bool = False
     unit: str = ""
@@ -256,7 +258,11 @@ class Unit(NamedTuple):
     received  the rank's part of those, where it is cast to the dtype of its weights afterwards
     parts     the rank's part of the gradients, which stays
     summed    the gradients of the passes before, whole, where they are reduced after several
+    laid      `parts` are the gradients of those that train, laid together, and need no tensor between
     nested    weights within that are units of their own, gathered for the operation that uses them: name and unit
+    modules   modules within that are units of their own, gathered from the operation that lends their weights to the
+              one that returns: path and unit
+    divided   what is made of the gradients as they were joined, to divide them, once the rank's part is there
     """
 
     whole: tuple[Tensor, ...]
@@ -267,7 +273,10 @@ class Unit(NamedTuple):
     received: tuple[Tensor, ...] = ()
     parts: tuple[Tensor, ...] = ()
     summed: tuple[Tensor, ...] = ()
+    laid: bool = False
     nested: tuple[tuple[str, Unit], ...] = ()
+    modules: tuple[tuple[str, Unit], ...] = ()
+    divided: tuple[Tensor, ...] = ()
 
 
 class Division(NamedTuple):

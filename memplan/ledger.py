@@ -13,7 +13,8 @@ from memplan.catalogue.states import State
 from memplan.engine.lower import Moment as LoweredMoment
 from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, moment_bytes, size, values
-from memplan.graph import Held, built
+from memplan.graph import Held, built, parameters_of
+from memplan.inference import bytes_of, live
 from memplan.program import (
     GATHERED,
     PHASES,
@@ -42,6 +43,7 @@ from memplan.program import (
 from memplan.tensors import alive_lines, held_line, in_letters, in_numbers
 
 if TYPE_CHECKING:
+    from memplan.also import Aside
     from memplan.estimator import Walked
     from memplan.resolve import Decided
 
@@ -50,6 +52,9 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
     """Every tensor alive at the peak, largest first."""
     structure = decided.structure
     axes = {**built(structure.graph)[1], **walked.axes}
+    if walked.aside is not None:
+        out = [*_of_aside(walked, walked.aside, decided, axes)]
+        return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
     out = [*_resident(walked, decided, axes)]
     later, index = walked.moments[walked.peak]
     holds = walked.phases[walked.peak].phase == "step" and bool(walked.program.held)
@@ -65,6 +70,47 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
         low = pass_of(structure, structure.accumulates if holds else later, labelled=True)
         out += _alive(structure, low, low.held if holds else low.moments[index], walked)
     return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+
+
+def _of_aside(walked: Walked, aside: Aside, decided: Decided, axes: Mapping[str, int]) -> Iterator[Line]:
+    """The tensors alive at the peak of what a run does beside its steps: what stands between two, and its own."""
+    structure, p = decided.structure, walked.program
+    if aside.alone is None:
+        for held in resident_of(structure):
+            yield held_line(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
+        yield _workspaces(walked, decided, 2)
+        yield from _between_steps(walked, states=True)
+        for held in gradients_of(structure) if p.buffered else ():
+            yield held_line(held, axes, "in buffers of their own")
+        for held in passing_of(structure, "forward") if aside.phase == "eval" else ():
+            yield held_line(held, axes, "between ranks")
+    else:
+        numbers = built(aside.alone)[1]
+        for held in parameters_of(aside.alone):
+            yield held_line(held, numbers, "a buffer of the model" if held.kind == "buffer" else "loaded to be merged")
+        if aside.loads == aside.peak:
+            yield _scratch("weights before they are converted", aside.loads - aside.standing, "loading", "derived")
+            yield _workspaces(walked, decided, 1)
+            return
+        yield _workspaces(walked, decided, 1)
+    numbers = axes if not aside.passes else {**axes, **dict(aside.passes[0][1])}
+    for held in aside.held:
+        yield held_line(held, numbers if aside.alone is None else built(aside.alone)[1], _KEPT[aside.phase])
+    i, moment = aside.top
+    if i >= 0:
+        step, own = aside.passes[i]
+        low = aside.low(i, labelled=True)
+        stack, fixed = built(step.graph)
+        yield from alive_lines(stack, {**fixed, **dict(own)}, low, low.moments[moment])
+
+
+# Why what an aside holds is there.
+_KEPT = {
+    "eval": "predictions of the evaluation's batches are joined on the GPU",
+    "generate": "kept by the evaluation",
+    "save": "gathered whole to be written",
+    "merge": "while a layer's adapter is added to its weight",
+}
 
 
 def _flown(walked: Walked, flown: Flown) -> Iterator[Line]:
@@ -146,7 +192,21 @@ def timeline(walked: Walked) -> Iterator[Phase]:
             if moment.phase in phases:
                 live = beside[moment.phase] + _live(structure, low, moment, walked)
                 yield Phase(moment.phase, None, base + p.passing[moment.phase] + live, moment.where)
-    yield walked.phases[-1]
+    yield walked.phases[len(walked.phases) - len(walked.asides) - 1]
+    for aside in walked.asides:
+        yield from _moments_of(aside)
+
+
+def _moments_of(aside: Aside) -> Iterator[Phase]:
+    """The moments of what a run does beside its steps; of the passes it generates by, the first and the last."""
+    for i, (_, axes) in enumerate(aside.passes):
+        low, numbers = aside.low(i), dict(axes)
+        sizes = bytes_of(low, numbers)
+        for moment in low.moments if aside.top != (-1, -1) else ():
+            bytes_ = aside.standing + aside.beside + live(low, moment, numbers, sizes)
+            yield Phase(aside.phase, None, bytes_, moment.where)
+    if aside.top == (-1, -1):
+        yield Phase(aside.phase, None, aside.peak, aside.where)
 
 
 def _live(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Walked) -> int:
@@ -195,9 +255,35 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
                 "derived",
             )
         return
+    yield _workspaces(walked, decided, 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1)
+    stepping = phase.phase == "step" and phase.where == "optimizer"
+    yield from _between_steps(walked, phase.step == 2 or stepping or p.optimizer.at_once)
+    flown = _flown_at(walked)
+    if flown is not None and stays_whole(structure):
+        for held in _whole(structure, flown, later):
+            yield held_line(held, axes, _IN_STAGES[held.kind])
+        return
+    listed = p.gradients if phase.phase == "step" else later and p.accumulated[phase.phase]
+    if p.buffered or listed:
+        for held in _gradients(walked):
+            yield held_line(held, axes, "needed by the optimizer")
+    if phase.phase == "step":
+        scratch = p.optimizer.first if phase.step == 1 else p.optimizer.later
+        if stepping and scratch:
+            yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
+        if not stepping:
+            made = converting_of(structure)
+            yield from (held_line(held, axes, "made into the fp32 gradient of the partition") for held in made)
+            if not made:
+                yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
+    for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
+        yield held_line(held, axes, "between ranks")
+
+
+def _workspaces(walked: Walked, decided: Decided, handles: int) -> Line:
+    """cuBLAS's workspaces."""
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None)
-    handles = 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1
-    yield Line(
+    return Line(
         workspace.what,
         "other",
         "torch",
@@ -210,8 +296,13 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         workspace.source,
         workspace.basis,
     )
-    stepping = phase.phase == "step" and phase.where == "optimizer"
-    if phase.step == 2 or stepping or p.optimizer.at_once:
+
+
+def _between_steps(walked: Walked, states: bool) -> Iterator[Line]:
+    """What stays from step to step beside weights: the optimizer's states where they are there, and what reduces."""
+    p, structure = walked.program, walked.program.structure
+    axes = {**built(structure.graph)[1], **walked.axes}
+    if states:
         counts: Counter[State] = Counter()  # the first of equal layers has a state of its own, before the others'
         for state in p.optimizer.states:
             if not state.host:
@@ -236,26 +327,6 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         )
     for held in reducing_of(structure):
         yield held_line(held, axes, "where gradients are summed over ranks")
-    flown = _flown_at(walked)
-    if flown is not None and stays_whole(structure):
-        for held in _whole(structure, flown, later):
-            yield held_line(held, axes, _IN_STAGES[held.kind])
-        return
-    listed = p.gradients if phase.phase == "step" else later and p.accumulated[phase.phase]
-    if p.buffered or listed:
-        for held in _gradients(walked):
-            yield held_line(held, axes, "needed by the optimizer")
-    if phase.phase == "step":
-        scratch = p.optimizer.first if phase.step == 1 else p.optimizer.later
-        if stepping and scratch:
-            yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
-        if not stepping:
-            made = converting_of(structure)
-            yield from (held_line(held, axes, "made into the fp32 gradient of the partition") for held in made)
-            if not made:
-                yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
-    for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
-        yield held_line(held, axes, "between ranks")
 
 
 # Why FSDP2 has what it has in the stages of a pipeline.

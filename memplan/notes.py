@@ -129,6 +129,8 @@ def pipeline_notes(degrees: Degrees, pipe: Pipe, asked: Parallelism) -> Iterator
         yield f"pipeline: {pipe.schedule} of {pipe.microbatches} microbatches by {engine.title}"
         if asked.strategy == "fsdp2" and replicas(asked) > 1:
             yield "fsdp2 in stages: weights stay whole for a step, and gradients are summed whole until its end"
+        if asked.strategy == "zero1" and engine.buffers:
+            yield "zero1 in stages: passes and buffers are counted as torch runs them, not DeepSpeed's PipelineModule"
         return
     yield "device_map: one process, one GPU at a time; say schedule 1f1b for a pipeline of torch.distributed.pipelining"
     if degrees.pp < asked.pp:

@@ -142,6 +142,10 @@ class Program(NamedTuple):
     trainable_parameters: int
     active_parameters: int
 
+    def standing(self, workspace: int) -> int:
+        """Bytes that are there between two steps; `workspace` is cuBLAS's for one handle."""
+        return self.parameters + self.buffered + self.reducing + self.scaler + self.states + 2 * workspace
+
 
 PHASES = ("forward", "loss", "backward")
 
@@ -370,6 +374,28 @@ def _flown(structure: Structure) -> _Moments:
             row[0] -= sum(n for n, over in zip(gone, moment.done, strict=True) if over)
         return row
 
+    def gathering_and_reducing() -> Iterator[tuple[bool, str, tuple[int, ...], Flown, str]]:
+        """Where weights stay whole for a step: whether before any gradient, the phase, bytes, the moment, its name."""
+        whole = sum(h.bytes * h.copies for h in passing_of(structure, "forward")) if starts or ends else 0
+        for start in starts:
+            row = row_of(start)
+            if opening is None or len(chunks) > 1:
+                flown = Flown(start, GATHERED)
+                row[0] += sum(h.bytes * h.copies for h in gathered_of(structure, flown))
+                yield True, "forward", tuple(row), flown, "all_gather"
+                continue
+            row[0] -= whole
+            low, terms = _lowered(chunks[0].graph, opening), _passed(chunks[0].graph, opening, variables).terms
+            for phase, term in ((of, term) for of in ("forward", "loss") for term in terms[of]):
+                flown = Flown(start, term.moment, opens=True)
+                yield True, phase, tuple(map(add, row, term.coefficients)), flown, low.moments[term.moment].where
+        for end in ends:
+            flown = Flown(end.after, REDUCED)
+            row = row_of(end.after, reduces=True)
+            row[0] += sum(h.bytes * h.copies for h in reduced_of(structure, flown))
+            row[0] -= whole + accumulated_bytes(structure)
+            yield not structure.accumulates, "backward", tuple(row), flown, "reduce_scatter"
+
     tables: list[tuple[dict[str, tuple[Term, ...]], tuple[Flown, ...], dict[int, str]]] = []
     for first in (True, False):
         found: dict[str, list[tuple[tuple[int, ...], int]]] = {phase: [] for phase in PHASES}
@@ -390,30 +416,11 @@ def _flown(structure: Structure) -> _Moments:
                 found["loss"].append((tuple(whole), len(places)))
                 where[len(places)] = "return"
                 places.append(Flown(moment, RETURNED))
-        for start in starts if first else ():
-            flown = Flown(start, GATHERED) if len(chunks) > 1 else Flown(start, 0, opens=True)
-            row = row_of(start)
-            if opening is None or not flown.opens:
-                row[0] += sum(h.bytes * h.copies for h in gathered_of(structure, flown))
-                found["forward"].append((tuple(row), len(places)))
-                where[len(places)] = "all_gather"
+        for at_first, phase, row, flown, name in gathering_and_reducing():
+            if at_first == first:
+                found[phase].append((row, len(places)))
+                where[len(places)] = name
                 places.append(flown)
-                continue
-            row[0] -= sum(h.bytes * h.copies for h in passing_of(structure, "forward"))
-            low = _lowered(chunks[0].graph, opening)
-            for phase in ("forward", "loss"):
-                for term in _passed(chunks[0].graph, opening, variables).terms[phase]:
-                    found[phase].append((tuple(map(add, row, term.coefficients)), len(places)))
-                    where[len(places)] = low.moments[term.moment].where
-                    places.append(flown._replace(moment=term.moment))
-        for end in ends if first != structure.accumulates else ():
-            flown = Flown(end.after, REDUCED)
-            row = row_of(end.after, reduces=True)
-            row[0] += sum(h.bytes * h.copies for h in reduced_of(structure, flown))
-            row[0] -= sum(h.bytes * h.copies for h in passing_of(structure, "backward")) + accumulated_bytes(structure)
-            found["backward"].append((tuple(row), len(places)))
-            where[len(places)] = "reduce_scatter"
-            places.append(flown)
         terms = {phase: prune(some, variables) if some else () for phase, some in found.items()}
         tables.append((terms, tuple(places), where))
     (first_terms, *_), (later_terms, *_) = tables
@@ -751,7 +758,7 @@ def trained_parameters(structure: Structure) -> list[Parameter]:
     if megatron.divides(structure.ranks):
         return megatron.trained(structure.graph, structure.ranks)
     if division_of(structure) is not None:
-        return trained_parts(structure.graph, structure.ranks)
+        return trained_parts(structure.graph, structure.ranks, structure.trainer)
     _, axes = built(structure.graph)
     out: list[Parameter] = []
     blocks: dict[str, list[tuple[Parameter, int]]] = {}

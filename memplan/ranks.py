@@ -17,7 +17,7 @@ from memplan.catalogue.states import OptimizerMemory
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, unit_of
 from memplan.engine.walk import size
 from memplan.graph import Graph, Held, built, elements, optimized, parameters_of, shape_of
-from memplan.ir import Division, Op, Tensor, Unit, Weight
+from memplan.ir import Division, Op, Tensor, Unit, Weight, operations
 from memplan.units import ITEMSIZE
 
 
@@ -31,9 +31,10 @@ class Ranks(NamedTuple):
     efficient one process of a node loads the model and sends the others their parts
     delayed   gradients are reduced in the last micro-batch of a step only, and are whole until then
     experts   how many of them have the same experts, where that is not all; Megatron's alone
+    alone     under FSDP2 as many have the same experts, and divide these among them; 0 where all do
     inside    a block is checkpointed with its gathering, which is so done again in backward
     keeps     weights stay whole from forward to backward
-    casts     FSDP's mixed precision is on: what is sent is a copy of the rank's part, in another dtype or not
+    whole     nothing is divided: FSDP1's NO_SHARD, whose flat parameters every rank has
     ahead, asks  whether the next unit is asked for in forward, and when in backward: `pre`, `post` or `none`
     wraps     every block is a unit of its own; else all but the embeddings and the head are one
     views     gradients lie in DDP's buckets
@@ -53,10 +54,11 @@ class Ranks(NamedTuple):
     delayed: bool = False
     inside: bool = False
     experts: int = 0
+    alone: int = 0
     keeps: bool = False
     ahead: bool = False
     asks: str = "pre"
-    casts: bool = False
+    whole: bool = False
     wraps: bool = True
     views: bool = False
     replicated: bool = False
@@ -67,6 +69,11 @@ class Ranks(NamedTuple):
     @property
     def row(self) -> Strategy:
         return STRATEGIES[self.strategy]
+
+    @property
+    def among(self) -> int:
+        """How many ranks divide the weights."""
+        return 1 if self.whole else self.world
 
 
 ONE = Ranks()
@@ -81,7 +88,9 @@ class Piece(NamedTuple):
     made                 how many numbers autograd makes of their gradients
     pads                 the gradients, laid together, are copied to be padded
     alone                a unit of its own within that, gathered for the operation that uses it
-    slices               names and numbers of what the optimizer is given of it, where that is each weight by itself
+    module               the path of the module that is a unit of its own within that: of experts, which ranks divide
+    slices               names and numbers of what the optimizer is given of it, where that is each weight by itself,
+                         and whether that is an embedding
     """
 
     name: str
@@ -96,8 +105,9 @@ class Piece(NamedTuple):
     sent: str
     trains: bool
     pads: bool
-    slices: tuple[tuple[str, int], ...] = ()
+    slices: tuple[tuple[str, int, bool], ...] = ()
     alone: bool = False
+    module: str = ""
 
 
 @lru_cache(maxsize=256)
@@ -114,8 +124,21 @@ def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
             found.append(_piece(graph, ranks, unit, where, copies, "flat parameter", together))
         alone = [w for w in weights if w not in together]
         nested = ranks.row.flat
-        found += [_piece(graph, ranks, unit, where, copies, w.name, [w])._replace(alone=nested) for w in alone]
+        lent = _lent(graph) if ranks.alone else ()
+        for w in alone:
+            module = w.name.rpartition(".")[0]
+            if module in lent:
+                whole = _piece(graph, ranks._replace(world=ranks.alone), unit, where, copies, w.name, [w])
+                found.append(whole._replace(module=module))
+            else:
+                found.append(_piece(graph, ranks, unit, where, copies, w.name, [w])._replace(alone=nested))
     return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _lent(graph: Graph) -> tuple[str, ...]:
+    """The modules whose weights are lent to their operations: those of experts."""
+    return tuple(dict.fromkeys(op.lends for op in operations(built(graph)[0]) if op.lends))
 
 
 def units_of(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tuple[str, str, int, list[Weight]]]:
@@ -140,6 +163,11 @@ def units_of(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tu
         yield AFTER, "", 1, [*after.values()]
 
 
+def is_one_outside(graph: Graph) -> bool:
+    """Whether the weights outside of blocks are one unit, as the head's are the embeddings'."""
+    return next(units_of(graph, one_outside=False))[0] == ROOT
+
+
 def _weights(ops: tuple[Op, ...]) -> dict[str, Weight]:
     """By name; of a weight that several operations use, as the one sees it for which it trains."""
     found: dict[str, Weight] = {}
@@ -157,11 +185,11 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
     own = laid = sum(map(prod, shapes))
     if ranks.row.flat:
         laid = sum(aligned(prod(shape), sent) for shape in shapes)
-        shape = (part(laid, ranks.world),)
+        shape = (part(laid, ranks.among),)
     else:
         shape = rows_of(shapes[0], ranks.world)
     kept = kept_dtype(first, ranks)
-    whole = prod(shape) * ranks.world
+    whole = prod(shape) * ranks.among
     slices = tuple(_slices(graph, weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
     made = max(own, sum(elements(w._replace(shape=w.gradient), axes) for w in weights if w.gradient))
     return Piece(name, unit, where, copies, shape, kept, whole, own, made, sent, first.trains, whole != laid, slices)
@@ -169,14 +197,14 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
 
 def _slices(
     graph: Graph, weights: list[Weight], shapes: list[tuple[int, ...]], dtype: str, mine: int
-) -> Iterator[tuple[str, int]]:
+) -> Iterator[tuple[str, int, bool]]:
     """What the first rank has of each weight that the optimizer is given, in numbers, of those laid one after the
     other: use_orig_params."""
     start = 0
     for w, shape in zip(weights, shapes, strict=True):
         numbers = prod(shape)
         if start < mine and (optimized(w, graph) or not w.trains):
-            yield w.name, min(numbers, mine - start)
+            yield w.name, min(numbers, mine - start), w.group == "embedding" and not w.matrix
         start += aligned(numbers, dtype)
 
 
@@ -265,6 +293,10 @@ _ASKS = {"pre": "first", "post": "gone", "none": "never"}
 
 
 def _unit(group: list[Piece], ranks: Ranks) -> Unit:
+    modules = dict.fromkeys(p.module for p in group if p.module)
+    if modules:
+        own = _together([p for p in group if not p.module], ranks)
+        return own._replace(modules=tuple((m, _module([p for p in group if p.module == m], ranks)) for m in modules))
     alone = [p for p in group if p.alone]
     nested = tuple((p.name, _together([p], ranks)) for p in alone)
     if not ranks.keeps:
@@ -274,16 +306,31 @@ def _unit(group: list[Piece], ranks: Ranks) -> Unit:
     return unit._replace(whole=unit.whole + inner.whole, cast=unit.cast + inner.cast, nested=nested)
 
 
+def _module(group: list[Piece], ranks: Ranks) -> Unit:
+    """Weights that one rank has whole are copied all the same, and so are their gradients, which are divided by the
+    number of batches in another copy.
+
+    Source: torch 2.13 distributed/fsdp/_fully_shard/_fsdp_param_group.py wait_for_unshard, _fsdp_collectives.py
+    foreach_reduce; transformers 5.24 distributed/fsdp.py, which sets gradient_divide_factor.
+    """
+    unit = _together(group, ranks)
+    divided = tuple(t._replace(name="gradients by the number of batches") for t in unit.joined)
+    return unit._replace(message=(), divided=divided)
+
+
 def _together(group: list[Piece], ranks: Ranks) -> Unit:
     if not ranks.wraps:  # the pieces of all blocks, one after the other
         group = [p for p in group for _ in range(p.copies if p.unit == REST else 1)]
     trained = [p for p in group if p.trains]
     whole = tuple(Tensor(f"gathered {p.name}", str(p.whole), p.sent) for p in group)
-    brought = [p for p in group if p.dtype != p.sent or ranks.offloads]
+    if ranks.whole:
+        return _undivided(group)
+    brought = [p for p in group if p.dtype != p.sent or (ranks.offloads and not ranks.row.flat)]
     cast = tuple(Tensor(f"{p.name} as sent", str(prod(p.shape)), p.sent) for p in brought)
-    if ranks.row.flat and ranks.offloads and not ranks.casts:
+    if ranks.row.flat and ranks.offloads:
         # the parameters' own views are of what was brought from the host, until they are of the host's again
-        whole, cast = (*whole, *cast), ()
+        same = [p for p in group if p.dtype == p.sent]
+        whole = (*whole, *(Tensor(f"{p.name} as sent", str(prod(p.shape)), p.sent) for p in same))
     if ranks.row.flat:
         joined = tuple(Tensor(f"gradient of {p.name}", str(p.whole), p.sent) for p in trained)
         padded = tuple(Tensor(f"padded gradient of {p.name}", str(p.whole), p.sent) for p in trained if p.pads)
@@ -301,6 +348,17 @@ def _together(group: list[Piece], ranks: Ranks) -> Unit:
     return Unit(whole, message, cast, joined, (), received, parts, _summed(trained))
 
 
+def _undivided(group: list[Piece]) -> Unit:
+    """A unit of which every rank has all: what is computed in is a copy where its dtype is another, and the gradients
+    laid together are what is kept, or cast to it."""
+    copies = tuple(Tensor(f"{p.name} as computed in", str(p.whole), p.sent) for p in group if p.dtype != p.sent)
+    trained = [p for p in group if p.trains]
+    joined = tuple(Tensor(f"gradient of {p.name}", str(p.whole), p.sent) for p in trained)
+    cast = any(p.dtype != p.sent for p in trained)
+    parts = tuple(Tensor(f"{p.name}.grad", str(p.whole), p.dtype) for p in trained)
+    return Unit(copies, joined=joined if cast else (), parts=parts, summed=_summed(trained), laid=not cast)
+
+
 def _summed(trained: list[Piece]) -> tuple[Tensor, ...]:
     """The gradients of a unit that passes before left whole."""
     return tuple(Tensor(f"{p.name}.grad, whole", str(p.whole), p.sent) for p in trained)
@@ -312,7 +370,8 @@ def parameters_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
         yield from parameters_of(graph)
         return
     for p in pieces(graph, ranks) if not ranks.offloads else ():
-        what = f"{p.name}, one of {ranks.world} parts"
+        parts = ranks.alone if p.module else ranks.among
+        what = f"{p.name}, one of {parts} parts" if parts > 1 else p.name
         yield _held("parameter", what, p.where, p.shape, p.dtype, p.copies, ranks.row.source)
     for held in parameters_of(graph):
         if held.kind == "buffer" or beside(held):
@@ -331,7 +390,8 @@ def gradients_held(graph: Graph, ranks: Ranks) -> Iterator[Held]:
     of = {p.unit: p for p in pieces(graph, ranks)}
     found = division(graph, ranks)
     for name, unit in found.units if found else ():
-        for t in (*unit.parts, *(t for _, nested in unit.nested for t in nested.parts)):
+        inner = (t for _, unit in (*unit.nested, *unit.modules) for t in unit.parts)
+        for t in (*unit.parts, *inner):
             where, copies = (of[name].where, of[name].copies) if name != REST else ("", 1)
             yield _held("gradient", t.name, where, (int(t.shape),), t.dtype, copies, ranks.row.source)
 
@@ -385,15 +445,18 @@ def offloaded(graph: Graph, ranks: Ranks, optimizer: OptimizerMemory, adds: bool
         yield Held("temp", what, "", str(bytes_), "uint8", 1, bytes_, optimizer.source)
 
 
-def trained_parts(graph: Graph, ranks: Ranks) -> list[Parameter]:
-    """A rank's parts of the parameters that train, as the optimizer is given them."""
+def trained_parts(graph: Graph, ranks: Ranks, trainer: bool = False) -> list[Parameter]:
+    """A rank's parts of the parameters that train, as the optimizer is given them; a `trainer` says which are
+    embeddings."""
     out: list[Parameter] = []
     for _, group in groupby(pieces(graph, ranks), key=lambda piece: piece.unit):
         own = [p for p in group if p.trains]
         found = [
-            (Parameter(f"{p.where}.{name}".lstrip("."), shape, p.dtype), p.copies)
+            (Parameter(f"{p.where}.{name}".lstrip("."), shape, p.dtype, embedding=trainer and embedding), p.copies)
             for p in own
-            for name, shape in ([(n, (count,)) for n, count in p.slices] or [(p.name, p.shape)][: not graph.joined])
+            for name, shape, embedding in (
+                [(name, (n,), e) for name, n, e in p.slices] or [(p.name, p.shape, False)][: not graph.joined]
+            )
         ]
         out += [p for p, _ in found]
         out += [p._replace(copies=n - 1) for p, n in found if n > 1]

@@ -6,15 +6,17 @@ No field is ever ignored: one that could not do what it says is an error that na
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
-from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, STAGES, STRATEGIES
+from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, OF_SLICES, STAGES, STRATEGIES
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
 from memplan.spec import (
+    Also,
+    Evaluation,
     Generation,
     Kernels,
     Loop,
@@ -28,6 +30,9 @@ from memplan.spec import (
     TrainedOver,
 )
 
+if TYPE_CHECKING:
+    from memplan.graph import Graph
+
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
 
@@ -39,11 +44,61 @@ def refuse(run: RunSpec) -> None:
             raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
         if run.generation != Generation():
             raise SpecError("generation: is of task generate", "generation")
+    if run.task != "train" and run.also != Also():
+        raise SpecError(f"also: is of training, and with task {run.task} nothing trains", "also")
     if run.serving != Serving():
         raise SpecError(f"serving: is of the engines that memplan profiles lists, not {run.profile}", "serving")
     if run.parallelism != _ONE_GPU:
         for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused
+
+
+def refuse_also(run: RunSpec, graph: Graph) -> None:
+    """Raise SpecError for what a run must not say of what it does beside its steps."""
+    also, degrees = run.also, graph.degrees
+    divided = next((name for name in ("tp", "pp", "cp", "ep") if getattr(run.parallelism, name) > 1), None)
+    if divided is not None:
+        raise _later(
+            "also", f"beside {divided} {getattr(run.parallelism, divided)}", "ranks that divide weights or data"
+        )
+    if graph.code != "transformers" or degrees.style != "transformers" or graph.model.model_type == "megatron_gpt":
+        raise SpecError(f"also: what {run.profile} does beside its steps is not supported yet", "also")
+    if also.evaluation is not None:
+        for refused in _evaluation(run, also.evaluation):
+            raise refused
+    if also.merging is not None:
+        if run.method.kind not in ADAPTERS:
+            raise SpecError(f"also.merging: method {run.method.kind} has no adapters to merge", "also.merging")
+        if also.merging.model == "trained" and also.merging.dtype is not None:
+            raise SpecError(
+                "also.merging.dtype: the model that was trained has one already; it is of a reloaded one",
+                "also.merging.dtype",
+            )
+        if also.merging.model == "trained" and run.parallelism.world > 1:
+            raise _later("also.merging.model", f"trained on {run.parallelism.world} GPUs", "reloaded on one")
+
+
+def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
+    loss = run.kernels.loss or "hf"
+    if e.kept_batches and loss not in ("hf", "fused"):
+        yield SpecError(
+            f"also.evaluation.kept_batches: loss {loss} never has all logits at once; hf and fused have, in evaluation",
+            "also.evaluation.kept_batches",
+        )
+    for field in ("accumulation", "preprocess", "batch_metrics", "concatenates"):
+        if not e.kept_batches and getattr(e, field) != getattr(Evaluation(), field):
+            name = f"also.evaluation.{field}"
+            yield SpecError(f"{name}: no logits are kept; say also.evaluation.kept_batches too", name)
+    if e.batch_metrics and (e.accumulation is not None or not e.concatenates):
+        name = f"also.evaluation.{'accumulation' if e.accumulation is not None else 'concatenates'}"
+        yield SpecError(f"{name}: with batch_metrics nothing is kept of a batch", name)
+    if e.new_tokens and e.kept_batches:
+        name = "also.evaluation.kept_batches"
+        yield SpecError(f"{name}: with new_tokens it is tokens that are kept, and no logits; leave it out", name)
+    if e.new_tokens and run.parallelism.world > 1:
+        yield _later("also.evaluation.new_tokens", f"{e.new_tokens} on {run.parallelism.world} GPUs", "one GPU")
+    if run.batch.images:
+        yield _later("also.evaluation", "with images", "text alone")
 
 
 def refuse_untrained(run: RunSpec, what: str) -> None:
@@ -79,7 +134,9 @@ def refuse_of_inference(run: RunSpec) -> None:
         raise _later("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
     if run.kernels.compile:
         raise _later("kernels.compile", True, "false")
-    for field in ("hold_outputs", "grad_scaler", "trainer", "use_cache"):
+    if task == "generate" and loop.use_cache is False:
+        raise _later("loop.use_cache", False, "true with task generate")
+    for field in ("hold_outputs", "grad_scaler", "trainer"):
         if getattr(loop, field):
             raise SpecError(f"loop.{field}: is of training, and with task {task} nothing trains", f"loop.{field}")
 
@@ -158,7 +215,9 @@ def refuse_parts_of_experts(p: Parallelism, experts: int, width: int) -> None:
         )
 
 
-def refuse_parts_of_whole_experts(p: Parallelism, profile: str, style: str) -> None:
+def refuse_parts_of_whole_experts(
+    p: Parallelism, method: Method, precision: Precision, loop: Loop, profile: str, style: str, accumulates: bool
+) -> None:
     """Raise SpecError for what ranks that each have some of the experts whole cannot do as transformers has them, or
     memplan not yet."""
     if p.etp not in (1, _ONE_GPU.etp):
@@ -182,8 +241,28 @@ def refuse_parts_of_whole_experts(p: Parallelism, profile: str, style: str) -> N
     for other in ("cp", "pp"):
         if getattr(p, other) > 1:
             raise _later(f"parallelism.{other}", getattr(p, other), "1 with expert parallelism of transformers' models")
-    if p.dp > 1:
-        raise _later("parallelism.dp", p.dp, f"1 with expert parallelism; say tp {p.ep} too")
+    if p.dp == 1:
+        return
+    if p.tp > 1 or p.ep < p.dp:
+        field = "parallelism.tp" if p.tp > 1 else field
+        value, other = (p.tp, f"1 with ep {p.ep} and dp {p.dp}") if p.tp > 1 else (p.ep, f"1 or {p.dp}, as many as dp")
+        raise _later(field, value, other)
+    if p.strategy != "fsdp2":
+        raise SpecError(
+            f"parallelism.strategy: {p.strategy} does not divide what expert parallelism has divided; fsdp2 does",
+            "parallelism.strategy",
+        )
+    for name in ("shard_group", "reshard_after_forward"):
+        if getattr(p, name) != getattr(_ONE_GPU, name):
+            raise _later(f"parallelism.{name}", getattr(p, name), f"{getattr(_ONE_GPU, name)} with expert parallelism")
+    if p.offload.parameters:
+        raise _later("parallelism.offload", "parameters", "none with expert parallelism and fsdp2")
+    if method.kind != "full":
+        raise _later("method.kind", method.kind, "full with expert parallelism and fsdp2")
+    if precision.autocast:
+        raise _later("precision.autocast", True, "false with expert parallelism and fsdp2")
+    if loop.trainer and accumulates:
+        raise _later("batch.accumulation", "more", "1 with expert parallelism, fsdp2 and loop.trainer")
 
 
 def refuse_on_host(optimizer: str) -> None:
@@ -227,6 +306,10 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
         yield SpecError(
             "parallelism.sequence_parallel: divides tokens among the ranks that divide matrices; say tp too",
             "parallelism.sequence_parallel",
+        )
+    if p.context != _ONE_GPU.context and p.cp == 1:
+        yield SpecError(
+            f"parallelism.context: {p.context} is of ranks that divide sequences, and cp is 1", "parallelism.context"
         )
     if replicas(p) > 1 and p.strategy == "none":
         yield SpecError(
@@ -359,9 +442,15 @@ def _knobs(p: Parallelism) -> Iterator[SpecError]:
         yield SpecError(
             f"parallelism.shard_group: {replicas(p)} GPUs are not groups of {group}", "parallelism.shard_group"
         )
-    if group == 1 and replicas(p) > 1:
+    if (
+        group == 1
+        and replicas(p) > 1
+        and (p.strategy == "fsdp2" or p.offload.parameters or p.reshard_after_forward is False)
+    ):
         yield SpecError(
-            "parallelism.shard_group: a group of one divides nothing; say strategy ddp", "parallelism.shard_group"
+            "parallelism.shard_group: a group of one divides nothing, which FSDP1 alone knows (NO_SHARD), without "
+            "parts on the host or that stay whole; say strategy ddp",
+            "parallelism.shard_group",
         )
 
 
@@ -406,6 +495,14 @@ def refuse_divided(p: Parallelism, method: Method, precision: Precision, optimiz
     if method.modules_to_save:
         raise _later("method.modules_to_save", ", ".join(method.modules_to_save), f"none with {p.strategy}")
     takes = (*ELEMENTWISE, *OF_FLAT_PARTS) if p.strategy in ZERO else ELEMENTWISE
+    if p.strategy == "fsdp" and not p.offload.parameters:
+        takes = (*ELEMENTWISE, *OF_SLICES)
+    if p.strategy == "fsdp2" and optimizer.name in OF_SLICES:
+        raise SpecError(
+            f"optimizer.name: bitsandbytes' {optimizer.name} does not step on DTensors, which fsdp2's parts are; "
+            f"{', '.join(ELEMENTWISE)} do, or say strategy fsdp",
+            "optimizer.name",
+        )
     if row is not None and optimizer.name not in takes:
         raise _later("optimizer.name", optimizer.name, f"{', '.join(takes)} with {p.strategy}")
     if p.strategy == MEGATRON:
@@ -508,6 +605,8 @@ def refuse_parts_of_sequences(
     """Raise SpecError for what ranks that divide sequences cannot do, or memplan not yet. `style`: of the profile's
     tensor parallelism, by which it is known which library it has; `own`: the model is of that library's own layers."""
     field = "parallelism.cp"
+    if own and p.context != "ring":
+        raise _later("parallelism.context", p.context, "ring with megatron_gpt")
     if own:
         if kernels.attention == "eager" or kernels.checkpointing == "selective":
             raise SpecError(
@@ -519,8 +618,17 @@ def refuse_parts_of_sequences(
     if style != "transformers":
         raise _later(field, p.cp, f"1 with profile {profile}; profile transformers-5 has more")
     if p.tp > 1:
-        raise _later(field, p.cp, "1 with tensor parallelism")
-    if p.strategy != "fsdp2":
+        raise SpecError(
+            f"{field}: accelerate 1.15 does not run cp {p.cp} beside tp {p.tp} with transformers 5.24: under FSDP2 it "
+            "imports ReplicateParallel, which transformers has no more",
+            field,
+        )
+    if p.context == "ulysses" and p.strategy not in ZERO:
+        raise SpecError(
+            f"parallelism.strategy: Ulysses is DeepSpeed's, under {', '.join(ZERO)}, not {p.strategy}",
+            "parallelism.strategy",
+        )
+    if p.context == "ring" and p.strategy != "fsdp2":
         raise SpecError(
             "parallelism.strategy: accelerate's context parallelism divides weights by FSDP2; say fsdp2",
             "parallelism.strategy",

@@ -40,7 +40,7 @@ from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, no
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
-from memplan.ranks import ONE, Ranks, mixed, uneven
+from memplan.ranks import ONE, Ranks, is_one_outside, mixed, uneven
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
 from memplan.refusals import (
     FSDP,
@@ -97,7 +97,7 @@ class Decided(NamedTuple):
 
     `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
     `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
-    null filled in; `pictures` are the axes that images decide.
+    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt.
     """
 
     structure: Structure
@@ -109,6 +109,7 @@ class Decided(NamedTuple):
     parts: dict[str, Part]
     pictures: tuple[tuple[str, int], ...] = ()
     communicators: tuple[Communicator, ...] = ()
+    beams: int = 1
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
@@ -145,7 +146,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
     )
     context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
     tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
-    decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch})
+    loop = with_use_cache(run).loop
+    decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch, "loop": loop})
     if not pictures:
         return decided
     half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
@@ -162,7 +164,7 @@ def objective_of(run: RunSpec) -> str:
 
 def filled(run: RunSpec) -> RunSpec:
     """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
-    run = with_new_tokens(run)
+    run = with_use_cache(with_new_tokens(run))
     words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
     method = _unprepared(run.method) if _sharded(run.parallelism) else run.method
     method, optimizer, kernels = _filled(method, run.optimizer, run.kernels, run.precision, words)
@@ -174,6 +176,14 @@ def with_new_tokens(run: RunSpec) -> RunSpec:
     if run.task != "generate" or run.batch.new_tokens:
         return run
     return run.model_copy(update={"batch": run.batch.model_copy(update={"new_tokens": NEW_TOKENS})})
+
+
+def with_use_cache(run: RunSpec) -> RunSpec:
+    """The run with whether the model is asked for its cache, where it leaves that open: as transformers' models do
+    where nothing trains, which in training is turned off or changes nothing."""
+    if run.loop.use_cache is not None:
+        return run
+    return run.model_copy(update={"loop": run.loop.model_copy(update={"use_cache": run.task != "train"})})
 
 
 def completed(run: RunSpec) -> RunSpec:
@@ -236,7 +246,9 @@ def _decide(
     if own:
         refuse_parts_of_experts(parallelism, *megatron.experts_and_width(model))
     else:
-        refuse_parts_of_whole_experts(parallelism, profile, words["tensor_parallel"])
+        refuse_parts_of_whole_experts(
+            parallelism, method, precision, loop, profile, words["tensor_parallel"], accumulates
+        )
         if parallelism.ep > 1:
             expert_parallel.check(model, degrees)
     if degrees.tp > 1:
@@ -300,6 +312,8 @@ def _decide(
         ranks = ranks._replace(experts=ranks.world * degrees.tp // (degrees.ep * degrees.etp))
     if sharded and not words["quantised_there"]:
         ranks = ranks._replace(there=False)
+    if not own and ranks.world > 1 and degrees.ep > 1:
+        ranks = ranks._replace(alone=ranks.world * degrees.tp // degrees.ep)
     ranks = ranks._replace(inside=sharded and words["gathers_again"] and kernels.checkpointing != "none")
     notes += more
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
@@ -312,6 +326,7 @@ def _decide(
             copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
             caches=words["caches"],
             triangles=words["triangles"],
+            tables=words["rotary_tables"],
             half_math=words["half_math"],
             whole_rotary=words["whole_rotary"],
             uncapped=words["uncapped"],
@@ -353,6 +368,8 @@ def _decide(
         wiring = graph.wiring
         masked = any(wiring.has_mask(layer.sliding) for layer in model.layers)
         context_parallel.check(model.model_type, wiring.backend, masked, degrees)
+        if degrees.context == "ulysses":
+            context_parallel.check_heads(model, degrees)
     graph, pipe = piped(graph, parallelism, words["pipeline"], microbatches)
     notes += pipeline_notes(graph.degrees, pipe, parallelism)
     structure = Structure(
@@ -543,16 +560,16 @@ def _ranks(
         return recipe, Ranks(p.strategy, alike, views=p.bucket_view, delayed=waits)
     ranks = Ranks(
         p.strategy,
-        p.shard_group or alike,
+        alike if p.shard_group in (None, 1) else p.shard_group,
         delayed=(trainer or words["code"] == "litgpt") and accumulates,  # fabric.no_backward_sync
-        replicated=p.shard_group not in (None, alike),
+        replicated=p.shard_group not in (None, 1, alike),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         asks=p.backward_prefetch,
         wraps=not _unwrapped(p, method, trainer),
         offloads=p.offload.parameters,
         efficient=p.cpu_ram_efficient_loading and method.quantization is None,
-        casts=recipe.autocast or (method.quantization is not None and trainer),
+        whole=p.shard_group == 1,
         reduces=words["fsdp_reduces"] if p.strategy == "fsdp2" else "",
     )
     q = method.quantization
@@ -590,11 +607,18 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
         )
     if ranks.world > 1 and ranks.row.flat and ranks.row.gathers:
         _check_flat(graph, ranks)
+    if ranks.alone and is_one_outside(graph):
+        raise SpecError(
+            f"parallelism.ep: {graph.degrees.ep} is not supported yet with fsdp2 for a model whose head is its "
+            "embeddings; supported: models that have a head of their own",
+            "parallelism.ep",
+        )
     dtypes = uneven(graph, ranks) if ranks.world > 1 and ranks.row.gathers and not ranks.row.flat else ()
     if dtypes:
         raise SpecError(
             f"parallelism.strategy: fsdp2 reduces the gradients of a unit in one dtype, and those of "
-            f"{graph.model.model_type} are {' and '.join(dtypes)}; say precision amp, which keeps what trains in fp32",
+            f"{graph.model.model_type} are {' and '.join(dtypes)}; "
+            + ("say ep 1" if ranks.alone else "say precision amp, which keeps what trains in fp32"),
             "parallelism.strategy",
         )
 

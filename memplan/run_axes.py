@@ -105,6 +105,8 @@ def axes_of(
     }
     if degrees.cp > 1:
         axes["s_cp"] = sequence
+        axes["s_cp128"] = -(-sequence // 128) * 128
+        axes |= {"several": by.choose(b > 1, b, 0), "only": by.choose(b > 1, 0, 1)}
     if degrees.sequence_parallel:
         axes["s_tp"] = -(-s // degrees.tp)
     axes.update(pictures)

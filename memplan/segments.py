@@ -57,12 +57,17 @@ def pass_of(structure: Structure, later: bool) -> Recorded:
 
 
 def segments(
-    program: Program, axes: Mapping[str, int], workspace: int, expandable: bool = False, capacity: int | None = None
+    program: Program,
+    axes: Mapping[str, int],
+    workspace: int,
+    expandable: bool = False,
+    capacity: int | None = None,
+    asides: Iterable[Callable[[Allocator], None]] = (),
 ) -> int:
     """The most bytes torch reserves for a run, on a card with `capacity` for it.
 
-    `axes` are the run's; `workspace` is cuBLAS's for one handle: the forward pass has one, backward another. Raises
-    OutOfMemoryError where the capacity does not suffice.
+    `axes` are the run's; `workspace` is cuBLAS's for one handle: the forward pass has one, backward another. `asides`
+    are what comes after the steps. Raises OutOfMemoryError where the capacity does not suffice.
     """
     structure = program.structure
     _, own = built(structure.graph)
@@ -103,6 +108,8 @@ def segments(
         if not structure.graph.lingers:
             _free(waiting, allocator)
         _free(gradients, allocator)  # zero_grad
+    for aside in asides:
+        aside(allocator)
     return allocator.peak_reserved
 
 
@@ -258,7 +265,7 @@ def streams_apart(structure: Structure) -> int:
 @lru_cache(maxsize=1024)
 def _of_streams(structure: Structure) -> int:
     found = division_of(structure)
-    units = [unit for _, unit in found.units] if found else []
+    units = [u for _, unit in found.units for u in (unit, *(inner for _, inner in unit.modules))] if found else []
 
     def most(name: Literal["whole", "message", "joined"]) -> int:
         return max((sum(_bytes(t.shape, t.dtype, {}) for t in getattr(unit, name)) for unit in units), default=0)

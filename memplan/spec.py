@@ -155,8 +155,13 @@ GgufType = Literal[
 ]
 Format = Literal[TrainedOver, OnlyRuns, GgufType]
 _FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
+# Weights that share a scale, where a run says no other number: what the formats' own libraries make.
+# Source: transformers 5.24 utils/quantization_config.py GPTQConfig, AwqConfig; torchao 0.18; compressed-tensors 0.20.
 _GROUPS = {
     "fp8": 128,
+    "gptq-int4": 128,
+    "gptq-int8": 128,
+    "awq-int4": 128,
     "w4a16": 128,
     "w8a16": 128,
     "mxfp4": 32,
@@ -181,7 +186,8 @@ class Quantization(Part, frozen=True):
     """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words.
 
     A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
-    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said.
+    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said. `backend`
+    is the kernel that GPTQ's or AWQ's weights run with, where it makes something beside its output.
     """
 
     format: Annotated[Format, BeforeValidator(_named)] = "nf4"
@@ -190,6 +196,7 @@ class Quantization(Part, frozen=True):
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl"] | None = None
+    backend: Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -333,15 +340,16 @@ class Loop(Part, frozen=True):
     """What the training script does around the step.
 
     `use_cache` takes no memory in training: what it would hold is kept for backward anyway, or the model has it off
-    under checkpointing. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32
-    under bitsandbytes' 8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
+    under checkpointing. Where nothing trains it is on unless said otherwise, and a decoder's one pass returns its
+    cache. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32 under bitsandbytes'
+    8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
     backward pass, or, with the word `step`, through the optimizer's step too. `expandable_segments`: torch's allocator
     has them (PYTORCH_CUDA_ALLOC_CONF).
     """
 
     hold_outputs: Flag | Literal["step"] = False
     padded: Flag = False
-    use_cache: Flag = False
+    use_cache: Flag | None = None
     clip_grad_norm: Annotated[Number, Field(ge=0)] | None = 1.0
     grad_scaler: Flag = False
     trainer: Flag = False
@@ -417,7 +425,8 @@ class Parallelism(Part, frozen=True):
     `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
     `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
-    under the strategies zero1 to zero3. `expert_imbalance`: of ranks that divide experts (`ep`) and
+    under the strategies zero1 to zero3. `context`: ranks that divide sequences (`cp`) pass keys and values around, or
+    exchange heads for tokens (DeepSpeed's Ulysses). `expert_imbalance`: of ranks that divide experts (`ep`) and
     take all rows they are sent, the one that is sent most gets so many times the mean.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
@@ -433,6 +442,7 @@ class Parallelism(Part, frozen=True):
     tp: Count = 1
     pp: Count = 1
     cp: Count = 1
+    context: Literal["ring", "ulysses"] = "ring"
     ep: Count = 1
     etp: Count | None = None
     expert_imbalance: Annotated[Number, Field(ge=1, le=2**20)] = 1.0
@@ -461,10 +471,66 @@ class Generation(Part, frozen=True):
     `batch.sequence`, and `batch.new_tokens` come after it.
 
     `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
-    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done.
+    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room
+    for the prompt and all new tokens from the start. Of every prompt there are `num_beams` sequences. With `do_sample`
+    tokens are drawn after temperature, top-k and top-p; else the likeliest is taken.
     """
 
-    cache_implementation: Literal["dynamic", "legacy"] | None = None
+    cache_implementation: Literal["dynamic", "static", "legacy"] | None = None
+    num_beams: Count = 1
+    do_sample: Flag = False
+
+
+class Evaluation(Part, frozen=True):
+    """Evaluation between two steps, as transformers' Trainer runs it: forward passes of `micro` sequences
+    (`per_device_eval_batch_size`) of `sequence` tokens each, as long as those of training where that is None.
+
+    kept_batches   of so many batches the logits are kept on the GPU, as they are for `compute_metrics`, unless
+                   `prediction_loss_only`; 0 for none
+    accumulation   after so many batches they go to the host (`eval_accumulation_steps`)
+    concatenates   those of a further batch are joined with those before (`eval_do_concat_batches`); else a list is kept
+    preprocess     `preprocess_logits_for_metrics` keeps the likeliest token alone
+    batch_metrics  each batch's go when its metrics are computed (`batch_eval_metrics`)
+    new_tokens     so many tokens are generated after each sequence (`predict_with_generate`)
+    """
+
+    micro: Count = 8
+    sequence: Count | None = None
+    kept_batches: Natural = 0
+    accumulation: Count | None = None
+    concatenates: Flag = True
+    preprocess: Literal["argmax"] | None = None
+    batch_metrics: Flag = False
+    new_tokens: Natural = 0
+
+
+class Saving(Part, frozen=True):
+    """A checkpoint after a step. `state_dict`: `full` gathers whole weights, `sharded` has every rank write its part;
+    None for full. `optimizer`: its states are written too, as they are in a checkpoint of the Trainer's."""
+
+    state_dict: Literal["full", "sharded"] | None = None
+    optimizer: Flag = True
+
+
+class Merging(Part, frozen=True):
+    """Adapters added to the weights they are beside, as peft's `merge_and_unload` does it: of the model that was
+    `trained`, in its process; or of one `reloaded` for it on the GPU by another, in `dtype` and not quantised."""
+
+    model: Literal["trained", "reloaded"] = "trained"
+    dtype: Dtype | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class Also(Part, frozen=True):
+    """What a training run does beside its steps, where it is to be counted: evaluate, save, merge its adapters."""
+
+    evaluation: Evaluation | None = None
+    saving: Saving | None = None
+    merging: Merging | None = None
 
 
 class Serving(Part, frozen=True):
@@ -536,6 +602,7 @@ class RunSpec(Part, frozen=True):
             kernels: Kernels | Mapping[str, Any] = ...,
             loop: Loop | Mapping[str, Any] = ...,
             generation: Generation | Mapping[str, Any] = ...,
+            also: Also | Mapping[str, Any] = ...,
             parallelism: Parallelism | Mapping[str, Any] = ...,
             serving: Serving | Mapping[str, Any] = ...,
             profile: str = ...,
@@ -552,6 +619,7 @@ class RunSpec(Part, frozen=True):
     kernels: Kernels = Kernels()
     loop: Loop = Loop()
     generation: Generation = Generation()
+    also: Also = Also()
     parallelism: Parallelism = Parallelism()
     serving: Serving = Serving()
     profile: str = "transformers-5"

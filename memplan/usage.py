@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memplan.answer import Band
 from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, SHOWN_OF_RANKS, Overhead
-from memplan.engine.allocator import OutOfMemoryError
+from memplan.engine.allocator import Allocator, OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
 from memplan.segments import cached_logits, segments, streams_apart
 from memplan.sizes import ONE_RUN, Arithmetic, Size
 
 if TYPE_CHECKING:
+    from memplan.also import Aside
     from memplan.calibration import Calibration
 
 
@@ -38,12 +39,14 @@ class Allocations(Protocol):
 
 
 class Replay(NamedTuple):
-    """What decides the allocations of a run: its structure, its axes, cuBLAS's workspace, how the allocator works."""
+    """What decides the allocations of a run: its structure, its axes, cuBLAS's workspace, how the allocator works, and
+    what it does beside its steps."""
 
     structure: Structure
     axes: tuple[tuple[str, int], ...]
     workspace: int
     expandable: bool
+    asides: tuple[Aside, ...] = ()
 
     def reserved(self, capacity: int | None = None) -> int | None:
         return reserved(self, capacity)
@@ -59,8 +62,13 @@ class Replay(NamedTuple):
 def reserved(replay: Replay, capacity: int | None = None) -> int | None:
     """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
     p = program(replay.structure)
+    after = [aside.replay for aside in replay.asides if aside.alone is None]
+    apart = [Allocator(replay.expandable, capacity) for aside in replay.asides if aside.alone is not None]
     try:
-        return segments(p, dict(replay.axes), replay.workspace, replay.expandable, capacity)
+        most = segments(p, dict(replay.axes), replay.workspace, replay.expandable, capacity, after)
+        for aside, allocator in zip((a for a in replay.asides if a.alone is not None), apart, strict=True):
+            aside.replay(allocator)
+        return max(most, *(allocator.peak_reserved for allocator in apart), 0)
     except OutOfMemoryError:
         return None
 

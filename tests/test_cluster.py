@@ -201,10 +201,10 @@ def test_no_cluster_is_none(nodes: int, each: int, gbps: float | None, field: st
 
 def test_headroom_is_left() -> None:
     asked = run(model="llama-3.1-8b")
-    some = found(asked, 1, 8, most=None, demand=Demand(headroom=40 * GIB))
+    some = found(asked, 1, 8, Pinned(pp=1), most=None, demand=Demand(headroom=40 * GIB))
     assert some.placed
     assert all((p.answer.verdict.headroom or 0) >= 40 * GIB for p in some.placed)
-    assert len(some.placed) < len(found(asked, 1, 8, most=None).placed)
+    assert len(some.placed) < len(found(asked, 1, 8, Pinned(pp=1), most=None).placed)
 
 
 # --- where the ranks are, and what they send ---
@@ -352,3 +352,47 @@ def test_the_bound_divides_by_every_degree_that_divides_the_model() -> None:
     whole = sum(known.held)
     assert least(known, Grid(1, 2, 2, 1, 1, "none", 1, 1)) == sum(held // 4 for held in known.held) < whole
     assert least(known, Grid(4, 1, 1, 1, 1, "ddp", 1, 1)) == whole
+
+
+def test_stages_under_fsdp2_send_weights_and_gradients_once_a_step() -> None:
+    """They stay whole in between, as torchtitan has it: see `memplan.unsharded`."""
+    whole = BARE.weights / 4
+    for m in (4, 8):
+        message = sent(NODE, Grid(2, 1, 4, 1, 1, "fsdp2", 1, m))["dp"].bytes
+        assert message == round((whole + BARE.trained / 4) / 2)
+
+
+def test_torchtitans_grids_have_stages_matrices_and_fsdp2_together() -> None:
+    """70B on 64 GPUs: what is found is what torchtitan runs, with its own layers, and no bound ruled it out."""
+    asked = run(model="llama-3.1-70b", profile="torchtitan", precision="amp", parallelism={"sequence_parallel": True})
+    place = cluster_of(find_gpu("h100"), 8, 8)
+    there = search(asked, place, Pinned(tp=8, pp=4, cp=1, ep=1, strategies=("fsdp2",), sequences=32))
+    (placed,) = there.placed
+    assert (placed.grid.dp, placed.grid.tp, placed.grid.pp, placed.grid.accumulation) == (2, 8, 4, 16)
+    assert placed.answer.run.parallelism.sequence_parallel
+    bare = asked.model_copy(update={"parallelism": plain_parallelism(asked)})
+    assert least(facts(bare, estimate(bare), asked), placed.grid) <= placed.answer.bytes.allocated
+
+
+@pytest.mark.parametrize(("profile", "precision"), [("torchtitan", "amp"), ("transformers-5", "pure")])
+def test_the_bound_of_stages_under_fsdp2_holds(profile: str, precision: str) -> None:
+    """Of the second stage too, whose layers and microbatches in flight are counted."""
+    divides = {"sequence_parallel": profile == "torchtitan"}
+    asked = run(model="llama-3.1-8b", profile=profile, precision=precision, parallelism=divides)
+    bare = asked.model_copy(update={"parallelism": plain_parallelism(asked)})
+    bound, cluster = facts(bare, estimate(bare), asked), cluster_of(H100, 4, 8)
+    for tp, pp, passes in ((1, 4, 8), (2, 8, 8), (2, 4, 32), (1, 2, 4)):
+        grid = Grid(32 // (tp * pp), tp, pp, 1, 1, "fsdp2", 1, passes)
+        least_of_all = least(bound, grid)
+        assert 0 < least_of_all <= estimate(run_of(asked, cluster, grid)).bytes.allocated
+
+
+def test_of_stages_without_room_the_nearest_is_found_all_the_same() -> None:
+    """One stage alone is looked at where it has no room, and the nearest is still the one that lacks least."""
+    asked = run(model="llama-3.1-70b", profile="torchtitan", precision="amp", parallelism={"sequence_parallel": True})
+    there = search(
+        asked, cluster_of(find_gpu("h100"), 1, 8), Pinned(tp=2, cp=1, ep=1, strategies=("fsdp2",), sequences=8)
+    )
+    assert there.best is None
+    assert there.nearest is not None
+    assert there.missed + there.too_large + sum(r.grids for r in there.refused) == there.grids

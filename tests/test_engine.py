@@ -10,7 +10,7 @@ from memplan.catalogue.methods import reweigh
 from memplan.engine.dtypes import Scope, promote
 from memplan.engine.record import FREED, record
 from memplan.engine.step import Lowered, lower
-from memplan.engine.walk import alive
+from memplan.engine.walk import Term, alive, largest
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 
 AXES = {"L": 4, "n": 1}
@@ -270,3 +270,10 @@ def test_frozen_runs_pass_no_gradient_through_what_lies_between() -> None:
     assert kept(low)["x"] == 1
     left = alive(low.left, low.runs, AXES)
     assert {low.sizes[key][0]: n for key, n in left.items() if n} == {"wd": 4}
+
+
+def test_the_largest_moment_may_be_less_than_what_is_counted_apart() -> None:
+    """Where every moment takes away from what is there throughout, the one that takes least is found."""
+    terms = (Term((-7, 2), (-7, 2), 0, 3), Term((-5, 1), (-5, 1), 0, 4))
+    assert largest(terms, (1, 1), (1, 1)) == (-5 + 1, 4)
+    assert largest(terms, (1, 9), (1, 9)) == (-7 + 2 * 9, 3)

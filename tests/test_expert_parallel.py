@@ -101,7 +101,64 @@ def test_evenly_spread_tokens_are_said_to_be() -> None:
     assert not any("expert_imbalance" in note for note in (*uneven.notes, *estimate(run(2)).notes))
 
 
+def alone(ranks: int, ep: int | None = None, **options: Any) -> RunSpec:
+    parallelism = {
+        "world": ranks,
+        "dp": ranks,
+        "ep": ep or ranks,
+        "strategy": "fsdp2",
+        **options.pop("parallelism", {}),
+    }
+    return run(1, config=options.pop("config", None), parallelism=parallelism, **options)
+
+
+def test_under_fsdp2_ranks_keep_their_experts_whole_and_divide_the_rest() -> None:
+    answer, fsdp = estimate(alone(4)), estimate(alone(4, 1))
+    up = experts(answer)["mlp.experts.gate_up_proj"]
+    assert up.dims == (E // 4, 2 * M, H)
+    norm = next(line for line in answer.ledger if line.what == "self_attn.q_proj.weight, one of 4 parts")
+    assert norm.dims == (64 // 4, H)
+    states = [a.categories["optstate"] for a in (answer, fsdp)]
+    assert states[0] == states[1]
+
+
+def test_the_copy_of_a_layers_experts_and_their_gradients_twice_are_all_that_comes_beside() -> None:
+    """Of the rank's own experts, not of all that a layer has, as FSDP2 gathers alone."""
+    options: dict[str, Any] = {"batch": {"sequence": 64}, "config": {"num_hidden_layers": 8, "intermediate_size": 1024}}
+    one, every = (estimate(alone(8, ep, **options)) for ep in (8, 1))
+    layer = 2 * E * 3 * 1024 * H
+    assert every.bytes.allocated - one.bytes.allocated > 2 * layer
+    copies = [line for line in one.ledger if line.kind in ("parameter", "temp") and "gather" in line.what]
+    assert sum(line.bytes for line in copies) < layer
+
+
 REFUSED = {
+    "some": (alone(4, 2), "parallelism.ep: 2 is not supported yet; supported: 1 or 4, as many as dp"),
+    "strategy": (
+        alone(4, parallelism={"strategy": "ddp"}),
+        "parallelism.strategy: ddp does not divide what expert parallelism has divided; fsdp2 does",
+    ),
+    "groups": (
+        alone(4, parallelism={"shard_group": 2}),
+        "parallelism.shard_group: 2 is not supported yet; supported: None",
+    ),
+    "method": (alone(4, method={"kind": "lora", "targets": ["q_proj"]}), "method.kind: 'lora' is not supported yet"),
+    "autocast": (alone(4, precision="amp"), "precision.autocast: true is not supported yet"),
+    "delayed": (alone(4, loop={"trainer": True}, batch={"accumulation": 2}), "batch.accumulation: "),
+    "offloaded": (alone(4, parallelism={"offload": {"parameters": True}}), "parallelism.offload: 'parameters' is not"),
+    "tied": (alone(4, config={"tie_word_embeddings": True}), "a model whose head is its embeddings"),
+    "dtypes": (
+        RunSpec(model="deepseek-v3", parallelism={"world": 8, "dp": 8, "ep": 8, "strategy": "fsdp2"}),
+        "are bf16 and fp32; say ep 1",
+    ),
+    "both": (
+        run(2, 4, parallelism={"world": 4, "dp": 2, "strategy": "fsdp2"}),
+        "parallelism.tp: 2 is not supported yet",
+    ),
+    "sequence": (
+        run(1, 4, parallelism={"world": 8, "dp": 4, "cp": 2, "strategy": "fsdp2"}),
+        "parallelism.cp: 2 is not supported yet",
+    ),
     "experts": (
         run(4, 4, {"num_local_experts": 6, "num_attention_heads": 8, "num_key_value_heads": 4}),
         "4 does not divide 6 experts",

@@ -35,7 +35,7 @@ FLOORS = (
             "inference",
             "generation",
         ),
-        "serving",
+        *("serving", "also", "saving"),
     },
     {"sweep", "comparison", "planning"},
     {"frameworks"},

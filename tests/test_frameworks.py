@@ -145,7 +145,7 @@ TYPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"parallelism": {"world": 8, "dp": 8, "strategy": "zero3", "offload": {"optimizer": True}}},
     ),
     "--gpus 8": ({}, {"parallelism": {"world": 8, "dp": 8, "strategy": "ddp"}}),
-    "--fsdp no_shard": (
+    "--zero 0": (
         {"parallelism": {"world": 2, "dp": 2, "strategy": "zero1"}},
         {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
     ),

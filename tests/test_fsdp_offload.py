@@ -141,3 +141,38 @@ def test_parts_are_brought_for_every_pass_and_gradients_taken_back() -> None:
     assert work(run("fsdp2", batch=three)).copied == 3 * 3 * parts
     assert work(run("fsdp2", batch=three, loop={"trainer": True})).copied == 3 * 2 * parts + parts
     assert work(run("fsdp2", optimizer="sgd")).on_host == 2 * 2 * parts
+
+
+# and NO_SHARD, which divides nothing
+
+
+def undivided(**fields: Any) -> Estimate:
+    return asked("fsdp", moved=False, **{**fields, "parallelism": {"shard_group": 1}})
+
+
+def test_under_no_shard_every_rank_has_all_and_more_ranks_change_nothing() -> None:
+    block, outside = sum(map(prod, BLOCK)), sum(map(prod, OUTSIDE))
+    two, eight = (asked("fsdp", n, moved=False, parallelism={"shard_group": 1}) for n in (2, 8))
+    assert two.phases == eight.phases
+    assert two.categories["parameter"] == 2 * (L * block + outside)
+    assert two.categories["optstate"] >= 2 * two.categories["parameter"]
+    assert not any("all_gather" in line.where and line.kind == "parameter" for line in two.ledger)
+
+
+def test_under_mixed_precision_a_unit_is_copied_to_be_computed_in() -> None:
+    answer = undivided(precision="amp")
+    copies = [line for line in answer.ledger if "as computed in" in line.what]
+    assert copies
+    assert {line.dtype for line in copies} == {"bf16"}
+    assert answer.bytes.allocated > asked("ddp", moved=False, precision="amp").phases[-1].peak / 2
+
+
+def test_no_shard_is_fsdp1s_word() -> None:
+    from memplan.cli.request import spec_of
+
+    said = spec_of({"model": "llama-3.1-8b", "gpus": 8, "fsdp": "no_shard"})["parallelism"]
+    assert (said["strategy"], said["shard_group"]) == ("fsdp", 1)
+    with pytest.raises(SpecError, match="FSDP1 alone knows"):
+        asked("fsdp2", moved=False, parallelism={"shard_group": 1})
+    with pytest.raises(SpecError, match="parts on the host"):
+        asked("fsdp", parallelism={"shard_group": 1})

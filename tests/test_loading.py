@@ -67,9 +67,9 @@ def test_in_another_dtype_it_is_memory_of_every_process_that_loads_it(
 
 
 def test_fsdp2_casts_what_trains_on_the_host_and_fsdp1_on_the_gpu() -> None:
-    autocast = {"precision": {"weights": "bf16", "autocast": True}}
-    assert asked("fsdp2", **autocast).host.phases[0].rank == 4 * PARAMETERS
-    assert asked("fsdp", **autocast).host.phases[0].rank == 0
+    autocast = {"weights": "bf16", "autocast": True}
+    assert asked("fsdp2", precision=autocast).host.phases[0].rank == 4 * PARAMETERS
+    assert asked("fsdp", precision=autocast).host.phases[0].rank == 0
 
 
 def test_quantised_weights_and_those_that_zero_divides_pass_the_host_by() -> None:
@@ -81,7 +81,7 @@ def test_quantised_weights_and_those_that_zero_divides_pass_the_host_by() -> Non
 
 def test_parts_that_are_offloaded_are_there_with_the_model_until_it_is_divided() -> None:
     moved = {"offload": {"parameters": True}}
-    four = asked("fsdp2", precision="fp32", parallelism=moved).host.phases[0]
+    four = asked("fsdp2", 4, precision="fp32", parallelism=moved).host.phases[0]
     assert four.rank == 4 * PARAMETERS + PARAMETERS
     assert four.node == 4 * PARAMETERS + 4 * PARAMETERS
     eight = asked("fsdp", 8, precision="fp32", parallelism=moved).host

@@ -169,6 +169,52 @@ def test_a_rank_of_a_group_holds_what_it_does_without_replicas(
         assert replicated.bytes.allocated == alone.bytes.allocated
 
 
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+    "tie_word_embeddings": False,
+}
+OF_A_LAYER, OF_THE_HEAD = 4 * 256 * 256 + 3 * 256 * 768 + 2 * 256, 1000 * 256 + 256
+
+
+def test_what_a_group_has_reduced_waits_in_its_dtype_for_the_replicas() -> None:
+    """In the first layer's backward: the head's, and those of three layers."""
+    run = {"model": {"config": SMALL}, "precision": "amp", "optimizer": "sgd", "kernels": {"checkpointing": "none"}}
+    run |= {"batch": {"sequence": 64}, "loop": {"clip_grad_norm": None}}
+    alone, replicated = answer(run, "fsdp2", 2), told(run, "fsdp2", 4, shard_group=2)
+    waiting = [
+        (line.count, line.bytes) for line in replicated.ledger if (line.what, line.kind) == ("gradients", "temp")
+    ]
+    assert sorted(waiting) == [(1, rounded(2 * OF_THE_HEAD // 2)), (3, 3 * 2 * OF_A_LAYER // 2)]
+    assert not any((line.what, line.kind) == ("gradients", "temp") for line in alone.ledger)
+    assert sum(line.bytes for line in replicated.ledger) == replicated.bytes.allocated
+    assert told(run, "fsdp2", 4, shard_group=4).bytes == answer(run, "fsdp2", 4).bytes  # one group has no replicas
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parallelism": {"world": 2, "pp": 2, "schedule": "1f1b"}},
+        {"parallelism": {"world": 2, "pp": 2, "schedule": "gpipe"}},
+        {"parallelism": {"world": 4, "dp": 4, "strategy": "fsdp2"}, "loop": {"trainer": True}},
+        {"parallelism": {"world": 4, "dp": 4, "strategy": "ddp"}},
+        {},
+    ],
+    ids=["1f1b", "gpipe", "fsdp2", "ddp", "one"],
+)
+@pytest.mark.parametrize("accumulation", [2, 3])
+def test_gradients_are_listed_where_a_pass_finds_them(fields: dict[str, Any], accumulation: int) -> None:
+    """Those of passes before are there, whole in their units, or in flight with their stage: each once."""
+    batch = {"sequence": 2048, "accumulation": accumulation}
+    found = estimate(RunSpec(model={"config": SMALL}, batch=batch, **fields))
+    assert found.peak.phase == "backward"
+    assert sum(line.bytes for line in found.ledger) == found.bytes.allocated
+
+
 @pytest.mark.parametrize("strategy", SHARDED)
 def test_weights_that_are_kept_from_forward_to_backward_are_whole_when_forward_is_over(strategy: str) -> None:
     run = {"model": "llama-3.1-8b", "batch": {"sequence": 64}}
@@ -331,12 +377,19 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("none", {}, "parallelism.strategy", "ddp"),
     ("ddp", {"parallelism": {"shard_group": 2}}, "parallelism.shard_group", "fsdp and fsdp2, not ddp"),
     ("fsdp", {"parallelism": {"shard_group": 3}}, "parallelism.shard_group", "2 GPUs are not groups of 3"),
-    ("fsdp", {"parallelism": {"shard_group": 1}}, "parallelism.shard_group", "say strategy ddp"),
+    ("fsdp2", {"parallelism": {"shard_group": 1}}, "parallelism.shard_group", "say strategy ddp"),
     ("fsdp2", {"parallelism": {"forward_prefetch": True}}, "parallelism.forward_prefetch", "is for strategy fsdp,"),
     ("fsdp2", {"parallelism": {"bucket_view": True}}, "parallelism.bucket_view", "is for strategy ddp, not fsdp2"),
     ("fsdp2", {"model": DEEPSEEK}, "parallelism.strategy", "bf16 and fp32"),
     ("fsdp2", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
-    ("fsdp", {"optimizer": "adamw_bnb_8bit"}, "optimizer.name", "adamw_torch"),
+    ("fsdp2", {"optimizer": "adamw_bnb_8bit"}, "optimizer.name", "does not step on DTensors"),
+    ("fsdp", {"optimizer": "adafactor"}, "optimizer.name", "paged_adamw_8bit"),
+    (
+        "fsdp",
+        {"optimizer": "adamw_bnb_8bit", "parallelism": {"offload": {"parameters": True}}},
+        "optimizer.name",
+        "adamw_torch",
+    ),
     ("fsdp", {"method": "dora"}, "method.kind", "full, freeze, lora, qlora"),
     ("fsdp2", {"method": "qlora"}, "method.quantization.storage", "bf16, fp16, fp32"),
     ("fsdp2", {"precision": "mixed"}, "precision.master", "amp"),
@@ -359,6 +412,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
             "model": "llama-2-7b",
             "method": {"kind": "qlora", "quantization": {"storage": "bf16"}},
             "profile": "litgpt-2024",
+            "optimizer": "adamw_torch",
         },
         "method.quantization",
         "lora",

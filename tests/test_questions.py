@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.main import get_command
 
@@ -22,6 +22,7 @@ from memplan.planning.inference import (
     DEGREES,
     Questions,
     load_of,
+    mildest_format,
     most_requests,
     places,
     questions,
@@ -30,6 +31,7 @@ from memplan.planning.inference import (
 )
 from memplan.planning.offers import Wanted, owned
 from memplan.planning.plan import plan
+from memplan.planning.reach import reach
 from memplan.spec import changed
 from memplan.stored import stored_weights
 from tests.sampling import examples
@@ -107,7 +109,7 @@ def test_what_does_not_fit_has_the_mildest_format_and_the_fewest_gpus_that_do() 
 def test_a_format_that_was_asked_for_starts_the_ladder() -> None:
     asked = run_of(profile="llama.cpp-2026", gpu="3060", method={"quantization": {"format": "Q5_K_M"}})
     names = [choice.name for choice in questions(asked).formats]
-    every = [step.format for step in FORMATS["llama.cpp"]]
+    every = [step.format for step in FORMATS["llama.cpp-2026"]]
     assert names == ["Q5_K_M", *every[every.index("Q5_K_M") + 1 :]]
 
 
@@ -129,9 +131,9 @@ def test_speeds_are_of_the_weights_as_they_are_stored_and_of_the_engines_rank() 
 
 
 def test_nothing_is_known_of_layers_that_the_host_has() -> None:
-    found = questions(run_of("llama-3.2-1b", "llama.cpp-2026", "3060", serving={"gpu_layers": 4}))
-    assert found.decoding is found.full is found.prompt is None
-    assert "host" in found.unpaced
+    load, why = load_of(estimate(run_of("llama-3.2-1b", "llama.cpp-2026", "3060", serving={"gpu_layers": 4})))
+    assert load is None
+    assert "host" in why
 
 
 def test_cards_hold_the_run_on_the_fewest_of_them() -> None:
@@ -150,11 +152,8 @@ def test_cards_hold_the_run_on_the_fewest_of_them() -> None:
 
 
 def test_headroom_and_tight_are_asked_of_every_answer() -> None:
-    less = questions(run_of(), Demand(headroom=2**30))
-    assert less.requests.value <= ASKED.requests.value
-    assert less.context.value <= ASKED.context.value
-    more = questions(run_of(), Demand(tight=True))
-    assert more.requests.value >= ASKED.requests.value
+    less, more = (most_requests(run_of(), demand).value for demand in (Demand(headroom=2**30), Demand(tight=True)))
+    assert less <= ASKED.requests.value < more
 
 
 def test_what_is_no_question_is_an_error_that_says_so() -> None:
@@ -167,12 +166,36 @@ def test_what_is_no_question_is_an_error_that_says_so() -> None:
 
 
 def test_every_engine_has_formats_that_are_known_with_their_sources() -> None:
-    assert {engine.kind for engine in ENGINES} < FORMATS.keys()
+    assert {engine.name for engine in ENGINES} < FORMATS.keys()
     model = load_card("llama-3.1-8b")
     for steps in FORMATS.values():
         sizes = [sum(w.bytes for w in stored_weights(model, step.format)) for step in steps]
         assert sizes == sorted(sizes, reverse=True)
         assert all(step.quality and step.source for step in steps)
+
+
+def test_formats_that_a_card_has_no_kernels_for_are_not_proposed() -> None:
+    old, new = (questions(run_of("llama-3.2-1b", "sglang-0.5", gpu)).formats for gpu in ("t4", "a10"))
+    assert [choice.name for choice in old] == ["as asked, bf16"]
+    assert [choice.name for choice in new] == ["as asked, bf16", "fp8-channel", "w8a8-int8", "w4a16"]
+
+
+def test_a_run_that_does_not_fit_is_told_the_mildest_format_that_does() -> None:
+    from memplan.report.advice import help_line
+
+    for profile, option in (("vllm-0.33", "--stored fp8-channel"), ("transformers-5", "--quant-format int8")):
+        answer = estimate(run_of("llama-3.1-8b", profile, "t4", batch={"sequence": 4000}))
+        found = mildest_format(answer)
+        assert found is not None
+        assert f"{option} (uses {found[1].bytes.used / 2**30:.1f} GiB)" in help_line(answer)
+    assert "No format" not in help_line(estimate(run_of("llama-3.1-70b")))
+
+
+def test_the_largest_model_is_one_whose_stored_weights_fit() -> None:
+    run = run_of("llama-3.2-1b", "llama.cpp-2026", "t4", serving={"weights": "Q4_K_M"}, batch={"sequence": 2048})
+    found = reach(run, "model")
+    assert isinstance(found.value, str)
+    assert load_card(found.value).card["parameters"] * 2 > find_gpu("t4").usable  # in 16 bits it would not
 
 
 @laws
@@ -186,6 +209,7 @@ def test_a_longer_context_never_has_more_requests(model: str, profile: str, sequ
 
 @laws
 @given(MODEL, ENGINE, st.sampled_from(["3060", "4090", "h100"]), st.integers(64, 16_000))
+@example("gemma-3-1b", "llama.cpp-2026", "3060", 64)  # whose Q2_K is larger than its Q3_K_S
 def test_a_milder_format_is_never_smaller_and_never_holds_more(
     model: str, profile: str, gpu: str, sequence: int
 ) -> None:

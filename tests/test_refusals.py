@@ -68,6 +68,7 @@ def test_no_field_of_parallelism_is_ignored(field: str) -> None:
         "reshard_after_forward": False,
         "schedule": "gpipe",
         "ends_as_layers": True,
+        "context": "ulysses",
     }
     value = words.get(field, Parallelism.model_fields[field].default is False or 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"

@@ -440,6 +440,7 @@ REFUSED = {
     "objective: vllm-0.33 generates": {"objective": "masked_lm"},
     "precision: of training": {"precision": "amp"},
     "precision.compute: vllm-0.33 computes in bf16": {"precision": {"compute": "fp8"}},
+    "gpu: vLLM 0.33 needs compute capability 7.5, and Tesla P40 has 6.1": {"gpu": "p40"},
     "model: t5 models are not supported yet": {"model": "t5-base"},
     "model: mamba keeps no keys": {"model": "mamba-130m"},
 }

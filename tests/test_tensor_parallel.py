@@ -20,6 +20,8 @@ from memplan.catalogue.expert_parallel import FAMILIES as EXPERTS
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.tensor_parallel import PLANS
 from memplan.errors import SpecError
+from memplan.graph import built
+from memplan.ir import operations
 from memplan.program import gradients_of
 from memplan.resolve import decide
 from memplan.units import rounded
@@ -90,6 +92,18 @@ def test_matrices_are_divided_and_norms_are_not() -> None:
     for name, line in one.items():
         parts = 1 if "norm" in name else 4
         assert four[name].bytes == line.count * rounded(line.bytes // line.count // parts), name
+
+
+def test_an_adapter_around_a_divided_output_is_whole_in_its_first_half() -> None:
+    """peft divides lora_B by rows: its input's gradient is summed over ranks, that of lora_A's is not."""
+    stack, _ = built(decide(run(2, method="lora")).structure.graph)
+    summed = {op.name for op in operations(stack) if op.name.endswith(".input")}
+    columns = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in summed if ".lora_B." in name}
+    assert columns == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert not any(".lora_A." in name for name in summed)
+    (a,) = {line.dims for line in estimate(run(2, method="lora")).ledger if line.what.endswith("q_proj.lora_A.weight")}
+    (b,) = {line.dims for line in estimate(run(2, method="lora")).ledger if line.what.endswith("q_proj.lora_B.weight")}
+    assert (a, b) == ((16, 512), (8 // 2, 64, 16))
 
 
 def test_a_vocabulary_that_does_not_divide_is_rounded_up() -> None:

@@ -198,6 +198,18 @@ def test_everything_stays_whole_that_is_used_again_soon_enough() -> None:
     assert 2 * (PARAMETERS - norms) <= found["backward"] < 2 * (PARAMETERS - norms + 2 * EMBEDDING)
 
 
+def test_a_weight_stays_whole_that_is_used_again_within_fewer_numbers_than_the_distance() -> None:
+    """Between the last layer's down_proj and its backward come the last norm and the head, there and back."""
+    between = 2 * (4096 + EMBEDDING)
+    kernels = {"checkpointing": "none"}
+    at, within = (
+        gathered({"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": distance}, kernels=kernels)
+        for distance in (between, between + 1)
+    )
+    assert at["loss"] == 2 * EMBEDDING  # the head's own backward is next
+    assert within["loss"] == 2 * (EMBEDDING + 14336 * 4096)
+
+
 @laws
 @given(st.integers(0, 10**9), st.integers(0, 2 * 10**9), st.sampled_from(["none", "full"]))
 def test_no_more_is_whole_than_all_and_what_is_written(prefetch: int, reuse: int, checkpointing: str) -> None:

@@ -31,8 +31,9 @@ class Wiring(NamedTuple):
     recomputes: what attention makes of q, k and v is made again on the way back.
     uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask. drops: the config's
     attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
-    what it asks for. caching: keys and values are put beside those of earlier tokens, and lie head by head. decodes:
-    there is one token a sequence, which sees all before it.
+    what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
+    values are put beside those of earlier tokens, and lie head by head. decodes: there is one token a sequence, which
+    sees all before it.
     """
 
     backend: str
@@ -43,6 +44,7 @@ class Wiring(NamedTuple):
     copies: str = ""
     caches: bool = False
     triangles: bool = False
+    tables: str = ""
     half_math: bool = False
     whole_rotary: bool = False
     uncapped: bool = False

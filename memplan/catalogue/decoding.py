@@ -17,69 +17,84 @@ from typing import Literal, NamedTuple
 from memplan.catalogue import ops
 from memplan.ir import Block, Op, Run, Stack, Tensor
 
-Cache = Literal["", "dynamic", "legacy"]
+Cache = Literal["", "dynamic", "static", "legacy"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 
 
-# Families whose decoding was not read yet.
-NOT_YET = (
-    frozenset[str]()
-    if True
-    else frozenset(
-        (
-            *("baichuan", "bloom", "chatglm", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "falcon"),
-            *(
-                "falcon_mamba",
-                "gemma3n_text",
-                "gemma4",
-                "gemma4_text",
-                "glm4_moe_lite",
-                "glm_moe_dsa",
-                "gpt_neo",
-                "gpt_oss",
-            ),
-            *("granitemoehybrid", "internlm2", "jamba", "kimi_k25", "kimi_k3", "kimi_linear", "llama4", "llama4_text"),
-            *(
-                "mamba",
-                "mamba2",
-                "megatron_gpt",
-                "mimo_v2_flash",
-                "minicpm",
-                "minicpm3",
-                "minimax_m3_vl_text",
-                "mllama",
-            ),
-            *("mpt", "nemotron_h", "qwen", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
-            *("qwen3_5_text", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "step3p7", "gemma3", "mistral3", "dbrx"),
-        )
+# Families whose decoding was not read yet: sparse attention over compressed or indexed keys, Kimi's delta rule, and
+# code published with the weights, which keeps caches its own way.
+NOT_YET = frozenset(
+    (
+        *("baichuan", "chatglm", "deepseek_v4", "internlm2", "kimi_k3", "kimi_linear", "megatron_gpt", "minicpm"),
+        *("minimax_m3_vl_text", "step3p7"),
     )
 )
 
 
+class Loaded(NamedTuple):
+    """How weights are loaded to run a model.
+
+    warms        what is allocated once and given back before it: nothing, `half` of the weights' bytes, or `all`
+    stores_head  the checkpoint has a head though it is tied, which goes when the model is whole
+    backend      the kernel of packed weights (`memplan.catalogue.packed`)
+    """
+
+    warms: str = ""
+    stores_head: bool = False
+    backend: str = ""
+
+
 class Pass(NamedTuple):
-    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values.
+    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; or `eval`, of a
+    model that trains, with its loss.
 
     last_only   the head is given the last token alone, as transformers' logits_to_keep has it
     wide        the model itself makes its logits fp32, all of them
+    room        of a prompt, attention has a mask, and so all keys that a static cache has room for
+    longer      the sequence is longer than the window of a layer that has one
     few_rows    as many as a product with 4-bit weights has at most where it makes no whole matrix of them
+    beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
+    samples     tokens are drawn, after temperature, top-k and top-p
+    lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
+    unpacks     it has so many rows that the kernel of packed weights makes whole matrices
+    loaded      how the weights came there
     """
 
     phase: str
     cache: Cache = ""
     last_only: bool = True
     wide: bool = False
+    room: bool = False
+    longer: bool = False
     few_rows: int = 0
+    beams: bool = False
+    samples: bool = False
+    lingers: bool = False
+    unpacks: bool = False
+    loaded: Loaded = Loaded()
 
     @property
     def generates(self) -> bool:
-        return self.phase != "forward"
+        return self.phase in ("prefill", "decode")
+
+    @property
+    def evaluates(self) -> bool:
+        return self.phase == "eval"
 
     @property
     def decodes(self) -> bool:
         return self.phase == "decode"
+
+    def keys(self, axis: str) -> str:
+        """The tokens of keys that attention is given, by the axis that a cache of them has; empty where they are those
+        of the pass itself."""
+        if self.cache != "static":
+            return axis if self.decodes else ""
+        windowed = axis == "kv_window" and self.longer and not self.decodes
+        return f"{axis}_static" if self.decodes or (self.room and not windowed) else ""
 
 
 def inference(stack: Stack, now: Pass) -> Stack:
@@ -92,16 +107,46 @@ def inference(stack: Stack, now: Pass) -> Stack:
         Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
     )
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
+    named = tuple(_named_before(now)) if now.decodes else ()
+    before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
-    return Stack(before, runs, (*after, *_next_token(after, now)))
+    kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
+    return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
 
 
-def uncached(stack: Stack) -> bool:
-    """Whether some block that runs leaves nothing for the tokens to come."""
-    blocks = [block for run in stack.runs for block in run.blocks if any(op.writes and not op.view for op in block.ops)]
-    shared = {name for block in blocks for name in block.shares}
-    own = [block for block in blocks if shared.isdisjoint(r for op in block.ops for r in op.reads)]
-    return any(all(op.holds != "cache" for op in block.ops) for block in own)
+def keeping(stack: Stack) -> Iterator[tuple[str, int]]:
+    """Of every run of blocks how many leave something for the tokens to come, and the axis of how often they do."""
+    for run in stack.runs:
+        yield run.times, sum(any(op.holds == "cache" for op in block.ops) for block in run.blocks)
+
+
+def evaluation(stack: Stack, now: Pass) -> Stack:
+    """The stack, with its loss, as an evaluation runs it: nothing is recorded, and what the model returned stays until
+    its caller has it."""
+    runs = tuple(
+        Run(
+            tuple(b._replace(ops=tuple(_still(_cached(b.ops, now)))) for b in run.blocks),
+            run.times,
+            tuple(_still(run.before)),
+        )
+        for run in stack.runs
+    )
+    tail = (*stack.after, *stack.loss)
+    returned = returned_by(stack, now.wide)
+    after = (op._replace(holds=RETURNED) if returned and returned in op.writes else op for op in tail)
+    return Stack(tuple(_still(stack.before)), runs, tuple(_still(after)))
+
+
+RETURNED = "returned"  # what `Op.holds` says of what an evaluation's caller is given
+
+
+def returned_by(stack: Stack, wide: bool) -> Tensor | None:
+    """The logits that a model with its loss returns: as they are cast for that last, where they are, or by itself
+    (`wide`); None where there are never all of them."""
+    made = {t.name: t for op in (*stack.after, *stack.loss) for t in op.writes}
+    whole = [t for op in stack.after for t in op.writes if t.shape.split() == ["b", "s", "v"]]
+    cast = made.get("outputs") or (made.get("logits32") if wide else None)
+    return cast or made.get("logits") or (whole[-1] if whole else None)
 
 
 def _still(some: Iterable[Op]) -> Iterator[Op]:
@@ -117,14 +162,25 @@ def _inputs(op: Op, now: Pass) -> Op:
         made = [t for t in made if t.name != "attention_mask"]
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
         made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
+        made += [Tensor("logits of the prompt", "b past v", "fp32")] if now.lingers else []
     return op._replace(writes=tuple(made), source=_GENERATE if now.generates else op.source)
+
+
+def _named_before(now: Pass) -> Iterator[Tensor]:
+    """What the loop's names keep of the token before until they have another: its logits, and what was made of them."""
+    more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
+    for what in ("logits", *more):
+        yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
+
+
+_BEFORE = " of the token before"
 
 
 def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """Masks made once for all layers are of one token's row in decoding."""
     for op in some:
-        axis = "kv_window" if "window" in op.name else "kv"
-        yield along(op, axis, op.name in _OF_ALL) if now.decodes and not op.weights else op
+        axis = now.keys("kv_window" if "window" in op.name else "kv")
+        yield along(op, axis, op.name in _OF_ALL) if axis and not op.weights else op
 
 
 def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
@@ -143,15 +199,21 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
             yield from _kept(op.name, t, now, f"{_CACHE} LinearAttentionLayer", op.reads)
             continue
         if op.caches:
-            axis = op.caches
+            axis = now.keys(op.caches)
             if op.view:  # another layer's
-                keyed = set(op.reads)
+                keyed |= set(op.reads)
                 continue
-            yield from _update(op, [made[name] for name in op.reads], now)
+            tensors = [made[name] for name in op.reads]
+            if now.cache == "static":
+                yield from _written(op, tensors, now)
+                if now.longer and op.caches == "kv_window" and not now.decodes:  # they are handed back as they came
+                    continue
+            else:
+                yield from _update(op, tensors, now)
             names |= {name: _named(name) for name in op.reads}
-            keyed = {_named(name) for name in op.reads}
+            keyed |= {_named(name) for name in op.reads}
             continue
-        if axis and now.decodes:
+        if axis:
             of_keys = bool(op.reads) and keyed.issuperset(op.reads)
             keyed |= {t.name for t in op.writes} if of_keys else set()
             op = along(op, axis, of_keys)
@@ -159,8 +221,9 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield op
 
 
+_REORDERED = ("key cache", "value cache", "latent cache")
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
-_NAMES = {"kv.normed": "latent", "k.turned": "rotated key"}
+_NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
 
 
 def _named(name: str) -> str:
@@ -201,6 +264,23 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
             source=source,
         )
     yield ops.leave(*(t.name for t in tensors), *(old if windowed else ()))
+
+
+def _written(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
+    """A static cache takes what is new: the first pass makes all tensors of a layer, and every one writes into them. Of
+    a window that is full all are moved by one, in tensors of their own before they are written back."""
+    source = f"{_CACHE} StaticLayer.update, StaticSlidingWindowLayer.update"
+    shapes = {t.name: _keyed(t.shape, f"{op.caches}_static") for t in tensors}
+    for t in tensors:
+        kept = Tensor(_named(t.name), shapes[t.name], f"={t.name}")
+        yield from _kept(f"{op.name}.{t.name}", kept, now, source, (t.name,))
+    yield from _kept(f"{op.name}.length", Tensor("length of the cache", "", "int64"), now, source)
+    first, *_ = tensors
+    moves = now.decodes and now.longer and op.caches == "kv_window"
+    moved = tuple(Tensor(f"{t.name} moved", shapes[t.name], f"={t.name}") for t in tensors) if moves else ()
+    places = tuple(Tensor(f"places {i}", "s", "int64") for i in range(2))
+    yield Op(f"{op.name}.write", (first.name,), scratch=moved or places, source=source)
+    yield ops.leave(*(t.name for t in tensors))
 
 
 def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
@@ -273,16 +353,60 @@ def _wide(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """All logits that the model makes are cast to fp32 by itself, in versions that did so."""
     yield from some
     if now.wide:
-        made = next(op for op in reversed(some) if op.writes).writes[0]
+        last = next(op for op in reversed(some) if op.writes)
+        made = last.writes[0]
         yield ops.cast("float", made.name, f"{made.name}.float", made.shape, "fp32")
-        yield ops.leave(made.name)
+        yield ops.leave(made.name, *last.reads[:1])  # what the head was given is the outputs' last_hidden_state
 
 
-def _next_token(after: tuple[Op, ...], now: Pass) -> Iterator[Op]:
-    """The last token's logits, copied in fp32, and the token they say."""
+def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> Iterator[Op]:
+    """The last token's logits, copied in fp32, and the token they say, are drawn for, or the sequences they rank."""
     if not now.generates:
         return
     logits = next(op for op in reversed(after) if op.writes).writes[0].name
-    yield Op("generate.scores", (logits,), (Tensor("next token logits", "b v", "fp32"),), source=_GENERATE)
+
+    def made(name: str, *reads: str, y: str, scratch: tuple[Tensor, ...] = (), shape: str = "b v") -> Op:
+        return Op(f"generate.{name}", reads, (Tensor(y, shape, "fp32"),), scratch=scratch, source=_GENERATE)
+
+    def forgotten(what: str) -> tuple[Op, ...]:
+        return (ops.leave(f"{what}{_BEFORE}"),) if now.decodes else ()
+
+    yield made("scores", logits, y="next token logits")
+    yield from forgotten("logits")
+    if now.beams:
+        yield made("log_softmax", "next token logits", y="log probabilities")
+        yield from forgotten("sums of log probabilities")
+        yield ops.leave(logits)
+        yield made("accumulate", "log probabilities", y="sums of log probabilities")
+        yield ops.leave("log probabilities")
+        source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
+        for t in dict.fromkeys(cached):
+            copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
+            yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
+        yield ops.leave("next token logits", "sums of log probabilities")
+        return
+    if now.samples:
+        warpers = "transformers 5.24 generation/logits_process.py"
+        sort = (Tensor("sorted", "b v", "fp32"), Tensor("order", "b v", "int64"))
+        sums = (Tensor("softmax of sorted", "b v", "fp32"), Tensor("sums of those", "b v", "fp32"))
+        removed = Tensor("not among the first", "b v", "bool")
+        yield made("temperature", "next token logits", y="warmed")
+        yield made("top_k", "warmed", y="top k", scratch=(removed,))
+        yield ops.leave("warmed")
+        yield Op("generate.top_p", ("top k",), scratch=(*sort, *sums), source=warpers)
+        yield made("masked_fill", "top k", y="next token scores")
+        yield ops.leave("top k")
+        yield from forgotten("scores")
+        yield made("softmax", "next token scores", y="next token probabilities")
+        yield from forgotten("probabilities")
+        yield Op(
+            "generate.multinomial",
+            ("next token probabilities",),
+            (Tensor("next token", "b", "int64"),),
+            scratch=(Tensor("exponentials", "b v", "fp32"),),
+            source="torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial",
+        )
+        yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
+        return
     yield Op("generate.argmax", ("next token logits",), (Tensor("next token", "b", "int64"),), source=_GENERATE)
-    yield ops.leave(logits)
+    yield ops.leave(logits, "next token logits")

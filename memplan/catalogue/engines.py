@@ -26,6 +26,7 @@ WORDS = {
     "latent_block": "tokens that blocks of latents are rounded up to, where layers beside them keep states",
     "sampler": "how next tokens are drawn: sorted (all probabilities are), filtered (a kernel masks them)",
     "state_dtype": "what states of state spaces are stored in, unless the config says: model, fp32",
+    "capability": "the least compute capability of an NVIDIA card that it runs on, in tenths",
     "wiggle": "the share of free memory that becomes the pool, in thousandths",
     "window_share": "tokens of layers with a window for every thousand of those without one",
     "state_share": "bytes of states for every thousand of the other caches",
@@ -87,6 +88,7 @@ ENGINES = (
             Row("packs_latents", False, f"{_VLLM} model_executor/models/config.py DeepseekV32ForCausalLM"),
             Row("latent_block", 128, f"{_VLLM} platforms/interface.py _align_hybrid_block_size"),
             Row("state_dtype", "model", f"{_VLLM} model_executor/layers/mamba/mamba_utils.py _mamba_state_dtype"),
+            Row("capability", 75, "vllm 0.21.0 docs/getting_started/installation/gpu.cuda.inc.md, and later"),
         ),
         (
             "images, speculative decoding, pipelines, expert and data parallelism, offloaded caches",
@@ -111,6 +113,7 @@ ENGINES = (
             Row("packs_latents", True, "vllm 0.11.0 model_executor/models/config.py DeepseekV32ForCausalLM"),
             Row("latent_block", 64, "vllm 0.11.1 model_executor/models/config.py HybridAttentionMambaModelConfig"),
             Row("sampler", "sorted", "vllm 0.11.0 v1/sample/ops/topk_topp_sampler.py apply_top_k_top_p"),
+            Row("capability", 70, "vllm 0.14.0 docs/getting_started/installation/gpu.md, and earlier"),
         ),
     ),
     Engine(
@@ -129,6 +132,7 @@ ENGINES = (
             Row("lora_rank", 16, "assumed: the rank of the adapters that are loaded decides", "assumed"),
             Row("sampler", "filtered", "sglang 0.5.23 layers/sampler.py: FlashInfer's kernels"),
             Row("state_dtype", "fp32", "sglang 0.5.23 configs/mamba_utils.py mamba2_state_dtype"),
+            Row("capability", 75, "SGLang's documentation, install: FlashInfer supports sm75 and above"),
             Row("window_share", 800, "sglang 0.5.23 arg_groups/fields/schedule.py swa_full_tokens_ratio"),
             Row("state_share", 900, "sglang 0.5.23 arg_groups/fields/schedule.py mamba_full_memory_ratio"),
         ),

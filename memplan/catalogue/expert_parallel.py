@@ -137,7 +137,7 @@ def _dispatched(section: list[Op], degrees: Degrees) -> Iterator[Op]:
         yield ops.leave("ep.summed")
     yield ops.leave("ep.received", "ep.ids", "ep.ones", "ep.made", "ep.order", scores)
     yield ops.cast(f"{name}.lower", last, y, f"b s {width}", f"={x}")
-    yield ops.leave(last)._replace(name=f"{name}.returned")
+    yield ops.leave(last)._replace(name=f"{name}.returned", returns=name)
 
 
 def lent(name: str) -> Op:

@@ -11,7 +11,7 @@ Source: transformers 5.24 models/deepseek_v32/modeling_deepseek_v32.py DeepseekV
 from __future__ import annotations
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, mask
+from memplan.catalogue.attention import Wiring, cached, mask
 from memplan.catalogue.latent import rotated_halves, rotated_pairs
 from memplan.ir import Op, Tensor
 
@@ -54,11 +54,12 @@ def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tupl
         *turned(f"{n}.rope_k", f"{i}.k.rot", f"{i}.k.turned", "b s rot", "b s rot2"),
         Op(f"{n}.q_cat", (f"{i}.q.turned", f"{i}.q.pass"), (Tensor(f"{i}.q", _Q),)),
         Op(f"{n}.k_cat", (f"{i}.k.turned", f"{i}.k.pass"), (Tensor(f"{i}.k", _K),)),
+        *cached(n, wiring, (), tensors=(f"{i}.k",)),
         ops.cast(f"{n}.q_float", f"{i}.q", f"{i}.q32", _Q, "fp32"),
         ops.cast(f"{n}.k_float", f"{i}.k", f"{i}.k32", _K, "fp32"),
         _lowered(f"{n}.q_lowered", f"{i}.q32", f"{i}.q.given", _Q),
         _lowered(f"{n}.k_lowered", f"{i}.k32", f"{i}.k.given", _K),
-        ops.copy(f"{n}.k_expand", f"{i}.k.given", f"{i}.k.every", "several s id s"),
+        (ops.view if wiring.decodes else ops.copy)(f"{n}.k_expand", f"{i}.k.given", f"{i}.k.every", "several s id s"),
         Op(
             f"{n}.products",
             (f"{i}.q.given", f"{i}.k.given", f"{i}.k.every"),

@@ -58,12 +58,21 @@ STRATEGIES = {
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # of DeepSpeed's ZeRO
 
 # A rank's part of a weight has another shape than the weight, so only an optimizer that takes every number by itself
-# has the same states of it. bitsandbytes' kernels do not take FSDP2's parts.
+# has the same states of it.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "none")
 
 # DeepSpeed's partition is one flat fp32 parameter, of which bitsandbytes' kernels keep states as of any other; it is
 # none of the embeddings that transformers asks fp32 states for.
 OF_FLAT_PARTS = ("adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "lion_32bit", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")
+
+# FSDP1 gives the optimizer what its part has of each weight, a plain vector (use_orig_params), of which bitsandbytes'
+# kernels keep states as of any parameter. They do not take FSDP2's parts, which are DTensors: bitsandbytes 0.50 has no
+# sharding rule for its operations (optimizer_update_8bit_blockwise and _32bit), and torch 2.13 stops; traced.
+OF_SLICES = (
+    *OF_FLAT_PARTS,
+    *("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+)
 
 # The bytes of gradients that DDP's reducer gathers for one all-reduce, after the first step. The buckets hold all
 # gradients again (gradient_as_bucket_view is off, in torch and in transformers' Trainer).

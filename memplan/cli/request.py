@@ -22,6 +22,14 @@ FIELDS = {
     "images": "batch.images",
     "new_tokens": "batch.new_tokens",
     "cache_implementation": "generation.cache_implementation",
+    "num_beams": "generation.num_beams",
+    "do_sample": "generation.do_sample",
+    "eval_batch_size": "also.evaluation.micro",
+    "eval_seq_len": "also.evaluation.sequence",
+    "eval_keep_logits": "also.evaluation.kept_batches",
+    "eval_accumulation_steps": "also.evaluation.accumulation",
+    "eval_generate": "also.evaluation.new_tokens",
+    "merge": "also.merging",
     "rank": "method.rank",
     "lora_dropout": "method.dropout",
     "trainable_layers": "method.trainable_layers",
@@ -80,6 +88,7 @@ WORDS = {
     "fused": "kernels.fused",
     "zero": "parallelism.strategy",
     "deepspeed": "parallelism.zero",
+    "save": "also.saving",
     "fsdp": "parallelism.strategy",
     "offload": "parallelism.offload",
 }
@@ -222,6 +231,8 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         yield "method.quantization.kbit_preparation", {"true": True, "false": False}.get(word, word)
     if "checkpointing" in given or "gradient_checkpointing" in given:
         yield "kernels.checkpointing", _checkpointing(given.get("checkpointing"), given.get("gradient_checkpointing"))
+    if "save" in given:
+        yield "also.saving", {} if given["save"] else None
     if "precision" in given:
         yield "precision", _precision(given["precision"], given.get("dtype"))
     elif "dtype" in given:
@@ -277,8 +288,7 @@ _FSDP = {
     "fsdp": "fsdp",
     "fsdp1": "fsdp",
     "fsdp2": "fsdp2",
-    "no_shard": "ddp",
-    **dict.fromkeys(("shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
+    **dict.fromkeys(("no_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
 }
 _KEEPS_WHOLE = ("shard_grad_op", "hybrid_shard_zero2")
 _NODE = 8  # GPUs of a group whose size is not said: those of a node
@@ -308,6 +318,8 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     word = given.get("fsdp")
     if word in _KEEPS_WHOLE:
         spec["parallelism"]["reshard_after_forward"] = False
+    if word == "no_shard" and world // rest > 1:
+        spec["parallelism"]["shard_group"] = 1
     if str(word).startswith("hybrid") and "shard_group" not in spec["parallelism"] and world // rest > 1:
         spec["parallelism"]["shard_group"] = min(_NODE, world // rest)
 

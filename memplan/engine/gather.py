@@ -50,6 +50,10 @@ class Gatherer:
         self._grads_exist = grads_exist and not self._sums
         self._summed: dict[str, list[list[Storage]]] = {}  # of passes before, by unit, of the last copy last
         tape.hooks = division.hooks if division else False
+        self._modules: dict[str, Unit] = {}  # of the unit whose operations run
+        self._inner: list[Storage] = []  # a module's weights, while they are whole
+        self._outer: list[Storage] | None = None  # where gradients wait outside of the module
+        tape.module = self._told if any(unit.modules for unit in self._units.values()) else None
         self._whole: dict[str, list[Storage]] = {}
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back
@@ -90,6 +94,7 @@ class Gatherer:
         """A unit's weights are gathered, on the way there, and those of the `following` one may be asked for."""
         unit = self._units.get(name)
         self._tape.nested = dict(unit.nested) if unit else {}
+        self._modules = dict(unit.modules) if unit else {}
         if unit is None or name in self._whole:
             return
         self._enter(frame, "all_gather")
@@ -140,7 +145,7 @@ class Gatherer:
         unit = self._units.get(name)
         if unit is None:
             return
-        self._tape.nested = dict(unit.nested)
+        self._tape.nested, self._modules = dict(unit.nested), dict(unit.modules)
         self._enter(frame, "all_gather")
         if self._kept.get(name):
             self._whole[name] = self._kept[name].pop()
@@ -155,12 +160,32 @@ class Gatherer:
             self._whole[name] = asked
         self._following = "" if following in self._whole and following != name else following
         self._tape.reaches_first = None
-        if unit.nested and self._asks == "first":
+        if unit.modules:
+            pass  # the module's unit is what comes before this one, and asks for the next
+        elif unit.nested and self._asks == "first":
             self._tape.reaches_first = partial(self._ask_next, frame)
         elif self._asks == "first":
             self._prefetch()
         adds = self._sums and self._lingers  # each as it comes; else all of a unit's, laid together
         self._tape.waiting = None if adds else self._grads.setdefault(name, [])
+
+    def _told(self, event: str, module: str, frame: Frame) -> None:
+        """A module that is a unit of its own begins or returns, or its backward begins or is over."""
+        unit = self._modules.get(module)
+        if unit is None:
+            return
+        if event in ("begins", "differentiated") and not self._inner:
+            self._enter(frame, "all_gather")
+            self._drop(self._message)
+            self._inner = self._tape.made(unit.whole, "parameter", GATHERING)
+        if event == "returns":
+            self._drop(self._inner)
+        elif event == "differentiated":
+            self._outer, self._tape.waiting = self._tape.waiting, []
+            self._prefetch()
+        elif event == "reduced":
+            grads, self._tape.waiting = self._tape.waiting or [], self._outer
+            self._reduce(frame, unit, grads, self._inner)
 
     def reduce(self, name: str, frame: Frame) -> None:
         """A unit's backward is over: its gradients are reduced, every rank keeps its part, and the weights go."""
@@ -189,11 +214,13 @@ class Gatherer:
                 self._drop(self._sent)
             joined = self._tape.made(unit.joined, "temp", COMPUTING if self._lingers else LENT)
             joined += self._tape.made(unit.padded, "temp", REDUCING)
+            laid = self._tape.made(unit.parts, "gradient") if unit.laid else []
             self._drop(grads)
             self._drop(whole)
             self._ask_gone(frame)
             received = self._tape.made(unit.received, "temp", REDUCING)
-            parts = self._tape.made(unit.parts, "gradient", REDUCING)
+            parts = laid or self._tape.made(unit.parts, "gradient", REDUCING)
+            self._drop(self._tape.made(unit.divided, "temp"))
             if self._waits:
                 self._received += received
             else:

@@ -150,6 +150,7 @@ class Tape:
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
         self.hooks = False  # a hook keeps what a recomputed block was given, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # those, and the run of whose copies each has one
+        self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
 
     # storages
@@ -321,6 +322,7 @@ class Tape:
         cut = end < len(ops)
         mine = dict(owned)  # Python's references
         for i, op in enumerate(ops[:end]):
+            self._tell("begins", op.lends, frame)
             self.enter(frame, op)
             node = frame.nodes[i]
             written = {t.name for t in op.writes}
@@ -362,9 +364,14 @@ class Tape:
             for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads, *past)):
                 if last.get(name, i) == i and name not in exported and name in mine:
                     self.drop(mine.pop(name))
+            self._tell("returns", op.returns, frame)
         for name in [n for n in mine if n not in exported]:
             self.drop(mine.pop(name))
         return mine
+
+    def _tell(self, event: str, module: str, frame: Frame) -> None:
+        if module and self.module is not None:
+            self.module(event, module, frame)
 
     def _gathered(self, op: Op) -> list[Storage]:
         """The weights of an operation that are gathered for it."""
@@ -407,8 +414,10 @@ class Tape:
         self._lent = {op.lends: [] for op in frame.ops if op.lends}
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
+            self._tell("differentiated", node.op.returns, frame)
             for name, storage in self._lent.pop(node.op.lends, ()):
                 self._weight_gradient(frame, name, storage)
+            self._tell("reduced", node.op.lends, frame)
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
@@ -534,11 +543,12 @@ class Tape:
     def _reduced(self, unit: Unit, gradient: Storage, whole: list[Storage]) -> None:
         """The gradient of a weight gathered for its operation is reduced at once, and the `whole` weight goes."""
         joined = self.made(unit.joined, "temp", LENT) + self.made(unit.padded, "temp", REDUCING)
+        laid = self.made(unit.parts, "gradient") if unit.laid else []
         for storage in (gradient, *whole):
             self.drop(storage)
         whole.clear()
         received = self.made(unit.received, "temp", REDUCING)
-        parts = self.made(unit.parts, "gradient", REDUCING)
+        parts = laid or self.made(unit.parts, "gradient", REDUCING)
         for storage in (*received, *joined, *(parts if self._grads_exist else ())):
             self.drop(storage)
 

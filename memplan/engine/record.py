@@ -142,11 +142,13 @@ def record(
 EVERY = 2**20  # copies of a run, of which none is left out
 
 
-def record_inference(stack: Stack, depth: Mapping[str, int], autocast: str | None = None) -> Recorded:
+def record_inference(
+    stack: Stack, depth: Mapping[str, int], autocast: str | None = None, division: Division | None = None
+) -> Recorded:
     """The allocations and frees of a forward pass of which autograd records nothing. It begins with those of what the
-    pass before left, and what it leaves is not freed."""
+    pass before left, and what it leaves is not freed. `division` is as `infer` has it."""
     tape = Recorder()
-    gatherer = Gatherer(tape, None, grads_exist=False)
+    gatherer = Gatherer(tape, division, grads_exist=False)
     run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False)
     return tape.recorded(tape.events, tape.turn, len(tape.events), tape.over)
 

@@ -304,13 +304,20 @@ def lower(
 
 
 def infer(
-    stack: Stack, depth: Mapping[str, int], autocast: str | None = None, phase: str = "forward", labelled: bool = False
+    stack: Stack,
+    depth: Mapping[str, int],
+    autocast: str | None = None,
+    phase: str = "forward",
+    labelled: bool = False,
+    division: Division | None = None,
 ) -> Lowered:
     """The moments of a forward pass of which autograd records nothing, by the name of its `phase`. What it leaves for a
-    later pass, as the caches of keys and values, is alive when it is over (`left`)."""
+    later pass, as the caches of keys and values, is alive when it is over (`left`). `division`: the weights are divided
+    among ranks, and gathered."""
     tape = Tape(labelled=labelled)
     tape.phase = phase
-    passed = run_pass(tape, Gatherer(tape, None, False), stack, depth, autocast, False, False, False, records=False)
+    gatherer = Gatherer(tape, division, False)
+    passed = run_pass(tape, gatherer, stack, depth, autocast, False, False, False, records=False)
     return Lowered(
         tuple(tape.moments), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
     )
@@ -481,6 +488,7 @@ def run_pass(
     tape.note()
     if not records:
         tape.end_forward()
+        gatherer.end_forward()
         kept = tape.snapshot()
         held, nodes = tape.end_step()
         return Passed(kept, held, nodes, tuple(runs))

@@ -191,7 +191,7 @@ _STRATEGIES = {
     "zero3": ["--zero", "3"],
     "fsdp": ["--fsdp", "full_shard"],
     "fsdp2": ["--fsdp", "fsdp2"],
-    "ddp": ["--fsdp", "no_shard"],
+    "ddp": ["--zero", "0"],
 }
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memplan.answer import Estimate
 from memplan.cards import find_model
 from memplan.catalogue.links import inside, network
+from memplan.catalogue.megatron import KIND
 from memplan.catalogue.parallel import STAGES, STRATEGIES
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
@@ -315,6 +316,7 @@ def _divisors(n: int) -> tuple[int, ...]:
 def _grids(run: RunSpec, model: ModelSpec, cluster: Cluster, pinned: Pinned, sequences: int) -> Iterator[Grid]:
     world, micro = cluster.world, run.batch.micro
     degrees = degrees_of(run, model, world)
+    alike = model.model_type != KIND  # transformers' experts may be among the ranks that divide matrices
     for name in DEGREES:
         asked = getattr(pinned, name)
         if asked is not None:
@@ -328,7 +330,7 @@ def _grids(run: RunSpec, model: ModelSpec, cluster: Cluster, pinned: Pinned, seq
                 passes = sequences // (dp * micro)
                 virtual = run.parallelism.virtual_stages if pp > 1 else 1
                 for ep in degrees["ep"]:
-                    if (dp * cp) % ep:
+                    if (dp * cp) % ep and not (alike and ep == tp == world):
                         continue
                     for strategy in _strategies(dp * cp, pinned):
                         yield Grid(dp, tp, pp, cp, ep, strategy, micro, passes, virtual)

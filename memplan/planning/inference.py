@@ -13,7 +13,7 @@ from memplan.answer import Estimate
 from memplan.cards import find_model
 from memplan.catalogue import token_rates
 from memplan.catalogue.engines import find_engine
-from memplan.catalogue.weight_formats import FORMATS, Step
+from memplan.catalogue.weight_formats import Step, formats
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
 from memplan.gpus import GPU, find_gpu
@@ -120,12 +120,12 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
     answer = estimate(run, calibration)
     most = _requests(run, answer, demand, calibration)
     load, unpaced = load_of(answer)
-    gpu, batch = find_gpu(run.gpu), answer.run.batch
+    gpu, (tokens, new), micro = find_gpu(run.gpu), lengths(answer), run.batch.micro
     decoding = full = prompt = None
     if load is not None:
-        decoding = decode(load, gpu, batch.sequence, batch.new_tokens, batch.micro)
-        full = decode(load, gpu, batch.sequence, batch.new_tokens, most.value) if most.value else None
-        prompt = prefill(load, gpu, batch.sequence)
+        decoding = decode(load, gpu, tokens, new, micro)
+        full = decode(load, gpu, tokens, new, most.value) if most.value else None
+        prompt = prefill(load, gpu, tokens)
     return Questions(
         answer,
         demand,
@@ -163,6 +163,14 @@ def most_requests(run: RunSpec, demand: Demand = FITS, calibration: Calibration 
     """The most requests of the run's length at once on its card. Raises as `questions` does."""
     _check(run)
     return _requests(run, estimate(run, calibration), demand, calibration)
+
+
+def lengths(answer: Estimate) -> tuple[int, int]:
+    """The tokens of a request: of its prompt, and those that are generated."""
+    batch = answer.run.batch
+    if answer.serving is not None:
+        return batch.sequence, int(answer.serving["context"]) - batch.sequence
+    return batch.sequence, batch.new_tokens
 
 
 def load_of(answer: Estimate) -> tuple[Load | None, str]:
@@ -206,22 +214,25 @@ def _requests(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calib
     return Most(int(found.value), found.binds)
 
 
-def _last(run: RunSpec, high: int, demand: Demand, calibration: Calibration | None) -> int:
-    """The largest number of requests up to `high` that meets the demand: a pool holds no more than it says."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if demand.met(estimate(changed(run, "batch", micro=middle), calibration)):
-            low = middle
-        else:
-            high = middle - 1
+def _last(run: RunSpec, guess: int, demand: Demand, calibration: Calibration | None) -> int:
+    """The largest number of requests that meets the demand, sought from what the pool says that it holds."""
+
+    def holds(n: int) -> bool:
+        return demand.met(estimate(changed(run, "batch", micro=n), calibration))
+
+    low, high = 0, guess + 1
+    while holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
 
 
 def _context(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Most:
     """The longest request alone: the prompt as long as it may be, the new tokens as many as were asked for."""
     alone = changed(run, "batch", micro=1)
-    new = answer.run.batch.new_tokens or int((answer.serving or {}).get("context", 0)) - run.batch.sequence
+    _, new = lengths(answer)
     positions = find_model(run.model).longest_sequence
     if positions is not None and positions > new:
         longest = _met(changed(alone, "batch", sequence=positions - new), demand, calibration)
@@ -251,21 +262,41 @@ def with_tp(run: RunSpec, tp: int) -> RunSpec:
 
 def _formats(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
     """As it was asked, and in each format that comes after that and makes the weights smaller."""
-    own = _format(answer)
-    yield _choice(own or f"as asked, {run.precision.weights}", run, answer, demand, calibration)
-    engine = find_engine(run.profile)
-    ladder = FORMATS[engine.kind if engine else "transformers"]
+    yield _choice(_format(answer) or f"as asked, {run.precision.weights}", run, answer, demand, calibration)
+    for step in _smaller(answer):
+        yield _choice(step.format, with_format(run, step.format), answer, demand, calibration, step)
+
+
+def _smaller(answer: Estimate) -> Iterator[Step]:
+    """The formats of the run's profile that come after its own, where they make its weights smaller, and no larger than
+    a milder one; those that the model cannot be stored in are left out."""
+    run, own = answer.run, _format(answer)
+    ladder = formats(run.profile, find_gpu(run.gpu).compute_capability if run.gpu else None)
     names = [step.format for step in ladder]
     model, dtype = find_model(run.model), run.precision.weights
-    least = sum(w.bytes for w in stored_weights(model, _asked(run), dtype))
+    whole = least = sum(w.bytes for w in stored_weights(model, _asked(run), dtype))
     for step in ladder[names.index(own) + 1 if own in names else 0 :]:
         try:
             smaller = sum(w.bytes for w in stored_weights(model, step.format, dtype))
-        except MemplanError as error:
-            yield Choice(step.format, None, str(error), False, 0, 0, None, step)
+        except MemplanError:
             continue
-        if smaller < least:
-            yield _choice(step.format, with_format(run, step.format), answer, demand, calibration, step)
+        if smaller < whole and smaller <= least:
+            least = smaller
+            yield step
+
+
+def mildest_format(
+    answer: Estimate, demand: Demand = FITS, calibration: Calibration | None = None
+) -> tuple[str, Estimate] | None:
+    """Of a run that does not fit the mildest format of its weights that does, and the run in it."""
+    for step in _smaller(answer):
+        try:
+            other = estimate(with_format(answer.asked, step.format), calibration)
+        except MemplanError:
+            continue
+        if demand.met(other):
+            return step.format, other
+    return None
 
 
 def with_format(run: RunSpec, name: str) -> RunSpec:
@@ -310,8 +341,7 @@ def weights_of(answer: Estimate) -> int:
 
 def _pace(answer: Estimate, gpu: GPU) -> Pace | None:
     load, _ = load_of(answer)
-    batch = answer.run.batch
-    return decode(load, gpu, batch.sequence, batch.new_tokens, batch.micro) if load is not None else None
+    return decode(load, gpu, *lengths(answer), answer.run.batch.micro) if load is not None else None
 
 
 class _Place(NamedTuple):

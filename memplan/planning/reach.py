@@ -172,9 +172,11 @@ def _usable(run: RunSpec) -> int:
 
 
 def _least_weights(run: RunSpec) -> int:
-    """No GPU holds fewer bytes of the model's weights: four bits each where they are quantised; its part of them where
-    ranks divide them."""
+    """No GPU holds fewer bytes of the model's weights: four bits each where they are quantised, and one where they are
+    only run; its part of them where ranks divide them."""
     parameters = int(find_model(run.model).card["parameters"])
+    if run.task != "train":
+        return parameters // 8 // run.parallelism.world
     whole = parameters // 2 if run.method.quantization else parameters * ITEMSIZE[run.precision.weights]
     return whole // run.parallelism.world
 

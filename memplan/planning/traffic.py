@@ -15,6 +15,7 @@ from memplan.catalogue.links import SHOWN, Link
 from memplan.catalogue.parallel import BUCKET, STRATEGIES, Knobs
 from memplan.estimator import Estimate
 from memplan.gpus import GPU
+from memplan.models import ModelSpec
 from memplan.program import Program, program
 from memplan.resolve import decide
 from memplan.spec import RunSpec
@@ -41,7 +42,8 @@ class Cluster(NamedTuple):
 class Grid(NamedTuple):
     """How the GPUs divide a run: the degrees, the strategy of the replicas, and the passes that make up a step.
 
-    world = dp x tp x pp x cp; the ep ranks that divide the experts are among the replicas.
+    world = dp x tp x pp x cp; the ep ranks that divide the experts are among the replicas, or, where there are none,
+    those that divide matrices.
     """
 
     dp: int
@@ -85,7 +87,7 @@ def groups(cluster: Cluster, grid: Grid) -> dict[str, Group]:
     return {
         "tp": group(cluster, grid.tp, 1),
         "cp": group(cluster, grid.cp, grid.tp),
-        "ep": group(cluster, grid.ep, grid.tp),
+        "ep": group(cluster, grid.ep, grid.tp if grid.replicas > 1 else 1),
         "dp": group(cluster, grid.replicas, grid.tp),
         "pp": group(cluster, grid.pp, beside * grid.dp),
     }
@@ -100,6 +102,8 @@ class Facts(NamedTuple):
     work          of one pass on one GPU
     state         of the residual stream for one pass: micro x sequence x hidden
     keys, routed, logits   of keys and values in a layer; of what goes to a layer's experts; of all logits
+    layer         of one layer's weights as they are gathered, where all layers are alike; else 0
+    shares        ranks that divide matrices divide the tokens between them too
     recomputes, delayed    whether a layer's forward pass is done twice; whether gradients are reduced once a step
     """
 
@@ -116,6 +120,8 @@ class Facts(NamedTuple):
     layers: int
     recomputes: bool
     delayed: bool
+    layer: int = 0
+    shares: bool = False
 
 
 def _held(run: RunSpec, p: Program) -> tuple[int, int, int]:
@@ -156,7 +162,19 @@ def facts(bare: RunSpec, answer: Estimate, asked: RunSpec | None = None) -> Fact
         layers=model.num_hidden_layers,
         recomputes=run.kernels.checkpointing != "none",
         delayed=run.loop.trainer,
+        layer=_of_one_layer(model, total) * sent if not quantised and trains == total else 0,
+        shares=(asked or bare).parallelism.sequence_parallel,
     )
+
+
+def _of_one_layer(model: ModelSpec, total: int) -> int:
+    """How many of so many parameters each layer has, where all have as many; 0 where they are not alike, or there are
+    parameters of something else than layers, embeddings, a norm and a head."""
+    if len(set(model.layers)) > 1 or model.objective != "causal_lm" or model.get("vision_config", None):
+        return 0
+    outside = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2) + model.hidden_size
+    of_layers, over = divmod(total - outside, model.num_hidden_layers)
+    return 0 if over else of_layers
 
 
 def least(known: Facts, grid: Grid) -> int:
@@ -168,8 +186,23 @@ def least(known: Facts, grid: Grid) -> int:
     divided_up = sum(held // (parts * n) for held, n in zip(known.held, alike, strict=True))
     if not _whole(grid):
         return divided_up
+    state = known.state / (grid.cp * (grid.tp if known.shares else 1))
     handed = 2 * grid.accumulation * (grid.pp - 1) / grid.pp  # torch has a buffer for all that a stage is sent
-    return divided_up + int((known.weights + known.trained) / parts + handed * known.state / (grid.cp * grid.tp))
+    mean = divided_up + int((known.weights + known.trained) / parts + handed * state)
+    if not known.layer or grid.pp < 3 or grid.virtual_stages > 1:
+        return mean
+    return max(mean, _second_stage(known, grid, divided_up, state))
+
+
+def _second_stage(known: Facts, grid: Grid, divided_up: int, state: float) -> int:
+    """The same of the second stage, as torchtitan deals layers: beside a buffer for all that it is sent and sends, it
+    has an input of each of its layers for every microbatch in flight but the one that is on its way back."""
+    each, more = divmod(known.layers + 2, grid.pp)
+    layers = each + (more > 1)
+    flying = max(0, min(grid.accumulation, grid.pp - 1) - 2)
+    share = layers * known.layer * grid.pp / known.weights  # of what a stage has in the mean
+    passing = 2 * grid.accumulation + flying * layers
+    return int(divided_up * share + 2 * layers * known.layer / grid.tp + (passing - flying) * state)
 
 
 def _whole(grid: Grid) -> bool:

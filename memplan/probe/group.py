@@ -66,12 +66,17 @@ def _card_for_fsdp() -> None:
     flat._same_storage = lambda a, b: _storage(a) == _storage(b)  # pyright: ignore[reportUnknownLambdaType]
     fake: Any = FakeTensor
     fake.data_ptr = _address
-    fake.pin_memory = lambda self, *_: self.clone()  # pyright: ignore[reportUnknownLambdaType]
+    fake.pin_memory = _pinned
     flat._data_ptr_allocated = _filled
     for name in ("_common_utils", "_flat_param", "_runtime_utils"):
         module = library(f"torch.distributed.fsdp.{name}")
         if hasattr(module, "_no_dispatch_record_stream"):
             module._no_dispatch_record_stream = lambda *_: None  # pyright: ignore[reportUnknownLambdaType]
+
+
+def _pinned(tensor: Any, *_: Any) -> Any:
+    """A copy in host memory: of pinned memory no fake tensor knows."""
+    return tensor.clone()
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -17,7 +17,8 @@ def inputs_of(run: RunSpec, model: Any, device: torch.device) -> dict[str, Any]:
 
     Images come in fp32, which the model casts itself; recordings, which it does not, in the dtype of its weights.
     """
-    micro, base = run.batch.micro, base_of(model)
+    several = run.generation.num_beams if run.task == "generate" else 1
+    micro, base = run.batch.micro * several, base_of(model)
     config = base.config
     match base.main_input_name:
         case "pixel_values":

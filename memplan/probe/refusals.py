@@ -11,7 +11,7 @@ from memplan.gpus import find_gpu
 from memplan.prequantized import trained
 from memplan.refusals import refuse_on_host
 from memplan.resolve import filled
-from memplan.spec import Parallelism, RunSpec
+from memplan.spec import Also, Parallelism, RunSpec
 
 # What `memplan.probe.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -45,6 +45,13 @@ def settled(run: RunSpec) -> RunSpec:
         )
     run = filled(run)
     _refuse(run)
+    if run.also.merging is not None and run.also.merging.model == "reloaded":
+        raise SpecError(
+            "also.merging: a probe merges into the model that it trained; probe a run without quantisation",
+            "also.merging",
+        )
+    if run.also != Also() and run.parallelism.world > 1:
+        raise SpecError("also: a probe evaluates, saves and merges on one GPU", "also")
     return run
 
 
@@ -62,7 +69,7 @@ def _refuse(run: RunSpec) -> None:
         raise _not_run("parallelism.offload", "activations", "optimizer, and parameters under fsdp and fsdp2")
     _parallelism(run)
     tp, cp = run.parallelism.tp, run.parallelism.cp
-    if run.batch.sequence % (2 * cp if cp > 1 else 1):
+    if run.batch.sequence % ((2 * cp if run.parallelism.context == "ring" else cp) if cp > 1 else 1):
         raise SpecError(f"parallelism.cp: {2 * cp} slices do not divide {run.batch.sequence} tokens", "parallelism.cp")
     if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
         raise SpecError(
@@ -114,7 +121,10 @@ def _parallelism(run: RunSpec) -> None:
     if wrong is not None:
         raise wrong
     ep = p.ep if p.ep == p.tp else 1  # tokens are divided among those that divide matrices
-    if p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, ep=ep, offload=p.offload) and min(p.tp, p.cp) == 1:
+    if (
+        p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)
+        and min(p.tp, p.cp) == 1
+    ):
         return
     if p.dp != p.world:
         raise SpecError(
@@ -124,6 +134,12 @@ def _parallelism(run: RunSpec) -> None:
         )
     if p.dp > 1 and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
+    if p.ep > 1 and (p.ep != p.dp or p.strategy != "fsdp2" or run.precision.autocast or run.method.kind != "full"):
+        raise SpecError(
+            f"parallelism.ep: a probe runs {p.ep} ranks that divide experts where they divide matrices (tp), or the "
+            "batch (dp) in full training under fsdp2 without autocast",
+            "parallelism.ep",
+        )
     if run.task != "train" and p.dp > 1:
         raise _not_run("task", run.task, "train, on several GPUs")
     if p.static_graph:  # it counts which parameters were used in pinned memory

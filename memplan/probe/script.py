@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from memplan.probe.choosing import choosing
 from memplan.probe.counts import parameters
 from memplan.probe.inputs import inputs_of, labels_of
 from memplan.probe.libraries import library
@@ -23,13 +24,13 @@ from memplan.probe.model import base_of, build_model, lower_of
 from memplan.probe.optimizers import OnHost, make_optimizer, spare_embeddings
 from memplan.probe.pictures import pictures
 from memplan.probe.refusals import settled
-from memplan.probe.tensor_parallel import attends_around, group_by_mesh, part_of_tokens
+from memplan.probe.tensor_parallel import attends_around, exchanges_heads, group_by_mesh, part_of_tokens
 from memplan.probe.wrapping import accumulating, clip, home, wrap
 from memplan.resolve import objective_of
-from memplan.spec import RunSpec
+from memplan.spec import Also, RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
-PHASES = ("load", "forward", "backward", "clip", "step")
+PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "save", "merge")
 
 
 def no_phase(name: str) -> AbstractContextManager[None]:
@@ -43,6 +44,12 @@ def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> 
     Raises SpecError for what the script does not run, ProbeError where a library or a model class is missing.
     """
     return Script(settled(run), torch.device(device), phase)
+
+
+def _context(run: RunSpec) -> AbstractContextManager[None]:
+    """How ranks attend that divide sequences."""
+    cp = run.parallelism.cp
+    return exchanges_heads(cp) if run.parallelism.context == "ulysses" else attends_around(cp)
 
 
 class Script:
@@ -73,14 +80,28 @@ class Script:
     def step(self) -> None:
         """One step of the task, all its phases; nothing of it is left but what training keeps."""
         cp = self.run.parallelism.cp
-        with self._attention(), attends_around(cp) if cp > 1 else nullcontext():
+        with self._attention(), _context(self.run) if cp > 1 else nullcontext():
             match self.run.task:
                 case "train":
                     self._train()
                 case "forward":
                     self._forward()
                 case "generate":
-                    self._generate()
+                    self.generate()
+
+    def beside(self) -> None:
+        """What the run asks for beside its steps, once they are over."""
+        if self.run.also != Also():
+            from memplan.probe.also import run_all
+
+            with self._attention():
+                run_all(self)
+
+    def predict(self) -> tuple[Any, Any, Any]:
+        """The loss of a batch, what the model returned with it, and the labels."""
+        inputs, options = self._inputs()
+        labels = labels_of(self.run, objective_of(self.run), self.model, inputs, self.device)
+        return *self._computed(inputs, labels, options), labels
 
     def _optimizer(self) -> Any:
         run = self.run
@@ -133,15 +154,7 @@ class Script:
         run = self.run
         inputs, options = self._inputs()
         labels = labels_of(run, objective_of(run), self.model, inputs, self.device)
-        precision = run.precision
-        cast = nullcontext()
-        if precision.autocast:
-            cast = torch.autocast(self.device.type, dtype=lower_of(precision))
-        with cast:
-            loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
-        alone = run.parallelism.dp == 1  # else the model is wrapped so
-        if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
-            outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
+        loss, outputs = self._computed(inputs, labels, options)
         held = outputs if run.loop.hold_outputs or run.kernels.loss == "chunked_lm_head" else None
         del outputs
         if run.batch.accumulation > 1:
@@ -150,12 +163,25 @@ class Script:
             loss = self.scaler.scale(loss)
         return loss, (held, inputs, labels, options)
 
+    def _computed(self, inputs: dict[str, Any], labels: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """The loss, and what the model returned, under autocast where the run has it."""
+        run, precision = self.run, self.run.precision
+        cast = nullcontext()
+        if precision.autocast:
+            cast = torch.autocast(self.device.type, dtype=lower_of(precision))
+        with cast:
+            loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
+        alone = run.parallelism.dp == 1  # else the model is wrapped so
+        if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
+            outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
+        return loss, outputs
+
     def _inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the model is given, and the mask, images and cache options of the run."""
         inputs = inputs_of(self.run, self.model, self.device)
         options: dict[str, Any] = {}
         if "use_cache" in inspect.signature(base_of(self.model).forward).parameters:  # it decodes
-            options["use_cache"] = self.run.loop.use_cache
+            options["use_cache"] = bool(self.run.loop.use_cache)
         if self.run.batch.images:
             options |= pictures(self.run, base_of(self.model), inputs["input_ids"])
         if self.run.loop.padded and "input_ids" in inputs:
@@ -169,35 +195,52 @@ class Script:
             inputs, options = self._inputs()
             self.model(**inputs, **options)
 
-    def _generate(self) -> None:
-        """Greedy, as transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
+    def generate(self) -> None:
+        """As transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
 
-        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32. A mask of ones
-        is kept beside the tokens; a card that looks at it makes no other of it, and so the model is given none.
+        Only the last token's logits are asked for, where the model can be asked, and are copied in fp32; names keep
+        them until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it
+        makes no other of it, and so the model is given none.
         """
         model = self.model
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
+        chooser = choosing(self.run.generation)
         with torch.no_grad():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
                 ids, options["use_cache"] = inputs["input_ids"], True
+                options |= self._cache(given_as)
                 mask = options.pop("attention_mask", None)
                 padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
                 outputs = model(input_ids=ids, attention_mask=mask if padded else None, **options, **keeps)
                 del inputs, options
-                token = _next(outputs)
+                cache, token = getattr(outputs, given_as), chooser.token(outputs)
+                del outputs
+                chooser.reorder(cache)
             with self.phase("decode"):
                 for _ in range(self.run.batch.new_tokens - 1):
-                    cache = getattr(outputs, given_as)
-                    del outputs
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
                     given = mask if padded else None
                     outputs = model(input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps)
-                    token = _next(outputs)
-                del outputs, token
+                    cache, token = getattr(outputs, given_as), chooser.token(outputs)
+                    del outputs
+                    chooser.reorder(cache)
+                del token, cache
+                chooser.forget()
+
+    def _cache(self, name: str) -> dict[str, Any]:
+        """The cache that generation makes before the model is called, by the name the model has for it.
+
+        Source: transformers 5.24 generation/utils.py _prepare_cache_for_generation.
+        """
+        batch, config = self.run.batch, base_of(self.model).config.get_text_config(decoder=True)
+        if self.run.generation.cache_implementation != "static":
+            return {}
+        longest = batch.sequence + batch.new_tokens - 1
+        return {name: library("transformers").StaticCache(config=config, max_cache_len=longest)}
 
     def _attention(self) -> AbstractContextManager[None]:
         """torch's choice of attention kernel, narrowed where the run names one."""
@@ -210,11 +253,6 @@ class Script:
                 return attention.sdpa_kernel([backend.EFFICIENT_ATTENTION, backend.MATH])
             case _:
                 return nullcontext()
-
-
-def _next(outputs: Any) -> Any:
-    """The token with the largest logit [micro, 1]."""
-    return outputs.logits[:, -1, :].to(copy=True, dtype=torch.float32).argmax(-1, keepdim=True)
 
 
 def _step_in_backward(parameter: Any, optimizer: Any) -> None:

@@ -123,3 +123,65 @@ def part_of_tokens(run: RunSpec) -> RunSpec:
     """The run of sequences as long as one rank's part of them."""
     batch = run.batch.model_copy(update={"sequence": run.batch.sequence // run.parallelism.cp})
     return run.model_copy(update={"batch": batch})
+
+
+@contextmanager
+def exchanges_heads(degree: int) -> Generator[None]:
+    """While inside, each rank has a part of the tokens, and attention has some heads of all, as DeepSpeed has it.
+
+    Source: DeepSpeed 0.19.8 runtime/sequence_parallel/ulysses_sp.py UlyssesSPAttentionHF.
+    """
+    attention: Any = library("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+    plain = attention["sdpa"]
+
+    def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        parts: list[Any] = [t.permute(2, 0, 1, 3) for t in (query, key, value)]
+        received = [_combined(t, degree) for t in parts]
+        for i in range(len(received)):
+            received[i] = received[i].permute(1, 2, 0, 3).contiguous()
+        context, _ = plain(module, *received, mask, *args, **kwargs)
+        context = context.transpose(0, 1)
+        context = context.reshape(*context.shape[:2], -1)
+        out = _parted(context, degree).transpose(0, 1)
+        return out.reshape(*out.shape[:2], -1), None
+
+    attention["sdpa"] = forward
+    try:
+        yield
+    finally:
+        attention["sdpa"] = plain
+
+
+def _combined(t: Any, n: int) -> Any:
+    """Tokens of this rank with all heads, for all tokens with some: [s, b, a, d] to [s n, b, a / n, d]."""
+    s, b, heads, d = t.shape
+    if heads < n:
+        t = t.repeat_interleave(n // heads, dim=2)
+    t = t.reshape(s, b, n, -1, d)
+    out: Any = _exchanged(t.permute(2, 0, 1, 3, 4).contiguous())
+    return out.reshape(n * s, *out.shape[2:]).contiguous()
+
+
+def _parted(t: Any, n: int) -> Any:
+    """And back: [s n, b, h / n] to [s, b, h]."""
+    t = t.reshape(n, t.shape[0] // n, *t.shape[1:]).contiguous()
+    out: Any = _exchanged(t)
+    out = out.permute(1, 2, 0, 3)
+    return out.reshape(*out.shape[:2], -1).contiguous()
+
+
+def _exchanged(t: Any) -> Any:
+    function: Any = _AllToAll
+    return function.apply(t)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Another tensor of the same size, there and back."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Any) -> Any:
+        return torch.empty_like(t)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.empty_like(gradient.contiguous())

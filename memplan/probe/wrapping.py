@@ -107,10 +107,12 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         policy = functools.partial(blocks, transformer_layer_cls=_blocks(model))
     p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed(run)
     strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward is not False]
+    if p.shard_group == 1:
+        strategy = "NO_SHARD"
     mixed = fsdp.MixedPrecision(param_dtype=lower, reduce_dtype=lower, buffer_dtype=lower) if lower else None
     wrapped = fsdp.FullyShardedDataParallel(
         model,
-        device_mesh=_groups(run, device) if p.shard_group else None,
+        device_mesh=_groups(run, device) if (p.shard_group or 1) > 1 else None,
         sharding_strategy=getattr(fsdp.ShardingStrategy, strategy),
         auto_wrap_policy=policy,
         mixed_precision=mixed,

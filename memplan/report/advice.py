@@ -18,9 +18,8 @@ def help_line(answer: Estimate) -> str:
         return ""
     if answer.via == "trace":
         return _larger_card(answer)
-    if answer.serving is not None:
-        larger = next((gpu for gpu, held in holding(answer.asked, "NVIDIA") if held == "fits"), None)
-        return _smallest(larger) if larger else ""
+    if answer.run.task == "generate":
+        return _to_run(answer)
     from memplan.frameworks.command import options
     from memplan.planning.search import alone
 
@@ -39,6 +38,27 @@ def help_line(answer: Estimate) -> str:
     if larger:
         ways.append(f"{larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it")
     return f"Would fit: {'; or '.join(ways)}." if ways else "No batch, sequence, single change or NVIDIA card would do."
+
+
+def _to_run(answer: Estimate) -> str:
+    """Fewer or shorter requests where there is no pool for them, a milder format of the weights, a larger card."""
+    from memplan.planning.inference import mildest_format
+
+    run, own = answer.asked, answer.calibration
+    ways: list[str] = []
+    if answer.serving is None:
+        batch, sequence = largest_batch(run, calibration=own), largest_sequence(run, calibration=own)
+        ways += [f"batch {batch:,} at {run.batch.sequence:,} tokens"] if batch else []
+        ways += [f"{sequence:,} tokens at batch {run.batch.micro:,}"] if sequence else []
+    milder = mildest_format(answer, calibration=own)
+    if milder is not None:
+        name, other = milder
+        option = "--quant-format" if answer.serving is None else "--stored"
+        ways.append(f"{option} {name} (uses {tenths(other.bytes.used)} GiB)")
+    larger = next((gpu for gpu, held in holding(run, "NVIDIA", own) if held == "fits"), None)
+    if larger:
+        ways.append(f"{larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it")
+    return f"Would fit: {'; or '.join(ways)}." if ways else "No format of its weights and no NVIDIA card would do."
 
 
 def _larger_card(answer: Estimate) -> str:

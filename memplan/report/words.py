@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
+from memplan.spec import Also, Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -296,6 +296,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("checkpointing", str(run.kernels.checkpointing) + (", reentrant" if _reenters(run.kernels) else "")),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", _loss(run) + _held_outputs(loop)),
+        *((("beside the steps", "; ".join(_beside(run))),) if run.also != Also() else ()),
         *((("answered by", "a trace of the step"),) if answer.via == "trace" else ()),
         *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
         ("profile", run.profile),
@@ -305,6 +306,22 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     if run.parallelism.pp > 1:
         text.insert(-1, ("pipeline", _pipeline(run)))
     return text
+
+
+def _beside(run: RunSpec) -> Iterator[str]:
+    """What the run does beside its steps."""
+    e, saving, merging = run.also.evaluation, run.also.saving, run.also.merging
+    if e is not None:
+        size = f"{e.micro:,} sequence{'s' if e.micro > 1 else ''} of {e.sequence or run.batch.sequence:,} tokens"
+        kept = f", logits of {e.kept_batches:,} batches kept" if e.kept_batches else ""
+        kept += ", the likeliest tokens alone" if e.preprocess else ""
+        host = f", to the host every {e.accumulation:,}" if e.accumulation is not None else ""
+        yield f"evaluation of {size}{kept}{host}" + (f", {e.new_tokens:,} new tokens each" if e.new_tokens else "")
+    if saving is not None:
+        yield "a checkpoint" + (f" with a {saving.state_dict} state dict" if saving.state_dict else "")
+    if merging is not None:
+        dtype = f" in {merging.dtype}" if merging.dtype else ""
+        yield "adapters merged" + (f" into a model reloaded{dtype}" if merging.model == "reloaded" else "")
 
 
 def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str, str]]:
@@ -322,6 +339,12 @@ def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str
         *((("answered by", "a trace of the passes"),) if answer.via == "trace" else ()),
         ("profile", run.profile),
     ]
+
+
+def _choosing(generation: Generation) -> str:
+    if generation.num_beams > 1:
+        return f"{generation.num_beams:,} beams a prompt"
+    return "sampled" if generation.do_sample else "greedy"
 
 
 def _cache(generation: Generation) -> Iterator[str]:
@@ -382,7 +405,7 @@ def _method(answer: Estimate) -> Iterator[str]:
         yield m.kind
     else:
         yield answer.run.task
-        yield "all logits" if answer.run.task == "forward" else "greedy"
+        yield "all logits" if answer.run.task == "forward" else _choosing(answer.run.generation)
         if m.kind != "full":
             yield f"adapters of {m.kind}"
     if m.kind == "freeze":

@@ -10,6 +10,7 @@ from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, find_gpu
 from memplan.models import ModelSpec
 from memplan.spec import (
+    Also,
     Batch,
     FrozenDict,
     Generation,
@@ -110,6 +111,7 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     model = model or find_model(run.model)
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     _refuse(run, engine, model)
+    _refuse_card(gpu, engine, words)
     context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
     serving = _filled(run.serving, engine, words, model, gpu, run, context)
     if serving.max_model_len is not None and context > serving.max_model_len:
@@ -193,11 +195,23 @@ def _steps(engine: Engine, gpu: GPU | None, tp: int) -> tuple[int, int]:
 _SGLANG = ((20, 2048, 8, 8), (35, 4096, 48, 160), (60, 4096, 32, 160), (90, 8192, 256, 512), (160, 8192, 256, 512))
 
 
+def _refuse_card(gpu: GPU | None, engine: Engine, words: dict[str, Any]) -> None:
+    """Raise SpecError for a card that is too old for the engine's kernels."""
+    least = words.get("capability", 0)
+    if gpu is not None and gpu.compute_capability is not None and gpu.compute_capability < divmod(least, 10):
+        has = ".".join(map(str, gpu.compute_capability))
+        raise SpecError(
+            f"gpu: {engine.title} needs compute capability {least / 10:g}, and {gpu.title} has {has}", "gpu"
+        )
+
+
 def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
     """Raise SpecError for what a serving engine's run must not say, and for what is not described yet."""
     for field, usual in (("optimizer", Optimizer()), ("kernels", Kernels()), ("loop", Loop())):
         if getattr(run, field) != usual:
             raise SpecError(f"{field}: of training; {engine.name} has its own kernels and trains nothing", field)
+    if run.also != Also():
+        raise SpecError(f"also: of training; {engine.name} trains nothing", "also")
     if run.generation != Generation():
         raise SpecError(f"generation: of transformers' generate; {engine.name} has a pool (serving)", "generation")
     if run.objective not in (None, "causal_lm"):

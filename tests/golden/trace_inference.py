@@ -3,9 +3,10 @@
 python tests/golden/trace_inference.py > tests/golden/traced_inference.jsonl
 python tests/golden/trace_inference.py llama mistral
 
-Every family of tests/tiny.py, or those named, at its small size: a forward pass, and a prompt with a few tokens after
-it, with each kernel of attention, with padding, with adapters and quantised. Then some cards at their own sizes. Runs
-that cannot be traced are said on standard error.
+Every family of tests/tiny.py and tests/tiny_vision.py, or those named, at its small size: a forward pass, and a prompt
+with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters, quantised,
+with other caches, with beams and drawn. Then some cards at their own sizes. Runs that cannot be traced are said on
+standard error.
 """
 
 from __future__ import annotations
@@ -21,18 +22,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from memplan.errors import MemplanError
 from memplan.probe.trace import Traced, traces
 from memplan.spec import RunSpec
-from tests.tiny import TARGETS, TINY
+from tests.tiny import TINY
+from tests.tiny_vision import TINY as TOWERS
 
 SHORT = {"micro": 3, "sequence": 75}
 RUNS: tuple[dict[str, Any], ...] = (
+    {"task": "forward", "batch": SHORT, "loop": {"use_cache": False}},
+    {"task": "forward", "batch": SHORT, "loop": {"padded": True, "use_cache": False}},
     {"task": "forward", "batch": SHORT},
-    {"task": "forward", "batch": SHORT, "loop": {"padded": True}},
     {"task": "generate", "batch": {**SHORT, "new_tokens": 5}},
-    {"task": "generate", "batch": {"micro": 1, "sequence": 33, "new_tokens": 2}},
     {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "kernels": {"attention": "eager"}},
-    {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "precision": {"weights": "fp32"}},
     {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "loop": {"padded": True}},
 )
+MORE: tuple[dict[str, Any], ...] = (
+    {"task": "forward", "batch": SHORT, "loop": {"padded": True}},
+    {"task": "generate", "batch": {"micro": 1, "sequence": 33, "new_tokens": 2}},
+    {"precision": {"weights": "fp32"}},
+    {"method": {"kind": "lora"}},
+    {"method": {"quantization": {}}},
+    {"generation": {"cache_implementation": "static"}},
+    {"generation": {"cache_implementation": "static"}, "kernels": {"attention": "eager"}},
+    {"generation": {"num_beams": 4}},
+    {"generation": {"do_sample": True}, "batch": {"micro": 40, "sequence": 5, "new_tokens": 3}},
+)
+VARIED = ("llama", "qwen2", "gpt2", "gemma3_text", "mixtral", "starcoder2")  # with all of those
 REAL: tuple[dict[str, Any], ...] = (
     {"model": "qwen2.5-0.5b", "batch": {"micro": 4, "sequence": 1024, "new_tokens": 8}},
     {"model": "llama-3.2-1b", "batch": {"micro": 1, "sequence": 8192, "new_tokens": 3}},
@@ -45,7 +58,7 @@ REAL: tuple[dict[str, Any], ...] = (
     {"model": "qwen2-7b", "batch": {"micro": 8, "sequence": 1024, "new_tokens": 3}, "gpu": "t4"},
     {"model": "gemma-2-2b", "batch": {"micro": 1, "sequence": 6000, "new_tokens": 4}},
     {"model": "gemma-3-1b", "batch": {"micro": 4, "sequence": 2048, "new_tokens": 6}},
-    {"model": "mistral-7b-v0.1", "batch": {"micro": 1, "sequence": 5000, "new_tokens": 4}},
+    {"model": "mistral-7b", "batch": {"micro": 1, "sequence": 5000, "new_tokens": 4}},
     {"model": "phi-4-mini", "batch": {"micro": 2, "sequence": 1000, "new_tokens": 4}, "loop": {"padded": True}},
     {"model": "qwen3-8b", "batch": {"micro": 2, "sequence": 4096, "new_tokens": 4}, "method": {"quantization": {}}},
     {
@@ -57,13 +70,11 @@ REAL: tuple[dict[str, Any], ...] = (
 
 
 def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
-    for name in names or TINY:
-        for fields in RUNS:
-            yield name, RunSpec(model={"config": {"model_type": name, **TINY[name]}}, gpu="a100-sxm-80gb", **fields)
-        targets = {"targets": TARGETS[name]} if name in TARGETS else {}
-        generates: dict[str, Any] = {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "gpu": "a100-sxm-80gb"}
-        for method in ({"kind": "lora", **targets}, {"kind": "full", "quantization": {}}):
-            yield name, RunSpec(model={"config": {"model_type": name, **TINY[name]}}, method=method, **generates)
+    for name in names or (*TINY, *TOWERS):
+        config = {"config": {"model_type": name, **{**TINY, **TOWERS}[name]}}
+        plain = {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "gpu": "a100-sxm-80gb"}
+        for fields in (*RUNS, *(MORE if name in VARIED else ())):
+            yield name, RunSpec(model=config, **{**plain, **fields})
     for fields in () if names else REAL:
         yield fields["model"], RunSpec(**{"task": "generate", "gpu": "a100-sxm-80gb", **fields})
 

@@ -3,6 +3,7 @@
 python tests/golden/trace_parallel_tp.py tp > tests/golden/traced_parallel_tp.jsonl
 python tests/golden/trace_parallel_tp.py moe > tests/golden/traced_parallel_moe.jsonl
 python tests/golden/trace_parallel_tp.py cp > tests/golden/traced_parallel_cp.jsonl
+python tests/golden/trace_parallel_tp.py ulysses > tests/golden/traced_parallel_ulysses.jsonl
 
 transformers' own plan divides the model, on a process group that sends nothing; every family of tests/tiny.py that has
 a plan, on two ranks, and a few at their real widths on as many as are common; of mixtures of experts each expert is
@@ -23,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from memplan.catalogue.context_parallel import FAMILIES
 from memplan.catalogue.expert_parallel import FAMILIES as EXPERTS
 from memplan.catalogue.tensor_parallel import PLANS
+from memplan.errors import MemplanError
+from memplan.estimator import estimate
 from memplan.probe.libraries import versions
 from memplan.spec import RunSpec
 from tests.golden.trace_families import config_of
@@ -54,6 +57,10 @@ _REAL: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
     ("mistral-7b-v0.3", 0, 8, {"kernels": {"attention": "flash_attention_2"}}),
 )
 _MIXTURES = {*EXPERTS, *(name for name, plan in PLANS.items() if plan.experts)}
+_WHOLE: tuple[dict[str, Any], ...] = (
+    {"batch": {"micro": 8, "sequence": 128, "accumulation": 2}, "optimizer": "adamw_torch"},
+    {"precision": "fp32", "loop": {"clip_grad_norm": None}, "optimizer": "sgd"},
+)
 _REAL_MIXTURES: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("mixtral-8x7b", 0, 8, 1, {}),
     ("mixtral-8x7b", 0, 8, 8, {}),
@@ -94,10 +101,36 @@ def mixture_runs() -> Iterator[tuple[str, RunSpec]]:
                 asked = _run(config, 2, {"micro": 4, "sequence": 256}, options)
                 parallelism = asked.parallelism.model_copy(update={"ep": ep})
                 yield f"{name}-tp2-ep{ep}", asked.model_copy(update={"parallelism": parallelism})
+    for name in EXPERTS:
+        for options in (*_KINDS[:2], *(_WHOLE if name in ("mixtral", "qwen3_moe") else ())):
+            asked = _whole(config_of(name, 0), 4, {"micro": 4, "sequence": 256}, options)
+            if _is_answered(asked):  # FSDP2 takes no models with weights of two dtypes
+                yield f"{name}-dp4-ep4", asked
+    for name, dp, options in (
+        ("mixtral-8x7b", 8, {}),
+        ("qwen3-30b-a3b", 8, {"kernels": {"checkpointing": "none"}}),
+        ("gpt-oss-20b", 16, {"optimizer": "adamw_torch"}),
+    ):
+        yield f"{name}-dp{dp}-ep{dp}", _whole(config_of(name, 0), dp, {"micro": 1, "sequence": 4096}, options)
     for name, layers, tp, ep, options in _REAL_MIXTURES:
         asked = _run(config_of(name, layers), tp, {"micro": 1, "sequence": 2048}, options)
         parallelism = asked.parallelism.model_copy(update={"ep": ep})
         yield f"{name}-tp{tp}-ep{ep}", asked.model_copy(update={"parallelism": parallelism})
+
+
+def _whole(config: dict[str, Any], dp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
+    """On ranks that divide the batch, their weights by FSDP2, and that each have some experts whole."""
+    parallelism = {"world": dp, "dp": dp, "ep": dp, "strategy": "fsdp2"}
+    given = {"batch": batch, **options}
+    return RunSpec(model={"config": config}, parallelism=parallelism, gpu="a100-sxm-80gb", **given)
+
+
+def _is_answered(run: RunSpec) -> bool:
+    try:
+        estimate(run)
+    except MemplanError:
+        return False
+    return True
 
 
 def context_runs() -> Iterator[tuple[str, RunSpec]]:
@@ -118,7 +151,39 @@ def _context(config: dict[str, Any], cp: int, batch: dict[str, Any], options: di
     return RunSpec(model={"config": config}, parallelism={"world": cp, "cp": cp}, gpu="a100-sxm-80gb", **given)
 
 
+def ulysses_runs() -> Iterator[tuple[str, RunSpec]]:
+    """DeepSpeed's class is written out in the probe; heads are wide enough, where they can be, to be the peak."""
+    adapted = {"kernels": {"checkpointing": "full"}, "method": {"kind": "lora", "adapter_dtype": "bf16"}}
+    wide = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+    }
+    for name in sorted(FAMILIES):
+        for cp, micro, options in ((2, 2, _KINDS[0]), (4, 1, _KINDS[1]), (8, 2, adapted)):
+            config = config_of(name, 0)
+            wider = {**config, **wide} if "head_dim" in config or name in ("llama", "mistral", "qwen3") else config
+            if wider["num_attention_heads"] % cp:
+                continue
+            yield f"{name}-sp{cp}", _ulysses(wider, cp, {"micro": micro, "sequence": 256 * cp}, options)
+    for name, cp, options in (
+        ("llama-3.1-8b", 8, {}),
+        ("llama-3.1-8b", 16, {"kernels": {"checkpointing": "none"}}),
+        ("qwen3-4b", 4, {"optimizer": "adamw_torch"}),
+    ):
+        yield f"{name}-sp{cp}", _ulysses(config_of(name, 0), cp, {"micro": 1, "sequence": 16384}, options)
+
+
+def _ulysses(config: dict[str, Any], cp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
+    parallelism = {"world": cp, "cp": cp, "context": "ulysses"}
+    given = {"batch": batch, **options}
+    return RunSpec(model={"config": config}, parallelism=parallelism, gpu="a100-sxm-80gb", **given)
+
+
 KINDS = {
+    "ulysses": ("DeepSpeed's exchange of heads, written out", ulysses_runs),
     "tp": ("transformers' own tensor parallelism", runs),
     "moe": ("transformers' own tensor and expert parallelism", mixture_runs),
     "cp": ("torch's context parallelism", context_runs),

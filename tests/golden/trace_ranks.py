@@ -87,6 +87,16 @@ OFFLOADED = (
     *("plain", "amp", "amp-trainer", "autocast", "tied-plain", "three", "three-trainer", "three-trainer-amp", "long"),
     *("foreach", "lora", "lora-amp", "lora-three-trainer"),
 )
+# bitsandbytes', which FSDP1 gives plain vectors.
+BITSANDBYTES = (
+    *("adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "lion_32bit"),
+    *("ademamix_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit"),
+)
+# Under FSDP1's NO_SHARD.
+UNDIVIDED = (
+    *("plain", "amp", "amp-trainer", "autocast", "fp32", "tied", "tied-plain", "three", "three-trainer"),
+    *("three-trainer-amp", "foreach", "lora", "lora-amp", "lora-attention", "lora-three-trainer"),
+)
 FAMILIES = (
     *("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox", "opt", "bloom", "cohere2"),
     *("mixtral", "qwen3_moe", "granitemoe", "olmoe", "gpt_oss", "jamba", "qwen3_next"),
@@ -134,6 +144,17 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"offload-knob-{strategy}", {**small, **run, **offloaded(strategy, 8, **knob)}
         for model, run in REAL[-2:]:
             yield f"offload-{model}-{strategy}", {"model": model, **run, **offloaded(strategy, 8)}
+    for name in BITSANDBYTES:
+        yield f"bnb-{name}-fsdp", {**small, "optimizer": name, **divided("fsdp", 4)}
+    for run in ({"precision": "amp"}, TRAINER, {"method": LORA}):
+        yield "bnb-fsdp", {**small, "optimizer": "adamw_bnb_8bit", **run, **divided("fsdp", 4)}
+    for name in UNDIVIDED:
+        fields = divided("fsdp", 4)
+        run = {**small, **RUNS[name], **fields, "parallelism": {**fields["parallelism"], "shard_group": 1}}
+        yield f"no-shard-{name}", run
+    for world in WORLDS:
+        fields = divided("fsdp", world)
+        yield "no-shard", {**small, **fields, "parallelism": {**fields["parallelism"], "shard_group": 1}}
     for run in AT_ONCE:
         yield "at-once-fsdp2", {**small, "method": LORA, **run, **TRAINER, **divided("fsdp2", 4)}
     for family in FAMILIES:

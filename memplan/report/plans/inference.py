@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from memplan.answer import Estimate
 from memplan.planning.demand import Demand
-from memplan.planning.inference import Choice, Most, Placed, Questions
+from memplan.planning.inference import Choice, Most, Placed, Questions, lengths
 from memplan.report import words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
 from memplan.report.plans.words import figures, span, wish
@@ -70,9 +70,8 @@ def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
 
 
 def _answers(q: Questions) -> Iterator[tuple[str, str]]:
-    batch = q.answer.run.batch
-    tokens = batch.sequence + batch.new_tokens
-    yield "requests at once", _most(q.requests, f"of {tokens:,} tokens")
+    prompt, new = lengths(q.answer)
+    yield "requests at once", _most(q.requests, f"of {prompt + new:,} tokens")
     longest = _most(q.context, "tokens of one request alone")
     admitted = (q.answer.serving or {}).get("max_model_len", 0)
     if 0 < q.context.value < admitted:
@@ -86,7 +85,7 @@ def _answers(q: Questions) -> Iterator[tuple[str, str]]:
         if not (q.mildest or q.fewest):
             yield "what would do", "no format and no number of these GPUs that was tried"
     if q.prompt is not None:
-        yield "first token", f"after {_seconds(q.prompt.step)}, of {batch.sequence:,} tokens read"
+        yield "first token", f"after {_seconds(q.prompt.step)}, of {prompt:,} tokens read"
     if q.decoding is not None:
         yield "tokens a second", _rate(q.decoding)
     if q.full is not None and q.full.requests != (q.decoding.requests if q.decoding else 0):
