@@ -412,6 +412,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
             "model": "llama-2-7b",
             "method": {"kind": "qlora", "quantization": {"storage": "bf16"}},
             "profile": "litgpt-2024",
+            "optimizer": "adamw_torch",
         },
         "method.quantization",
         "lora",
