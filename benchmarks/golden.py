@@ -148,6 +148,33 @@ def ranks() -> list[Measured]:
     return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("ranks.jsonl")]
 
 
+SEVERAL_GOAL = 0.04  # the mean error that every family of runs on several GPUs is to stay below
+
+
+class Reserved(NamedTuple):
+    """A published run of which only what torch reserved is known, beside memplan's answer; bytes."""
+
+    id: str
+    card: str
+    strategy: str
+    reserved: int
+    answered: int
+
+    @property
+    def error(self) -> float:
+        return self.answered / self.reserved - 1
+
+
+@cache
+def ranks_reserved() -> list[Reserved]:
+    """Every published run under DeepSpeed's ZeRO."""
+    found = ((row, estimate(RunSpec(**row["run"]))) for row in rows("ranks_reserved.jsonl"))
+    return [
+        Reserved(row["id"], row["measured"], str(a.run.parallelism.strategy), row["reserved"], a.bytes.reserved)
+        for row, a in found
+    ]
+
+
 @cache
 def megatron() -> list[Measured]:
     """What the last of several ranks took in the runs of Megatron-LM's own CI."""
@@ -170,6 +197,7 @@ class Ran(NamedTuple):
     cause: str
     within: float
     slack: int
+    reserved: int | None
 
     @property
     def off(self) -> int:
@@ -203,6 +231,7 @@ def ran(row: dict[str, Any]) -> Ran:
         row.get("cause", ""),
         row.get("within", 0.0),
         SLACK + row["digits"] // 2,
+        row.get("reserved"),
     )
 
 

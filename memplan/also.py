@@ -41,6 +41,9 @@ _LOOP = "transformers 5.24 trainer.py Trainer.evaluation_loop"
 _CONTAINER = "transformers 5.24 trainer_pt_utils.py EvalLoopContainer.add"
 
 
+_REPLAYED = 8  # batches whose passes are replayed for what torch reserves, and the last one's
+
+
 class Aside(NamedTuple):
     """One of the things a run does beside its steps, at its peak.
 
@@ -48,6 +51,7 @@ class Aside(NamedTuple):
     held        what is there beside that, and beside a pass
     passes      the passes of a model it runs, with their axes; `top` is that of the peak, and the moment in it
     moving      bytes alive at that moment
+    kept        bytes of what an evaluation keeps of a batch on the GPU, of so many `batches`; whether it `concatenates`
     host        bytes in host memory
     loads       of a process of its own, the most while it loads
     """
@@ -59,6 +63,9 @@ class Aside(NamedTuple):
     passes: tuple[tuple[Step, tuple[tuple[str, int], ...]], ...] = ()
     top: tuple[int, int] = (-1, -1)
     moving: int = 0
+    kept: tuple[int, ...] = ()
+    batches: int = 1
+    concatenates: bool = True
     host: int = 0
     alone: Graph | None = None
     loads: int = 0
@@ -81,20 +88,42 @@ class Aside(NamedTuple):
         """Make and free what the aside does. In a process of its own, that begins with loading."""
         if self.alone is not None:
             load(self.alone, allocator)
+        if self.phase == "eval":
+            self._replay_batches(allocator)
+            return
         blocks = [allocator.alloc(h.bytes) for h in self.held for _ in range(h.copies)]
-        left: list[tuple[tuple[str, ...], Block]] = []
-        for step, axes in self.passes:
-            if step.phase != "decode":
-                _free(left, allocator)
-            left = replayed(recorded_inference(step.graph, step.division), dict(axes), allocator, left)
-        _free(left, allocator)
+        self._replay_passes(allocator)
         for block in blocks:
             allocator.free(block)
 
+    def _replay_passes(self, allocator: Allocator) -> None:
+        left: list[tuple[tuple[str, ...], Block]] = []
+        for step, axes in self.passes:
+            left = replayed(recorded_inference(step.graph, step.division), dict(axes), allocator, left)
+        while left:
+            allocator.free(left.pop()[1])
 
-def _free(left: list[tuple[tuple[str, ...], Block]], allocator: Allocator) -> None:
-    while left:
-        allocator.free(left.pop()[1])
+    def _replay_batches(self, allocator: Allocator) -> None:
+        """Batches, of which predictions are kept; of more than a few the last one's pass stands for the rest."""
+        together: list[Block] = []
+        last: list[Block] = []
+        for count in range(1, self.batches + 1):
+            if count <= _REPLAYED or count == self.batches:
+                self._replay_passes(allocator)
+            new = [allocator.alloc(bytes_) for bytes_ in self.kept]
+            _free(last, allocator)
+            if not self.concatenates or count == 1:
+                together += new
+                continue
+            joined = [allocator.alloc(count * bytes_) for bytes_ in self.kept]
+            _free(together, allocator)
+            together, last = joined, new
+        _free([*together, *last], allocator)
+
+
+def _free(blocks: list[Block], allocator: Allocator) -> None:
+    while blocks:
+        allocator.free(blocks.pop())
 
 
 def asides(run: RunSpec, walked: Walked, decided: Decided, model: ModelSpec | None) -> tuple[Aside, ...]:
@@ -148,8 +177,14 @@ def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | N
     moving, moment = most_of(low, axes)
     standing += walked.program.passing["forward"]
     passes = ((step, tuple(axes.items())),)
-    during, joined, host = _kept(e, graph, axes, run.parallelism.dp)
-    one = Aside("eval", low.moments[moment].where, standing, during, passes, (0, moment), moving, host)
+    kept = _kept(e, graph, axes, run.parallelism.dp)
+    loss = Held("activation", "loss of a batch, by the loop's name", "evaluation", "", "fp32", 1, 512, _LOOP)
+    named = () if e.batch_metrics else (loss,)  # the loop lets go of them by itself there
+    during, joined = (*kept.during, *named), (*kept.joined, *named)
+    where, batches = low.moments[moment].where, together_of(e) if kept.each else 1
+    one = Aside(
+        "eval", where, standing, during, passes, (0, moment), moving, kept.each, batches, e.concatenates, kept.host
+    )
     if sum(h.bytes * h.copies for h in joined) > moving + one.beside:
         one = one._replace(where="evaluation.concat", held=joined, moving=0, top=(-1, -1))
     yield one
@@ -179,41 +214,55 @@ def _still(graph: Graph, now: Pass, caching: bool) -> Graph:
     )
 
 
-def _kept(
-    e: Evaluation, graph: Graph, axes: dict[str, int], ranks: int
-) -> tuple[tuple[Held, ...], tuple[Held, ...], int]:
-    """What is kept of batches that are over: during the last one's pass, and when it is joined to them. And the bytes
-    of all in host memory."""
-    logits = _returned(graph, axes)
+class _Kept(NamedTuple):
+    """What is kept of batches that are over: `during` the last one's pass, and when it is `joined` to them; bytes of
+    `each` batch's tensors, and of all in host memory."""
+
+    during: tuple[Held, ...] = ()
+    joined: tuple[Held, ...] = ()
+    each: tuple[int, ...] = ()
+    host: int = 0
+
+
+def together_of(e: Evaluation) -> int:
+    """Of how many batches predictions are on the GPU at most."""
+    return min(e.kept_batches, e.accumulation or e.kept_batches)
+
+
+def _kept(e: Evaluation, graph: Graph, axes: dict[str, int], ranks: int) -> _Kept:
+    """Predictions and labels; with several ranks those of all, which are gathered."""
+    logits = _returned(graph)
     if not e.kept_batches or logits is None:
-        return (), (), 0
+        return _Kept()
     if e.preprocess == "argmax":
         logits = Tensor("likeliest tokens", " ".join(logits.shape.split()[:-1]), "int64")
     labels = Tensor("labels", logits.shape.rpartition(" ")[0] if e.preprocess is None else logits.shape, "int64")
-    together = min(e.kept_batches, e.accumulation or e.kept_batches)
+    together = together_of(e)
     kinds = (logits, labels)
 
     def held(t: Tensor, what: str, count: int, source: str) -> Held:
         """As many batches in one tensor, of all ranks: they are gathered."""
         shape = f"{count * ranks} {t.shape}"
-        return Held(
-            "activation", f"{t.name}{what}", "evaluation", shape, t.dtype, 1, size(shape, t.dtype, axes)[1], source
-        )
+        bytes_ = size(shape, t.dtype, axes)[1]
+        return Held("activation", f"{t.name}{what}", "evaluation", shape, t.dtype, 1, bytes_, source)
 
+    if e.batch_metrics:
+        return _Kept(joined=tuple(held(t, " of a batch, of all ranks", 1, _LOOP) for t in kinds) if ranks > 1 else ())
+    each = tuple(held(t, " of a batch", 1, _CONTAINER) for t in kinds)
     host = sum(ITEMSIZE["fp32" if t.dtype == "bf16" else t.dtype] * _numbers(t, axes) for t in kinds)
     host *= e.kept_batches * ranks
-    if e.batch_metrics:
-        return (), tuple(held(t, " of a batch", 1, _LOOP) for t in kinds) if ranks > 1 else (), 0
+    bytes_of_each = tuple(h.bytes for h in each)
     if not e.concatenates:
-        each = tuple(held(t, " of a batch", 1, _CONTAINER)._replace(copies=together - 1) for t in kinds)
-        return tuple(h for h in each if h.copies), (), host
+        found = tuple(h._replace(copies=together - 1) for h in each) if together > 1 else ()
+        return _Kept(found, (), bytes_of_each, host)
     if together < e.kept_batches:  # those before are joined anew on the host
         host *= 2
-    before = tuple(held(t, " of the batches before", together - 1, _CONTAINER) for t in kinds if together > 1)
+    if together == 1:
+        return _Kept((), (), bytes_of_each, host)
+    before = tuple(held(t, " of the batches before", together - 1, _CONTAINER) for t in kinds)
     last = tuple(held(t, " of the batch before, by the loop's name", 1, _LOOP) for t in kinds if together > 2)
-    new = tuple(held(t, " of the batch", 1, _LOOP) for t in kinds if together > 1)
-    sums = tuple(held(t, " of all batches, joined", together, _CONTAINER) for t in kinds if together > 1)
-    return (*before, *last), (*before[:1], *new[:1], *sums[:1], *before[1:], *new[1:]), host
+    joining = (before[0], each[0], held(logits, " of all batches, joined", together, _CONTAINER), before[1], each[1])
+    return _Kept((*before, *last), joining, bytes_of_each, host)
 
 
 def _numbers(t: Tensor, axes: dict[str, int]) -> int:
@@ -223,7 +272,7 @@ def _numbers(t: Tensor, axes: dict[str, int]) -> int:
     return out
 
 
-def _returned(graph: Graph, axes: dict[str, int]) -> Tensor | None:
+def _returned(graph: Graph) -> Tensor | None:
     """The logits that a batch leaves, with their dtype."""
     stack, _ = built(graph)
     found = returned_by(stack, bool(graph.inference and graph.inference.wide))

@@ -124,7 +124,8 @@ class Phase(NamedTuple):
 
 
 class HostPhase(NamedTuple):
-    """Host memory in a phase, `load` or `step`: of one process, of all of a node, and the `mapped` files they share."""
+    """Host memory in a phase, `load`, `step` or one beside the steps: of one process, of all of a node, and the
+    `mapped` files they share."""
 
     phase: str
     rank: int

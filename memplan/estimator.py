@@ -49,14 +49,12 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
     if run.task != "train":
         return _inferred(run, found, calibration)
     decided, walked = worst(run, found)
-    asked: tuple[Aside, ...] = ()
-    said: tuple[str, ...] = ()
+    more: list[str] = []
     if run.also != Also():
         from memplan.also import asides, notes_of
 
-        asked = asides(run, walked, decided, model)
-        said = tuple(notes_of(run, asked))
-        walked = walked.followed_by(asked)
+        walked = walked.followed_by(asides(run, walked, decided, model))
+        more += notes_of(run, walked.asides)
     p = walked.program
     note = check_batch(decided.batch, p.structure.graph.model)
     top = walked.top
@@ -66,7 +64,7 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         *decided.notes,
         *host_notes(decided.structure, run.parallelism.gpus_per_node or NODE),
         *((note,) if note else ()),
-        *said,
+        *more,
         *((calibration.named(),) if calibration else ()),
     ]
     return Estimate(
@@ -77,11 +75,11 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(walked.phases),
-        in_steps + max((aside.host for aside in asked), default=0),
+        in_steps + max((aside.host for aside in walked.asides), default=0),
         tuple(notes),
         Engine(run, walked, decided, calibration),
         calibration,
-        host=on_host(decided.structure, run.parallelism, run.profile, in_steps),
+        host=on_host(decided.structure, run.parallelism, run.profile, in_steps, walked.asides),
     )
 
 

@@ -30,6 +30,15 @@ class Whole(NamedTuple):
     written: int
 
 
+class Gathering(NamedTuple):
+    """The allocations and frees of a pass on the stream that gathers: a number and bytes, which are 0 of a free. Most
+    are there after the first `most` of them: `bytes`."""
+
+    events: tuple[tuple[int, int], ...]
+    most: int
+    bytes: int
+
+
 class _Visit(NamedTuple):
     """A module that is run, forward or backward, and the weights that it reads: their places in a list of sizes."""
 
@@ -44,6 +53,31 @@ def whole(graph: Graph, ranks: Ranks) -> dict[str, Whole]:
     A loss that multiplies by the output projection itself reads a weight that is no module's own: DeepSpeed has the
     model ask for it, which runs throughout.
     """
+    ran, outer = _ran(graph, ranks)
+    held = sum(outer)
+    return {phase: Whole(most.weights + held, most.written) for phase, most in ran.most.items()}
+
+
+@lru_cache(maxsize=256)
+def gathered(graph: Graph, ranks: Ranks) -> Gathering:
+    """What is gathered, in order: a weight by itself into what it is then in, several into one tensor, from which each
+    is copied."""
+    ran, outer = _ran(graph, ranks)
+    events = [*((-1 - i, bytes_) for i, bytes_ in enumerate(outer)), *ran.events]
+    alive: dict[int, int] = {}
+    there = best = most = 0
+    for at, (number, bytes_) in enumerate(events, 1):
+        if bytes_:
+            alive[number] = bytes_
+        there += bytes_ or -alive.pop(number)
+        if there > best:
+            best, most = there, at
+    return Gathering((*events, *((number, 0) for number in alive)), most, best)
+
+
+@lru_cache(maxsize=64)
+def _ran(graph: Graph, ranks: Ranks) -> tuple[_Coordinator, tuple[int, ...]]:
+    """The coordinator after a pass, and the bytes of the weights that the model itself asks for."""
     knobs = ranks.knobs
     order = _Order(graph, ranks.storage)
     sizes = [n for n, _ in order.sizes]
@@ -51,9 +85,8 @@ def whole(graph: Graph, ranks: Ranks) -> dict[str, Whole]:
     always = frozenset(i for i, n in enumerate(sizes) if n <= knobs.persistent)
     outer = frozenset(order.of_loss) - always if graph.loss == "fused" else frozenset[int]()
     coordinator = _Coordinator(order.visits, sizes, bytes_, always | outer, knobs)
-    found = coordinator.run()
-    held = sum(bytes_[i] for i in outer)
-    return {phase: Whole(most.weights + held, most.written) for phase, most in found.items()}
+    coordinator.run()
+    return coordinator, tuple(bytes_[i] for i in sorted(outer))
 
 
 class _Order:
@@ -128,10 +161,12 @@ class _Coordinator:
         self.groups: list[list[int]] = []
         self.waiting: dict[int, set[int]] = {}  # of an all-gather of several, those not yet asked for
         self.weights = self.written = self.numbers = 0
-        self.most: dict[str, Whole] = {}
+        self.most: dict[str, Whole] = {}  # that is whole, by phase
+        self.events: list[tuple[int, int]] = []  # see Gathering
+        self._made: dict[int, int] = {}  # the number of what a weight is in; of what an all-gather wrote, from sizes on
 
-    def run(self) -> dict[str, Whole]:
-        """The most that is whole, by phase."""
+    def run(self) -> None:
+        """One pass."""
         for step, visit in enumerate(self.visits):
             self._fetch(step, visit)
             self._prefetch(step, visit)
@@ -140,7 +175,13 @@ class _Coordinator:
             if visit.phase == "forward":
                 left = Whole(self.weights, self.written)
                 self.most["loss"] = left  # what the loss finds, unless it asks for more
-        return self.most
+
+    def _born(self, what: int, bytes_: int) -> None:
+        self._made[what] = len(self.events)
+        self.events.append((self._made[what], bytes_))
+
+    def _gone(self, what: int) -> None:
+        self.events.append((self._made.pop(what), 0))
 
     def _note(self, phase: str) -> None:
         now = Whole(self.weights, self.written)
@@ -155,8 +196,10 @@ class _Coordinator:
         if len(some) > 1:
             self.waiting[group] = set(some)
             self.written += bytes_
+            self._born(len(self.sizes) + group, bytes_)
         else:
             self.weights += bytes_
+            self._born(some[0], bytes_)
         self.flying.update(dict.fromkeys(some, group))
 
     def _fetch(self, step: int, visit: _Visit) -> None:
@@ -174,12 +217,15 @@ class _Coordinator:
             self.there.update(self.groups[group])
             if group in self.waiting:
                 self.weights += sum(self.bytes[j] for j in self.groups[group])
+                for j in self.groups[group]:
+                    self._born(j, self.bytes[j])
         self._note(phase)
         if group in self.waiting:
             self.waiting[group].discard(i)
             if not self.waiting[group]:
                 del self.waiting[group]
                 self.written -= sum(self.bytes[j] for j in self.groups[group])
+                self._gone(len(self.sizes) + group)
 
     def _prefetch(self, step: int, visit: _Visit) -> None:
         fresh = sum(self.fetched_for.get(i, -1) < step for i in visit.weights)
@@ -209,5 +255,6 @@ class _Coordinator:
                 if distance < self.knobs.reuse:
                     continue
             self.there.discard(i)
+            self._gone(i)
             self.weights -= self.bytes[i]
             self.numbers -= self.sizes[i]

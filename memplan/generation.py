@@ -9,6 +9,7 @@ from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
+from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.packed import BACKENDS
 from memplan.catalogue.profiles import decided, find_profile
@@ -36,8 +37,12 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     run = with_use_cache(with_new_tokens(run))
     profile = find_profile(run.profile).name
     words = decided(profile, model.model_type, run.method.quantization is not None)
-    if words["code"] != "transformers" or words["pipeline"] != "device_map":
-        raise SpecError(f"profile: {run.profile} has no inference here; transformers' profiles have", "profile")
+    if words["code"] not in ("transformers", "litgpt") or words["pipeline"] != "device_map":
+        raise SpecError(f"profile: {run.profile} has no inference here; transformers' and LitGPT's have", "profile")
+    if words["code"] == "litgpt" and model.model_type not in KINDS:
+        raise SpecError(
+            f"profile: LitGPT has no model_type {model.model_type} here; supported: {', '.join(KINDS)}", "profile"
+        )
     generates = run.task == "generate"
     if generates and model.objective != "causal_lm":
         raise SpecError(
@@ -65,11 +70,12 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
     notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
-    recipe, more = _recipe(model, method, precision, over.as_stored)
+    recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored)
     notes += more
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
-    caches = bool(run.loop.use_cache) and model.objective == "causal_lm"
+    returns = generates or words["code"] == "transformers"  # LitGPT's model has a cache where it is told to
+    caches = bool(run.loop.use_cache) and returns and model.objective == "causal_lm"
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
@@ -100,7 +106,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         )
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or ("dynamic" if words["forward_caches"] else ""),
+        generation.cache_implementation or ("dynamic" if wiring.caching else ""),
         words["last_logits"],
         words["logits"] == "model",
         wiring.has_mask(),
@@ -120,6 +126,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         adds_in_place=True,
         rank=method.rank,
         trainable_layers=0,
+        code=words["code"],
         inference=now,
     )
     if caches and not generates and not caches_all(graph):
@@ -136,7 +143,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
     ):
         raise SpecError(
-            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep states",
+            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
+            "states; supported: false",
             "loop.padded",
         )
     if generates and not caches_all(graph):
@@ -212,12 +220,14 @@ def _quantised(method: Method, skip: tuple[str, ...], backends: Mapping[str, str
     return method.model_copy(update={"quantization": q.model_copy(update=update)})
 
 
-def _recipe(model: ModelSpec, method: Method, precision: Precision, stored: bool) -> tuple[Recipe, list[str]]:
+def _recipe(
+    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool
+) -> tuple[Recipe, list[str]]:
     """Adapters as they train, but that nothing is dropped; without them, weights as they are stored."""
     if method.kind in ADAPTERS:
-        recipe, notes = recipe_of(model, method, precision, "transformers", stored)
+        recipe, notes = recipe_of(model, method, precision, code, stored)
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
-    bare = Recipe("full", precision.weights, str(precision.compute))
+    bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None:
         return bare, []

@@ -22,7 +22,7 @@ from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stre
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.errors import SpecError
-from memplan.ir import Division, Op, SavedTensors, Stack, Tensor, Weight, operations
+from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
 from memplan.units import ITEMSIZE
 
@@ -37,7 +37,8 @@ class Graph(NamedTuple):
     output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory,
     `saves`: whatever autograd saves;
     `degrees` the part of it that one rank computes; `keeps_sent`: what a stage hands on stays until its backward,
-    `moves_sent`: it is copied to another GPU of the process; `inference`: the pass it is, where nothing trains.
+    `moves_sent`: it is copied to another GPU of the process; `inference`: the pass it is, where nothing trains;
+    `joined`: gradients are made of what is frozen beside adapters in a block, as they lie in one flat parameter.
     """
 
     model: ModelSpec
@@ -64,6 +65,7 @@ class Graph(NamedTuple):
     keeps_sent: bool = False
     moves_sent: bool = False
     inference: Pass | None = None
+    joined: bool = False
 
 
 class Held(NamedTuple):
@@ -106,6 +108,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
+    if graph.joined:
+        stack = stack._replace(runs=tuple(r._replace(blocks=tuple(map(_joined, r.blocks))) for r in stack.runs))
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees)
     own = model.model_type == megatron.KIND
@@ -161,6 +165,20 @@ def undropped(model: ModelSpec) -> ModelSpec:
 
     config = zeroed(model.config)
     return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)
+
+
+def _joined(block: Block) -> Block:
+    """A block that autograd makes the gradients of all weights of."""
+
+    def trains(op: Op) -> Op:
+        return op._replace(weights=tuple(w if w.group == "buffer" else w._replace(trains=True) for w in op.weights))
+
+    return block._replace(ops=tuple(map(trains, block.ops)))
+
+
+def optimized(w: Weight, graph: Graph) -> bool:
+    """Whether the optimizer is given a weight."""
+    return w.trains and (w.group == "adapter" or not graph.joined)
 
 
 def _unstaged(graph: Graph) -> Graph:
@@ -266,17 +284,23 @@ def recorded(
     grads_exist: bool = False,
     updates: tuple[tuple[str, int], ...] = (),
     division: Division | None = None,
+    late: frozenset[str] = frozenset(),
 ) -> Recorded:
-    """The graph's allocations and frees in order. The arguments are those of `lowered`."""
-    return _recorded(first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, updates, division)
+    """The graph's allocations and frees in order. The arguments are those of `lowered`, and `late` of `record`."""
+    return _recorded(first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, updates, division, late)
 
 
 @lru_cache(maxsize=64)
 def _recorded(
-    graph: Graph, grads_exist: bool, updates: tuple[tuple[str, int], ...], division: Division | None
+    graph: Graph,
+    grads_exist: bool,
+    updates: tuple[tuple[str, int], ...],
+    division: Division | None,
+    late: frozenset[str],
 ) -> Recorded:
     stack, depth = _stack(graph)
-    return record(stack, depth, **_ways(graph), grads_exist=grads_exist, updates=dict(updates), division=division)
+    ways, exist = _ways(graph), grads_exist
+    return record(stack, depth, **ways, grads_exist=exist, updates=dict(updates), division=division, late=late)
 
 
 @lru_cache(maxsize=128)
@@ -485,8 +509,9 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
 EMPTIED = -1  # in place of a storage's number: torch's allocator gives back what nothing uses
 
 
-def loading(graph: Graph) -> Iterator[tuple[int, int]]:
-    """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0.
+def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[tuple[int, int]]:
+    """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0. `places`
+    is given the numbers of what the weights that are not quantised are in at last.
 
     A weight that is quantised is there in the dtype it is loaded in until that is done, unless its checkpoint has it
     packed. One that is cast is, until all are loaded and its turn comes; trl's preparation casts most of them twice.
@@ -530,9 +555,14 @@ def loading(graph: Graph) -> Iterator[tuple[int, int]]:
                 yield number, size(w.shape, to, axes)[1]
                 yield first, 0
                 waiting[i] = (number, w, to)
+    if places is not None:
+        places.update((number, w) for number, w, _ in waiting)
     for w in weights:
         if w.group == "adapter":
-            yield next(numbers), sizes(w)[1][0]
+            number = next(numbers)
+            yield number, sizes(w)[1][0]
+            if places is not None:
+                places[number] = w
     if graph.inference is not None and graph.inference.loaded.stores_head:
         heads = [w for op in stack.after for w in op.weights if w.group == "embedding"]  # what is tied
         for first, w in zip(numbers, heads, strict=False):

@@ -11,10 +11,10 @@ safe_open; a Llama of 509 MiB in bf16 loaded so on Linux: as bf16 88 MiB of memo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan import zero
 from memplan.answer import Host, HostPhase
@@ -26,6 +26,9 @@ from memplan.ranks import Ranks, kept_dtype, pieces
 from memplan.spec import Parallelism
 from memplan.units import ITEMSIZE
 
+if TYPE_CHECKING:
+    from memplan.also import Aside
+
 _STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -36,13 +39,21 @@ class Loaded(NamedTuple):
     mapped: int
 
 
-def on_host(structure: Structure, parallelism: Parallelism, profile: str, in_steps: int) -> Host:
-    """What a process of the run has in host memory, `in_steps` bytes of it in the steps, and its node."""
+def on_host(
+    structure: Structure, parallelism: Parallelism, profile: str, in_steps: int, asides: Iterable[Aside] = ()
+) -> Host:
+    """What a process of the run has in host memory, `in_steps` bytes of it in the steps, and its node. Beside them, in
+    `asides`, every process evaluates, and the first alone saves and merges."""
     processes = 1 if structure.pipe.schedule == "device_map" else parallelism.world
     ranks = min(processes, parallelism.gpus_per_node or NODE)
     phases = [HostPhase("step", in_steps, ranks * in_steps, 0)]
     if _by_transformers(structure, profile):
         phases.insert(0, _loading(structure, ranks))
+    for aside in asides:
+        if aside.host:
+            others = (ranks - 1) * aside.host if aside.phase == "eval" else 0
+            most = in_steps + aside.host
+            phases.append(HostPhase(aside.phase, most, (ranks - 1) * in_steps + most + others, 0))
     return Host(ranks, tuple(phases))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from memplan.answer import Line, Phase, Rank
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.packed import MANY_ROWS
-from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
 from memplan.engine.lower import Moment
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.step import Lowered
@@ -59,12 +59,13 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     """The passes of a run, in order: of those that decode, the first and the last."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
-    many = MANY_ROWS.get(graph.inference.loaded.backend, 0)
-    if many and batch.micro * batch.sequence >= many:
-        graph = graph._replace(inference=graph.inference._replace(unpacks=True))
-    if not graph.inference.generates:
+    many, now = MANY_ROWS.get(graph.inference.loaded.backend, 0), graph.inference
+    if many and batch.micro * decided.beams * batch.sequence >= many:
+        now = now._replace(unpacks=True)
+        graph = graph._replace(inference=now)
+    if not now.generates:
         return (Step(graph, batch.micro, batch.sequence),)
-    window, few_rows = graph.model.sliding_window or 0, graph.inference.few_rows
+    window, few_rows = graph.model.sliding_window or 0, now.few_rows
     rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
@@ -75,7 +76,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
-        static = graph.inference.cache == "static"  # which attention sees through a mask
+        static = now.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
             decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
         )
@@ -83,10 +84,10 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         recipe = graph.recipe
         if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        lingers = past == prompt and not graph.inference.last_only
+        lingers = past == prompt and not now.last_only
         unpacks = bool(many) and rows >= many
-        now = graph.inference._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
-        one = graph._replace(wiring=wiring, recipe=recipe, inference=now)
+        token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
+        one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
         if decided.beams > 1 and window:  # but a copy in another order is of the window alone
@@ -293,23 +294,38 @@ class Engine(NamedTuple):
         return ()
 
 
-_REPLAYED = 8  # passes of those that decode
+_FEWEST, _MOST = 8, 32  # passes that are replayed of those that decode
 
 
 def replay(walked: Walked, expandable: bool) -> Replay:
-    """The run's passes for a replay: of those that decode some, evenly spread. What torch holds of caches that grow by a
-    token, each in a block of its own, depends on how often they do: a replay of 8 of 119 held 1.3 % less than one of all,
-    and of 32 as much."""
+    """The run's passes for a replay: of those that decode some, evenly spread.
+
+    What torch holds of caches that grow by a token, each in a block of its own, depends on how often they do. A block
+    has up to 1 MiB more than was asked for; a cache that outgrows it takes another, and none needs one that small
+    again. So often a pass is replayed, but 32 times at most: replays of 32 of 511 passes held within 1.4 % what those
+    of all did.
+    """
     steps = walked.steps
     if len(steps) > 2:  # the prompt's, the first that decodes and the last
         *early, last = steps
-        first, count = early[-1], min(_REPLAYED, last.past - early[-1].past + 1)
+        first = early[-1]
+        often = min(_MOST, max(_FEWEST, _growth(walked) // SMALL_REQUEST + 2))
+        count = min(often, last.past - first.past + 1)
         between = (first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1))
         window = walked.decided.structure.graph.model.sliding_window or last.past + 1
         some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
         steps = (*early, *some, last)
     axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
     return Replay(steps, axes, walked.workspace, expandable)
+
+
+def _growth(walked: Walked) -> int:
+    """By how many bytes the largest tensor of a cache grows from the first pass that decodes to the last."""
+    *_, first, last = walked.steps
+    low = inferred(last.graph)
+    at_first = last._replace(past=first.past, past_window=first.past_window, window=first.window)
+    then, now = (bytes_of(low, numbers_of(step, walked.decided)) for step in (at_first, last))
+    return max((now[key] - then[key] for key in alive(low.left, low.runs, walked.axes[-1])), default=0)
 
 
 class Replay(NamedTuple):

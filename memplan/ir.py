@@ -268,6 +268,7 @@ class Unit(NamedTuple):
     message   what the all-gather writes, where the weights are copied out of that
     cast      the rank's part in the dtype that is sent, where it is kept in another
     joined    the gradients of those that train as the reduce-scatter reads them
+    padded    a copy of them with padding, where it reads that
     received  the rank's part of those, where it is cast to the dtype of its weights afterwards
     parts     the rank's part of the gradients, which stays
     summed    the gradients of the passes before, whole, where they are reduced after several
@@ -282,6 +283,7 @@ class Unit(NamedTuple):
     message: tuple[Tensor, ...] = ()
     cast: tuple[Tensor, ...] = ()
     joined: tuple[Tensor, ...] = ()
+    padded: tuple[Tensor, ...] = ()
     received: tuple[Tensor, ...] = ()
     parts: tuple[Tensor, ...] = ()
     summed: tuple[Tensor, ...] = ()
@@ -307,6 +309,8 @@ class Division(NamedTuple):
     waits    what a rank received stays until the pass is over, as replicas sum it
     returns  the loss is computed when the model has returned, and let go of what its last gathering wrote
     leaves   its parts of the gradients go to the host as soon as they are reduced
+    hooks    what a recomputed block was given, and the gradient of that, stay until the pass is over: a hook refers to
+             them
     sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
     """
 
@@ -320,3 +324,4 @@ class Division(NamedTuple):
     waits: bool = False
     returns: bool = False
     leaves: bool = False
+    hooks: bool = False

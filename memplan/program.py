@@ -27,6 +27,7 @@ from memplan.graph import (
     handed_on,
     loading,
     lowered,
+    optimized,
     shape_of,
     shared_buffers,
     weights_of,
@@ -487,7 +488,7 @@ def program(structure: Structure) -> Program:
         away=tuple(_away(structure)),
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
-        trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.trains or w.idle),
+        trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if optimized(w, whole) or w.idle),
         active_parameters=sum(active(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
     )
 
@@ -651,8 +652,9 @@ def openings_of(structure: Structure) -> tuple[pipeline.Moment, ...]:
     return tuple(first.values())
 
 
-def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
-    """What loading allocates and frees, in order, see `memplan.graph.loading`."""
+def loading_of(structure: Structure, together: bool = False) -> Iterator[tuple[int, int]]:
+    """What loading allocates and frees, in order, see `memplan.graph.loading`; `together` as
+    `memplan.dividing.loading_events` has it."""
     if zero.stage(structure.ranks):
         return zero.loading_events(structure.graph, structure.ranks)
     if megatron.divides(structure.ranks):
@@ -660,13 +662,13 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
     if structure.graph.code == "torchtitan":  # made where it lies: trainer.py to_empty
         return enumerate(h.bytes for h in resident_of(structure) for _ in range(h.copies))
     if division_of(structure) is not None:
-        return dividing.loading_events(structure.graph, structure.ranks)
+        return dividing.loading_events(structure.graph, structure.ranks, together)
     return loading(structure.graph)
 
 
 def _loading(structure: Structure) -> int:
     """The most bytes at once until the first step. DDP sends the first rank's weights to the others."""
-    most = _most(loading_of(structure))
+    most = _most(loading_of(structure, together=True))
     if structure.ranks.strategy != "ddp" or structure.ranks.world == 1 or structure.buffers:
         return most
     resident = sum(h.bytes * h.copies for h in resident_of(structure))

@@ -16,7 +16,7 @@ from memplan.catalogue.parameters import Parameter
 from memplan.catalogue.states import OptimizerMemory
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, unit_of
 from memplan.engine.walk import size
-from memplan.graph import Graph, Held, built, elements, parameters_of, shape_of
+from memplan.graph import Graph, Held, built, elements, optimized, parameters_of, shape_of
 from memplan.ir import Division, Op, Tensor, Unit, Weight, operations
 from memplan.units import ITEMSIZE
 
@@ -119,7 +119,7 @@ def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
     """
     found: list[Piece] = []
     for unit, where, copies, weights in units_of(graph, ranks.row.flat, ranks.wraps):
-        together = [w for w in weights if w.group != "adapter"] if ranks.row.flat else []
+        together = [w for w in weights if graph.joined or w.group != "adapter"] if ranks.row.flat else []
         if together:
             found.append(_piece(graph, ranks, unit, where, copies, "flat parameter", together))
         alone = [w for w in weights if w not in together]
@@ -190,19 +190,20 @@ def _piece(graph: Graph, ranks: Ranks, unit: str, where: str, copies: int, name:
         shape = rows_of(shapes[0], ranks.world)
     kept = kept_dtype(first, ranks)
     whole = prod(shape) * ranks.among
-    slices = tuple(_slices(weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
+    slices = tuple(_slices(graph, weights, shapes, sent, prod(shape))) if ranks.row.flat else ()
     made = max(own, sum(elements(w._replace(shape=w.gradient), axes) for w in weights if w.gradient))
     return Piece(name, unit, where, copies, shape, kept, whole, own, made, sent, first.trains, whole != laid, slices)
 
 
 def _slices(
-    weights: list[Weight], shapes: list[tuple[int, ...]], dtype: str, mine: int
+    graph: Graph, weights: list[Weight], shapes: list[tuple[int, ...]], dtype: str, mine: int
 ) -> Iterator[tuple[str, int, bool]]:
-    """What the first rank has of each weight, in numbers, of those laid one after the other: use_orig_params."""
+    """What the first rank has of each weight that the optimizer is given, in numbers, of those laid one after the
+    other: use_orig_params. With each, whether that is an embedding."""
     start = 0
     for w, shape in zip(weights, shapes, strict=True):
         numbers = prod(shape)
-        if start < mine:
+        if start < mine and (optimized(w, graph) or not w.trains):
             yield w.name, min(numbers, mine - start), w.group == "embedding" and not w.matrix
         start += aligned(numbers, dtype)
 
@@ -268,7 +269,23 @@ def division(graph: Graph, ranks: Ranks) -> Division | None:
         waits=waits,
         leaves=leaves,
         returns=graph.code == "torchtitan",
+        hooks=flat and ranks.inside and hooked(graph),
     )
+
+
+def hooked(graph: Graph) -> bool:
+    """Whether FSDP1's hooks on what frozen blocks were given keep that, and its gradient, until backward is over.
+
+    To let go of weights that get no gradient FSDP1 hooks the block's input. Where it is called within the recomputation
+    of a reentrant checkpoint that is a leaf of the inner graph, which the hook's node refers to, and whose gradient is
+    written to it. Published runs of Llama and Mistral show both; those of Granite and GPT-BigCode, whose embeddings are
+    scaled or added to, neither.
+    Source: torch 2.4 distributed/fsdp/_runtime_utils.py _register_post_backward_reshard_only_hook, autograd/graph.py
+    register_multi_grad_hook.
+    """
+    before = built(graph)[0].before
+    bare = any(w.group == "embedding" for op in before for w in op.weights if op.writes[0].name == "embeds")
+    return graph.reentrant and graph.leaf and bare
 
 
 # When FSDP1's BackwardPrefetch asks for the next unit, see `memplan.ir.Division`.
@@ -319,7 +336,7 @@ def _together(group: list[Piece], ranks: Ranks) -> Unit:
         padded = tuple(Tensor(f"padded gradient of {p.name}", str(p.whole), p.sent) for p in trained if p.pads)
         parts = tuple(Tensor(f"{p.name}.grad", str(prod(p.shape)), p.dtype) for p in trained)
         received = tuple(t._replace(dtype=p.sent) for t, p in zip(parts, trained, strict=True) if p.dtype != p.sent)
-        return Unit(whole, (), cast, (*joined, *padded), received, parts, _summed(trained))
+        return Unit(whole, (), cast, joined, padded, received, parts, _summed(trained))
     sent = sum(p.whole * ITEMSIZE[p.sent] for p in group)
     message = (Tensor("all-gather's output", str(sent), "uint8"),)
     if not trained:
@@ -328,7 +345,7 @@ def _together(group: list[Piece], ranks: Ranks) -> Unit:
     joined = (Tensor("reduce-scatter's input", str(sum(p.whole for p in trained)), reduces),)
     parts = (Tensor("gradients", str(sum(prod(p.shape) for p in trained)), trained[0].dtype),)
     received = tuple(t._replace(dtype=reduces) for t in parts if trained[0].dtype != reduces)
-    return Unit(whole, message, cast, joined, received, parts, _summed(trained))
+    return Unit(whole, message, cast, joined, (), received, parts, _summed(trained))
 
 
 def _undivided(group: list[Piece]) -> Unit:
@@ -437,7 +454,9 @@ def trained_parts(graph: Graph, ranks: Ranks, trainer: bool = False) -> list[Par
         found = [
             (Parameter(f"{p.where}.{name}".lstrip("."), shape, p.dtype, embedding=trainer and embedding), p.copies)
             for p in own
-            for name, shape, embedding in ([(name, (n,), e) for name, n, e in p.slices] or [(p.name, p.shape, False)])
+            for name, shape, embedding in (
+                [(n, (count,), e) for n, count, e in p.slices] or [(p.name, p.shape, False)][: not graph.joined]
+            )
         ]
         out += [p for p, _ in found]
         out += [p._replace(copies=n - 1) for p, n in found if n > 1]

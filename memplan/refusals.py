@@ -6,7 +6,7 @@ No field is ever ignored: one that could not do what it says is an error that na
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.optimizers import ON_HOST, OPTIMIZERS
@@ -14,8 +14,6 @@ from memplan.catalogue.parallel import ELEMENTWISE, MEGATRON, OF_FLAT_PARTS, OF_
 from memplan.catalogue.quantization import FP8_BLOCK, WHOLE
 from memplan.degrees import check_product, replicas
 from memplan.errors import SpecError
-from memplan.graph import Graph
-from memplan.models import ModelSpec
 from memplan.spec import (
     Also,
     Evaluation,
@@ -31,6 +29,10 @@ from memplan.spec import (
     Serving,
     TrainedOver,
 )
+
+if TYPE_CHECKING:
+    from memplan.graph import Graph
+    from memplan.models import ModelSpec
 
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
@@ -91,6 +93,9 @@ def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
     if e.batch_metrics and (e.accumulation is not None or not e.concatenates):
         name = f"also.evaluation.{'accumulation' if e.accumulation is not None else 'concatenates'}"
         yield SpecError(f"{name}: with batch_metrics nothing is kept of a batch", name)
+    if e.new_tokens and e.kept_batches:
+        name = "also.evaluation.kept_batches"
+        yield SpecError(f"{name}: with new_tokens it is tokens that are kept, and no logits; leave it out", name)
     if e.new_tokens and run.parallelism.world > 1:
         yield _later("also.evaluation.new_tokens", f"{e.new_tokens} on {run.parallelism.world} GPUs", "one GPU")
     if run.batch.images:

@@ -29,7 +29,6 @@ from memplan.errors import MemplanError, SpecError
 from memplan.gpus import GPU, find_gpu
 from memplan.graph import (
     Graph,
-    built,
     parameter_targets,
     stacks,
     tower_dtype,
@@ -355,7 +354,7 @@ def _decide(
         checkpoint=checkpoints,
         loss=str(kernels.loss),
         hold_outputs=bool(loop.hold_outputs),
-        adds_in_place=kernels.loss != "fused" or adds_in_place(capability),
+        adds_in_place=kernels.loss != "fused" or (words["adds_products"] and adds_in_place(capability)),
         rank=method.rank,
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
         reentrant=bool(kernels.reentrant) and checkpoints,
@@ -374,6 +373,7 @@ def _decide(
         code=words["code"],
         lingers=words["lingers"] and parallelism.pp == 1,
         degrees=degrees,
+        joined=words["code"] == "litgpt" and method.kind in ADAPTERS and ranks.world > 1 and ranks.row.flat,
     )
     if degrees.cp > 1 and not own:
         wiring = graph.wiring
@@ -572,7 +572,7 @@ def _ranks(
     ranks = Ranks(
         p.strategy,
         alike if p.shard_group in (None, 1) else p.shard_group,
-        delayed=trainer and accumulates,
+        delayed=(trainer or words["code"] == "litgpt") and accumulates,  # fabric.no_backward_sync
         replicated=p.shard_group not in (None, 1, alike),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
@@ -635,26 +635,12 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
 
 
 def _check_flat(graph: Graph, ranks: Ranks) -> None:
-    """Raise SpecError where FSDP1 would lay weights of several dtypes together, or keeps what is not modelled.
-
-    Where transformers until 4.52 has a frozen block checkpointed by the reentrant kind, together with its FSDP wrapper,
-    the hook on the recomputation's input keeps that and its gradient alive: published LoRA and QLoRA runs of Llama and
-    Mistral hold a copy of hidden states more for all blocks but two. Those of Granite and GPT-BigCode, whose embeddings
-    are scaled or added to, do not.
-    """
-    if graph.code == "litgpt" and graph.recipe.kind in ADAPTERS:
+    """Raise SpecError where FSDP1 would lay weights of several dtypes together, or some that get no gradients."""
+    if graph.joined and any(w.stored for w, _, _ in weights_of(graph)):
         raise SpecError(
-            "method.kind: adapters under fsdp are not supported yet as LitGPT has them, in one flat parameter with "
-            "frozen weights, of which gradients are made too; supported: full, or profile transformers-5",
-            "method.kind",
-        )
-    before = built(graph)[0].before
-    bare = any(w.group == "embedding" for op in before for w in op.weights if op.writes[0].name == "embeds")
-    if ranks.inside and graph.reentrant and graph.leaf and bare:
-        raise SpecError(
-            "kernels.reentrant: true is not supported yet for adapters under fsdp with this profile; supported: false, "
-            "or profile transformers-5",
-            "kernels.reentrant",
+            "method.quantization: adapters over quantised weights are not supported under fsdp as LitGPT has them, in "
+            "one flat parameter with frozen weights; supported: lora, or profile transformers-5",
+            "method.quantization",
         )
     dtypes = mixed(graph, ranks)
     if dtypes:

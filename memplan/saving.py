@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from math import prod
 
 from memplan import zero
+from memplan.catalogue.saved import SOURCE, turned_back
 from memplan.engine.walk import size
 from memplan.graph import Held, built, elements, parameters_of, weights_of
 from memplan.program import Program, Structure, division_of
@@ -42,13 +43,27 @@ def saved(structure: Structure, saving: Saving, program: Program) -> tuple[tuple
     """What is there on the GPU when most is, where that is, and the bytes on the first rank's host."""
     kind = kind_of(structure, saving)
     if kind == "whole":
-        return (), "save", _written(structure)
+        copies = tuple(_turned_back(structure))
+        return copies, "save.convert" if copies else "save", _written(structure)
     if kind == "sharded":
         return (), "save", 0
     every = [*_gathered(structure, saving, program)]
     held, where = max(every, key=lambda found: sum(h.bytes * h.copies for h in found[0]))
     states = program.states * structure.ranks.world if saving.optimizer and not zero.stage(structure.ranks) else 0
     return held, where, max(_whole(structure), states)  # one file after the other
+
+
+def _turned_back(structure: Structure) -> Iterator[Held]:
+    """The copies that transformers makes of experts. DeepSpeed's state dict is on the host by then."""
+    graph = structure.graph
+    if zero.stage(structure.ranks) or graph.recipe.kind not in ("full", "freeze"):
+        return
+    _, axes = built(graph)
+    for w, count, block in weights_of(graph):
+        for t in turned_back(w, graph.model.model_type):
+            yield Held(
+                "temp", t.name, block.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], SOURCE
+            )
 
 
 def _gathered(structure: Structure, saving: Saving, program: Program) -> Iterator[tuple[tuple[Held, ...], str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from itertools import islice
 from typing import Literal
 
@@ -18,8 +18,10 @@ from memplan import zero
 from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.catalogue.pipeline import enough, passes
 from memplan.engine.allocator import Allocator, Block
+from memplan.engine.lower import COMPUTING, GATHERING, LENT
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.walk import size
+from memplan.fetching import Gathering
 from memplan.graph import EMPTIED, built, recorded
 from memplan.ir import Tensor
 from memplan.program import (
@@ -41,13 +43,18 @@ from memplan.program import (
 )
 from memplan.units import ITEMSIZE
 
+STREAMS = 4  # that have pools of their own
+NOTHING = Gathering((), 0, 0)
+IN_FLIGHT = 2  # _max_num_inflight_all_gathers
+FEW_RANKS = 64  # of more the parts of a weight are replayed as one tensor: they are thousands, and gone at once
 FEW = 16  # states are few where so many times their bytes are fewer than the weights'
 
 
 def pass_of(structure: Structure, later: bool) -> Recorded:
     """A pass of the structure: the first of a step, or a `later` micro-batch's."""
     grads_exist = later or spends_gradients(structure)
-    return recorded(structure.graph, grads_exist, updates_of(structure), division_in_pass(structure, later))
+    late = zero.late(structure.graph, structure.ranks)
+    return recorded(structure.graph, grads_exist, updates_of(structure), division_in_pass(structure, later), late)
 
 
 def segments(
@@ -66,7 +73,7 @@ def segments(
     structure = program.structure
     _, own = built(structure.graph)
     numbers = {**own, **axes}
-    allocator = Allocator(expandable, capacity)
+    allocator = Allocator(expandable, capacity, STREAMS)
     _load(structure, allocator)
     alike = program.states * FEW < program.parameters
     if program.optimizer.at_once or alike:
@@ -78,16 +85,23 @@ def segments(
         if structure.pipe.engine:
             gradients += _fly(structure, axes, allocator, handles)
         for later in (False, True)[: 0 if structure.pipe.engine else 1 + structure.accumulates]:
-            between = [allocator.alloc(held.bytes) for held in passing_of(structure, "backward")]
+            weights, reducing = _Gathered(structure, allocator), list[Block]()
+            between: list[Block] = []
+            if not zero.stage(structure.ranks):
+                between = [allocator.alloc(held.bytes) for held in passing_of(structure, "backward")]
             if later and not stay_throughout(structure, "backward"):  # whole until then
                 between += [allocator.alloc(h.bytes) for h in accumulated_of(structure) for _ in range(h.copies)]
-            made, held = _pass(pass_of(structure, later), numbers, allocator, handles, waiting)
+            recording = pass_of(structure, later)
+            start = partial(_reduce, structure, allocator, reducing)
+            made, held = _pass(recording, numbers, allocator, handles, waiting, start)
             gradients += made
             if structure.graph.lingers or (structure.holds_outputs and later == structure.accumulates):
                 waiting = held
             else:
                 _free(held, allocator)
             _free(between, allocator)
+            _free(reducing, allocator)
+            weights.end()
         if zero.stage(structure.ranks):  # the update's gradients are made of these
             _free(gradients, allocator)
             gradients = [allocator.alloc(program.gradients)]
@@ -98,6 +112,35 @@ def segments(
     for aside in asides:
         aside(allocator)
     return allocator.peak_reserved
+
+
+def _reduce(structure: Structure, allocator: Allocator, made: list[Block]) -> None:
+    """What DeepSpeed reduces gradients by, from the head's backward on."""
+    if zero.stage(structure.ranks):
+        held = zero.on_streams(structure.graph, structure.ranks)
+        made += [allocator.alloc(bytes_, stream) for stream, bytes_ in held]
+
+
+class _Gathered:
+    """The weights that ZeRO's stage 3 gathers in a pass, up to the moment when they are most; the `end` is what comes
+    after that. When they come and go beside the pass's own tensors matters on a full card alone."""
+
+    def __init__(self, structure: Structure, allocator: Allocator) -> None:
+        self._allocator = allocator
+        self._blocks: dict[int, Block] = {}
+        self._stream, found = zero.gathering(structure.graph, structure.ranks) or (COMPUTING, NOTHING)
+        self._rest = found.events[found.most :]
+        self._replay(found.events[: found.most])
+
+    def _replay(self, events: Iterable[tuple[int, int]]) -> None:
+        for number, bytes_ in events:
+            if bytes_:
+                self._blocks[number] = self._allocator.alloc(bytes_, self._stream)
+            else:
+                self._allocator.free(self._blocks.pop(number))
+
+    def end(self) -> None:
+        self._replay(self._rest)
 
 
 class _Flight:
@@ -129,7 +172,7 @@ class _Flight:
             if key == FREED:
                 self._allocator.free(self._blocks.pop(number))
             else:
-                self._blocks[number] = self._allocator.alloc(sizes[key])
+                self._blocks[number] = self._allocator.alloc(sizes[key], recording.streams[key] % LENT)
 
 
 def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]) -> list[Block]:
@@ -176,14 +219,14 @@ def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, ha
 def largest_message(structure: Structure) -> tuple[Tensor, ...]:
     """What the largest reduce-scatter of a rank's units reads."""
     found = division_of(structure)
-    every = (unit.joined for _, unit in found.units) if found else ()
+    every = ((*unit.joined, *unit.padded) for _, unit in found.units) if found else ()
     return max(every, key=lambda some: sum(_bytes(t.shape, t.dtype, {}) for t in some), default=())
 
 
 def _load(structure: Structure, allocator: Allocator) -> None:
     """Load the model; gradients that have buffers of their own come with the optimizer."""
     blocks: dict[int, Block] = {}
-    for number, bytes_ in loading_of(structure):
+    for number, bytes_ in loading_of(structure, together=structure.ranks.world > FEW_RANKS):
         if bytes_:
             blocks[number] = allocator.alloc(bytes_)
         elif number == EMPTIED:
@@ -206,18 +249,18 @@ def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
     return COPIES_AGAIN * _bytes("shifted_rows v" if shifted else "b s v", dtype, {**own, **axes})
 
 
-def unexplained(structure: Structure, axes: Mapping[str, int]) -> int:
-    """Bytes that segments hold beside a replay's."""
-    return cached_logits(structure, axes) + streams_apart(structure)
-
-
 def streams_apart(structure: Structure) -> int:
-    """What segments of other streams may hold of collectives beside the replay's, in bytes.
+    """The most bytes that lie free in pools of other streams while the one that computes could do with them.
 
-    torch's allocator has pools for each stream, and FSDP gathers on streams of its own; the replay has them all in one.
-    At most two units are gathered and one reduced at once.
+    What is gathered, and reduced: under FSDP at most two units and one at once. A replay has those pools; a bound that
+    does without one has to leave room for them.
     """
-    return _of_streams(structure) if structure.ranks.world > 1 else 0
+    graph, ranks = structure.graph, structure.ranks
+    if zero.stage(ranks):
+        stream, gathered = zero.gathering(graph, ranks) or (COMPUTING, NOTHING)
+        apart = zero.on_streams(graph, ranks)
+        return (gathered.bytes if stream else 0) + sum(bytes_ for where, bytes_ in apart if where)
+    return _of_streams(structure) if ranks.world > 1 else 0
 
 
 @lru_cache(maxsize=1024)
@@ -241,26 +284,88 @@ def _pass(
     allocator: Allocator,
     handles: Iterator[int],
     waiting: list[Block],
+    reduce_by: Callable[[], None],
 ) -> tuple[list[Block], list[Block]]:
     """Replay a pass; what it leaves are gradients, and what the script holds of it.
 
     `handles` are the workspaces not there yet: one comes with the first product forward, one with the first backward,
-    which is the head's. `waiting` goes when forward is over.
+    which is the head's. `waiting` goes when backward comes to it, and what a rank is to `reduce_by` comes.
     """
     bytes_ = [_bytes(key[0], key[1], axes) for key in recording.sizes]
     blocks: dict[int, Block] = {}
     alloc, free = allocator.alloc, allocator.free
+    ahead = _Ahead(allocator, recording, bytes_, blocks) if any(recording.streams) else None
     for start, end in ((0, recording.head), (recording.head, recording.over)):
+        if start:
+            reduce_by()
         for handle in islice(handles, 1):
             alloc(handle)
-        for number, key in recording.events[start:end]:
-            if key == FREED:
-                free(blocks.pop(number))
-            else:
-                blocks[number] = alloc(bytes_[key])
+        events = recording.events[start:end]
+        if ahead is not None:
+            ahead.replay(events)
+        else:  # the same, of one stream
+            for number, key in events:
+                if key == FREED:
+                    free(blocks.pop(number))
+                else:
+                    blocks[number] = alloc(bytes_[key])
         _free(waiting, allocator)
+    if ahead is not None:
+        ahead.end()
     held = [blocks.pop(number) for number, _ in recording.events[recording.over :]]
     return list(blocks.values()), held
+
+
+class _Ahead:
+    """A pass on several streams, of a process that runs ahead of its GPU.
+
+    FSDP1 lets go of a unit's weights while the GPU still has to compute with them, and of a unit's gradients while they
+    are to be reduced: torch's allocator hands such blocks out again once the other stream is done with them. The
+    process waits for that where it asks for weights and two it let go of are still used: for the earlier of them, and
+    so for the gradients of the unit before that one. FSDP2 has its streams wait for each other, and nothing is late.
+
+    Source: torch 2.13 distributed/fsdp/_runtime_utils.py _unshard, _post_backward_hook, _limiter_utils.py
+    _FreeEventQueue; c10/cuda/CUDACachingAllocator.cpp recordStream.
+    """
+
+    def __init__(self, allocator: Allocator, recording: Recorded, bytes_: list[int], blocks: dict[int, Block]) -> None:
+        self._allocator, self._bytes, self._blocks, self._streams = allocator, bytes_, blocks, recording.streams
+        self._late = LENT in recording.streams
+        self._kinds: dict[int, int] = {}
+        self._weights: deque[tuple[Block, list[Block]]] = deque()  # each with the gradients let go of before it
+        self._gradients: list[Block] = []
+
+    def replay(self, events: Iterable[tuple[int, int]]) -> None:
+        alloc, free = self._allocator.alloc, self._allocator.free
+        streams, bytes_, blocks = self._streams, self._bytes, self._blocks
+        for number, key in events:
+            if key != FREED:
+                stream = streams[key]
+                if stream == GATHERING and len(self._weights) >= IN_FLIGHT:
+                    self._wait()
+                blocks[number] = alloc(bytes_[key], COMPUTING if stream == LENT else stream)
+                if stream and self._late:
+                    self._kinds[number] = stream
+                continue
+            block, stream = blocks.pop(number), self._kinds.pop(number, COMPUTING)
+            if stream == GATHERING:
+                self._weights.append((block, self._gradients))
+                self._gradients = []
+            elif stream == LENT:
+                self._gradients.append(block)
+            else:
+                free(block)
+
+    def _wait(self) -> None:
+        weights, gradients = self._weights.popleft()
+        self._allocator.free(weights)
+        _free(gradients, self._allocator)
+
+    def end(self) -> None:
+        """The process waits for all before the optimizer's step."""
+        while self._weights:
+            self._wait()
+        _free(self._gradients, self._allocator)
 
 
 def _free(blocks: list[Block], allocator: Allocator) -> None:

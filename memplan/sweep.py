@@ -28,7 +28,7 @@ from memplan.resolve import Decided, decide
 from memplan.run_axes import run_axes
 from memplan.segments import streams_apart
 from memplan.sizes import ONE_RUN, Arithmetic
-from memplan.spec import RunSpec, changed
+from memplan.spec import Also, RunSpec, changed
 from memplan.usage import Room, enough, resident, room
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from memplan.calibration import Calibration
 
-STEP_PHASES = ("load", *PHASES, "step")
+STEP_PHASES = ("load", *PHASES, "step", "eval", "generate", "save", "merge")
 FITS, TIGHT, DOES_NOT_FIT = range(len(ANSWERS))
 UNCLEAR, CANNOT_RUN = 3, 4
 FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
@@ -214,7 +214,8 @@ def _fill(out: _Found, run: RunSpec, calibration: Calibration | None, batches: l
 
     first = _changed(run, {"batch": batches[0], "sequence": sequences[0]})
     decided = decide(first)
-    if decided.structure.graph.degrees.pp > 1:  # which stage holds most is each run's own
+    # which stage holds most is each run's own, and what it does beside its steps
+    if decided.structure.graph.degrees.pp > 1 or run.also != Also():
         _one_by_one(out, run, calibration, batches, sequences)
         return
     p = program(decided.structure)

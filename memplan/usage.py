@@ -14,7 +14,7 @@ from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, SHOWN_OF_RANKS, 
 from memplan.engine.allocator import Allocator, OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
-from memplan.segments import segments, streams_apart, unexplained
+from memplan.segments import cached_logits, segments, streams_apart
 from memplan.sizes import ONE_RUN, Arithmetic, Size
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class Allocations(Protocol):
         ...
 
     def apart(self) -> int:
-        """Bytes in segments of other streams, which a replay does not see."""
+        """Bytes that may lie free in pools of other streams, which a bound without a replay leaves room for."""
         ...
 
     def beside(self) -> int:
-        """All bytes in segments that a replay does not see."""
+        """Bytes in segments that a replay does not see."""
         ...
 
 
@@ -55,7 +55,7 @@ class Replay(NamedTuple):
         return streams_apart(self.structure)
 
     def beside(self) -> int:
-        return unexplained(self.structure, dict(self.axes))
+        return cached_logits(self.structure, dict(self.axes))
 
 
 @lru_cache(maxsize=1024)
@@ -185,7 +185,7 @@ class Usage:
         sure = self._sure(usable)
         if self.allocated > sure:
             return False
-        return True if self.enough <= sure or (replayed and self._roomy <= sure) else None
+        return True if self.enough + self._replay.apart() <= sure or (replayed and self._roomy <= sure) else None
 
     @property
     def least(self) -> int:
@@ -193,8 +193,8 @@ class Usage:
         return self._shown(self.allocated, self._beside.low, -self._beside.less)
 
     def _sure(self, usable: int) -> int:
-        """What is left for the segments that a replay has, of which other streams' are no part."""
-        return room(usable, self._beside).sure - self._replay.apart()
+        """What is left for torch's segments."""
+        return room(usable, self._beside).sure
 
     @cached_property
     def _possible(self) -> bool:
@@ -235,7 +235,7 @@ class Usage:
 
     @property
     def enough(self) -> int:
-        """Bytes for segments that the run lives in on a full card."""
+        """Bytes for segments that the run lives in on a full card, where all are of one stream."""
         return enough(self.allocated, self._resident, self._load, ONE_RUN)
 
     @cached_property

@@ -21,8 +21,9 @@ from typing import NamedTuple
 from memplan.catalogue.parallel import ALIGNMENT, STAGES, part
 from memplan.catalogue.parameters import Parameter
 from memplan.catalogue.states import State
+from memplan.engine.lower import COMPUTING, GATHERING, REDUCING
 from memplan.engine.walk import size
-from memplan.fetching import whole
+from memplan.fetching import Gathering, gathered, whole
 from memplan.graph import EMPTIED, Graph, Held, built, elements, in_order, loading, parameters_of, weights_of
 from memplan.ir import Weight
 from memplan.ranks import Ranks, beside, numbers_of
@@ -67,10 +68,13 @@ class _Reduced(NamedTuple):
              gradients are kept whole
     waiting  the gradients that wait outside of a bucket until it is reduced, and the copy that is reduced, at the
              moment when both are most
+    waits    the gradients alone, when they are most; `copied`, the copy
     """
 
     owned: int
     waiting: int
+    waits: int
+    copied: int
 
 
 @lru_cache(maxsize=256)
@@ -79,7 +83,7 @@ def _reduced(graph: Graph, ranks: Ranks) -> _Reduced:
     sizes, knobs, world = _each(graph), ranks.knobs, ranks.world
     if stage(ranks) == 3:
         flushes = _fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket)
-        return _Reduced(0, max(sum(_scattered(f, sizes, ranks)) for f in flushes))
+        return _most_reduced(0, [_scattered(f, sizes, ranks) for f in flushes])
     laid = range(len(sizes))
     if knobs.round_robin:
         laid = [i for rank in range(min(world, len(sizes))) for i in range(rank, len(sizes), world)]
@@ -90,7 +94,7 @@ def _reduced(graph: Graph, ranks: Ranks) -> _Reduced:
         for rank in range(start // own, (start + sizes[i] - 1) // own + 1):
             owned[rank] = owned.get(rank, 0) + sizes[i]
     flushes = _fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket)
-    most = 0
+    found: list[tuple[int, int]] = []
     for flush in flushes:
         numbers = sum(sizes[i] for i in flush)
         alone = numbers > knobs.reduce_bucket
@@ -99,8 +103,13 @@ def _reduced(graph: Graph, ranks: Ranks) -> _Reduced:
             copied = numbers if len(flush) > 1 else 0
         else:
             copied = _copied(((starts[i], sizes[i]) for i in flush), own, knobs.reduce_bucket)
-        most = max(most, waits + copied)
-    return _Reduced(max(owned.values()), most)
+        found.append((waits, copied))
+    return _most_reduced(max(owned.values()), found)
+
+
+def _most_reduced(owned: int, each: list[tuple[int, int]]) -> _Reduced:
+    """Of what waits and is copied each time that a bucket is reduced."""
+    return _Reduced(owned, max(map(sum, each)), max(waits for waits, _ in each), max(copied for _, copied in each))
 
 
 def _fills(order: Iterable[int], sizes: tuple[int, ...], bucket: int) -> list[list[int]]:
@@ -255,6 +264,53 @@ def passing(graph: Graph, ranks: Ranks, phase: str) -> Iterator[Held]:
         yield _in_bytes("temp", "a reduced gradient on its way to the host", _leaving(graph, ranks, dtype), source)
 
 
+def on_streams(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
+    """What `passing` has in backward beside gathered weights, by the stream it is allocated on: stream and bytes.
+
+    With `overlap_comm` gradients are reduced on a stream of its own, and at stage 2 what comes of it is kept in its
+    pools; a gradient that waits was allocated where it was computed.
+    """
+    knobs, at = ranks.knobs, stage(ranks)
+    _, dtype = _trained(graph)
+    reduced, item = _reduced(graph, ranks), ITEMSIZE[dtype]
+    reducing = REDUCING if knobs.overlaps else COMPUTING
+    if at < 3:
+        if knobs.contiguous or knobs.optimizer:
+            yield from [(COMPUTING, knobs.reduce_bucket * item)] * (1 + knobs.overlaps)
+        if not knobs.optimizer:
+            yield (reducing if at == 2 else COMPUTING), reduced.owned * item
+    yield COMPUTING, _waiting(graph, ranks, reduced.waits) * item
+    yield reducing, reduced.copied * item
+    if knobs.optimizer:
+        yield reducing, _leaving(graph, ranks, dtype)
+
+
+def late(graph: Graph, ranks: Ranks) -> frozenset[str]:
+    """The weights outside of blocks whose gradients no bucket holds: each waits where it was made, until the next one
+    comes and has it reduced."""
+    if stage(ranks) < 2 or not ranks.knobs.contiguous:
+        return frozenset()
+    _, axes = built(graph)
+    large = (w for w, _, block in weights_of(graph) if w.trains and not block)
+    return frozenset(w.name for w in large if elements(w, axes) > ranks.knobs.reduce_bucket)
+
+
+def _waiting(graph: Graph, ranks: Ranks, waits: int) -> int:
+    """How many numbers wait of gradients that are not `late`."""
+    if not ranks.knobs.contiguous:
+        return waits
+    _, axes = built(graph)
+    inside = (elements(w, axes) for w, _, block in weights_of(graph) if w.trains and block)
+    return max((numbers for numbers in inside if numbers > ranks.knobs.reduce_bucket), default=0)
+
+
+def gathering(graph: Graph, ranks: Ranks) -> tuple[int, Gathering] | None:
+    """At stage 3 the stream that weights are gathered on, and what is allocated there in a pass."""
+    if stage(ranks) < 3:
+        return None
+    return (GATHERING if ranks.knobs.overlaps else COMPUTING), gathered(graph, ranks)
+
+
 def _leaving(graph: Graph, ranks: Ranks, dtype: str) -> int:
     """Bytes that take a reduced gradient to the host: its norm is taken in fp64. At stage 3 it is copied to the host
     and back first."""
@@ -269,24 +325,45 @@ def loading_events(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
     flattened; at stage 3 every weight is divided as it is loaded, or once the whole model is on the GPU, and then the
     parts of those that train are laid together by way of the host."""
     numbers = itertools.count()
-    mine = size(str(partition(graph, ranks)), "fp32", {})[1]
-    trained, dtype = _trained(graph)
+    _, dtype = _trained(graph)
     if stage(ranks) == 3:
         yield from _dividing(graph, ranks, numbers)
         if not ranks.knobs.parameters:
             yield next(numbers), size(str(partition(graph, ranks)), dtype, {})[1]
     else:
-        last = 0
-        for last, bytes_ in loading(graph):
+        last, ends = 0, dict[int, Weight]()
+        for last, bytes_ in loading(graph, ends):
             yield last, bytes_
         numbers = itertools.count(last + 1)
+        gone = [(number, 0) for number, w in ends.items() if w.trains]
+        flat = (next(numbers), size(str(partition(graph, ranks) * ranks.world), dtype, {})[1])
         yield EMPTIED, 0
-        if ranks.knobs.flattens:
-            flat = next(numbers)
-            yield flat, size(str(trained), dtype, {})[1]
-            yield flat, 0
-    if not ranks.knobs.optimizer:
-        yield next(numbers), mine
+        yield from [flat, *gone] if ranks.knobs.flattens else [*gone, (EMPTIED, 0), flat]
+    yield from _masters(graph, ranks, numbers)
+
+
+def _masters(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Iterator[tuple[int, int]]:
+    """The fp32 partition is made of a copy: below stage 3 of one in the weights' dtype, at stage 3 of one in fp32, a
+    sub-group after the other. To begin with the optimizer is given gradients of zeros."""
+    _, dtype = _trained(graph)
+    here, at = not ranks.knobs.optimizer, stage(ranks)
+    groups = _sub_groups(graph, ranks) if at == 3 else (partition(graph, ranks),)
+
+    def bytes_of(count: int, kind: str = "fp32") -> int:
+        return size(str(count), kind, {})[1]
+
+    for count in groups:
+        copied = next(numbers)
+        if at < 3 or here:
+            yield copied, bytes_of(count, "fp32" if at == 3 else dtype)
+        if here:
+            yield next(numbers), bytes_of(count)
+        if at < 3 or here:
+            yield copied, 0
+    if here:
+        zeros = next(numbers)
+        yield zeros, bytes_of(max(groups))
+        yield zeros, 0
 
 
 def flattens(graph: Graph, room: int) -> bool:

@@ -193,7 +193,6 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
     [
         "--tp 2 --profile transformers-4.48",
         "--offload optimizer --gpus 2",
-        "--ep 2 --gpus 2",
     ],
 )
 def test_what_is_not_supported_yet_says_so(memplan_: Memplan, options: str) -> None:

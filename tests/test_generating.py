@@ -30,15 +30,16 @@ def label(case: dict[str, Any]) -> str:
     run = case["run"]
     kernels, method = run.get("kernels", {}), run.get("method", {})
     more = [kernels.get("attention", ""), method.get("kind", ""), "4-bit" if "quantization" in method else ""]
-    more += ["padded" if run.get("loop") else "", run.get("precision", {}).get("weights", "")]
-    return "-".join([case["name"], run["task"], f"s{run['batch']['sequence']}", *filter(None, more)])
+    more += ["padded" if run.get("loop", {}).get("padded") else "", run.get("precision", {}).get("weights", "")]
+    return "-".join([case["name"], run["task"], f"s{run['batch'].get('sequence', 2048)}", *filter(None, more)])
 
 
 def without_workspace(answer: Estimate) -> dict[str, int]:
-    """The peak of every phase as a trace has it."""
+    """The peak of every phase as a trace has it: of tensors alone."""
     gpu = answer.run.gpu
     workspace = cublas_workspace(find_gpu(gpu).compute_capability if gpu else None).usual
-    return {name: n - (workspace if name != "load" else 0) for name, n in phase_peaks(answer).items()}
+    ends = sum(line.bytes for line in answer.ledger if line.what == "left unsplit")
+    return {name: n - ends - (workspace if name != "load" else 0) for name, n in phase_peaks(answer).items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
@@ -58,7 +59,7 @@ def test_the_mean_error_of_all_passes_is_below_a_tenth_of_a_percent() -> None:
     for case in CASES:
         mine = without_workspace(estimate(RunSpec(**case["run"])))
         errors += [abs(mine[phase] / n - 1) for phase, n in case["phases"].items() if phase != "load"]
-    assert len(errors) > 100
+    assert len(errors) > 400
     assert sum(errors) / len(errors) < 1e-3
 
 

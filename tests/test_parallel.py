@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import ceil, prod
+from math import prod
 from statistics import mean
 from typing import Any
 
@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from benchmarks.golden import SLACK, rows
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.overhead import COVERAGE, SHOWN_OF_RANKS
+from memplan.catalogue.overhead import SHOWN_OF_RANKS
 from memplan.catalogue.parallel import BUCKET, ELEMENTWISE, FIRST_BUCKET, MEGATRON, STRATEGIES, Strategy, buckets
 from memplan.catalogue.parameters import Parameter
+from memplan.engine.walk import alive, size
 from memplan.errors import SpecError
-from memplan.graph import Held, weights_of
+from memplan.graph import Held, built, lowered, weights_of
+from memplan.ir import Division
 from memplan.program import (
     Structure,
     accumulated_of,
@@ -35,12 +37,21 @@ from memplan.units import ITEMSIZE, MIB, rounded
 from memplan.usage import room
 from memplan.zero import partition
 from tests.sampling import examples
+from tests.test_band import shortest
 from tests.tiny import TINY
 
 laws = settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 MODELS = ("llama-3.2-1b", "qwen2-0.5b", "qwen3-0.6b", "phi-4-mini", "gemma-3-1b")
 SHARDED = ("fsdp", "fsdp2")
+HOOKED: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "intermediate_size": 1408,
+    "vocab_size": 1000,
+    "tie_word_embeddings": False,
+}
 ZERO = ("zero1", "zero2", "zero3")
 
 
@@ -395,8 +406,17 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         "parallelism.strategy",
         "fsdp2",
     ),
-    ("fsdp", {"model": "llama-2-7b", "method": "lora", "profile": "litgpt-2024"}, "method.kind", "full"),
-    ("fsdp", {"method": "lora", "profile": "transformers-4.48"}, "kernels.reentrant", "transformers-5"),
+    (
+        "fsdp",
+        {
+            "model": "llama-2-7b",
+            "method": {"kind": "qlora", "quantization": {"storage": "bf16"}},
+            "profile": "litgpt-2024",
+            "optimizer": "adamw_torch",
+        },
+        "method.quantization",
+        "lora",
+    ),
 ]
 
 
@@ -435,9 +455,13 @@ MEASURED: list[dict[str, Any]] = rows("ranks.jsonl")
 def test_a_rank_of_a_published_run_is_met(row: dict[str, Any]) -> None:
     a = estimate(RunSpec(**row["run"]))
     assert row["source"].startswith("https://")
-    assert abs(a.bytes.allocated - row["allocated"]) <= SLACK
+    off = abs(a.bytes.allocated - row["allocated"])
+    if "cause" in row:
+        assert SLACK + row.get("digits", 0) // 2 < off <= row["within"] * row["allocated"]
+    else:
+        assert off <= SLACK
     if (
-        row["run"]["method"] == "full"
+        row["run"]["method"] == "full" and "after" in row
     ):  # after a step the parts of weights, of gradients in their dtype, and states stayed
         world = row["run"]["parallelism"]["world"]
         parts = sum(line.bytes for line in a.ledger if f"one of {world} parts" in line.what)
@@ -445,18 +469,60 @@ def test_a_rank_of_a_published_run_is_met(row: dict[str, Any]) -> None:
         assert abs(kept - row["after"]) <= 2 * SLACK
 
 
-def test_published_runs_on_two_and_four_gpus_are_met_within_a_thousandth_on_average() -> None:
-    errors = [abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1) for row in MEASURED]
-    assert len(errors) > 20
-    assert mean(errors) < 1e-3
+def test_published_runs_on_two_and_four_gpus_are_met_on_average() -> None:
+    errors: dict[str, list[float]] = {}
+    for row in MEASURED:
+        found = abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1)
+        errors.setdefault(row["family"], []).append(found)
+    assert {family: len(some) for family, some in errors.items()} == {"fms-acceleration": 58, "litgpt": 5}
+    assert mean(errors["fms-acceleration"]) < 1e-3
+    assert mean(errors["litgpt"]) < 0.025
 
 
-def test_the_band_of_several_gpus_is_the_range_of_the_published_errors() -> None:
-    """All of them, and one more beside: `COVERAGE` of 24 is 23."""
-    errors = sorted(row["process"] / estimate(RunSpec(**row["run"])).bytes.used - 1 for row in MEASURED)
-    assert ceil(COVERAGE * (len(errors) + 1)) == len(errors)
-    assert SHOWN_OF_RANKS.low / 1000 <= errors[0] < (SHOWN_OF_RANKS.low + 2) / 1000
-    assert (SHOWN_OF_RANKS.high - 2) / 1000 < errors[-1] <= SHOWN_OF_RANKS.high / 1000
+def test_the_band_of_several_gpus_is_the_shortest_range_of_the_published_errors() -> None:
+    """With `COVERAGE` of them in it, where one more run is counted beside them."""
+    seen = [row for row in MEASURED if "process" in row]
+    low, high = shortest([row["process"] / estimate(RunSpec(**row["run"])).bytes.used - 1 for row in seen])
+    assert SHOWN_OF_RANKS.low / 1000 <= low < (SHOWN_OF_RANKS.low + 1) / 1000
+    assert (SHOWN_OF_RANKS.high - 1) / 1000 < high <= SHOWN_OF_RANKS.high / 1000
+
+
+def test_litgpt_makes_gradients_of_what_is_frozen_beside_adapters() -> None:
+    """A flat parameter has both: a block's gradient is as large as its weights, and the optimizer is given adapters."""
+    run = {"model": "llama-2-7b", "method": {"kind": "lora", "targets": ["q_proj", "v_proj"]}, "precision": "pure"}
+    parallelism = {"world": 2, "dp": 2, "strategy": "fsdp"}
+    structure = decide(RunSpec(**run, profile="litgpt-2024", parallelism=parallelism)).structure
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    adapters = 32 * 2 * 16 * (4096 + 4096)
+    graded = sum(h.bytes * h.copies for h in gradients_of(structure))
+    assert graded == pytest.approx(2 * (linear + adapters) / 2, rel=1e-4)
+    assert program(structure).trainable_parameters == adapters
+    assert program(structure).states <= 2 * 2 * adapters
+
+
+@pytest.mark.parametrize("layers", [4, 16])
+def test_a_hook_on_what_frozen_blocks_were_given_keeps_a_copy_of_hidden_states_more(layers: int) -> None:
+    """Of all blocks but two: at the first one's backward the gradients of what the others were given are there, of
+    which one is that block's own, where at the last one's only that is."""
+    run = {"model": {"config": {**HOOKED, "num_hidden_layers": layers}}, "method": "lora", "batch": {"sequence": 4096}}
+    run |= {"loop": {"trainer": True}, "kernels": {"attention": "flash_attention_2", "loss": "fused"}}
+    parallelism = {"world": 2, "dp": 2, "strategy": "fsdp"}
+    replay = estimate(RunSpec(**run, profile="transformers-4.48", parallelism=parallelism))._usage._replay
+    found = division_of(replay.structure)
+    assert found is not None
+    assert found.hooks
+    axes = {**built(replay.structure.graph)[1], **dict(replay.axes)}
+
+    def most(division: Division) -> int:
+        low = lowered(replay.structure.graph, division=division)
+        bytes_ = [size(key[0], key[1], axes)[1] for key in low.sizes]
+        backward = (alive(m, low.runs, axes) for m in low.moments if m.phase == "backward")
+        return max(sum(bytes_[key] * count for key, count in there.items()) for there in backward)
+
+    hidden = 4096 * HOOKED["hidden_size"] * 2
+    more = most(found) - most(found._replace(hooks=False))
+    graded = sum(h.bytes * h.copies for h in gradients_of(replay.structure))  # until then, those of adapters
+    assert 0 <= more - (layers - 2) * hidden <= graded
 
 
 @pytest.mark.parametrize("row", rows("ranks_oom.jsonl"), ids=lambda row: row["id"])

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.main import get_command
 
@@ -209,6 +209,7 @@ def test_a_longer_context_never_has_more_requests(model: str, profile: str, sequ
 
 @laws
 @given(MODEL, ENGINE, st.sampled_from(["3060", "4090", "h100"]), st.integers(64, 16_000))
+@example("gemma-3-1b", "llama.cpp-2026", "3060", 64)  # whose Q2_K is larger than its Q3_K_S
 def test_a_milder_format_is_never_smaller_and_never_holds_more(
     model: str, profile: str, gpu: str, sequence: int
 ) -> None:

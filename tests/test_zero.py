@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from math import lcm, prod
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.golden import rows
-from memplan import Estimate, RunSpec, estimate, megatron
+from memplan import Estimate, RunSpec, estimate, fetching, megatron
 from memplan.catalogue.parallel import Knobs
+from memplan.engine.lower import COMPUTING, REDUCING
 from memplan.errors import SpecError
 from memplan.fetching import whole
 from memplan.graph import Held, built, weights_of
@@ -21,14 +24,16 @@ from memplan.program import (
     accumulated_of,
     gradients_of,
     host_of,
+    loading_of,
     passing_of,
     program,
     reducing_of,
     resident_of,
 )
 from memplan.resolve import decide
+from memplan.segments import streams_apart
 from memplan.units import ITEMSIZE
-from memplan.zero import in_sub_group, partition
+from memplan.zero import in_sub_group, late, on_streams, partition
 from tests.sampling import examples
 
 laws = settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -287,15 +292,17 @@ def test_one_gpu_is_the_plain_estimate_however_deepspeed_is_configured() -> None
 def test_a_model_that_is_loaded_whole_is_on_the_gpu_before_it_is_divided() -> None:
     divided, at_once = (answer("zero3", 8, zero={"zero3_init_flag": flag}) for flag in (True, False))
     assert at_once.phases[0].peak == pytest.approx(2 * PARAMETERS, rel=0.01)
-    assert divided.phases[0].peak < at_once.phases[0].peak / 2
+    made = 2 + 2 * 4  # its part; the fp32 one, of a copy, or with gradients of zeros
+    assert divided.phases[0].peak == pytest.approx(made * PARAMETERS / 8, rel=0.01)
     assert at_once.phases[1:] == divided.phases[1:]
 
 
 def test_weights_are_laid_together_by_way_of_the_host_where_a_gpu_has_no_room_for_them_twice() -> None:
-    """8B in bf16 is 15 GiB: 48 GB have room for 30, 24 have not. What both hold afterwards is the same."""
+    """8B in bf16 is 15 GiB: 48 GB have room for 30, 24 have not. What both hold afterwards is the same. The partition
+    is copied on its way to the host."""
     large, small = (answer("zero2", 8, ("optimizer",), gpu=gpu) for gpu in ("a40", "rtx-3090"))
     assert large.phases[0].peak == pytest.approx(4 * PARAMETERS, rel=0.01)
-    assert small.phases[0].peak == pytest.approx(2 * PARAMETERS, rel=0.01)
+    assert small.phases[0].peak == pytest.approx(2 * PARAMETERS * (1 + 1 / 8), rel=0.01)
     assert large.phases[1].peak == small.phases[1].peak
 
 
@@ -341,14 +348,63 @@ RESERVED = rows("ranks_reserved.jsonl")
 
 
 @pytest.mark.parametrize("row", RESERVED, ids=lambda row: row["id"])
-def test_what_torch_reserved_under_zero_3_offload_is_met(row: dict[str, Any]) -> None:
-    """Of the whole process: loading too. Short sequences are missed: what is gathered and reduced on streams of its own
-    has segments of its own, which the replay does not tell apart."""
+def test_what_torch_reserved_under_zero_is_met(row: dict[str, Any]) -> None:
+    """Of the whole process: loading too. One segment of a large block's size is 1 % of the longest."""
     a = estimate(RunSpec(**row["run"]))
     assert row["source"].startswith("https://")
-    error = a.bytes.reserved / row["reserved"] - 1
     assert a.bytes.allocated < row["reserved"]
-    assert (-0.12 if row["run"]["batch"]["sequence"] < 2**16 else -0.005) < error < 0.005
+    assert abs(a.bytes.reserved - row["reserved"]) <= 0.015 * row["reserved"] + row["digits"] / 2
+
+
+def test_what_torch_reserved_under_zero_is_met_within_one_percent_on_average() -> None:
+    errors = [abs(estimate(RunSpec(**row["run"])).bytes.reserved / row["reserved"] - 1) for row in RESERVED]
+    assert len(errors) == 12
+    assert mean(errors) < 0.01
+
+
+# streams
+
+
+def test_what_is_gathered_is_what_most_is_whole_at_once() -> None:
+    """Its events in order come to the most that `passing` counts, and to nothing at the end."""
+    run = structure("zero3", 8)
+    events, most, bytes_ = fetching.gathered(run.graph, run.ranks)
+    sizes = {number: size for number, size in events if size}
+    live = list(accumulate(size or -sizes[number] for number, size in events))
+    assert live[most - 1] == max(live) == bytes_
+    assert live[-1] == 0
+    assert bytes_ == max(w.weights + w.written for w in whole(run.graph, run.ranks).values())
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_without_overlap_nothing_has_a_stream_of_its_own(strategy: str) -> None:
+    together, apart = (structure(strategy, 8, zero={"overlap_comm": flag}) for flag in (False, True))
+    assert {stream for stream, bytes_ in on_streams(together.graph, together.ranks) if bytes_} == {COMPUTING}
+    assert REDUCING in {stream for stream, bytes_ in on_streams(apart.graph, apart.ranks) if bytes_}
+    assert streams_apart(together) == 0 < streams_apart(apart)
+
+
+def test_a_gradient_that_no_bucket_holds_waits_where_it_was_made() -> None:
+    """The head's and the embeddings' of 525,336,576 numbers, where a bucket has 500,000,000."""
+    run = structure("zero3", 8)
+    assert len(late(run.graph, run.ranks)) == 2
+    assert sum(bytes_ for stream, bytes_ in on_streams(run.graph, run.ranks) if stream == COMPUTING) == 0
+    wider = structure("zero3", 8, zero={"reduce_bucket_size": EMBEDDING})
+    assert late(wider.graph, wider.ranks) == frozenset()
+
+
+def test_what_is_laid_together_leaves_the_weights_own_segments_free() -> None:
+    """Below stage 3 they were loaded one by one: as many bytes in as many pieces are free when the first step begins,
+    and the flat copy is what stays."""
+    run = structure("zero2", 8)
+    alive: dict[int, int] = {}
+    for number, bytes_ in loading_of(run):
+        if bytes_:
+            alive[number] = bytes_
+        else:
+            alive.pop(number, None)
+    assert max(alive.values()) == 2 * 8 * partition(run.graph, run.ranks)
+    assert len(alive) < 10
 
 
 # Megatron's distributed optimizer

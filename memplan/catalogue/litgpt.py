@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring
+from memplan.catalogue.attention import Wiring, cached
 from memplan.catalogue.attention import attention as kernel
-from memplan.catalogue.llama import inputs, lm_head
+from memplan.catalogue.llama import inputs, lm_head, masks
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
@@ -55,6 +55,7 @@ def build(m: ModelSpec, wiring: Wiring) -> Stack:
             inputs(False),
             Op("rope_cache", (), table, holds="step", source=_SOURCE),
             embedding,
+            *(masks(wiring, "embeds") if wiring.caching else ()),
             *((ops.scale("scale_embeddings", "tokens", "embeds", "b s h"),) if kind.scaled else ()),
         ),
         (Run((_block(m, wiring, kind),), "L"),),
@@ -142,8 +143,13 @@ def _rms_norm(name: str, x: str, y: str, offset: bool) -> tuple[Op, ...]:
 
 
 def _attention(m: ModelSpec, wiring: Wiring, kind: Kind, x: str, y: str) -> tuple[Op, ...]:
-    """q, k and v are parts of one storage; the keys and values of a group are spread over its heads by a copy."""
-    grouped = m.num_key_value_heads != m.num_attention_heads
+    """q, k and v are parts of one storage; the keys and values of a group are spread over its heads by a copy.
+
+    A cache has room for all tokens, and is of all heads, but of one where there is one: that is spread behind it.
+    """
+    single = wiring.caching and m.num_key_value_heads == 1
+    grouped = m.num_key_value_heads != m.num_attention_heads and not single
+    of_keys = "k" if single else "a"
     name = "attn"
     parts = (
         Tensor("q0", _Q),
@@ -156,24 +162,25 @@ def _attention(m: ModelSpec, wiring: Wiring, kind: Kind, x: str, y: str) -> tupl
         ops.view(f"{name}.heads", "qkv", "qkv.heads", "b s qkv", gradient="new"),
         ops.split(f"{name}.split", "qkv.heads", parts),
         copy(f"{name}.q_heads", "q0", "q1", _Q),
-        copy(f"{name}.k_heads", "k0", "k1", _Q, spread),
-        copy(f"{name}.v_heads", "v0", "v", _Q, spread),
+        copy(f"{name}.k_heads", "k0", "k1", f"b s {of_keys} d", spread),
+        copy(f"{name}.v_heads", "v0", "v", f"b s {of_keys} d", spread),
     )
-    attend = _capped() if kind.capped else _sdpa(wiring)
+    pairs = (("q", "a"), ("k", of_keys))
+    attend = cached(name, wiring, tuple(_capped())) if kind.capped else _sdpa(wiring)
     return (
         ops.linear(f"{name}.attn", x, "qkv", "qkv", "h", "attention", kind.bias),
         *heads,
-        *(op for t in "qk" for op in _rope(f"{name}.rope_{t}", f"{t}1", f"{t}.turned")),
-        *(_join(f"{name}.{t}_cat", f"{t}.turned", f"{t}1", t) for t in "qk"),
+        *(op for t, of in pairs for op in _rope(f"{name}.rope_{t}", f"{t}1", f"{t}.turned", of)),
+        *(_join(f"{name}.{t}_cat", f"{t}.turned", f"{t}1", t, of) for t, of in pairs),
         *attend,
         ops.linear(f"{name}.proj", "o", y, "h", "a d", "attention", kind.bias),
         ops.leave("qkv", "q", "k", "v", "o", "q.turned", "k.turned", x),
     )
 
 
-def _rope(name: str, x: str, y: str) -> tuple[Op, ...]:
+def _rope(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
     """The first `rot` numbers of every head, with fp32 tables: products in fp32, cast back."""
-    shape, half = "b s a rot", "b s a rot2"
+    shape, half = f"b s {heads} rot", f"b s {heads} rot2"
     part, cosine, turned, sine, total = (f"{y}.{t}" for t in ("part", "cosine", "half", "sine", "sum"))
     return (
         ops.view(f"{name}.slice", x, part, shape, gradient="new"),
@@ -187,9 +194,11 @@ def _rope(name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def _join(name: str, turned: str, x: str, y: str) -> Op:
+def _join(name: str, turned: str, x: str, y: str, heads: str) -> Op:
     """Turned and other numbers joined into new storage; the gradient is a view of two parts."""
-    return Op(name, (turned, x), (Tensor(y, _Q, f"={x}"),), gradient="new", source=f"{ops.DERIVATIVES}: cat")
+    return Op(
+        name, (turned, x), (Tensor(y, f"b s {heads} d", f"={x}"),), gradient="new", source=f"{ops.DERIVATIVES}: cat"
+    )
 
 
 def _sdpa(wiring: Wiring) -> Iterable[Op]:

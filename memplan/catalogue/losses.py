@@ -419,7 +419,8 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool, shifted: bool, 
     """Chunks of `fc` tokens: logits, their gradient over them, and its products with the head's weight and the input.
 
     What backward hands on was made in forward: a gradient as large as the hidden states, and one of the weight if
-    it trains. In fp32, and on cards before Ampere, a chunk's part of that is made apart, in fp32, before it is added.
+    it trains. In fp32, on cards before Ampere and by Liger 0.6 to 0.8.2, a chunk's part of that is made apart, in fp32,
+    before it is added.
     Autocast casts the weight for the first product every time, since it sees a view of it, and keeps the second's cast.
     `shifted`: until Liger 0.5 the hidden states of all rows but the last were copied (not of a `single` sequence), and
     the gradient of a chunk's logits was scaled into a copy.

@@ -78,12 +78,11 @@ def merge(one: Adapted) -> tuple[Made, ...]:
     if one.dora:
         base = whole("copy of the weight", w.dtype)
         scaled, summed = whole("scaled product, times one", one.dtype), whole("adapted weight", wide)
-        new = (whole("merged weight", w.dtype),) if wide != w.dtype else ()
+        cast = (whole("merged weight", w.dtype),) if wide != w.dtype else ()
         return (
             Made((product, delta), _DORA),
             Made((delta, base, scaled, summed), _DORA),
-            Made((delta, summed, whole("adapted weight, scaled", wide)), _DORA),
-            Made((delta, whole("adapted weight, scaled", wide), *new), _DORA),
+            Made((delta, base, summed, whole("adapted weight, scaled", wide), *cast), _DORA),
         )
     source = f"{_LORA} Linear.merge"
     cast = (one.embedding or w.stacked) and one.dtype != w.dtype
@@ -100,21 +99,19 @@ def _requantised(one: Adapted, product: Tensor, delta: Tensor) -> Iterator[Made]
     base = Tensor("dequantised weight", w.shape, w.dtype if four else "fp32")
     wide = max(one.dtype, base.dtype, key=lambda dtype: _WIDTH[dtype])
     merged = Tensor("merged weight", w.shape, wide)
-    if one.dora:
+    if one.dora:  # autograd records it: what is scaled stays for the gradient of the factor
         source = f"{_DORA}.merge_safe"
-        copies = (Tensor("weight, dequantised again", w.shape, base.dtype), Tensor("copy of it", w.shape, base.dtype))
-        scaled, adapted_ = (
-            Tensor("scaled product, times one", w.shape, one.dtype),
-            merged._replace(name="adapted weight"),
+        again, copy = (
+            Tensor(name, w.shape, base.dtype) for name in ("weight, dequantised again", "copy of the weight")
         )
-        yield Made((base, product, delta), source)
-        yield Made((base, delta, *copies), source)
-        yield Made((base, delta, copies[1], scaled, adapted_), source)
-        yield Made((base, delta, copies[0], adapted_, merged), source)
+        scaled, summed = Tensor("scaled product, times one", w.shape, one.dtype), merged._replace(name="adapted weight")
+        product_ = merged._replace(name="adapted weight, scaled")
         merged = merged._replace(dtype=base.dtype)
-        if wide != base.dtype:
-            yield Made((base, delta, copies[0], adapted_, merged), source)
-        beside = (base, merged)  # the names of the caller
+        yield Made((base, product, delta), source)
+        yield Made((base, delta, again, copy), source)
+        yield Made((base, delta, copy, scaled, summed), source)
+        yield Made((base, delta, copy, again, summed, product_, *((merged,) if wide != base.dtype else ())), source)
+        beside = (base, summed, merged)
     else:
         yield Made((base, product, delta), source)
         if not four and one.dtype != "fp32":

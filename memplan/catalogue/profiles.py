@@ -38,6 +38,7 @@ WORDS = {
     "keeps_matrix": "a product with a GPTQ matrix keeps it dequantised for the backward pass",
     "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
     "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
+    "adds_products": "Liger's fused loss adds half-precision products into the head's gradient, and makes none apart",
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, or none",
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
@@ -169,7 +170,7 @@ PROFILES = (
             Row(
                 "forward_caches",
                 True,
-                "transformers 5.24 models/granitemoe/modeling_granitemoe.py and alike: seen in traces with use_cache=False",
+                "transformers 5.24 models/granitemoe/modeling_granitemoe.py, and alike: seen in traces",
                 "",
                 ("granitemoe", "granitemoehybrid", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
             ),
@@ -182,6 +183,20 @@ PROFILES = (
             Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
             Row("trains_fp8", True, "transformers 5.24 integrations/finegrained_fp8.py FP8LinearFunction"),
             Row("saved_tensors", "torch", "assumed: the script runs forward in it, as torch's documentation shows"),
+            Row("adds_products", True, "liger-kernel 0.8.5 ops/fused_linear_cross_entropy.py: addmm, from 0.8.3 on"),
+        ),
+    ),
+    Profile(
+        "transformers-5.14",
+        "transformers 5 with Liger 0.6 to 0.8.2",
+        "transformers 5.14.1, liger-kernel 0.8.0",
+        "transformers-5",
+        (
+            Row(
+                "adds_products",
+                False,
+                "liger-kernel 0.8.0 ops/fused_linear_cross_entropy.py: a chunk's product, and that in fp32",
+            ),
         ),
     ),
     Profile(
@@ -592,6 +607,10 @@ PROFILES = (
             Row("method.adapter_dtype", "weights", "litgpt 0.5.3 lora.py, under lightning's bf16-true"),
             Row("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
             Row("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
+            Row("cache", "static", "litgpt 0.5.3 generate/base.py main: set_kv_cache, for all tokens"),
+            Row("last_logits", False, "litgpt 0.5.3 model.py GPT.forward"),
+            Row("few_rows", 1, "bitsandbytes 0.42 autograd/_functions.py matmul_4bit"),
+            Row("warms", "", "litgpt 0.5.3 generate/base.py main: init_module on the GPU, tensor by tensor"),
             Row("converts", True, "lightning 2.2.5 fabric/plugins/precision/half.py convert_output"),
             Row("lingers", True, "litgpt 0.5.3 finetune/lora.py fit; batches that are cut are all as long"),
         ),

@@ -280,13 +280,15 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool
     full = Tensor("dequantised", w.shape, compute)
     back = (Scratch(Tensor("dequantised", w.shape, w.dtype)), *((Scratch(full),) if compute != w.dtype else ()))
     scales = absmax(w)
+    whole = tuple(t.tensor for t in back)
+    before = whole if len(whole) > 1 else (*scales, *whole)  # scales are gone when the matrix is cast
     yield ops.cast(f"{name}.cast", x, f"{y}.in", f"{lead} {into}", compute)
     yield Op(
         name,
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=() if not copies else (*scales, *scales, full) if not older else (*scales, *(t.tensor for t in back)),
+        scratch=() if not copies else (*scales, *scales, full) if not older else before,
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient=op.gradient,
         captures=(f"{y}.in",) if older else (),

@@ -268,8 +268,9 @@ OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
 )
 CACHE_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 SERVING = "Serving engines"
-TRAINING, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
+TRAINING, BESIDE, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
+    "Beside the steps",
     "Generation",
     "Adapters and quantisation",
     "Precision and optimizer",
@@ -402,6 +403,43 @@ def estimate(
             "torch's allocator has expandable segments (PYTORCH_CUDA_ALLOC_CONF). Default off.",
             "--expandable-segments/--no-expandable-segments",
             of=TRAINING,
+        ),
+    ] = None,
+    eval_batch_size: Annotated[
+        int | None,
+        option(
+            "Count an evaluation too, of so many sequences a GPU and pass (per_device_eval_batch_size). Default none; "
+            "8 with another of these.",
+            of=BESIDE,
+        ),
+    ] = None,
+    eval_seq_len: Annotated[
+        int | None, option("Tokens per sequence of it. Default those of training.", of=BESIDE)
+    ] = None,
+    eval_keep_logits: Annotated[
+        int | None,
+        option(
+            "Batches whose logits are kept on the GPU, as they are for compute_metrics. Default 0: the loss alone.",
+            of=BESIDE,
+        ),
+    ] = None,
+    eval_accumulation_steps: Annotated[
+        int | None, option("Batches after which kept logits go to the host. Default after the last.", of=BESIDE)
+    ] = None,
+    eval_generate: Annotated[
+        int | None,
+        option("Tokens generated after each of its sequences (predict_with_generate). Default 0.", of=BESIDE),
+    ] = None,
+    save: Annotated[
+        bool | None, option("Count saving a checkpoint too. Default off.", "--save/--no-save", of=BESIDE)
+    ] = None,
+    merge: Annotated[
+        str | None,
+        option(
+            "Count merging the adapters too: into the model as it was trained, or one reloaded whole on the GPU for "
+            "that. Default none.",
+            of=BESIDE,
+            complete=_choices("trained", "reloaded"),
         ),
     ] = None,
     new_tokens: Annotated[

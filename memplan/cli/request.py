@@ -24,6 +24,12 @@ FIELDS = {
     "cache_implementation": "generation.cache_implementation",
     "num_beams": "generation.num_beams",
     "do_sample": "generation.do_sample",
+    "eval_batch_size": "also.evaluation.micro",
+    "eval_seq_len": "also.evaluation.sequence",
+    "eval_keep_logits": "also.evaluation.kept_batches",
+    "eval_accumulation_steps": "also.evaluation.accumulation",
+    "eval_generate": "also.evaluation.new_tokens",
+    "merge": "also.merging",
     "rank": "method.rank",
     "lora_dropout": "method.dropout",
     "trainable_layers": "method.trainable_layers",
@@ -82,6 +88,7 @@ WORDS = {
     "fused": "kernels.fused",
     "zero": "parallelism.strategy",
     "deepspeed": "parallelism.zero",
+    "save": "also.saving",
     "fsdp": "parallelism.strategy",
     "offload": "parallelism.offload",
 }
@@ -224,6 +231,8 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         yield "method.quantization.kbit_preparation", {"true": True, "false": False}.get(word, word)
     if "checkpointing" in given or "gradient_checkpointing" in given:
         yield "kernels.checkpointing", _checkpointing(given.get("checkpointing"), given.get("gradient_checkpointing"))
+    if "save" in given:
+        yield "also.saving", {} if given["save"] else None
     if "precision" in given:
         yield "precision", _precision(given["precision"], given.get("dtype"))
     elif "dtype" in given:

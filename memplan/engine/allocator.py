@@ -9,8 +9,10 @@ request is tried once more.
 With `expandable_segments:True` a pool has one segment, which grows by pages of 2 or 20 MiB, and blocks are split to the
 byte.
 
+Every stream has pools of its own: what one has free serves no other, though it may be more than another lacks.
+
 Source: torch 2.13 c10/cuda/CUDACachingAllocator.cpp: get_free_block, should_split, get_allocation_size,
-release_cached_blocks, try_allocate_expandable_block.
+release_cached_blocks, try_allocate_expandable_block; BlockComparatorSize, by which a block is of one stream.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ class OutOfMemoryError(Exception):
 
 
 class Segment:
-    """What the driver gave: its size, and how many blocks of it are handed out."""
+    """What the driver gave: its size, its pool, and how many blocks of it are handed out."""
 
-    __slots__ = ("blocks", "last", "size", "small")
+    __slots__ = ("blocks", "last", "pool", "size")
 
-    def __init__(self, size: int, small: bool) -> None:
+    def __init__(self, size: int, pool: int) -> None:
         self.size = size
-        self.small = small
+        self.pool = pool
         self.blocks = 0
         self.last: Block | None = None  # of a segment that grows
 
@@ -61,36 +63,39 @@ Free = tuple[Any, ...]  # a block that is free, after its size and address, by w
 
 
 class Allocator:
-    """One device's allocator on one stream. Bytes throughout.
+    """One device's allocator. Bytes throughout.
 
     allocated   in blocks handed out, as torch.cuda.memory_allocated counts
     reserved    in segments
 
     `expandable`: as with `expandable_segments:True`. `capacity`: what the driver has for it; None is without end.
+    `streams`: how many the process allocates on; the first is the one it computes on.
     """
 
-    def __init__(self, expandable: bool = False, capacity: int | None = None) -> None:
+    def __init__(self, expandable: bool = False, capacity: int | None = None, streams: int = 1) -> None:
         self.expandable = expandable
         self.capacity = capacity
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
-        self._free: tuple[list[Free], list[Free]] = ([], [])  # large and small, by size and then by address
-        self._next = [0, 1 << 60]  # an address for the next segment of either pool
-        self._growing: list[Segment | None] = [None, None]
+        pools = 2 * streams  # of each stream the large one and the small
+        self._free: list[list[Free]] = [[] for _ in range(pools)]  # by size and then by address
+        self._next = [pool << 60 for pool in range(pools)]  # an address for the next segment of each
+        self._growing: list[Segment | None] = [None] * pools
 
-    def alloc(self, size: int) -> Block:
+    def alloc(self, size: int, stream: int = 0) -> Block:
         """Hand out a block of at least `size` bytes. Raises OutOfMemoryError where the capacity does not hold it."""
         size = -(-size // 512) * 512  # as rounded() does, without a call for every event of a replay
         if not size:
-            return Block(-1, 0, Segment(0, True))  # no memory, and in no pool
+            return Block(-1, 0, Segment(0, 1))  # no memory, and in no pool
         small = size <= SMALL_REQUEST
-        free = self._free[small]
+        pool = 2 * stream + small
+        free = self._free[pool]
         i = bisect_left(free, (size, -1))
         if i < len(free):
             block: Block = free.pop(i)[2]
             block.free = False
         else:
-            block = self._grown(size, small) if self.expandable else self._reserve(size, small)
+            block = self._grown(size, pool) if self.expandable else self._reserve(size, pool)
         rest = block.size - size
         if rest > SMALL_REQUEST or (rest and (small or self.expandable)):
             start = block.start + size
@@ -117,7 +122,7 @@ class Allocator:
         self.allocated -= size
         segment, after, before = block.segment, block.after, block.before
         segment.blocks -= 1
-        free = self._free[segment.small]
+        free = self._free[segment.pool]
         if after is not None and after.free:
             del free[bisect_left(free, (after.size, after.start))]
             block.size = size = size + after.size
@@ -150,26 +155,26 @@ class Allocator:
 
     def _take(self, block: Block) -> None:
         block.free = False
-        free = self._free[block.segment.small]
+        free = self._free[block.segment.pool]
         del free[bisect_left(free, (block.size, block.start))]
 
-    def _reserve(self, size: int, small: bool) -> Block:
+    def _reserve(self, size: int, pool: int) -> Block:
         """A block that is a new segment."""
-        if small:
+        if pool & 1:
             whole = SMALL_SEGMENT
         elif size < OWN_SEGMENT:
             whole = LARGE_SEGMENT
         else:
             whole = -(-size // OWN_SEGMENT_STEP) * OWN_SEGMENT_STEP
         self._ask(whole)
-        start = self._next[small]
-        self._next[small] = start + whole
-        return Block(start, whole, Segment(whole, small))
+        start = self._next[pool]
+        self._next[pool] = start + whole
+        return Block(start, whole, Segment(whole, pool))
 
-    def _grown(self, size: int, small: bool) -> Block:
+    def _grown(self, size: int, pool: int) -> Block:
         """The last block of the pool's segment, if it is free, with as many more pages as it needs."""
-        pages = SMALL_SEGMENT if small else LARGE_SEGMENT
-        segment = self._growing[small] or Segment(0, small)
+        pages = SMALL_SEGMENT if pool & 1 else LARGE_SEGMENT
+        segment = self._growing[pool] or Segment(0, pool)
         last = segment.last
         whole = last.size if last is not None and last.free else 0
         more = -(-(size - whole) // pages) * pages
@@ -180,31 +185,31 @@ class Allocator:
             last.size += more
             block = last
         else:
-            block = Block(self._next[small], more, segment)
+            block = Block(self._next[pool], more, segment)
             block.before = last
             if last is not None:
                 last.after = block
-        self._growing[small] = segment
+        self._growing[pool] = segment
         segment.last = block
-        self._next[small] = block.start + block.size
+        self._next[pool] = block.start + block.size
         segment.size += more
         return block
 
     def _unmap(self, block: Block) -> None:
         """Whole free pages at the end of a growing segment go; those within it are not modelled, and stay."""
         segment = block.segment
-        pages = SMALL_SEGMENT if segment.small else LARGE_SEGMENT
+        pages = SMALL_SEGMENT if segment.pool & 1 else LARGE_SEGMENT
         less = block.size // pages * pages
         if block is not segment.last or not less:
             return
         self._take(block)
-        self._next[segment.small] -= less
+        self._next[segment.pool] -= less
         self.reserved -= less
         segment.size -= less
         block.size -= less
         if block.size:
             block.free = True
-            insort(self._free[segment.small], (block.size, block.start, block))
+            insort(self._free[segment.pool], (block.size, block.start, block))
         else:
             segment.last = block.before
             if block.before is not None:

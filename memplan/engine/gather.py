@@ -7,12 +7,11 @@ rank receives its part of their sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
-from memplan.engine.lower import Frame, Storage, Tape
-from memplan.ir import Division, Op, Tensor, Unit
+from memplan.engine.lower import CASTING, COMPUTING, GATHERING, LENT, REDUCING, Frame, Storage, Tape
+from memplan.ir import Division, Op, Unit
 
 BEFORE, AFTER, ROOT, REST = "before", "after", "root", "rest"
 
@@ -54,6 +53,7 @@ class Gatherer:
         self._inner: list[Storage] = []  # a module's weights, while they are whole
         self._outer: list[Storage] | None = None  # where gradients wait outside of the module
         tape.module = self._told if any(unit.modules for unit in self._units.values()) else None
+        tape.hooks = division.hooks if division else False
         self._whole: dict[str, list[Storage]] = {}
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back
@@ -102,7 +102,7 @@ class Gatherer:
         self._ahead, self._asked = [], ""
         if self._lingers:  # a name still means the message before while the weights are copied out of this one
             before, self._message = self._message, asked
-            asked = self._made(unit.whole, "parameter")
+            asked = self._tape.made(unit.whole, "parameter")
             self._drop(before)
         self._whole[name] = asked
         if self._asks_ahead and following in self._units and (following == name or following not in self._whole):
@@ -134,7 +134,7 @@ class Gatherer:
         if unit is None or not self._sums:
             return
         nested = (t for _, inner in unit.nested for t in inner.summed)
-        made = self._made((*unit.summed, *nested), "gradient")
+        made = self._tape.made((*unit.summed, *nested), "gradient")
         self._summed.setdefault(name, []).append(made)
         if run is not None:
             for storage in made:
@@ -155,7 +155,7 @@ class Gatherer:
             asked = self._ahead or self._ask(unit)
             self._ahead, self._asked = [], ""
             if self._lingers:
-                message, asked = asked, self._made(unit.whole, "parameter")
+                message, asked = asked, self._tape.made(unit.whole, "parameter")
                 self._drop(message)
             self._whole[name] = asked
         self._following = "" if following in self._whole and following != name else following
@@ -177,7 +177,7 @@ class Gatherer:
         if event in ("begins", "differentiated") and not self._inner:
             self._enter(frame, "all_gather")
             self._drop(self._message)
-            self._inner = self._made(unit.whole, "parameter")
+            self._inner = self._tape.made(unit.whole, "parameter", GATHERING)
         if event == "returns":
             self._drop(self._inner)
         elif event == "differentiated":
@@ -212,14 +212,15 @@ class Gatherer:
         if grads:
             if self._lingers:
                 self._drop(self._sent)
-            joined = self._made(unit.joined, "temp")
-            laid = self._made(unit.parts, "gradient") if unit.laid else []
+            joined = self._tape.made(unit.joined, "temp", COMPUTING if self._lingers else LENT)
+            joined += self._tape.made(unit.padded, "temp", REDUCING)
+            laid = self._tape.made(unit.parts, "gradient") if unit.laid else []
             self._drop(grads)
             self._drop(whole)
             self._ask_gone(frame)
-            received = self._made(unit.received, "temp")
-            parts = laid or self._made(unit.parts, "gradient")
-            self._drop(self._made(unit.divided, "temp"))
+            received = self._tape.made(unit.received, "temp", REDUCING)
+            parts = laid or self._tape.made(unit.parts, "gradient", REDUCING)
+            self._drop(self._tape.made(unit.divided, "temp"))
             if self._waits:
                 self._received += received
             else:
@@ -241,6 +242,7 @@ class Gatherer:
             self._reduce(frame, *self._delayed)
         for storages in (self._ahead, self._sent, self._received):
             self._drop(storages)
+        self._tape.end_hooks()
 
     def _ask_gone(self, frame: Frame) -> None:
         if self._asks == "gone":
@@ -258,17 +260,16 @@ class Gatherer:
         self._following = ""
 
     def _ask(self, unit: Unit) -> list[Storage]:
-        """What an all-gather writes."""
-        cast = self._made(unit.cast, "temp")
-        asked = self._made(unit.message, "temp") if self._lingers else self._made(unit.whole, "parameter")
+        """What an all-gather writes. FSDP2 copies the weights out of that on the stream it computes on, and casts on
+        the one it gathers on."""
+        cast = self._tape.made(unit.cast, "temp", GATHERING if self._lingers else CASTING)
+        written, kind = (unit.message, "temp") if self._lingers else (unit.whole, "parameter")
+        asked = self._tape.made(written, kind, GATHERING)
         self._drop(cast)
         return asked
 
     def _enter(self, frame: Frame, what: str) -> None:
         self._tape.enter(frame, Op(what, source=self._source))
-
-    def _made(self, tensors: Iterable[Tensor], kind: str) -> list[Storage]:
-        return [self._tape.alloc(t, kind) for t in tensors]
 
     def _drop(self, storages: list[Storage]) -> None:
         while storages:

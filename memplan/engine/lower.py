@@ -16,6 +16,11 @@ from memplan.ir import Op, SavedTensors, Tensor, Unit
 
 Counts = dict[int, int]  # size -> how many storages of it are alive
 
+# The streams that a process allocates on, each with pools of its own: the one it computes on, and those that FSDP and
+# DeepSpeed gather weights on, cast a rank's part on before that, and reduce gradients on. What is LENT was allocated on
+# the first, and is read on the last.
+COMPUTING, GATHERING, CASTING, REDUCING, LENT = range(5)
+
 
 class Moment(NamedTuple):
     """What is alive at one point: `counts`, and per run what each copy of its blocks beyond the first adds."""
@@ -125,6 +130,7 @@ class Tape:
         self.sizes: dict[tuple[str, ...], int] = {}
         self.moments: list[Moment] = []
         self.phase = "forward"
+        self.stream = COMPUTING  # that allocations are made on
         self._labelled = labelled
         self._updates = updates
         self._grads_exist = grads_exist
@@ -146,6 +152,8 @@ class Tape:
         self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
         self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
+        self.hooks = False  # a hook keeps what a recomputed block was given, and its gradient
+        self._hooked: list[tuple[Storage, int | None]] = []  # those, and the run of whose copies each has one
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
 
     # storages
@@ -161,6 +169,13 @@ class Tape:
         if self._in_run is not None:
             self._born.add(storage)
         return storage
+
+    def made(self, tensors: Iterable[Tensor], kind: str, stream: int = COMPUTING) -> list[Storage]:
+        """Storages that a collective reads or writes, allocated on its stream."""
+        self.stream = stream
+        storages = [self.alloc(t, kind) for t in tensors]
+        self.stream = COMPUTING
+        return storages
 
     def drop(self, storage: Storage) -> None:
         storage.refs -= 1
@@ -380,8 +395,8 @@ class Tape:
         """The weights of an operation that are gathered for it."""
         found: list[Storage] = []
         for unit in (self.nested[w.name] for w in op.weights if w.name in self.nested):
-            cast = [self.alloc(t, "temp") for t in unit.cast]
-            found += [self.alloc(t, "parameter") for t in unit.whole]
+            cast = self.made(unit.cast, "temp", CASTING)
+            found += self.made(unit.whole, "parameter", GATHERING)
             for storage in cast:
                 self.drop(storage)
         return found
@@ -464,6 +479,13 @@ class Tape:
             storage.refs += 1
         self._shared += (*made.values(), *kept)
 
+    def end_hooks(self) -> None:
+        """The pass is over, and the hooks on what blocks were given go."""
+        while self._hooked:
+            storage, run = self._hooked.pop()
+            storage.run = run
+            self.drop(storage)
+
     def end_blocks(self) -> None:
         """No checkpoint is left: what blocks made for others goes."""
         while self._shared:
@@ -491,6 +513,10 @@ class Tape:
         del self._held["nodes"][before:]
         for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # nothing here makes use of it
             self.drop(grads.pop(name))
+        if self.hooks and "x" in grads:
+            for storage in (inputs[0], grads["x"]):
+                storage.refs += 1
+                self._hooked.append((storage, self._in_run))
         for storage in (*gradients, *returned.values(), *inputs, *holds["step"], *holds["nodes"]):
             self.drop(storage)
 
@@ -536,13 +562,13 @@ class Tape:
 
     def _reduced(self, unit: Unit, gradient: Storage, whole: list[Storage]) -> None:
         """The gradient of a weight gathered for its operation is reduced at once, and the `whole` weight goes."""
-        joined = [self.alloc(t, "temp") for t in unit.joined]
-        laid = [self.alloc(t, "gradient") for t in unit.parts] if unit.laid else []
+        joined = self.made(unit.joined, "temp", LENT) + self.made(unit.padded, "temp", REDUCING)
+        laid = self.made(unit.parts, "gradient") if unit.laid else []
         for storage in (gradient, *whole):
             self.drop(storage)
         whole.clear()
-        received = [self.alloc(t, "temp") for t in unit.received]
-        parts = laid or [self.alloc(t, "gradient") for t in unit.parts]
+        received = self.made(unit.received, "temp", REDUCING)
+        parts = laid or self.made(unit.parts, "gradient", REDUCING)
         for storage in (*received, *joined, *(parts if self._grads_exist else ())):
             self.drop(storage)
 

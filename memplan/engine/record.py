@@ -21,11 +21,13 @@ RUN = 3  # copies of a run that are run: its first, its last, and the one betwee
 
 
 class Recorded(NamedTuple):
-    """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED. Forward is done at the event
-    `turn`, backward comes to the head at `head`; from `over` on, what the script and the graph's nodes held goes."""
+    """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED; `streams` are those that each
+    of the `sizes` is allocated on. Forward is done at the event `turn`, backward comes to the head at `head`; from
+    `over` on, what the script and the graph's nodes held goes."""
 
     events: tuple[tuple[int, int], ...]
     sizes: tuple[tuple[str, ...], ...]
+    streams: tuple[int, ...]
     turn: int
     head: int
     over: int
@@ -40,28 +42,53 @@ class _Copy(NamedTuple):
 
 
 class Recorder(Tape):
-    """A tape that notes every allocation and free, and no moments."""
+    """A tape that notes every allocation and free, and no moments. The gradients of weights outside of blocks that are
+    `late`, by name, are let go of when the next weight's is there."""
 
-    def __init__(self, grads_exist: bool = False, updates: Mapping[str, int] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        grads_exist: bool = False,
+        updates: Mapping[str, int] = MappingProxyType({}),
+        late: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__(grads_exist, updates=updates)
+        self._late = late
+        self._lasting: list[Storage] = []
         self.events: list[tuple[int, int]] = []
         self.copies: list[_Copy] = []
         self.outside: list[int] = []  # where backward comes to the loss, the head, and what is before the blocks
         self.turn = 0  # where forward is done
         self.over = 0  # where the pass is over
         self._numbers: dict[Storage, int] = {}
+        self._kinds: dict[tuple[int, int], int] = {}  # a size and a stream
         self._entered = (0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
         storage = super().alloc(tensor, kind, fresh, of)
         self._numbers[storage] = len(self._numbers)
-        self.events.append((self._numbers[storage], storage.size))
+        key = self._kinds.setdefault((storage.size, self.stream), len(self._kinds))
+        self.events.append((self._numbers[storage], key))
         return storage
+
+    def recorded(self, events: list[tuple[int, int]], turn: int, head: int, over: int) -> Recorded:
+        """The pass with those events."""
+        keys = list(self.sizes)
+        sizes, streams = zip(*((keys[size], stream) for size, stream in self._kinds), strict=True)
+        return Recorded(tuple(events), sizes, streams, turn, head, over)
 
     def drop(self, storage: Storage) -> None:
         super().drop(storage)
         if not storage.refs:
             self.events.append((self._numbers[storage], FREED))
+
+    def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
+        before, self._lasting = self._lasting, []
+        if not frame.block and name in self._late:
+            storage.refs += 1
+            self._lasting = [storage]
+        super()._weight_gradient(frame, name, storage)
+        for last in before:
+            self.drop(last)
 
     def note(self) -> None:
         """Moments are not asked for."""
@@ -76,6 +103,8 @@ class Recorder(Tape):
         self.turn = len(self.events)
 
     def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
+        while self._lasting:
+            self.drop(self._lasting.pop())
         self.over = len(self.events)
         return super().end_step(*gradients)
 
@@ -100,14 +129,16 @@ def record(
     copies: int = RUN,
     division: Division | None = None,
     saves: SavedTensors | None = None,
+    late: frozenset[str] = frozenset(),
 ) -> Recorded:
-    """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`."""
-    tape = Recorder(grads_exist, updates)
+    """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`, and
+    `late` that of `Recorder`."""
+    tape = Recorder(grads_exist, updates, late)
     tape.saves = saves
     gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
     run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
     every = _Expansion(tape)
-    return Recorded(tuple(every.events), tuple(tape.sizes), every.turn, every.head, every.over)
+    return tape.recorded(every.events, every.turn, every.head, every.over)
 
 
 EVERY = 2**20  # copies of a run, of which none is left out
@@ -121,7 +152,7 @@ def record_inference(
     tape = Recorder()
     gatherer = Gatherer(tape, division, grads_exist=False)
     run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False)
-    return Recorded(tuple(tape.events), tuple(tape.sizes), tape.turn, len(tape.events), tape.over)
+    return tape.recorded(tape.events, tape.turn, len(tape.events), tape.over)
 
 
 class _Expansion:

@@ -107,7 +107,7 @@ def _within(old: Part, new: Part, path: str) -> Iterator[str]:
         if name == "quantization" and was != now:
             found = dict.fromkeys(_within(was or Quantization(), now or Quantization(), inner))
             yield from found if was and now else {f"{inner}.format": None, **found}
-        elif isinstance(was, Part):
+        elif isinstance(was, Part) and isinstance(now, Part):
             yield from _within(was, now, inner)
         elif was != now:
             yield inner

@@ -268,19 +268,20 @@ def _formats(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
 
 
 def _smaller(answer: Estimate) -> Iterator[Step]:
-    """The formats of the run's profile that come after its own, where they make its weights smaller; those that the
-    model cannot be stored in are left out."""
+    """The formats of the run's profile that come after its own, where they make its weights smaller, and no larger than
+    a milder one; those that the model cannot be stored in are left out."""
     run, own = answer.run, _format(answer)
     ladder = formats(run.profile, find_gpu(run.gpu).compute_capability if run.gpu else None)
     names = [step.format for step in ladder]
     model, dtype = find_model(run.model), run.precision.weights
-    least = sum(w.bytes for w in stored_weights(model, _asked(run), dtype))
+    whole = least = sum(w.bytes for w in stored_weights(model, _asked(run), dtype))
     for step in ladder[names.index(own) + 1 if own in names else 0 :]:
         try:
             smaller = sum(w.bytes for w in stored_weights(model, step.format, dtype))
         except MemplanError:
             continue
-        if smaller < least:
+        if smaller < whole and smaller <= least:
+            least = smaller
             yield step
 
 

@@ -185,11 +185,11 @@ class Details:
     def phases(self) -> tuple[Phase, ...]:
         """The peak of every phase: of the first step and of the later ones, where they differ at all."""
         tops = [self._phase(name, step, group) for (name, step), group in self._groups.items()]
-        load = [phase for phase in tops if not phase.step]
+        load, aside = ([p for p in tops if not p.step and (p.phase == "load") == loads] for loads in (True, False))
         first, later = ([phase for phase in tops if phase.step == step] for step in (1, 2))
         if not later or [p.peak for p in first] == [p.peak - self._extra(p.phase) for p in later]:
-            return (*load, *(p._replace(step=None) for p in later or first))
-        return (*load, *first, *later)
+            return (*load, *(p._replace(step=None) for p in later or first), *aside)
+        return (*load, *first, *later, *aside)
 
     @cached_property
     def _groups(self) -> dict[tuple[str, int], list[TracedPhase]]:
@@ -276,7 +276,8 @@ class Details:
     def lines(self) -> Iterator[Line]:
         """Tensors alive at the peak, those of equal layers together, largest first."""
         step = self.top.step if self.top.step is not None else max(p.step for p in self.traced.phases)
-        group = self._groups[self.top.phase, 0 if self.top.phase == "load" else step]
+        outside = (self.top.phase, 0)  # of the steps: loading, and what a run does beside them
+        group = self._groups[outside if outside in self._groups else (self.top.phase, step)]
         top = max(group, key=lambda phase: phase.peak)
         source = _versions(self.traced.versions)
         counts = Counter(self._row(storage) for storage in self.traced.alive_at(top.peak_at) if storage.bytes)
@@ -308,7 +309,7 @@ class Details:
         traced = self.traced
         last = max(phase.step for phase in traced.phases)
         for phase in traced.phases:
-            if phase.step != last or phase.phase == "load":
+            if phase.step not in (0, last) or phase.phase == "load":
                 continue
             name = _PHASES.get(phase.phase, phase.phase)
             for at, after in pairwise(range(phase.start, min(phase.end + 1, len(traced.events)))):

@@ -136,6 +136,8 @@ def _answer(
                 for step in range(1, steps + 1):
                     tracker.step = step
                     training.step()
+                tracker.step = 0
+                training.beside()
         found = recording.report(tracker, known)
     finally:
         gc.enable()

@@ -11,7 +11,7 @@ from memplan.gpus import find_gpu
 from memplan.prequantized import trained
 from memplan.refusals import refuse_on_host
 from memplan.resolve import filled
-from memplan.spec import Parallelism, RunSpec
+from memplan.spec import Also, Parallelism, RunSpec
 
 # What `memplan.probe.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -45,6 +45,13 @@ def settled(run: RunSpec) -> RunSpec:
         )
     run = filled(run)
     _refuse(run)
+    if run.also.merging is not None and run.also.merging.model == "reloaded":
+        raise SpecError(
+            "also.merging: a probe merges into the model that it trained; probe a run without quantisation",
+            "also.merging",
+        )
+    if run.also != Also() and run.parallelism.world > 1:
+        raise SpecError("also: a probe evaluates, saves and merges on one GPU", "also")
     return run
 
 

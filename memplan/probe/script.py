@@ -27,10 +27,10 @@ from memplan.probe.refusals import settled
 from memplan.probe.tensor_parallel import attends_around, exchanges_heads, group_by_mesh, part_of_tokens
 from memplan.probe.wrapping import accumulating, clip, home, wrap
 from memplan.resolve import objective_of
-from memplan.spec import RunSpec
+from memplan.spec import Also, RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
-PHASES = ("load", "forward", "backward", "clip", "step")
+PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "save", "merge")
 
 
 def no_phase(name: str) -> AbstractContextManager[None]:
@@ -87,7 +87,21 @@ class Script:
                 case "forward":
                     self._forward()
                 case "generate":
-                    self._generate()
+                    self.generate()
+
+    def beside(self) -> None:
+        """What the run asks for beside its steps, once they are over."""
+        if self.run.also != Also():
+            from memplan.probe.also import run_all
+
+            with self._attention():
+                run_all(self)
+
+    def predict(self) -> tuple[Any, Any, Any]:
+        """The loss of a batch, what the model returned with it, and the labels."""
+        inputs, options = self._inputs()
+        labels = labels_of(self.run, objective_of(self.run), self.model, inputs, self.device)
+        return *self._computed(inputs, labels, options), labels
 
     def _optimizer(self) -> Any:
         run = self.run
@@ -140,7 +154,18 @@ class Script:
         run = self.run
         inputs, options = self._inputs()
         labels = labels_of(run, objective_of(run), self.model, inputs, self.device)
-        precision = run.precision
+        loss, outputs = self._computed(inputs, labels, options)
+        held = outputs if run.loop.hold_outputs or run.kernels.loss == "chunked_lm_head" else None
+        del outputs
+        if run.batch.accumulation > 1:
+            loss = loss / run.batch.accumulation
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        return loss, (held, inputs, labels, options)
+
+    def _computed(self, inputs: dict[str, Any], labels: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """The loss, and what the model returned, under autocast where the run has it."""
+        run, precision = self.run, self.run.precision
         cast = nullcontext()
         if precision.autocast:
             cast = torch.autocast(self.device.type, dtype=lower_of(precision))
@@ -149,13 +174,7 @@ class Script:
         alone = run.parallelism.dp == 1  # else the model is wrapped so
         if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
             outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
-        held = outputs if run.loop.hold_outputs or run.kernels.loss == "chunked_lm_head" else None
-        del outputs
-        if run.batch.accumulation > 1:
-            loss = loss / run.batch.accumulation
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
-        return loss, (held, inputs, labels, options)
+        return loss, outputs
 
     def _saving(self) -> AbstractContextManager[Any]:
         """Where autograd saves what it keeps of a forward pass: in host memory, where the run offloads activations."""
@@ -182,7 +201,7 @@ class Script:
             inputs, options = self._inputs()
             self.model(**inputs, **options)
 
-    def _generate(self) -> None:
+    def generate(self) -> None:
         """As transformers' `generate` does it: the prompt at once, then a token at a time with the cache.
 
         Only the last token's logits are asked for, where the model can be asked, and are copied in fp32; names keep

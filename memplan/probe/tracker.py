@@ -177,7 +177,8 @@ class Tracker(TorchDispatchMode):
         """The events inside are of this phase."""
         start, self.loss_at = len(self.events), -1
         yield
-        self.intervals.append(Interval(name, self.step, start, len(self.events), self.loss_at))
+        loss_at = self.loss_at if name == "forward" else -1
+        self.intervals.append(Interval(name, self.step, start, len(self.events), loss_at))
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
         """The number of the storage a tensor lies in; None where it is not on the device."""

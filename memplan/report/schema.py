@@ -75,7 +75,7 @@ def answer_model() -> type[BaseModel]:
     """A model that reads an answer back from its JSON. Its fields are those of the tuples in `memplan.answer`."""
     categories = _model("Categories", "Bytes at the peak by kind of tensor.", dict.fromkeys(KINDS, int))
     verdict = _made(Verdict, answer=Literal[(*ANSWERS, None)])
-    host = {"ranks": int, "peak": Literal["load", "step"], "phases": list[_of(HostPhase)]}
+    host = {"ranks": int, "peak": Literal["load", "step", "eval", "save", "merge"], "phases": list[_of(HostPhase)]}
     fields = {
         "schema_version": Literal[1],
         "memplan_version": str,

@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 from memplan.answer import Estimate, Line, Phase
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
-from memplan.spec import Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
+from memplan.spec import Also, Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
 from memplan.units import GIB, decimal, gib, rounded
 
 CATEGORIES = {
@@ -296,6 +296,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", _loss(run) + _held_outputs(loop)),
+        *((("beside the steps", "; ".join(_beside(run))),) if run.also != Also() else ()),
         *((("answered by", "a trace of the step"),) if answer.via == "trace" else ()),
         *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
         ("profile", run.profile),
@@ -305,6 +306,22 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     if run.parallelism.pp > 1:
         text.insert(-1, ("pipeline", _pipeline(run)))
     return text
+
+
+def _beside(run: RunSpec) -> Iterator[str]:
+    """What the run does beside its steps."""
+    e, saving, merging = run.also.evaluation, run.also.saving, run.also.merging
+    if e is not None:
+        size = f"{e.micro:,} sequence{'s' if e.micro > 1 else ''} of {e.sequence or run.batch.sequence:,} tokens"
+        kept = f", logits of {e.kept_batches:,} batches kept" if e.kept_batches else ""
+        kept += ", the likeliest tokens alone" if e.preprocess else ""
+        host = f", to the host every {e.accumulation:,}" if e.accumulation is not None else ""
+        yield f"evaluation of {size}{kept}{host}" + (f", {e.new_tokens:,} new tokens each" if e.new_tokens else "")
+    if saving is not None:
+        yield "a checkpoint" + (f" with a {saving.state_dict} state dict" if saving.state_dict else "")
+    if merging is not None:
+        dtype = f" in {merging.dtype}" if merging.dtype else ""
+        yield "adapters merged" + (f" into a model reloaded{dtype}" if merging.model == "reloaded" else "")
 
 
 def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, find_gpu
 from memplan.models import ModelSpec
 from memplan.spec import (
+    Also,
     Batch,
     FrozenDict,
     Generation,
@@ -209,6 +210,8 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
     for field, usual in (("optimizer", Optimizer()), ("kernels", Kernels()), ("loop", Loop())):
         if getattr(run, field) != usual:
             raise SpecError(f"{field}: of training; {engine.name} has its own kernels and trains nothing", field)
+    if run.also != Also():
+        raise SpecError(f"also: of training; {engine.name} trains nothing", "also")
     if run.generation != Generation():
         raise SpecError(f"generation: of transformers' generate; {engine.name} has a pool (serving)", "generation")
     if run.objective not in (None, "causal_lm"):

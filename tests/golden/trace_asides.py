@@ -1,0 +1,112 @@
+"""Traces what runs do beside their steps, and prints the rows that tests/test_also.py compares with.
+
+python tests/golden/trace_asides.py > tests/golden/traced_asides.jsonl
+
+Evaluation with and without kept logits, generation in it, saving and merging: pure, under autocast, with adapters over
+whole and quantised weights. Small models of several families, and two cards at their own sizes. Runs that cannot be
+traced are said on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.errors import MemplanError
+from memplan.probe.trace import Traced, traces
+from memplan.spec import RunSpec
+from tests.tiny import TARGETS, TINY
+
+PHASES = ("eval", "generate", "save", "merge")
+SHORT = {"micro": 2, "sequence": 75}
+KEEPS = {"micro": 3, "sequence": 61, "kept_batches": 4}
+MERGES = {"saving": {}, "merging": "trained"}
+# Families of other blocks, heads or losses than Llama's, and experts that are turned back to be saved.
+FAMILIES = (
+    *("llama", "gpt2", "gemma2", "gemma3_text", "phi3", "granite", "falcon", "gpt_neox", "qwen2_moe", "mixtral"),
+    *("deepseek_v3", "gpt_oss", "olmo2", "cohere", "opt", "qwen3_moe"),
+)
+RUNS: tuple[dict[str, Any], ...] = (
+    {"also": {"evaluation": KEEPS, "saving": {}}},
+    {"precision": "amp", "loop": {"trainer": True}, "also": {"evaluation": KEEPS, "saving": {}}},
+    {"method": "lora", "also": {"evaluation": {"micro": 3, "new_tokens": 4}, **MERGES}},
+    {"method": "qlora", "also": {"evaluation": {**KEEPS, "accumulation": 2}, **MERGES}},
+    {"method": "dora", "also": {"evaluation": {"micro": 2}, **MERGES}},
+)
+LLAMA: tuple[dict[str, Any], ...] = (
+    {"method": "qdora", "also": {"evaluation": {"micro": 2}, **MERGES}},
+    {"method": {"kind": "qlora", "quantization": {"format": "int8"}}, "also": MERGES},
+    {"method": {"kind": "qdora", "quantization": {"format": "int8"}}, "also": MERGES},
+    {"method": {"kind": "qlora", "quantization": {"double_quant": False}}, "also": MERGES},
+    {"method": {"kind": "lora", "dropout": 0.1, "adapter_dtype": "bf16"}, "also": {"evaluation": KEEPS, **MERGES}},
+    {"method": {"kind": "dora", "adapter_dtype": "bf16"}, "also": MERGES},
+    {"also": {"evaluation": {**KEEPS, "concatenates": False}}},
+    {"also": {"evaluation": {**KEEPS, "preprocess": "argmax"}}},
+    {"also": {"evaluation": {**KEEPS, "batch_metrics": True}}},
+    {"kernels": {"loss": "fused"}, "also": {"evaluation": {"micro": 3}}},
+    {"kernels": {"loss": "fused"}, "also": {"evaluation": KEEPS}},
+    {"kernels": {"attention": "eager"}, "also": {"evaluation": {"micro": 3, "new_tokens": 3}}},
+    {"loop": {"padded": True}, "also": {"evaluation": {"micro": 3}}},
+    {"loop": {"use_cache": True}, "kernels": {"checkpointing": "none"}, "also": {"evaluation": {"micro": 3}}},
+    {"precision": {"weights": "fp32"}, "also": {"evaluation": {"micro": 1}, "saving": {}}},
+    {"optimizer": "adamw_8bit", "also": {"evaluation": {"micro": 1}, "saving": {}}},
+)
+REAL: tuple[dict[str, Any], ...] = (
+    {"model": "qwen2.5-0.5b", "method": "lora", "also": {"evaluation": {"kept_batches": 4}, **MERGES}},
+    {"model": "qwen2.5-0.5b", "precision": "amp", "loop": {"trainer": True}, "also": {"evaluation": {"micro": 4}}},
+    {
+        "model": "llama-3.1-8b",
+        "method": "qlora",
+        "also": {"evaluation": {"micro": 4, "new_tokens": 3}, **MERGES},
+    },
+)
+
+
+def runs() -> Iterator[tuple[str, RunSpec]]:
+    for name in FAMILIES:
+        model = {"config": {"model_type": name, **TINY[name]}}
+        for fields in (*RUNS, *(LLAMA if name == "llama" else ())):
+            kind: Any = fields.get("method")
+            targets = {"targets": TARGETS[name]} if isinstance(kind, str) and name in TARGETS else {}
+            method = {"method": {"kind": kind, **targets}} if targets else {}
+            yield name, RunSpec(**{"model": model, "batch": SHORT, "gpu": "a100-sxm-80gb", **fields, **method})
+    for fields in REAL:
+        yield fields["model"], RunSpec(**{"gpu": "a100-sxm-80gb", "batch": {"micro": 2, "sequence": 1024}, **fields})
+
+
+# What is known to differ, and why.
+CAUSES = {
+    ("olmo2", "amp"): {
+        "within": 0.02,
+        "cause": "embeddings that ask for a gradient are cast straight away, and autocast keeps that cast of a leaf",
+    }
+}
+
+
+def row(name: str, run: RunSpec, traced: Traced) -> dict[str, Any]:
+    """The peaks of what the run does beside its steps, and what torch would reserve for all."""
+    phases: dict[str, int] = {}
+    for p in traced.phases:  # a prompt and the tokens after it are one
+        if p.phase in PHASES:
+            phases[p.phase] = max(phases.get(p.phase, 0), p.peak)
+    asked = run.model_dump(mode="json", exclude_defaults=True)
+    known = CAUSES.get((name, "amp" if run.precision.autocast else ""), {})
+    return {"name": name, "run": asked, "phases": phases, "reserved": traced.reserved, **known}
+
+
+def main() -> None:
+    asked = list(runs())
+    for (name, run), traced in zip(asked, traces((run for _, run in asked), 1), strict=True):
+        if isinstance(traced, MemplanError):
+            print(f"{name}: {run.method.kind}: {traced}", file=sys.stderr)
+        else:
+            print(json.dumps(row(name, run, traced)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
