@@ -176,6 +176,7 @@ def test_saving_on_the_host_takes_no_more_in_forward_and_later_at_most_the_copie
     here = answer(run, kernels=kernels)
     away = answer(run, kernels=kernels, parallelism={"offload": {"activations": True}})
     assert away.host_bytes > here.host_bytes
+    assert away.bytes.allocated <= away.bytes.reserved
     model = load_card(run["model"])
     axes = model.axes()
     tokens = run["batch"]["micro"] * run["batch"]["sequence"]
