@@ -411,3 +411,23 @@ def test_a_function_that_keeps_inputs_on_the_host_has_the_estimated_peaks() -> N
             peaks[key] = max(peak, peaks.get(key, 0))
         estimated = without_workspaces(estimate(checkpointed(run, "offload")))
         assert estimated == {key: peaks[key] for key in estimated}, name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "starcoder2", "mixtral"])
+def test_the_host_has_every_byte_that_autograd_saves(family: str) -> None:
+    """A real step on the CPU, whose hooks count each tensor as often as it is saved."""
+    import torch
+
+    from memplan.probe.script import build
+
+    saved: list[int] = []
+
+    def pack(tensor: Any) -> Any:
+        saved.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    plain = {"precision": "fp32", "optimizer": "sgd", "kernels": {**PLAIN, "attention": "eager"}}
+    script = build(tiny(family, **plain), "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        script.step()
+    assert estimate(tiny(family, **plain, parallelism=SAVED)).host_bytes == sum(saved)
