@@ -474,7 +474,7 @@ def test_published_runs_on_two_and_four_gpus_are_met_on_average() -> None:
     for row in MEASURED:
         found = abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1)
         errors.setdefault(row["family"], []).append(found)
-    assert {family: len(some) for family, some in errors.items()} == {"fms-acceleration": 58, "litgpt": 5}
+    assert {family: len(some) for family, some in errors.items()} == {"fms-acceleration": 61, "litgpt": 5}
     assert mean(errors["fms-acceleration"]) < 1e-3
     assert mean(errors["litgpt"]) < 0.025
 
