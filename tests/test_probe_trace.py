@@ -48,6 +48,7 @@ def traced(tracer: Tracer) -> Mapping[str, Traced]:
 LONG = {"micro": 1, "sequence": 3200}  # more tokens than an embedding's backward takes without sorting them
 PLAIN = {"checkpointing": "none"}
 HOST = {"offload": {"optimizer": True}}
+SAVED = {"offload": {"activations": True}}
 INT8 = {"kind": "qlora", "rank": 4, "quantization": {"format": "int8"}}
 RUNS = {
     "full": tiny("llama", optimizer="adamw_torch", kernels={"attention": "sdpa"}),
@@ -66,6 +67,9 @@ RUNS = {
     "offload, reentrant": tiny("qwen2", kernels={"checkpointing": "offload", "reentrant": True}),
     "offload, autocast": tiny("llama", precision="amp", kernels={"checkpointing": "offload", "reentrant": True}),
     "offload, adapters": tiny("llama", method={"kind": "lora", "rank": 4}, kernels={"checkpointing": "offload"}),
+    "saved": tiny("llama", kernels=PLAIN, parallelism=SAVED),
+    "saved, masked": tiny("cohere2", batch={"micro": 2, "sequence": 96}, kernels=PLAIN, parallelism=SAVED),
+    "saved, adapters": tiny("mistral", method={"kind": "lora", "rank": 4}, precision="amp", parallelism=SAVED),
     "host": tiny("llama", optimizer="adamw_torch", parallelism=HOST),
     "host, adapters": tiny("gpt2", method={"kind": "lora", "rank": 4}, optimizer="adagrad", parallelism=HOST),
     "host, in backward": tiny("llama", optimizer={"name": "sgd", "in_backward": True}, parallelism=HOST),

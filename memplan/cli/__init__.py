@@ -370,10 +370,10 @@ def estimate(
     offload: Annotated[
         str | None,
         option(
-            "What the host keeps: optimizer, and its step; parameters, under FSDP with all of that, and ZeRO 3; none "
-            "takes back what a file says; activations are refused as yet. Default none.",
+            "What the host keeps: optimizer, and its step; parameters, under FSDP with all of that, and ZeRO 3; "
+            "activations, all that autograd saves; none takes back what a file says. Default none.",
             of=TRAINING,
-            complete=_choices("optimizer", "parameters", "none"),
+            complete=_choices("optimizer", "parameters", "activations", "none"),
         ),
     ] = None,
     hold_outputs: Annotated[
