@@ -102,6 +102,29 @@ def traced_losses() -> list[Compared]:
     return [compared_with_trace(row, row["run"]["kernels"]["loss"]) for row in rows("traced_losses.jsonl")]
 
 
+@cache
+def traced_passes() -> dict[str, list[float]]:
+    """What forward passes and generation are off by, in the phases of each run."""
+    found: dict[str, list[float]] = {}
+    for row in rows("traced_inference.jsonl"):
+        answer = estimate(RunSpec(**row["run"]))
+        gpu = answer.gpu
+        workspace = cublas_workspace(find_gpu(gpu.name).compute_capability if gpu else None).usual
+        ends = sum(line.bytes for line in answer.ledger if line.what == "left unsplit")  # which a trace does not see
+        mine = {phase.phase: phase.peak - workspace - ends for phase in answer.phases}
+        for phase, bytes_ in row["phases"].items():
+            if phase != "load":
+                found.setdefault(phase, []).append(abs(mine[phase] / bytes_ - 1))
+    return found
+
+
+def passes() -> Iterable[str]:
+    yield "| phase | runs | mean | worst |"
+    yield "|---|---|---|---|"
+    for phase, errors in traced_passes().items():
+        yield f"| {phase} | {len(errors)} | {percent(mean(errors))} | {percent(max(errors))} |"
+
+
 def percent(error: float) -> str:
     return f"{100 * error:.4f} %" if error < 0.001 else f"{100 * error:.2f} %"
 
@@ -334,6 +357,8 @@ def page() -> Iterable[str]:
     yield from table("family", families)
     yield TRACED_LOSSES
     yield from table("loss", traced_losses())
+    yield TRACED_PASSES
+    yield from passes()
     yield ""
     yield from (
         f"- {c.name} is missed by {percent(c.peak)}: {c.cause}."
@@ -413,6 +438,10 @@ def summary() -> Iterable[str]:
         ("traced steps of the real libraries, common models", [c.peak for c in traced()]),
         ("traced steps of every dense family at real sizes, to 72 billion parameters", [c.peak for c in traced_runs()]),
         ("traced steps of every family, small and at real widths", [c.peak for c in traced_families()]),
+        (
+            "traced forward passes, prompts and tokens of every family that generates",
+            [error for of_phase in traced_passes().values() for error in of_phase],
+        ),
         *measured,
         ("peaks above 4 GiB others measured running models: generation and forward passes", running),
     ):
@@ -451,6 +480,14 @@ checkpointing on and off, eager attention, padding and dropout, and with images 
 TRACED_LOSSES = """
 Other losses than transformers' on a small Qwen2, by every method and precision: liger-kernel 0.8's own function with
 kernels that compute nothing, torchtune's and LitGPT's written out.
+"""
+
+TRACED_PASSES = """
+Passes in which nothing trains, of every family that generates, small, and of some cards at their own sizes
+(`tests/golden/trace_inference.py`): forward passes, prompts, and the tokens after them, with caches that grow, that
+have room from the start, and of several beams, with padding, eager attention, adapters and 4-bit weights. The worst
+are of a small Gemma 3n.
+
 """
 
 SEVERAL = """

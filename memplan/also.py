@@ -41,6 +41,9 @@ _LOOP = "transformers 5.24 trainer.py Trainer.evaluation_loop"
 _CONTAINER = "transformers 5.24 trainer_pt_utils.py EvalLoopContainer.add"
 
 
+_REPLAYED = 8  # batches whose passes are replayed for what torch reserves, and the last one's
+
+
 class Aside(NamedTuple):
     """One of the things a run does beside its steps, at its peak.
 
@@ -101,11 +104,11 @@ class Aside(NamedTuple):
             allocator.free(left.pop()[1])
 
     def _replay_batches(self, allocator: Allocator) -> None:
-        """Batches, of which predictions are kept: passes between the second and the last find segments as that did."""
+        """Batches, of which predictions are kept; of more than a few the last one's pass stands for the rest."""
         together: list[Block] = []
         last: list[Block] = []
         for count in range(1, self.batches + 1):
-            if count < 3 or count == self.batches:
+            if count <= _REPLAYED or count == self.batches:
                 self._replay_passes(allocator)
             new = [allocator.alloc(bytes_) for bytes_ in self.kept]
             _free(last, allocator)
@@ -175,7 +178,9 @@ def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | N
     standing += walked.program.passing["forward"]
     passes = ((step, tuple(axes.items())),)
     kept = _kept(e, graph, axes, run.parallelism.dp)
-    during, joined = kept.during, kept.joined
+    loss = Held("activation", "loss of a batch, by the loop's name", "evaluation", "", "fp32", 1, 512, _LOOP)
+    named = () if e.batch_metrics else (loss,)  # the loop lets go of them by itself there
+    during, joined = (*kept.during, *named), (*kept.joined, *named)
     where, batches = low.moments[moment].where, together_of(e) if kept.each else 1
     one = Aside(
         "eval", where, standing, during, passes, (0, moment), moving, kept.each, batches, e.concatenates, kept.host

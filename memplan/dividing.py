@@ -25,11 +25,12 @@ from memplan.ranks import Ranks, kept_dtype, shape_in, units_of
 Events = Iterator[tuple[int, int]]
 
 
-def loading_events(graph: Graph, ranks: Ranks) -> Events:
-    """What loading allocates and frees, in order."""
+def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> Events:
+    """What loading allocates and frees, in order. `together`: equal tensors that come and go at once are told as one,
+    for thousands of ranks have thousands."""
     numbers = count()
     if ranks.efficient and not ranks.row.flat:
-        yield from _one_by_one(graph, ranks, numbers)
+        yield from _one_by_one(graph, ranks, numbers, together)
     else:
         yield from _unit_by_unit(graph, ranks, numbers)
     for held in parameters_of(graph):
@@ -38,15 +39,15 @@ def loading_events(graph: Graph, ranks: Ranks) -> Events:
                 yield next(numbers), held.bytes
 
 
-def _one_by_one(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Events:
+def _one_by_one(graph: Graph, ranks: Ranks, numbers: Iterator[int], together: bool) -> Events:
     """Every weight as it is sent: whole, cut into parts of which the last are copied to be padded, and the rank's own.
     A head that is the embeddings is sent again."""
     _, axes = built(graph)
     for w in in_order(graph):
         if w.group != "buffer":
-            yield from _sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers)
+            yield from _sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together)
     for w in _tied(graph):
-        again = list(_sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers))
+        again = list(_sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together))
         yield from again
         if not ranks.offloads:  # and then tied
             yield _part_of(again), 0
@@ -58,15 +59,16 @@ def _part_of(events: list[tuple[int, int]]) -> int:
     return next(number for number, _ in events if number not in gone)
 
 
-def _sent(shape: tuple[int, ...], dtype: str, ranks: Ranks, numbers: Iterator[int]) -> Events:
+def _sent(shape: tuple[int, ...], dtype: str, ranks: Ranks, numbers: Iterator[int], together: bool) -> Events:
     bytes_ = size(str(prod(shape)), dtype, {})[1]
     mine = size(str(prod(rows_of(shape, ranks.world))), dtype, {})[1]
     each = part(shape[0], ranks.world) if shape else 1
     padded = ranks.world - shape[0] // each if shape else 0
-    whole, *cut = (next(numbers) for _ in range(1 + padded))
+    copies, of_one = (1, padded * mine) if together and padded else (padded, mine)
+    whole, *cut = (next(numbers) for _ in range(1 + copies))
     yield whole, bytes_
     for number in cut:
-        yield number, mine
+        yield number, of_one
     own = next(numbers)
     yield own, mine
     for number in (*cut, whole):

@@ -652,8 +652,9 @@ def openings_of(structure: Structure) -> tuple[pipeline.Moment, ...]:
     return tuple(first.values())
 
 
-def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
-    """What loading allocates and frees, in order, see `memplan.graph.loading`."""
+def loading_of(structure: Structure, together: bool = False) -> Iterator[tuple[int, int]]:
+    """What loading allocates and frees, in order, see `memplan.graph.loading`; `together` as
+    `memplan.dividing.loading_events` has it."""
     if zero.stage(structure.ranks):
         return zero.loading_events(structure.graph, structure.ranks)
     if megatron.divides(structure.ranks):
@@ -661,13 +662,13 @@ def loading_of(structure: Structure) -> Iterator[tuple[int, int]]:
     if structure.graph.code == "torchtitan":  # made where it lies: trainer.py to_empty
         return enumerate(h.bytes for h in resident_of(structure) for _ in range(h.copies))
     if division_of(structure) is not None:
-        return dividing.loading_events(structure.graph, structure.ranks)
+        return dividing.loading_events(structure.graph, structure.ranks, together)
     return loading(structure.graph)
 
 
 def _loading(structure: Structure) -> int:
     """The most bytes at once until the first step. DDP sends the first rank's weights to the others."""
-    most = _most(loading_of(structure))
+    most = _most(loading_of(structure, together=True))
     if structure.ranks.strategy != "ddp" or structure.ranks.world == 1 or structure.buffers:
         return most
     resident = sum(h.bytes * h.copies for h in resident_of(structure))

@@ -199,7 +199,7 @@ def _slices(
     graph: Graph, weights: list[Weight], shapes: list[tuple[int, ...]], dtype: str, mine: int
 ) -> Iterator[tuple[str, int, bool]]:
     """What the first rank has of each weight that the optimizer is given, in numbers, of those laid one after the
-    other: use_orig_params."""
+    other: use_orig_params. With each, whether that is an embedding."""
     start = 0
     for w, shape in zip(weights, shapes, strict=True):
         numbers = prod(shape)
@@ -455,7 +455,7 @@ def trained_parts(graph: Graph, ranks: Ranks, trainer: bool = False) -> list[Par
             (Parameter(f"{p.where}.{name}".lstrip("."), shape, p.dtype, embedding=trainer and embedding), p.copies)
             for p in own
             for name, shape, embedding in (
-                [(name, (n,), e) for name, n, e in p.slices] or [(p.name, p.shape, False)][: not graph.joined]
+                [(n, (count,), e) for n, count, e in p.slices] or [(p.name, p.shape, False)][: not graph.joined]
             )
         ]
         out += [p for p, _ in found]

@@ -46,6 +46,7 @@ from memplan.units import ITEMSIZE
 STREAMS = 4  # that have pools of their own
 NOTHING = Gathering((), 0, 0)
 IN_FLIGHT = 2  # _max_num_inflight_all_gathers
+FEW_RANKS = 64  # of more the parts of a weight are replayed as one tensor: they are thousands, and gone at once
 FEW = 16  # states are few where so many times their bytes are fewer than the weights'
 
 
@@ -230,7 +231,7 @@ def largest_message(structure: Structure) -> tuple[Tensor, ...]:
 def _load(structure: Structure, allocator: Allocator) -> None:
     """Load the model; gradients that have buffers of their own come with the optimizer."""
     blocks: dict[int, Block] = {}
-    for number, bytes_ in loading_of(structure):
+    for number, bytes_ in loading_of(structure, together=structure.ranks.world > FEW_RANKS):
         if bytes_:
             blocks[number] = allocator.alloc(bytes_)
         elif number == EMPTIED:

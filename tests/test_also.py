@@ -50,13 +50,22 @@ def test_everything_beside_the_steps_is_near_its_trace(case: dict[str, Any]) -> 
 
 
 @ALL
+def test_what_torch_reserves_is_near_a_replay_of_the_trace() -> None:
+    real = [case for case in CASES if isinstance(case["run"]["model"], str) and "method" in case["run"]]
+    assert len(real) == 2  # with adapters, whose states leave the segments as they are
+    for case in real:
+        assert estimate(RunSpec(**case["run"])).bytes.reserved == pytest.approx(case["reserved"], rel=5e-3)
+
+
+@ALL
 def test_the_mean_error_is_below_a_tenth_of_a_percent() -> None:
     errors: list[float] = []
     for case in CASES:
         mine = without_workspaces(estimate(RunSpec(**case["run"])))
         errors += [abs(mine[phase] / n - 1) for phase, n in case["phases"].items()]
     assert len(errors) > 200
-    assert sum(errors) / len(errors) < 1e-3
+    assert sum(errors) / len(errors) < 5e-4
+    assert errors.count(0) > len(errors) / 2
 
 
 # --- what it is made of
@@ -89,7 +98,7 @@ def test_kept_logits_are_joined_beside_those_they_are_joined_of() -> None:
     joined = up(5 * LOGITS) + up(4 * LOGITS) + up(LOGITS)
     during = peak(evaluated(), "eval") + up(4 * LOGITS) + up(LOGITS) + up(4 * LABELS) + up(LABELS)
     labels = up(4 * LABELS) + up(LABELS)
-    assert peak(answer, "eval") == max(during, standing + joined + labels)
+    assert peak(answer, "eval") == max(during, standing + joined + labels + 512)  # and the loss
     lines = {line.what: line.bytes for line in answer.ledger}
     assert lines["logits of the batches before"] == up(4 * LOGITS)
 
@@ -97,7 +106,7 @@ def test_kept_logits_are_joined_beside_those_they_are_joined_of() -> None:
 def test_batches_that_go_to_the_host_are_not_kept() -> None:
     assert peak(evaluated(kept_batches=20, accumulation=2), "eval") == peak(evaluated(kept_batches=2), "eval")
     assert peak(evaluated(kept_batches=20, accumulation=1), "eval") == peak(evaluated(), "eval")
-    assert peak(evaluated(kept_batches=20, batch_metrics=True), "eval") == peak(evaluated(), "eval")
+    assert peak(evaluated(kept_batches=20, batch_metrics=True), "eval") == peak(evaluated(), "eval") - 512  # the loss
 
 
 def test_a_list_of_logits_is_not_joined() -> None:

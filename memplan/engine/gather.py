@@ -49,11 +49,11 @@ class Gatherer:
         self._sums = division.sums if division else False
         self._grads_exist = grads_exist and not self._sums
         self._summed: dict[str, list[list[Storage]]] = {}  # of passes before, by unit, of the last copy last
-        tape.hooks = division.hooks if division else False
         self._modules: dict[str, Unit] = {}  # of the unit whose operations run
         self._inner: list[Storage] = []  # a module's weights, while they are whole
         self._outer: list[Storage] | None = None  # where gradients wait outside of the module
         tape.module = self._told if any(unit.modules for unit in self._units.values()) else None
+        tape.hooks = division.hooks if division else False
         self._whole: dict[str, list[Storage]] = {}
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # asked for on the way back

@@ -148,9 +148,9 @@ class Tape:
         self.nested: Mapping[str, Unit] = {}  # weights that are gathered for the operation that uses them
         self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
+        self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
         self.hooks = False  # a hook keeps what a recomputed block was given, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # those, and the run of whose copies each has one
-        self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
 
     # storages

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from memplan import inference, ledger
+from memplan.also import asides
 from memplan.answer import Estimate
 from memplan.answer import Line as Estimated
 from memplan.catalogue.overhead import cublas_workspace
@@ -21,6 +22,7 @@ from memplan.graph import built
 from memplan.probe.trace import Storage, Traced, TracedPhase
 from memplan.program import pass_of
 from memplan.resolve import Decided, decide
+from memplan.spec import RunSpec
 
 Verdict = Literal["lacks", "too many", "lives too long", "goes too early"]
 
@@ -67,7 +69,7 @@ def difference(traced: Traced, answer: Estimate) -> tuple[Line, ...]:
     Loading is left out unless it is the peak of either: before that, what is loaded first decides what is there.
     """
     decided = decide(answer.asked)
-    theirs = _Trained(walk(answer.asked, decided), decided) if answer.asked.task == "train" else _Inferred(decided)
+    theirs = _Trained(_walked(answer.asked, decided), decided) if answer.asked.task == "train" else _Inferred(decided)
     found: list[Line] = []
     loads = "load" in (traced.peak_phase, answer.peak.phase)
     for pair in _pairs(traced, answer):
@@ -78,6 +80,12 @@ def difference(traced: Traced, answer: Estimate) -> tuple[Line, ...]:
     return tuple(found)
 
 
+def _walked(run: RunSpec, decided: Decided) -> Walked:
+    """The steps, and what comes beside them."""
+    walked = walk(run, decided)
+    return walked.followed_by(asides(run, walked, decided, None))
+
+
 class _Pair(NamedTuple):
     line: PhaseLine
     traced: TracedPhase
@@ -85,17 +93,23 @@ class _Pair(NamedTuple):
 
 
 # Phases of an estimate, and those of a trace that they are compared with: clipping is part of an estimate's step.
-_SAME = {name: (name,) for name in ("load", "forward", "loss", "backward", "prefill", "decode")}
+_ASIDES = ("eval", "generate", "save", "merge")  # as loading, they are of no step
+_SAME = {name: (name,) for name in ("load", "forward", "loss", "backward", "prefill", "decode", *_ASIDES)}
 _STEP = {"step": ("clip", "step")}
 
 
-def _pairs(traced: Traced, answer: Estimate) -> Iterator[_Pair]:
+def _pairs(traced: Traced, answer: Estimate) -> list[_Pair]:
+    """What comes beside the steps last."""
+    return sorted(_each(traced, answer), key=lambda pair: pair.line.phase in _ASIDES)
+
+
+def _each(traced: Traced, answer: Estimate) -> Iterator[_Pair]:
     workspace = cublas_workspace(_capability(answer)).usual
     there = {(p.phase, p.step) for p in traced.phases}
     for step in sorted({p.step for p in traced.phases}):
         estimated: dict[str, int] = {}
         for i, phase in enumerate(answer.phases):
-            if phase.step in (None, min(step, 2)) and (phase.phase == "load") == (step == 0):
+            if phase.step in (None, min(step, 2)) and (phase.phase in ("load", *_ASIDES)) == (step == 0):
                 estimated[phase.phase] = i
         if ("loss", step) not in there and {"forward", "loss"} <= estimated.keys():  # a loss that has no head apart
             loss = estimated.pop("loss")

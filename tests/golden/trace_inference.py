@@ -58,7 +58,7 @@ REAL: tuple[dict[str, Any], ...] = (
     {"model": "qwen2-7b", "batch": {"micro": 8, "sequence": 1024, "new_tokens": 3}, "gpu": "t4"},
     {"model": "gemma-2-2b", "batch": {"micro": 1, "sequence": 6000, "new_tokens": 4}},
     {"model": "gemma-3-1b", "batch": {"micro": 4, "sequence": 2048, "new_tokens": 6}},
-    {"model": "mistral-7b", "batch": {"micro": 1, "sequence": 5000, "new_tokens": 4}},
+    {"model": "mistral-7b-v0.1", "batch": {"micro": 1, "sequence": 5000, "new_tokens": 4}},
     {"model": "phi-4-mini", "batch": {"micro": 2, "sequence": 1000, "new_tokens": 4}, "loop": {"padded": True}},
     {"model": "qwen3-8b", "batch": {"micro": 2, "sequence": 4096, "new_tokens": 4}, "method": {"quantization": {}}},
     {
