@@ -208,7 +208,9 @@ def _deciding(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> Decided:
 
 def _still(graph: Graph, now: Pass, caching: bool) -> Graph:
     """The graph in evaluation."""
-    wiring = graph.wiring._replace(records=False, caching=caching, caches=False)
+    wiring = graph.wiring._replace(
+        records=False, caching=caching, caches=False, last_only=now.generates and now.last_only
+    )
     return graph._replace(
         wiring=wiring, recipe=graph.recipe._replace(dropout=False), inference=now, leaf=False, rank=graph.rank
     )

@@ -96,6 +96,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
         caching=caches or words["forward_caches"],
+        last_only=generates and words["last_logits"],
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}

@@ -33,7 +33,7 @@ class Wiring(NamedTuple):
     attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
     what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
     values are put beside those of earlier tokens, and lie head by head. decodes: there is one token a sequence, which
-    sees all before it.
+    sees all before it. last_only: the logits of a sequence's last token are all that is asked for.
     """
 
     backend: str
@@ -63,6 +63,7 @@ class Wiring(NamedTuple):
     records: bool = True
     caching: bool = False
     decodes: bool = False
+    last_only: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and

@@ -274,8 +274,8 @@ def gemma4(m: ModelSpec, wiring: Wiring, whole: bool = False) -> Stack:
     own = m.whole("hidden_size_per_layer_input", least=0) > 0
     wide = wired(wiring, m.whole("global_head_dim"))
 
-    # of a prompt, layers that cache nothing themselves are given the last token alone
-    cuts = wiring.caching and not wiring.decodes and wiring.backend != "flash_2"
+    # layers that cache nothing themselves are given the last token alone where no other's logits are asked for
+    cuts = wiring.last_only and not wiring.decodes and wiring.backend != "flash_2"
     cuts = cuts and any(layer.mixer == REUSED for layer in m.layers)
 
     def block(layer: Layer) -> Block:

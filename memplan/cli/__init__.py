@@ -100,7 +100,7 @@ app = typer.Typer(
     name="memplan",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="How much GPU memory a training run takes, when, and whether it fits.",
+    help="How much GPU memory a language model takes to train or run, when, and whether it fits.",
     epilog="memplan MODEL [options] is short for memplan estimate MODEL [options].",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
