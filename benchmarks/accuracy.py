@@ -496,7 +496,7 @@ SEVERAL = """
 What one GPU of 2 to 8 took, as published: under FSDP1 (`full_shard`), with full fine-tuning, LoRA and QLoRA of 1 to
 70 billion parameters (`tests/golden/ranks.jsonl`), and what torch reserved under DeepSpeed's ZeRO (ml-engineering,
 Llama 3.1 8B on 8 H200 and 8 B200, `tests/golden/ranks_reserved.jsonl`). The band of several GPUs is the shortest range
-with 56 of the 58 FSDP runs in it that say what the process took. DDP, FSDP1 and FSDP2 are compared with what torch's
+with 59 of the 61 FSDP runs in it that say what the process took. DDP, FSDP1 and FSDP2 are compared with what torch's
 own code allocates, too (docs/several-gpus.md); DeepSpeed's partitions, buckets, streams and the order in which it
 gathers and lays weights together were read in its code. Of runs above 4 GiB:
 """

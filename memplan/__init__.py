@@ -1,4 +1,4 @@
-"""memplan: how much GPU memory a training run takes, when, and whether it fits.
+"""memplan: how much GPU memory a language model takes to train or run, when, and whether it fits.
 
 import memplan
 answer = memplan.estimate(memplan.RunSpec(model="qwen2-7b", method="qlora", gpu="3090"))

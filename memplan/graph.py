@@ -22,7 +22,7 @@ from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stre
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.errors import SpecError
-from memplan.ir import Block, Division, Op, Stack, Tensor, Weight, operations
+from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations
 from memplan.models import ModelSpec
 from memplan.units import ITEMSIZE
 
@@ -34,7 +34,8 @@ class Graph(NamedTuple):
     of a single sequence, where that matters (see `memplan.catalogue.losses.cross_entropy`); `short`: a loss in chunks
     of tokens has one chunk only; `fused` the kernels that stand in for several; `converts`: what the model returns is
     cast to fp32; `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the embeddings'
-    output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory;
+    output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in host memory,
+    `saves`: whatever autograd saves;
     `degrees` the part of it that one rank computes; `keeps_sent`: what a stage hands on stays until its backward,
     `moves_sent`: it is copied to another GPU of the process; `inference`: the pass it is, where nothing trains;
     `joined`: gradients are made of what is frozen beside adapters in a block, as they lie in one flat parameter.
@@ -59,6 +60,7 @@ class Graph(NamedTuple):
     lingers: bool = False
     leaf: bool = False
     to_host: bool = False
+    saves: SavedTensors | None = None
     degrees: Degrees = WHOLE
     keeps_sent: bool = False
     moves_sent: bool = False
@@ -331,6 +333,7 @@ class _Ways(TypedDict):
     reentrant: bool
     input_grad: bool
     to_host: bool
+    saves: SavedTensors | None
 
 
 def _ways(graph: Graph) -> _Ways:
@@ -340,6 +343,7 @@ def _ways(graph: Graph) -> _Ways:
         "reentrant": graph.reentrant,
         "input_grad": graph.leaf,
         "to_host": graph.to_host,
+        "saves": graph.saves,
     }
 
 

@@ -85,12 +85,14 @@ class Weight(NamedTuple):
 class Keep(NamedTuple):
     """The operation keeps `what` from forward to backward when a gradient is asked of `of` (a read or a weight).
 
-    `becomes`: that gradient is `what` itself, written over or made already.
+    `becomes`: that gradient is `what` itself, written over or made already. `seen`: the shape of the view that it is
+    kept by, where that repeats it; a copy of it has all of those elements.
     """
 
     what: str
     of: str
     becomes: bool = False
+    seen: str = ""
 
 
 class Scratch(NamedTuple):
@@ -245,6 +247,18 @@ def operations(stack: Stack) -> Iterator[Op]:
             yield from block.ops
     yield from stack.after
     yield from stack.loss
+
+
+class SavedTensors(NamedTuple):
+    """What operations keep for backward is kept in host memory: a copy for every operation that keeps it, made when
+    the operation runs. It comes back as a copy when the operation's backward begins, and that goes when it is over.
+
+    weights  what is kept of weights is copied as well, though they are there anyway
+    source   where the facts come from
+    """
+
+    weights: bool
+    source: str
 
 
 class Unit(NamedTuple):

@@ -113,7 +113,7 @@ class Program(NamedTuple):
     reducing        bytes of what ranks have throughout to reduce gradients; `passing` of what they have in a phase of a
                     pass
     states          bytes of the optimizer's states on the GPU, `host` of those beside it
-    away            what checkpoints keep in host memory: shape, dtype and how many
+    away            what checkpoints, or all operations, keep in host memory: shape, dtype and how many
     """
 
     structure: Structure
@@ -508,7 +508,7 @@ def _most(events: Iterable[tuple[int, int]]) -> int:
 
 
 def _away(structure: Structure) -> Iterator[tuple[str, str, int]]:
-    """What checkpoints keep in host memory, of every microbatch in flight."""
+    """What a pass keeps in host memory, of every microbatch in flight."""
     most = [1] * len(chunks_of(structure))
     if structure.pipe.engine:
         most = [max(m.others[i] + (m.chunk == i) for m in flying(structure)) for i in range(len(most))]
@@ -520,7 +520,7 @@ def _away(structure: Structure) -> Iterator[tuple[str, str, int]]:
 
 
 def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
-    """Bytes in host memory for a run with these `axes`: of the optimizer, and of checkpoints; not rounded."""
+    """Bytes in host memory for a run with these `axes`: of the optimizer, and of passes; not rounded."""
     if not program.away:
         return program.host
     numbers = {**built(program.structure.graph)[1], **axes}

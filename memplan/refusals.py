@@ -32,6 +32,7 @@ from memplan.spec import (
 
 if TYPE_CHECKING:
     from memplan.graph import Graph
+    from memplan.models import ModelSpec
 
 _ONE_GPU = Parallelism()
 _PLAIN = Method()
@@ -321,8 +322,6 @@ def _parallelism(p: Parallelism) -> Iterator[SpecError]:
     if p.offload.parameters and not (p.strategy in offloads and p.world > 1):
         those = ", ".join(offloads)
         yield _later("parallelism.offload", "parameters", f"optimizer; parameters too with several GPUs under {those}")
-    if p.offload.activations:
-        yield _later("parallelism.offload", "activations", "optimizer, and kernels.checkpointing offload")
     if p.offload.optimizer and p.world > 1 and p.strategy in FSDP and not p.offload.parameters:
         yield SpecError(
             "parallelism.offload: FSDP keeps parameters, gradients and states on the host together; say parameters",
@@ -358,6 +357,30 @@ def _offloaded(run: RunSpec) -> Iterator[SpecError]:
         yield _later("loop.grad_scaler", True, f"false with parameters offloaded under {p.strategy}")
     if p.tp > 1:
         yield _later("parallelism.offload", "parameters", "none with tensor parallelism")
+
+
+def refuse_saved_on_host(
+    p: Parallelism, method: Method, kernels: Kernels, model: ModelSpec, profile: str, saves: str, images: bool
+) -> None:
+    """Raise SpecError for runs whose saved tensors memplan does not put on the host yet; `saves` says what does it."""
+    field = "parallelism.offload"
+    if not saves:
+        raise _later(field, "activations", f"optimizer, and kernels.checkpointing offload, with profile {profile}")
+    if any(layer.mixer in ("mamba", "linear_attention") for layer in model.layers):
+        raise _later(field, "activations", f"none with layers without attention, as {model.model_type} has")
+    for name in ("tp", "cp", "ep", "pp"):
+        if getattr(p, name) > 1:
+            raise _later(f"parallelism.{name}", getattr(p, name), "1 with activations offloaded")
+    if p.world > 1 and p.strategy not in ("ddp", "fsdp2"):
+        raise _later("parallelism.strategy", p.strategy, "ddp, fsdp2 with activations offloaded")
+    if method.quantization is not None and method.quantization.format not in ("nf4", "fp4"):
+        raise _later("method.quantization.format", method.quantization.format, "nf4, fp4 with activations offloaded")
+    if images:
+        raise _later("batch.images", "images", "none with activations offloaded")
+    if kernels.fused:
+        raise _later("kernels.fused", ", ".join(kernels.fused), "none with activations offloaded")
+    if kernels.loss == "chunked_lm_head":
+        raise _later("kernels.loss", kernels.loss, "hf, chunked, fused with activations offloaded")
 
 
 def _zero(p: Parallelism) -> Iterator[SpecError]:

@@ -34,6 +34,7 @@ from memplan.graph import (
     tower_dtype,
     weights_of,
 )
+from memplan.ir import SavedTensors
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, norm_notes, pipeline_notes
@@ -55,6 +56,7 @@ from memplan.refusals import (
     refuse_parts_of_matrices,
     refuse_parts_of_sequences,
     refuse_parts_of_whole_experts,
+    refuse_saved_on_host,
     refuse_staged,
 )
 from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, Part, Precision, RunSpec, Zero
@@ -89,6 +91,12 @@ def _refuse_uncalled(model: ModelSpec, method: Method) -> None:
 
 NEW_TOKENS = 256  # generated where none are asked for
 _PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha; memory does not depend on it
+
+
+# What `parallelism.offload.activations` means. A tensor is packed each time it is saved, and weights are tensors too.
+_SAVED_TENSORS = SavedTensors(
+    weights=True, source="torch 2.13 autograd/graph.py save_on_cpu, csrc/autograd/saved_variable.cpp"
+)
 
 
 class Decided(NamedTuple):
@@ -260,6 +268,8 @@ def _decide(
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
     elif parallelism.offload.optimizer and not sharded:
         refuse_on_host(str(optimizer.name))
+    if parallelism.offload.activations:
+        refuse_saved_on_host(parallelism, method, kernels, model, profile, words["saved_tensors"], images)
     if alike > 1:
         refuse_divided(parallelism, method, precision, optimizer, loop)
     if parallelism.pp > 1:
@@ -349,6 +359,7 @@ def _decide(
         trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
+        saves=_SAVED_TENSORS if parallelism.offload.activations else None,
         leaf=kernels.checkpointing != "none"
         and model.only_sequence is None  # of a model that is given token ids
         and (method.kind in ADAPTERS or bool(method.frozen) or (method.kind == "freeze" and words["frozen_inputs"])),

@@ -18,7 +18,7 @@ from memplan import zero
 from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.catalogue.pipeline import enough, passes
 from memplan.engine.allocator import Allocator, Block
-from memplan.engine.lower import COMPUTING, GATHERING, LENT
+from memplan.engine.lower import COMPUTING, GATHERING, LENT, REDUCING
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.walk import size
 from memplan.fetching import Gathering
@@ -191,6 +191,11 @@ def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, ha
     def made(tensors: Counter[Tensor]) -> list[Block]:
         return [allocator.alloc(_bytes(t.shape, t.dtype, numbers)) for t in tensors.elements()]
 
+    if stays_whole(structure):  # what an all-gather wrote is there until the next one's has been copied
+        found = division_of(structure)
+        messages = [unit.message for _, unit in found.units] if found else []
+        sent = max(messages, key=lambda some: sum(_bytes(t.shape, t.dtype, {}) for t in some), default=())
+        _free([allocator.alloc(_bytes(t.shape, t.dtype, {}), GATHERING) for t in (*sent, *sent)], allocator)
     whole = [allocator.alloc(h.bytes) for h in passing_of(structure, "forward") for _ in range(h.copies)]
     buffers = made(throughout)
     chunks = chunks_of(structure)
@@ -211,7 +216,7 @@ def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, ha
     joined = [allocator.alloc(_bytes(t.shape, t.dtype, {})) for t in largest_message(structure)]
     _free(whole, allocator)
     _free(gradients, allocator)
-    parts = [allocator.alloc(h.bytes) for h in gradients_of(structure) for _ in range(h.copies)]
+    parts = [allocator.alloc(h.bytes, REDUCING) for h in gradients_of(structure) for _ in range(h.copies)]
     _free(joined, allocator)
     return parts
 

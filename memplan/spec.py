@@ -357,7 +357,8 @@ class Loop(Part, frozen=True):
 
 
 class Offload(Part, frozen=True):
-    """What lives on the host between uses."""
+    """What lives on the host between uses. `activations` are all tensors that autograd saves in a forward pass, as
+    under torch's `save_on_cpu`; the inputs of checkpointed layers alone are `kernels.checkpointing` `offload`."""
 
     parameters: Flag = False
     optimizer: Flag = False

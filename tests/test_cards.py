@@ -67,7 +67,7 @@ def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
     return kinds, runs
 
 
-@pytest.mark.parametrize("name", sampled(sorted(GOLDEN), 4))
+@pytest.mark.parametrize("name", sampled(sorted(GOLDEN), 8))
 def test_a_card_has_exactly_the_parameters_the_model_builds(name: str) -> None:
     golden = GOLDEN[name]
     kinds, layers = counts(load_card(name))

@@ -44,7 +44,7 @@ def peaks(case: dict[str, Any], strategy: str = "fsdp2") -> dict[tuple[int, str]
     return found
 
 
-@pytest.mark.parametrize("case", TRACED, ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", sampled(TRACED, 8), ids=lambda case: case["name"])
 def test_a_rank_holds_what_torch_allocates_for_it(case: dict[str, Any]) -> None:
     mine = peaks(case)
     for step, traced in case["steps"].items():
@@ -56,7 +56,7 @@ def test_a_rank_holds_what_torch_allocates_for_it(case: dict[str, Any]) -> None:
 
 def test_every_family_is_traced_and_the_mean_is_within_a_hundredth_of_a_percent() -> None:
     assert {case["run"]["model"]["config"]["model_type"] for case in TRACED} >= set(FAMILIES)
-    assert mean(abs(max(peaks(case).values()) / case["peak"] - 1) for case in TRACED) < 1e-4
+    assert mean(abs(max(peaks(case).values()) / case["peak"] - 1) for case in sampled(TRACED, 8)) < 1e-4
 
 
 @pytest.mark.parametrize("case", sampled(EXCHANGED, 4), ids=lambda case: case["name"])

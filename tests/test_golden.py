@@ -11,6 +11,7 @@ import pytest
 from benchmarks import golden
 from benchmarks.golden import GOALS, NEAR, SLACK, Goal, Measured, phase_peak, published, rows, verdicts
 from memplan import RunSpec, find_gpu
+from tests.sampling import ALL
 
 ROWS: dict[str, dict[str, Any]] = {row["id"]: row for row in rows("published.jsonl")}
 ANSWERED, REFUSED = published()
@@ -45,6 +46,7 @@ def test_runs_that_died_say_where_they_come_from_and_how_much_the_card_had() -> 
         assert 0 < row["seen"] < 2**37
 
 
+@ALL
 def test_every_family_of_runs_on_several_gpus_reaches_its_goal() -> None:
     """The mean of those above 4 GiB, and of what torch reserved where only that is known."""
     errors: dict[str, list[float]] = {}

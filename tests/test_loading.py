@@ -13,8 +13,9 @@ from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.errors import SpecError
 from memplan.report.words import host
+from tests.sampling import sampled
 
-CASES: list[dict[str, Any]] = rows("traced_loading.jsonl")
+CASES: list[dict[str, Any]] = sampled(rows("traced_loading.jsonl"), 8)
 
 
 def label(case: dict[str, Any]) -> str:

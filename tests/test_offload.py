@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate
+from memplan.cards import load_card
 from memplan.catalogue.optimizers import ON_HOST
 from memplan.cli.request import spec_of
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, SpecError
 from memplan.report.words import assumptions
 from memplan.units import rounded
 from tests.test_laws import SHAPE, answer, laws, runs
@@ -154,6 +155,123 @@ def test_both_add_up_on_the_host() -> None:
     assert both == moved(optimizer="adamw_torch").host_bytes + asked("offload").host_bytes
 
 
+# what autograd saves
+
+
+def saved(**fields: Any) -> Estimate:
+    """A run whose saved tensors are on the host, without checkpointing unless it says so."""
+    parallelism = {**fields.pop("parallelism", {}), "offload": {"activations": True}}
+    kernels = {"checkpointing": "none", **fields.pop("kernels", {})}
+    return estimate(RunSpec(**{"model": "qwen2-0.5b", **fields, "kernels": kernels, "parallelism": parallelism}))
+
+
+@laws
+@given(runs(kinds=("full", "freeze", "lora", "dora")), st.sampled_from(["none", "full", "offload"]))
+def test_saving_on_the_host_takes_no_more_in_forward_and_later_at_most_the_copies_of_one_operation(
+    run: dict[str, Any], checkpointing: str
+) -> None:
+    """Copies of what was kept take its place; those of a weight lie beside it, and those of logits and labels beside
+    what the script holds. None of it is there in the optimizer's step."""
+    kernels = {**run["kernels"], "checkpointing": checkpointing, "loss": "hf"}
+    here = answer(run, kernels=kernels)
+    away = answer(run, kernels=kernels, parallelism={"offload": {"activations": True}})
+    assert away.host_bytes > here.host_bytes
+    assert away.bytes.allocated <= away.bytes.reserved
+    model = load_card(run["model"])
+    axes = model.axes()
+    tokens = run["batch"]["micro"] * run["batch"]["sequence"]
+    copies = 4 * (axes["v"] * axes["h"] + tokens * (axes["v"] + axes["h"]))  # the head's weight, logits and input
+    for before, after in zip(here.phases, away.phases, strict=True):
+        assert after.phase != "step" or after.peak == before.peak
+        assert after.phase not in ("forward", "loss") or after.peak <= before.peak
+        assert after.peak <= before.peak + copies
+
+
+@laws
+@given(runs(kinds=("full", "lora")), st.integers(1, 3))
+def test_what_the_host_has_of_saved_tensors_grows_with_the_batch_and_with_depth(run: dict[str, Any], more: int) -> None:
+    kernels = {**run["kernels"], "checkpointing": "none", "loss": "hf"}
+    parallelism = {"offload": {"activations": True}}
+    one = answer(run, kernels=kernels, parallelism=parallelism)
+    batch = {**run["batch"], "micro": run["batch"]["micro"] + more}
+    assert answer(run, kernels=kernels, parallelism=parallelism, batch=batch).host_bytes > one.host_bytes
+
+
+def test_more_layers_leave_nothing_of_a_pass_on_the_gpu() -> None:
+    def deep(layers: int) -> Estimate:
+        config = {**SHAPE, "num_hidden_layers": layers}
+        return saved(model={"config": config}, method={"kind": "lora", "rank": 1}, optimizer="none")
+
+    def moving(a: Estimate, phase: str) -> int:
+        return next(p.peak for p in a.phases if p.phase == phase) - a.phases[0].peak
+
+    few, many, more = deep(4), deep(40), deep(76)
+    assert moving(few, "forward") == moving(many, "forward")
+    assert many.host_bytes - few.host_bytes == more.host_bytes - many.host_bytes > 0
+
+
+def test_the_host_holds_what_a_llama_saves_as_often_as_it_does() -> None:
+    """Two kernels that keep one tensor have a copy each, and a weight is a tensor as well."""
+    b, s, h, a, k, d, f, v, layers = 3, 128, 64, 4, 2, 16, 176, 1000, 5
+    config = {"model_type": "llama", "vocab_size": v, "num_hidden_layers": layers, "tie_word_embeddings": False}
+    config |= {"hidden_size": h, "num_attention_heads": a, "num_key_value_heads": k, "head_dim": d}
+    config |= {"intermediate_size": f}
+    found = saved(model={"config": config}, batch={"micro": b, "sequence": s}, precision="bf16")
+    tokens, half = b * s, 2
+    wide, row = 4 * tokens * h, 4 * tokens
+    norm = wide + row + (wide + row) + half * (tokens * h + h)  # pow, rsqrt, their product, and the weight's
+    projections = 3 * half * tokens * h + half * h * (a + 2 * k) * d
+    rotary = 4 * half * s * d  # cos and sin, of q and of k
+    flash = half * tokens * (2 * a + 2 * k) * d + 4 * tokens * a + 3 * 8  # q, k, v, the output, row sums, random state
+    out = half * (tokens * a * d + h * a * d)
+    mlp = half * (2 * tokens * h + 2 * f * h) + half * 3 * tokens * f + half * (tokens * f + f * h)
+    layer = 2 * norm + projections + rotary + flash + out + mlp
+    head = norm + half * (tokens * h + h * v)
+    loss = 4 * tokens * v + 4 * tokens * v + 8 * tokens + 4  # log_softmax, and nll_loss: that again, labels, a sum
+    assert found.host_bytes == 8 * tokens + layers * layer + head + loss
+
+
+def test_checkpointed_layers_save_their_inputs_alone() -> None:
+    batch = {"micro": 2, "sequence": 100}
+    plain, checkpointed = (saved(batch=batch, kernels={"checkpointing": word}) for word in ("none", "full"))
+    inputs = asked("offload", batch=batch).host_bytes
+    outside = checkpointed.host_bytes - inputs
+    assert 0 < outside < plain.host_bytes - inputs
+    assert saved(batch=batch, kernels={"checkpointing": "offload"}).host_bytes == checkpointed.host_bytes
+    deeper = [
+        saved(batch=batch, model={"config": {**SHAPE, "num_hidden_layers": n}}, kernels={"checkpointing": "full"})
+        for n in (4, 5)
+    ]
+    assert deeper[1].host_bytes - deeper[0].host_bytes == 2 * 100 * SHAPE["hidden_size"] * 2
+
+
+def test_a_view_that_repeats_a_mask_is_saved_whole() -> None:
+    """The mask of memory-efficient attention is one for all heads."""
+    fields: dict[str, Any] = {"batch": {"micro": 2, "sequence": 256}, "kernels": {"attention": "sdpa_efficient"}}
+    with_mask, without = saved(**fields, loop={"padded": True}), saved(**fields)
+    repeated = LAYERS * 14 * 2 * 256 * 256 * 2  # heads, sequences, rows, columns, bytes
+    assert with_mask.host_bytes - without.host_bytes == repeated
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "said"),
+    [
+        ({"profile": "trl-0.24"}, "parallelism.offload", "profile trl-0.24"),
+        ({"profile": "torchtune"}, "parallelism.offload", "profile torchtune"),
+        ({"parallelism": {"world": 2, "tp": 2}}, "parallelism.tp", "1 with activations offloaded"),
+        ({"parallelism": {"world": 2, "dp": 2, "strategy": "zero2"}}, "parallelism.strategy", "ddp, fsdp2"),
+        ({"kernels": {"fused": ["rope"]}}, "kernels.fused", "none with activations offloaded"),
+        ({"kernels": {"loss": "chunked_lm_head"}}, "kernels.loss", "hf, chunked, fused"),
+        ({"method": {"kind": "qlora", "quantization": {"format": "int8"}}}, "method.quantization.format", "nf4, fp4"),
+        ({"model": "mamba-130m"}, "parallelism.offload", "mamba"),
+    ],
+)
+def test_what_saved_tensors_are_not_counted_with_is_refused(fields: dict[str, Any], field: str, said: str) -> None:
+    with pytest.raises(SpecError, match=said) as caught:
+        saved(**fields)
+    assert caught.value.field == field
+
+
 # what is said, and how
 
 ABOUT = "states and step in host memory"
@@ -162,13 +280,14 @@ ABOUT = "states and step in host memory"
 def test_the_assumptions_say_what_is_on_the_host() -> None:
     told = dict(assumptions(moved(kernels={"checkpointing": "offload", "reentrant": True})))
     assert told["checkpointing"] == "offload, reentrant"
+    assert dict(assumptions(saved()))["checkpointing"] == "none; what autograd saves is in host memory"
     assert ABOUT in told["optimizer"]
     assert f"masters, {ABOUT}" in dict(assumptions(moved(precision="mixed")))["optimizer"]
     assert ABOUT not in dict(assumptions(asked("full")))["optimizer"]
 
 
 def test_the_answers_own_run_has_the_same_answer() -> None:
-    for a in (asked("offload"), moved(optimizer="adamw_torch")):
+    for a in (asked("offload"), moved(optimizer="adamw_torch"), saved()):
         again = estimate(RunSpec.model_validate_json(a.run.model_dump_json()))
         assert (again.phases, again.host_bytes) == (a.phases, a.host_bytes)
 

@@ -36,7 +36,7 @@ from memplan.segments import streams_apart
 from memplan.units import ITEMSIZE, MIB, rounded
 from memplan.usage import room
 from memplan.zero import partition
-from tests.sampling import examples
+from tests.sampling import ALL, examples
 from tests.test_band import shortest
 from tests.tiny import TINY
 
@@ -474,11 +474,12 @@ def test_published_runs_on_two_and_four_gpus_are_met_on_average() -> None:
     for row in MEASURED:
         found = abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1)
         errors.setdefault(row["family"], []).append(found)
-    assert {family: len(some) for family, some in errors.items()} == {"fms-acceleration": 58, "litgpt": 5}
+    assert {family: len(some) for family, some in errors.items()} == {"fms-acceleration": 61, "litgpt": 5}
     assert mean(errors["fms-acceleration"]) < 1e-3
     assert mean(errors["litgpt"]) < 0.025
 
 
+@ALL
 def test_the_band_of_several_gpus_is_the_shortest_range_of_the_published_errors() -> None:
     """With `COVERAGE` of them in it, where one more run is counted beside them."""
     seen = [row for row in MEASURED if "process" in row]

@@ -48,6 +48,7 @@ def traced(tracer: Tracer) -> Mapping[str, Traced]:
 LONG = {"micro": 1, "sequence": 3200}  # more tokens than an embedding's backward takes without sorting them
 PLAIN = {"checkpointing": "none"}
 HOST = {"offload": {"optimizer": True}}
+SAVED = {"offload": {"activations": True}}
 INT8 = {"kind": "qlora", "rank": 4, "quantization": {"format": "int8"}}
 RUNS = {
     "full": tiny("llama", optimizer="adamw_torch", kernels={"attention": "sdpa"}),
@@ -66,6 +67,9 @@ RUNS = {
     "offload, reentrant": tiny("qwen2", kernels={"checkpointing": "offload", "reentrant": True}),
     "offload, autocast": tiny("llama", precision="amp", kernels={"checkpointing": "offload", "reentrant": True}),
     "offload, adapters": tiny("llama", method={"kind": "lora", "rank": 4}, kernels={"checkpointing": "offload"}),
+    "saved": tiny("llama", kernels=PLAIN, parallelism=SAVED),
+    "saved, masked": tiny("cohere2", batch={"micro": 2, "sequence": 96}, kernels=PLAIN, parallelism=SAVED),
+    "saved, adapters": tiny("mistral", method={"kind": "lora", "rank": 4}, precision="amp", parallelism=SAVED),
     "host": tiny("llama", optimizer="adamw_torch", parallelism=HOST),
     "host, adapters": tiny("gpt2", method={"kind": "lora", "rank": 4}, optimizer="adagrad", parallelism=HOST),
     "host, in backward": tiny("llama", optimizer={"name": "sgd", "in_backward": True}, parallelism=HOST),
@@ -407,3 +411,23 @@ def test_a_function_that_keeps_inputs_on_the_host_has_the_estimated_peaks() -> N
             peaks[key] = max(peak, peaks.get(key, 0))
         estimated = without_workspaces(estimate(checkpointed(run, "offload")))
         assert estimated == {key: peaks[key] for key in estimated}, name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "starcoder2", "mixtral"])
+def test_the_host_has_every_byte_that_autograd_saves(family: str) -> None:
+    """A real step on the CPU, whose hooks count each tensor as often as it is saved."""
+    import torch
+
+    from memplan.probe.script import build
+
+    saved: list[int] = []
+
+    def pack(tensor: Any) -> Any:
+        saved.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    plain = {"precision": "fp32", "optimizer": "sgd", "kernels": {**PLAIN, "attention": "eager"}}
+    script = build(tiny(family, **plain), "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        script.step()
+    assert estimate(tiny(family, **plain, parallelism=SAVED)).host_bytes == sum(saved)

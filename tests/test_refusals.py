@@ -38,7 +38,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
     ({"parallelism": {"world": 2, "tp": 2}, "method": "dora"}, "method.kind"),
     ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
-    ({"parallelism": {"offload": {"activations": True}}}, "parallelism.offload"),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "ddp", "offload": {"optimizer": True}}}, "parallelism.offload"),
 ]
 

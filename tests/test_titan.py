@@ -114,7 +114,7 @@ def test_published_runs_are_near_though_they_compile_and_multiply_in_float8(case
     """The figures are of what torch reserved, on a kind of H100 with more than 80 GB: one is beyond what those have.
     See docs/several-gpus.md for what they have and the estimate has not."""
     found = estimate(RunSpec(**{**case["run"], "gpu": "h200"})).bytes.reserved / 2**30
-    assert found == pytest.approx(case["gib"], rel=0.05 if "1f1b" not in case["name"] else 0.15)
+    assert found == pytest.approx(case["gib"], rel=0.05 if "1f1b" not in case["name"] else 0.14)
 
 
 PLAIN = {"world": 8, "dp": 4, "tp": 2, "strategy": "fsdp2"}

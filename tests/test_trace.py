@@ -55,9 +55,10 @@ LOSSES: list[dict[str, Any]] = rows("traced_losses.jsonl")
 
 
 RUNS: list[dict[str, Any]] = sampled(rows("traced_runs.jsonl"))
+SAVED: list[dict[str, Any]] = sampled(rows("traced_saved.jsonl"), 4)
 
 
-@pytest.mark.parametrize("case", [*RUNS, *FAMILIES, *LOSSES], ids=label)
+@pytest.mark.parametrize("case", [*RUNS, *FAMILIES, *LOSSES, *SAVED], ids=label)
 def test_every_family_and_loss_is_near_its_traces(case: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**case["run"]))
     assert answer.parameters.total == case["parameters"]

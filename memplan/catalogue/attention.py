@@ -354,7 +354,8 @@ def _efficient(
             _lowered(f"{name}.v", v, "v.lowered", f"b s k {width}"),
             *_repeated(name, "k.lowered", "v.lowered", grouped, width),
         )
-    kept = (q1, k1, v1, y, lse, seed, offset, *((f"{y}.bias",) if mask else ()))
+    kept = (q1, k1, v1, y, lse, seed, offset)
+    bias = tuple(Keep(f"{y}.bias", of, seen="b a s s") for of in (q1, k1, v1)) if mask else ()
     return (
         *inner,
         Op(
@@ -367,7 +368,7 @@ def _efficient(
                 Tensor(offset, "", "int64"),
             ),
             (),
-            tuple(Keep(what, of) for of in (q1, k1, v1) for what in kept),
+            (*(Keep(what, of) for of in (q1, k1, v1) for what in kept), *bias),
             scratch=(Tensor("mask before it is padded", "b s s_uneven", f"={q1}"),) if mask and converts else (),
             scratch_back=(
                 Scratch(Tensor("delta", "b a s", "fp32")),

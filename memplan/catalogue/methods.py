@@ -471,7 +471,7 @@ def _saved(op: Op, saved: tuple[str, ...]) -> Op:
     copies = tuple(
         w._replace(name=ours[w.name], group="adapter", trains=True, matrix=False) for w in op.weights if w.name in ours
     )
-    keeps = tuple(Keep(ours.get(k.what, k.what), ours.get(k.of, k.of)) for k in op.keeps)
+    keeps = tuple(k._replace(what=ours.get(k.what, k.what), of=ours.get(k.of, k.of)) for k in op.keeps)
     scratch = tuple(s._replace(of=ours.get(s.of, s.of)) for s in op.scratch_back)
     return op._replace(weights=(*copies, *op.weights), keeps=keeps, scratch_back=scratch)
 

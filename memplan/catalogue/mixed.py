@@ -7,7 +7,7 @@ from collections.abc import Callable
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.llama import inputs, lm_head, masks, positions, rotary_table
-from memplan.ir import Block, Keep, Op
+from memplan.ir import Block, Op
 from memplan.models import ModelSpec
 
 Norm = Callable[[str, str, str, str, str], tuple[Op, ...]]
@@ -34,7 +34,7 @@ def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]
         op._replace(
             reads=tuple(map(new, op.reads)),
             writes=tuple(t._replace(name=new(t.name), dtype=dtype(t.dtype)) for t in op.writes),
-            keeps=tuple(Keep(new(k.what), new(k.of)) for k in op.keeps),
+            keeps=tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps),
             scratch=tuple(t._replace(dtype=dtype(t.dtype)) for t in op.scratch),
         )
         for op in operations

@@ -7,7 +7,7 @@ from memplan.catalogue.attention import Wiring
 from memplan.catalogue.gpt import dropped, drops, mlp, with_triangle
 from memplan.catalogue.llama import before, decoder_block, llama_attention, lm_head, masks, returned, runs
 from memplan.catalogue.phi3 import heads_first
-from memplan.ir import Block, Keep, Op, Run, Stack, Tensor
+from memplan.ir import Block, Op, Run, Stack, Tensor
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
@@ -195,7 +195,8 @@ def _one_more(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...
     weight, bias = layer.weights
     plus = f"{y}.weight"
     keeps = tuple(
-        Keep(plus if k.what == weight.name else k.what, plus if k.of == weight.name else k.of) for k in layer.keeps
+        k._replace(what=plus if k.what == weight.name else k.what, of=plus if k.of == weight.name else k.of)
+        for k in layer.keeps
     )
     return (
         Op(f"{name}.plus_one", (), (Tensor(plus, axis),), (weight,), gradient="same"),

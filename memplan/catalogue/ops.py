@@ -157,6 +157,7 @@ def with_axes(operations: tuple[Op, ...], axes: Mapping[str, str]) -> tuple[Op, 
         op._replace(
             writes=tuple(map(tensor, op.writes)),
             weights=tuple(w._replace(shape=shape(w.shape)) for w in op.weights),
+            keeps=tuple(k._replace(seen=shape(k.seen)) for k in op.keeps),
             scratch=tuple(map(tensor, op.scratch)),
             scratch_back=tuple(s._replace(tensor=tensor(s.tensor)) for s in op.scratch_back),
         )

@@ -59,7 +59,7 @@ def adapt_parameters(operations: tuple[Op, ...], takes: Callable[[Weight], bool]
 def _reading(op: Op, w: Weight, name: str) -> Op:
     """The operation with the tensor `name` instead of the weight."""
     keeps = tuple(
-        Keep(name if k.what == w.name else k.what, name if k.of == w.name else k.of, k.becomes) for k in op.keeps
+        k._replace(what=name if k.what == w.name else k.what, of=name if k.of == w.name else k.of) for k in op.keeps
     )
     return op._replace(reads=(*op.reads, name), weights=tuple(v for v in op.weights if v is not w), keeps=keeps)
 

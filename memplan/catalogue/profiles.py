@@ -53,6 +53,7 @@ WORDS = {
     "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
     "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
     "quantised_there": "under FSDP a quantised model is whole on every GPU before it is divided",
+    "saved_tensors": "what puts all that autograd saves into host memory: torch (save_on_cpu), or nothing counted yet",
     "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
 }
 
@@ -181,6 +182,7 @@ PROFILES = (
             Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
             Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
             Row("trains_fp8", True, "transformers 5.24 integrations/finegrained_fp8.py FP8LinearFunction"),
+            Row("saved_tensors", "torch", "assumed: the script runs forward in it, as torch's documentation shows"),
             Row("adds_products", True, "liger-kernel 0.8.5 ops/fused_linear_cross_entropy.py: addmm, from 0.8.3 on"),
         ),
     ),
@@ -414,6 +416,7 @@ PROFILES = (
                 "trl",
                 "trl 0.24.0 models/utils.py prepare_peft_model, under bf16",
             ),
+            Row("saved_tensors", "", "trl 0.24.0 models/activation_offloading.py OffloadActivations"),
         ),
         ("token accuracy copies the shifted logits after the loss: never as much as the loss itself has had",),
     ),
@@ -428,6 +431,7 @@ PROFILES = (
                 "trl",
                 "trl 0.13.0 trainer/sft_trainer.py, peft_module_casting_to_bf16 under bf16",
             ),
+            Row("saved_tensors", "", "trl 0.13.0: none"),
         ),
     ),
     Profile(
@@ -444,6 +448,11 @@ PROFILES = (
                 "axolotl 0.12.2 loaders/model.py: norms and embeddings are cast back where there is an adapter",
             ),
             Row("experts", "modules", "transformers 4.55.2 models/mixtral/modeling_mixtral.py"),
+            Row(
+                "saved_tensors",
+                "",
+                "axolotl 0.12.2 core/trainers/mixins/activation_checkpointing.py: trl's",
+            ),
         ),
         ("sample packing and Axolotl's own offloading of activations",),
     ),
@@ -460,6 +469,7 @@ PROFILES = (
                 "llamafactory 0.9.3 model/model_utils/checkpointing.py prepare_model_for_training",
             ),
             Row("method.adapter_dtype", "fp32", "llamafactory 0.9.3 model/adapter.py cast_trainable_params_to_fp32"),
+            Row("saved_tensors", "", "llamafactory 0.9.3: none"),
             Row(
                 "method.quantization.kbit_preparation",
                 False,
@@ -476,6 +486,7 @@ PROFILES = (
         (
             Row("logits", "padded", "unsloth 2025.1.5 models/llama.py CausalLM_fast_forward"),
             Row("kernels.loss", "fused", "unsloth 2025.1.5 models/llama.py fused_linear_cross_entropy"),
+            Row("saved_tensors", "", "unsloth 2025.1.5: none but its checkpoints'"),
             Row(
                 "kernels.fused",
                 ("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
@@ -499,6 +510,7 @@ PROFILES = (
         (
             Row("kernels.loss", "chunked", "torchtune 0.6.1 modules/loss/ce_chunked_output_loss.py"),
             Row("kernels.reentrant", False, "torchtune 0.6.1 training/activations.py"),
+            Row("saved_tensors", "", "torchtune 0.6.1 training/_activation_offloading.py OffloadActivations"),
             Row("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
             Row("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
             Row("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
@@ -530,6 +542,7 @@ PROFILES = (
         "transformers-5",
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
+            Row("saved_tensors", "", "torchtitan 0.3.0: none"),
             Row("fsdp_casts", True, "torchtitan 0.3.0 distributed/fsdp.py apply_fsdp_to_decoder"),
             Row("fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"),
             Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
@@ -553,6 +566,7 @@ PROFILES = (
         (
             Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
             Row("kernels.reentrant", True, "megatron-core 0.12.0 tensor_parallel/random.py CheckpointFunction"),
+            Row("saved_tensors", "", "megatron-core 0.12.0 transformer/transformer_config.py cpu_offloading: not read"),
             Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
             Row("pipeline", "megatron", "megatron-core 0.12.0 pipeline_parallel/schedules.py"),
             Row("tensor_parallel", "megatron", "megatron-core 0.12.0 tensor_parallel/layers.py"),
@@ -571,6 +585,7 @@ PROFILES = (
         "transformers-4.38",
         (
             Row("kernels.reentrant", False, "fsdp_qlora train.py CheckpointImpl.NO_REENTRANT"),
+            Row("saved_tensors", "", "fsdp_qlora train.py: none"),
             Row("optimizer.name", "adamw_torch", "fsdp_qlora train.py torch.optim.AdamW"),
             Row("method.quantization.kbit_preparation", False, "fsdp_qlora train.py: model.to(torch_dtype)"),
         ),
@@ -583,6 +598,7 @@ PROFILES = (
         "transformers-5",
         (
             Row("code", "litgpt", "litgpt 0.5.3 model.py"),
+            Row("saved_tensors", "", "litgpt 0.5.3: none"),
             Row("tensor_parallel", "", "litgpt 0.5.3: no training with it"),
             Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
             Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),

@@ -428,7 +428,7 @@ def _reshaped(op: Op, shape: str) -> Op:
 def _renamed(op: Op, old: str, new: str) -> Op:
     """The operation with another name for its weight."""
     weights = tuple(w._replace(name=new) if w.name == old else w for w in op.weights)
-    keeps = tuple(Keep(new if k.what == old else k.what, new if k.of == old else k.of) for k in op.keeps)
+    keeps = tuple(k._replace(what=new if k.what == old else k.what, of=new if k.of == old else k.of) for k in op.keeps)
     return op._replace(weights=weights, keeps=keeps)
 
 

@@ -168,7 +168,7 @@ def _attention(
 
 
 def _of(keeps: tuple[Keep, ...], x: str, states: str) -> tuple[Keep, ...]:
-    return tuple(Keep(states if k.what == x else k.what, states if k.of == x else k.of) for k in keeps)
+    return tuple(k._replace(what=states if k.what == x else k.what, of=states if k.of == x else k.of) for k in keeps)
 
 
 def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple[Op, ...]:
@@ -208,7 +208,7 @@ def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple
 
 def _with_bias(op: Op) -> Op:
     """The kernel, which makes the bias's gradient for every sequence, whose sum it is."""
-    kept = tuple(Keep(k.what, "o.bias") for k in op.keeps if k.of == op.reads[0])
+    kept = tuple(k._replace(of="o.bias") for k in op.keeps if k.of == op.reads[0])
     each = Scratch(Tensor("gradient of the bias", "b a s s8", "=o.bias"), "o.bias")
     return op._replace(keeps=(*op.keeps, *kept), scratch_back=(*op.scratch_back, each))
 

@@ -100,7 +100,7 @@ app = typer.Typer(
     name="memplan",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="How much GPU memory a training run takes, when, and whether it fits.",
+    help="How much GPU memory a language model takes to train or run, when, and whether it fits.",
     epilog="memplan MODEL [options] is short for memplan estimate MODEL [options].",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
@@ -370,10 +370,10 @@ def estimate(
     offload: Annotated[
         str | None,
         option(
-            "What the host keeps: optimizer, and its step; parameters, under FSDP with all of that, and ZeRO 3; none "
-            "takes back what a file says; activations are refused as yet. Default none.",
+            "What the host keeps: optimizer, and its step; parameters, under FSDP with all of that, and ZeRO 3; "
+            "activations, all that autograd saves; none takes back what a file says. Default none.",
             of=TRAINING,
-            complete=_choices("optimizer", "parameters", "none"),
+            complete=_choices("optimizer", "parameters", "activations", "none"),
         ),
     ] = None,
     hold_outputs: Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from memplan.ir import Keep, Op, Tensor, Weight
+from memplan.ir import Op, Tensor, Weight
 
 FLOATING = frozenset(("fp32", "bf16", "fp16"))
 _AUTOCAST = "torch 2.13 aten/src/ATen/autocast_mode.cpp cached_cast"
@@ -110,7 +110,7 @@ class Scope:
                 writes=tuple(writes),
                 weights=weights,
                 keeps=tuple(
-                    Keep(new_name.get(what, what), new_name.get(of, of), becomes) for what, of, becomes in op.keeps
+                    k._replace(what=new_name.get(k.what, k.what), of=new_name.get(k.of, k.of)) for k in op.keeps
                 ),
                 captures=tuple(new_name.get(c, c) for c in op.captures),
                 wraps=wraps,

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
-from memplan.ir import Op, Tensor, Unit
+from memplan.ir import Op, SavedTensors, Tensor, Unit
 
 Counts = dict[int, int]  # size -> how many storages of it are alive
 
@@ -64,13 +64,15 @@ class Storage:
 
 
 class Node:
-    """One operation of the backward graph, and the storages it keeps."""
+    """One operation of the backward graph, the storages it keeps, and what it keeps in host memory."""
 
-    __slots__ = ("kept", "op", "pins", "targets")
+    __slots__ = ("away", "fetched", "kept", "op", "pins", "targets")
 
     def __init__(self, op: Op, targets: tuple[str, ...], pins: tuple[str, ...]) -> None:
         self.op, self.targets, self.pins = op, targets, pins
         self.kept: list[Storage] = []
+        self.away: dict[str, Tensor] = {}
+        self.fetched: dict[str, Storage] = {}  # what came back of it, for the operation's backward
 
 
 class Frame:
@@ -142,6 +144,7 @@ class Tape:
         self._born: set[Storage] = set()  # storages alive that were born in the current run
         self._held: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         self.host = Moment("forward", "", {}, {})  # what is in host memory when forward is done
+        self.saves: SavedTensors | None = None  # how what is kept in forward goes there, if it does
         self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
         self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
         self._shared: list[Storage] = []  # what blocks made again for others, and what its graph keeps
@@ -270,6 +273,20 @@ class Tape:
         for counts in (self.host.counts, *per_copy):
             counts[key] = counts.get(key, 0) + 1
 
+    def _save_away(self, frame: Frame, node: Node) -> Container[str]:
+        """What the node keeps in host memory from here on: nothing of what is computed again in backward, and of
+        quantised weights nothing, which autograd does not save."""
+        if self.saves is None or self.phase == "backward":
+            return ()
+        seen = {k.what: k.seen for k in node.op.keeps if k.seen}
+        stored = {w.name for w in node.op.weights if w.stored}
+        for what in node.pins:
+            if what not in stored and (self.saves.weights or frame.storage(what) is not None):
+                tensor = frame.scope[what]
+                node.away[what] = tensor._replace(shape=seen.get(what, tensor.shape))
+                self._put_away(node.away[what])
+        return node.away
+
     def _fetch(self, frame: Frame) -> list[Storage]:
         """What a checkpoint kept in host memory comes back, as a copy that goes once it has been used."""
         if not frame.to_host:
@@ -340,9 +357,10 @@ class Tape:
                 for scratch in [*(self.alloc(t, "temp") for t in op.scratch), *whole]:
                     self.drop(scratch)
             if keep:
+                away = self._save_away(frame, node)
                 for what in node.pins:
                     storage = frame.storage(what)
-                    if storage is not None:  # a weight is there anyway
+                    if storage is not None and what not in away:  # a weight is there anyway
                         storage.refs += 1
                         node.kept.append(storage)
             if op.holds:
@@ -510,6 +528,8 @@ class Tape:
         if incoming:
             whole = self._gathered(op)
             self.differentiated(frame, node, tuple(t for t, _ in incoming))
+            node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
+            node.kept += node.fetched.values()
             scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in node.targets)]
             early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
             beside = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
@@ -518,7 +538,7 @@ class Tape:
             raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
             for storage in beside:
                 self.drop(storage)
-            if frame.recomputed:  # what a checkpoint unpacked goes when the function returns, before the casts
+            if frame.recomputed or node.fetched:  # what was unpacked goes when the function returns, before the casts
                 self._release(node)
             made = [
                 (target, self._own_dtype(frame, node, target, storage) if wide else storage)
@@ -555,7 +575,7 @@ class Tape:
     def _release(self, node: Node) -> None:
         for storage in node.kept:
             self.drop(storage)
-        node.kept = []
+        node.kept, node.fetched = [], {}
 
     def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
         """A gradient that came in the promoted dtype is cast to its own, or summed, when all of the node's are made."""
@@ -572,7 +592,7 @@ class Tape:
         like = like._replace(shape=whole) if whole else like
         becomes = next((k.what for k in op.keeps if k.becomes and k.of == target), None)
         if becomes is not None:
-            kept = frame[becomes]
+            kept = node.fetched[becomes] if becomes in node.fetched else frame[becomes]
             kept.refs += 1
             return kept, False
         unsummed = next((s.tensor for s in op.scratch_back if s.summed and s.of == target), None)

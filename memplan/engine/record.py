@@ -13,7 +13,7 @@ from typing import NamedTuple
 from memplan.engine.gather import Gatherer
 from memplan.engine.lower import Frame, Moment, Storage, Tape
 from memplan.engine.step import run_pass
-from memplan.ir import Division, Stack, Tensor
+from memplan.ir import Division, SavedTensors, Stack, Tensor
 
 FREED = -1
 _LEFT_OUT = 1 << 40  # storages of copies left out: the same in passes that differ in what they make on the way back
@@ -128,11 +128,13 @@ def record(
     to_host: bool = False,
     copies: int = RUN,
     division: Division | None = None,
+    saves: SavedTensors | None = None,
     late: frozenset[str] = frozenset(),
 ) -> Recorded:
     """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`, and
     `late` that of `Recorder`."""
     tape = Recorder(grads_exist, updates, late)
+    tape.saves = saves
     gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
     run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
     every = _Expansion(tape)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from memplan.engine.dtypes import FLOATING, Scope
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape, leaves
-from memplan.ir import Block, Division, Op, Stack, Tensor
+from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor
 
 
 class Joint(NamedTuple):
@@ -53,7 +53,7 @@ class Lowered(NamedTuple):
     moments   their counts index `sizes`
     kept      what is alive when forward is done; `left`, when backward is
     held      what names of the script and the graph's nodes would keep after backward
-    host      what checkpoints keep in host memory
+    host      what checkpoints and operations keep in host memory
     sizes     shape and dtype of a storage; if labelled, also its kind, block, operation, name and source
     runs      the axis that counts a run's copies, and how many of them were split off or run already
     """
@@ -281,6 +281,7 @@ def lower(
     lingers: bool = False,
     to_host: bool = False,
     division: Division | None = None,
+    saves: SavedTensors | None = None,
 ) -> Lowered:
     """The moments of one forward and backward pass.
 
@@ -290,9 +291,11 @@ def lower(
     takes in backward, once its gradient is there, by the weight's path. `lingers`: the loop's names for outputs and
     loss keep those of the pass before until they are taken again: what was held, and what the graph's nodes refer to.
     `to_host`: what a checkpoint keeps of the block before lies in host memory, and a copy of it comes back when the
-    block is computed again. `division`: the weights are divided among ranks, and gathered.
+    block is computed again. `division`: the weights are divided among ranks, and gathered. `saves`: what operations
+    keep lies in host memory.
     """
     tape = Tape(grads_exist, labelled, updates)
+    tape.saves = saves
     gatherer = Gatherer(tape, division, grads_exist)
     passed = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host)
     held = passed.held.plus(passed.nodes)
@@ -339,6 +342,7 @@ def run_pass(
     """Run the stack on the tape, forward and backward; see `lower`. With `one_by_one` there are no runs of equal
     blocks: that many copies of each are run, and the others left out. Unless it `records`, autograd keeps nothing, and
     forward is all there is."""
+    goes = to_host or tape.saves is not None  # a checkpoint saves a block's input as an operation what it keeps
     first_scope = Scope()
     before = first_scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
@@ -442,11 +446,11 @@ def run_pass(
             if again:
                 frame.reentrant, frame.whole = reentrant, block.whole
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
-                frame.to_host = to_host
+                frame.to_host = goes
                 given = [own[r] for r in reads if r in own]
                 if reentrant and block.by_name:
                     frame.named, given = given, []
-                frame.checkpoint = [*([] if to_host else [stream]), *given]
+                frame.checkpoint = [*([] if goes else [stream]), *given]
                 for storage in (*frame.checkpoint, *frame.named):
                     storage.refs += 1
             within = i + 1 < period or c.count(depth) > 1

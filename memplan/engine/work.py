@@ -11,7 +11,7 @@ from typing import NamedTuple
 from memplan.engine.gather import Gatherer
 from memplan.engine.lower import Frame, Node, Storage, Tape
 from memplan.engine.step import run_pass
-from memplan.ir import Op, Stack, Tensor
+from memplan.ir import Op, SavedTensors, Stack, Tensor
 
 
 class Call(NamedTuple):
@@ -77,9 +77,11 @@ def work(
     reentrant: bool = False,
     input_grad: bool = False,
     to_host: bool = False,
+    saves: SavedTensors | None = None,
 ) -> tuple[Call, ...]:
     """What one forward and backward pass computes, in order. The arguments are those of `lower`."""
     tape = Worker()
+    tape.saves = saves
     gatherer = Gatherer(tape, None, grads_exist=False)
     runs = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host).runs
     copies = [depth[axis] - counted + 1 for axis, counted in runs]

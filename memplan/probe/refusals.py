@@ -65,8 +65,6 @@ def refuse_several(run: RunSpec, what: str) -> None:
 
 def _refuse(run: RunSpec) -> None:
     offload = run.parallelism.offload
-    if offload.activations:
-        raise _not_run("parallelism.offload", "activations", "optimizer, and parameters under fsdp and fsdp2")
     _parallelism(run)
     tp, cp = run.parallelism.tp, run.parallelism.cp
     if run.batch.sequence % ((2 * cp if run.parallelism.context == "ring" else cp) if cp > 1 else 1):

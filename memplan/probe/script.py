@@ -169,12 +169,18 @@ class Script:
         cast = nullcontext()
         if precision.autocast:
             cast = torch.autocast(self.device.type, dtype=lower_of(precision))
-        with cast:
+        with cast, self._saving():
             loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
         alone = run.parallelism.dp == 1  # else the model is wrapped so
         if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
             outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
         return loss, outputs
+
+    def _saving(self) -> AbstractContextManager[Any]:
+        """Where autograd saves what it keeps of a forward pass: in host memory, where the run offloads activations."""
+        if not self.run.parallelism.offload.activations:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=True, device_type=self.device.type)
 
     def _inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the model is given, and the mask, images and cache options of the run."""

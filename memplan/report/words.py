@@ -293,7 +293,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
         ("batch", f"{sequences} of {_lengths(batch)}{_images(batch)} per GPU; {passes}"),
-        ("checkpointing", str(run.kernels.checkpointing) + (", reentrant" if _reenters(run.kernels) else "")),
+        ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", _loss(run) + _held_outputs(loop)),
         *((("beside the steps", "; ".join(_beside(run))),) if run.also != Also() else ()),
@@ -393,6 +393,14 @@ def _held_outputs(loop: Loop) -> str:
     if loop.hold_outputs == "step":
         return "; outputs held to the step's end"
     return "; outputs held through backward" if loop.hold_outputs else ""
+
+
+def _checkpointing(run: RunSpec) -> Iterator[str]:
+    yield str(run.kernels.checkpointing)
+    if _reenters(run.kernels):
+        yield ", reentrant"
+    if run.parallelism.offload.activations:
+        yield "; what autograd saves is in host memory"
 
 
 def _reenters(kernels: Kernels) -> bool:
