@@ -181,7 +181,9 @@ def mamba2_mixer(
         ops.split(f"{n}.split", "zxbcdt", parts),
         *causal_conv(f"{n}.conv1d", "xbc", "mixed", "convolved", conv_bias, wiring=wiring),
         *unpadded(wiring, "mixed", "mixed.real", "b s convolved"),
+        ops.leave("mixed"),
         ops.split(f"{n}.split_xbc", "mixed.real", split),
+        ops.leave("real"),  # its name is given to x
         *(() if wiring.decodes else chunk_scan(n, "scanned")),
         *kept(wiring, f"{n}.state", "state", "b mh mp mn", "fp32", "dt"),
         *(selective_state_update_2(n, "scanned") if wiring.decodes else ()),
@@ -189,7 +191,7 @@ def mamba2_mixer(
         *gated_norm(f"{n}.norm", "scanned.rows", "gate.z", "normed"),
         ops.cast(f"{n}.cast", "normed", "normed.low", "b s inner", f"={x}"),
         ops.linear(f"{n}.out_proj", "normed.low", y, "h", "inner", "mixer", bias),
-        ops.leave("mixed", "mixed.real", "scanned", "normed", "real", "zxbcdt", "rate", x),
+        ops.leave("mixed.real", "scanned", "normed", "zxbcdt", "rate", x),
         *((ops.leave("states.new"),) if wiring.caching and not wiring.decodes else ()),
     )
 
