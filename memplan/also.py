@@ -22,8 +22,18 @@ from memplan.engine.step import Lowered
 from memplan.engine.walk import size
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.generation import caches_all
-from memplan.graph import Graph, Held, built, elements, inferred, loading, parameters_of, recorded_inference
-from memplan.inference import Step, load, most_of, most_while_loading, numbers_of, replayed, steps_of
+from memplan.graph import (
+    Graph,
+    Held,
+    built,
+    elements,
+    inferred,
+    loading,
+    most_at_once,
+    parameters_of,
+    recorded_inference,
+)
+from memplan.inference import Step, load, most_of, numbers_of, replayed, steps_of
 from memplan.ir import Tensor
 from memplan.program import division_in_pass
 from memplan.refusals import refuse_also
@@ -329,7 +339,7 @@ def _merged(run: RunSpec, walked: Walked, decided: Decided, model: ModelSpec | N
     if merging.model == "reloaded":
         graph = alone = _reloaded(run, model)
         standing = sum(h.bytes * h.copies for h in parameters_of(graph)) + walked.workspace
-        loads = most_while_loading(loading(graph))
+        loads = most_at_once(loading(graph))
     stack, axes = built(graph)
     best: tuple[tuple[Held, ...], str] = ((), "")
     for one in adapted(stack):

@@ -17,7 +17,7 @@ from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
-from memplan.kernels import as_the_version_has, dtype_of_attention, kernel_of_tower, wiring_of
+from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
 from memplan.prequantized import served
@@ -80,15 +80,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     batch = lengths(run.batch, model)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
     windowed = window is not None and batch.sequence >= window
-    wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)._replace(
-        copies=words["flash_2_copies" if attention == "flash_attention_2" else "sdpa_copies"],
-        triangles=words["triangles"],
-        tables=words["rotary_tables"],
-        half_math=words["half_math"],
-        whole_rotary=words["whole_rotary"],
-        uncapped=words["uncapped"],
-        one_mask=words["one_mask"],
-        scales_apart=words["scales_apart"],
+    wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)
+    wiring = in_words(wiring, words, attention)._replace(
         flattens=batch.micro * run.generation.num_beams == 1 and model.model_type in JOINED,
         wide=seen == "fp32",
         images=bool(batch.images),

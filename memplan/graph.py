@@ -509,6 +509,20 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
 EMPTIED = -1  # in place of a storage's number: torch's allocator gives back what nothing uses
 
 
+def most_at_once(events: Iterable[tuple[int, int]]) -> int:
+    """The most bytes alive at once of what is made and freed, see `loading`."""
+    alive: dict[int, int] = {}
+    live = most = 0
+    for number, bytes_ in events:
+        if bytes_:
+            alive[number] = bytes_
+            live += bytes_
+            most = max(most, live)
+        elif number != EMPTIED:
+            live -= alive.pop(number)
+    return most
+
+
 def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[tuple[int, int]]:
     """What loading allocates and frees, in order: a storage's number, and its bytes or, where it goes, 0. `places`
     is given the numbers of what the weights that are not quantised are in at last.

@@ -18,10 +18,20 @@ from memplan.engine.lower import Moment
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, size
-from memplan.graph import EMPTIED, Graph, active, built, elements, inferred, loading, parameters_of, recorded_inference
+from memplan.graph import (
+    Graph,
+    active,
+    built,
+    elements,
+    inferred,
+    loading,
+    parameters_of,
+    recorded_inference,
+)
 from memplan.graph import weights_of as graph_weights
 from memplan.ir import Division
 from memplan.run_axes import axes_of
+from memplan.segments import replay_loading
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
 
@@ -251,20 +261,6 @@ def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
     return resident, allocator.allocated - resident, allocator.peak_allocated
 
 
-def most_while_loading(events: Iterable[tuple[int, int]]) -> int:
-    """The most bytes alive at once of what is made and freed, see `memplan.graph.loading`."""
-    there: dict[int, int] = {}
-    now = most = 0
-    for number, bytes_ in events:
-        if bytes_:
-            there[number] = bytes_
-            now += bytes_
-            most = max(most, now)
-        elif number != EMPTIED:
-            now -= there.pop(number)
-    return most
-
-
 def counted(graph: Graph) -> tuple[int, int, int]:
     """The parameters of the model, of which none train, and those that a token meets."""
     _, axes = built(graph)
@@ -367,14 +363,7 @@ def load(graph: Graph, allocator: Allocator) -> None:
     if warms:
         total = sum(h.bytes * h.copies for h in parameters_of(graph))
         allocator.free(allocator.alloc(total if warms == "all" else total // 2))
-    blocks: dict[int, Block] = {}
-    for number, bytes_ in loading(graph):
-        if bytes_:
-            blocks[number] = allocator.alloc(bytes_)
-        elif number == EMPTIED:
-            allocator.release()
-        else:
-            allocator.free(blocks.pop(number))
+    replay_loading(loading(graph), allocator)
 
 
 def replayed(

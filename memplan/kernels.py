@@ -39,6 +39,20 @@ def dtype_of_attention(model: ModelSpec, recipe: Recipe) -> str:
     return attention_dtype(model, recipe) if recipe.preparation else recipe.weights
 
 
+def in_words(wiring: Wiring, words: Mapping[str, Any], attention: str) -> Wiring:
+    """The wiring as a profile's words have the code around attention."""
+    return wiring._replace(
+        copies=words["flash_2_copies" if attention == "flash_attention_2" else "sdpa_copies"],
+        triangles=words["triangles"],
+        tables=words["rotary_tables"],
+        half_math=words["half_math"],
+        whole_rotary=words["whole_rotary"],
+        uncapped=words["uncapped"],
+        one_mask=words["one_mask"],
+        scales_apart=words["scales_apart"],
+    )
+
+
 def wiring_of(
     model: ModelSpec,
     attention: str,

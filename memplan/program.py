@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from operator import add
@@ -17,7 +17,6 @@ from memplan.engine import walk
 from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
 from memplan.graph import (
-    EMPTIED,
     Graph,
     Held,
     active,
@@ -27,6 +26,7 @@ from memplan.graph import (
     handed_on,
     loading,
     lowered,
+    most_at_once,
     optimized,
     shape_of,
     shared_buffers,
@@ -493,20 +493,6 @@ def program(structure: Structure) -> Program:
     )
 
 
-def _most(events: Iterable[tuple[int, int]]) -> int:
-    """The most bytes alive at once of what is made and freed, see `memplan.graph.loading`."""
-    alive: dict[int, int] = {}
-    live = most = 0
-    for number, bytes_ in events:
-        if bytes_:
-            alive[number] = bytes_
-            live += bytes_
-            most = max(most, live)
-        elif number != EMPTIED:
-            live -= alive.pop(number)
-    return most
-
-
 def _away(structure: Structure) -> Iterator[tuple[str, str, int]]:
     """What a pass keeps in host memory, of every microbatch in flight."""
     most = [1] * len(chunks_of(structure))
@@ -668,7 +654,7 @@ def loading_of(structure: Structure, together: bool = False) -> Iterator[tuple[i
 
 def _loading(structure: Structure) -> int:
     """The most bytes at once until the first step. DDP sends the first rank's weights to the others."""
-    most = _most(loading_of(structure, together=True))
+    most = most_at_once(loading_of(structure, together=True))
     if structure.ranks.strategy != "ddp" or structure.ranks.world == 1 or structure.buffers:
         return most
     resident = sum(h.bytes * h.copies for h in resident_of(structure))

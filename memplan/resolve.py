@@ -35,7 +35,7 @@ from memplan.graph import (
     weights_of,
 )
 from memplan.ir import SavedTensors
-from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, kernel_of_tower, wiring_of
+from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, norm_notes, pipeline_notes
 from memplan.objectives import saved_with
@@ -332,16 +332,12 @@ def _decide(
     graph = Graph(
         model,
         recipe,
-        wiring_of(model, attention, seen, recipe, capability, loop.padded, windowed)._replace(
-            copies=words["flash_2_copies" if kernels.attention == "flash_attention_2" else "sdpa_copies"],
+        in_words(
+            wiring_of(model, attention, seen, recipe, capability, loop.padded, windowed),
+            words,
+            str(kernels.attention),
+        )._replace(
             caches=words["caches"],
-            triangles=words["triangles"],
-            tables=words["rotary_tables"],
-            half_math=words["half_math"],
-            whole_rotary=words["whole_rotary"],
-            uncapped=words["uncapped"],
-            one_mask=words["one_mask"],
-            scales_apart=words["scales_apart"],
             flattens=single and model.model_type in JOINED,
             wide=seen == "fp32",
             images=images,

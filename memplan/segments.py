@@ -228,16 +228,21 @@ def largest_message(structure: Structure) -> tuple[Tensor, ...]:
     return max(every, key=lambda some: sum(_bytes(t.shape, t.dtype, {}) for t in some), default=())
 
 
-def _load(structure: Structure, allocator: Allocator) -> None:
-    """Load the model; gradients that have buffers of their own come with the optimizer."""
+def replay_loading(events: Iterable[tuple[int, int]], allocator: Allocator) -> None:
+    """What loading allocates and frees, see `memplan.graph.loading`, through a model of torch's allocator."""
     blocks: dict[int, Block] = {}
-    for number, bytes_ in loading_of(structure, together=structure.ranks.world > FEW_RANKS):
+    for number, bytes_ in events:
         if bytes_:
             blocks[number] = allocator.alloc(bytes_)
         elif number == EMPTIED:
             allocator.release()
         else:
             allocator.free(blocks.pop(number))
+
+
+def _load(structure: Structure, allocator: Allocator) -> None:
+    """Load the model; gradients that have buffers of their own come with the optimizer."""
+    replay_loading(loading_of(structure, together=structure.ranks.world > FEW_RANKS), allocator)
     for held in (*(gradients_of(structure) if structure.grads else ()), *reducing_of(structure)):
         for _ in range(held.copies):
             allocator.alloc(held.bytes)
