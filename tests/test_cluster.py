@@ -19,7 +19,7 @@ from memplan.planning.cluster import ANY, Found, Pinned, cluster_of, plain_paral
 from memplan.planning.demand import Demand
 from memplan.planning.traffic import Cluster, Facts, Grid, Sent, Step, facts, group, groups, least, step
 from memplan.units import GIB
-from tests.sampling import examples
+from tests.sampling import ALL, examples
 
 few = settings(max_examples=examples(8), deadline=None)
 
@@ -199,6 +199,7 @@ def test_no_cluster_is_none(nodes: int, each: int, gbps: float | None, field: st
     assert raised.value.field == field
 
 
+@ALL
 def test_headroom_is_left() -> None:
     asked = run(model="llama-3.1-8b")
     some = found(asked, 1, 8, Pinned(pp=1), most=None, demand=Demand(headroom=40 * GIB))

@@ -46,7 +46,7 @@ from memplan.report.plans.words import freed, signed
 from memplan.report.schema import plan_model, plan_schema
 from memplan.report.text import Screen
 from memplan.units import GIB, MIB, amount_of, size_of
-from tests.sampling import examples, sampled
+from tests.sampling import ALL, examples, sampled
 from tests.test_report import conforms
 
 COMMAND = get_command(app)
@@ -122,7 +122,7 @@ def words_of(text: str) -> str:
 
 @every_case
 @pytest.mark.parametrize("width", sampled([40, 80, 120], 3))
-@pytest.mark.parametrize("explain", [False, True])
+@pytest.mark.parametrize("explain", sampled([True, False], 2))
 def test_every_line_fits_the_screen(case: Planned, width: int, explain: bool) -> None:
     text = render("table", case, explain, Screen(width))
     assert "\x1b" not in text
@@ -551,6 +551,7 @@ def test_a_pipe_has_no_colour_and_the_screens_width(plan_: Command) -> None:
     assert plan_("pythia-70m", "--gpu", "3060", "--batch-size", "9").out == render("table", WAYS, False, Screen(80))
 
 
+@ALL
 def test_tight_may_count_as_fitting_but_not_strictly(plan_: Command) -> None:
     beyond = FREE.reach[1].beyond
     assert beyond is not None

@@ -93,6 +93,7 @@ def test_a_set_needs_every_one_of_its_levers(fields: dict[str, Any]) -> None:
             assert not alone(run, rest), [other.title for other in proposal.levers]
 
 
+@ALL
 def test_no_set_holds_one_that_was_left_out_for_there_were_enough() -> None:
     batch, kernels = {"micro": 16, "sequence": 1024}, {"checkpointing": "none"}
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4", batch=batch, kernels=kernels)
@@ -116,6 +117,7 @@ def test_where_two_levers_do_that_leave_the_result_as_it_is_the_plan_has_such_a_
         assert plan(run).proposals[0].severity == 0
 
 
+@ALL
 def test_what_levers_save_adds_up_and_is_the_difference_of_two_estimates() -> None:
     found = plan(RunSpec(model="qwen2-7b", method="lora", gpu="3090", batch={"micro": 8}))
     assert found.best is not None

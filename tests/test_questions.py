@@ -34,7 +34,7 @@ from memplan.planning.plan import plan
 from memplan.planning.reach import reach
 from memplan.spec import changed
 from memplan.stored import stored_weights
-from tests.sampling import examples
+from tests.sampling import ALL, examples, sampled
 
 COMMAND = get_command(app)
 laws = settings(max_examples=examples(10), deadline=None)
@@ -62,7 +62,7 @@ def test_the_library_has_the_questions() -> None:
     assert memplan.Questions is Questions
 
 
-@pytest.mark.parametrize("profile", ["vllm-0.33", "llama.cpp-2026", "transformers-5"])
+@pytest.mark.parametrize("profile", sampled(["vllm-0.33", "llama.cpp-2026", "transformers-5"], 3))
 def test_one_request_more_or_a_longer_one_does_not_fit(profile: str) -> None:
     run = run_of("llama-3.2-1b", profile, "3060")
     found = questions(run)
@@ -191,6 +191,7 @@ def test_a_run_that_does_not_fit_is_told_the_mildest_format_that_does() -> None:
     assert "No format" not in help_line(estimate(run_of("llama-3.1-70b")))
 
 
+@ALL
 def test_the_largest_model_is_one_whose_stored_weights_fit() -> None:
     run = run_of("llama-3.2-1b", "llama.cpp-2026", "t4", serving={"weights": "Q4_K_M"}, batch={"sequence": 2048})
     found = reach(run, "model")
@@ -207,6 +208,7 @@ def test_a_longer_context_never_has_more_requests(model: str, profile: str, sequ
     assert long <= short
 
 
+@ALL
 @laws
 @given(MODEL, ENGINE, st.sampled_from(["3060", "4090", "h100"]), st.integers(64, 16_000))
 @example("gemma-3-1b", "llama.cpp-2026", "3060", 64)  # whose Q2_K is larger than its Q3_K_S
