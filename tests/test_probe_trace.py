@@ -308,7 +308,6 @@ REFUSED = [
     ),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}}, SpecError, "it runs ddp, fsdp, fsdp2"),
     ({"parallelism": STATIC}, SpecError, "parallelism.static_graph: a probe does not run 'true'"),
-    ({"parallelism": {"offload": {"activations": True}}}, SpecError, "parallelism.offload: a probe does not run"),
     ({"parallelism": HOST, "optimizer": "adamw_8bit"}, SpecError, "parallelism.offload: optimizer.name adamw_8bit"),
     ({"parallelism": HOST, "loop": {"grad_scaler": True}}, SpecError, "loop.grad_scaler: a probe scales no losses"),
     ({"batch": {"new_tokens": 3}}, SpecError, "batch.new_tokens: only task generate makes new tokens"),

@@ -126,7 +126,7 @@ def _answer(run: RunSpec, traced: Traced, notes: list[str], calibration: Calibra
     return Estimate(
         run,
         {
-            **{name: getattr(whole, name) for name in ("method", "precision", "optimizer", "kernels")},
+            **{name: getattr(whole, name) for name in ("method", "precision", "optimizer", "kernels", "loop")},
             "objective": objective_of(run),
         },
         Parameters(traced.parameters, traced.trainable, _active(traced)),
