@@ -12,8 +12,12 @@ import pytest
 from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.errors import SpecError
+from memplan.graph import most_at_once
+from memplan.program import loading_of
 from memplan.report.words import host
+from memplan.resolve import decide
 from tests.sampling import sampled
+from tests.tiny import TINY
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_loading.jsonl"), 8)
 
@@ -28,6 +32,19 @@ def label(case: dict[str, Any]) -> str:
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_a_model_is_divided_as_the_trace_shows(case: dict[str, Any]) -> None:
     assert estimate(RunSpec(**case["run"])).phases[0].peak == pytest.approx(case["load"], rel=1e-3)
+
+
+@pytest.mark.parametrize("world", [64, 128])
+def test_parts_told_as_one_take_what_they_take_one_by_one(world: int) -> None:
+    """300 rows are 5 for each of 60 ranks of 64, or 3 for each of 100 of 128: the others' parts are padded copies."""
+    run = {
+        "model": {"config": {"model_type": "llama", **TINY["llama"]}},
+        "parallelism": {"world": world, "dp": world, "strategy": "fsdp2"},
+    }
+    structure = decide(RunSpec.model_validate(run)).structure
+    each, together = (list(loading_of(structure, together=way)) for way in (False, True))
+    assert len(together) < len(each)
+    assert most_at_once(together) == most_at_once(each)
 
 
 # in host memory

@@ -17,7 +17,7 @@ from memplan.cli import app
 from memplan.engine.walk import alive, size
 from memplan.errors import MemplanError, UnknownNameError
 from memplan.graph import built, lowered
-from memplan.resolve import decide
+from memplan.resolve import completed, decide
 from memplan.units import rounded
 from tests.sampling import sampled
 
@@ -82,6 +82,12 @@ def test_an_unknown_profile_is_an_error_that_names_near_ones(name: str) -> None:
         estimate(RunSpec(model="qwen2-0.5b", profile=name))
     assert caught.value.field == "profile"
     assert "transformers-" in str(caught.value) or "litgpt-" in str(caught.value) or "trl-" in str(caught.value)
+
+
+def test_a_run_that_is_completed_says_of_its_loop_what_an_answer_says() -> None:
+    run = RunSpec(model="qwen2-0.5b")
+    assert completed(run).loop == estimate(run).run.loop
+    assert completed(run).loop.use_cache is False
 
 
 @pytest.mark.parametrize("name", sampled(NAMES, 4))
