@@ -196,7 +196,7 @@ def with_use_cache(run: RunSpec) -> RunSpec:
 
 def completed(run: RunSpec) -> RunSpec:
     """A run of any model with every null of its parts filled in, as an answer shows them. Raises as `filled` does."""
-    run = with_use_cache(filled(run))
+    run = filled(run)
     alpha = {"alpha": run.method.alpha or _PEFT_ALPHA} if run.method.kind in ADAPTERS else {}
     return run.model_copy(
         update={
