@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from memplan.batches import axes_of_images, lengths
+from memplan.catalogue import expert_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
@@ -13,19 +15,29 @@ from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.packed import BACKENDS
 from memplan.catalogue.profiles import decided, find_profile
+from memplan.catalogue.tensor_parallel import check
 from memplan.checkpoint import notes as stored_notes
+from memplan.communicators import communicators
+from memplan.degrees import WHOLE, Degrees, degrees_of
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.placing import placed_on
 from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
-from memplan.refusals import refuse_of_inference, refuse_parts
-from memplan.resolve import Decided, with_new_tokens, with_use_cache
-from memplan.spec import Method, Part, Precision, RunSpec
+from memplan.refusals import (
+    refuse_of_inference,
+    refuse_parts,
+    refuse_parts_of_matrices,
+    refuse_parts_of_whole_experts,
+)
+from memplan.resolve import Decided, adapted_experts, with_new_tokens, with_use_cache
+from memplan.spec import Kernels, Method, Optimizer, Part, Precision, RunSpec
+from memplan.units import ITEMSIZE
 
 
 def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
@@ -66,6 +78,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
     refuse_parts(method, run.precision, run.optimizer, kernels)
+    degrees = _degrees(run, model, method, kernels, precision, words)
     if words["experts"] == "modules" and model.model_type in AS_MODULES:
         model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
@@ -121,8 +134,13 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         rank=method.rank,
         trainable_layers=0,
         code=words["code"],
+        degrees=degrees,
         inference=now,
     )
+    if run.parallelism.pp > 1 or run.parallelism.device_map is not None:
+        placed, more = placed_on(graph, run.parallelism, gpu, words["device_map"] == "largest")
+        notes += more
+        graph = graph._replace(placed=placed._replace(card=run.parallelism.stage or 0))
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
     if generates and batch.images and any(part.per == "source" for layer in caches_of(model) for part in layer.parts):
@@ -168,13 +186,39 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tuple(notes),
         parts,
         tuple(pictures),
+        communicators(run.parallelism) if degrees.tp > 1 else (),
         beams=generation.num_beams,
     )
 
 
+def _degrees(
+    run: RunSpec,
+    model: ModelSpec,
+    method: Method,
+    kernels: Kernels,
+    precision: Precision,
+    words: Mapping[str, Any],
+) -> Degrees:
+    """Which part of each matrix a rank has. Raises SpecError for what ranks that divide them cannot run."""
+    p = run.parallelism
+    if p.ep > 1 or p.tp > 1:
+        style = words["tensor_parallel"]
+        refuse_parts_of_whole_experts(p, method, precision, run.loop, run.profile, style, accumulates=False)
+    if p.tp == 1:
+        return WHOLE
+    untrained, plain = Optimizer(name="none"), kernels.model_copy(update={"loss": "hf"})
+    style = words["tensor_parallel"]
+    refuse_parts_of_matrices(p, method, precision, untrained, plain, run.profile, style, own=False)
+    degrees = degrees_of(p, style)
+    if degrees.ep > 1:
+        expert_parallel.check(model, degrees)
+    check(model, degrees, ITEMSIZE[precision.weights], adapted_experts(model, method))
+    return degrees._replace(etp=1)
+
+
 def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
-    stack, axes = built(graph)
+    stack, axes = built(graph._replace(placed=None))
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
     own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]
     return kept == len(own)

@@ -52,6 +52,11 @@ def refuse(run: RunSpec) -> None:
     if run.parallelism != _ONE_GPU:
         for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused
+    if run.parallelism.device_map is not None and run.task == "train":
+        raise SpecError(
+            "parallelism.device_map: is of task forward and generate; --pp with transformers' profiles trains so",
+            "parallelism.device_map",
+        )
 
 
 def refuse_also(run: RunSpec, graph: Graph) -> None:
@@ -111,8 +116,8 @@ def refuse_untrained(run: RunSpec, what: str) -> None:
 def refuse_of_inference(run: RunSpec) -> None:
     """Raise SpecError for what is said of training where nothing trains, or is not supported yet."""
     task, method, loop = run.task, run.method, run.loop
-    if run.parallelism != _ONE_GPU:
-        raise _later("parallelism", f"{run.parallelism.world} GPUs", f"one GPU with task {task}")
+    for refused in _of_running(run.parallelism, task):
+        raise refused
     if method.kind == "freeze" or method.frozen or method.modules_to_save:
         field = "kind" if method.kind == "freeze" else "frozen" if method.frozen else "modules_to_save"
         raise SpecError(f"method.{field}: says what trains, and with task {task} nothing does", f"method.{field}")
@@ -140,6 +145,34 @@ def refuse_of_inference(run: RunSpec) -> None:
     for field in ("hold_outputs", "grad_scaler", "trainer"):
         if getattr(loop, field):
             raise SpecError(f"loop.{field}: is of training, and with task {task} nothing trains", f"loop.{field}")
+
+
+def _of_running(p: Parallelism, task: str) -> Iterator[SpecError]:
+    """Several GPUs, where they divide something else than matrices or layers."""
+    for field in ("dp", "cp"):
+        if getattr(p, field) > 1:
+            yield _later(f"parallelism.{field}", getattr(p, field), f"tp, or pp for a device_map, with task {task}")
+    if p.tp > 1 and p.device_map is not None:
+        yield SpecError(
+            f"parallelism.device_map: {p.device_map} is one process, and tp {p.tp} is of several; say one of them",
+            "parallelism.device_map",
+        )
+    if p.tp > 1 and p.pp > 1:
+        yield SpecError(
+            f"parallelism.pp: a device_map is one process on pp {p.pp} GPUs, and tp {p.tp} is of several; say one of "
+            "them",
+            "parallelism.pp",
+        )
+    if p.schedule not in (None, "device_map"):
+        yield SpecError(
+            f"parallelism.schedule: {p.schedule} is of training; with task {task} layers are placed by a device_map",
+            "parallelism.schedule",
+        )
+    for field in ("virtual_stages", "first_stage_layers", "last_stage_layers", "ends_as_layers", "strategy", "offload"):
+        if getattr(p, field) != getattr(_ONE_GPU, field):
+            yield SpecError(
+                f"parallelism.{field}: is of training, and with task {task} nothing trains", f"parallelism.{field}"
+            )
 
 
 def refuse_parts(

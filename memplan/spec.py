@@ -427,7 +427,8 @@ class Parallelism(Part, frozen=True):
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
     `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
     under the strategies zero1 to zero3. `context`: ranks that divide sequences (`cp`) pass keys and values around, or
-    exchange heads for tokens (DeepSpeed's Ulysses). `expert_imbalance`: of ranks that divide experts (`ep`) and
+    exchange heads for tokens (DeepSpeed's Ulysses). `device_map`: how transformers places the modules of a model that
+    nothing trains on its GPUs, which are `pp` then, and on the host where they do not fit. `expert_imbalance`: of ranks that divide experts (`ep`) and
     take all rows they are sent, the one that is sent most gets so many times the mean.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
@@ -465,6 +466,7 @@ class Parallelism(Part, frozen=True):
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
     ends_as_layers: Flag | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
 
 
 class Generation(Part, frozen=True):

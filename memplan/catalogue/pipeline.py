@@ -200,7 +200,7 @@ def staged(
     runs: list[Run] = []
     for stage in stages:
         start = sum(layers[:stage])
-        runs += _between(stack, out, start, start + layers[stage])
+        runs += between(stack, out, start, start + layers[stage])
     stack = stack._replace(before=tuple(op for op in stack.before if op not in lasting_buffers(stack)))
     before = stack.before if received is None else _without_embeddings(stack, received)
     if sent is None:
@@ -227,10 +227,10 @@ def depth_of(stack: Stack, axes: Mapping[str, int]) -> int:
 def until(stack: Stack, axes: Mapping[str, int], layers: int) -> tuple[Stack, dict[str, int]]:
     """The stack's first layers, with what comes before them."""
     out = dict(axes)
-    return stack._replace(runs=tuple(_between(stack, out, 0, layers)), after=(), loss=()), out
+    return stack._replace(runs=tuple(between(stack, out, 0, layers)), after=(), loss=()), out
 
 
-def _between(stack: Stack, axes: dict[str, int], start: int, end: int) -> Iterator[Run]:
+def between(stack: Stack, axes: dict[str, int], start: int, end: int) -> Iterator[Run]:
     """The runs of the layers from `start` to `end`. How often each repeats is a new axis, which is put into `axes`."""
     at = 0
     for run in stack.runs:

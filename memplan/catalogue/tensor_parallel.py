@@ -187,8 +187,11 @@ def check_sequence(sequence: int, degrees: Degrees) -> None:
         raise SpecError(f"{field}: {t} ranks do not divide a sequence of {sequence} tokens", field)
 
 
-def divide(stack: Stack, model_type: str, degrees: Degrees) -> Stack:
-    """The rank's operations of a stack that was built of the rank's part of the model, its adapters around it."""
+def divide(stack: Stack, model_type: str, degrees: Degrees, records: bool = True) -> Stack:
+    """The rank's operations of a stack that was built of the rank's part of the model, its adapters around it.
+
+    Where autograd does not record (`records`), linear layers are given tensors of the rank's own instead of DTensors.
+    """
     t, plan = degrees.tp, STYLES[degrees.style][model_type]
     if degrees.style == "megatron":
         return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
@@ -210,13 +213,13 @@ def divide(stack: Stack, model_type: str, degrees: Degrees) -> Stack:
         elif name in plan.columns:
             yield from (op,) if half == "lora_A" else _columns(op)
         elif name in plan.rows:
-            yield from (op,) if half == "lora_B" else _rows(op)
+            yield from (op,) if half == "lora_B" else _rows(op) if records else _rows_in_place(op)
         elif half:
             yield op
         elif name in plan.gathered or op in stack.after:
-            yield from _gathered(op, t)
+            yield from _gathered(op, t, records)
         elif name in plan.split:
-            yield from _split(op, t)
+            yield from _split(op, t, records)
         else:
             yield op
 
@@ -277,12 +280,30 @@ def _rows(op: Op) -> Iterator[Op]:
     yield _summed(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
 
 
+def _rows_in_place(op: Op, x: str = "") -> Iterator[Op]:
+    """The ranks' summands are added up where they lie, and the bias then makes another tensor. The input, or what it
+    is a part of (`x`), is there until then.
+
+    Source: transformers 5.24 distributed/tensor_parallel.py RowwiseParallel.transform_output_post_forward.
+    """
+    matrices = tuple(w for w in op.weights if w.matrix or w.stored)
+    biases = tuple(w for w in op.weights if w not in matrices)
+    y, summand = op.writes[0], f"{op.name}.summand"
+    yield _with(op, **{y.name: summand})._replace(weights=matrices)
+    inputs = tuple(dict.fromkeys((*op.reads[:1], *filter(None, (x,)))))
+    if not biases:
+        yield ops.view(f"{op.name}.all_reduce", summand, y.name, y.shape)._replace(source=f"{_SOURCE} RowwiseParallel")
+        return
+    source = f"{_SOURCE} RowwiseParallel"
+    yield Op(f"{op.name}.bias", (summand, *inputs), (y,), weights=biases, source=source)
+
+
 def _part(axes: str, t: int) -> str:
     """A rank's part of the product of axes, of the rank that has most."""
     return f"{axes.replace(' ', '*')}/{t}"
 
 
-def _gathered(op: Op, t: int) -> Iterator[Op]:
+def _gathered(op: Op, t: int, records: bool = True) -> Iterator[Op]:
     """The output is gathered, a rank's part after the other, and copied so that they lie side by side."""
     view, here = _received(op)
     lead, out, into = ops.axes_of(op)
@@ -298,20 +319,23 @@ def _gathered(op: Op, t: int) -> Iterator[Op]:
     )
     yield Op(
         f"{op.name}.gather",
-        (mine,),
+        (mine,) if records else (mine, here),  # the layer's call has its input
         (y,),
         scratch=(Tensor(every, f"{t} {lead} {part}", f"={mine}"),),
         source=f"{_SOURCE} ColwiseParallel",
     )
 
 
-def _split(op: Op, t: int) -> Iterator[Op]:
+def _split(op: Op, t: int, records: bool = True) -> Iterator[Op]:
     """Of an input that is whole the rank's part is copied; the summands are added up."""
     lead, out, into = ops.axes_of(op)
     x, y, mine, summand = op.reads[0], op.writes[0], f"{op.name}.input", f"{op.name}.summand"
     part = _part(into, t)
     yield ops.copy(f"{op.name}.split", x, mine, f"{lead} {part}", "new")
     weights = tuple(w._replace(shape=f"{out} {part}") if w.matrix else w for w in op.weights)
+    if not records:
+        yield from _rows_in_place(_with(op, **{x: mine})._replace(weights=weights), x)
+        return
     yield _with(op, **{x: mine, y.name: summand})._replace(weights=weights)
     yield _summed(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
 

@@ -1,0 +1,102 @@
+"""Traces forward passes and generation on several GPUs, and prints the rows that tests/test_several.py compares with.
+
+python tests/golden/trace_several.py tp > tests/golden/traced_running_tp.jsonl
+
+One rank of several under transformers' own tensor parallelism, on a process group that sends nothing: every family of
+tests/tiny.py that has a plan, small, and some cards at their own widths.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.catalogue.expert_parallel import FAMILIES as EXPERTS
+from memplan.catalogue.tensor_parallel import PLANS
+from memplan.errors import MemplanError
+from memplan.estimator import estimate
+from memplan.probe.libraries import versions
+from memplan.probe.trace import traces
+from memplan.spec import RunSpec
+from tests.golden.trace_families import config_of
+from tests.golden.trace_inference import SHORT, row
+from tests.tiny import TINY
+
+TP: tuple[dict[str, Any], ...] = (
+    {"task": "forward", "batch": SHORT},
+    {"task": "generate", "batch": {**SHORT, "new_tokens": 5}},
+    {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "kernels": {"attention": "eager"}},
+)
+MORE: tuple[dict[str, Any], ...] = (
+    {"batch": {**SHORT, "new_tokens": 3}, "loop": {"padded": True}},
+    {"batch": {**SHORT, "new_tokens": 3}, "generation": {"cache_implementation": "static"}},
+    {"batch": {**SHORT, "new_tokens": 3}, "generation": {"num_beams": 4}},
+    {"batch": {"micro": 40, "sequence": 5, "new_tokens": 3}, "generation": {"do_sample": True}},
+)
+REAL: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
+    ("llama-3.1-8b", 0, 4, {"micro": 4, "sequence": 2048, "new_tokens": 4}),
+    ("qwen2.5-72b", 8, 8, {"micro": 1, "sequence": 8192, "new_tokens": 3}),
+    ("mixtral-8x7b", 4, 8, {"micro": 2, "sequence": 2048, "new_tokens": 3}),
+    ("gemma-2-9b", 0, 4, {"micro": 1, "sequence": 5000, "new_tokens": 3}),
+    ("phi-4", 0, 2, {"micro": 2, "sequence": 1000, "new_tokens": 3}),
+    ("qwen3-30b-a3b", 4, 4, {"micro": 8, "sequence": 512, "new_tokens": 3}),
+)
+
+
+def tp_runs() -> Iterator[tuple[str, RunSpec]]:
+    for name in sorted(PLANS):
+        if name not in TINY:
+            continue
+        config = config_of(name, 0)
+        if config.get("moe_intermediate_size", 16) % 16:  # rows of half an expert's width must be aligned
+            config["moe_intermediate_size"] = 32
+        for options in (*TP, *(MORE if name in ("llama", "gemma2", "mixtral") else ())):
+            yield f"{name}-tp2", _of_ranks(config, 2, 1, {"task": "generate", **options})
+        if name in EXPERTS:
+            yield f"{name}-tp2-ep2", _of_ranks(config, 2, 2, TP[1])
+    for name, layers, tp, batch in REAL:
+        yield f"{name}-tp{tp}", _of_ranks(config_of(name, layers), tp, 1, {"task": "generate", "batch": batch})
+
+
+def _of_ranks(config: dict[str, Any], tp: int, ep: int, options: dict[str, Any]) -> RunSpec:
+    return RunSpec(
+        model={"config": config},
+        parallelism={"world": tp, "tp": tp, "ep": ep},
+        gpu="a100-sxm-80gb",
+        **options,
+    )
+
+
+def answered(asked: Iterator[tuple[str, RunSpec]]) -> Iterator[tuple[str, RunSpec]]:
+    """Those runs that memplan answers; the others are said on standard error."""
+    for name, run in asked:
+        try:
+            estimate(run)
+        except MemplanError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+        else:
+            yield name, run
+
+
+KINDS = {"tp": ("one rank of several under transformers' own tensor parallelism", tp_runs)}
+
+
+def main() -> None:
+    what, runs = KINDS[sys.argv[1]]
+    about = f"Forward passes and generation, {what}, traced on tensors without data: see tests/golden/trace_several.py."
+    print(json.dumps({"about": about, "date": "2026-11-26", "versions": dict(versions())}), flush=True)
+    asked = list(answered(runs()))
+    for (name, run), traced in zip(asked, traces((run for _, run in asked), 1), strict=True):
+        if isinstance(traced, MemplanError):
+            print(f"{name}: {traced}", file=sys.stderr)
+        else:
+            print(json.dumps(row(name, run, traced)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
