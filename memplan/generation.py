@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.batches import axes_of_images, lengths
-from memplan.catalogue import expert_parallel
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
@@ -33,7 +32,6 @@ from memplan.refusals import (
     refuse_of_inference,
     refuse_parts,
     refuse_parts_of_matrices,
-    refuse_parts_of_whole_experts,
 )
 from memplan.resolve import Decided, adapted_experts, with_new_tokens, with_use_cache
 from memplan.spec import Kernels, Method, Optimizer, Part, Precision, RunSpec
@@ -201,17 +199,12 @@ def _degrees(
 ) -> Degrees:
     """Which part of each matrix a rank has. Raises SpecError for what ranks that divide them cannot run."""
     p = run.parallelism
-    if p.ep > 1 or p.tp > 1:
-        style = words["tensor_parallel"]
-        refuse_parts_of_whole_experts(p, method, precision, run.loop, run.profile, style, accumulates=False)
     if p.tp == 1:
         return WHOLE
     untrained, plain = Optimizer(name="none"), kernels.model_copy(update={"loss": "hf"})
     style = words["tensor_parallel"]
     refuse_parts_of_matrices(p, method, precision, untrained, plain, run.profile, style, own=False)
     degrees = degrees_of(p, style)
-    if degrees.ep > 1:
-        expert_parallel.check(model, degrees)
     check(model, degrees, ITEMSIZE[precision.weights], adapted_experts(model, method))
     return degrees._replace(etp=1)
 

@@ -149,7 +149,7 @@ def refuse_of_inference(run: RunSpec) -> None:
 
 def _of_running(p: Parallelism, task: str) -> Iterator[SpecError]:
     """Several GPUs, where they divide something else than matrices or layers."""
-    for field in ("dp", "cp"):
+    for field in ("dp", "cp", "ep"):
         if getattr(p, field) > 1:
             yield _later(f"parallelism.{field}", getattr(p, field), f"tp, or pp for a device_map, with task {task}")
     if p.tp > 1 and p.device_map is not None:

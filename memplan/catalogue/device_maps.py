@@ -180,7 +180,7 @@ class _Site:
             copies.append(Op("receive", ("x",), (self._at(here, card),), source=_HOOKS))
             names["x"] = here.name
         for name in given:
-            copy, names[name] = self._moved(name, card, "receive")
+            copy, names[name] = self._moved(name, card, "receive", there=f"{name} here")
             copies.append(copy)
         kept = self._p.stays or place != HOST
         body = [self._renamed(op, names) for op in block.ops]
@@ -254,10 +254,10 @@ class _Site:
         """Where a tensor was made."""
         return self._on.get(name, 0)
 
-    def _moved(self, name: str, card: int, where: str, shape: str | None = None) -> tuple[Op, str]:
-        """A copy of a tensor on another GPU, and its name there."""
+    def _moved(self, name: str, card: int, where: str, shape: str | None = None, there: str = "") -> tuple[Op, str]:
+        """A copy of a tensor on another GPU, and its name `there`."""
         t = self._made[name]
-        there = f"{name} on GPU {card}"
+        there = there or f"{name} on GPU {card}"
         copy = Tensor(there, t.shape if shape is None else shape, f"={name}")
         self._on[there], self._made[there] = card, copy
         return Op(f"{where}.copy", (name,), (self._at(copy, card),), source=_HOOKS), there

@@ -16,7 +16,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.catalogue.expert_parallel import FAMILIES as EXPERTS
 from memplan.catalogue.tensor_parallel import PLANS
 from memplan.errors import MemplanError
 from memplan.estimator import estimate
@@ -56,17 +55,15 @@ def tp_runs() -> Iterator[tuple[str, RunSpec]]:
         if config.get("moe_intermediate_size", 16) % 16:  # rows of half an expert's width must be aligned
             config["moe_intermediate_size"] = 32
         for options in (*TP, *(MORE if name in ("llama", "gemma2", "mixtral") else ())):
-            yield f"{name}-tp2", _of_ranks(config, 2, 1, {"task": "generate", **options})
-        if name in EXPERTS:
-            yield f"{name}-tp2-ep2", _of_ranks(config, 2, 2, TP[1])
+            yield f"{name}-tp2", _of_ranks(config, 2, {"task": "generate", **options})
     for name, layers, tp, batch in REAL:
-        yield f"{name}-tp{tp}", _of_ranks(config_of(name, layers), tp, 1, {"task": "generate", "batch": batch})
+        yield f"{name}-tp{tp}", _of_ranks(config_of(name, layers), tp, {"task": "generate", "batch": batch})
 
 
-def _of_ranks(config: dict[str, Any], tp: int, ep: int, options: dict[str, Any]) -> RunSpec:
+def _of_ranks(config: dict[str, Any], tp: int, options: dict[str, Any]) -> RunSpec:
     return RunSpec(
         model={"config": config},
-        parallelism={"world": tp, "tp": tp, "ep": ep},
+        parallelism={"world": tp, "tp": tp},
         gpu="a100-sxm-80gb",
         **options,
     )
