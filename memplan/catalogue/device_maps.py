@@ -197,7 +197,7 @@ class _Site:
         ends = dict(self._p.after)
         card, module, names = x, "", dict[str, str]()
         returned = last = ""
-        of_norm: dict[str, str] = {}
+        given: dict[str, str] = {}
         for op in some:
             if _leaves(op):
                 yield op._replace(reads=tuple(dict.fromkeys(names.get(r, r) for r in op.reads)))
@@ -214,14 +214,13 @@ class _Site:
                         yield moved
                 yield self._put(self._renamed(op, names), 0)
                 continue
-            now = next((path for path in ends if op.name == path or op.name.startswith(f"{path}.")), module)
-            if now != module:
-                if of_norm:
-                    yield ops.leave(*of_norm.values())
-                    of_norm = {}
-                module = now
-                card = max(ends[module], 0)
+            now = next((path for path in ends if op.name == path or op.name.startswith(f"{path}.")), "")
+            if now != module and given:
+                yield ops.leave(*given.values())
+                given = {}
+            module = now
             place = ends.get(module, card)
+            card = max(place, 0)
             moved_here: dict[str, str] = {}
             for name in dict.fromkeys(op.reads):
                 if self._on.get(name, card) != card:
@@ -230,13 +229,13 @@ class _Site:
                         shape = " ".join(token for token in shape.split() if token != "s")  # the last token alone
                     moved, moved_here[name] = self._moved(name, card, op.name, shape)
                     yield moved
-            of_norm |= moved_here
+            given |= moved_here
             copies = place == HOST and not self._p.stays
             one = self._put(self._renamed(op, moved_here), card, HOST if copies else card)
             yield from _with_copies([one], card) if copies else (one,)
             last = op.writes[-1].name if op.writes else last
-        if of_norm:
-            yield ops.leave(*of_norm.values())
+        if given:
+            yield ops.leave(*given.values())
         if not returned and last and self._on[last] != 0:
             moved, _ = self._moved(last, 0, "return")
             yield moved._replace(holds="forward")

@@ -22,7 +22,7 @@ def is_dispatched(run: RunSpec) -> bool:
 
 
 def map_of(model: Any, run: RunSpec) -> dict[str, Any]:
-    """Where transformers places the modules of a model without memory: the number of a GPU, or cpu.
+    """Where transformers places the modules of a model without memory: the number of a GPU among those it uses, or cpu.
 
     Source: transformers 5.24 integrations/accelerate.py _get_device_map.
     """
@@ -33,7 +33,9 @@ def map_of(model: Any, run: RunSpec) -> dict[str, Any]:
     if cards == 1 and run.parallelism.device_map != "sequential":
         free = free * 9 // 10  # as where no memory is named
     room: dict[Any, int] = {**dict.fromkeys(range(cards), free), "cpu": _ROOM}
-    return place._get_device_map(model, run.parallelism.device_map or "auto", room, None)
+    found: dict[str, Any] = place._get_device_map(model, run.parallelism.device_map or "auto", room, None)
+    used = sorted({card for card in found.values() if isinstance(card, int)})
+    return {path: used.index(card) if isinstance(card, int) else card for path, card in found.items()}
 
 
 def homes(places: dict[str, Any], device: torch.device) -> Callable[[str], torch.device]:
@@ -55,10 +57,28 @@ def dispatch(model: Any, places: dict[str, Any], device: torch.device) -> None:
     Source: transformers 5.24 integrations/accelerate.py accelerate_dispatch.
     """
     group.apply()
+    for module in ("accelerate.hooks", "accelerate.utils.modeling"):
+        library(module).set_module_tensor_to_device = _move
     on = {name: card if card in ("cpu", "disk") else f"{device.type}:{card}" for name, card in places.items()}
     if len(set(on.values())) == 1:
         return
-    first = min(card for card in places.values() if isinstance(card, int))
     library("accelerate").dispatch_model(
-        model, device_map=on, main_device=f"{device.type}:{first}", skip_keys=model._skip_keys_device_placement
+        model, device_map=on, main_device=f"{device.type}:0", skip_keys=model._skip_keys_device_placement
     )
+
+
+def _move(module: Any, name: str, device: Any, value: Any = None, **_: Any) -> None:
+    """A module's parameter or buffer on another device, or without memory: of a tensor without data accelerate cannot
+    make a parameter of the same class.
+
+    Source: accelerate 1.15 utils/modeling.py set_module_tensor_to_device.
+    """
+    *path, last = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    of = module._parameters if last in module._parameters else module._buffers
+    old = of[last]
+    if value is None and str(old.device) == str(device):
+        return
+    new = (old if value is None else value).to(device)
+    of[last] = torch.nn.Parameter(new, old.requires_grad) if of is module._parameters else new
