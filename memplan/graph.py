@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.decoding import Pass, evaluation, inference
-from memplan.catalogue.device_maps import Placed, placed
+from memplan.catalogue.device_maps import Placed, axis_of, placed
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.packed import unpacked, with_buffers
@@ -326,7 +326,18 @@ def _inferred(graph: Graph, labelled: bool, division: Division | None) -> Lowere
 
 def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
     """The allocations and frees of a pass of inference, in order."""
-    return _recorded_inference(_of_any_card(graph), division)
+    return _recorded_inference(graph, division) if graph.placed is None else _recorded_on_card(graph, division)
+
+
+@lru_cache(maxsize=64)
+def _recorded_on_card(graph: Graph, division: Division | None) -> Recorded:
+    """What of a pass is allocated and freed on the GPU that is asked about."""
+    assert graph.placed is not None
+    recording = _recorded_inference(_of_any_card(graph), division)
+    here = axis_of(graph.placed.card)
+    there = {key for key, size_ in enumerate(recording.sizes) if size_[0].split()[:1] != [here]}
+    gone = {number for number, key in recording.events if key in there}
+    return recording._replace(events=tuple(event for event in recording.events if event[0] not in gone))
 
 
 @lru_cache(maxsize=64)

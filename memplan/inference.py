@@ -338,8 +338,24 @@ def worst(decided: Decided, stage: int | None, expandable: bool) -> Walked:
     placed = decided.structure.graph.placed
     if placed is None or placed.cards == 1 or stage is not None:
         return walk(decided, expandable)
-    every = (walk(one, expandable) for one in every_card(decided))
-    return max(every, key=lambda walked: max(phase.peak for phase in walked.phases))
+    every = [walk(one, expandable) for one in _may_be_worst(decided)]
+    every.sort(key=lambda walked: -max(phase.peak for phase in walked.phases))
+    if decided.gpu is None:
+        return every[0]
+    return max(every, key=lambda walked: _WORSE.index(usage_of(walked, expandable, None).answer or ""))
+
+
+def _may_be_worst(decided: Decided) -> Iterator[Decided]:
+    """The GPUs of which one holds most: of those with layers alone the one with the most of them, by bytes."""
+    first, *others = every_card(decided)
+    *inner, last = others
+    yield first
+    if inner:
+        yield max(inner, key=lambda one: loaded(one.structure.graph, False)[0])
+    yield last
+
+
+_WORSE = ("", "fits", "tight", "does not fit")  # answers; what torch reserves differs from GPU to GPU
 
 
 def _placed(decided: Decided) -> Placed:

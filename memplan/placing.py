@@ -198,7 +198,11 @@ def _notes(
         what = "buffers, which stay on the first GPU" if found.stays else "copied to the first GPU, module by module"
         yield f"device_map: {gib(moved)} of weights are on the host: {what}; the host is taken to have room for them"
     last = room[-1]
-    if stored in _BITSANDBYTES and last is not None and sum(n for n, c in zip(sizes, on, strict=True) if c == max(on)) > last:
+    if (
+        stored in _BITSANDBYTES
+        and last is not None
+        and sum(n for n, c in zip(sizes, on, strict=True) if c == max(on)) > last
+    ):
         yield (
             "device_map: bitsandbytes runs no layer on the host, and transformers refuses to load what does not fit; "
             "the last GPU is counted as if it took the rest"

@@ -151,7 +151,9 @@ def _of_running(p: Parallelism, task: str) -> Iterator[SpecError]:
     """Several GPUs, where they divide something else than matrices or layers."""
     for field in ("dp", "cp", "ep"):
         if getattr(p, field) > 1:
-            yield _later(f"parallelism.{field}", getattr(p, field), f"tp, or pp for a device_map, with task {task}")
+            yield _later(
+                f"parallelism.{field}", getattr(p, field), f"tp (--tp) or a device_map (--device-map) with task {task}"
+            )
     if p.tp > 1 and p.device_map is not None:
         yield SpecError(
             f"parallelism.device_map: {p.device_map} is one process, and tp {p.tp} is of several; say one of them",
@@ -451,9 +453,10 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
         if p.pp == 1 and getattr(p, field) != getattr(_ONE_GPU, field):
             value = getattr(p, field)
             yield SpecError(f"parallelism.{field}: {value} is of a pipeline, and pp is 1", f"parallelism.{field}")
-    if p.stage is not None and p.stage >= p.pp:
-        stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
-        yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
+    most = p.pp if p.device_map is None else p.world
+    if p.stage is not None and p.stage >= most:
+        stages = "0 is the only one" if most == 1 else f"they are 0 to {most - 1}"
+        yield SpecError(f"parallelism.stage: pp {most} has no stage {p.stage}; {stages}", "parallelism.stage")
     if p.pp > 1 and p.strategy in ("zero2", "zero3"):
         yield SpecError(
             f"parallelism.strategy: DeepSpeed runs pp {p.pp} stages under ZeRO 1 alone, and refuses {p.strategy}; say "

@@ -427,9 +427,9 @@ class Parallelism(Part, frozen=True):
     `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
     `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
     under the strategies zero1 to zero3. `context`: ranks that divide sequences (`cp`) pass keys and values around, or
-    exchange heads for tokens (DeepSpeed's Ulysses). `device_map`: how transformers places the modules of a model that
-    nothing trains on its GPUs, which are `pp` then, and on the host where they do not fit. `expert_imbalance`: of ranks that divide experts (`ep`) and
-    take all rows they are sent, the one that is sent most gets so many times the mean.
+    exchange heads for tokens (DeepSpeed's Ulysses). `expert_imbalance`: of ranks that divide experts (`ep`) and
+    take all rows they are sent, the one that is sent most gets so many times the mean. `device_map`: how transformers
+    places the modules of a model that is run on the GPUs of one process, or on the host; `stage` is one of them.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
     without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a

@@ -98,8 +98,8 @@ class Pass(NamedTuple):
 
 
 def inference(stack: Stack, now: Pass) -> Stack:
-    """The stack as the pass runs it. Where a family makes a mask whatever kernel is asked for, attention sees all that a
-    static cache has room for."""
+    """The stack as the pass runs it. Where a family makes a mask whatever kernel is asked for, attention sees all that
+    a static cache has room for."""
     now = now._replace(room=now.room or any(op.name == "mask" for op in stack.before))
 
     def changed(block: Block) -> Block:

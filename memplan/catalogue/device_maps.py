@@ -1,9 +1,9 @@
 """A model whose modules lie on several GPUs of one process, as `device_map` has it, or on the host between their uses.
 
-All GPUs are one timeline: what is made on one is an axis that is 1 where that GPU is asked about, and 0 elsewhere. A
-module's inputs are copied to its GPU when it is called, and are there until it returns; the caches of a layer stay where
-the layer is; what the model returns is copied to the first GPU. Of a module whose weights are in host memory the first
-GPU runs the operations, and has a copy of the weights while it does.
+All GPUs are one timeline: what is made on one has an axis that is 1 where that GPU is asked about, and 0 elsewhere. A
+module's inputs are copied to its GPU when it is called, and are there until it returns; the caches of a layer stay
+where the layer is; what the model returns is copied to the first GPU. Of a module whose weights are in host memory the
+first GPU runs the operations, and has a copy of the weights while it does.
 
 Source: transformers 5.24 integrations/accelerate.py get_balanced_memory, infer_auto_device_map; accelerate 1.15
 big_modeling.py dispatch_model, hooks.py AlignDevicesHook, attach_align_device_hook_on_blocks.

@@ -1,4 +1,4 @@
-"""A model whose modules lie on several GPUs of one process, or on the host, by transformers' and accelerate's own code."""
+"""A model whose modules lie on several GPUs of one process, or on the host, as transformers and accelerate put them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
 """Traces forward passes and generation on several GPUs, and prints the rows that tests/test_several.py compares with.
 
 python tests/golden/trace_several.py tp > tests/golden/traced_running_tp.jsonl
+python tests/golden/trace_several.py device_map > tests/golden/traced_running_map.jsonl
 
 One rank of several under transformers' own tensor parallelism, on a process group that sends nothing: every family of
-tests/tiny.py that has a plan, small, and some cards at their own widths.
+tests/tiny.py that has a plan, small, and some cards at their own widths. And every GPU that transformers' device_map
+puts modules on, with accelerate's own hooks: families small, and cards at their own size, some of whose layers are on
+the host.
 """
 
 from __future__ import annotations
@@ -60,6 +63,42 @@ def tp_runs() -> Iterator[tuple[str, RunSpec]]:
         yield f"{name}-tp{tp}", _of_ranks(config_of(name, layers), tp, {"task": "generate", "batch": batch})
 
 
+MAPPED = (
+    *("llama", "gpt2", "gemma2", "gemma3_text", "mixtral", "bloom", "cohere", "deepseek_v3", "gpt_oss", "phi"),
+    *("qwen3_next", "qwen3_moe", "gpt_neox", "falcon", "starcoder2", "mamba2", "jamba", "olmo2"),
+)
+LARGE: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("llama-3.1-70b", "a100-80gb", {"world": 3}),
+    ("llama-3.1-8b", "a100-80gb", {"world": 3, "device_map": "balanced_low_0"}),
+    ("llama-3.1-8b", "rtx-2070", {"world": 3, "device_map": "sequential"}),
+    ("llama-3.1-8b", "t4", {}),
+    ("qwen2.5-14b", "3090", {}),
+    ("qwen2.5-32b", "3090", {"world": 2}),
+    ("gemma-2-27b", "3090", {}),
+    ("mixtral-8x7b", "a100-40gb", {"world": 2}),
+    ("qwen2.5-3b", "3060-ti", {"world": 2}),
+)
+
+
+def map_runs() -> Iterator[tuple[str, RunSpec]]:
+    for name in MAPPED:
+        config = config_of(name, 0)
+        for options in TP:
+            for world in (2, 3):
+                parallelism = {"world": world, "device_map": "auto"}
+                run = RunSpec(model={"config": config}, parallelism=parallelism, gpu="a100-sxm-80gb", **options)
+                yield from _every_gpu(f"{name}-{world}", run)
+    for name, gpu, parallelism in LARGE:
+        batch = {"micro": 1, "sequence": 1024, "new_tokens": 3}
+        run = RunSpec(model=name, gpu=gpu, task="generate", batch=batch, parallelism={"device_map": "auto", **parallelism})
+        yield from _every_gpu(name, run)
+
+
+def _every_gpu(name: str, run: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    for stage in range(max(1, len(estimate(run).ranks))):
+        yield name, run.model_copy(update={"parallelism": run.parallelism.model_copy(update={"stage": stage})})
+
+
 def _of_ranks(config: dict[str, Any], tp: int, options: dict[str, Any]) -> RunSpec:
     return RunSpec(
         model={"config": config},
@@ -80,7 +119,10 @@ def answered(asked: Iterator[tuple[str, RunSpec]]) -> Iterator[tuple[str, RunSpe
             yield name, run
 
 
-KINDS = {"tp": ("one rank of several under transformers' own tensor parallelism", tp_runs)}
+KINDS = {
+    "tp": ("one rank of several under transformers' own tensor parallelism", tp_runs),
+    "device_map": ("every GPU that a device_map puts modules on", map_runs),
+}
 
 
 def main() -> None:
