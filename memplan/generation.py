@@ -24,7 +24,7 @@ from memplan.graph import Graph, built, tower_dtype
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
-from memplan.placing import placed_on
+from memplan.placing import placed_in_sequence, placed_on
 from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
@@ -136,7 +136,12 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         inference=now,
     )
     if run.parallelism.pp > 1 or run.parallelism.device_map is not None:
-        placed, more = placed_on(graph, run.parallelism, gpu, words["device_map"] == "largest")
+        if words["code"] == "litgpt":
+            placed, more = placed_in_sequence(graph, run.parallelism)
+            if recipe.weights != "fp32":  # which its caches are made in
+                graph = graph._replace(inference=now._replace(made="fp32"))
+        else:
+            placed, more = placed_on(graph, run.parallelism, gpu, words["device_map"] == "largest")
         notes += more
         graph = graph._replace(placed=placed._replace(card=run.parallelism.stage or 0))
     if caches and not generates and not caches_all(graph):
@@ -203,7 +208,7 @@ def _degrees(
         return WHOLE
     untrained, plain = Optimizer(name="none"), kernels.model_copy(update={"loss": "hf"})
     style = words["tensor_parallel"]
-    refuse_parts_of_matrices(p, method, precision, untrained, plain, run.profile, style, own=False)
+    refuse_parts_of_matrices(p, method, precision, untrained, plain, run.profile, style, own=False, trains=False)
     degrees = degrees_of(p, style)
     check(model, degrees, ITEMSIZE[precision.weights], adapted_experts(model, method))
     return degrees._replace(etp=1)

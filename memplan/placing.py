@@ -84,6 +84,32 @@ def placed_on(graph: Graph, p: Parallelism, gpu: GPU | None, largest: bool) -> t
     return found, tuple(_notes(found, p, room, sizes, on, stored))
 
 
+def placed_in_sequence(graph: Graph, p: Parallelism) -> tuple[Placed, tuple[str, ...]]:
+    """Where LitGPT puts a model's blocks, as many on each GPU and fewer on the last, all else on the first.
+
+    Raises SpecError where a GPU would have none, or another policy is asked for.
+    Source: litgpt 0.5.3 generate/sequentially.py sequential.
+    """
+    if p.device_map not in (None, "sequential"):
+        raise SpecError(
+            f"parallelism.device_map: LitGPT has no {p.device_map}; it puts blocks on GPUs in sequence: sequential",
+            "parallelism.device_map",
+        )
+    stack, axes = built(graph)
+    gpus = max(p.world, p.pp)
+    layers = sum(len(run.blocks) * axes[run.times] for run in stack.runs)
+    each = -(-layers // gpus)
+    if -(-layers // each) != gpus:
+        raise SpecError(
+            f"parallelism.world: LitGPT puts {each} of {layers} blocks on each of {-(-layers // each)} GPUs, and none "
+            f"on the others of {gpus}",
+            "parallelism.world",
+        )
+    starts, ends = ({path: 0 for path in some} for some in (_starts(stack), _ends(stack)))
+    placed = Placed(tuple(starts.items()), 0, tuple(i // each for i in range(layers)), tuple(ends.items()), gpus)
+    return placed, ("device_map: one process, one GPU at a time",) if gpus > 1 else ()
+
+
 _ROTARY = "rotary_emb"
 
 

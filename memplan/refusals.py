@@ -603,6 +603,7 @@ def refuse_parts_of_matrices(
     profile: str,
     style: str,
     own: bool,
+    trains: bool = True,
 ) -> None:
     """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's;
     `own`: the model is of the library's own layers."""
@@ -612,7 +613,9 @@ def refuse_parts_of_matrices(
             "megatron-core, torchtitan",
             "parallelism.tp",
         )
-    if style in ("megatron", "torchtitan") and method.kind != "full":
+    if style == "litgpt" and trains:
+        raise SpecError(f"parallelism.tp: profile {profile} has {p.tp} only in generation", "parallelism.tp")
+    if style in ("megatron", "torchtitan", "litgpt") and method.kind != "full":
         raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
     if style == "megatron":
         if p.dp > 1 and not own:
@@ -632,7 +635,7 @@ def refuse_parts_of_matrices(
             f"parallelism.strategy: {p.strategy} does not divide what tensor parallelism has divided; fsdp2 does",
             "parallelism.strategy",
         )
-    if style != "megatron" and method.quantization is not None:
+    if style not in ("megatron", "litgpt") and method.quantization is not None:
         raise SpecError(
             f"method.kind: transformers 5.24 does not run {method.kind} on tensor-parallel ranks: it makes DTensors of "
             "bitsandbytes' weights, whose layers then fail in the first pass; full, freeze and lora run",

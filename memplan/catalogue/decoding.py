@@ -21,6 +21,7 @@ Cache = Literal["", "dynamic", "static", "legacy"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
+_LITGPT = "litgpt 0.5.3 generate/sequentially.py sequential, model.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 
 
@@ -61,6 +62,7 @@ class Pass(NamedTuple):
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
+    made        the dtype that a static cache was made in before the prompt, where the prompt's pass casts it
     """
 
     phase: str
@@ -75,6 +77,7 @@ class Pass(NamedTuple):
     lingers: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
+    made: str = ""
 
     @property
     def generates(self) -> bool:
@@ -287,6 +290,10 @@ def _written(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
 
 def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
     """A tensor that the first pass makes and the others find, and write in place."""
+    if not now.decodes and now.made and t.shape:
+        made = t._replace(name=f"{t.name} as it was made", dtype=now.made)
+        yield Op(name, (made.name, *reads), (t,), past=(made,), holds="cache", source=f"{_LITGPT} KVCache.forward")
+        return
     if not now.decodes:
         yield Op(name, reads, (t,), holds="cache", source=source)
         return

@@ -41,7 +41,7 @@ WORDS = {
     "adds_products": "Liger's fused loss adds half-precision products into the head's gradient, and makes none apart",
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
     "device_map": "for which module a GPU's share leaves room beside layers: largest (of those without modules), mean",
-    "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, or none",
+    "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, litgpt, or none",
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
     "forward_caches": "a forward pass keeps keys, values and states though it is asked not to",
     "last_logits": "generation asks the model for the last token's logits alone",
@@ -602,7 +602,7 @@ PROFILES = (
         (
             Row("code", "litgpt", "litgpt 0.5.3 model.py"),
             Row("saved_tensors", "", "litgpt 0.5.3: none"),
-            Row("tensor_parallel", "", "litgpt 0.5.3: no training with it"),
+            Row("tensor_parallel", "litgpt", "litgpt 0.5.3 generate/tp.py: of generation alone"),
             Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
             Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),
             Row("kernels.checkpointing", "none", "litgpt 0.5.3 finetune/lora.py: only under FSDP"),

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from memplan.catalogue import megatron_parallel, ops, torchtitan
+from memplan.catalogue import litgpt, megatron_parallel, ops, torchtitan
 from memplan.catalogue.expert_parallel import lent
 from memplan.catalogue.methods import matrix, rewrite
 from memplan.degrees import Degrees
@@ -44,14 +44,14 @@ class Plan(NamedTuple):
     @property
     def heads(self) -> bool:
         """Whether a rank computes the attention of some heads only."""
-        return not {"q_proj", "q_b_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv"}.isdisjoint(
+        return not {"q_proj", "q_b_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv", "attn"}.isdisjoint(
             self.columns
         )
 
     @property
     def width(self) -> bool:
         """Whether a rank computes a part of the FFN's width only."""
-        return not {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2"}.isdisjoint(self.rows)
+        return not {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2", "proj"}.isdisjoint(self.rows)
 
 
 _QKV, _GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -106,7 +106,9 @@ MEGATRON: dict[str, Plan] = {
 _TITAN: dict[str, Plan] = dict.fromkeys(
     torchtitan.KINDS, Plan(("qkv_proj",), ("down_proj",))
 )  # heads and width are divided
-STYLES = {"transformers": PLANS, "megatron": MEGATRON, "torchtitan": _TITAN}
+# LitGPT divides what is in its blocks, and has embeddings and head whole. Source: litgpt 0.5.3 generate/tp.py.
+_LITGPT: dict[str, Plan] = dict.fromkeys(litgpt.KINDS, Plan(("attn", "fc", "fc_1", "fc_2"), ("proj",)))
+STYLES = {"transformers": PLANS, "megatron": MEGATRON, "torchtitan": _TITAN, "litgpt": _LITGPT}
 
 
 def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
@@ -193,6 +195,7 @@ def divide(stack: Stack, model_type: str, degrees: Degrees, records: bool = True
     Where autograd does not record (`records`), linear layers are given tensors of the rank's own instead of DTensors.
     """
     t, plan = degrees.tp, STYLES[degrees.style][model_type]
+    records = records or degrees.style == "litgpt"  # whose all-reduce writes another tensor
     if degrees.style == "megatron":
         return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
     if degrees.style == "torchtitan":
@@ -202,6 +205,9 @@ def divide(stack: Stack, model_type: str, degrees: Degrees, records: bool = True
     def change(op: Op) -> Iterator[Op]:
         if plan.experts and degrees.ep == 1 and op.name.endswith("experts.sort"):
             yield lent(op.name.removesuffix(".sort"))
+        if degrees.style == "litgpt" and _module(op)[0] not in (*plan.columns, *plan.rows):
+            yield op
+            return
         if not op.weights or not set(plan.whole).isdisjoint(op.name.split(".")):
             yield op
             return

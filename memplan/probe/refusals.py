@@ -118,7 +118,7 @@ def _parallelism(run: RunSpec) -> None:
     wrong = check_product(p)
     if wrong is not None:
         raise wrong
-    if run.task != "train" and (p.pp > 1 or p.device_map is not None) and p.pp == p.world:
+    if run.task != "train" and (p.device_map is not None or 1 < p.pp == p.world):
         if run.method.quantization is not None:
             raise SpecError("method.quantization: a probe places whole weights by a device_map", "method.quantization")
         return
