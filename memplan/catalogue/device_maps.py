@@ -144,6 +144,7 @@ class _Site:
         """What comes before the layers. The module of positions is given the embeddings, for their dtype."""
         rotary = max(self._p.rotary, 0)
         given: dict[str, str] = {}
+        tables = 1  # of positions, each made by a call of the module
         for op in some:
             if _leaves(op):
                 yield op
@@ -151,17 +152,19 @@ class _Site:
             turns = op.name.startswith("rotary") or ".rotary_emb" in op.name
             card = rotary if turns else self._card(op, self._p.before, 0)
             if turns and not given and rotary != self._on.get("embeds", 0) and "embeds" in self._made:
-                moved, given["embeds"] = self._moved("embeds", rotary, op.name)
+                moved, given["embeds"] = self._moved("embeds", rotary, op.name, there=f"embeds for {op.name}, {tables}")
                 yield moved
             names: dict[str, str] = {}
             for name in dict.fromkeys(op.reads):
                 if self._on.get(name, card) != card:
-                    moved, names[name] = self._moved(name, card, op.name)
+                    moved, names[name] = self._moved(name, card, op.name, there=f"{name} for {op.name}, {tables}")
                     yield moved
                     given |= {name: names[name]} if turns else {}
             yield self._put(self._renamed(op, names), card)
-            if turns and any(t.name in ("sin", "sincos") for t in op.writes) and given:
-                yield ops.leave(*given.values())
+            if turns and any(t.name.startswith("sin") for t in op.writes) and given:
+                if all(t.name != "sin32" and not t.name.startswith("sin32.") for t in op.writes):
+                    yield ops.leave(*given.values())
+                    given, tables = {}, tables + 1
 
     def run(self, run: Run, place: int, moves: bool) -> Run:
         """A run of layers, whose inputs but the hidden states every layer is given anew."""
@@ -180,7 +183,10 @@ class _Site:
             copies.append(Op("receive", ("x",), (self._at(here, card),), source=_HOOKS))
             names["x"] = here.name
         for name in given:
-            copy, names[name] = self._moved(name, card, "receive", there=f"{name} here")
+            shape = self._made[name].shape
+            if "mask" in name and "b" not in shape.split():  # a view that is one for all sequences, which a copy is not
+                shape = f"b {shape}"
+            copy, names[name] = self._moved(name, card, "receive", shape, f"{name} here")
             copies.append(copy)
         kept = self._p.stays or place != HOST
         body = [self._renamed(op, names) for op in block.ops]
@@ -206,7 +212,9 @@ class _Site:
                 yield from self._reordered(op)
                 continue
             if op.name.startswith("generate."):
-                card = 0
+                if given:
+                    yield ops.leave(*given.values())
+                    given = {}
                 if not returned and last:
                     returned = last
                     if self._on[last] != 0:

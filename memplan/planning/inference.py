@@ -348,7 +348,9 @@ def _choice(
 ) -> Choice:
     try:
         answer = asked if run == asked.asked else estimate(run, calibration)
-        requests = _requests(run, answer, demand, calibration)
+        one = run.batch.micro == 1 and find_engine(run.profile) is None
+        none = one and not demand.met(answer)
+        requests = Most(0, "memory") if none else _requests(run, answer, demand, calibration)
     except MemplanError as error:
         return Choice(name, None, str(error), False, 0, 0, None, step)
     assert run.gpu is not None
