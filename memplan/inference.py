@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Bytes, Line, Peak, Phase, Rank, Verdict
-from memplan.catalogue.device_maps import HOST, Placed
+from memplan.catalogue.dealing import HOST
+from memplan.catalogue.device_maps import Placed
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.catalogue.packed import MANY_ROWS
 from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError

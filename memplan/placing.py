@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from memplan.catalogue.device_maps import HOST, Placed, place, shares
+from memplan.catalogue.dealing import HOST, place, shares
+from memplan.catalogue.device_maps import Placed
 from memplan.catalogue.overhead import cuda_context
 from memplan.catalogue.pipeline import unstageable
 from memplan.engine.walk import size
@@ -105,7 +106,7 @@ def placed_in_sequence(graph: Graph, p: Parallelism) -> tuple[Placed, tuple[str,
             f"on the others of {gpus}",
             "parallelism.world",
         )
-    starts, ends = ({path: 0 for path in some} for some in (_starts(stack), _ends(stack)))
+    starts, ends = (dict.fromkeys(some, 0) for some in (_starts(stack), _ends(stack)))
     placed = Placed(tuple(starts.items()), 0, tuple(i // each for i in range(layers)), tuple(ends.items()), gpus)
     return placed, ("device_map: one process, one GPU at a time",) if gpus > 1 else ()
 

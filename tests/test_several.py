@@ -14,7 +14,7 @@ from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.answer import phase_peaks
 from memplan.cards import find_model
-from memplan.catalogue.device_maps import HOST, place, shares
+from memplan.catalogue.dealing import HOST, place, shares
 from memplan.errors import SpecError
 from memplan.planning.inference import questions
 from memplan.resolve import decide
@@ -200,8 +200,9 @@ def test_a_device_map_is_what_transformers_infers(name: str, gpus: int, monkeypa
     layers = [gpu for module, gpu in found.items() if module.rpartition(".")[2].isdigit()]
     numbers = {gpu: i for i, gpu in enumerate(sorted(set(found.values())))}
     assert tuple(numbers[gpu] for gpu in layers) == placed.layers
-    assert numbers[found[next(path for path in reversed(found) if "head" in path or "embed_out" in path)]] == (
-        placed.after[-1][1]
+    assert (
+        numbers[found[next(path for path in reversed(found) if "head" in path or "embed_out" in path)]]
+        == (placed.after[-1][1])
     )
 
 

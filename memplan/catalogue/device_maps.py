@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from memplan.catalogue import ops
+from memplan.catalogue.dealing import HOST
 from memplan.catalogue.pipeline import between
 from memplan.ir import Block, Op, Run, Stack, Tensor, Weight
 
-HOST = -1
 _HOOKS = "accelerate 1.15 hooks.py AlignDevicesHook"
 
 
@@ -56,51 +56,6 @@ def axis_of(card: int) -> str:
 def axes_of(placed: Placed) -> dict[str, int]:
     """The axes of all places: 1 of the one that is asked about."""
     return {axis_of(card): int(card == placed.card) for card in (HOST, *range(placed.cards))}
-
-
-# Which module is placed where.
-
-
-def shares(
-    modules: Sequence[int], layers: slice, leaf: int, gpus: int, policy: str, free: int | None, quantised: bool
-) -> list[int | None]:
-    """How many bytes of modules each GPU may be given, None for any number. `layers`: those of the `modules` that are
-    layers; `leaf`: the largest module without modules; `free`: what a GPU has free, None where nothing is known of it.
-
-    Raises nothing. A model on one GPU is given nine tenths of what that has, unless it is dealt in sequence.
-    """
-    room = [free] * gpus
-    if policy != "sequential":
-        low_zero = policy == "balanced_low_0" and gpus > 1
-        if gpus == 1 and free is not None:
-            room = [free * 9 // 10]
-        total = sum(modules)
-        share = total // (gpus - 1 if low_zero else gpus) + int(1.25 * max(*modules[layers], leaf))
-        for i in range(gpus - 1):
-            if not (low_zero and i == 0):
-                room[i] = share if free is None else min(share, free)
-        if low_zero:
-            rest = [n for n in room[1:] if n is not None]
-            least = max(0, total - sum(rest)) if len(rest) == gpus - 1 else 0
-            room[0] = least if free is None else min(least, free)
-    return [None if n is None else n * 9 // 10 for n in room] if quantised else room
-
-
-def place(modules: Sequence[int], room: Sequence[int | None], offloads: bool) -> list[int]:
-    """Place modules of so many bytes one after another, until a GPU has its share. The first GPU leaves room for the
-    largest module to come. What no GPU takes is on the host, or on the last GPU unless that `offloads`."""
-    on: list[int] = []
-    gpu = used = 0
-    for i, size in enumerate(modules):
-        while gpu < len(room):
-            most = room[gpu]
-            if most is None or used + size <= most - (max(modules[i + 1 :], default=0) if gpu == 0 else 0):
-                break
-            gpu, used = gpu + 1, 0
-        if gpu < len(room):
-            used += size
-        on.append(gpu if gpu < len(room) else HOST if offloads else len(room) - 1)
-    return on
 
 
 # What is made where.
@@ -161,10 +116,9 @@ class _Site:
                     yield moved
                     given |= {name: names[name]} if turns else {}
             yield self._put(self._renamed(op, names), card)
-            if turns and any(t.name.startswith("sin") for t in op.writes) and given:
-                if all(t.name != "sin32" and not t.name.startswith("sin32.") for t in op.writes):
-                    yield ops.leave(*given.values())
-                    given, tables = {}, tables + 1
+            if turns and given and any(t.name.startswith("sin") and "32" not in t.name for t in op.writes):
+                yield ops.leave(*given.values())
+                given, tables = {}, tables + 1
 
     def run(self, run: Run, place: int, moves: bool) -> Run:
         """A run of layers, whose inputs but the hidden states every layer is given anew."""

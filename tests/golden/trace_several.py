@@ -90,7 +90,9 @@ def map_runs() -> Iterator[tuple[str, RunSpec]]:
                 yield from _every_gpu(f"{name}-{world}", run)
     for name, gpu, parallelism in LARGE:
         batch = {"micro": 1, "sequence": 1024, "new_tokens": 3}
-        run = RunSpec(model=name, gpu=gpu, task="generate", batch=batch, parallelism={"device_map": "auto", **parallelism})
+        run = RunSpec(
+            model=name, gpu=gpu, task="generate", batch=batch, parallelism={"device_map": "auto", **parallelism}
+        )
         yield from _every_gpu(name, run)
 
 
