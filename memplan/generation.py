@@ -25,7 +25,7 @@ from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
 from memplan.resolve import Decided, with_new_tokens, with_use_cache
-from memplan.spec import Method, Part, Precision, RunSpec
+from memplan.spec import Generation, Method, Part, Precision, RunSpec
 
 
 def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
@@ -109,6 +109,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         generation.num_beams > 1,
         generation.do_sample,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
+        switches=generates and words["experts"] == "stacked",
     )
     graph = Graph(
         model,
@@ -159,7 +160,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
     structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
-    return Decided(
+    done = Decided(
         structure,
         batch,
         gpu,
@@ -170,6 +171,12 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tuple(pictures),
         beams=generation.num_beams,
     )
+    if generation == Generation():
+        return done
+    from memplan.assisted import decide_assistant
+
+    assistant = decide_assistant(run, model, done, bool(words["last_logits"]) and words["code"] == "transformers")
+    return done._replace(assistant=assistant)
 
 
 def caches_all(graph: Graph) -> bool:

@@ -34,6 +34,7 @@ FLOORS = (
             "tensors",
             "inference",
             "generation",
+            "assisted",
         ),
         *("serving", "also", "saving"),
     },

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from memplan.probe.assisted import assist, build_assistant
 from memplan.probe.choosing import choosing
 from memplan.probe.counts import parameters
 from memplan.probe.inputs import inputs_of, labels_of
@@ -69,6 +70,7 @@ class Script:
             self.counted = parameters(base_of(model))
             self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.model = wrap(model, run, device)
+            self.assistant: Any = build_assistant(run, device)
             del model
             training = run.task == "train"
             self.parameters = [p for p in self.model.parameters() if p.requires_grad] if training else []
@@ -208,6 +210,9 @@ class Script:
         them until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it
         makes no other of it, and so the model is given none.
         """
+        if self.run.generation.assisted:
+            self._assist()
+            return
         model = self.model
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -225,7 +230,8 @@ class Script:
                 cache, token = getattr(outputs, given_as), chooser.token(outputs)
                 del outputs
                 chooser.reorder(cache)
-            with self.phase("decode"):
+            switched = getattr(base_of(model), "_optimize_model_for_decode", nullcontext)  # since transformers 5
+            with self.phase("decode"), switched():
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
@@ -236,6 +242,12 @@ class Script:
                     chooser.reorder(cache)
                 del token, cache
                 chooser.forget()
+
+    def _assist(self) -> None:
+        inputs, options = self._inputs()
+        options.pop("use_cache", None)
+        with torch.no_grad():
+            assist(self.model, self.assistant, self.run, inputs["input_ids"], options, self.phase)
 
     def _cache(self, name: str) -> dict[str, Any]:
         """The cache that generation makes before the model is called, by the name the model has for it.

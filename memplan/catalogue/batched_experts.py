@@ -1,0 +1,46 @@
+"""Experts as tokens are decoded: the matrices that each token chose, copied side by side for one batched product.
+
+`generate` of transformers 5 takes them so for every pass after the first one on a GPU (`batched_mm` in place of
+`grouped_mm`): no token is sorted, but there is a copy of a matrix for every token and expert it chooses, of the first
+product's until those of the second are there.
+
+Source: transformers 5.24 integrations/moe.py batched_mm_experts_forward, generation/utils.py _optimize_model_for_decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from memplan.catalogue import ops
+from memplan.catalogue.routers import CHOSEN, PAIRS, SCORES
+from memplan.ir import Op, Tensor
+
+_SOURCE = "transformers 5.24 integrations/moe.py batched_mm_experts_forward"
+# What `memplan.catalogue.experts` makes to sort tokens by expert, and is not made here.
+_SORTED = frozenset(f"experts.{name}" for name in ("order", "token", "counted", "counts", "offsets", "places"))
+_VIEWS = {"experts.ids": CHOSEN, "experts.scores": SCORES, "experts.ordered": "experts.weighted"}
+
+
+def batched(some: Iterable[Op]) -> Iterator[Op]:
+    """A block's operations with the grouped products of its experts as batched ones."""
+    selected = ""
+    for op in some:
+        seen = next((t for t in op.writes if t.name in _VIEWS), None)
+        if seen is not None:
+            yield ops.view(op.name, _VIEWS[seen.name], seen.name, seen.shape)
+            continue
+        if op.writes and all(t.name in _SORTED for t in op.writes):
+            continue
+        op = op._replace(reads=tuple(name for name in op.reads if name not in _SORTED))
+        if op.product == "grouped" and not op.weights[0].stored:
+            w, before = op.weights[0], selected
+            selected = f"{w.name} selected"
+            shape = f"{PAIRS} {' '.join(w.shape.split()[1:])}"
+            yield Op(f"{op.name}.select", (CHOSEN,), (Tensor(selected, shape, f"={w.name}"),), (w,), source=_SOURCE)
+            if before:
+                yield ops.leave(before)
+            yield op._replace(reads=(*op.reads, selected), keeps=(), product="matrix", source=_SOURCE)
+        elif op.writes or op.reads:
+            returns = not op.writes and "experts.rows" in op.reads
+            yield op._replace(reads=(*op.reads, selected)) if returns and selected else op
+            selected = "" if returns else selected
