@@ -312,9 +312,7 @@ def _generated(
         )
     cache = "legacy" if words["cache"] == "legacy" else "dynamic"
     switches = words["experts"] == "stacked"
-    now = Pass(
-        "prefill", cache, words["last_logits"], wide, few_rows=words["few_rows"], switches=switches
-    )
+    now = Pass("prefill", cache, words["last_logits"], wide, few_rows=words["few_rows"], switches=switches)
     one = _still(graph, now, caching=True)
     if not caches_all(one):
         raise UnsupportedModelError(

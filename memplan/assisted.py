@@ -8,7 +8,7 @@ as any that the data could make it. An assistant that is unsure stops early, whi
 Walked are the first round, the second, the last that proposes as many tokens as any, the one after it, and the last
 two.
 
-Source: transformers 5.24 generation/utils.py _assisted_decoding, generation/candidate_generator.py, cache_utils.py crop.
+Source: transformers 5.24 generation/utils.py _assisted_decoding, candidate_generator.py, cache_utils.py crop.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from memplan.spec import Generation, Method, RunSpec
 if TYPE_CHECKING:
     from memplan.resolve import Decided
 
-TOKENS = 20  # proposed in a round where a run does not say: transformers 5.24 configuration_utils.py num_assistant_tokens
+TOKENS = (
+    20  # proposed in a round where a run does not say: transformers 5.24 configuration_utils.py num_assistant_tokens
+)
 _CANDIDATES = "transformers 5.24 generation/candidate_generator.py"
 _ROUND = "transformers 5.24 generation/utils.py GenerationMixin._assisted_decoding"
 
@@ -48,12 +50,38 @@ class Assistant(NamedTuple):
     shares: bool
     looks: bool
 
+    @property
+    def notes(self) -> Iterator[str]:
+        """What to know of it."""
+        drafts = self.drafts
+        if drafts is not None and not self.shares:
+            yield from (f"assistant: {note}" for note in drafts.notes)
+        yield (
+            "of the tokens proposed in a round none is taken to be accepted but the model's own: accepted ones make "
+            "the run shorter, not smaller"
+        )
 
-def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, last_logits: bool) -> Assistant | None:
-    """What proposes the run's tokens, None where nothing does. Raises SpecError for what transformers does not take, or
-    memplan not yet."""
+    def said(self, generation: Generation) -> Generation:
+        """The run's `generation` with what it leaves open."""
+        if self.drafts is None:
+            return generation
+        own = self.drafts.parts
+        update: dict[str, object] = {
+            "num_assistant_tokens": generation.num_assistant_tokens or TOKENS,
+            "num_assistant_tokens_schedule": generation.num_assistant_tokens_schedule or "constant",
+        }
+        if not self.shares:
+            precision, method = own["precision"], own["method"]
+            update["assistant_dtype"] = getattr(precision, "weights", None)
+            update["assistant_quantization"] = getattr(method, "quantization", None)
+        return generation.model_copy(update=update)
+
+
+def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: bool) -> Assistant | None:
+    """What proposes the run's tokens, None where nothing does. `current`: transformers is as it is counted here. Raises
+    SpecError for what transformers does not take, or memplan not yet."""
     asked = run.generation
-    _refuse(run, model, last_logits)
+    _refuse(run, model, current)
     if not asked.assisted:
         return None
     grows = asked.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient")
@@ -107,7 +135,7 @@ def model_of_first_layers(model: ModelSpec, layers: int) -> ModelSpec:
     return ModelSpec({**config, "num_hidden_layers": layers}, model.name, model.card, model.checkpoint)
 
 
-def _refuse(run: RunSpec, model: ModelSpec, last_logits: bool) -> None:
+def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
     asked = run.generation
     ways = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
     said = [name for name in ways if getattr(asked, name) is not None]
@@ -126,7 +154,7 @@ def _refuse(run: RunSpec, model: ModelSpec, last_logits: bool) -> None:
     if not said:
         return
     field = f"generation.{said[0]}"
-    if not last_logits or not run.profile.startswith("transformers-"):
+    if not current:
         raise SpecError(f"{field}: is counted as transformers 5.24 has it; say profile transformers-5", field)
     if run.batch.micro > 1:
         raise SpecError(
@@ -211,16 +239,20 @@ def round_of(assistant: Assistant, prompt: int, new: int, number: int) -> Round:
     return Round(number, prompt + number - 1, proposed(number), proposed(number - 1))
 
 
-def steps_of(decided: Decided, spread: int = 0) -> tuple[Step, ...]:
-    """The passes of the rounds among which the largest is, in order, and of `spread` more between them: of those that
-    propose a token the first two of a round, and the last."""
+_SPREAD = 3  # rounds that are replayed between the second and the last as long as any
+
+
+def steps_of(decided: Decided, replayed: bool = False) -> tuple[Step, ...]:
+    """The passes of the rounds among which the largest is, in order, or of some that are evenly spread, to be
+    `replayed`: of those that propose a token the first two of a round, and the last."""
     assistant = decided.assistant
     assert assistant is not None
     prompt, new = decided.batch.sequence, decided.batch.new_tokens
     full = max(1, new - assistant.tokens)
     numbers = {1, 2, full, full + 1, new - 1, new}
-    if full > 2:
-        numbers |= {2 + (full - 2) * i // (spread + 1) for i in range(1, spread + 1)}
+    if replayed:
+        between = (2 + (full - 2) * i // (_SPREAD + 1) for i in range(1, _SPREAD + 1))
+        numbers = {1, 2, full, new, *(between if full > 2 else ())}
     found: list[Step] = []
     for number in sorted(n for n in numbers if 1 <= n <= new):
         one = round_of(assistant, prompt, new, number)
@@ -287,13 +319,15 @@ def _verifies(decided: Decided, assistant: Assistant, one: Round) -> Step:
         verifies=graph.recipe.compute,
         follows=not first,
         drafted=drafted,
+        looks=assistant.looks and one.proposed > 0,
         records=True,
         batches=graph.inference.switches and not first,
     )
     window, tokens = model.sliding_window or 0, one.tokens
     outputs = one.before + 1 + (decided.batch.sequence - 1 if one.number == 2 else 0)
     if first:
-        step = Step(graph._replace(inference=now), 1, tokens + one.proposed, window=_within(tokens, window))
+        all_rows = graph._replace(wiring=graph.wiring._replace(last_only=False), inference=now)
+        step = Step(all_rows, 1, tokens + one.proposed, window=_within(tokens, window))
     else:
         past, kept = tokens - 1 + one.before, tokens - 1 + one.before
         if window and one.number > 2:
@@ -304,9 +338,15 @@ def _verifies(decided: Decided, assistant: Assistant, one: Round) -> Step:
     beside = (*(_candidates(decided, one.proposed) if drafted else ()), *_ids(decided, one))
     other = None
     if assistant.drafts is not None and (one.proposed or one.before):
-        made = one if one.proposed else round_of(assistant, decided.batch.sequence, decided.batch.new_tokens, one.number - 1)
+        made = (
+            one
+            if one.proposed
+            else round_of(assistant, decided.batch.sequence, decided.batch.new_tokens, one.number - 1)
+        )
         other = _draft(assistant, made, made.proposed - 1)
-    return step._replace(beside=beside, other=other, rows=fed, before=one.before + 1, outputs=outputs, proposed=one.proposed)
+    return step._replace(
+        beside=beside, other=other, rows=fed, before=one.before + 1, outputs=outputs, proposed=one.proposed
+    )
 
 
 def _over_cache(graph: Graph, now: Pass, fed: int, keys: int, window: int) -> Graph:
@@ -335,7 +375,8 @@ def _named(decided: Decided, one: Round) -> tuple[Held, ...]:
         return ()
     graph, rows = decided.structure.graph, one.before + 1
     v, dtype = graph.model.vocab_size, graph.recipe.compute
-    every = rows + decided.batch.sequence - 1 if one.number == 2 and not graph.wiring.last_only else rows
+    assert graph.inference is not None
+    every = rows + decided.batch.sequence - 1 if one.number == 2 and not graph.inference.last_only else rows
     names = (("logits in fp32",) if dtype != "fp32" else ()) + ("copy of the logits",)
     floats = (_held(f"{what} of the round before", rows, v, "fp32", 1, _ROUND) for what in names)
     return (
@@ -382,11 +423,15 @@ def _ids(decided: Decided, one: Round, drafts: int | None = None) -> Iterator[He
                 yield from held("positions and mask of the round before", lasts, kinds)
         if not verifies:
             whole_before = one.number == 2
-            yield from held("inputs of the round before", prompt + one.before if whole_before else rows, 1 if whole_before else 2)
+            yield from held(
+                "inputs of the round before", prompt + one.before if whole_before else rows, 1 if whole_before else 2
+            )
     if verifies and one.proposed:
         length = one.tokens + one.proposed
         yield from held("ids with those proposed", length)
-        yield from held("positions and mask of those", length, kinds - (not later))  # of the first round the pass's own positions are those
+        yield from held(
+            "positions and mask of those", length, kinds - (not later)
+        )  # of the first round the pass's own positions are those
     elif drafts:
         length = one.tokens + drafts
         yield from held("ids with those proposed so far", length, 1, _CANDIDATES)

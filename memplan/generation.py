@@ -175,8 +175,13 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         return done
     from memplan.assisted import decide_assistant
 
-    assistant = decide_assistant(run, model, done, bool(words["last_logits"]) and words["code"] == "transformers")
-    return done._replace(assistant=assistant)
+    assistant = decide_assistant(run, model, done, profile == "transformers-5")
+    if assistant is None:
+        return done
+    notes = (*done.notes, *assistant.notes)
+    return done._replace(
+        assistant=assistant, notes=notes, parts={**done.parts, "generation": assistant.said(generation)}
+    )
 
 
 def caches_all(graph: Graph) -> bool:

@@ -150,6 +150,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
     for name in ("kv", "kv_window", "kv_static", "kv_window_static"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
+        more[f"{name}1"] = more[name] + 1
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
     axes = axes_of(
@@ -242,7 +243,9 @@ class Walked(NamedTuple):
         for graph in models_of(self.decided):
             whose = "model" if graph is self.decided.structure.graph else "assistant"
             weights = (
-                held_line(h, built(graph)[1], f"a buffer of the {whose}" if h.kind == "buffer" else f"the {whose}'s weights")
+                held_line(
+                    h, built(graph)[1], f"a buffer of the {whose}" if h.kind == "buffer" else f"the {whose}'s weights"
+                )
                 for h in parameters_of(graph)
             )
             out += weights if whose == "model" else map(_assistants, weights)
@@ -263,9 +266,12 @@ class Walked(NamedTuple):
             moment = low.moments[self.peaks[i].moment]
             stack, own = built(self.steps[i].graph)
             lines = alive_lines(stack, {**own, **self.axes[i]}, low, moment)
-            out += [workspace, *(map(_assistants, lines) if self.steps[i].assists else lines), *self._beside(self.steps[i])]
+            out += [
+                workspace,
+                *(map(_assistants, lines) if self.steps[i].assists else lines),
+                *self._beside(self.steps[i]),
+            ]
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
-
 
     def _beside(self, step: Step) -> Iterator[Line]:
         """What is there beside a pass: what the loop has names for, and the other model's cache."""
@@ -377,7 +383,7 @@ def replay(walked: Walked, expandable: bool) -> Replay:
     if walked.decided.assistant is not None:
         from memplan import assisted
 
-        steps = assisted.steps_of(walked.decided, _FEWEST)
+        steps = assisted.steps_of(walked.decided, replayed=True)
     elif len(steps) > 2:  # the prompt's, the first that decodes and the last
         *early, last = steps
         first = early[-1]

@@ -4,7 +4,8 @@
 `grouped_mm`): no token is sorted, but there is a copy of a matrix for every token and expert it chooses, of the first
 product's until those of the second are there.
 
-Source: transformers 5.24 integrations/moe.py batched_mm_experts_forward, generation/utils.py _optimize_model_for_decode.
+Source: transformers 5.24 integrations/moe.py batched_mm_experts_forward, and generation/utils.py
+_optimize_model_for_decode.
 """
 
 from __future__ import annotations
@@ -24,21 +25,30 @@ _VIEWS = {"experts.ids": CHOSEN, "experts.scores": SCORES, "experts.ordered": "e
 def batched(some: Iterable[Op]) -> Iterator[Op]:
     """A block's operations with the grouped products of its experts as batched ones."""
     selected = ""
-    for op in some:
+    biases: list[Op] = []  # selected after the matrices
+    folded: dict[str, Tensor] = {}  # matrices that adapters were added to
+    for given in some:
+        op = given._replace(reads=tuple(name for name in given.reads if name not in _SORTED))
+        folded |= {t.name: t for t in op.writes if op.product == "fold"}
         seen = next((t for t in op.writes if t.name in _VIEWS), None)
         if seen is not None:
             yield ops.view(op.name, _VIEWS[seen.name], seen.name, seen.shape)
             continue
         if op.writes and all(t.name in _SORTED for t in op.writes):
             continue
-        op = op._replace(reads=tuple(name for name in op.reads if name not in _SORTED))
-        if op.product == "grouped" and not op.weights[0].stored:
-            w, before = op.weights[0], selected
-            selected = f"{w.name} selected"
-            shape = f"{PAIRS} {' '.join(w.shape.split()[1:])}"
-            yield Op(f"{op.name}.select", (CHOSEN,), (Tensor(selected, shape, f"={w.name}"),), (w,), source=_SOURCE)
+        if op.name.endswith(".bias_of_each") or op.reads == ("experts.up_bias",):
+            biases.append(op)
+        elif op.product == "grouped" and not (op.weights and op.weights[0].stored):
+            before, own = selected, next((folded[name] for name in op.reads if name in folded), None)
+            name, shape = (own.name, own.shape) if own else (op.weights[0].name, op.weights[0].shape)
+            selected = f"{name} selected"
+            copied = Tensor(selected, f"{PAIRS} {' '.join(shape.split()[1:])}", f"={name}")
+            reads = (CHOSEN, own.name) if own else (CHOSEN,)
+            yield Op(f"{op.name}.select", reads, (copied,), op.weights, source=_SOURCE)
             if before:
                 yield ops.leave(before)
+            yield from biases
+            biases = []
             yield op._replace(reads=(*op.reads, selected), keeps=(), product="matrix", source=_SOURCE)
         elif op.writes or op.reads:
             returns = not op.writes and "experts.rows" in op.reads

@@ -67,6 +67,7 @@ class Pass(NamedTuple):
                 as the axis `rows` says. Its dtype, where it does
     follows     another round was before this one, whose logits the loop has names for
     drafted     those that proposed the tokens had logits for them: as many as the axis `proposed` says
+    looks       they were looked up in those before
     proposes    it proposes a token, whose logits a list keeps
     stacks      the token is a round's last, and the logits of all are joined
     switches    every pass of the loop but its first `batches`
@@ -90,6 +91,7 @@ class Pass(NamedTuple):
     verifies: str = ""
     follows: bool = False
     drafted: bool = False
+    looks: bool = False
     proposes: bool = False
     stacks: bool = False
     switches: bool = False
@@ -130,6 +132,7 @@ def inference(stack: Stack, now: Pass) -> Stack:
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
     named = tuple(_named_before(now)) if now.decodes or now.verifies else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
+    before = (*before, _looked_up(now)) if now.looks else before
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
     kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
     return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
@@ -196,6 +199,7 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
         if now.follows:
             yield Tensor(f"logits{_BEFORE_ROUND}", f"b {outputs} v", now.verifies)
             names = _FLOATS if now.verifies != "fp32" else _FLOATS[1:]
+            names += ("probabilities",) if now.samples and now.looks else ()
             yield from (Tensor(f"{what}{_BEFORE_ROUND}", "b rows_before v", "fp32") for what in names)
         return
     if now.proposes and not (now.samples and now.goes_on):  # a list has the logits, where they are not drawn from
@@ -460,22 +464,31 @@ _WARPERS = "transformers 5.24 generation/logits_process.py"
 _MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
 
 
+_TOP_P = (  # what TopPLogitsWarper has names for
+    Tensor("sorted", "b v", "fp32"),
+    Tensor("order", "b v", "int64"),
+    Tensor("sums of their probabilities", "b v", "fp32"),
+    *(Tensor(name, "b v", "bool") for name in ("removed of those", "removed")),
+)
+
+
+def _looked_up(now: Pass) -> Op:
+    """The tokens are looked up; whether each may be is asked of a row of ones, as if those were its logits."""
+    ones, left = Tensor("ones", "b v", "fp32"), tuple(Tensor(name, "b v", "fp32") for name in ("top k", "scores"))
+    source = "transformers 5.24 generation/candidate_generator.py PromptLookupCandidateGenerator.get_candidates"
+    return Op("generate.lookup", (), scratch=(ones, *(left + _TOP_P if now.samples else ())), source=source)
+
+
 def _warped(x: str, y: str) -> Iterator[Op]:
     """The scores `y` of a token that are left of its logits `x` by temperature, top-k and top-p."""
 
     def made(name: str, x: str, y: str, scratch: tuple[Tensor, ...] = ()) -> Op:
         return Op(f"generate.{name}", (x,), (Tensor(y, "b v", "fp32"),), scratch=scratch, source=_WARPERS)
 
-    named = (
-        Tensor("sorted", "b v", "fp32"),
-        Tensor("order", "b v", "int64"),
-        Tensor("sums of their probabilities", "b v", "fp32"),
-        *(Tensor(name, "b v", "bool") for name in ("removed of those", "removed")),
-    )
     yield made("temperature", x, "warmed")
     yield made("top_k", "warmed", "top k", (Tensor("not among the first", "b v", "bool"),))
     yield ops.leave("warmed")
-    yield made("top_p", "top k", y, named)
+    yield made("top_p", "top k", y, _TOP_P)
     yield ops.leave("top k")
 
 
@@ -534,6 +547,7 @@ def _verified(logits: str, now: Pass) -> Iterator[Op]:
         yield ops.leave("p less q", "p", "q")
     else:
         yield made("softmax", wide, "probabilities")
+        yield from forgotten("probabilities") if now.looks else ()
         yield Op(
             "generate.multinomial",
             ("probabilities",),

@@ -44,8 +44,10 @@ def build_assistant(run: RunSpec, device: torch.device) -> Any:
     return None if one is None else build_model(one, device)
 
 
-def assist(model: Any, assistant: Any, run: RunSpec, ids: Any, options: dict[str, Any], phase: Callable[..., Any]) -> None:
-    """Generate after `ids`, with `options` of the model's; the first round is the phase `prefill`, the rest `decode`."""
+def assist(
+    model: Any, assistant: Any, run: RunSpec, ids: Any, options: dict[str, Any], phase: Callable[..., Any]
+) -> None:
+    """Generate after `ids`, with `options` of the model's; the first round is the phase `prefill`, others `decode`."""
     asked, base = run.generation, base_of(model)
     for one in (base, assistant):
         if one is not None:
@@ -80,11 +82,12 @@ def assist(model: Any, assistant: Any, run: RunSpec, ids: Any, options: dict[str
 @contextmanager
 def _rounds(base: Any, over: Callable[[], None]) -> Generator[None]:
     """While inside, `over` is called when the model's first round is."""
-    make = type(base)._get_candidate_generator
+    model_class: Any = type(base)
+    make: Any = model_class._get_candidate_generator
 
     def _get_candidate_generator(**given: Any) -> Any:
-        generator = make(base, **given)
-        update = generator.update_candidate_strategy
+        generator: Any = make(base, **given)
+        update: Any = generator.update_candidate_strategy
 
         def first(*args: Any, **kwargs: Any) -> None:
             update(*args, **kwargs)
@@ -116,7 +119,8 @@ def _without_data(padded: bool) -> Generator[None]:
 
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             self.owner._is_long_enough = input_ids.shape[1] >= self.max_length
-            return super().__call__(input_ids, scores, **kwargs)
+            done: Any = super().__call__(input_ids, scores, **kwargs)  # pyright: ignore[reportUnknownMemberType]
+            return done
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         watched = Watched(criteria_of(self, *args, **kwargs))
@@ -138,11 +142,13 @@ def _without_data(padded: bool) -> Generator[None]:
 
 
 def _none_accepted(tensor: torch.Tensor, padded: bool) -> bool | int | float:
-    """A mask is of ones, unless it is `padded`; the tokens that stay are the model's own one of each round; nothing else is so."""
+    """A mask is of ones, unless it is `padded`; of each round the model's own token stays; nothing else is so."""
     frame: Any = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and f"{os.sep}transformers{os.sep}" not in frame.f_code.co_filename:
         frame = frame.f_back
-    asks = frame.f_code.co_name if frame is not None else ""
+    if frame is None:
+        return False
+    asks = frame.f_code.co_name
     if tensor.dtype != torch.bool:
         return 0.0 if tensor.is_floating_point() else int(asks == "_assisted_decoding")
     # in the other `if n_matches < gamma` comes before a token `t` is drawn, `if n_matches > 0` after
