@@ -556,6 +556,11 @@ class Serving(Part, frozen=True):
     hybrid_cache            layers with a window keep that alone, where the engine can
     gpu_layers              of llama.cpp: the layers in the card's memory, from the last; one more is the head
     flash_attention         of llama.cpp: scores are not written out
+    split_mode              of llama.cpp on several cards: `layer` lays whole layers on each, `none` all on one of them
+    tensor_split            of llama.cpp: in which proportions cards have layers; None for equal parts
+    main_gpu                of llama.cpp: the card that has all under split_mode `none`, the first is 0
+    dp_attention            of SGLang: the `dp` groups of ranks share one model's experts, MLPs and head, and only
+                            attention is theirs alone; without it they are replicas
     lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
     """
 
@@ -571,6 +576,10 @@ class Serving(Part, frozen=True):
     hybrid_cache: Flag | None = None
     gpu_layers: Natural | None = None
     flash_attention: Flag | None = None
+    split_mode: Literal["layer", "none", "row", "tensor"] | None = None
+    tensor_split: tuple[Annotated[Number, Field(ge=0, le=2**40)], ...] | None = None
+    main_gpu: Natural | None = None
+    dp_attention: Flag | None = None
     lora_slots: Natural | None = None
     lora_rank: Count | None = None
 

@@ -625,6 +625,29 @@ def estimate(
     gpu_layers: Annotated[
         int | None, option("Of llama.cpp: layers on the card, the head one more. Default all.", of=SERVING)
     ] = None,
+    split_mode: Annotated[
+        str | None,
+        option(
+            "Of llama.cpp on several GPUs: layer lays whole layers on each, none all on one. Default layer.",
+            of=SERVING,
+            complete=_choices("layer", "none", "row", "tensor"),
+        ),
+    ] = None,
+    tensor_split: Annotated[
+        str | None,
+        option("Of llama.cpp: the GPUs' proportions of the layers, as 3,1. Default equal parts.", of=SERVING),
+    ] = None,
+    main_gpu: Annotated[
+        int | None, option("Of llama.cpp with --split-mode none: the GPU that has all. Default 0.", of=SERVING)
+    ] = None,
+    dp_attention: Annotated[
+        bool | None,
+        option(
+            "Of SGLang: attention is data parallel over --dp groups that share all else. Default off.",
+            "--dp-attention/--no-dp-attention",
+            of=SERVING,
+        ),
+    ] = None,
     lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
     lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
     gpu: Annotated[

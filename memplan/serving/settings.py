@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from memplan.cards import find_model
+from memplan.catalogue.caches import LayerCache, caches
 from memplan.catalogue.engines import ENGINES, Engine, decided, find_engine
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, find_gpu
 from memplan.models import ModelSpec
+from memplan.serving.parallel import Ranks, ranks_of, stages_of
+from memplan.serving.stages import Stage
 from memplan.spec import (
     Also,
     Batch,
@@ -18,7 +21,6 @@ from memplan.spec import (
     Loop,
     Method,
     Optimizer,
-    Parallelism,
     Precision,
     Quantization,
     RunSpec,
@@ -41,7 +43,7 @@ class Settings(NamedTuple):
     dtype          what the model computes in, and what of it is not quantised
     words          what the engine's rows say beside the fields (`memplan.catalogue.engines.WORDS`)
     context        tokens of one of the run's requests; `batch` of them are to fit at once
-    tp             ranks that divide every matrix
+    ranks          how the cards divide the model; `stage` is what the one that this is about has of the layers
     """
 
     engine: Engine
@@ -54,7 +56,18 @@ class Settings(NamedTuple):
     context: int
     prompt: int
     batch: int
-    tp: int
+    ranks: Ranks
+    stage: Stage
+
+    @property
+    def tp(self) -> int:
+        """Ranks that divide attention, and all that nothing else is said of."""
+        return self.ranks.tp
+
+    @property
+    def caches(self) -> tuple[LayerCache, ...]:
+        """What the stage's layers keep."""
+        return caches(self.model)[self.stage.first : self.stage.last]
 
     @property
     def longest(self) -> int:
@@ -111,9 +124,10 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     model = model or find_model(run.model)
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     _refuse(run, engine, model)
+    ranks = ranks_of(run, engine, model)
     _refuse_card(gpu, engine, words)
     context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
-    serving = _filled(run.serving, engine, words, model, gpu, run, context)
+    serving = _filled(run.serving, engine, words, model, gpu, run, context, ranks)
     if serving.max_model_len is not None and context > serving.max_model_len:
         raise SpecError(
             f"serving.max_model_len: {serving.max_model_len:,} is less than the {context:,} tokens of a request "
@@ -131,12 +145,20 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
         context,
         run.batch.sequence,
         run.batch.micro,
-        run.parallelism.tp,
+        ranks,
+        stages_of(engine, model, ranks, serving)[0],
     )
 
 
 def _filled(
-    s: Serving, engine: Engine, words: dict[str, Any], model: ModelSpec, gpu: GPU | None, run: RunSpec, context: int
+    s: Serving,
+    engine: Engine,
+    words: dict[str, Any],
+    model: ModelSpec,
+    gpu: GPU | None,
+    run: RunSpec,
+    context: int,
+    ranks: Ranks,
 ) -> Serving:
     fields = {name: words[name] for name in type(s).model_fields if getattr(s, name) is None and name in words}
     if run.method.quantization is None and engine.kind != "llama.cpp":
@@ -144,7 +166,7 @@ def _filled(
     if s.max_model_len is None:
         positions = model.longest_sequence or 0
         fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)
-    tokens, requests = _steps(engine, gpu, run.parallelism.tp)
+    tokens, requests = _steps(engine, gpu, ranks.tp * ranks.sharing)
     if engine.kind == "vllm":
         longest = s.max_model_len or fields["max_model_len"]
         seqs = s.max_num_seqs or requests
@@ -155,14 +177,15 @@ def _filled(
     if engine.kind == "sglang":
         fields["max_num_batched_tokens"] = s.max_num_batched_tokens or tokens
         fields["max_num_seqs"] = s.max_num_seqs or requests
+        chunk = fields["max_num_batched_tokens"]
+        if s.max_num_batched_tokens is None:  # each group's share. Source: arg_groups/parallel_hook.py
+            fields["max_num_batched_tokens"] = max(1, chunk // ranks.sharing)
         if s.memory_utilization is None:
             from memplan.serving.sglang import static_fraction
 
             graphs = s.cuda_graphs is not False
             total = gpu.usable if gpu else 80 * GIB
-            fields["memory_utilization"] = static_fraction(
-                total, fields["max_num_batched_tokens"], requests, run.parallelism.tp, _latent(model), graphs
-            )
+            fields["memory_utilization"] = static_fraction(total, chunk, requests, ranks, _latent(model), graphs)
     if engine.kind == "llama.cpp":
         fields["max_num_seqs"] = s.max_num_seqs or run.batch.micro
         fields["gpu_layers"] = model.num_hidden_layers + 1 if s.gpu_layers is None else s.gpu_layers
@@ -232,19 +255,6 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
     if run.batch != Batch(micro=run.batch.micro, sequence=run.batch.sequence, new_tokens=run.batch.new_tokens):
         raise SpecError(
             f"batch: {engine.name} is given micro, sequence and new_tokens alone; images are not supported yet", "batch"
-        )
-    p = run.parallelism
-    if p != Parallelism(world=p.world, dp=p.dp, tp=p.tp, strategy=p.strategy) or p.strategy not in ("none", "ddp"):
-        raise SpecError(f"parallelism: {engine.name} with anything but tp and dp is not supported yet", "parallelism")
-    if p.world != p.dp * p.tp:
-        raise SpecError(f"parallelism.world: {p.world} GPUs are not dp {p.dp} x tp {p.tp}", "parallelism.world")
-    if model.num_attention_heads % p.tp:
-        raise SpecError(
-            f"parallelism.tp: {p.tp} does not divide {model.num_attention_heads} attention heads", "parallelism.tp"
-        )
-    if engine.kind == "llama.cpp" and p.tp > 1:
-        raise SpecError(
-            "parallelism.tp: llama.cpp lays layers on several cards, which is not supported yet", "parallelism.tp"
         )
     if model.is_encoder_decoder or model.objectives[0] != "causal_lm" or model.model_type in _NOT_YET:
         raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
