@@ -577,7 +577,8 @@ def estimate(
     profile: Annotated[
         str | None,
         option(
-            "Framework and version that decide what is left open; memplan profiles lists them. Default transformers-5.",
+            "Framework and version that decide what is left open (vllm: its newest); memplan profiles lists them. "
+            "Default transformers-5.",
             of=KERNELS,
             complete=_complete_profile,
         ),
