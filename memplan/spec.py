@@ -32,6 +32,27 @@ Pixels = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
+# A framework without a version is the newest that is read.
+NEWEST = {
+    "transformers": "transformers-5",
+    "trl": "trl-0.24",
+    "axolotl": "axolotl-0.12",
+    "llamafactory": "llamafactory-0.9",
+    "unsloth": "unsloth-2025",
+    "litgpt": "litgpt-2024",
+    "vllm": "vllm-0.33",
+    "sglang": "sglang-0.5",
+    "tgi": "tgi-3",
+    "llama.cpp": "llama.cpp-2026",
+}
+
+
+def _versioned(name: str) -> str:
+    return NEWEST.get(name.lower(), name)
+
+
+ProfileName = Annotated[str, AfterValidator(_versioned)]
+
 
 def frozen(value: Any) -> Any:
     """Lists become tuples, mappings FrozenDicts, all the way down."""
@@ -594,7 +615,8 @@ class RunSpec(Part, frozen=True):
     """A whole run. Words are accepted for parts: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`.
 
     `objective` is what the model is trained for, its head and loss; None for what its config's `architectures` say.
-    None is left to the profile (`memplan.catalogue.profiles`); the answer's `run` holds what it decided.
+    None is left to the profile (`memplan.catalogue.profiles`), which without a version is the newest of that framework;
+    the answer's `run` holds what it decided.
     """
 
     if TYPE_CHECKING:  # what pydantic accepts is more than what the fields are
@@ -632,7 +654,7 @@ class RunSpec(Part, frozen=True):
     also: Also = Also()
     parallelism: Parallelism = Parallelism()
     serving: Serving = Serving()
-    profile: str = "transformers-5"
+    profile: ProfileName = "transformers-5"
     gpu: str | None = None
 
 

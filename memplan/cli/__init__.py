@@ -426,6 +426,13 @@ def estimate(
     eval_accumulation_steps: Annotated[
         int | None, option("Batches after which kept logits go to the host. Default after the last.", of=BESIDE)
     ] = None,
+    eval_preprocess: Annotated[
+        str | None,
+        option(
+            "What of kept logits is kept: argmax, the likeliest tokens (preprocess_logits_for_metrics). Default all.",
+            of=BESIDE,
+        ),
+    ] = None,
     eval_generate: Annotated[
         int | None,
         option("Tokens generated after each of its sequences (predict_with_generate). Default 0.", of=BESIDE),
@@ -577,7 +584,8 @@ def estimate(
     profile: Annotated[
         str | None,
         option(
-            "Framework and version that decide what is left open; memplan profiles lists them. Default transformers-5.",
+            "Framework and version that decide what is left open (vllm: its newest); memplan profiles lists them. "
+            "Default transformers-5.",
             of=KERNELS,
             complete=_complete_profile,
         ),

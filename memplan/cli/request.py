@@ -28,6 +28,7 @@ FIELDS = {
     "eval_seq_len": "also.evaluation.sequence",
     "eval_keep_logits": "also.evaluation.kept_batches",
     "eval_accumulation_steps": "also.evaluation.accumulation",
+    "eval_preprocess": "also.evaluation.preprocess",
     "eval_generate": "also.evaluation.new_tokens",
     "merge": "also.merging",
     "rank": "method.rank",

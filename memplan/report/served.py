@@ -50,7 +50,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("engine", f"{run.profile}, {', '.join(_engine(answer))}"),
         ("weights", f"stored in {stored}, else {run.precision.weights}" if stored else str(run.precision.weights)),
         ("requests", f"{run.batch.micro:,} of {s.get('context', 0):,} tokens at once"),
-        ("steps", f"{settings.max_num_batched_tokens:,} tokens of {settings.max_num_seqs:,} requests at most"),
+        ("steps", f"{settings.max_num_batched_tokens:,} tokens of {_requests(settings.max_num_seqs)} at most"),
     ]
     if settings.lora_slots:
         text.append(("adapters", f"{settings.lora_slots} slots of rank {settings.lora_rank}"))
@@ -76,6 +76,10 @@ def _gpus(answer: Estimate) -> Iterator[str]:
         yield f"attention data parallel over {p.dp}" if shares else f"{p.dp} replicas"
     if p.ep > 1:
         yield f"experts divided among {p.ep}"
+
+
+def _requests(n: int | None) -> str:
+    return "1 request" if n == 1 else f"{n:,} requests"
 
 
 def _engine(answer: Estimate) -> Iterator[str]:
