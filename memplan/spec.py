@@ -555,6 +555,13 @@ class Also(Part, frozen=True):
     merging: Merging | None = None
 
 
+CacheDtype = Literal[
+    *("auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn", "int8_per_token_head"),
+    *("fp8_per_token_head", "int4_per_token_head", "nvfp4", "fp4_mx_block16", "mxfp8"),
+    *("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"),
+]
+
+
 class Serving(Part, frozen=True):
     """How a serving engine is started (profiles `vllm-...`, `sglang-...`, `tgi-...`, `llama.cpp-...`).
 
@@ -591,7 +598,7 @@ class Serving(Part, frozen=True):
     max_num_batched_tokens: Count | None = None
     memory_utilization: Annotated[Number, Field(gt=0, le=1)] | None = None
     block_size: Count | None = None
-    cache_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
+    cache_dtype: CacheDtype | None = None
     cuda_graphs: Flag | None = None
     prefix_caching: Flag | None = None
     hybrid_cache: Flag | None = None

@@ -436,6 +436,26 @@ def test_llama_cpp_quantises_caches_in_blocks_of_32() -> None:
     assert (eight * 64, four * 64) == (plain * 34, plain * 18)
 
 
+@pytest.mark.parametrize(
+    ("profile", "dtype", "head"),
+    [
+        ("vllm-0.33", "fp8_e5m2", 128),
+        ("vllm-0.33", "int8_per_token_head", 128 + 4),
+        ("vllm-0.33", "int4_per_token_head", 64 + 4),
+        ("vllm-0.33", "nvfp4", 64 + 8),
+        ("sglang-0.5", "mxfp8", 128 + 4),
+        ("sglang-0.5", "fp4_mx_block16", 64 + 8),
+        ("llama.cpp-2026", "iq4_nl", 4 * 18),
+        ("llama.cpp-2026", "q5_1", 4 * 24),
+    ],
+)
+def test_a_token_takes_what_its_format_says(profile: str, dtype: str, head: int) -> None:
+    """Of Llama 3 8B: keys and values of 8 heads, 128 wide, in 32 layers."""
+    s = settled(run_of("llama-3-8b", profile, "b200", serving={"cache_dtype": dtype}))
+    tokens = 1 if profile != "vllm-0.33" else 16
+    assert pool_of(s, 0).block_bytes == tokens * 32 * 2 * 8 * head
+
+
 def test_a_step_of_experts_has_their_rows() -> None:
     """Qwen3-30B-A3B, 40,960 tokens of one request: 8 rows a token, as wide as gate and up or as the outputs; of 32,768
     tokens at once in 0.11. There the sum has rows of its own, and activations are as wide as they are."""
@@ -584,7 +604,17 @@ REFUSED = {
     "method.kind: vllm-0.33 trains nothing": {"method": "lora"},
     "parallelism.tp: 3 does not divide 32": {"parallelism": {"world": 3, "tp": 3}},
     "parallelism: vllm-0.33 is told dp": {"parallelism": {"world": 2, "cp": 2}},
-    "serving.cache_dtype: q8_0 is llama.cpp's": {"serving": {"cache_dtype": "q8_0"}},
+    "serving.cache_dtype: vllm-0.33 has no q8_0; its caches are auto, bf16": {"serving": {"cache_dtype": "q8_0"}},
+    "serving.cache_dtype: vllm-0.11 has no nvfp4": {"profile": "vllm-0.11", "serving": {"cache_dtype": "nvfp4"}},
+    "serving.cache_dtype: nvfp4 needs compute capability 10, and h100 has 9.0": {"serving": {"cache_dtype": "nvfp4"}},
+    "serving.cache_dtype: vLLM 0.33 stores no latent in int8_per_token_head": {
+        "model": "deepseek-v2-lite",
+        "serving": {"cache_dtype": "int8_per_token_head"},
+    },
+    "serving.flash_attention: llama.cpp quantises values": {
+        "profile": "llama.cpp-2026",
+        "serving": {"cache_dtype": "q8_0", "flash_attention": False},
+    },
     "serving.gpu_layers: is llama.cpp's": {"serving": {"gpu_layers": 3}},
     "serving.max_model_len: 100 is less": {"serving": {"max_model_len": 100}},
     "batch: vllm-0.33 is given": {"batch": {"images": 1}},

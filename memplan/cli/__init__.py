@@ -266,7 +266,11 @@ OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
     *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
     *("image_classification", "feature_extraction"),
 )
-CACHE_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+CACHE_DTYPES = (
+    *("auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn", "int8_per_token_head"),
+    *("fp8_per_token_head", "int4_per_token_head", "nvfp4", "fp4_mx_block16", "mxfp8"),
+    *("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"),
+)
 SERVING = "Serving engines"
 TRAINING, BESIDE, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",

@@ -39,7 +39,7 @@ def _layer(s: Settings, c: LayerCache, slots: int, longest: int) -> int:
         kernel = s.model.axes()["kernel"]
         shifted = sum(p.elements // kernel for p in c.parts if p.name.startswith(CONVOLUTION))  # a column less is kept
         return slots * (sum(p.elements for p in c.parts) - shifted) * ITEMSIZE["fp32"]
-    return slots * _cells(s, c, longest) * sum(s.cache_bytes(p.elements) for p in c.parts)
+    return slots * _cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts)
 
 
 # Families of whose windows llama.cpp's graphs know nothing: src/models/llama.cpp, phi3.cpp, phimoe.cpp, starcoder2.cpp.
@@ -218,7 +218,7 @@ def _of_the_host(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
     yield Buffer("a layer of the host's", (*rows.alive, ("a matrix of the host's", (), largest)))
     longest = padded(s.longest)
     caches_ = [c for c in caches(s.model)[:left] if c.parts and c.kind != "state"]
-    kept = max((_cells(s, c, longest) * sum(s.cache_bytes(p.elements) for p in c.parts) for c in caches_), default=0)
+    kept = max((_cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts) for c in caches_), default=0)
     mask = _row("mask", s.steps, longest, size=2 if s.serving.flash_attention else 4)
     cache = ("keys and values of the host's", (), kept)
     yield Buffer("attention of the host's", (_row("six rows", 6, s.steps, s.model.hidden_size), mask, cache))

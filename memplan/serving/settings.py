@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from memplan.cards import find_model
-from memplan.catalogue.caches import LayerCache, caches
+from memplan.catalogue.cache_formats import cache_format, formats_of
+from memplan.catalogue.caches import LayerCache, Part, caches
 from memplan.catalogue.engines import ENGINES, Engine, decided, find_engine
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, find_gpu
@@ -28,11 +29,7 @@ from memplan.spec import (
     frozen,
 )
 from memplan.stored import format_of
-from memplan.units import GIB, ITEMSIZE
-
-# Bytes of 32 numbers of a cache in ggml's blocks. Source: llama.cpp ggml/src/ggml-common.h block_q8_0 and alike.
-BLOCKS_OF_32 = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
-
+from memplan.units import GIB
 
 NEW_TOKENS = 256  # where a run says nothing of them
 
@@ -93,11 +90,17 @@ class Settings(NamedTuple):
         asked = self.serving.cache_dtype or "auto"
         return self.dtype if asked == "auto" else asked
 
-    def cache_bytes(self, elements: int) -> int:
-        """Bytes of so many numbers of a cache of keys and values."""
-        if self.cache_dtype in BLOCKS_OF_32:
-            return -(-elements // 32) * BLOCKS_OF_32[self.cache_dtype]
-        return elements * ITEMSIZE[self.cache_dtype]
+    @property
+    def packed(self) -> bool:
+        """Whether keys and values are stored in eight bits, by one scale."""
+        return self.cache_dtype in EIGHT_BITS
+
+    def cache_bytes(self, p: Part) -> int:
+        """Bytes of a token's part of a cache of keys and values on one rank."""
+        kept = cache_format(self.cache_dtype)
+        if not p.heads:
+            return kept.head(p.elements)
+        return -(-p.heads // self.tp) * kept.head(p.elements // p.heads)
 
 
 def serves(run: RunSpec) -> Engine | None:
@@ -264,20 +267,42 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             format_of(s.weights)
         except UnknownNameError as e:
             raise UnknownNameError("serving.weights", s.weights, e.nearest, ranked=True) from None
+    _refuse_cache(run, engine, model)
     if engine.kind != "llama.cpp":
-        if s.cache_dtype in BLOCKS_OF_32:
-            raise SpecError(
-                f"serving.cache_dtype: {s.cache_dtype} is llama.cpp's; auto, bf16, fp16, fp8", "serving.cache_dtype"
-            )
         for name in ("gpu_layers", "flash_attention"):
             if getattr(s, name) is not None:
                 raise SpecError(f"serving.{name}: is llama.cpp's, and {engine.name} has no such", f"serving.{name}")
-    elif s.memory_utilization is not None or s.cache_dtype == "fp8":
-        field = "serving.cache_dtype" if s.cache_dtype == "fp8" else "serving.memory_utilization"
-        raise SpecError(f"{field}: llama.cpp has no such; its caches are fp16, bf16, q8_0 or q4_0", field)
-    if s.cache_dtype in BLOCKS_OF_32 and s.flash_attention is False:
+    elif s.memory_utilization is not None:
+        field = "serving.memory_utilization"
+        raise SpecError(f"{field}: llama.cpp has no such; it takes what it needs of a card", field)
+
+
+EIGHT_BITS = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn")
+
+
+def _refuse_cache(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
+    """Raise SpecError for a format of keys and values that the engine, the card or the model's layers do not have."""
+    s, field = run.serving, "serving.cache_dtype"
+    if s.cache_dtype in (None, "auto"):
+        return
+    kept = cache_format(s.cache_dtype)
+    if engine.name not in kept.engines:
+        raise SpecError(
+            f"{field}: {engine.name} has no {kept.name}; its caches are auto, {', '.join(formats_of(engine.name))}",
+            field,
+        )
+    if kept.numbers > 1 and engine.kind == "llama.cpp" and s.flash_attention is False:
         raise SpecError(
             "serving.flash_attention: llama.cpp quantises values only with flash attention", "serving.flash_attention"
+        )
+    if not kept.latent and _latent(model):
+        raise SpecError(f"{field}: {engine.title} stores no latent in {kept.name}; bf16 or fp8", field)
+    capability = find_gpu(run.gpu).compute_capability if run.gpu is not None else None
+    if capability is not None and capability < divmod(kept.capability, 10):
+        raise SpecError(
+            f"{field}: {kept.name} needs compute capability {kept.capability / 10:g}, and {run.gpu} has "
+            f"{'.'.join(map(str, capability))}",
+            field,
         )
 
 

@@ -73,9 +73,9 @@ def _token(s: Settings, c: LayerCache) -> int:
     """A token in one layer on one rank."""
     index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
     kept = [p for p in c.parts if p.name != "index keys"]
-    if index and c.kind == "latent" and s.cache_dtype == "fp8":
+    if index and c.kind == "latent" and s.packed:
         return _FP8_LATENT + index
-    return sum(s.cache_bytes(p.on(s.tp)) for p in kept) + index
+    return sum(s.cache_bytes(p) for p in kept) + index
 
 
 def _state(s: Settings, c: LayerCache) -> int:

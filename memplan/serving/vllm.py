@@ -105,10 +105,10 @@ def _token_bytes(s: Settings, c: LayerCache) -> int:
     """A token in one layer on one rank."""
     index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
     kept = [p for p in c.parts if p.name != "index keys"]
-    packed = s.cache_dtype == "fp8" or (s.words["packs_latents"] and s.serving.cache_dtype == "auto")
+    packed = s.packed or (s.words["packs_latents"] and s.serving.cache_dtype == "auto")
     if index and c.kind == "latent" and packed:
         return _FP8_LATENT + index
-    return sum(s.cache_bytes(p.on(s.tp)) for p in kept) + index
+    return sum(s.cache_bytes(p) for p in kept) + index
 
 
 def _aligned(s: Settings, state: int, per_token: int) -> int:
