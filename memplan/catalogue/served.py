@@ -202,8 +202,9 @@ def _drawing(tp: int, sampler: str) -> Iterator[Instant]:
     if sampler == "filtered":
         yield Instant(
             "sampler",
-            (*logits, wide, Tensor("probabilities", "n v", "fp32"), Tensor("noise", "n v", "fp32")),
-            "vllm 0.33.0 v1/sample/sampler.py Sampler.forward, v1/sample/ops/topk_topp_sampler.py random_sample",
+            (*logits, wide, Tensor("the likeliest alone", "n v", "fp32"), Tensor("probabilities", "n v", "fp32")),
+            "vllm 0.33.0 v1/worker/gpu/sample/sampler.py Sampler.sample; v1/sample/ops/topk_topp_sampler.py "
+            "flashinfer_sample, with top-k before top-p",
         )
         return
     scratch = (

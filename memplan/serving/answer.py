@@ -15,7 +15,7 @@ from memplan.serving.budget import Budget, budget, card_for
 from memplan.serving.parallel import each
 from memplan.serving.passes import Step
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import kernel_of
+from memplan.serving.weights import TABLE, kernel_of
 from memplan.spec import RunSpec
 from memplan.usage import Around, Usage
 
@@ -86,7 +86,7 @@ def facts(b: Budget) -> dict[str, Any]:
         "engine": s.engine.name,
         "read": s.engine.read,
         "budget": b.taken,
-        "weights": b.parameters,
+        "weights": sum(h.bytes for h in b.weights if h.group != TABLE),
         "activations": b.step.bytes,
         "cuda_graphs": b.graphs.usual,
         "pool": b.pool.bytes,
@@ -160,8 +160,9 @@ class Engine(NamedTuple):
 def _lines(b: Budget, step: Step) -> Iterable[Line]:
     for h in b.weights:
         if h.bytes:
-            kind = "buffer" if h.group == "buffer" else "parameter"
+            kind = "buffer" if h.group in ("buffer", TABLE) else "parameter"
             why = "the card's part of the model's weights" if _divided(b.settings) else "the model's weights"
+            why = "the runner's, for every request or token that may be in a step" if h.group == TABLE else why
             yield Line(h.what, kind, "", "", (), h.dtype, h.tensors, h.bytes, why, h.source, h.basis)
     pool, s = b.pool, b.settings
     if b.shown:

@@ -62,7 +62,7 @@ def held(s: Settings) -> tuple[Held, ...]:
         Held(_NAMES.get(group, group), group, count, dtype, bytes_, source, basis)
         for (group, dtype, source, basis), (count, bytes_) in found.items()
     ]
-    return (*out, *_tables(s), *_adapters(s))
+    return (*out, *_tables(s), *_adapters(s), *_runner(s))
 
 
 _NAMES = {"embedding": "embeddings", "norm": "norms", "lm_head": "head", "router": "routers"}
@@ -167,6 +167,29 @@ def _tables(s: Settings) -> Iterator[Held]:
     bytes_ = s.model.max_position_embeddings * width * ITEMSIZE[s.dtype]
     source = "vllm 0.33.0 model_executor/layers/rotary_embedding/base.py RotaryEmbedding.cos_sin_cache"
     yield Held("cosines and sines of positions", "buffer", 1, s.dtype, bytes_, source)
+
+
+def _runner(s: Settings) -> Iterator[Held]:
+    """What vLLM's runner makes before it measures a step: rows for every request that may be in one, or every token."""
+    requests, vocabulary = s.serving.max_num_seqs or 1, s.model.vocab_size
+    if s.words.get("runner") == "requests" and s.stage.headed:
+        source = "vllm 0.33.0 v1/worker/gpu/sample"
+        counts = requests * vocabulary * 4
+        yield Held("counts of the tokens of every request", TABLE, 1, "int32", counts, f"{source}/penalties.py")
+        masks = 2 * requests * -(-vocabulary // 32) * 4
+        yield Held("masks of the vocabulary", TABLE, 2, "int32", masks, f"{source}/penalties.py, structured_outputs.py")
+        rows = requests * 4 * (_BIASES + _BAD_WORDS + _LOGPROBS)
+        yield Held("what requests ask of sampling", TABLE, 7, "int32", rows, f"{source}/logit_bias.py, bad_words.py")
+    if s.words.get("runner") == "tokens":
+        source = "vllm 0.11.0 v1/worker/gpu_model_runner.py inputs_embeds, block_table.py"
+        wide = s.steps * s.model.hidden_size * ITEMSIZE[s.dtype]
+        yield Held("embeddings of a step", TABLE, 1, s.dtype, wide, source)
+        blocks = requests * -(-s.longest // s.block) * 4
+        yield Held("tables of blocks", TABLE, 1, "int32", blocks, source)
+
+
+TABLE = "table"  # the group of what a runner has for requests
+_BIASES, _BAD_WORDS, _LOGPROBS = 3 * 1024 + 128, 1024 + 128 + 1, 128  # MAX_NUM_..., VLLM_MAX_NUM_BAD_WORDS and alike
 
 
 def _adapters(s: Settings) -> Iterator[Held]:
