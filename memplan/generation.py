@@ -26,7 +26,7 @@ from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
 from memplan.resolve import Decided, with_new_tokens, with_use_cache
-from memplan.running import running_of
+from memplan.running import note_of, running_of
 from memplan.spec import Method, Part, Precision, RunSpec
 
 
@@ -66,6 +66,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     method, running = over.method, over.running
     if running is None and formats and method.kind not in ADAPTERS and method.quantization is not None:
         running = running_of(model, method.quantization, precision.weights, capability)
+        over = over._replace(notes=(*over.notes, *((note_of(running),) if running is not None else ())))
     if method.kind in ADAPTERS:
         dtype = method.adapter_dtype or words["method.adapter_dtype"]
         method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})

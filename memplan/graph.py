@@ -15,7 +15,7 @@ from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.packed import unpacked, with_buffers
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
-from memplan.catalogue.running import Step, bytes_at_once, chunk_of, goes, quantising, unpacking
+from memplan.catalogue.running import Step, bytes_at_once, chunk_of, goes, laying, quantising, unpacking
 from memplan.catalogue.storage import parts_of
 from memplan.catalogue.tables import own_tables
 from memplan.degrees import WHOLE, Degrees
@@ -565,6 +565,13 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
                 yield from _steps(unpacking(w, how), codes, numbers, axes)
             else:
                 packed.append((w, codes))
+            continue
+        if w.kernel and how is not None and how.lays:
+            first = next(numbers)
+            yield first, ends[0]
+            for bytes_ in ends[1:]:
+                yield next(numbers), bytes_
+            yield from _steps(laying(w, how), [first], numbers, axes)
             continue
         if w.stored and graph.recipe.packed:
             for bytes_ in ends:

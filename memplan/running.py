@@ -1,4 +1,4 @@
-"""A checkpoint, or a run, in a format that nothing trains over: how transformers runs its matrices, or why it does not."""
+"""A checkpoint or a run in a format that nothing trains over: how transformers runs its matrices, or why it cannot."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def running_checkpoint(
     if model.tie_word_embeddings or (_HEAD not in total and _HEAD not in skip):
         skip = (_HEAD, *(last for last in skip if last != _HEAD))
     named = _named(given.layout, skip if layout is not None else (_HEAD,), kernel)
-    running = given._replace(kernel=kernel)
+    running = given._replace(kernel=kernel, lays=_lays(kernel, capability))
     said = f"the checkpoint is stored in {scheme.words}"
     packed = kernel not in ("torchao", "quanto") or how == "torchao"
     return Given(scheme.words, named, running, packed, (f"{said}; {notes[0]}", *notes[1:]))
@@ -148,6 +148,29 @@ def _kernel(
             return how, ("it is quantised as it is loaded" if how == "quanto" else "it runs as it is stored",)
 
 
+def note_of(running: Running) -> str:
+    """What a run that names a format itself is told of it."""
+    format = running.layout.format
+    return (
+        f"weights in {format}: "
+        + {
+            "decompressed": "as compressed-tensors loads them, whole from the first call of the model on, which is counted "
+            "with loading",
+            "scaled_mm": "compressed-tensors with use_optimized_inference",
+            "fbgemm": "FbgemmFp8Config",
+            "torchao": "TorchAoConfig, quantised as they are loaded",
+            "quanto": "QuantoConfig, quantised as they are loaded",
+            "triton": "experts as they are stored, with Triton 3.4, the package kernels and compute capability 7.5",
+            "dequantised": "experts, dequantised when they are loaded",
+        }[running.kernel]
+    )
+
+
+def _lays(kernel: str, capability: tuple[int, int] | None) -> bool:
+    """Whether experts are laid anew: on a card of compute capability 9, which one that is not named is taken for."""
+    return kernel == "triton" and (capability is None or (9, 0) <= capability < (10, 0))
+
+
 def _fits(kernel: str, dtype: str, capability: tuple[int, int] | None) -> None:
     """Raise SpecError where a kernel does not run on the card, or not in the model's dtype."""
     row = KERNELS[kernel]
@@ -193,7 +216,7 @@ def running_of(
     scales = "fp32" if kernel in ("fbgemm", "torchao") else dtype
     layout = plain(quantization.format, group, scales)
     acts = _USUAL.get(quantization.format, "") if kernel == "decompressed" else ""
-    return Running(layout._replace(acts=acts, inputs=acts == "fixed"), kernel)
+    return Running(layout._replace(acts=acts, inputs=acts == "fixed"), kernel, lays=_lays(kernel, capability))
 
 
 # How inputs are quantised by llm-compressor's usual schemes of these formats.

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
+from memplan.cards import load_card
 from memplan.catalogue.running import KERNELS, RUNS
 from memplan.catalogue.storage import KINDS
 from memplan.errors import MemplanError
-from memplan.graph import loading, most_at_once
+from memplan.graph import built, loading, most_at_once, parameters_of
 from memplan.inference import walk
+from memplan.ir import operations
 from memplan.resolve import decide
 from memplan.units import rounded
 from tests.checkpoints import TINY
@@ -91,6 +93,45 @@ def test_a_product_makes_one_whole_copy_of_its_matrix(format: str) -> None:
     lines = walk(decide(run_of(config=wide, **named(format)))).lines("decode")
     copies = [line.bytes for line in lines if line.kind == "activation" and line.bytes >= 2 * 64 * 8192]
     assert copies == [2 * 64 * 8192]
+
+
+OSS = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
+EXPERTS, WIDTH, HIDDEN, LAYERS = 32, 2880, 2880, 24  # of gpt-oss-20b
+
+
+def published(**fields: Any) -> RunSpec:
+    config = {**load_card("gpt-oss-20b").config, "quantization_config": OSS}
+    batch = {"micro": 1, "sequence": 1024, "new_tokens": 2}
+    return RunSpec(**{"model": {"config": config}, "task": "generate", "batch": batch, **fields})
+
+
+def test_experts_of_gpt_oss_stay_in_mxfp4_and_are_dequantised_before_compute_capability_7_5() -> None:
+    numbers = EXPERTS * 3 * WIDTH * HIDDEN
+    kept, whole = (estimate(published(gpu=gpu)) for gpu in ("a100-80gb", "v100-32gb"))
+    biases = EXPERTS * (2 * WIDTH + HIDDEN)  # in fp32, for the kernels
+    assert whole.phases[0].peak > kept.phases[0].peak
+    rest = [sum(line.bytes for line in a.ledger if line.kind == "parameter") for a in (kept, whole)]
+    assert rest[1] - rest[0] == LAYERS * (2 * numbers - numbers * 17 // 32 - biases * (4 - 2))
+    assert any("Without those they are dequantised" in note for note in kept.notes)
+    assert any("its kernels need 7.5" in note for note in whole.notes)
+    asked = estimate(published(gpu="a100-80gb", **named("mxfp4", backend="dequantised")))
+    assert asked.phases[1:] == whole.phases[1:]
+
+
+def test_a_row_of_each_choice_is_made_before_they_are_summed() -> None:
+    graph = decide(published(gpu="h100")).structure.graph
+    (down,) = {op for op in operations(built(graph)[0]) if op.name == "mlp.experts.down_proj"}
+    assert [(t.shape, t.dtype) for t in (*down.writes, *down.scratch)] == [("b s h", "=n2"), ("b s e h", "=n2")]
+
+
+def test_a_hopper_card_lays_experts_anew_while_they_are_loaded() -> None:
+    """The last stack that is laid: its codes, those permuted, and words of eight times as many bytes."""
+    hopper, ampere = (decide(published(gpu=gpu)).structure.graph for gpu in ("h100", "a100-80gb"))
+    peaks = [most_at_once(loading(graph)) for graph in (hopper, ampere)]
+    resting = sum(h.bytes * h.copies for h in parameters_of(ampere))
+    codes = EXPERTS * 2 * WIDTH * HIDDEN // 2
+    assert peaks[1] - resting < codes // 100
+    assert 7 * codes < peaks[0] - resting < 9 * codes
 
 
 def test_every_kernel_runs_a_format_and_every_format_of_storage_is_known() -> None:

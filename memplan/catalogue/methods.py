@@ -12,7 +12,15 @@ from memplan.catalogue import litgpt_lora, ops
 from memplan.catalogue.fused_lora import fuse_lora
 from memplan.catalogue.parameter_lora import adapt_parameters, standing
 from memplan.catalogue.quantization import dequantise, experts_fp8, family_of, quantised_linear, stored
-from memplan.catalogue.running import Running, product, resident, takes_alone, takes_experts
+from memplan.catalogue.running import (
+    Running,
+    product,
+    resident,
+    takes_alone,
+    takes_experts,
+    wide_bias,
+    with_triton,
+)
 from memplan.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
 
 
@@ -361,6 +369,8 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
     wide = frozenset(w.name for w in head.weights) if head and "lm_head" in recipe.skip else frozenset[str]()
     narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
     stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
+    if recipe.running is not None and recipe.running.kernel == "triton":
+        stack = rewrite_lists(stack, with_triton)
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
     adapter = Adapter(
@@ -526,7 +536,8 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[s
         whole = w.stacked and how.whole
         return w if whole else w._replace(stored=resident(w, how))
     if how is not None:
-        return w._replace(dtype=w.dtype or recipe.weights, trains=False)
+        wide = "fp32" if wide_bias(w, how) else recipe.weights
+        return w._replace(dtype=w.dtype or wide, trains=False)
     takes = quantisable(w, left) or (w.stacked and recipe.quantization == "fp8")
     if recipe.quantization and takes and w.name not in head:
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from memplan.catalogue import ops
+from memplan.catalogue.routers import CHOSEN, SCORES
 from memplan.catalogue.storage import KINDS, Layout, parts_of
 from memplan.ir import Op, Tensor, Weight
 
@@ -69,11 +70,12 @@ _WHOLE = ("decompressed", "dequantised")
 
 class Running(NamedTuple):
     """How the matrices of a model run: in which layout they are stored, and what runs them. `experts`: the layout of
-    stacks of experts, where that is another."""
+    stacks of experts, where that is another. `lays`: experts are laid anew for the tensor cores of capability 9."""
 
     layout: Layout
     kernel: str
     experts: Layout | None = None
+    lays: bool = False
 
     def of(self, w: Weight) -> Layout:
         return self.experts or self.layout if w.stacked else self.layout
@@ -228,6 +230,21 @@ def unpacking(w: Weight, how: Running) -> Iterator[Step]:
     yield Step("codes")
 
 
+def laying(w: Weight, how: Running) -> Iterator[Step]:
+    """What comes and goes while experts in MXFP4 are laid as their kernel reads them: they are permuted, and words of
+    32 bits put together of parts, as many as eight times the codes' bytes at once; `codes` is what was stored.
+
+    Source: triton_kernels tensor_details/layout_details/hopper_value.py HopperMXValueLayout.swizzle_data, _pack_bits.
+    """
+    laid = parts_of(w, how.of(w))[0]
+    yield Step("permuted", laid)
+    yield Step("words", Tensor("words", w.shape, "fp32"))
+    yield Step("words")
+    yield Step("laid", laid)
+    yield Step("permuted")
+    yield Step("codes")
+
+
 def quantising(w: Weight, how: Running) -> Iterator[Step]:
     """What comes and goes while a whole matrix is quantised as it is loaded."""
     steps = _QUANTISING.get((how.layout.format, how.kernel))
@@ -272,6 +289,55 @@ MOST_ROWS = 32768 * 1024  # of 16 bytes, 32 weights
 def bytes_at_once(elements: int) -> int:
     """How many bytes of a stack of so many weights in MXFP4 are looked up at once."""
     return min(elements // 2, MOST_ROWS * 16)
+
+
+def wide_bias(w: Weight, how: Running) -> bool:
+    """Whether a bias of experts is kept in fp32. Source: transformers 5.24 integrations/mxfp4.py Mxfp4GptOssExperts."""
+    return how.kernel == "triton" and bool(w.chosen) and w.name.endswith("_bias")
+
+
+def with_triton(some: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The operations of a block whose experts run in OpenAI's kernels: the router's choice in one, then a product for
+    either matrix, the first with the activation in it, and the second with a row of each choice before they are summed.
+
+    What a product of a few rows makes to be divided among more blocks is not counted (`split_k`).
+    Source: transformers 5.24 integrations/mxfp4.py Mxfp4GptOssMLP; triton_kernels matmul_ogs.py init_allocation,
+    routing.py SortTokens, topk.py.
+    """
+    names = [op.name for op in some]
+    if "mlp.experts.return" not in names:
+        return some
+    start, end = names.index("mlp.router.topk"), names.index("mlp.experts.return")
+    inner = some[start : end + 1]
+    found = {w.name: w for op in inner for w in op.weights}
+    source = f"{KERNELS['triton'].basis}: {KERNELS['triton'].source}"
+
+    def of(part: str) -> tuple[Weight, ...]:
+        return tuple(w for name, w in found.items() if f".{part}_proj" in name)
+
+    top = (Tensor("top", "b s e", "=router.logits"), Tensor("chosen", "b s e", "int32"))
+    made = (
+        Op(
+            "mlp.router.routing",
+            ("router.logits",),
+            (Tensor(SCORES, "b s e", "=router.logits"), Tensor(CHOSEN, "2 b s e", "int32")),
+            scratch=top,
+        ),
+        Op("mlp.experts.gate_up_proj", ("n2", CHOSEN), (Tensor("experts.inner", "b s e m", "=n2"),), of("gate_up")),
+        Op(
+            "mlp.experts.down_proj",
+            ("experts.inner", CHOSEN, SCORES),
+            (Tensor("mo", "b s h", "=n2"),),
+            of("down"),
+            scratch=(Tensor("rows", "b s e h", "=n2"),),
+        ),
+        ops.leave("experts.inner"),
+    )
+    products = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    described = (
+        op._replace(source=source, product="grouped" if op.name in products else "") if op.writes else op for op in made
+    )
+    return (*some[:start], *described, *some[end + 1 :])
 
 
 def product(op: Op, name: str, y: str, how: Running) -> Iterator[Op]:

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, QuantoConfig, TorchAoConfig
 
 from memplan.probe import script, tracker
@@ -96,12 +97,30 @@ def _made() -> dict[str, tuple[dict[str, Any], Any]]:
     }
 
 
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 600,
+    "max_position_embeddings": 512,
+    "layer_types": ["full_attention", "full_attention"],
+}
+
+
 def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Any]]:
     """A name, the run, the config of the checkpoint, and the library's config where that is not in it."""
     for name, stored in STORED.items():
         for config in (CONFIG, BIASED) if name in ("fp8-channel", "w4a16") else (CONFIG,):
             said = {**config, "quantization_config": stored}
             yield name, {"model": {"config": said}}, said, None
+    said = {**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}
+    yield "mxfp4, dequantised", {"model": {"config": said}, "gpu": "v100-32gb"}, said, None  # as without a GPU
     for name, (quantization, given) in _made().items():
         for config in (CONFIG, BIASED):
             yield name, {"model": {"config": config}, "method": {"quantization": quantization}}, config, given
@@ -109,12 +128,21 @@ def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Any]]:
 
 def save(folder: Path, config: dict[str, Any]) -> int:
     """A checkpoint of random weights, stored as its config says; how many parameters the model has."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig
 
     plain = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
-    model = LlamaForCausalLM(LlamaConfig(**plain)).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **plain)).to(torch.bfloat16)
     count = sum(p.numel() for p in model.parameters())
-    if "quantization_config" in config:
+    if config["model_type"] == "gpt_oss":
+        model.save_pretrained(folder)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+            experts, into, out = tensors.pop(key).shape
+            tensors[f"{key}_blocks"] = torch.zeros(experts, out, into // 32, 16, dtype=torch.uint8)
+            tensors[f"{key}_scales"] = torch.full((experts, out, into // 32), 127, dtype=torch.uint8)
+        save_file(tensors, file, {"format": "pt"})
+    elif "quantization_config" in config:
         from compressed_tensors.compressors import ModelCompressor
         from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
@@ -126,7 +154,8 @@ def save(folder: Path, config: dict[str, Any]) -> int:
         compressor = ModelCompressor(quantization_config=said)
         compressor.compress_model(model)
         compressor.remove_decompression_hook(model)
-    model.save_pretrained(folder)
+    if config["model_type"] != "gpt_oss":
+        model.save_pretrained(folder)
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     return count
@@ -187,10 +216,14 @@ def main() -> None:
     for name, fields, config, given in runs():
         if asked and name not in asked:
             continue
-        whole = {**fields, "task": "generate", "batch": {"micro": 3, "sequence": 75, "new_tokens": 3}, "gpu": "h100"}
+        batch = {"micro": 3, "sequence": 75, "new_tokens": 3}
+        whole = {"gpu": "h100", **fields, "task": "generate", "batch": batch}
         whole["kernels"] = {"attention": "eager"}
         trace(whole, config, given)  # what a library makes once is none of a run's
-        print(json.dumps({"name": f"llama, {name}", "run": whole, **trace(whole, config, given)}), flush=True)
+        print(
+            json.dumps({"name": f"{config['model_type']}, {name}", "run": whole, **trace(whole, config, given)}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
