@@ -17,6 +17,7 @@ from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
+from memplan.inference import over_source
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
@@ -44,7 +45,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             f"profile: LitGPT has no model_type {model.model_type} here; supported: {', '.join(KINDS)}", "profile"
         )
     generates = run.task == "generate"
-    if generates and model.objective != "causal_lm":
+    if generates and model.objective not in ("causal_lm", "seq2seq_lm"):
         raise SpecError(
             f"task: {model.name or model.model_type} is taken for {model.objective}, and generate is not supported yet "
             "for that; forward is",
@@ -75,9 +76,9 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
     returns = generates or words["code"] == "transformers"  # LitGPT's model has a cache where it is told to
-    caches = bool(run.loop.use_cache) and returns and model.objective == "causal_lm"
+    caches = bool(run.loop.use_cache) and returns and model.objective in ("causal_lm", "seq2seq_lm")
     pictures = axes_of_images(model, run)
-    batch = lengths(run.batch, model)
+    batch = lengths(run.batch, model, generates)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
     windowed = window is not None and batch.sequence >= window
     wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)
@@ -108,6 +109,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         words["few_rows"],
         generation.num_beams > 1,
         generation.do_sample,
+        generates and model.is_encoder_decoder,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
     )
     graph = Graph(
@@ -174,6 +176,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
 
 def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
+    if graph.model.is_encoder_decoder:
+        graph = over_source(graph)
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
     own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]

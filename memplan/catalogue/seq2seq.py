@@ -1,9 +1,15 @@
-"""Encoder-decoders: operations written for one sequence, as a decoder runs them on its own and on the encoder's."""
+"""Encoder-decoders: operations written for one sequence, as a decoder runs them on its own and on the encoder's.
+
+Where the encoder and the decoder run in one pass, the decoder's tokens are `t`. Where the decoder runs alone, as it
+does to generate, its own are `s`, as any decoder's, and those that the encoder has read are `source`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from memplan.catalogue import ops
+from memplan.catalogue.attention import Wiring
 from memplan.ir import Op, Tensor
 
 # Axes of the encoder's sequence, and what they are in the decoder.
@@ -12,6 +18,8 @@ _TARGET = {
     "s8": "t8",
     "s32": "t32",
     "s128": "t128",
+    "s_uneven": "t_uneven",
+    "s_uneven8": "t_uneven8",
     "sorted_ids": "sorted_targets",
     "segments": "target_segments",
     "pairs": "target_pairs",
@@ -20,19 +28,55 @@ _TARGET = {
 }
 
 
-def decoding(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-    """The operations on the decoder's own sequence, `t` tokens of it."""
-    return tuple(_changed(op, _own) for op in operations)
+_SOURCE = {axis: axis.replace("s", "source", 1) for axis in ("s", "s8", "s32", "s128", "s_uneven", "s_uneven8")}
 
 
-def crossing(operations: tuple[Op, ...], *outputs: str) -> tuple[Op, ...]:
+def decoding(operations: tuple[Op, ...], wiring: Wiring) -> tuple[Op, ...]:
+    """The operations on the decoder's own sequence, `t` tokens of it where an encoder's are `s`."""
+    return operations if wiring.part else tuple(_changed(op, _own) for op in operations)
+
+
+def crossing(operations: tuple[Op, ...], wiring: Wiring, *outputs: str) -> tuple[Op, ...]:
     """Attention of the decoder's queries to the encoder's keys and values, up to its `outputs`.
 
     Tensors called after keys and values, k... and v..., are of the encoder's sequence, and so is the second of two.
     All have names of their own beside those of the decoder's attention to itself.
     """
-    inner = {t.name for op in operations for t in op.writes if t.name not in outputs}
-    return tuple(_renamed(_changed(op, _cross), inner) for op in operations)
+    inner = {t.name for op in operations for t in op.writes if t.name not in outputs} | {"k", "v"}
+    cross = _alone if wiring.part else _cross
+    return tuple(_renamed(_changed(op, cross), inner) for op in operations)
+
+
+def crossed(name: str, wiring: Wiring, like: str, shape: str = "b s a d") -> tuple[Op, ...]:
+    """The place where keys and values of the encoder's tokens are cached, `k` and `v`, or found: where they are cached
+    already nothing makes them. Their dtype is that of the tensor `like`."""
+    if not wiring.caching:
+        return ()
+    kept = tuple(Tensor(f"{t}.kept", shape, f"={like}") for t in ("k", "v"))
+    return (Op(f"{name}.cache", (like,) if wiring.crossed else ("k", "v"), kept, caches="source"),)
+
+
+def encoded(name: str) -> Op:
+    """What the encoder has left for the decoder, in the dtype of the weight `name`."""
+    before = Tensor("encoded before", "b source h", f"={name}")
+    return Op(
+        "encoder_outputs",
+        (before.name,),
+        (before._replace(name="encoded"),),
+        past=(before,),
+        view=True,
+        holds="cache",
+        source="transformers 5.24 generation/utils.py _prepare_text_encoder_decoder_kwargs_for_generation",
+    )
+
+
+def repeated(beams: bool) -> tuple[Op, ...]:
+    """What the encoder returns, which stays until all tokens are there: repeated for every beam of several."""
+    if not beams:
+        return (ops.view("encoder_outputs", "returned", "encoded", "b s h")._replace(holds="cache"),)
+    made = Tensor("encoded", "rows s h", "=returned")
+    source = "transformers 5.24 generation/utils.py _expand_inputs_for_generation"
+    return (Op("encoder_outputs.repeat_interleave", ("returned",), (made,), holds="cache", source=source),)
 
 
 def _renamed(op: Op, inner: set[str]) -> Op:
@@ -60,6 +104,14 @@ def _cross(t: Tensor) -> Tensor:
     first = next((i for i, axis in enumerate(axes) if axis in _TARGET), len(axes))
     moved = [_TARGET[axis] if i == first else axis for i, axis in enumerate(axes)]
     return t._replace(shape=" ".join(moved).replace("efficient_workspace_t", "efficient_workspace_cross"))
+
+
+def _alone(t: Tensor) -> Tensor:
+    """Of the encoder's tokens are all of keys and values, and the second of two."""
+    axes = t.shape.split()
+    places = [i for i, axis in enumerate(axes) if axis in _SOURCE]
+    moved = places if t.name[:1] in ("k", "v") else places[1:]
+    return t._replace(shape=" ".join(_SOURCE[axis] if i in moved else axis for i, axis in enumerate(axes)))
 
 
 def _changed(op: Op, change: Callable[[Tensor], Tensor]) -> Op:

@@ -378,27 +378,34 @@ def run_pass(
         read |= {r for op in (c.joins.ops if c.joins is not None else ()) for r in op.reads}
 
     # forward
+    (past,) = tape.recall([("", before)])
     pasts: list[list[dict[str, Storage]]] = []
     several = 0
     for c in copies:
         pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else several))
         several += not c.alone
     first = Frame(before, first_scope, {}, leaf)
+    first.past = past
     embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
     outer = gatherer.outside(BEFORE)
     gatherer.gather(REST, first)
     gatherer.gather(outer, first, copies[0].units[0])
-    own = tape.forward(first, read | {embeds}, grad=records, checkpoint=not records)
+    behind = _behind(before)
+    begins = behind.get(embeds, embeds)
+    own = tape.forward(first, read | {begins}, grad=records, checkpoint=not records)
     if outer != ROOT:
         gatherer.leave(outer)
     flows = frozenset(first.flows)
     for storage in own.values():
         storage.shared = True
-    stream = own[embeds]
-    if embeds in read:
+    stream = own[begins]
+    views = [name for name, root in behind.items() if root == begins != name and name in read]
+    stream.refs += len(views)
+    if begins in read:
         stream.refs += 1
     else:  # no name of the model's means them any more
-        del own[embeds]
+        del own[begins]
+    own |= dict.fromkeys(views, stream)
     x_flows = embeds in flows
     ran: list[tuple[int | None, list[Frame]]] = []
     joined: dict[int, Frame] = {}  # what ran before a copy, outside of blocks
