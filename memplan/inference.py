@@ -111,15 +111,17 @@ def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
     prompt = (batch.target_sequence or 1) if crosses else batch.sequence
     last, room = prompt + batch.new_tokens - 2, prompt + batch.new_tokens - 1
     read = (batch.sequence if crosses else 0, batch.micro)
-    alone = graph.wiring._replace(decodes=crosses and prompt == 1)  # one token sees all there are
-    found = [Step(graph._replace(wiring=alone), rows, prompt, 0, 0, windowed(prompt), room, *read)]
+    static = now.cache == "static"
+    if crosses:
+        wiring = graph.wiring._replace(decodes=prompt == 1, static=static)  # one token sees all there are
+        graph = graph._replace(wiring=wiring, inference=now._replace(room=now.room or (static and prompt == 1)))
+    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room, *read)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
-        static = now.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
             decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window, crossed=crosses
         )
-        wiring = wiring._replace(padded=wiring.padded or static)
+        wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
         recipe = graph.recipe
         if rows <= few_rows:
             recipe = recipe._replace(copies=False)

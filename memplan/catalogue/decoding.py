@@ -111,9 +111,11 @@ def inference(stack: Stack, now: Pass) -> Stack:
         return block._replace(ops=tuple(_still(_cached(block.ops, now))))
 
     runs = tuple(
-        Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
+        Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(_given(run.before), now))))
+        for run in stack.runs
     )
-    before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
+    made = _still(_masked(_given(stack.before), now))
+    before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in made)
     named = tuple(_named_before(now)) if now.decodes else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
@@ -161,6 +163,13 @@ def _still(some: Iterable[Op]) -> Iterator[Op]:
     return (op._replace(asks=False) for op in some)
 
 
+def _given(some: tuple[Op, ...]) -> tuple[Op, ...]:
+    """A decoder's ids, which are made of labels where there are some, are given where there are none."""
+    return tuple(
+        op._replace(reads=(), scratch=(), holds="step") if op.name == "decoder_input_ids" else op for op in some
+    )
+
+
 def _inputs(op: Op, now: Pass) -> Op:
     """Token ids, and in generation a mask of ones beside all of them; the model of a token alone is given that."""
     tokens = "kv" if now.decodes else "s"
@@ -180,6 +189,8 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
+    if now.beams:
+        yield Tensor(f"order{_BEFORE}", "b", "int64")
 
 
 _BEFORE = " of the token before"
@@ -241,7 +252,9 @@ def _crossed(op: Op, now: Pass) -> Iterator[Op]:
     caches = [t._replace(name=_named(t.name.replace(".kept", ""))) for t in op.writes]
     if now.decodes:
         for t in caches:
-            yield from _kept(f"{op.name}.{t.name.partition(' ')[0]}", t, now, source)
+            yield from _kept(f"{op.name}.{t.name}", t, now, source)
+        if now.cache == "static":
+            yield from _kept(f"{op.name}.length", _LENGTH_ACROSS, now, source)
         return
     if now.cache == "static":
         yield from _in_place(op, op.reads, caches, now, source)
@@ -251,6 +264,7 @@ def _crossed(op: Op, now: Pass) -> Iterator[Op]:
     yield ops.leave(*op.reads)
 
 
+_LENGTH_ACROSS = Tensor("length of the cross cache", "", "int64")
 _REORDERED = ("key cache", "value cache", "latent cache", "cross key cache", "cross value cache")
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
@@ -314,8 +328,8 @@ def _in_place(
     """What is `given` is written into the tensors `kept`, at places that are counted, or after all were `moved`."""
     for name, t in zip(given, kept, strict=True):
         yield from _kept(f"{op.name}.{name}", t, now, source, (name,))
-    length = "length of the cross cache" if op.caches == "source" else "length of the cache"
-    yield from _kept(f"{op.name}.length", Tensor(length, "", "int64"), now, source)
+    length = _LENGTH_ACROSS if op.caches == "source" else Tensor("length of the cache", "", "int64")
+    yield from _kept(f"{op.name}.length", length, now, source)
     tokens = next(token for token in kept[0].shape.split() if token != "b") if op.caches == "source" else "s"
     places = tuple(Tensor(f"places {i}", tokens, "int64") for i in range(2))
     yield Op(f"{op.name}.write", given[:1], scratch=moved or places, source=source)
@@ -417,11 +431,13 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         yield ops.leave(logits)
         yield made("accumulate", "log probabilities", y="sums of log probabilities")
         yield ops.leave("log probabilities")
+        yield Op("generate.order", ("sums of log probabilities",), (Tensor("order", "b", "int64"),), source=_GENERATE)
+        yield from forgotten("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
         for t in dict.fromkeys(cached):
             copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
             yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
-        yield ops.leave("next token logits", "sums of log probabilities")
+        yield ops.leave("next token logits", "sums of log probabilities", "order")
         return
     if now.samples:
         warpers = "transformers 5.24 generation/logits_process.py"

@@ -47,13 +47,21 @@ def crossing(operations: tuple[Op, ...], wiring: Wiring, *outputs: str) -> tuple
     return tuple(_renamed(_changed(op, cross), inner) for op in operations)
 
 
-def crossed(name: str, wiring: Wiring, like: str, shape: str = "b s a d") -> tuple[Op, ...]:
-    """The place where keys and values of the encoder's tokens are cached, `k` and `v`, or found: where they are cached
-    already nothing makes them. Their dtype is that of the tensor `like`."""
-    if not wiring.caching:
-        return ()
-    kept = tuple(Tensor(f"{t}.kept", shape, f"={like}") for t in ("k", "v"))
-    return (Op(f"{name}.cache", (like,) if wiring.crossed else ("k", "v"), kept, caches="source"),)
+def ids_of_labels() -> Op:
+    """The decoder's ids where its loss is computed: the labels, moved by one."""
+    return Op(
+        "decoder_input_ids",
+        ("labels",),
+        (Tensor("decoder_ids", "b t", "int64"),),
+        scratch=(Tensor("clone", "b t", "int64"), Tensor("ignored", "b t", "bool")),
+    )
+
+
+def cached_across(name: str, like: str, there: bool) -> tuple[Op, ...]:
+    """The place where keys and values of the encoder's tokens are cached, `k` and `v`, or found, where they are `there`
+    and nothing makes them. Their dtype is that of the tensor `like`."""
+    kept = tuple(Tensor(f"{t}.kept", "b s a d", f"={like}") for t in ("k", "v"))
+    return (Op(f"{name}.cache", (like,) if there else ("k", "v"), kept, caches="source"),)
 
 
 def encoded(name: str) -> Op:

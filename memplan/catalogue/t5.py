@@ -11,7 +11,7 @@ from memplan.catalogue.gpt import dropped, drops, gelu_new, relu
 from memplan.catalogue.heads import decoder, labels_of, language_model_loss
 from memplan.catalogue.llama import masks
 from memplan.catalogue.mixed import renamed
-from memplan.catalogue.seq2seq import crossed, crossing, decoding, encoded, repeated
+from memplan.catalogue.seq2seq import cached_across, crossing, decoding, encoded, ids_of_labels, repeated
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
@@ -46,7 +46,7 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
     made = _decoder_before(m, own, whole)
     if wiring.part:
         return Stack(_alone(made), _there((Run((first,), "D1"), Run((later,), "D2")), numbers), after)
-    between = (*_encoded(m, whole), *_ids(), *made)
+    between = (*_encoded(m, whole), ids_of_labels(), *made)
     runs = (*encoder, Run((first,), "D1", between), Run((later,), "D2"))
     loss = (*language_model_loss("t"), ops.leave("decoder_ids", "encoded", "returned", "n"))
     return Stack(_before(m, whole), _there(runs, numbers), after, loss)
@@ -71,28 +71,28 @@ def _embedded(name: str, ids: str, y: str) -> Op:
     return op._replace(weights=(w,), writes=(Tensor(y, "b s h", f"={w.name}"),), keeps=(Keep(ids, w.name),))
 
 
-def _bias(name: str, y: str) -> tuple[Op, ...]:
+def _bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
     """A number a head for every distance of two tokens: the first block makes it, and all of its stack add it."""
     w = Weight(f"{name}.relative_attention_bias.weight", "buckets a", "embedding", rows=1)
-    wide, distances, places = Tensor("distances", "s s", "int64"), f"{y}.distances", (f"{y}.rows", f"{y}.columns")
+    wide, distances, places = Tensor("distances", f"s {keys}", "int64"), f"{y}.distances", (f"{y}.rows", f"{y}.columns")
     steps = ("signs", "absolute", "large", "largest")[: 4 if y == "encoder_bias" else 3]
     source = f"{_SOURCE} T5Attention.compute_bias, _relative_position_bucket"
     return (
         Op(f"{y}.rows", (), (Tensor(places[0], "s 1", "int64"),), scratch=(Tensor("arange", "s", "int64"),)),
-        Op(f"{y}.columns", (), (Tensor(places[1], "1 s", "int64"),)),
+        Op(f"{y}.columns", (), (Tensor(places[1], f"1 {keys}", "int64"),)),
         Op(distances, places, (wide._replace(name=distances),), source=source),
         Op(
             f"{y}.buckets",
             (distances,),
-            (Tensor(f"{y}.buckets", "s s", "int64"),),
-            scratch=(*(wide._replace(name=step) for step in steps), Tensor("small", "s s", "bool")),
+            (Tensor(f"{y}.buckets", f"s {keys}", "int64"),),
+            scratch=(*(wide._replace(name=step) for step in steps), Tensor("small", f"s {keys}", "bool")),
             gradient="none",
             source=source,
         ),
         Op(
             f"{y}.embedding",
             (f"{y}.buckets",),
-            (Tensor(y, "s s a", f"={w.name}"),),
+            (Tensor(y, f"s {keys} a", f"={w.name}"),),
             (w,),
             (Keep(f"{y}.buckets", w.name),),
             scratch_back=(
@@ -131,17 +131,6 @@ def _encoded(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         *dropped("encoder.dropout", "encoded.normed", made, "b s h", drop),
         ops.leave("tokens", "encoder_bias", *_masks(wiring, "encoder_mask")),
     )
-
-
-def _ids() -> tuple[Op, ...]:
-    """The decoder's ids, of labels."""
-    made = Op(
-        "decoder_input_ids",
-        ("labels",),
-        (Tensor("decoder_ids", "b t", "int64"),),
-        scratch=(Tensor("clone", "b t", "int64"), Tensor("ignored", "b t", "bool")),
-    )
-    return (made,)
 
 
 def _decoder_before(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ...]:
@@ -186,9 +175,10 @@ def _attention(
         kernel = eager(n, drop, (bias, *((mask,) if masked else ())), wiring.decodes, caching)
     else:  # flash attention adds nothing to the scores
         plain = wiring._replace(backend="efficient", masked="efficient", padded=True, drops=drop)
-        rows = "b a s" if masked else "a s"
+        rows = "b a s" if wiring.padded else "a s"
         padded = f"{rows} s_uneven{8 * (crosses and not masked) or ''}"  # the other of two, where there are two
-        given = _added(n, bias, mask if masked else "", wiring.causal and not (masked or wiring.decodes), crosses)
+        triangle = wiring.causal and not (masked or wiring.decodes)
+        given = _added(n, bias, mask if masked else "", f"{rows} s", triangle, crosses)
         kernel = tuple(
             new
             for op in attention(n, "q", "k", "v", "o", plain, False)
@@ -198,9 +188,11 @@ def _attention(
     if wiring.crossed and crosses:
         projected = tuple(op for op in projected if op.writes[0].name[0] == "q")
     if caching:
-        put = crossed(n, wiring._replace(caching=True), "q") if crosses else (Op(f"{n}.cache", ("k", "v"), caches="kv"),)
-        made = (*put, *made)
+        own = (Op(f"{n}.cache", ("k", "v"), caches="kv"),)
+        made = (*(cached_across(n, "q", wiring.crossed) if crosses else own), *made)
+    seen = (Op(f"{name}.past_seen_tokens", (), (Tensor("past_seen_tokens", "", "int64"),), source=_SOURCE),)
     return (
+        *(seen if caching and wiring.static else ()),
         *(
             op._replace(reads=(states,), keeps=_of(op.keeps, x, states))
             if states and op.name[-2:] in (".k", ".v")
@@ -210,7 +202,7 @@ def _attention(
         *made,
         *kernel,
         ops.linear(f"{name}.o", "o", f"{y}.whole", "h", "a d", "attention"),
-        ops.leave("q", "k", "v", "o"),
+        ops.leave("q", "k", "v", "o", *(("past_seen_tokens",) if caching and wiring.static else ())),
         *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drop),
     )
 
@@ -219,7 +211,7 @@ def _of(keeps: tuple[Keep, ...], x: str, states: str) -> tuple[Keep, ...]:
     return tuple(k._replace(what=states if k.what == x else k.what, of=states if k.of == x else k.of) for k in keeps)
 
 
-def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple[Op, ...]:
+def _added(n: str, bias: str, mask: str, rows: str, triangle: bool, crosses: bool) -> tuple[Op, ...]:
     """What torch's attention is given to add: the bias laid out anew, the least number where a mask hides a token.
 
     The bias lies with its heads innermost, but the zeros of the encoder's tokens, and what is chosen of it lies so too.
@@ -227,7 +219,7 @@ def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple
     integrations/sdpa_attention.py create_position_bias_mask.
     """
     if mask or triangle:
-        hidden, rows = f"{n}.hidden", "b a s s" if mask else "a s s"
+        hidden = f"{n}.hidden"
         least = Tensor("least", "", f"={bias}")
         seen = () if mask else (Op(f"{n}.triangle", (), (Tensor(hidden, "s s", "bool"),)),)
         told, chosen = mask or hidden, "bias.added" if crosses else "bias.chosen"
@@ -301,7 +293,9 @@ def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:
 
 def _self(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: bool) -> tuple[Op, ...]:
     name = "layer.0"
-    made = _bias(f"{name}.SelfAttention", bias) if first else ()
+    # a cache of fixed size has room for more keys, of which attention is given a part where it has no mask
+    keys = "kv_static" if wiring.static else "kv" if wiring.decodes else "s"
+    made = _bias(f"{name}.SelfAttention", bias, keys) if first else ()
     return (
         *norm(f"{name}.layer_norm", "x", "n1"),
         *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, made=made),

@@ -222,9 +222,9 @@ def _behind(ops: Iterable[Op], given: Mapping[str, str] = MappingProxyType({})) 
     return behind
 
 
-def _views_of_x(ops: Iterable[Op]) -> set[str]:
-    """The views of what the last block made, by which later operations may read that."""
-    return {name for name, root in _behind(ops, {"x": "x"}).items() if name != root == "x"}
+def _views_of(what: str, ops: Iterable[Op]) -> set[str]:
+    """The views of a tensor, as of what the last block made, by which later operations may read that."""
+    return {name for name, root in _behind(ops, {"x": "x"}).items() if name != root == what}
 
 
 def _x(flows: bool) -> frozenset[str]:
@@ -390,8 +390,7 @@ def run_pass(
     outer = gatherer.outside(BEFORE)
     gatherer.gather(REST, first)
     gatherer.gather(outer, first, copies[0].units[0])
-    behind = _behind(before)
-    begins = behind.get(embeds, embeds)
+    begins = _behind(before).get(embeds, embeds)
     own = tape.forward(first, read | {begins}, grad=records, checkpoint=not records)
     if outer != ROOT:
         gatherer.leave(outer)
@@ -399,13 +398,13 @@ def run_pass(
     for storage in own.values():
         storage.shared = True
     stream = own[begins]
-    views = [name for name, root in behind.items() if root == begins != name and name in read]
-    stream.refs += len(views)
+    again = _views_of(begins, before).intersection(read)
+    stream.refs += len(again)
     if begins in read:
         stream.refs += 1
     else:  # no name of the model's means them any more
         del own[begins]
-    own |= dict.fromkeys(views, stream)
+    own |= dict.fromkeys(again, stream)
     x_flows = embeds in flows
     ran: list[tuple[int | None, list[Frame]]] = []
     joined: dict[int, Frame] = {}  # what ran before a copy, outside of blocks
@@ -417,17 +416,21 @@ def run_pass(
         if c.joins is not None:
             own |= {"x": stream, **carried}
             joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
-            views = dict.fromkeys(_views_of_x(joint.ops).intersection(later[at]), stream)
+            views = dict.fromkeys(_views_of("x", joint.ops).intersection(later[at]), stream)
             stream.refs += len(views)
-            wanted = later[at] - {"x"} | {c.joins.stream}
+            begins = _behind(joint.ops, {"x": "x"}).get(c.joins.stream, c.joins.stream)
+            wanted = later[at] - {"x"} | {begins}
             own = tape.forward(joint, wanted, own, grad=records, checkpoint=not records) | views
             for storage in own.values():
                 storage.shared = True
-            stream = own[c.joins.stream]
-            if c.joins.stream in later[at] - {"x"}:  # where it is what the last block made, no name is left for it
+            stream = own[begins]
+            further = _views_of(begins, joint.ops).intersection(later[at]).difference(views)
+            stream.refs += len(further)
+            if begins in later[at] - {"x"}:  # where it is what the last block made, no name is left for it
                 stream.refs += 1
             else:
-                del own[c.joins.stream]
+                del own[begins]
+            own |= dict.fromkeys(further, stream)
             flows = frozenset(joint.flows - {"x"})
             x_flows, carried = c.joins.stream in joint.flows, {}
         number = None

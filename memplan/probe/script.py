@@ -200,6 +200,9 @@ class Script:
     def _forward(self) -> None:
         with self.phase("forward"), torch.no_grad():
             inputs, options = self._inputs()
+            if base_of(self.model).config.is_encoder_decoder:
+                ids = labels_of(self.run, "seq2seq_lm", self.model, inputs, self.device)
+                options["decoder_input_ids"] = ids
             self.model(**inputs, **options)
 
     def generate(self) -> None:
