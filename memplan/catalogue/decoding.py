@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from memplan.catalogue import ops
-from memplan.ir import Block, Op, Run, Stack, Tensor
+from memplan.ir import Block, Op, Run, Stack, Tensor, outside
 
 Cache = Literal["", "dynamic", "static", "legacy"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
@@ -106,16 +106,15 @@ class Pass(NamedTuple):
 
 def inference(stack: Stack, now: Pass) -> Stack:
     """The stack as the pass runs it."""
+    stack = _given(stack)
 
     def changed(block: Block) -> Block:
         return block._replace(ops=tuple(_still(_cached(block.ops, now))))
 
     runs = tuple(
-        Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(_given(run.before), now))))
-        for run in stack.runs
+        Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
     )
-    made = _still(_masked(_given(stack.before), now))
-    before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in made)
+    before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
     named = tuple(_named_before(now)) if now.decodes else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
@@ -163,11 +162,15 @@ def _still(some: Iterable[Op]) -> Iterator[Op]:
     return (op._replace(asks=False) for op in some)
 
 
-def _given(some: tuple[Op, ...]) -> tuple[Op, ...]:
+def _given(stack: Stack) -> Stack:
     """A decoder's ids, which are made of labels where there are some, are given where there are none."""
-    return tuple(
-        op._replace(reads=(), scratch=(), holds="step") if op.name == "decoder_input_ids" else op for op in some
-    )
+    made = [op for some in outside(stack) for op in some if op.name == "decoder_input_ids"]
+    if not made:
+        return stack
+    (ids,) = made
+    before = (op._replace(writes=(*op.writes, *ids.writes)) if op.name == "inputs" else op for op in stack.before)
+    runs = (run._replace(before=tuple(op for op in run.before if op != ids)) for run in stack.runs)
+    return stack._replace(before=tuple(op for op in before if op != ids), runs=tuple(runs))
 
 
 def _inputs(op: Op, now: Pass) -> Op:

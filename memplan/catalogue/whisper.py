@@ -102,7 +102,7 @@ def _encoded(made: str) -> tuple[Op, ...]:
     """The encoder's last norm."""
     return (
         ops.layer_norm(f"{_ENCODER}.layer_norm", "x", made, "b s h", "h"),
-        ops.leave("x", "embeds", "g2", "all_positions"),
+        ops.leave("x", "g2", "all_positions"),
     )
 
 
@@ -180,6 +180,7 @@ def _mlp(m: ModelSpec, x: str, y: str, width: str) -> tuple[Op, ...]:
     return (
         ops.linear("fc1", x, "up", width, "h", "mlp", bias=True),
         *activation(m, "activation_fn", "up", "act.whole", f"b s {width}"),
+        ops.leave(x),
         *dropped("activation_dropout", "act.whole", "act", f"b s {width}", drops(m, "activation_dropout")),
         ops.linear("fc2", "act", f"{y}.whole", "h", width, "mlp", bias=True),
         *dropped("dropout", f"{y}.whole", y, "b s h", drops(m, "dropout")),
