@@ -28,7 +28,7 @@ _SOURCE = "transformers 5.24 models/bert/modeling_bert.py BertEmbeddings"
 
 def bert(m: ModelSpec, wiring: Wiring, *, name: str = "bert", roberta: bool = False) -> Stack:
     """The model of the run's objective. `roberta`: positions are counted from the ids, and heads are another module."""
-    wiring = wiring._replace(causal=False)
+    wiring = wiring._replace(causal=False, caching=False)
     body = "" if m.objective == "feature_extraction" else f"{name}."
     head, loss = _head(m, wiring, body, roberta)
     return Stack(_before(m, wiring, body, roberta), (Run((_block(m, wiring, body),), "L"),), head, loss)
