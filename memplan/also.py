@@ -311,7 +311,8 @@ def _generated(
             "also.evaluation.new_tokens",
         )
     way: Cache = "legacy" if cache == "legacy" else "dynamic"
-    now = Pass("prefill", way, last_only, wide, few_rows=few_rows, crosses=graph.model.is_encoder_decoder)
+    crosses = graph.model.is_encoder_decoder  # whose heads are given every token of the decoder's prompt
+    now = Pass("prefill", way, last_only and not crosses, wide, few_rows=few_rows, crosses=crosses)
     one = _still(graph, now, caching=True)
     if not caches_all(one):
         raise UnsupportedModelError(

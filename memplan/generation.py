@@ -90,7 +90,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
         caching=caches or words["forward_caches"],
-        last_only=generates and words["last_logits"],
+        last_only=generates and words["last_logits"] and not model.is_encoder_decoder,
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
@@ -102,7 +102,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     now = Pass(
         "prefill" if generates else "forward",
         generation.cache_implementation or ("dynamic" if wiring.caching else ""),
-        words["last_logits"],
+        words["last_logits"] and not model.is_encoder_decoder,
         words["logits"] == "model",
         wiring.has_mask(),
         windowed and batch.sequence > (window or 0),

@@ -88,7 +88,7 @@ def _encoding(decided: Decided) -> Step:
     assert graph.inference is not None
     wiring = graph.wiring._replace(part="encoder", caching=False, beams=decided.beams > 1)
     one = graph._replace(wiring=wiring, inference=graph.inference._replace(phase="encode", cache=""))
-    return Step(one, batch.micro, batch.sequence, prompts=batch.micro * decided.beams)
+    return Step(one, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
 
 
 def over_source(graph: Graph) -> Graph:
@@ -125,7 +125,7 @@ def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
         recipe = graph.recipe
         if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        lingers = past == prompt and not now.last_only
+        lingers = past == prompt and not (now.last_only or crosses)
         unpacks = bool(many) and rows >= many
         token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
@@ -150,6 +150,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "kernel1": fixed.get("kernel", 0) + 1,
         "source": step.source,
         "prompts": step.prompts,
+        "rows": step.prompts * decided.beams,
     }
     if step.graph.model.config.get("index_topk"):
         more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))

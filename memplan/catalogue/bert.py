@@ -117,13 +117,12 @@ def encoder_attention(m: ModelSpec, wiring: Wiring, name: str, key: str, wide: b
     return eager(name, drop, ("mask",) if wiring.has_mask() else ())
 
 
-def eager(
-    name: str, drop: bool, added: tuple[str, ...] = (), one: bool = False, laid: bool = False
-) -> tuple[Op, ...]:
+def eager(name: str, drop: bool, added: tuple[str, ...] = (), one: bool = False, laid: bool = False) -> tuple[Op, ...]:
     """Attention written out from q, k and v to o: scores, scaled, what is `added` to them, softmax, dropout, product.
 
     Heads are flattened in a copy, unless there is `one` query a sequence, or keys and values are `laid` head by head,
-    as those of a cache are. Nothing is cast but by autocast. Source: transformers 5.24 models/bert/modeling_bert.py eager_attention_forward.
+    as those of a cache are. Nothing is cast but by autocast. Source: transformers 5.24 models/bert/modeling_bert.py
+    eager_attention_forward.
     """
     n, scores = name, "b a s s"
     of_queries, of_keys = (ops.view if it else ops.copy for it in (one, laid))

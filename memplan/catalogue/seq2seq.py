@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring
 from memplan.ir import Op, Tensor
 
@@ -64,27 +63,37 @@ def cached_across(name: str, like: str, there: bool) -> tuple[Op, ...]:
     return (Op(f"{name}.cache", (like,) if there else ("k", "v"), kept, caches="source"),)
 
 
-def encoded(name: str) -> Op:
-    """What the encoder has left for the decoder, in the dtype of the weight `name`."""
-    before = Tensor("encoded before", "b source h", f"={name}")
-    return Op(
-        "encoder_outputs",
-        (before.name,),
-        (before._replace(name="encoded"),),
-        past=(before,),
-        view=True,
-        holds="cache",
-        source="transformers 5.24 generation/utils.py _prepare_text_encoder_decoder_kwargs_for_generation",
+SOURCES, MASK = Tensor("sources", "prompts source", "int64"), Tensor("sources' mask", "rows source", "int64")
+_KEPT = "transformers 5.24 generation/utils.py generate, _expand_inputs_for_generation"
+
+
+def left(operations: tuple[Op, ...], made: tuple[str, ...], sources: str, mask: str, beams: bool) -> tuple[Op, ...]:
+    """An encoder's last operations, and what stays until its decoder has generated all tokens: the last of what they
+    have `made`, one tensor by several names, the `sources`, and their `mask` if there is one. Beams of a source have
+    each its own of what the decoder is given."""
+    names = dict.fromkeys(made if not beams else ())
+    whole = tuple(
+        op._replace(writes=tuple(t._replace(shape="rows source h") if t.name in names else t for t in op.writes))
+        for op in operations
     )
+    given = {made[-1]: Tensor("encoded", "rows source h", f"={made[-1]}"), **({mask: MASK} if mask else {})}
+    each = (
+        Op(f"{t.name}.repeat_interleave", (name,), (t,), holds="cache", source=_KEPT)
+        if beams
+        else Op(f"{t.name}.kept", (name,), (t,), view=True, holds="cache", source=_KEPT)
+        for name, t in given.items()
+    )
+    kept = Op("sources.kept", (sources,), (SOURCES,), view=True, holds="cache", source=_KEPT)
+    return (*whole, kept, *each)
 
 
-def repeated(beams: bool) -> tuple[Op, ...]:
-    """What the encoder returns, which stays until all tokens are there: repeated for every beam of several."""
-    if not beams:
-        return (ops.view("encoder_outputs", "returned", "encoded", "b s h")._replace(holds="cache"),)
-    made = Tensor("encoded", "rows s h", "=returned")
-    source = "transformers 5.24 generation/utils.py _expand_inputs_for_generation"
-    return (Op("encoder_outputs.repeat_interleave", ("returned",), (made,), holds="cache", source=source),)
+def found(*tensors: Tensor) -> tuple[Op, ...]:
+    """What the encoder has left for the decoder: `encoded`, and what stays beside it."""
+    befores = {t: t._replace(name=f"{t.name} before") for t in tensors}
+    return tuple(
+        Op(t.name, (before.name,), (t,), past=(before,), view=True, holds="cache", source=_KEPT)
+        for t, before in befores.items()
+    )
 
 
 def _renamed(op: Op, inner: set[str]) -> Op:

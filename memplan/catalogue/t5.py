@@ -11,7 +11,7 @@ from memplan.catalogue.gpt import dropped, drops, gelu_new, relu
 from memplan.catalogue.heads import decoder, labels_of, language_model_loss
 from memplan.catalogue.llama import masks
 from memplan.catalogue.mixed import renamed
-from memplan.catalogue.seq2seq import cached_across, crossing, decoding, encoded, ids_of_labels, repeated
+from memplan.catalogue.seq2seq import MASK, SOURCES, cached_across, crossing, decoding, found, ids_of_labels, left
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
@@ -42,7 +42,9 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     numbers = m.axes()
     if wiring.part == "encoder":
-        return Stack(_before(m, whole), _there(encoder, numbers), (*_encoded(m, whole), *repeated(wiring.beams)))
+        names = ("encoded.normed", "encoded")
+        last = left(_encoded(m, whole), names, "ids", "attention_mask", wiring.beams)
+        return Stack(_before(m, whole), _there(encoder, numbers), last)
     made = _decoder_before(m, own, whole)
     if wiring.part:
         return Stack(_alone(made), _there((Run((first,), "D1"), Run((later,), "D2")), numbers), after)
@@ -108,8 +110,9 @@ def _bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
 
 def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     names = ("ids", *(("attention_mask",) if wiring.padded or wiring.part else ()))  # generate is given one always
+    shape = "prompts source" if wiring.part else "b s"
     return (
-        Op("inputs", (), (*(Tensor(n, "b s", "int64") for n in names), labels_of(m)), holds="step"),
+        Op("inputs", (), (*(Tensor(n, shape, "int64") for n in names), labels_of(m)), holds="step"),
         _embedded("encoder.embed_tokens", "ids", "tokens"),
         *_mask(wiring, "tokens", "encoder_mask"),
         *dropped("encoder.dropout", "tokens", "embeds", "b s h", drops(m, "dropout_rate")),
@@ -124,11 +127,11 @@ def _mask(wiring: Wiring, x: str, name: str) -> tuple[Op, ...]:
 
 def _encoded(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     """The encoder's last norm."""
-    made, drop = "returned" if wiring.part else "encoded", drops(m, "dropout_rate")
+    drop = drops(m, "dropout_rate")
     return (
         *norm("encoder.final_layer_norm", "x", "encoded.normed"),
         ops.leave("x"),
-        *dropped("encoder.dropout", "encoded.normed", made, "b s h", drop),
+        *dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drop),
         ops.leave("tokens", "encoder_bias", *_masks(wiring, "encoder_mask")),
     )
 
@@ -149,9 +152,9 @@ def _decoder_before(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ..
 
 def _alone(made: tuple[Op, ...]) -> tuple[Op, ...]:
     """The decoder's first operations over what the encoder has left; the sources and their mask stay beside it."""
-    kept = (Tensor("sources", "prompts source", "int64"), Tensor("sources' mask", "b source", "int64"))
-    inputs = Op("inputs", (), (Tensor("decoder_ids", "b s", "int64"), *kept), holds="step")
-    return (inputs, encoded("shared.weight"), *renamed(made, {"stream": "embeds"}))
+    inputs = Op("inputs", (), (Tensor("decoder_ids", "b s", "int64"),), holds="step")
+    kept = found(SOURCES, MASK, Tensor("encoded", "rows source h", "=shared.weight"))
+    return (*kept, inputs, *renamed(made, {"stream": "embeds"}))
 
 
 def _attention(

@@ -9,7 +9,7 @@ from memplan.catalogue.gpt import activation, dropped, drops
 from memplan.catalogue.heads import decoder, labels_of, language_model_loss
 from memplan.catalogue.llama import masks, returned
 from memplan.catalogue.mixed import renamed
-from memplan.catalogue.seq2seq import cached_across, crossing, decoding, encoded, ids_of_labels, repeated
+from memplan.catalogue.seq2seq import cached_across, crossing, decoding, found, ids_of_labels, left
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
@@ -29,20 +29,20 @@ def whisper(m: ModelSpec, wiring: Wiring) -> Stack:
     after = (*decoding(last, wiring), decoder("proj_out", "n", tied, tokens="s" if wiring.part else "t"))
     encoder = Run((_encoder(m, whole),), "L")
     if wiring.part == "encoder":
-        return Stack(_before(m, False), (encoder,), (*_encoded("returned"), *repeated(wiring.beams)))
+        return Stack(_before(m, True), (encoder,), left(_encoded(), ("encoded",), "features", "", wiring.beams))
     block = _decoder(m, own, whole._replace(caching=wiring.caching))
     if wiring.part:
         return Stack(_alone(m, own), (Run((block,), "D"),), after)
-    between = (*_encoded("encoded"), *decoding(_embedded(m, own), wiring))
+    between = (*_encoded(), *decoding(_embedded(m, own), wiring))
     loss = (*language_model_loss("t"), ops.leave("decoder_ids", "encoded", "n"))
-    return Stack(_before(m, True), (encoder, Run((block,), "D", between)), after, loss)
+    return Stack(_before(m, False), (encoder, Run((block,), "D", between)), after, loss)
 
 
 def _masks(wiring: Wiring) -> tuple[str, ...]:
     return tuple(op.name for op in masks(wiring, "tokens"))
 
 
-def _before(m: ModelSpec, decodes: bool) -> tuple[Op, ...]:
+def _before(m: ModelSpec, alone: bool) -> tuple[Op, ...]:
     """The encoder's table of positions is made of sines, and never trains. cuDNN's own workspace is not counted."""
     drop = drops(m, "dropout")
     first, second = f"{_ENCODER}.conv1", f"{_ENCODER}.conv2"
@@ -52,12 +52,12 @@ def _before(m: ModelSpec, decodes: bool) -> tuple[Op, ...]:
         Op(
             "inputs",
             (),
-            (Tensor("features", "b mel frames", f"={own.name}"), labels_of(m)),
+            (Tensor("features", "prompts mel frames" if alone else "b mel frames", f"={own.name}"), labels_of(m)),
             (own,),
             gradient="none",
             holds="step",
         ),
-        *((ids_of_labels(),) if decodes else ()),
+        *(() if alone else (ids_of_labels(),)),
         _convolution(first, "features", "c1", "b frames h", own),
         ops.activation(f"{_ENCODER}.gelu_1", "c1", "g1", "b frames h"),
         _convolution(second, "g1", "c2", "b s h", Weight(f"{second}.weight", "h h 3", "embedding")),
@@ -98,10 +98,10 @@ def _convolution(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
     )
 
 
-def _encoded(made: str) -> tuple[Op, ...]:
+def _encoded() -> tuple[Op, ...]:
     """The encoder's last norm."""
     return (
-        ops.layer_norm(f"{_ENCODER}.layer_norm", "x", made, "b s h", "h"),
+        ops.layer_norm(f"{_ENCODER}.layer_norm", "x", "encoded", "b s h", "h"),
         ops.leave("x", "g2", "all_positions"),
     )
 
@@ -132,8 +132,9 @@ def _alone(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     """The decoder's first operations over what the encoder has left; the recordings stay beside it."""
     name = f"{_DECODER}.embed_tokens.weight"
     features = Tensor("features", "prompts mel frames", f"={name}")
-    inputs = Op("inputs", (), (Tensor("decoder_ids", "b s", "int64"), features), holds="step")
-    return (inputs, encoded(name), *renamed(_embedded(m, wiring), {"stream": "embeds"}))
+    inputs = Op("inputs", (), (Tensor("decoder_ids", "b s", "int64"),), holds="step")
+    kept = found(features, Tensor("encoded", "rows source h", f"={name}"))
+    return (*kept, inputs, *renamed(_embedded(m, wiring), {"stream": "embeds"}))
 
 
 def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: str = "") -> tuple[Op, ...]:

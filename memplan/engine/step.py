@@ -425,9 +425,7 @@ def run_pass(
             joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
             behind = _behind(joint.ops, {"x": "x"})
             begins, wanted = behind.get(c.joins.stream, c.joins.stream), later[at] - {"x"}
-            made = tape.forward(
-                joint, {begins, *_roots(behind, wanted)}, own, grad=records, checkpoint=not records
-            )
+            made = tape.forward(joint, {begins, *_roots(behind, wanted)}, own, grad=records, checkpoint=not records)
             stream = made[begins]
             own = _handed(made, behind, wanted, stream)
             flows = frozenset(joint.flows - {"x"})

@@ -58,8 +58,9 @@ class Script:
 
     `phase` is entered around every part of a step, by the names of `PHASES`; `micro` is called before the first
     forward pass and every further one of an accumulated step. For the task `forward` a step is one forward pass, for
-    `generate` the phases are `prefill` and `decode`, and `encode` before them where there is an encoder. `counted` are the parameters of the model without adapters, all
-    and active ones, and `trainable` those that train, before ranks divide them.
+    `generate` the phases are `prefill` and `decode`, and before them `encode` where there is an encoder. `counted` are
+    the parameters of the model without adapters, all and active ones, and `trainable` those that train, before ranks
+    divide them.
     """
 
     def __init__(self, run: RunSpec, device: torch.device, phase: Phase = no_phase) -> None:
@@ -258,14 +259,14 @@ class Script:
         with torch.no_grad():
             with self.phase("encode"):
                 sources, options = self._inputs()
-                micro = run.batch.micro
                 mask = options.get("attention_mask")
                 padded, tokens = mask is not None, base.main_input_name == "input_ids"
                 if tokens and mask is None:
                     mask = torch.ones_like(sources["input_ids"])
                 given = {"attention_mask": mask} if padded else {}
                 encoded = base.get_encoder()(**sources, **given, return_dict=True)
-                ids = torch.ones((micro, prompt_of_decoder(run.batch, base.config.model_type)), dtype=torch.int64, device=self.device)
+                prompt = prompt_of_decoder(run.batch, base.config.model_type)
+                ids = torch.ones((run.batch.micro, prompt), dtype=torch.int64, device=self.device)
                 del given, options
                 if beams > 1:
                     ids = ids.repeat_interleave(beams, dim=0)
