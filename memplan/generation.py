@@ -25,7 +25,7 @@ from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
-from memplan.resolve import Decided, with_new_tokens, with_use_cache
+from memplan.resolve import Decided, check_classes, with_new_tokens, with_use_cache
 from memplan.spec import Method, Part, Precision, RunSpec
 
 
@@ -56,6 +56,13 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if generates and model.model_type in NOT_YET:
         raise UnsupportedModelError(
             f"task: generate is not supported yet for model_type {model.model_type}; forward is", "task"
+        )
+    check_classes(model, run.kernels, run.profile)
+    if model.is_encoder_decoder and model.unquantised and run.precision.weights == "fp16":
+        raise SpecError(
+            f"precision.weights: fp16 is not supported yet for {model.name or model.model_type}, of which transformers "
+            f"keeps {', '.join(model.unquantised)} in fp32 then; bf16 and fp32 are",
+            "precision.weights",
         )
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     capability = gpu.compute_capability if gpu else None
@@ -95,6 +102,12 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
     )
+    if model.is_encoder_decoder and generation.cache_implementation == "legacy":
+        raise SpecError(
+            f"generation.cache_implementation: legacy is not supported yet for {model.name or model.model_type}; "
+            "supported: dynamic, static",
+            "generation.cache_implementation",
+        )
     if generation.do_sample and generation.num_beams > 1:
         raise SpecError(
             "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
