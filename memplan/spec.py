@@ -335,8 +335,8 @@ class Batch(Part, frozen=True):
 
     Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
     Of an encoder-decoder `sequence` is what the encoder reads, and the decoder is given `target_sequence` tokens: by
-    default as many, or as many as it has positions for. What an encoder of images or recordings reads is fixed by its
-    config.
+    default as many, or as many as it has positions for. To generate it begins with those: with one by default, Whisper
+    with four. What an encoder of images or recordings reads is fixed by its config.
     """
 
     micro: Count = 1
