@@ -301,7 +301,10 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("method", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
-        ("batch", f"{sequences} of {_lengths(batch)}{',' * bool(batch.target_sequence)}{_images(batch)} per GPU; {passes}"),
+        (
+            "batch",
+            f"{sequences} of {_lengths(batch)}{',' * bool(batch.target_sequence)}{_images(batch)} per GPU; {passes}",
+        ),
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", _loss(run) + _held_outputs(loop)),
