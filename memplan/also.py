@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memplan.batches import check_batch
-from memplan.catalogue.decoding import NOT_YET, Pass, returned_by
+from memplan.batches import check_batch, lengths
+from memplan.catalogue.decoding import NOT_YET, Cache, Pass, returned_by
 from memplan.catalogue.merging import adapted, merge
 from memplan.catalogue.profiles import decided as words_of
 from memplan.catalogue.profiles import find_profile
@@ -305,21 +305,27 @@ def _generated(
 ) -> Aside:
     """Tokens generated after each of an evaluation's sequences."""
     kind = graph.model.model_type
-    if graph.model.objective != "causal_lm" or kind in NOT_YET:
+    if graph.model.objective not in ("causal_lm", "seq2seq_lm") or kind in NOT_YET:
         raise SpecError(
             f"also.evaluation.new_tokens: generation is not supported yet for {graph.model.name or kind}",
             "also.evaluation.new_tokens",
         )
-    cache = "legacy" if words["cache"] == "legacy" else "dynamic"
-    switches = words["experts"] == "stacked"
-    now = Pass("prefill", cache, words["last_logits"], wide, few_rows=words["few_rows"], switches=switches)
+    way: Cache = "legacy" if words["cache"] == "legacy" else "dynamic"
+    crosses = graph.model.is_encoder_decoder  # whose heads are given every token of the decoder's prompt
+    last_only, few_rows, switches = (
+        words["last_logits"] and not crosses,
+        words["few_rows"],
+        words["experts"] == "stacked",
+    )
+    now = Pass("prefill", way, last_only, wide, few_rows=few_rows, crosses=crosses, switches=switches)
     one = _still(graph, now, caching=True)
     if not caches_all(one):
         raise UnsupportedModelError(
             f"also.evaluation.new_tokens: generation is not supported yet for model_type {kind} with this attention",
             "also.evaluation.new_tokens",
         )
-    batch = found.batch.model_copy(update={"new_tokens": e.new_tokens})
+    asked = found.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
+    batch = lengths(asked, graph.model, generates=True)
     prompted = found._replace(structure=found.structure._replace(graph=one), batch=batch)
     passes: list[tuple[Step, tuple[tuple[str, int], ...]]] = []
     peaks: list[tuple[int, int]] = []

@@ -176,6 +176,12 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
         raise SpecError(
             f"batch.images: {run.batch.images} is not supported yet with an assistant; supported: 0", "batch.images"
         )
+    if model.is_encoder_decoder:
+        raise SpecError(
+            f"{field}: an assistant is not supported yet for {model.name or model.model_type}, which decodes what an "
+            "encoder has read",
+            field,
+        )
     _refuse_states(model, field)
     layers = asked.assistant_early_exit
     if layers is not None and layers >= model.num_hidden_layers:
@@ -194,6 +200,8 @@ def _refuse_states(model: ModelSpec, field: str) -> None:
 
 def _refuse_pair(model: ModelSpec, assistant: ModelSpec) -> None:
     field = "generation.assistant_model"
+    if assistant.objective != "causal_lm":
+        raise SpecError(f"{field}: {assistant.name or assistant.model_type} is no decoder that proposes tokens", field)
     _refuse_states(assistant, field)
     if model.vocab_size != assistant.vocab_size:
         raise SpecError(
@@ -305,7 +313,7 @@ def _draft(assistant: Assistant, one: Round, i: int) -> Step:
             kept = early + one.before - 1
     seen = min(grown, window - 1 + fed) if window else grown
     one_pass = _over_cache(graph, now, fed, past - cropped + fed, window)
-    return Step(one_pass, 1, fed, past, kept, seen, 0, None, cropped, grown, assists=True, proposed=one.proposed)
+    return Step(one_pass, 1, fed, past, kept, seen, cropped=cropped, grown=grown, assists=True, proposed=one.proposed)
 
 
 def _verifies(decided: Decided, assistant: Assistant, one: Round) -> Step:
@@ -334,7 +342,7 @@ def _verifies(decided: Decided, assistant: Assistant, one: Round) -> Step:
             kept = min(tokens - 2, window - 1) + one.before + 1
         grown = min(tokens - 1, window - 1) + fed if window else tokens - 1 + fed
         one_pass = _over_cache(graph, now, fed, tokens - 1 + fed, window)
-        step = Step(one_pass, 1, fed, past, kept, grown, 0, None, one.before, grown)
+        step = Step(one_pass, 1, fed, past, kept, grown, cropped=one.before, grown=grown)
     beside = (*(_candidates(decided, one.proposed) if drafted else ()), *_ids(decided, one))
     other = None
     if assistant.drafts is not None and (one.proposed or one.before):

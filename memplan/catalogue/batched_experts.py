@@ -10,7 +10,7 @@ _optimize_model_for_decode.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from memplan.catalogue import ops
 from memplan.catalogue.routers import CHOSEN, PAIRS, SCORES
@@ -22,8 +22,12 @@ _SORTED = frozenset(f"experts.{name}" for name in ("order", "token", "counted", 
 _VIEWS = {"experts.ids": CHOSEN, "experts.scores": SCORES, "experts.ordered": "experts.weighted"}
 
 
-def batched(some: Iterable[Op]) -> Iterator[Op]:
-    """A block's operations with the grouped products of its experts as batched ones."""
+def batched(some: Sequence[Op]) -> Iterator[Op]:
+    """A block's operations with the grouped products of its experts as batched ones; those that are stored in another
+    format have kernels of their own."""
+    if any(op.product == "grouped" and op.weights and op.weights[0].stored for op in some):
+        yield from some
+        return
     selected = ""
     biases: list[Op] = []  # selected after the matrices
     folded: dict[str, Tensor] = {}  # matrices that adapters were added to
@@ -38,7 +42,7 @@ def batched(some: Iterable[Op]) -> Iterator[Op]:
             continue
         if op.name.endswith(".bias_of_each") or op.reads == ("experts.up_bias",):
             biases.append(op)
-        elif op.product == "grouped" and not (op.weights and op.weights[0].stored):
+        elif op.product == "grouped":
             before, own = selected, next((folded[name] for name in op.reads if name in folded), None)
             name, shape = (own.name, own.shape) if own else (op.weights[0].name, op.weights[0].shape)
             selected = f"{name} selected"
