@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from memplan.catalogue.caches import CONVOLUTION, LayerCache
 from memplan.errors import SpecError
+from memplan.models import ModelSpec
 from memplan.serving.parallel import Ranks, each
 from memplan.serving.pool import Tokens
 from memplan.serving.settings import Settings
@@ -31,6 +32,20 @@ def static_fraction(total: int, chunk: int, graphs: int, ranks: Ranks, latent: b
     return round((mib - reserved) / mib, 3)
 
 
+def seeing(model: ModelSpec) -> float:
+    """What a tower leaves of that share: less the larger it is. Source: arg_groups/memory_hook.py
+    adjust_mem_fraction_for_vlm, which reads `num_hidden_layers` and `hidden_size` of the tower's config and has 24 and
+    1,024 where there are none."""
+    tower = model.part("vision_config")
+    if not tower:
+        return 1.0
+    layers, hidden = tower.get("num_hidden_layers", 24), tower.get("hidden_size", 1024)
+    if not isinstance(layers, int) or not isinstance(hidden, int):
+        layers, hidden = 24, 1024
+    more = layers * hidden**2 / (24 * 1024**2) - 1
+    return 0.95 * max(0.8, min(1.05, 1 - 0.1 * more))
+
+
 def prefill_graphs(tokens: int) -> int:
     """How many steps of a prompt's tokens are recorded. Source: arg_groups/cuda_graph_hook.py
     generate_prefill_cuda_graph_batch_sizes."""
@@ -50,6 +65,8 @@ def pool(s: Settings, available: int) -> Tokens:
         raise SpecError(f"model: {s.model.model_type} keeps no keys, which is not supported yet", "model")
     if state and "state_share" not in s.words:
         raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
+    if s.model.part("vision_config"):  # for what the tower has made. Source: mm_runtime_reservation_gb
+        available -= s.words.get("pictures_mib", 0) * MIB
     page, available = s.block, max(0, available)
     states = None
     if state:
