@@ -175,6 +175,10 @@ GgufType = Literal[
     "MXFP4_MOE",
 ]
 Format = Literal[TrainedOver, OnlyRuns, GgufType]
+# Kernels of GPTQ's and AWQ's weights, and what runs those of formats that nothing trains over (catalogue/running.py).
+Packed = Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"]
+Runs = Literal["decompressed", "scaled_mm", "fbgemm", "torchao", "quanto", "triton", "dequantised"]
+Backend = Literal[Packed, Runs]
 _FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
 # Weights that share a scale, where a run says no other number: what the formats' own libraries make.
 # Source: transformers 5.24 utils/quantization_config.py GPTQConfig, AwqConfig; torchao 0.18; compressed-tensors 0.20.
@@ -208,7 +212,7 @@ class Quantization(Part, frozen=True):
 
     A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
     formats that a model only runs in have groups of their own, and types of GGUF files none that can be said. `backend`
-    is the kernel that GPTQ's or AWQ's weights run with, where it makes something beside its output.
+    is the kernel that weights run with, where a format has several or makes something beside its output.
     """
 
     format: Annotated[Format, BeforeValidator(_named)] = "nf4"
@@ -217,7 +221,7 @@ class Quantization(Part, frozen=True):
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl"] | None = None
-    backend: Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"] | None = None
+    backend: Backend | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -331,8 +335,8 @@ class Batch(Part, frozen=True):
 
     Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
     Of an encoder-decoder `sequence` is what the encoder reads, and the decoder is given `target_sequence` tokens: by
-    default as many, or as many as it has positions for. What an encoder of images or recordings reads is fixed by its
-    config.
+    default as many, or as many as it has positions for. To generate it begins with those: with one by default, Whisper
+    with four. What an encoder of images or recordings reads is fixed by its config.
     """
 
     micro: Count = 1

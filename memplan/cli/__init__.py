@@ -330,7 +330,7 @@ def estimate(
         int | None,
         option(
             "Tokens for the decoder, where there is an encoder beside it. Default as many as the encoder reads, or as "
-            "it has positions for.",
+            "it has positions for; to generate from, one, of Whisper four.",
             of=TRAINING,
         ),
     ] = None,

@@ -138,6 +138,7 @@ _MOMENTS = {
     "step": "in the optimizer's step",
     "eval": "in evaluation",
     "generate": "in generation",
+    "encode": "while the encoder reads",
     "prefill": "while the prompt is read",
     "decode": "while tokens are generated",
     "save": "while the model is saved",
@@ -300,7 +301,10 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("method", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
-        ("batch", f"{sequences} of {_lengths(batch)}{_images(batch)} per GPU; {passes}"),
+        (
+            "batch",
+            f"{sequences} of {_lengths(batch)}{',' * bool(batch.target_sequence)}{_images(batch)} per GPU; {passes}",
+        ),
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", _loss(run) + _held_outputs(loop)),
@@ -394,7 +398,7 @@ def _loss(run: RunSpec) -> str:
 
 def _lengths(batch: Batch) -> str:
     tokens = f"{batch.sequence:,} tokens"
-    return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder,"
+    return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder"
 
 
 def _held_outputs(loop: Loop) -> str:
