@@ -326,6 +326,26 @@ def test_states_take_a_block_of_their_own_each() -> None:
     assert pool.of_request(10_000) == -(-10_000 // block) + 3 * 2
 
 
+def test_a_model_of_states_alone_takes_a_block_for_a_request() -> None:
+    """Falcon Mamba 7B: 64 layers with a state of 8192 x 16 and 3 columns of a convolution. vLLM keeps no prefixes;
+    SGLang gives states 9 bytes of 19, of which one pads, and requests three where prefixes are kept."""
+    state = 64 * 8192 * (16 + 3) * 2
+    s = settled(run_of("falcon-mamba-7b", "vllm-0.33"))
+    pool = pool_of(s, 100 * state)
+    assert isinstance(pool, Blocks)
+    assert (pool.blocks, pool.block_bytes, pool.of_request(10**6)) == (100, state, 1)
+    assert pool.holds(10**6, 99)
+    assert not pool.holds(10**6, 100)  # one block is never given out
+    two = pool_of(settled(divided("falcon-mamba-7b", "vllm-0.33", tp=2)), 0)
+    assert two.block_bytes == state // 2
+    slots = 64 * 8192 * (16 * 4 + 3 * 2)
+    kept = pool_of(settled(run_of("falcon-mamba-7b", "sglang-0.5")), 19 * slots)
+    assert (kept.blocks, kept.bytes) == (8, 9 * slots)
+    assert kept.concurrency(4096) == Fraction(8, 3)
+    assert kept.needs(4096, 2) == 7 * slots
+    assert estimate(run_of("falcon-mamba-7b", "vllm-0.33")).verdict.answer == "fits"
+
+
 def test_adapters_take_slots_for_every_matrix() -> None:
     """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers."""
     plain, slots = (
@@ -693,7 +713,6 @@ REFUSED = {
     "serving.main_gpu: has all under split_mode none": {"profile": "llama.cpp-2026", "serving": {"main_gpu": 0}},
     "serving.tensor_split: 2 parts of 1 GPUs": {"profile": "llama.cpp-2026", "serving": {"tensor_split": [1, 1]}},
     "model: t5 models are not supported yet": {"model": "t5-base"},
-    "model: mamba keeps no keys": {"model": "mamba-130m"},
 }
 
 

@@ -104,7 +104,7 @@ ENGINES = (
         (
             "audio, speculative decoding, offloaded caches, redundant experts and what DeepEP's kernels hold",
             "workspaces of attention backends, and what kernels of quantised weights repack, but for mxfp4",
-            "encoder-decoders, models without a cache of keys, and DeepSeek V4's pools",
+            "encoder-decoders, and DeepSeek V4's pools",
         ),
     ),
     Engine(
@@ -156,7 +156,7 @@ ENGINES = (
         ),
         (
             "audio, speculative decoding, hierarchical caches, and what DeepEP's kernels hold",
-            "encoder-decoders, models without a cache of keys, and DeepSeek V4's pools",
+            "encoder-decoders, and DeepSeek V4's pools",
         ),
     ),
     Engine(
@@ -208,7 +208,7 @@ ENGINES = (
         ),
         (
             "tensors put elsewhere (-ot, --n-cpu-moe), multimodal projectors, and what --fit would change",
-            "compute buffers of state spaces: those of a dense model are counted",
+            "compute buffers of gated delta rules: those of a dense model are counted",
         ),
     ),
 )

@@ -11,7 +11,7 @@ from memplan.catalogue.engines import ENGINES, Engine, decided, find_engine
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, find_gpu
 from memplan.models import ModelSpec
-from memplan.serving.parallel import Ranks, ranks_of, stages_of
+from memplan.serving.parallel import Ranks, attention_free, ranks_of, stages_of
 from memplan.serving.stages import Stage
 from memplan.spec import (
     Also,
@@ -175,6 +175,8 @@ def _filled(
         seqs = s.max_num_seqs or requests
         batched = s.max_num_batched_tokens or min(tokens, seqs * longest)
         fields |= {"max_num_batched_tokens": batched, "max_num_seqs": s.max_num_seqs or min(seqs, batched)}
+        if attention_free(model) and s.prefix_caching is None:  # config/model.py is_prefix_caching_supported
+            fields["prefix_caching"] = False
         if _latent(model) and s.block_size is None:
             fields["block_size"] = 64  # FlashMLA's, FlashInfer's and sparse MLA's kernels
     if engine.kind == "sglang":

@@ -61,8 +61,6 @@ def pool(s: Settings, available: int) -> Tokens:
     sliding = sum(_token(s, c) for c in layers if c.kind == "sliding")
     window = max((c.window or 0 for c in layers if c.kind == "sliding"), default=0)
     state = max(sum(_state(one, c) for c in one.caches if c.kind == "state") for one in each(s))
-    if not full and not sliding:
-        raise SpecError(f"model: {s.model.model_type} keeps no keys, which is not supported yet", "model")
     if state and "state_share" not in s.words:
         raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
     if s.model.part("vision_config"):  # for what the tower has made. Source: mm_runtime_reservation_gb
@@ -71,19 +69,22 @@ def pool(s: Settings, available: int) -> Tokens:
     states = None
     if state:
         share = s.words["state_share"]
-        states = available * share // (1000 + share) // state
-        available -= states * state
+        states = max(0, available * share // (1000 + share) // state - 1)  # one more pads
+        available = max(0, available - (states + 1) * state)
+    per_request = _STATES_A_REQUEST if s.serving.prefix_caching else 1
+    if not full and not sliding:  # as many tokens as the longest request, which take nothing
+        return Tokens(s.longest, 0, page, states=states, state_bytes=state, per_request=per_request)
     if not s.serving.hybrid_cache:
         full, sliding = full + sliding, 0
     if full and sliding:
         share = s.words["window_share"]
         slots = available * 1000 // (1000 * full + share * sliding) // page * page
         windowed = slots * share // 1000 // page * page
-        return Tokens(slots, full, page, windowed, sliding, window, states, state, _STATES_A_REQUEST)
+        return Tokens(slots, full, page, windowed, sliding, window, states, state, per_request)
     slots = available // (full or sliding) // page * page
     if full:
-        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=_STATES_A_REQUEST)
-    return Tokens(0, 0, page, slots, sliding, window, states, state, _STATES_A_REQUEST)
+        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=per_request)
+    return Tokens(0, 0, page, slots, sliding, window, states, state, per_request)
 
 
 def _token(s: Settings, c: LayerCache) -> int:
