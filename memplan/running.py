@@ -154,8 +154,8 @@ def note_of(running: Running) -> str:
     return (
         f"weights in {format}: "
         + {
-            "decompressed": "as compressed-tensors loads them, whole from the first call of the model on, which is counted "
-            "with loading",
+            "decompressed": "as compressed-tensors loads them, whole from the first call of the model on, which is "
+            "counted with loading",
             "scaled_mm": "compressed-tensors with use_optimized_inference",
             "fbgemm": "FbgemmFp8Config",
             "torchao": "TorchAoConfig, quantised as they are loaded",
