@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from memplan.batches import check_batch
-from memplan.catalogue.decoding import NOT_YET, Pass, returned_by
+from memplan.batches import check_batch, lengths
+from memplan.catalogue.decoding import NOT_YET, Cache, Pass, returned_by
 from memplan.catalogue.merging import adapted, merge
 from memplan.catalogue.profiles import decided as words_of
 from memplan.catalogue.profiles import find_profile
@@ -305,19 +305,22 @@ def _generated(
 ) -> Aside:
     """Tokens generated after each of an evaluation's sequences."""
     kind = graph.model.model_type
-    if graph.model.objective != "causal_lm" or kind in NOT_YET:
+    if graph.model.objective not in ("causal_lm", "seq2seq_lm") or kind in NOT_YET:
         raise SpecError(
             f"also.evaluation.new_tokens: generation is not supported yet for {graph.model.name or kind}",
             "also.evaluation.new_tokens",
         )
-    now = Pass("prefill", "legacy" if cache == "legacy" else "dynamic", last_only, wide, few_rows=few_rows)
+    way: Cache = "legacy" if cache == "legacy" else "dynamic"
+    crosses = graph.model.is_encoder_decoder  # whose heads are given every token of the decoder's prompt
+    now = Pass("prefill", way, last_only and not crosses, wide, few_rows=few_rows, crosses=crosses)
     one = _still(graph, now, caching=True)
     if not caches_all(one):
         raise UnsupportedModelError(
             f"also.evaluation.new_tokens: generation is not supported yet for model_type {kind} with this attention",
             "also.evaluation.new_tokens",
         )
-    batch = found.batch.model_copy(update={"new_tokens": e.new_tokens})
+    asked = found.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
+    batch = lengths(asked, graph.model, generates=True)
     prompted = found._replace(structure=found.structure._replace(graph=one), batch=batch)
     passes: list[tuple[Step, tuple[tuple[str, int], ...]]] = []
     peaks: list[tuple[int, int]] = []

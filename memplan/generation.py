@@ -18,6 +18,7 @@ from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
+from memplan.inference import over_source
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
@@ -25,7 +26,7 @@ from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
-from memplan.resolve import Decided, with_new_tokens, with_use_cache
+from memplan.resolve import Decided, check_classes, with_new_tokens, with_use_cache
 from memplan.running import note_of, running_of
 from memplan.spec import Method, Part, Precision, RunSpec
 
@@ -46,7 +47,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             f"profile: LitGPT has no model_type {model.model_type} here; supported: {', '.join(KINDS)}", "profile"
         )
     generates = run.task == "generate"
-    if generates and model.objective != "causal_lm":
+    if generates and model.objective not in ("causal_lm", "seq2seq_lm"):
         raise SpecError(
             f"task: {model.name or model.model_type} is taken for {model.objective}, and generate is not supported yet "
             "for that; forward is",
@@ -57,6 +58,13 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if generates and model.model_type in NOT_YET:
         raise UnsupportedModelError(
             f"task: generate is not supported yet for model_type {model.model_type}; forward is", "task"
+        )
+    check_classes(model, run.kernels, run.profile)
+    if model.is_encoder_decoder and model.unquantised and run.precision.weights == "fp16":
+        raise SpecError(
+            f"precision.weights: fp16 is not supported yet for {model.name or model.model_type}, of which transformers "
+            f"keeps {', '.join(model.unquantised)} in fp32 then; bf16 and fp32 are",
+            "precision.weights",
         )
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     capability = gpu.compute_capability if gpu else None
@@ -82,9 +90,9 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
     returns = generates or words["code"] == "transformers"  # LitGPT's model has a cache where it is told to
-    caches = bool(run.loop.use_cache) and returns and model.objective == "causal_lm"
+    caches = bool(run.loop.use_cache) and returns and model.objective in ("causal_lm", "seq2seq_lm")
     pictures = axes_of_images(model, run)
-    batch = lengths(run.batch, model)
+    batch = lengths(run.batch, model, generates)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
     windowed = window is not None and batch.sequence >= window
     wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)
@@ -96,11 +104,17 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
         caching=caches or words["forward_caches"],
-        last_only=generates and words["last_logits"],
+        last_only=generates and words["last_logits"] and not model.is_encoder_decoder,
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
     )
+    if model.is_encoder_decoder and generation.cache_implementation == "legacy":
+        raise SpecError(
+            f"generation.cache_implementation: legacy is not supported yet for {model.name or model.model_type}; "
+            "supported: dynamic, static",
+            "generation.cache_implementation",
+        )
     if generation.do_sample and generation.num_beams > 1:
         raise SpecError(
             "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
@@ -108,13 +122,14 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     now = Pass(
         "prefill" if generates else "forward",
         generation.cache_implementation or ("dynamic" if wiring.caching else ""),
-        words["last_logits"],
+        words["last_logits"] and not model.is_encoder_decoder,
         words["logits"] == "model",
         wiring.has_mask(),
         windowed and batch.sequence > (window or 0),
         words["few_rows"],
         generation.num_beams > 1,
         generation.do_sample,
+        generates and model.is_encoder_decoder,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
     )
     graph = Graph(
@@ -181,6 +196,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
 
 def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
+    if graph.model.is_encoder_decoder:
+        graph = over_source(graph)
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
     own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]

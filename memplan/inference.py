@@ -30,7 +30,7 @@ from memplan.graph import (
 )
 from memplan.graph import weights_of as graph_weights
 from memplan.ir import Division
-from memplan.run_axes import axes_of
+from memplan.run_axes import axes_of, blocks_of_keys
 from memplan.segments import replay_loading
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`. A static cache has `room` for so many. `division`: its weights are divided
-    among ranks."""
+    layer with a window has `past_window`. A static cache has `room` for so many. `source` tokens were read by an
+    encoder, of so many `prompts`. `division`: its weights are divided among ranks."""
 
     graph: Graph
     batch: int
@@ -51,6 +51,8 @@ class Step(NamedTuple):
     past_window: int = 0
     window: int = 0
     room: int = 0
+    source: int = 0
+    prompts: int = 0
     division: Division | None = None
 
     @property
@@ -75,26 +77,55 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         graph = graph._replace(inference=now)
     if not now.generates:
         return (Step(graph, batch.micro, batch.sequence),)
+    if graph.model.is_encoder_decoder:
+        return (_encoding(decided), *_decoding(decided, over_source(graph)))
+    return _decoding(decided, graph)
+
+
+def _encoding(decided: Decided) -> Step:
+    """The pass of an encoder, whose decoder generates after it: of every prompt once, however many beams there are."""
+    graph, batch = decided.structure.graph, decided.batch
+    assert graph.inference is not None
+    wiring = graph.wiring._replace(part="encoder", caching=False, beams=decided.beams > 1)
+    one = graph._replace(wiring=wiring, inference=graph.inference._replace(phase="encode", cache=""))
+    return Step(one, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
+
+
+def over_source(graph: Graph) -> Graph:
+    """An encoder-decoder's decoder alone, over what the encoder has left."""
+    return graph._replace(wiring=graph.wiring._replace(part="decoder"))
+
+
+def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
+    """The passes of a decoder: the prompt's, and of those of a token the first and the last."""
+    batch, now = decided.batch, graph.inference
+    assert now is not None
+    many = MANY_ROWS.get(now.loaded.backend, 0)
     window, few_rows = graph.model.sliding_window or 0, now.few_rows
     rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
-    prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
-    room = prompt + batch.new_tokens - 1
-    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
+    crosses = bool(graph.wiring.part)
+    prompt = (batch.target_sequence or 1) if crosses else batch.sequence
+    last, room = prompt + batch.new_tokens - 2, prompt + batch.new_tokens - 1
+    read = (batch.sequence if crosses else 0, batch.micro)
+    static = now.cache == "static"
+    if crosses:
+        wiring = graph.wiring._replace(decodes=prompt == 1, static=static)  # one token sees all there are
+        graph = graph._replace(wiring=wiring, inference=now._replace(room=now.room or (static and prompt == 1)))
+    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room, *read)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
-        static = now.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
-            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
+            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window, crossed=crosses
         )
-        wiring = wiring._replace(padded=wiring.padded or static)
+        wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
         recipe = graph.recipe
         if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        lingers = past == prompt and not now.last_only
+        lingers = past == prompt and not (now.last_only or crosses)
         unpacks = bool(many) and rows >= many
         token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
@@ -102,7 +133,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         kept = prompt if past == prompt else windowed(past)
         if decided.beams > 1 and window:  # but a copy in another order is of the window alone
             kept = min(past, window - 1)
-        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
+        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room, *read))
     return tuple(found)
 
 
@@ -117,12 +148,19 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "kv_static": step.room,
         "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
         "kernel1": fixed.get("kernel", 0) + 1,
+        "source": step.source,
+        "prompts": step.prompts,
+        "rows": step.prompts * decided.beams,
     }
     if step.graph.model.config.get("index_topk"):
         more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
-    for name in ("kv", "kv_window", "kv_static", "kv_window_static"):
+    if "key_block" in fixed:
+        static = step.graph.inference is not None and step.graph.inference.keys("kv") == "kv_static"
+        more |= blocks_of_keys(fixed, step.room if static else more["kv"], ONE_RUN)
+    for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
+        more[f"{name}_uneven8"] = more[f"{name}8"] if more[name] % 8 else 0
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
     axes = axes_of(
         step.graph,
@@ -168,6 +206,11 @@ class Walked(NamedTuple):
     workspace: int
 
     @property
+    def graph(self) -> Graph:
+        """A graph with all weights of the model."""
+        return whole(self.decided, self.steps)
+
+    @property
     def resting(self) -> int:
         """What is there throughout all passes."""
         return self.parameters + self.unsplit + self.workspace
@@ -209,7 +252,7 @@ class Walked(NamedTuple):
 
     def lines(self, phase: str) -> list[Line]:
         """Every tensor alive at a phase's peak, largest first."""
-        first = self.steps[0].graph
+        first = self.graph
         axes = {**built(first)[1], **self.axes[0]}
         out = [
             held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
@@ -240,10 +283,14 @@ def walk(decided: Decided, expandable: bool = False) -> Walked:
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
     peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
-    graph = steps[0].graph
-    resident, unsplit, most = loaded(graph, expandable)
+    resident, unsplit, most = loaded(whole(decided, steps), expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
     return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
+
+
+def whole(decided: Decided, steps: tuple[Step, ...]) -> Graph:
+    """The graph of a run's passes with all weights of the model, though a pass may be of an encoder or a decoder."""
+    return decided.structure.graph if steps[0].graph.wiring.part else steps[0].graph
 
 
 _UNSPLIT = (
@@ -312,7 +359,7 @@ def replay(walked: Walked, expandable: bool) -> Replay:
         some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
         steps = (*early, *some, last)
     axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
-    return Replay(steps, axes, walked.workspace, expandable)
+    return Replay(walked.graph, steps, axes, walked.workspace, expandable)
 
 
 def _growth(walked: Walked) -> int:
@@ -325,8 +372,10 @@ def _growth(walked: Walked) -> int:
 
 
 class Replay(NamedTuple):
-    """What decides the allocations of a run: its passes, their axes, cuBLAS's workspace, how the allocator works."""
+    """What decides the allocations of a run: its weights, its passes, their axes, cuBLAS's workspace, how the allocator
+    works."""
 
+    graph: Graph
     steps: tuple[Step, ...]
     axes: tuple[tuple[tuple[str, int], ...], ...]
     workspace: int
@@ -347,7 +396,7 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
     """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
     allocator = Allocator(replay.expandable, capacity)
     try:
-        load(replay.steps[0].graph, allocator)
+        load(replay.graph, allocator)
         allocator.alloc(replay.workspace)
         left: list[tuple[tuple[str, ...], Block]] = []
         for step, axes in zip(replay.steps, replay.axes, strict=True):
@@ -372,11 +421,20 @@ def replayed(
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
     bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
     blocks: dict[int, tuple[tuple[str, ...], Block]] = {}
-    given = iter(left)
-    for number, key in recording.events:
-        if key == FREED:
+    given: dict[tuple[str, ...], list[Block]] = {}
+    for key, block in reversed(left):
+        given.setdefault(_left(key), []).append(block)
+    for number, event in recording.events:
+        if event == FREED:
             allocator.free(blocks.pop(number)[1])
-        else:
-            before = next(given, None)  # what was left comes first, as it is
-            blocks[number] = before or (recording.sizes[key], allocator.alloc(bytes_[key]))
+            continue
+        key = recording.sizes[event]
+        before = given.get(_left(key)) if len(blocks) < len(left) and given else None
+        blocks[number] = (key, before.pop() if before else allocator.alloc(bytes_[event]))
     return list(blocks.values())
+
+
+def _left(key: tuple[str, ...]) -> tuple[str, ...]:
+    """What a tensor is known by that one pass leaves and the next finds: its shape, however many tokens it has, and
+    its dtype."""
+    return (key[0].replace("past", "kv"), *key[1:])

@@ -136,7 +136,8 @@ class Op(NamedTuple):
                     reference goes with its last reader.
     caches          where it stands, what it reads is put beside what a cache has of earlier tokens, of which there are
                     then as many as this axis says, and the names mean all of them from there on; where it is a view,
-                    another layer has done so. A rewrite makes operations of it (`memplan.catalogue.decoding`).
+                    another layer has done so; where it `holds` that, the first pass keeps it as it is, without a copy.
+                    A rewrite makes operations of it (`memplan.catalogue.decoding`).
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients

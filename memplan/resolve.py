@@ -694,13 +694,8 @@ def _check_objective(model: ModelSpec, kernels: Kernels, precision: Precision, p
     what the model's classes do not take."""
     if model.objective == "causal_lm":
         return
+    check_classes(model, kernels, profile)
     name = model.name or model.model_type
-    if kernels.attention in model.lacks:
-        raise SpecError(
-            f"kernels.attention: {kernels.attention} is not supported for {name}, whose positions are a bias of the "
-            "scores; supported: sdpa, sdpa_efficient, eager",
-            "kernels.attention",
-        )
     if model.is_encoder_decoder and precision.weights == "fp16":
         raise SpecError(
             f"precision.weights: fp16 is not supported yet for {name}, whose layers clamp what they make in it; bf16 "
@@ -713,7 +708,18 @@ def _check_objective(model: ModelSpec, kernels: Kernels, precision: Precision, p
             f"{model.objective}, whose class computes its own loss: hf",
             "kernels.loss",
         )
-    if find_profile(profile).name != "transformers-5":
+
+
+def check_classes(model: ModelSpec, kernels: Kernels, profile: str) -> None:
+    """Raise SpecError for a kernel of attention that the model's classes do not take, or, of another model than a
+    causal language model, for a version whose classes are not read."""
+    if kernels.attention in model.lacks:
+        raise SpecError(
+            f"kernels.attention: {kernels.attention} is not supported for {model.name or model.model_type}, whose "
+            "positions are a bias of the scores; supported: sdpa, sdpa_efficient, eager",
+            "kernels.attention",
+        )
+    if model.objective != "causal_lm" and find_profile(profile).name != "transformers-5":
         raise SpecError(
             f"profile: {profile} is not supported yet for {model.objective}; supported: transformers-5", "profile"
         )

@@ -7,6 +7,7 @@ the operations of the cache take that one's place, and what the kernel after it 
     kv, past                all tokens so far, and those before this pass
     kv_window, past_window  the same of a layer that keeps those of its window
     kv_static               those that a cache of fixed size has room for
+    source                  those that an encoder has read, of which keys and values are made in the first pass alone
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from memplan.catalogue import ops
-from memplan.ir import Block, Op, Run, Stack, Tensor
+from memplan.ir import Block, Op, Run, Stack, Tensor, outside
 
 Cache = Literal["", "dynamic", "static", "legacy"]
-TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven")  # axes of a sequence's tokens
+TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
@@ -29,7 +30,7 @@ _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 NOT_YET = frozenset(
     (
         *("baichuan", "chatglm", "deepseek_v4", "internlm2", "kimi_k3", "kimi_linear", "megatron_gpt", "minicpm"),
-        *("minimax_m3_vl_text", "step3p7"),
+        *("step3p7",),
     )
 )
 
@@ -48,8 +49,8 @@ class Loaded(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; or `eval`, of a
-    model that trains, with its loss.
+    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; `encode`, of an
+    encoder whose decoder generates; or `eval`, of a model that trains, with its loss.
 
     last_only   the head is given the last token alone, as transformers' logits_to_keep has it
     wide        the model itself makes its logits fp32, all of them
@@ -58,6 +59,7 @@ class Pass(NamedTuple):
     few_rows    as many as a product with 4-bit weights has at most where it makes no whole matrix of them
     beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
     samples     tokens are drawn, after temperature, top-k and top-p
+    crosses     an encoder has read what the sequences are about: their mask is of that, and not of their own tokens
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
@@ -72,6 +74,7 @@ class Pass(NamedTuple):
     few_rows: int = 0
     beams: bool = False
     samples: bool = False
+    crosses: bool = False
     lingers: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
@@ -79,6 +82,10 @@ class Pass(NamedTuple):
     @property
     def generates(self) -> bool:
         return self.phase in ("prefill", "decode")
+
+    @property
+    def encodes(self) -> bool:
+        return self.phase == "encode"
 
     @property
     def evaluates(self) -> bool:
@@ -99,6 +106,7 @@ class Pass(NamedTuple):
 
 def inference(stack: Stack, now: Pass) -> Stack:
     """The stack as the pass runs it."""
+    stack = _given(stack)
 
     def changed(block: Block) -> Block:
         return block._replace(ops=tuple(_still(_cached(block.ops, now))))
@@ -154,16 +162,29 @@ def _still(some: Iterable[Op]) -> Iterator[Op]:
     return (op._replace(asks=False) for op in some)
 
 
+def _given(stack: Stack) -> Stack:
+    """A decoder's ids, which are made of labels where there are some, are given where there are none."""
+    made = [op for some in outside(stack) for op in some if op.name == "decoder_input_ids"]
+    if not made:
+        return stack
+    (ids,) = made
+    before = (op._replace(writes=(*op.writes, *ids.writes)) if op.name == "inputs" else op for op in stack.before)
+    runs = (run._replace(before=tuple(op for op in run.before if op != ids)) for run in stack.runs)
+    return stack._replace(before=tuple(op for op in before if op != ids), runs=tuple(runs))
+
+
 def _inputs(op: Op, now: Pass) -> Op:
     """Token ids, and in generation a mask of ones beside all of them; the model of a token alone is given that."""
     tokens = "kv" if now.decodes else "s"
     made = [t for t in op.writes if t.name != "labels"]
-    if now.generates:
+    if now.generates and now.crosses:
+        made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
+    elif now.generates:
         made = [t for t in made if t.name != "attention_mask"]
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
         made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
         made += [Tensor("logits of the prompt", "b past v", "fp32")] if now.lingers else []
-    return op._replace(writes=tuple(made), source=_GENERATE if now.generates else op.source)
+    return op._replace(writes=tuple(made), source=_GENERATE if now.generates or now.encodes else op.source)
 
 
 def _named_before(now: Pass) -> Iterator[Tensor]:
@@ -171,6 +192,8 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
+    if now.beams:
+        yield Tensor(f"order{_BEFORE}", "b", "int64")
 
 
 _BEFORE = " of the token before"
@@ -198,6 +221,10 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                 t = t._replace(dtype=f"={names.get(t.dtype[1:], t.dtype[1:])}")
             yield from _kept(op.name, t, now, f"{_CACHE} LinearAttentionLayer", op.reads)
             continue
+        if op.caches == "source":
+            yield from _crossed(op, now)
+            names |= {name: _named(name) for t in op.writes for name in (t.name.replace(".kept", ""),)}
+            continue
         if op.caches:
             axis = now.keys(op.caches)
             if op.view:  # another layer's
@@ -221,7 +248,30 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield op
 
 
-_REORDERED = ("key cache", "value cache", "latent cache")
+def _crossed(op: Op, now: Pass) -> Iterator[Op]:
+    """Keys and values of what an encoder has read: the first pass puts them in tensors of the cache's own, and the
+    others find them there."""
+    source = f"{_CACHE} EncoderDecoderCache, DynamicLayer.update, StaticLayer.update"
+    caches = [t._replace(name=_named(t.name.replace(".kept", ""))) for t in op.writes]
+    if now.decodes:
+        for t in caches:
+            yield from _kept(f"{op.name}.{t.name}", t, now, source)
+        if now.cache == "static":
+            yield from _kept(f"{op.name}.length", _LENGTH_ACROSS, now, source)
+        return
+    if now.cache == "static":
+        yield from _in_place(op, op.reads, caches, now, source)
+    else:
+        for name, t in zip(op.reads, caches, strict=True):
+            yield Op(f"{op.name}.{name}", (name,), (t,), holds="cache", source=source)
+    yield ops.leave(*op.reads)
+
+
+_LENGTH_ACROSS = Tensor("length of the cross cache", "", "int64")
+_REORDERED = (
+    *("key cache", "value cache", "latent cache", "index key cache"),
+    *("cross key cache", "cross value cache"),
+)
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
 
@@ -229,7 +279,7 @@ _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index ke
 def _named(name: str) -> str:
     """What the cache of a tensor is called."""
     found = _NAMES.get(name) or {"k": "key", "v": "value"}.get(name.partition(".")[0], name)
-    return f"{found} cache"
+    return f"cross {found} cache" if name.endswith(".cross") else f"{found} cache"
 
 
 def _renamed(op: Op, names: Mapping[str, str]) -> Op:
@@ -251,6 +301,9 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
         what, before = new.removesuffix(" cache"), f"{new} before"
         shape = _keyed(t.shape, op.caches) if now.decodes else t.shape
         past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.decodes else ()
+        if op.holds and not now.decodes:
+            yield Op(f"{op.name}.{what}s", (t.name,), (Tensor(new, shape),), view=True, holds="cache", source=source)
+            continue
         old += [before] if now.decodes else []
         if past and now.cache == "legacy":  # the caller has all of them until the model returns
             alias = Tensor(f"{before}, the caller's", past[0].shape)
@@ -271,16 +324,24 @@ def _written(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     a window that is full all are moved by one, in tensors of their own before they are written back."""
     source = f"{_CACHE} StaticLayer.update, StaticSlidingWindowLayer.update"
     shapes = {t.name: _keyed(t.shape, f"{op.caches}_static") for t in tensors}
-    for t in tensors:
-        kept = Tensor(_named(t.name), shapes[t.name], f"={t.name}")
-        yield from _kept(f"{op.name}.{t.name}", kept, now, source, (t.name,))
-    yield from _kept(f"{op.name}.length", Tensor("length of the cache", "", "int64"), now, source)
-    first, *_ = tensors
+    kept = [Tensor(_named(t.name), shapes[t.name], f"={t.name}") for t in tensors]
     moves = now.decodes and now.longer and op.caches == "kv_window"
     moved = tuple(Tensor(f"{t.name} moved", shapes[t.name], f"={t.name}") for t in tensors) if moves else ()
-    places = tuple(Tensor(f"places {i}", "s", "int64") for i in range(2))
-    yield Op(f"{op.name}.write", (first.name,), scratch=moved or places, source=source)
+    yield from _in_place(op, tuple(t.name for t in tensors), kept, now, source, moved)
     yield ops.leave(*(t.name for t in tensors))
+
+
+def _in_place(
+    op: Op, given: tuple[str, ...], kept: list[Tensor], now: Pass, source: str, moved: tuple[Tensor, ...] = ()
+) -> Iterator[Op]:
+    """What is `given` is written into the tensors `kept`, at places that are counted, or after all were `moved`."""
+    for name, t in zip(given, kept, strict=True):
+        yield from _kept(f"{op.name}.{name}", t, now, source, (name,))
+    length = _LENGTH_ACROSS if op.caches == "source" else Tensor("length of the cache", "", "int64")
+    yield from _kept(f"{op.name}.length", length, now, source)
+    tokens = next(token for token in kept[0].shape.split() if token != "b") if op.caches == "source" else "s"
+    places = tuple(Tensor(f"places {i}", tokens, "int64") for i in range(2))
+    yield Op(f"{op.name}.write", given[:1], scratch=moved or places, source=source)
 
 
 def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
@@ -379,11 +440,13 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         yield ops.leave(logits)
         yield made("accumulate", "log probabilities", y="sums of log probabilities")
         yield ops.leave("log probabilities")
+        yield Op("generate.order", ("sums of log probabilities",), (Tensor("order", "b", "int64"),), source=_GENERATE)
+        yield from forgotten("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
         for t in dict.fromkeys(cached):
             copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
             yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
-        yield ops.leave("next token logits", "sums of log probabilities")
+        yield ops.leave("next token logits", "sums of log probabilities", "order")
         return
     if now.samples:
         warpers = "transformers 5.24 generation/logits_process.py"

@@ -177,9 +177,11 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:
     """What an answer's run reads, for its speed; None, and why, where that is not known."""
     run = answer.asked
     if find_engine(run.profile) is None:
-        done = answer.run
+        done, model = answer.run, find_model(run.model)
+        if model.is_encoder_decoder:
+            return None, "how fast an encoder and its decoder are is not known"
         quantization, dtype = done.method.quantization, done.precision.weights
-        return Load(find_model(run.model), quantization, dtype, recorded=False), ""
+        return Load(model, quantization, dtype, recorded=False), ""
     s = settled(run)
     if s.engine.kind == "llama.cpp":
         if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
@@ -233,7 +235,11 @@ def _context(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
     """The longest request alone: the prompt as long as it may be, the new tokens as many as were asked for."""
     alone = changed(run, "batch", micro=1)
     _, new = lengths(answer)
-    positions = find_model(run.model).longest_sequence
+    model = find_model(run.model)
+    if model.only_sequence is not None:  # its encoder reads no other
+        whole = model.only_sequence + new
+        return Most(whole, "positions") if _met(alone, demand, calibration) else Most(0, "memory")
+    positions = model.longest_sequence
     if positions is not None and positions > new:
         longest = _met(changed(alone, "batch", sequence=positions - new), demand, calibration)
         if longest:
@@ -256,7 +262,10 @@ def _degrees(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
 
 
 def with_tp(run: RunSpec, tp: int) -> RunSpec:
-    """The run on so many GPUs that divide every matrix."""
+    """The run on so many GPUs that divide every matrix; of llama.cpp, that have some of the layers each."""
+    engine = find_engine(run.profile)
+    if engine is not None and engine.kind == "llama.cpp":
+        return run.model_copy(update={"parallelism": Parallelism(world=tp, pp=tp)})
     return run.model_copy(update={"parallelism": Parallelism(world=tp, tp=tp)})
 
 

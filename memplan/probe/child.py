@@ -179,12 +179,16 @@ def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
     """Raise for what would be traced, but is no model or does not run."""
     if most is not None and total > most:
         raise ProbeError(f"model: {total:,} parameters; a trace takes at most {most:,}", "model")
+    from memplan.batches import prompt_of_decoder
     from memplan.probe.counts import positions
     from memplan.probe.model import base_of
 
     field, tokens = "batch.sequence", run.batch.sequence + run.batch.new_tokens
     if getattr(base_of(model).config, "is_encoder_decoder", False):  # the tables are the decoder's
         field, tokens = "batch.target_sequence", run.batch.target_sequence or 0
+        if run.task == "generate":
+            field = "batch.new_tokens"
+            tokens = prompt_of_decoder(run.batch, base_of(model).config.model_type) + run.batch.new_tokens
     for name, rows in positions(model):
         if tokens > rows:
             raise SpecError(f"{field}: {tokens} tokens, but the model has learned positions for {rows} ({name})", field)

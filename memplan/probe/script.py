@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from memplan.batches import prompt_of_decoder
 from memplan.probe.choosing import choosing
 from memplan.probe.counts import parameters
 from memplan.probe.inputs import inputs_of, labels_of
@@ -57,8 +58,9 @@ class Script:
 
     `phase` is entered around every part of a step, by the names of `PHASES`; `micro` is called before the first
     forward pass and every further one of an accumulated step. For the task `forward` a step is one forward pass, for
-    `generate` the phases are `prefill` and `decode`. `counted` are the parameters of the model without adapters, all
-    and active ones, and `trainable` those that train, before ranks divide them.
+    `generate` the phases are `prefill` and `decode`, and before them `encode` where there is an encoder. `counted` are
+    the parameters of the model without adapters, all and active ones, and `trainable` those that train, before ranks
+    divide them.
     """
 
     def __init__(self, run: RunSpec, device: torch.device, phase: Phase = no_phase) -> None:
@@ -199,6 +201,9 @@ class Script:
     def _forward(self) -> None:
         with self.phase("forward"), torch.no_grad():
             inputs, options = self._inputs()
+            if base_of(self.model).config.is_encoder_decoder:
+                ids = labels_of(self.run, "seq2seq_lm", self.model, inputs, self.device)
+                options["decoder_input_ids"] = ids
             self.model(**inputs, **options)
 
     def generate(self) -> None:
@@ -208,6 +213,9 @@ class Script:
         them until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it
         makes no other of it, and so the model is given none.
         """
+        if base_of(self.model).config.is_encoder_decoder:
+            self._generate_from_source()
+            return
         model = self.model
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -237,6 +245,53 @@ class Script:
                 del token, cache
                 chooser.forget()
 
+    def _generate_from_source(self) -> None:
+        """The same of an encoder-decoder: the encoder reads every source once, and what it returns is kept, repeated
+        for every beam, beside the sources; the decoder's prompt follows, and a token at a time.
+
+        Source: transformers 5.24 generation/utils.py _prepare_text_encoder_decoder_kwargs_for_generation,
+        _expand_inputs_for_generation.
+        """
+        model, run = self.model, self.run
+        base = base_of(model)
+        beams = run.generation.num_beams
+        chooser = choosing(run.generation)
+        with torch.no_grad():
+            with self.phase("encode"):
+                sources, options = self._inputs()
+                mask = options.get("attention_mask")
+                padded, tokens = mask is not None, base.main_input_name == "input_ids"
+                if tokens and mask is None:
+                    mask = torch.ones_like(sources["input_ids"])
+                given = {"attention_mask": mask} if padded else {}
+                encoded = base.get_encoder()(**sources, **given, return_dict=True)
+                prompt = prompt_of_decoder(run.batch, base.config.model_type)
+                ids = torch.ones((run.batch.micro, prompt), dtype=torch.int64, device=self.device)
+                del given, options
+                if beams > 1:
+                    ids = ids.repeat_interleave(beams, dim=0)
+                    mask = mask.repeat_interleave(beams, dim=0) if mask is not None else None
+                    for key in encoded:
+                        encoded[key] = encoded[key].repeat_interleave(beams, dim=0)
+                cache = self._crossing_cache()
+            shared: dict[str, Any] = {"encoder_outputs": encoded, "cache": cache, "use_cache": True}
+            if padded:
+                shared["attention_mask"] = mask
+            with self.phase("prefill"):
+                outputs = model(decoder_input_ids=ids, **shared)
+                token = chooser.token(outputs)
+                del outputs
+                chooser.reorder(cache)
+            with self.phase("decode"):
+                for _ in range(run.batch.new_tokens - 1):
+                    ids = torch.cat([ids, token], dim=-1)
+                    outputs = model(decoder_input_ids=token, **shared)
+                    token = chooser.token(outputs)
+                    del outputs
+                    chooser.reorder(cache)
+                del token, cache, shared, encoded, sources, mask
+                chooser.forget()
+
     def _cache(self, name: str) -> dict[str, Any]:
         """The cache that generation makes before the model is called, by the name the model has for it.
 
@@ -247,6 +302,21 @@ class Script:
             return {}
         longest = batch.sequence + batch.new_tokens - 1
         return {name: library("transformers").StaticCache(config=config, max_cache_len=longest)}
+
+    def _crossing_cache(self) -> Any:
+        """The two caches of an encoder-decoder: of its own tokens, and of those that the encoder has read.
+
+        Source: transformers 5.24 generation/utils.py _prepare_static_cache, _prepare_cache_for_generation.
+        """
+        made: Any = library("transformers")
+        batch, base = self.run.batch, base_of(self.model)
+        config = base.config.get_text_config(decoder=True)
+        if self.run.generation.cache_implementation != "static":
+            return made.EncoderDecoderCache(made.DynamicCache(config=config), made.DynamicCache(config=config))
+        longest = prompt_of_decoder(batch, base.config.model_type) + batch.new_tokens - 1
+        read = getattr(base.config, "max_source_positions", None) or batch.sequence
+        caches = (made.StaticCache(config=config, max_cache_len=n) for n in (longest, read))
+        return made.EncoderDecoderCache(*caches)
 
     def _attention(self) -> AbstractContextManager[None]:
         """torch's choice of attention kernel, narrowed where the run names one."""
