@@ -215,13 +215,13 @@ def unpacking(w: Weight, how: Running) -> Iterator[Step]:
         yield from _of_gpt_oss(w)
         return
     if w.stacked:
-        if w.name.endswith("gate_up_proj"):
-            yield Step("apart", Tensor("apart", w.shape, w.dtype))
-            yield Step("weight", Tensor("weight", w.shape, w.dtype))
-            yield Step("apart")
-        else:
-            yield Step("weight", Tensor("weight", w.shape, w.dtype))
+        whole = Tensor("weight", w.shape, w.dtype)
+        joins = w.name.endswith("gate_up_proj")
+        yield Step("apart" if joins else "weight", whole)
         yield Step("codes")
+        if joins:
+            yield Step("weight", whole)
+            yield Step("apart")
         return
     own = next((t._replace(dtype=_like(t, w)) for t in parts_of(w, how.of(w)) if _replaced(t, how)), None)
     shapes = {_OWN: own, _PLACES: Tensor(_PLACES, str(6 * 128), "int32")}
