@@ -168,6 +168,8 @@ def test_every_kernel_runs_a_format_and_every_format_of_storage_is_known() -> No
             "layers that quantise their inputs",
         ),
         (named("w4a16", backend="torchao"), "torchao does not run w4a16; known: decompressed"),
+        ({**named("quanto-int4"), "gpu": "t4"}, "quanto needs compute capability 8.0 for quanto-int4, not 7.5"),
+        ({**named("torchao-int4"), "precision": {"weights": "fp16"}}, "torchao runs torchao-int4 in bf16, not fp16"),
         (named("mxfp4"), "which llama has none of; known: decompressed"),
         (named("hqq-int4"), "'hqq-int4' is not supported yet"),
         ({**named("w4a16"), "profile": "transformers-4.51"}, "'w4a16' is not supported yet"),
