@@ -13,6 +13,7 @@ from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.packed import BACKENDS
 from memplan.catalogue.profiles import decided, find_profile
+from memplan.catalogue.running import MADE_WHEN_LOADED, RUNS, Running
 from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
@@ -26,6 +27,7 @@ from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
 from memplan.resolve import Decided, check_classes, with_new_tokens, with_use_cache
+from memplan.running import note_of, running_of
 from memplan.spec import Method, Part, Precision, RunSpec
 
 
@@ -66,19 +68,24 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         )
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     capability = gpu.compute_capability if gpu else None
-    over = served(model, run.method, capability)
-    method, precision = over.method, _precision(run.precision)
+    precision = _precision(run.precision)
+    formats = words["code"] == "transformers" and words["runs_formats"]
+    over = served(model, run.method, precision.weights, capability, formats)
+    method, running = over.method, over.running
+    if running is None and formats and method.kind not in ADAPTERS and method.quantization is not None:
+        running = running_of(model, method.quantization, precision.weights, capability)
+        over = over._replace(notes=(*over.notes, *((note_of(running),) if running is not None else ())))
     if method.kind in ADAPTERS:
         dtype = method.adapter_dtype or words["method.adapter_dtype"]
         method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
     method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
-    refuse_parts(method, run.precision, run.optimizer, kernels)
+    refuse_parts(method, run.precision, run.optimizer, kernels, runs=tuple(RUNS) if running is not None else ())
     if words["experts"] == "modules" and model.model_type in AS_MODULES:
         model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
     notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
-    recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored)
+    recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored, running)
     notes += more
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
@@ -220,19 +227,19 @@ def _quantised(method: Method, skip: tuple[str, ...], backends: Mapping[str, str
         field = "method.quantization.kbit_preparation"
         raise SpecError(f"{field}: prepares weights for training, and nothing trains", field)
     known = BACKENDS.get(q.format, ())
-    if q.backend and q.backend not in known:
+    if q.backend and q.backend not in (*known, *RUNS.get(q.format, ())):
         field = "method.quantization.backend"
         raise SpecError(f"{field}: {q.backend} is no kernel of {q.format}; known: {', '.join(known) or 'none'}", field)
     update = {
         "kbit_preparation": False,
         "skip": skip if q.skip is None else q.skip,
-        "backend": backends.get(q.format, "") if q.backend is None else q.backend,
+        "backend": (backends.get(q.format, "") or RUNS.get(q.format, ("",))[0]) if q.backend is None else q.backend,
     }
     return method.model_copy(update={"quantization": q.model_copy(update=update)})
 
 
 def _recipe(
-    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool
+    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool, running: Running | None
 ) -> tuple[Recipe, list[str]]:
     """Adapters as they train, but that nothing is dropped; without them, weights as they are stored."""
     if method.kind in ADAPTERS:
@@ -242,4 +249,6 @@ def _recipe(
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None:
         return bare, []
-    return quantised(model, bare._replace(kind="stored"), method.quantization, stored)
+    recipe, notes = quantised(model, bare._replace(kind="stored"), method.quantization, stored)
+    packed = stored or (recipe.packed and (running is None or running.kernel not in MADE_WHEN_LOADED))
+    return recipe._replace(running=running, packed=packed), notes

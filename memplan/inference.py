@@ -30,7 +30,7 @@ from memplan.graph import (
 )
 from memplan.graph import weights_of as graph_weights
 from memplan.ir import Division
-from memplan.run_axes import axes_of
+from memplan.run_axes import axes_of, blocks_of_keys
 from memplan.segments import replay_loading
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
@@ -154,6 +154,9 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     }
     if step.graph.model.config.get("index_topk"):
         more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
+    if "key_block" in fixed:
+        static = step.graph.inference is not None and step.graph.inference.keys("kv") == "kv_static"
+        more |= blocks_of_keys(fixed, step.room if static else more["kv"], ONE_RUN)
     for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0

@@ -290,7 +290,20 @@ def _of_group(weights: Config, group: Config, config: Config, dtype: str) -> Lay
         order=weights.get("actorder") in ("group", "dynamic"),
         inputs=fixed,
         scales=dtype,
+        acts=_acts(given, fixed),
     )
+
+
+def _acts(given: Config, fixed: bool) -> str:
+    """How a layer's inputs are quantised, as a layout has it."""
+    if not given:
+        return ""
+    strategy, size = given.get("strategy"), _whole(given, "group_size", WHOLE)
+    if strategy == "tensor_group" or given.get("dynamic") == "local":
+        return f"local/{size}"
+    if fixed:
+        return "fixed"
+    return f"groups/{size}" if strategy == "group" and size > 0 else "rows"
 
 
 def _modelopt(config: Config, _: str) -> Scheme:

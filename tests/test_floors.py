@@ -31,6 +31,7 @@ FLOORS = (
             "stored",
             "gguf",
             "schemes",
+            "running",
             "tensors",
             "inference",
             "generation",

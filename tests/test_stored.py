@@ -133,7 +133,7 @@ EACH = {
     "mxfp8": MATRIX + MATRIX // 32,
     "nvfp4": MATRIX // 2 + MATRIX // 16 + 4,
     "int8": MATRIX + 4 * 256,
-    "torchao-int8": MATRIX + 2 * 256,
+    "torchao-int8": MATRIX + 4 * 256 + 256,
     "torchao-int4": MATRIX // 2 + 2 * 2 * MATRIX // 128,
     "hqq-int4": MATRIX // 2 + 2 * 2 * MATRIX // 64,
     "quanto-int8": MATRIX + 2 * 256,

@@ -30,7 +30,7 @@ _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 NOT_YET = frozenset(
     (
         *("baichuan", "chatglm", "deepseek_v4", "internlm2", "kimi_k3", "kimi_linear", "megatron_gpt", "minicpm"),
-        *("minimax_m3_vl_text", "step3p7"),
+        *("step3p7",),
     )
 )
 
@@ -268,7 +268,10 @@ def _crossed(op: Op, now: Pass) -> Iterator[Op]:
 
 
 _LENGTH_ACROSS = Tensor("length of the cross cache", "", "int64")
-_REORDERED = ("key cache", "value cache", "latent cache", "cross key cache", "cross value cache")
+_REORDERED = (
+    *("key cache", "value cache", "latent cache", "index key cache"),
+    *("cross key cache", "cross value cache"),
+)
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
 
@@ -298,6 +301,9 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
         what, before = new.removesuffix(" cache"), f"{new} before"
         shape = _keyed(t.shape, op.caches) if now.decodes else t.shape
         past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.decodes else ()
+        if op.holds and not now.decodes:
+            yield Op(f"{op.name}.{what}s", (t.name,), (Tensor(new, shape),), view=True, holds="cache", source=source)
+            continue
         old += [before] if now.decodes else []
         if past and now.cache == "legacy":  # the caller has all of them until the model returns
             alias = Tensor(f"{before}, the caller's", past[0].shape)

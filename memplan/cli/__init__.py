@@ -266,7 +266,11 @@ OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
     *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
     *("image_classification", "feature_extraction"),
 )
-CACHE_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+CACHE_DTYPES = (
+    *("auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn", "int8_per_token_head"),
+    *("fp8_per_token_head", "int4_per_token_head", "nvfp4", "fp4_mx_block16", "mxfp8"),
+    *("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"),
+)
 SERVING = "Serving engines"
 TRAINING, BESIDE, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
@@ -426,6 +430,13 @@ def estimate(
     eval_accumulation_steps: Annotated[
         int | None, option("Batches after which kept logits go to the host. Default after the last.", of=BESIDE)
     ] = None,
+    eval_preprocess: Annotated[
+        str | None,
+        option(
+            "What of kept logits is kept: argmax, the likeliest tokens (preprocess_logits_for_metrics). Default all.",
+            of=BESIDE,
+        ),
+    ] = None,
     eval_generate: Annotated[
         int | None,
         option("Tokens generated after each of its sequences (predict_with_generate). Default 0.", of=BESIDE),
@@ -577,7 +588,8 @@ def estimate(
     profile: Annotated[
         str | None,
         option(
-            "Framework and version that decide what is left open; memplan profiles lists them. Default transformers-5.",
+            "Framework and version that decide what is left open (vllm: its newest); memplan profiles lists them. "
+            "Default transformers-5.",
             of=KERNELS,
             complete=_complete_profile,
         ),
@@ -624,6 +636,29 @@ def estimate(
     ] = None,
     gpu_layers: Annotated[
         int | None, option("Of llama.cpp: layers on the card, the head one more. Default all.", of=SERVING)
+    ] = None,
+    split_mode: Annotated[
+        str | None,
+        option(
+            "Of llama.cpp on several GPUs: layer lays whole layers on each, none all on one. Default layer.",
+            of=SERVING,
+            complete=_choices("layer", "none", "row", "tensor"),
+        ),
+    ] = None,
+    tensor_split: Annotated[
+        str | None,
+        option("Of llama.cpp: the GPUs' proportions of the layers, as 3,1. Default equal parts.", of=SERVING),
+    ] = None,
+    main_gpu: Annotated[
+        int | None, option("Of llama.cpp with --split-mode none: the GPU that has all. Default 0.", of=SERVING)
+    ] = None,
+    dp_attention: Annotated[
+        bool | None,
+        option(
+            "Of SGLang: attention is data parallel over --dp groups that share all else. Default off.",
+            "--dp-attention/--no-dp-attention",
+            of=SERVING,
+        ),
     ] = None,
     lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
     lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,

@@ -141,9 +141,10 @@ def _copies(
 
 def _asked(block: Block, made: Container[str], reentrant: bool) -> set[str]:
     """What of a block's shares a gradient is asked of: of all that a function of autograd's own returns, as the
-    reentrant kind of checkpointing is one, if of any."""
-    every = reentrant and block.returned and "y" in made
-    return {name for name in block.shares if every or name in made}
+    reentrant kind of checkpointing is one, if of any; of what such a one puts into a dictionary, of nothing."""
+    if reentrant:
+        return set(block.shares) if block.returned and "y" in made else set()
+    return {name for name in block.shares if name in made}
 
 
 def _materialise(
@@ -452,6 +453,7 @@ def run_pass(
             again = checkpoint and not block.lasting
             if again:
                 frame.reentrant, frame.whole = reentrant, block.whole
+                frame.lends = bool(block.shares) and not block.returned
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
                 frame.to_host = goes
                 given = [own[r] for r in reads if r in own]

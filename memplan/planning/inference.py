@@ -262,7 +262,10 @@ def _degrees(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
 
 
 def with_tp(run: RunSpec, tp: int) -> RunSpec:
-    """The run on so many GPUs that divide every matrix."""
+    """The run on so many GPUs that divide every matrix; of llama.cpp, that have some of the layers each."""
+    engine = find_engine(run.profile)
+    if engine is not None and engine.kind == "llama.cpp":
+        return run.model_copy(update={"parallelism": Parallelism(world=tp, pp=tp)})
     return run.model_copy(update={"parallelism": Parallelism(world=tp, tp=tp)})
 
 

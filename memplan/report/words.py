@@ -41,7 +41,10 @@ def parts(answer: Estimate) -> list[Part]:
                 Part(kind, label, answer.categories[kind], f"{times(largest)}{largest.what}, {gib(largest.bytes)}")
             )
     held = answer.bytes
-    out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
+    if not without_torch(answer):
+        out.append(
+            Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor")
+        )
     several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
     beside = "the driver's, and loaded kernels"
     if several:
@@ -52,6 +55,11 @@ def parts(answer: Estimate) -> list[Part]:
         beside += ", and what the engine leaves"
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
+
+
+def without_torch(answer: Estimate) -> bool:
+    """Whether what runs has no torch, and so no allocator of its."""
+    return answer.run.profile.startswith("llama.cpp")
 
 
 def card(answer: Estimate) -> GPU | None:
@@ -293,7 +301,10 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("method", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
-        ("batch", f"{sequences} of {_lengths(batch)}{',' * bool(batch.target_sequence)}{_images(batch)} per GPU; {passes}"),
+        (
+            "batch",
+            f"{sequences} of {_lengths(batch)}{',' * bool(batch.target_sequence)}{_images(batch)} per GPU; {passes}",
+        ),
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", _loss(run) + _held_outputs(loop)),

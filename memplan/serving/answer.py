@@ -12,9 +12,10 @@ from memplan.engine.allocator import OutOfMemoryError
 from memplan.graph import active, elements
 from memplan.models import ModelSpec
 from memplan.serving.budget import Budget, budget, card_for
+from memplan.serving.parallel import each
 from memplan.serving.passes import Step
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import kernel_of
+from memplan.serving.weights import TABLE, kernel_of
 from memplan.spec import RunSpec
 from memplan.usage import Around, Usage
 
@@ -74,7 +75,7 @@ def requests(run: RunSpec, context: int, model: ModelSpec | None = None) -> int:
 FACTS = (
     *("engine", "read", "budget", "weights", "activations", "cuda_graphs", "pool", "blocks", "block_size"),
     *("block_bytes", "tokens", "cache_dtype", "context", "requests", "concurrency", "max_model_len"),
-    *("longest_concurrency", "max_num_seqs", "max_num_batched_tokens", "needed"),
+    *("longest_concurrency", "max_num_seqs", "max_num_batched_tokens", "needed", "sharing", "card", "layers"),
 )
 
 
@@ -85,7 +86,7 @@ def facts(b: Budget) -> dict[str, Any]:
         "engine": s.engine.name,
         "read": s.engine.read,
         "budget": b.taken,
-        "weights": b.parameters,
+        "weights": sum(h.bytes for h in b.weights if h.group != TABLE),
         "activations": b.step.bytes,
         "cuda_graphs": b.graphs.usual,
         "pool": b.pool.bytes,
@@ -102,6 +103,9 @@ def facts(b: Budget) -> dict[str, Any]:
         "max_num_seqs": s.serving.max_num_seqs,
         "max_num_batched_tokens": s.steps,
         "needed": b.pool.needs(s.context, s.batch),
+        "sharing": s.ranks.sharing,
+        "card": s.stage.number,
+        "layers": s.stage.layers,
     }
 
 
@@ -121,6 +125,9 @@ def _notes(b: Budget) -> Iterable[str]:
             f"vLLM does not start with max_model_len {s.longest:,}, of which the pool holds not one request: say "
             "serving.max_model_len (--max-model-len)"
         )
+    if s.ranks.pp > 1 or s.ranks.cards > 1:
+        name = "stage" if s.ranks.pp > 1 else "card"
+        yield f"the figures are of {name} {s.stage.number + 1} of {len(each(s))}, the fullest: {s.stage.text}"
     if s.engine.waits:
         yield f"not counted: {'; '.join(s.engine.waits)}"
 
@@ -153,8 +160,9 @@ class Engine(NamedTuple):
 def _lines(b: Budget, step: Step) -> Iterable[Line]:
     for h in b.weights:
         if h.bytes:
-            kind = "buffer" if h.group == "buffer" else "parameter"
-            why = "the rank's part of the model's weights" if b.settings.tp > 1 else "the model's weights"
+            kind = "buffer" if h.group in ("buffer", TABLE) else "parameter"
+            why = "the card's part of the model's weights" if _divided(b.settings) else "the model's weights"
+            why = "the runner's, for every request or token that may be in a step" if h.group == TABLE else why
             yield Line(h.what, kind, "", "", (), h.dtype, h.tensors, h.bytes, why, h.source, h.basis)
     pool, s = b.pool, b.settings
     if b.shown:
@@ -168,6 +176,11 @@ def _lines(b: Budget, step: Step) -> Iterable[Line]:
     if b.graphs.usual:
         why = "recorded steps and what they compute in"
         yield Line(b.graphs.what, "other", "", "", (), "uint8", 1, b.graphs.usual, why, b.graphs.source, b.graphs.basis)
+
+
+def _divided(s: Settings) -> bool:
+    r = s.ranks
+    return max(r.dense, r.ep * r.etp, r.pp, r.cards) > 1
 
 
 class _Nothing:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from memplan.catalogue.engines import beside_of, graphs_of
 from memplan.catalogue.overhead import Communicator, Overhead, cuda_context, nccl
+from memplan.serving.parallel import each
 from memplan.serving.passes import Step, largest
 from memplan.serving.pool import Pool
 from memplan.serving.settings import Settings
@@ -74,10 +75,18 @@ def pool_of(s: Settings, available: int) -> Pool:
 
 @lru_cache(maxsize=1024)
 def budget(s: Settings, total: int | None, level: str = "usual") -> Budget:
-    """How the engine divides a card of `total` bytes that a program can have; without, just enough for the run.
+    """How the engine divides a card of `total` bytes that a program can have; without, just enough for the run. Where
+    cards have different parts of the layers, it is about that with the smallest pool, which is all that others use of
+    theirs; and of equal pools with the largest part.
 
     `level` is low, usual or high: which end of what was measured beside torch's tensors.
     """
+    found = [_of_card(one, total, level) for one in each(s)]
+    return min(found, key=lambda b: (b.pool.blocks, -b.taken if total is None else b.room))
+
+
+@lru_cache(maxsize=1024)
+def _of_card(s: Settings, total: int | None, level: str) -> Budget:
     graphs, beside, context, ranks = _overheads(s)
     weights = held(s)
     step = largest(s, s.steps, s.requests)
@@ -99,7 +108,9 @@ def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhea
     """Recorded graphs, what is loaded beside torch, the driver's context, and NCCL's."""
     capability = s.gpu.compute_capability if s.gpu else None
     kind = s.engine.kind
-    groups = (Communicator("tp", s.tp),) if s.tp > 1 else ()
+    r = s.ranks
+    divided = (("tp", max(r.tp, r.dense)), ("pp", r.pp), ("ep" if r.ep > 1 else "dp", r.sharing))
+    groups = tuple(Communicator(what, ranks) for what, ranks in divided if ranks > 1)
     return graphs_of(kind, bool(s.serving.cuda_graphs)), beside_of(kind), cuda_context(capability), nccl(groups)
 
 
@@ -111,7 +122,13 @@ def _at(s: Settings, level: str) -> tuple[int, int]:
 
 
 def card_for(b: Budget, level: str = "usual") -> int:
-    """Bytes that a card must have, at the engine's share of it, for the run's requests to fit at once."""
+    """Bytes that a card must have, at the engine's share of it, for the run's requests to fit at once; of several that
+    which needs most."""
+    total = b.settings.gpu.usable if b.settings.gpu else None
+    return max(_card_for(_of_card(one, total, level), level) for one in each(b.settings))
+
+
+def _card_for(b: Budget, level: str) -> int:
     s = b.settings
     share = Fraction(s.serving.memory_utilization or 1).limit_denominator(10**6)
     (before, aside), graphs = _at(s, level), getattr(b.graphs, level)

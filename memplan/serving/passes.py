@@ -44,14 +44,19 @@ def largest(s: Settings, tokens: int, requests: int) -> Step:
         one = s._replace(serving=s.serving.model_copy(update={"max_num_batched_tokens": tokens}))
         buffer = compute_buffer(one)
         alive = tuple(Alive(what, "", dims, "", bytes_) for what, dims, bytes_ in buffer.alive)
-        return Step(
-            buffer.where, alive, "llama.cpp src/llama-graph.cpp, and the logs that tests hold it to", "measured"
-        )
-    axes = {**parts_of_rank(s.model, s.tp), "s": tokens, "n": min(tokens, requests)}
-    axes["se"] = tokens * axes.get("e", 0)
+        source = "llama.cpp src/llama-context.cpp sched_reserve, without data, and the logs that tests hold it to"
+        return Step(buffer.where, alive, source, "measured")
+    r, stage = s.ranks, s.stage
+    axes = {**parts_of_rank(s.model, s.tp, r.dense, r.etp), "s": tokens, "n": min(tokens, requests), "most": s.steps}
+    axes["all"] = tokens * r.sharing
+    axes["se"] = min(axes["all"], s.words.get("experts_chunk") or axes["all"]) * axes.get("e", 0)
     axes["room"] = _room(s)
     eager = s.engine.kind != "vllm" or not s.serving.cuda_graphs  # vLLM's enforce_eager compiles nothing either
-    found = [_step(s, instant, axes) for instant in instants(s.model, s.tp, s.words["sampler"], eager)]
+    layers = s.model.layers[stage.first : stage.last]
+    ends, gathered = (stage.headed, stage.fed), r.sharing > 1
+    room = s.words.get("experts_room", "shared")
+    whole = instants(s.model, r.dense, s.words["sampler"], eager, layers, *ends, gathered, room)
+    found = [_step(s, instant, axes) for instant in whole]
     return max(found, key=lambda step: step.bytes)
 
 

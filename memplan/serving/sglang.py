@@ -6,8 +6,9 @@ mem_cache/kv_cache_configurator.py _profile_available_bytes and _handle_max_mamb
 
 from __future__ import annotations
 
-from memplan.catalogue.caches import CONVOLUTION, LayerCache, caches
+from memplan.catalogue.caches import CONVOLUTION, LayerCache
 from memplan.errors import SpecError
+from memplan.serving.parallel import Ranks, each
 from memplan.serving.pool import Tokens
 from memplan.serving.settings import Settings
 from memplan.units import GIB, ITEMSIZE, MIB
@@ -16,12 +17,14 @@ _FP8_LATENT, _FP8_INDEX = 656, 4
 _STATES_A_REQUEST = 3  # with a radix cache: mem_cache/kv_cache_configurator.py _calculate_mamba_ratio
 
 
-def static_fraction(total: int, chunk: int, graphs: int, tp: int, latent: bool, captures: bool) -> float:
+def static_fraction(total: int, chunk: int, graphs: int, ranks: Ranks, latent: bool, captures: bool) -> float:
     """The share of a card's bytes for weights and pools: what is left after an allowance in MiB for activations of a
-    chunk of tokens, and for graphs of up to so many requests."""
-    reserved = 512 + 1.5 * max(chunk, 2048) + tp / 8 * 1024
+    chunk of tokens, for graphs of up to so many requests, and for what attention that is data parallel pads."""
+    reserved = 512 + 1.5 * max(chunk, 2048) + ranks.tp * ranks.sharing * ranks.pp / 8 * 1024
     if captures:
         reserved += 2 * graphs + (1.5 * 1024 if latent else 8 * prefill_graphs(chunk))
+    if ranks.sharing > 1:
+        reserved += graphs * ranks.sharing * (4.5 if graphs > 300 else 3)
     if total > 60 * GIB:
         reserved = max(reserved, 10 * 1024)
     mib = total / MIB
@@ -38,11 +41,11 @@ def prefill_graphs(tokens: int) -> int:
 
 def pool(s: Settings, available: int) -> Tokens:
     """What `available` bytes on each rank become."""
-    layers = [c for c in caches(s.model) if c.parts]
+    layers = [c for c in s.caches if c.parts]
     full = sum(_token(s, c) for c in layers if c.kind in ("attention", "latent", "chunked"))
     sliding = sum(_token(s, c) for c in layers if c.kind == "sliding")
     window = max((c.window or 0 for c in layers if c.kind == "sliding"), default=0)
-    state = sum(_state(s, c) for c in layers if c.kind == "state")
+    state = max(sum(_state(one, c) for c in one.caches if c.kind == "state") for one in each(s))
     if not full and not sliding:
         raise SpecError(f"model: {s.model.model_type} keeps no keys, which is not supported yet", "model")
     if state and "state_share" not in s.words:
@@ -70,9 +73,9 @@ def _token(s: Settings, c: LayerCache) -> int:
     """A token in one layer on one rank."""
     index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
     kept = [p for p in c.parts if p.name != "index keys"]
-    if index and c.kind == "latent" and s.cache_dtype == "fp8":
+    if index and c.kind == "latent" and s.packed:
         return _FP8_LATENT + index
-    return sum(s.cache_bytes(p.on(s.tp)) for p in kept) + index
+    return sum(s.cache_bytes(p) for p in kept) + index
 
 
 def _state(s: Settings, c: LayerCache) -> int:

@@ -46,11 +46,11 @@ class Held(NamedTuple):
 
 @lru_cache(maxsize=256)
 def held(s: Settings) -> tuple[Held, ...]:
-    """What one rank has of the weights, by group and dtype; llama.cpp's, of the layers in the card's memory."""
+    """What one card has of the weights, by group and dtype."""
     found: dict[tuple[str, str, str, str], list[int]] = {}
     kernel = kernel_of(s)
     for w in stored_weights(s.model, s.quantization, s.dtype):
-        if s.engine.kind == "llama.cpp" and not _on_card(s, w):
+        if not _here(s, w):
             continue
         bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w), w.source
         if kernel is not None and ".experts." in w.name:
@@ -62,28 +62,33 @@ def held(s: Settings) -> tuple[Held, ...]:
         Held(_NAMES.get(group, group), group, count, dtype, bytes_, source, basis)
         for (group, dtype, source, basis), (count, bytes_) in found.items()
     ]
-    return (*out, *_tables(s), *_adapters(s))
+    return (*out, *_tables(s), *_adapters(s), *_runner(s))
 
 
 _NAMES = {"embedding": "embeddings", "norm": "norms", "lm_head": "head", "router": "routers"}
 
 
-def _layer(name: str) -> int | None:
+TOWERS = ("vision", "projector", "audio")
+
+
+def layer_of(name: str) -> int | None:
     """The number of the layer that a weight is of."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _on_card(s: Settings, w: StoredWeight) -> bool:
-    """Of llama.cpp: layers from the last, after the head; embeddings stay with the host, but a tied table is there
-    twice."""
-    from memplan.serving.llama_cpp import offloaded
-
-    layer = _layer(w.name)
+def _here(s: Settings, w: StoredWeight) -> bool:
+    """Whether the stage has it. Of llama.cpp the embeddings stay with the host, but a tied table is there twice."""
+    stage, llama_cpp = s.stage, s.engine.kind == "llama.cpp"
+    if w.group in TOWERS:  # llama.cpp has a file of its own for a tower
+        return not llama_cpp and (stage.number == 0 or s.words["towers"] == "all")
+    layer = layer_of(w.name)
     if layer is not None:
-        return layer >= s.model.num_hidden_layers - offloaded(s)
+        return stage.first <= layer < stage.last
+    if w.group == "buffer" and llama_cpp:  # factors of rotations, which every card with layers has
+        return stage.layers > 0
     if w.group == "embedding":
-        return s.model.tie_word_embeddings and (s.serving.gpu_layers or 0) > 0
-    return (s.serving.gpu_layers or 0) > 0
+        return stage.headed and s.model.tie_word_embeddings if llama_cpp else stage.embedded
+    return stage.headed
 
 
 def of_rank(s: Settings, w: StoredWeight) -> int:
@@ -93,15 +98,36 @@ def of_rank(s: Settings, w: StoredWeight) -> int:
         rows = w.shape[0]
         each = w.bytes // rows if w.bytes % rows == 0 else None
         if each is not None and rows == s.model.vocab_size:
-            return -(-rows // _ROUNDED) * _ROUNDED * each // tp
+            return -(-rows // _ROUNDED) * _ROUNDED * each // (tp if w.group == "embedding" else s.ranks.dense)
+    if "experts" in words:
+        return _of_experts(s, w)
+    if w.group == "mlp":
+        tp = 1 if words & _SHARED and _apart(s) else s.ranks.dense
     if tp == 1 or len(w.shape) < 2 or w.group in ("norm", "router") or words & _WHOLE or words & _POSITIONS:
         return w.bytes
     a, k = s.model.num_attention_heads, s.model.num_key_value_heads
-    if words & _KEYS:
+    if words & _KEYS and w.group not in TOWERS:
         return w.bytes * -(-k // tp) // k
-    if words & _FUSED:
+    if words & _FUSED and w.group not in TOWERS:
         return w.bytes * (a // tp + 2 * -(-k // tp)) // (a + 2 * k)
     return -(-w.bytes // tp)
+
+
+_SHARED = frozenset(("shared_expert", "shared_experts"))
+
+
+def _apart(s: Settings) -> bool:
+    """Whether ranks have shared experts whole: vLLM's where they divide the tokens among them before the experts.
+    Source: vllm 0.33.0 config/parallel.py use_sequence_parallel_moe, models/deepseek_v2.py DeepseekV2MLP."""
+    return s.engine.kind == "vllm" and s.ranks.ep > 1 and s.tp > 1 and s.ranks.sharing > 1
+
+
+def _of_experts(s: Settings, w: StoredWeight) -> int:
+    """A rank's part of a layer's experts: so many of them, the most that one has, and of each a part of its width."""
+    experts, ep, etp = s.model.axes().get("E", 1), s.ranks.ep, s.ranks.etp
+    mine = w.bytes * -(-experts // ep) // experts
+    whole = w.shape[:1] == (experts,) and len(w.shape) == 2 and "gate_up" not in w.name  # a bias of the outputs
+    return mine if whole else -(-mine // etp)
 
 
 def kernel_of(s: Settings) -> Kernel | None:
@@ -117,14 +143,15 @@ def kernel_of(s: Settings) -> Kernel | None:
 def _repacked(s: Settings, kernel: Kernel, w: StoredWeight) -> int:
     """Bytes on a rank of one tensor of a layer's experts, padded as the kernel has it: numbers, scales, or biases."""
     axes = s.model.axes()
-    blocks = -(-axes["m"] // (MXFP4_GROUP * s.tp))  # of 32 numbers, which a rank has whole
+    blocks = -(-axes["m"] // (MXFP4_GROUP * s.ranks.etp))  # of 32 numbers, which a rank has whole
     width, hidden = _up(blocks * MXFP4_GROUP, kernel.width), _up(axes["h"], kernel.hidden)
     out, into = (2 * width, hidden) if "gate_up" in w.name else (hidden, width)
+    experts = -(-axes["E"] // s.ranks.ep)
     if w.name.endswith("bias"):
-        return axes["E"] * out * ITEMSIZE[kernel.bias]
+        return experts * out * ITEMSIZE[kernel.bias]
     if w.part.endswith(("scale", "scales")):
-        return axes["E"] * _up(out, kernel.rows) * _up(into // MXFP4_GROUP, kernel.columns)
-    return axes["E"] * out * into // 2
+        return experts * _up(out, kernel.rows) * _up(into // MXFP4_GROUP, kernel.columns)
+    return experts * out * into // 2
 
 
 def _up(n: int, multiple: int) -> int:
@@ -142,6 +169,29 @@ def _tables(s: Settings) -> Iterator[Held]:
     yield Held("cosines and sines of positions", "buffer", 1, s.dtype, bytes_, source)
 
 
+def _runner(s: Settings) -> Iterator[Held]:
+    """What vLLM's runner makes before it measures a step: rows for every request that may be in one, or every token."""
+    requests, vocabulary = s.serving.max_num_seqs or 1, s.model.vocab_size
+    if s.words.get("runner") == "requests" and s.stage.headed:
+        source = "vllm 0.33.0 v1/worker/gpu/sample"
+        counts = requests * vocabulary * 4
+        yield Held("counts of the tokens of every request", TABLE, 1, "int32", counts, f"{source}/penalties.py")
+        masks = 2 * requests * -(-vocabulary // 32) * 4
+        yield Held("masks of the vocabulary", TABLE, 2, "int32", masks, f"{source}/penalties.py, structured_outputs.py")
+        rows = requests * 4 * (_BIASES + _BAD_WORDS + _LOGPROBS)
+        yield Held("what requests ask of sampling", TABLE, 7, "int32", rows, f"{source}/logit_bias.py, bad_words.py")
+    if s.words.get("runner") == "tokens":
+        source = "vllm 0.11.0 v1/worker/gpu_model_runner.py inputs_embeds, block_table.py"
+        wide = s.steps * s.model.hidden_size * ITEMSIZE[s.dtype]
+        yield Held("embeddings of a step", TABLE, 1, s.dtype, wide, source)
+        blocks = requests * -(-s.longest // s.block) * 4
+        yield Held("tables of blocks", TABLE, 1, "int32", blocks, source)
+
+
+TABLE = "table"  # the group of what a runner has for requests
+_BIASES, _BAD_WORDS, _LOGPROBS = 3 * 1024 + 128, 1024 + 128 + 1, 128  # MAX_NUM_..., VLLM_MAX_NUM_BAD_WORDS and alike
+
+
 def _adapters(s: Settings) -> Iterator[Held]:
     """Slots of adapters: A and B of the largest rank for every matrix of the layers."""
     slots, rank = s.serving.lora_slots or 0, s.serving.lora_rank or 0
@@ -149,7 +199,12 @@ def _adapters(s: Settings) -> Iterator[Held]:
         return
     count = numbers = 0
     for w in {w.name: w for w in stored_weights(s.model, None, s.dtype)}.values():
-        if w.group in ("attention", "mixer", "mlp") and len(w.shape) >= 2 and _layer(w.name) is not None:
+        if (
+            w.group in ("attention", "mixer", "mlp")
+            and len(w.shape) >= 2
+            and layer_of(w.name) is not None
+            and _here(s, w)
+        ):
             *many, out, into = w.shape
             numbers += prod(many) * slots * rank * (into + -(-out // s.tp))
             count += 2
