@@ -91,6 +91,11 @@ def _encoding(decided: Decided) -> Step:
     return Step(one, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
 
 
+def looks_across(graph: Graph) -> bool:
+    """Whether layers attend to images beside the tokens, and cache keys and values of them."""
+    return graph.wiring.images and any(layer.mixer == "cross_attention" for layer in graph.model.layers)
+
+
 def over_source(graph: Graph) -> Graph:
     """An encoder-decoder's decoder alone, over what the encoder has left."""
     return graph._replace(wiring=graph.wiring._replace(part="decoder"))
@@ -119,7 +124,11 @@ def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
         wiring = graph.wiring._replace(
-            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window, crossed=crosses
+            decodes=True,
+            images=False,
+            tower="",
+            windowed=bool(window) and past + 1 >= window,
+            crossed=crosses or looks_across(graph),
         )
         wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
         recipe = graph.recipe
