@@ -444,7 +444,7 @@ def replayed(
     return list(blocks.values())
 
 
-_TOKENS = dict.fromkeys(("s", "kv", "past", "kv_window", "past_window"), "kv")
+_TOKENS: dict[str, str] = dict.fromkeys(("s", "kv", "past", "kv_window", "past_window"), "kv")
 
 
 @lru_cache(maxsize=1024)

@@ -178,7 +178,7 @@ def test_a_decoder_keeps_its_tokens_and_what_the_encoder_read(name: str) -> None
     walked, source = walk(decided), decided.batch.sequence
     encoded, first, *_ = (dict(walked.left(s, a)) for s, a in zip(walked.steps, walked.axes, strict=True))
     table = caches.caches(decided.structure.graph.model)
-    prompt = decided.batch.target_sequence
+    prompt = decided.batch.target_sequence or 0
     assert prompt == (4 if name == "whisper" else 1)
     assert sum(n for what, n in first.items() if what.endswith("cache")) == 64 * caches.bytes_of(
         table, prompt, source=source
