@@ -30,7 +30,8 @@ from memplan.serving.pictures import seen
 from memplan.serving.pool import Blocks
 from memplan.serving.settings import Settings
 from memplan.serving.sglang import static_fraction
-from memplan.serving.weights import TOWERS, held
+from memplan.serving.shares import TOWERS
+from memplan.serving.weights import held
 from memplan.spec import Parallelism, Serving, changed
 from tests.sampling import examples
 
@@ -347,14 +348,42 @@ def test_a_model_of_states_alone_takes_a_block_for_a_request() -> None:
 
 
 def test_adapters_take_slots_for_every_matrix() -> None:
-    """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers."""
-    plain, slots = (
-        settled(run_of("llama-3-8b", "vllm-0.33", serving={"lora_slots": n, "lora_rank": 16})) for n in (0, 2)
+    """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers, and of vLLM's Llama those of the
+    embeddings and the head. Of ranks each has all of A but where inputs are divided, and its part of B but there."""
+    h, kv, f, v = 4096, 1024, 14336, 128_256
+    layers = 32 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + f))
+    assert adapters("llama-3-8b", "sglang-0.5") == 2 * 2 * 16 * layers
+    assert adapters("llama-3-8b", "vllm-0.33") == 2 * 2 * 16 * (layers + 2 * (h + v))
+    two = 32 * (h + h // 2 + 2 * (h + kv // 2) + (h // 2 + h) + 2 * (h + f // 2) + f // 2 + h)
+    assert adapters("llama-3-8b", "vllm-0.33", tp=2) == 2 * 2 * 16 * (two + 2 * (h + v))
+    first, last = (
+        sum(h.bytes for h in held(s) if h.group == "adapter")
+        for s in each(settled(divided("llama-3-8b", "vllm-0.33", pp=2, serving=_SLOTS)))
     )
-    h, kv, f = 4096, 1024, 14336
-    each = 2 * (h + h) + 2 * (h + kv) + 3 * (h + f)
-    more = sum(h.bytes for h in held(slots)) - sum(h.bytes for h in held(plain))
-    assert more == 2 * 16 * 32 * each * 2
+    assert first == last == 2 * 2 * 16 * (layers // 2 + h + v)
+    answer = estimate(run_of("llama-3-8b", "vllm-0.33", serving={**_SLOTS, "lora_cpu_slots": 10}))
+    assert answer.host_bytes == 10 * 2 * 16 * (layers + 2 * (h + v))
+
+
+_SLOTS = {"lora_slots": 2, "lora_rank": 16}
+
+
+def adapters(model: str, profile: str, **degrees: int) -> int:
+    """Bytes of two slots of rank 16 on a card."""
+    s = settled(divided(model, profile, serving=_SLOTS, **degrees))
+    return sum(h.bytes for h in held(s) if h.group == "adapter")
+
+
+def test_experts_have_an_adapter_each() -> None:
+    """Qwen3-30B-A3B: gates and ups apart, of 128 experts; their router, too. Of four ranks with 32 each."""
+    h, m, e, v = 2048, 768, 128, 151_936
+    attention = (h + 4096) + 2 * (h + 512) + (4096 + h)
+    experts = e * (2 * (h + m) + m + h)
+    tables = 2 * (h + v)
+    assert adapters("qwen3-30b-a3b", "vllm-0.33") == 2 * 2 * 16 * (48 * (attention + experts + h + e) + tables)
+    assert adapters("qwen3-30b-a3b", "sglang-0.5") == 2 * 2 * 16 * 48 * (attention + experts)
+    four = 48 * (attention + experts // 4 + h + e) + tables
+    assert adapters("qwen3-30b-a3b", "vllm-0.33", dp=4, ep=4) == 2 * 2 * 16 * four
 
 
 def test_ranks_divide_matrices_and_copy_heads_that_are_too_few() -> None:
@@ -705,6 +734,8 @@ REFUSED = {
     },
     "serving.split_mode: is llama.cpp's": {"serving": {"split_mode": "layer"}},
     "serving.limit_images: is of vLLM's run": {"profile": "sglang-0.5", "serving": {"limit_images": 0}},
+    "serving.lora_cpu_slots: is vLLM's": {"profile": "sglang-0.5", "serving": {"lora_cpu_slots": 3}},
+    "serving.lora_cpu_slots: 1 is less than the 2": {"serving": {"lora_cpu_slots": 1, "lora_slots": 2}},
     "serving.dp_attention: is SGLang's": {"serving": {"dp_attention": True}},
     "serving.split_mode: row: llama.cpp of 2026 has no": {
         "profile": "llama.cpp-2026",

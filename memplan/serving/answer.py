@@ -16,7 +16,7 @@ from memplan.serving.parallel import each
 from memplan.serving.passes import Step
 from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import TABLE, kernel_of
+from memplan.serving.weights import TABLE, host_of_adapters, kernel_of
 from memplan.spec import RunSpec
 from memplan.usage import Around, Usage
 
@@ -43,7 +43,7 @@ def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
         Card(s.gpu.name, s.gpu.usable, run.parallelism.world) if s.gpu else None,
         Peak(phases[peak].phase, phases[peak].where),
         phases,
-        0,
+        host_of_adapters(s),
         tuple(_notes(b)),
         Engine(b),
         None,

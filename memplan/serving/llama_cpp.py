@@ -14,7 +14,7 @@ from memplan.catalogue.caches import CONVOLUTION, LayerCache, caches
 from memplan.layers import Layer
 from memplan.serving.pool import Slots
 from memplan.serving.settings import Settings
-from memplan.serving.weights import TOWERS, layer_of
+from memplan.serving.shares import TOWERS, layer_of
 from memplan.stored import stored_weights
 from memplan.units import ITEMSIZE
 
