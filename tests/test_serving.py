@@ -22,7 +22,7 @@ from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.planning.inference import with_tp
 from memplan.report.schema import answer_model
 from memplan.serving import budget, pool_tokens, requests, settled
-from memplan.serving.budget import card_for, pool_of
+from memplan.serving.budget import card_for, layers_that_fit, pool_of
 from memplan.serving.llama_cpp import compute_buffer
 from memplan.serving.parallel import Ranks, each
 from memplan.serving.passes import largest
@@ -686,6 +686,22 @@ def test_llama_cpp_needs_as_many_cards_as_hold_its_layers() -> None:
     answers = [estimate(with_tp(run, n)) for n in (1, 2)]
     assert [a.verdict.answer for a in answers] == ["does not fit", "fits"]
     assert [a.serving["layers"] for a in answers] == [80, 41]  # type: ignore[index]
+
+
+def test_llama_cpps_own_fit_leaves_a_gib_of_every_card() -> None:
+    """Llama 3.1 70B in 4 bits on one card of 24 GB, and on two."""
+    for cards in (1, 2):
+        run = with_tp(run_of("llama-3.1-70b", "llama.cpp-2026", "3090", serving={"weights": "Q6_K"}), cards)
+        answer = estimate(run)
+        assert answer.verdict.answer == "does not fit"
+        layers = layers_that_fit(settled(run))
+        assert layers is not None
+        assert 10 < layers < 81
+        assert any(f"would lay {layers} of 81 layers" in note for note in answer.notes)
+        last, more = (estimate(changed(run, "serving", gpu_layers=n)) for n in (layers, layers + 1))
+        assert last.verdict.headroom >= 2**30 > more.verdict.headroom  # type: ignore[operator]
+        assert not any("--fit" in note for note in last.notes)
+    assert layers_that_fit(settled(run_of("llama-3-8b", "vllm-0.33"))) is None
 
 
 REFUSED = {

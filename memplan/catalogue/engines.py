@@ -207,7 +207,7 @@ ENGINES = (
             Row("state_dtype", "fp32", "src/llama-model.cpp recurrent_type_r and recurrent_type_s"),
         ),
         (
-            "tensors put elsewhere (-ot, --n-cpu-moe), multimodal projectors, and what --fit would change",
+            "tensors put elsewhere (-ot, --n-cpu-moe), and multimodal projectors",
             "compute buffers of gated delta rules: those of a dense model are counted",
         ),
     ),

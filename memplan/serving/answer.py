@@ -11,7 +11,7 @@ from memplan.catalogue.overhead import Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.graph import active, elements
 from memplan.models import ModelSpec
-from memplan.serving.budget import Budget, budget, card_for
+from memplan.serving.budget import Budget, budget, card_for, layers_that_fit
 from memplan.serving.parallel import each
 from memplan.serving.passes import Step
 from memplan.serving.pictures import seen
@@ -44,7 +44,7 @@ def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
         Peak(phases[peak].phase, phases[peak].where),
         phases,
         host_of_adapters(s),
-        tuple(_notes(b)),
+        tuple(_notes(b, run)),
         Engine(b),
         None,
         serving=facts(b),
@@ -110,8 +110,15 @@ def facts(b: Budget) -> dict[str, Any]:
     }
 
 
-def _notes(b: Budget) -> Iterable[str]:
+def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
     s = b.settings
+    if asked.serving.gpu_layers is None and b.wished:
+        layers = layers_that_fit(s)
+        if layers is not None:
+            yield (
+                f"llama.cpp itself would lay {layers:,} of {s.model.num_hidden_layers + 1:,} layers on the cards, and "
+                "leave the others with the host (--fit); --gpu-layers says so too"
+            )
     if s.engine.kind == "tgi":
         yield "TGI: what is public of it was used; most of its rows are assumed"
     if s.gpu is None:

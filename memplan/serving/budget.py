@@ -15,6 +15,7 @@ from memplan.serving.passes import Step, largest
 from memplan.serving.pool import Pool
 from memplan.serving.settings import Settings
 from memplan.serving.weights import Held, held
+from memplan.units import MIB
 
 _MODULES = {"vllm": "vllm", "sglang": "sglang", "tgi": "tgi", "llama.cpp": "llama_cpp"}
 
@@ -102,6 +103,30 @@ def _of_card(s: Settings, total: int | None, level: str) -> Budget:
     if s.engine.kind == "sglang" and total is not None:
         return found._replace(aside=total - before - taken)
     return found
+
+
+FIT_MARGIN = 1024 * MIB  # llama.cpp common/common.h common_params.fit_params_target: left free on every card
+
+
+def layers_that_fit(s: Settings) -> int | None:
+    """Layers, the head one more, that llama.cpp's --fit lays on its cards where --gpu-layers says nothing: as many as
+    leave a GiB of each free; None of another engine, or without a card.
+
+    Whole layers are counted: of a mixture of experts --fit leaves parts of layers with the host.
+    Source: llama.cpp common/fit.cpp common_params_fit_impl.
+    """
+    if s.gpu is None or s.engine.kind != "llama.cpp":
+        return None
+    total, low, high = s.gpu.usable, 0, s.model.num_hidden_layers + 1
+
+    def fits(layers: int) -> bool:
+        one = s._replace(serving=s.serving.model_copy(update={"gpu_layers": layers}))
+        return all(_of_card(card, total, "usual").room >= FIT_MARGIN for card in each(one))
+
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhead, ...]]:
