@@ -247,6 +247,17 @@ def test_the_ledger_sums_and_the_answer_is_as_its_schema_says() -> None:
             assert read.model_dump()["serving"]["tokens"] == answer.serving["tokens"]  # type: ignore[index]
 
 
+def test_tgi_keeps_the_tokens_that_it_measured_with() -> None:
+    """Llama 3 8B on an H100: a cache of 4,096 tokens, and 0.9 of what is free beside it."""
+    s = settled(run_of("llama-3-8b", "tgi-3"))
+    assert s.gpu is not None
+    b = budget(s, s.gpu.usable)
+    token, before = 32 * 4096, b.context.usual
+    free = s.gpu.usable - before - b.parameters - b.step.bytes - b.beside.usual - 4096 * token
+    assert b.available == free * 900 // 1000 + 4096 * token
+    assert b.pool.tokens == b.available // token
+
+
 def test_without_a_card_there_is_room_for_the_requests_alone() -> None:
     answer = estimate(run_of("llama-3-8b", "vllm-0.33", None, micro=3))
     assert answer.verdict.answer is None

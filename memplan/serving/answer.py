@@ -120,7 +120,7 @@ def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
                 "leave the others with the host (--fit); --gpu-layers says so too"
             )
     if s.engine.kind == "tgi":
-        yield "TGI: what is public of it was used; most of its rows are assumed"
+        yield "TGI: its warm-up was read; its kernels and how many tokens it reads at once are assumed"
     if s.gpu is None:
         yield f"{s.engine.title} without a GPU: a pool for the run's requests alone, not one of all that is left"
     kernel = kernel_of(s)
