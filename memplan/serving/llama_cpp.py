@@ -169,7 +169,7 @@ def _feeding(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
         gates = tuple(_row(what, steps, width) for what in ("gate", "up", "activated"))
         yield Buffer("mlp", (*rows, *gates))
     if "E" in axes and any(layer.ffn in ("experts", "hashed") for layer in layers):
-        e, wide = axes["e"], axes["m"]
+        e, wide = axes["e"], axes.get("m") or max(layer.f for layer in layers)
         gates = tuple(_row(f"experts' {what}", steps, e, wide) for what in ("gate", "up", "activated"))
         if h <= 2 * wide:
             yield Buffer("experts", (*three, *gates))
