@@ -18,7 +18,7 @@ from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
-from memplan.inference import over_source
+from memplan.inference import looks_across, over_source
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
@@ -69,6 +69,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     capability = gpu.compute_capability if gpu else None
     precision = _precision(run.precision)
+    if words["experts"] == "modules" and model.model_type in AS_MODULES:  # experts are linear layers
+        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     formats = words["code"] == "transformers" and words["runs_formats"]
     over = served(model, run.method, precision.weights, capability, formats)
     method, running = over.method, over.running
@@ -81,8 +83,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
     refuse_parts(method, run.precision, run.optimizer, kernels, runs=tuple(RUNS) if running is not None else ())
-    if words["experts"] == "modules" and model.model_type in AS_MODULES:
-        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
     notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
     recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored, running)
@@ -147,12 +147,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     )
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
-    if generates and batch.images and any(part.per == "source" for layer in caches_of(model) for part in layer.parts):
-        raise SpecError(
-            f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
-            "task generate; supported: 0, text alone",
-            "batch.images",
-        )
     if (
         generates
         and run.loop.padded
@@ -200,7 +194,8 @@ def caches_all(graph: Graph) -> bool:
         graph = over_source(graph)
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
-    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]
+    across = graph.model.is_encoder_decoder or looks_across(graph)  # without images nothing attends to them
+    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" or across for part in layer.parts)]
     return kept == len(own)
 
 
