@@ -637,6 +637,7 @@ class Serving(Part, frozen=True):
                             how many of them a request may have (vLLM's `limit_mm_per_prompt`); None for any number. 0
                             of both: the tower is not there
     lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
+    lora_cpu_slots          adapters that the host has (vLLM's `max_cpu_loras`); None for as many as there are slots
     """
 
     weights: str | None = None
@@ -659,6 +660,7 @@ class Serving(Part, frozen=True):
     limit_videos: Natural | None = None
     lora_slots: Natural | None = None
     lora_rank: Count | None = None
+    lora_cpu_slots: Natural | None = None
 
 
 class RunSpec(Part, frozen=True):

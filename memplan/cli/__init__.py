@@ -701,6 +701,9 @@ def estimate(
     limit_videos: Annotated[int | None, option("Videos of a request at most. Default any.", of=SERVING)] = None,
     lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
     lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
+    lora_cpu_slots: Annotated[
+        int | None, option("Adapters on the host (vLLM's max_cpu_loras). Default as many as slots.", of=SERVING)
+    ] = None,
     gpu: Annotated[
         list[str] | None,
         option(

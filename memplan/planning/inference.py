@@ -22,7 +22,7 @@ from memplan.planning.offers import ANY, Wanted, wanted_cards
 from memplan.planning.reach import reach
 from memplan.roofline import Load, Pace, decode, prefill
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import of_rank
+from memplan.serving.shares import of_rank
 from memplan.spec import Parallelism, Quantization, RunSpec, changed
 from memplan.speed import Hourly, hourly
 from memplan.stored import StoredWeight, stored_weights
