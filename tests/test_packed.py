@@ -132,6 +132,12 @@ def test_experts_of_gpt_oss_stay_in_mxfp4_and_are_dequantised_before_compute_cap
     assert asked.phases[1:] == whole.phases[1:]
 
 
+def test_a_card_runs_as_it_was_published() -> None:
+    plain_, asked = (RunSpec(model="gpt-oss-20b", task="generate", **more) for more in ({}, named("mxfp4")))
+    assert estimate(plain_).bytes == estimate(asked).bytes
+    assert estimate(plain_).run.method.quantization == estimate(asked).run.method.quantization
+
+
 def test_a_row_of_each_choice_is_made_before_they_are_summed() -> None:
     graph = decide(published(gpu="h100")).structure.graph
     (down,) = {op for op in operations(built(graph)[0]) if op.name == "mlp.experts.down_proj"}
