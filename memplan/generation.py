@@ -250,6 +250,8 @@ def _recipe(
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
     bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
+    if method.quantization is None and running is not None:  # whole, once it is loaded
+        return bare._replace(kind="stored", skip=running.skip, running=running, packed=True), []
     if method.quantization is None:
         return bare, []
     recipe, notes = quantised(model, bare._replace(kind="stored"), method.quantization, stored)
