@@ -18,7 +18,7 @@ from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
-from memplan.inference import over_source
+from memplan.inference import looks_across, over_source
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
@@ -150,12 +150,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     )
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
-    if generates and batch.images and any(part.per == "source" for layer in caches_of(model) for part in layer.parts):
-        raise SpecError(
-            f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
-            "task generate; supported: 0, text alone",
-            "batch.images",
-        )
     if (
         generates
         and run.loop.padded
@@ -203,7 +197,8 @@ def caches_all(graph: Graph) -> bool:
         graph = over_source(graph)
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
-    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]
+    across = graph.model.is_encoder_decoder or looks_across(graph)  # without images nothing attends to them
+    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" or across for part in layer.parts)]
     return kept == len(own)
 
 

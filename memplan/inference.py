@@ -91,6 +91,11 @@ def _encoding(decided: Decided) -> Step:
     return Step(one, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
 
 
+def looks_across(graph: Graph) -> bool:
+    """Whether layers attend to images beside the tokens, and cache keys and values of them."""
+    return graph.wiring.images and any(layer.mixer == "cross_attention" for layer in graph.model.layers)
+
+
 def over_source(graph: Graph) -> Graph:
     """An encoder-decoder's decoder alone, over what the encoder has left."""
     return graph._replace(wiring=graph.wiring._replace(part="decoder"))
@@ -119,7 +124,11 @@ def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
         wiring = graph.wiring._replace(
-            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window, crossed=crosses
+            decodes=True,
+            images=False,
+            tower="",
+            windowed=bool(window) and past + 1 >= window,
+            crossed=crosses or looks_across(graph),
         )
         wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
         recipe = graph.recipe
@@ -421,20 +430,25 @@ def replayed(
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
     bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
     blocks: dict[int, tuple[tuple[str, ...], Block]] = {}
-    given: dict[tuple[str, ...], list[Block]] = {}
-    for key, block in reversed(left):
-        given.setdefault(_left(key), []).append(block)
+    given = list(left)
     for number, event in recording.events:
         if event == FREED:
             allocator.free(blocks.pop(number)[1])
             continue
         key = recording.sizes[event]
-        before = given.get(_left(key)) if len(blocks) < len(left) and given else None
-        blocks[number] = (key, before.pop() if before else allocator.alloc(bytes_[event]))
+        if given:  # what was left comes first, as it is
+            at = next((i for i, (other, _) in enumerate(given) if _left(other) == _left(key)), 0)
+            blocks[number] = (key, given.pop(at)[1])
+        else:
+            blocks[number] = (key, allocator.alloc(bytes_[event]))
     return list(blocks.values())
 
 
+_TOKENS: dict[str, str] = dict.fromkeys(("s", "kv", "past", "kv_window", "past_window"), "kv")
+
+
+@lru_cache(maxsize=1024)
 def _left(key: tuple[str, ...]) -> tuple[str, ...]:
     """What a tensor is known by that one pass leaves and the next finds: its shape, however many tokens it has, and
     its dtype."""
-    return (key[0].replace("past", "kv"), *key[1:])
+    return (" ".join(_TOKENS.get(axis, axis) for axis in key[0].split()), *key[1:])

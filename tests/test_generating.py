@@ -21,6 +21,7 @@ from memplan.units import ITEMSIZE, rounded
 from tests.encoders import SMALL
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
+from tests.tiny_vision import TINY as TOWERS
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_inference.jsonl"))
 
@@ -177,12 +178,25 @@ def test_a_decoder_keeps_its_tokens_and_what_the_encoder_read(name: str) -> None
     walked, source = walk(decided), decided.batch.sequence
     encoded, first, *_ = (dict(walked.left(s, a)) for s, a in zip(walked.steps, walked.axes, strict=True))
     table = caches.caches(decided.structure.graph.model)
-    prompt = decided.batch.target_sequence
+    prompt = decided.batch.target_sequence or 0
     assert prompt == (4 if name == "whisper" else 1)
     assert sum(n for what, n in first.items() if what.endswith("cache")) == 64 * caches.bytes_of(
         table, prompt, source=source
     )
     assert sum(encoded.values()) == sum(n for what, n in first.items() if not what.endswith("cache"))
+
+
+def test_layers_that_look_at_images_keep_what_the_tower_made_of_them() -> None:
+    config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
+    decided = decide(generating(config, batch={"micro": 64, "sequence": 75, "images": 1, "new_tokens": 3}))
+    walked = walk(decided)
+    rows = 4 * ((56 // 14) ** 2 + 1)  # tiles of an image, patches of a tile and its class
+    said = caches.bytes_of(caches.caches(decided.structure.graph.model), 75, source=rows)
+    for step, axes in zip(walked.steps[:1], walked.axes[:1], strict=True):
+        assert sum(n for what, n in walked.left(step, axes) if "length" not in what) == 64 * said
+    text = decide(generating(config, batch={"micro": 64, "sequence": 75, "new_tokens": 3}))
+    alone = walk(text)
+    assert sum(n for _, n in alone.left(alone.steps[0], alone.axes[0])) < 64 * said
 
 
 def test_the_encoder_reads_once_however_many_beams_there_are() -> None:

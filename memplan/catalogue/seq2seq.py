@@ -56,10 +56,10 @@ def ids_of_labels() -> Op:
     )
 
 
-def cached_across(name: str, like: str, there: bool) -> tuple[Op, ...]:
-    """The place where keys and values of the encoder's tokens are cached, `k` and `v`, or found, where they are `there`
-    and nothing makes them. Their dtype is that of the tensor `like`."""
-    kept = tuple(Tensor(f"{t}.kept", "b s a d", f"={like}") for t in ("k", "v"))
+def cached_across(name: str, like: str, there: bool, shape: str = "b s a d") -> tuple[Op, ...]:
+    """The place where keys and values of what an encoder or a tower has made are cached, `k` and `v`, or found, where
+    they are `there` and nothing makes them. Their dtype is that of the tensor `like`."""
+    kept = tuple(Tensor(f"{t}.kept", shape, f"={like}") for t in ("k", "v"))
     return (Op(f"{name}.cache", (like,) if there else ("k", "v"), kept, caches="source"),)
 
 

@@ -229,6 +229,7 @@ class Script:
                 mask = options.pop("attention_mask", None)
                 padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
                 outputs = model(input_ids=ids, attention_mask=mask if padded else None, **options, **keeps)
+                across = _Across(options) if "cross_attention_mask" in options else None
                 del inputs, options
                 cache, token = getattr(outputs, given_as), chooser.token(outputs)
                 del outputs
@@ -237,12 +238,13 @@ class Script:
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
-                    given = mask if padded else None
-                    outputs = model(input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps)
+                    given = {"attention_mask": mask if padded else None, **(across.next() if across else {})}
+                    outputs = model(input_ids=token, **given, **{given_as: cache}, use_cache=True, **keeps)
+                    del given
                     cache, token = getattr(outputs, given_as), chooser.token(outputs)
                     del outputs
                     chooser.reorder(cache)
-                del token, cache
+                del token, cache, across
                 chooser.forget()
 
     def _generate_from_source(self) -> None:
@@ -301,7 +303,14 @@ class Script:
         if self.run.generation.cache_implementation != "static":
             return {}
         longest = batch.sequence + batch.new_tokens - 1
-        return {name: library("transformers").StaticCache(config=config, max_cache_len=longest)}
+        cache: Any = library("transformers").StaticCache(config=config, max_cache_len=longest)
+        if batch.images:  # of layers that attend to images, as Mllama's _prepare_static_cache has it
+            vision = base_of(self.model).config.vision_config
+            for layer in getattr(config, "cross_attention_layers", ()):
+                rows = (vision.image_size // vision.patch_size) ** 2 + 1
+                made: Any = library("transformers.cache_utils").StaticLayer
+                cache.layers[layer] = made(max_cache_len=batch.images * vision.max_num_tiles * rows)
+        return {name: cache}
 
     def _crossing_cache(self) -> Any:
         """The two caches of an encoder-decoder: of its own tokens, and of those that the encoder has read.
@@ -329,6 +338,24 @@ class Script:
                 return attention.sdpa_kernel([backend.EFFICIENT_ATTENTION, backend.MATH])
             case _:
                 return nullcontext()
+
+
+class _Across:
+    """What generation keeps of the images that a prompt came with, whose keys and values are cached, and the mask over
+    them, which has another row for every token.
+
+    Source: transformers 5.24 models/mllama/modeling_mllama.py prepare_inputs_for_generation,
+    _update_model_kwargs_for_generation.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.images = {name: options[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        self.mask = options["cross_attention_mask"]
+
+    def next(self) -> dict[str, Any]:
+        """What the model is given of it for the next token."""
+        self.mask = torch.cat([self.mask, self.mask[:, -1:]], dim=1)
+        return {"cross_attention_mask": self.mask[:, -1:].clone()}
 
 
 def _step_in_backward(parameter: Any, optimizer: Any) -> None:

@@ -5,9 +5,9 @@ python tests/golden/trace_inference.py llama mistral
 
 Every family of tests/tiny.py and tests/tiny_vision.py, or those named, at its small size: a forward pass, and a prompt
 with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters, quantised,
-with other caches, with beams and drawn. Encoder-decoders (tests/encoders.py) likewise, with each source's beams. Then
-some cards at their own sizes, which `real` names alone. Runs that cannot be traced are said on
-standard error.
+with other caches, with beams and drawn. Encoder-decoders (tests/encoders.py) likewise, with each source's beams, and
+mllama with images (`images`). Then some cards at their own sizes, which `real` names alone. Runs that cannot be traced
+are said on standard error.
 """
 
 from __future__ import annotations
@@ -99,11 +99,28 @@ ACROSS: tuple[dict[str, Any], ...] = (
     {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "kernels": {"attention": "eager"}},
     {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "loop": {"use_cache": False}},
 )
+IMAGES = {"micro": 3, "sequence": 75, "new_tokens": 4, "images": 2}
+SEEN: tuple[dict[str, Any], ...] = (  # of mllama, whose layers attend to images beside the tokens
+    *(
+        {"batch": {**IMAGES, "micro": micro, "images": 1}, "precision": weights, "generation": {"num_beams": beams}}
+        for micro, weights, beams in product((1, 3), ("bf16", "fp32"), (1, 4))
+    ),
+    {"batch": IMAGES},
+    {"batch": IMAGES, "kernels": {"attention": "sdpa_efficient"}},
+    {"batch": IMAGES, "generation": {"do_sample": True}},
+    {"batch": IMAGES, "generation": STATIC},
+    {"batch": IMAGES, "loop": {"padded": True}},
+    {"batch": IMAGES, "method": {"kind": "lora"}},
+    {"batch": IMAGES, "method": {"quantization": {}}},
+    {"task": "forward", "batch": {**IMAGES, "new_tokens": 0}},
+    {"task": "forward", "batch": {**IMAGES, "new_tokens": 0}, "loop": {"use_cache": False}},
+)
 REAL_ACROSS: tuple[dict[str, Any], ...] = (
     {"model": "flan-t5-base", "batch": {"micro": 8, "sequence": 512, "new_tokens": 8}, "generation": {"num_beams": 4}},
     {"model": "t5-base", "batch": {"micro": 4, "sequence": 1001, "new_tokens": 3}, "kernels": {"attention": "eager"}},
     {"model": "whisper-large-v3", "batch": {"micro": 4, "new_tokens": 8}, "precision": "fp16"},
     {"model": "whisper-large-v3-turbo", "batch": {"micro": 16, "new_tokens": 4}, "generation": {"num_beams": 5}},
+    {"model": "llama-3.2-11b-vision", "batch": {"micro": 2, "sequence": 600, "images": 1, "new_tokens": 4}},
 )
 
 
@@ -114,6 +131,9 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
             batch = {**SOURCE[name], **fields["batch"]}
             shared = {"model": {"config": SMALL[name]}, "task": "generate", "gpu": "a100-sxm-80gb"}
             yield name, RunSpec(**{**shared, **fields, "batch": batch})
+    for fields in SEEN if not names or "images" in names else ():
+        config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
+        yield "mllama", RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
     for fields in REAL_ACROSS if not names or "real" in names else ():
         yield fields["model"], RunSpec(**{"task": "generate", "gpu": "a100-sxm-80gb", **fields})
 
