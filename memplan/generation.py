@@ -147,16 +147,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     )
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
-    if (
-        generates
-        and run.loop.padded
-        and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
-    ):
-        raise SpecError(
-            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
-            "states; supported: false",
-            "loop.padded",
-        )
     if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "

@@ -234,11 +234,13 @@ class Script:
                 cache, token = getattr(outputs, given_as), chooser.token(outputs)
                 del outputs
                 chooser.reorder(cache)
+            # of one token nothing is padding, and state spaces alone are given no mask of those before
+            sees = padded and base_of(model).config.model_type not in ("falcon_mamba", "mamba", "mamba2")
             with self.phase("decode"):
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
-                    given = {"attention_mask": mask if padded else None, **(across.next() if across else {})}
+                    given = {"attention_mask": mask if sees else None, **(across.next() if across else {})}
                     outputs = model(input_ids=token, **given, **{given_as: cache}, use_cache=True, **keeps)
                     del given
                     cache, token = getattr(outputs, given_as), chooser.token(outputs)
