@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.batches import check_batch, lengths
-from memplan.catalogue.decoding import NOT_YET, Cache, Pass, returned_by
+from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Cache, Pass, returned_by
 from memplan.catalogue.merging import adapted, merge
 from memplan.catalogue.profiles import decided as words_of
 from memplan.catalogue.profiles import find_profile
@@ -313,6 +313,7 @@ def _generated(
     way: Cache = "legacy" if cache == "legacy" else "dynamic"
     crosses = graph.model.is_encoder_decoder  # whose heads are given every token of the decoder's prompt
     now = Pass("prefill", way, last_only and not crosses, wide, few_rows=few_rows, crosses=crosses)
+    now = now._replace(suppresses=kind in SUPPRESSES)
     one = _still(graph, now, caching=True)
     if not caches_all(one):
         raise UnsupportedModelError(

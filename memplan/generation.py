@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
-from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
+from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
@@ -130,6 +130,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         generation.num_beams > 1,
         generation.do_sample,
         generates and model.is_encoder_decoder,
+        generates and model.model_type in SUPPRESSES,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
     )
     graph = Graph(

@@ -35,6 +35,11 @@ NOT_YET = frozenset(
 )
 
 
+# Families whose generation config has tokens that are never chosen, and so a further row of scores without them.
+# Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_logit_processors.
+SUPPRESSES = frozenset(("whisper",))
+
+
 class Loaded(NamedTuple):
     """How weights are loaded to run a model.
 
@@ -60,6 +65,7 @@ class Pass(NamedTuple):
     beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
     samples     tokens are drawn, after temperature, top-k and top-p
     crosses     an encoder has read what the sequences are about: their mask is of that, and not of their own tokens
+    suppresses  some tokens are never chosen: their scores are taken out in another tensor
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
@@ -75,6 +81,7 @@ class Pass(NamedTuple):
     beams: bool = False
     samples: bool = False
     crosses: bool = False
+    suppresses: bool = False
     lingers: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
@@ -190,6 +197,7 @@ def _inputs(op: Op, now: Pass) -> Op:
 def _named_before(now: Pass) -> Iterator[Tensor]:
     """What the loop's names keep of the token before until they have another: its logits, and what was made of them."""
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
+    more = more or (("scores",) if now.suppresses else ())
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
     if now.beams:
@@ -432,14 +440,25 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
     def forgotten(what: str) -> tuple[Op, ...]:
         return (ops.leave(f"{what}{_BEFORE}"),) if now.decodes else ()
 
+    def chosen_of(scores: str, y: str) -> Op:
+        """Scores without those of tokens that are suppressed."""
+        tokens, which = Tensor("all tokens", "v", "int64"), Tensor("suppressed tokens", "v", "bool")
+        among = (tokens, which, Tensor("minus infinity", "", "fp32"))
+        return made("suppress", scores, y=y, scratch=among)
+
     yield made("scores", logits, y="next token logits")
     yield from forgotten("logits")
     if now.beams:
-        yield made("log_softmax", "next token logits", y="log probabilities")
+        sums = "log probabilities"
+        yield made("log_softmax", "next token logits", y=sums)
         yield from forgotten("sums of log probabilities")
+        if now.suppresses:
+            yield chosen_of(sums, f"{sums} left")
+            yield ops.leave(sums)
+            sums = f"{sums} left"
         yield ops.leave(logits)
-        yield made("accumulate", "log probabilities", y="sums of log probabilities")
-        yield ops.leave("log probabilities")
+        yield made("accumulate", sums, y="sums of log probabilities")
+        yield ops.leave(sums)
         yield Op("generate.order", ("sums of log probabilities",), (Tensor("order", "b", "int64"),), source=_GENERATE)
         yield from forgotten("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
@@ -453,7 +472,12 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         sort = (Tensor("sorted", "b v", "fp32"), Tensor("order", "b v", "int64"))
         sums = (Tensor("softmax of sorted", "b v", "fp32"), Tensor("sums of those", "b v", "fp32"))
         removed = Tensor("not among the first", "b v", "bool")
-        yield made("temperature", "next token logits", y="warmed")
+        scores = "next token logits"
+        if now.suppresses:
+            yield chosen_of(scores, "scores left")
+            scores = "scores left"
+        yield made("temperature", scores, y="warmed")
+        yield ops.leave(*(("scores left",) if now.suppresses else ()))
         yield made("top_k", "warmed", y="top k", scratch=(removed,))
         yield ops.leave("warmed")
         yield Op("generate.top_p", ("top k",), scratch=(*sort, *sums), source=warpers)
@@ -471,5 +495,10 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         )
         yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
         return
-    yield Op("generate.argmax", ("next token logits",), (Tensor("next token", "b", "int64"),), source=_GENERATE)
-    yield ops.leave(logits, "next token logits")
+    scores = "next token logits"
+    if now.suppresses:
+        yield chosen_of(scores, "next token scores")
+        yield from forgotten("scores")
+        scores = "next token scores"
+    yield Op("generate.argmax", (scores,), (Tensor("next token", "b", "int64"),), source=_GENERATE)
+    yield ops.leave(logits, "next token logits", scores)

@@ -220,7 +220,7 @@ class Script:
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
-        chooser = choosing(self.run.generation)
+        chooser = choosing(self.run.generation, base_of(model).config.model_type)
         with torch.no_grad():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
@@ -259,7 +259,7 @@ class Script:
         model, run = self.model, self.run
         base = base_of(model)
         beams = run.generation.num_beams
-        chooser = choosing(run.generation)
+        chooser = choosing(run.generation, base.config.model_type)
         with torch.no_grad():
             with self.phase("encode"):
                 sources, options = self._inputs()
