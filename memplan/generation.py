@@ -69,6 +69,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     capability = gpu.compute_capability if gpu else None
     precision = _precision(run.precision)
+    if words["experts"] == "modules" and model.model_type in AS_MODULES:  # experts are linear layers
+        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     formats = words["code"] == "transformers" and words["runs_formats"]
     over = served(model, run.method, precision.weights, capability, formats)
     method, running = over.method, over.running
@@ -81,8 +83,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
     refuse_parts(method, run.precision, run.optimizer, kernels, runs=tuple(RUNS) if running is not None else ())
-    if words["experts"] == "modules" and model.model_type in AS_MODULES:
-        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
     notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
     recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored, running)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from memplan.catalogue.quantization import WHOLE
-from memplan.catalogue.running import KERNELS, RUNS, Running
+from memplan.catalogue.running import FOUR_BITS, KERNELS, RUNS, Running
 from memplan.catalogue.storage import Layout, plain
 from memplan.checkpoint import parameters
 from memplan.errors import SpecError
@@ -142,9 +142,10 @@ def _kernel(
                 "dequantize true from when it is loaded",
             )
         case "fbgemm_fp8":
-            _fits("fbgemm", dtype, capability)
+            _fits("fbgemm", layout.format, dtype, capability)
             return "fbgemm", ("it runs as it is stored",)
         case _:
+            _fits(how, layout.format, dtype, capability)
             return how, ("it is quantised as it is loaded" if how == "quanto" else "it runs as it is stored",)
 
 
@@ -171,15 +172,17 @@ def _lays(kernel: str, capability: tuple[int, int] | None) -> bool:
     return kernel == "triton" and (capability is None or (9, 0) <= capability < (10, 0))
 
 
-def _fits(kernel: str, dtype: str, capability: tuple[int, int] | None) -> None:
-    """Raise SpecError where a kernel does not run on the card, or not in the model's dtype."""
-    row = KERNELS[kernel]
+def _fits(kernel: str, format: str, dtype: str, capability: tuple[int, int] | None) -> None:
+    """Raise SpecError where what runs a format does not on the card, or not in the model's dtype."""
+    row = FOUR_BITS.get(format, KERNELS[kernel])
     if capability is not None and capability < row.needs:
         need, have = (".".join(map(str, pair)) for pair in (row.needs, capability))
-        raise SpecError(f"method.quantization.backend: {kernel} needs compute capability {need}, not {have}", "gpu")
+        raise SpecError(
+            f"method.quantization.backend: {kernel} needs compute capability {need} for {format}, not {have}", "gpu"
+        )
     if row.dtypes and dtype not in row.dtypes:
         raise SpecError(
-            f"precision.weights: {kernel} runs in {', '.join(row.dtypes)}, not {dtype}", "precision.weights"
+            f"precision.weights: {kernel} runs {format} in {', '.join(row.dtypes)}, not {dtype}", "precision.weights"
         )
 
 
@@ -211,7 +214,7 @@ def running_of(
             raise SpecError(f"{field}.format: transformers runs experts in mxfp4 of gpt_oss alone", f"{field}.format")
         if kernel == "triton" and capability is not None and capability < KERNELS["triton"].needs:
             kernel = "dequantised"
-    _fits(kernel, dtype, capability)
+    _fits(kernel, quantization.format, dtype, capability)
     group = quantization.block_size if "block_size" in quantization.model_fields_set else None
     scales = "fp32" if kernel in ("fbgemm", "torchao") else dtype
     layout = plain(quantization.format, group, scales)

@@ -560,9 +560,26 @@ class Also(Part, frozen=True):
 
 
 CacheDtype = Literal[
-    *("auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn", "int8_per_token_head"),
-    *("fp8_per_token_head", "int4_per_token_head", "nvfp4", "fp4_mx_block16", "mxfp8"),
-    *("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"),
+    "auto",
+    "bf16",
+    "fp16",
+    "fp32",
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "fp8_e4m3fn",
+    "int8_per_token_head",
+    "fp8_per_token_head",
+    "int4_per_token_head",
+    "nvfp4",
+    "fp4_mx_block16",
+    "mxfp8",
+    "q8_0",
+    "q5_1",
+    "q5_0",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
 ]
 
 
@@ -593,6 +610,9 @@ class Serving(Part, frozen=True):
     main_gpu                of llama.cpp: the card that has all under split_mode `none`, the first is 0
     dp_attention            of SGLang: the `dp` groups of ranks share one model's experts, MLPs and head, and only
                             attention is theirs alone; without it they are replicas
+    limit_images, limit_videos
+                            how many of them a request may have (vLLM's `limit_mm_per_prompt`); None for any number. 0
+                            of both: the tower is not there
     lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
     """
 
@@ -612,6 +632,8 @@ class Serving(Part, frozen=True):
     tensor_split: tuple[Annotated[Number, Field(ge=0, le=2**40)], ...] | None = None
     main_gpu: Natural | None = None
     dp_attention: Flag | None = None
+    limit_images: Natural | None = None
+    limit_videos: Natural | None = None
     lora_slots: Natural | None = None
     lora_rank: Count | None = None
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.cards import load_card
-from memplan.catalogue.running import KERNELS, RUNS
-from memplan.catalogue.storage import KINDS
+from memplan.catalogue.running import KERNELS, RUNS, Running, unpacking
+from memplan.catalogue.storage import KINDS, plain
 from memplan.errors import MemplanError
 from memplan.graph import built, loading, most_at_once, parameters_of
 from memplan.inference import walk
-from memplan.ir import operations
+from memplan.ir import Weight, operations
 from memplan.resolve import decide
 from memplan.units import rounded
 from tests.checkpoints import TINY
@@ -69,6 +69,20 @@ def test_compressed_weights_are_whole_once_the_model_was_called() -> None:
     }
     assert "whole from the first call of the model on" in found.notes[0]
     assert answer(compressed(INT4, dequantize=True)).bytes == answer().bytes
+
+
+def test_experts_are_whole_when_they_are_loaded_and_linear_layers_when_the_model_is_called() -> None:
+    moe = {**TINY, "model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+    moe |= {"head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    found = answer(compressed(INT4), moe)
+    lines = {line.what for line in found.ledger if line.kind == "parameter"}
+    assert {"mlp.experts.gate_up_proj", "self_attn.q_proj.weight (weight_scale)"} <= lines
+    steps = [step.name for step in unpacking(expert_stack(), Running(plain("w4a16"), "decompressed"))]
+    assert steps == ["apart", "codes", "weight", "apart"]  # made expert by expert, then gates and ups are joined
+
+
+def expert_stack() -> Weight:
+    return Weight("mlp.experts.gate_up_proj", "8 2 64 64", "mlp", "bf16", rows=3, stacked=True)
 
 
 def test_optimised_inference_keeps_fp8_where_the_card_has_it() -> None:
@@ -154,6 +168,8 @@ def test_every_kernel_runs_a_format_and_every_format_of_storage_is_known() -> No
             "layers that quantise their inputs",
         ),
         (named("w4a16", backend="torchao"), "torchao does not run w4a16; known: decompressed"),
+        ({**named("quanto-int4"), "gpu": "t4"}, "quanto needs compute capability 8.0 for quanto-int4, not 7.5"),
+        ({**named("torchao-int4"), "precision": {"weights": "fp16"}}, "torchao runs torchao-int4 in bf16, not fp16"),
         (named("mxfp4"), "which llama has none of; known: decompressed"),
         (named("hqq-int4"), "'hqq-int4' is not supported yet"),
         ({**named("w4a16"), "profile": "transformers-4.51"}, "'w4a16' is not supported yet"),

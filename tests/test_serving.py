@@ -26,10 +26,11 @@ from memplan.serving.budget import card_for, pool_of
 from memplan.serving.llama_cpp import compute_buffer
 from memplan.serving.parallel import Ranks, each
 from memplan.serving.passes import largest
+from memplan.serving.pictures import seen
 from memplan.serving.pool import Blocks
 from memplan.serving.settings import Settings
 from memplan.serving.sglang import static_fraction
-from memplan.serving.weights import held
+from memplan.serving.weights import TOWERS, held
 from memplan.spec import Parallelism, Serving, changed
 from tests.sampling import examples
 
@@ -55,6 +56,7 @@ def settings_of(row: Mapping[str, Any]) -> Settings:
         serving["flash_attention"] = row["flash"]
     if "weights" in row:
         serving["weights"] = row["weights"]
+    serving |= row.get("limits", {})
     tp = row.get("tp", 1)
     return settled(
         RunSpec(
@@ -128,11 +130,19 @@ def test_weights_take_the_bytes_that_a_log_says(row: dict[str, Any]) -> None:
     assert f"{taken / GIB:.{len(row['gib'].partition('.')[2])}f}" == row["gib"]
 
 
+@of_kind("seen")
+def test_the_encoder_is_run_on_what_a_log_says(row: dict[str, Any]) -> None:
+    found = seen(settings_of(row))
+    assert found is not None
+    assert (found.items, found.kind) == (row["items"], row["what"])
+    assert max(row["batched"], found.tokens) == row["budget"]
+
+
 @of_kind("step")
 def test_a_step_takes_about_what_a_log_says(row: dict[str, Any]) -> None:
     """Within a share of it: what the sampler's sort has beside its tensors is assumed."""
     s = settings_of(row)
-    step = largest(s, s.steps, s.requests)
+    step = largest(s, s.steps, s.requests, profiled=True)
     assert abs(step.bytes / GIB / float(row["gib"]) - 1) <= float(row["within"])
 
 
@@ -316,6 +326,26 @@ def test_states_take_a_block_of_their_own_each() -> None:
     assert pool.of_request(10_000) == -(-10_000 // block) + 3 * 2
 
 
+def test_a_model_of_states_alone_takes_a_block_for_a_request() -> None:
+    """Falcon Mamba 7B: 64 layers with a state of 8192 x 16 and 3 columns of a convolution. vLLM keeps no prefixes;
+    SGLang gives states 9 bytes of 19, of which one pads, and requests three where prefixes are kept."""
+    state = 64 * 8192 * (16 + 3) * 2
+    s = settled(run_of("falcon-mamba-7b", "vllm-0.33"))
+    pool = pool_of(s, 100 * state)
+    assert isinstance(pool, Blocks)
+    assert (pool.blocks, pool.block_bytes, pool.of_request(10**6)) == (100, state, 1)
+    assert pool.holds(10**6, 99)
+    assert not pool.holds(10**6, 100)  # one block is never given out
+    two = pool_of(settled(divided("falcon-mamba-7b", "vllm-0.33", tp=2)), 0)
+    assert two.block_bytes == state // 2
+    slots = 64 * 8192 * (16 * 4 + 3 * 2)
+    kept = pool_of(settled(run_of("falcon-mamba-7b", "sglang-0.5")), 19 * slots)
+    assert (kept.blocks, kept.bytes) == (8, 9 * slots)
+    assert kept.concurrency(4096) == Fraction(8, 3)
+    assert kept.needs(4096, 2) == 7 * slots
+    assert estimate(run_of("falcon-mamba-7b", "vllm-0.33")).verdict.answer == "fits"
+
+
 def test_adapters_take_slots_for_every_matrix() -> None:
     """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers."""
     plain, slots = (
@@ -436,6 +466,36 @@ def test_llama_cpp_quantises_caches_in_blocks_of_32() -> None:
         for dtype in ("fp16", "q8_0", "q4_0")
     )
     assert (eight * 64, four * 64) == (plain * 34, plain * 18)
+
+
+def test_what_sees_is_run_before_the_pool_is_made() -> None:
+    """Qwen2.5-VL 7B on an H100: 7 rows of frames of 16,384 tokens, 4 patches each; the FFN of a block has them 5 times
+    as wide as the tower, 3 times as wide as its FFN, and the pixels. Its weights are there unless neither may come."""
+    run = run_of("qwen2.5-vl-7b", "vllm-0.33")
+    answer = estimate(run)
+    patches = 7 * 16384 * 4
+    assert answer.serving is not None
+    assert answer.serving["activations"] == 2 * patches * (5 * 1280 + 3 * 3420 + 1176)
+    assert any("encoder on 1 video of 114,688 tokens" in note for note in answer.notes)
+    images = estimate(changed(run, "serving", limit_videos=0)).serving or {}
+    none = estimate(changed(run, "serving", limit_images=0, limit_videos=0)).serving or {}
+    assert images["activations"] - none["activations"] == 2 * 16384 * 3584  # what was made of an image, beside the step
+    assert images["weights"] - none["weights"] == sum(h.bytes for h in held(settled(run)) if h.group in TOWERS)
+    two = largest(settled(divided("qwen2.5-vl-7b", "vllm-0.33", tp=2)), 8192, 1024, profiled=True)
+    assert two.bytes == 2 * patches * (5 * 1280 + 3 * 1710 + 1176)
+    late = each(settled(divided("qwen2.5-vl-7b", "vllm-0.33", pp=2)))[1]
+    assert not largest(late, 8192, 1024, profiled=True).where.startswith("encoder")
+
+
+def test_sglang_keeps_more_aside_for_a_tower() -> None:
+    """Gemma 3's has 27 layers 1,152 wide, 1.424 times as much as 24 of 1,024; and what it makes has 100 MiB."""
+    s = settled(run_of("gemma-3-4b", "sglang-0.5"))
+    plain = static_fraction(s.gpu.usable, 8192, 256, Ranks(), False, True)  # type: ignore[union-attr]
+    assert s.serving.memory_utilization == plain * (0.95 * (1 - 0.1 * (27 * 1152**2 / (24 * 1024**2) - 1)))
+    seeing = settled(run_of("qwen2.5-vl-7b", "sglang-0.5"))
+    assert pool_of(seeing, GIB).tokens == (GIB - 100 * MIB) // (28 * 2 * 4 * 128 * 2)
+    text = settled(run_of("gemma-3-1b", "sglang-0.5"))
+    assert text.serving.memory_utilization == plain
 
 
 @pytest.mark.parametrize(
@@ -644,6 +704,7 @@ REFUSED = {
         "parallelism": {"world": 2, "tp": 2},
     },
     "serving.split_mode: is llama.cpp's": {"serving": {"split_mode": "layer"}},
+    "serving.limit_images: is of vLLM's run": {"profile": "sglang-0.5", "serving": {"limit_images": 0}},
     "serving.dp_attention: is SGLang's": {"serving": {"dp_attention": True}},
     "serving.split_mode: row: llama.cpp of 2026 has no": {
         "profile": "llama.cpp-2026",
@@ -653,7 +714,6 @@ REFUSED = {
     "serving.tensor_split: 2 parts of 1 GPUs": {"profile": "llama.cpp-2026", "serving": {"tensor_split": [1, 1]}},
     "model: t5 models are not supported yet": {"model": "t5-base"},
     "model: whisper models are not supported yet with vllm-0.33, which sets aside": {"model": "whisper-large-v3"},
-    "model: mamba keeps no keys": {"model": "mamba-130m"},
 }
 
 

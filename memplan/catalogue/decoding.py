@@ -27,12 +27,7 @@ _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 
 # Families whose decoding was not read yet: sparse attention over compressed or indexed keys, Kimi's delta rule, and
 # code published with the weights, which keeps caches its own way.
-NOT_YET = frozenset(
-    (
-        *("baichuan", "chatglm", "deepseek_v4", "internlm2", "kimi_k3", "kimi_linear", "megatron_gpt", "minicpm"),
-        *("step3p7",),
-    )
-)
+NOT_YET = frozenset((*("baichuan", "chatglm", "deepseek_v4", "internlm2", "megatron_gpt", "minicpm"),))
 
 
 # Families whose generation config has tokens that are never chosen, and so a further row of scores without them.

@@ -64,6 +64,13 @@ RUNS: dict[str, tuple[str, ...]] = {
     "quanto-int8": ("quanto",),
     "quanto-int4": ("quanto",),
 }
+# Kernels of 4 bits that read weights as they are: what they run on, beside what their library needs.
+# Source: optimum-quanto 0.2.7 tensor/weights/qbits.py WeightQBitsTensor.create; torchao 0.18
+# quantization/quantize_/workflows/int4/int4_tensor.py Int4Tensor.from_hp, which wants the package mslk
+FOUR_BITS = {
+    "quanto-int4": Kernel("tinygemm", (8, 0), ("bf16",), "assumed"),
+    "torchao-int4": Kernel("mslk", (0, 0), ("bf16",), "assumed"),
+}
 MADE_WHEN_LOADED = ("torchao", "quanto", "fbgemm")  # of a checkpoint that is whole
 _WHOLE = ("decompressed", "dequantised")
 
@@ -88,7 +95,8 @@ class Running(NamedTuple):
     @property
     def source(self) -> str:
         row = KERNELS[self.kernel]
-        return row.source if row.basis == "derived" else f"{row.basis}: {row.source}"
+        basis = "assumed" if self.layout.format in FOUR_BITS else row.basis
+        return row.source if basis == "derived" else f"{basis}: {row.source}"
 
 
 def resident(w: Weight, how: Running) -> tuple[Tensor, ...]:
@@ -215,13 +223,13 @@ def unpacking(w: Weight, how: Running) -> Iterator[Step]:
         yield from _of_gpt_oss(w)
         return
     if w.stacked:
-        if w.name.endswith("gate_up_proj"):
-            yield Step("apart", Tensor("apart", w.shape, w.dtype))
-            yield Step("weight", Tensor("weight", w.shape, w.dtype))
-            yield Step("apart")
-        else:
-            yield Step("weight", Tensor("weight", w.shape, w.dtype))
+        whole = Tensor("weight", w.shape, w.dtype)
+        joins = w.name.endswith("gate_up_proj")
+        yield Step("apart" if joins else "weight", whole)
         yield Step("codes")
+        if joins:
+            yield Step("weight", whole)
+            yield Step("apart")
         return
     own = next((t._replace(dtype=_like(t, w)) for t in parts_of(w, how.of(w)) if _replaced(t, how)), None)
     shapes = {_OWN: own, _PLACES: Tensor(_PLACES, str(6 * 128), "int32")}

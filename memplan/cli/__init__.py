@@ -660,6 +660,11 @@ def estimate(
             of=SERVING,
         ),
     ] = None,
+    limit_images: Annotated[
+        int | None,
+        option("Images of a request at most (vLLM's limit_mm_per_prompt). Default any.", of=SERVING),
+    ] = None,
+    limit_videos: Annotated[int | None, option("Videos of a request at most. Default any.", of=SERVING)] = None,
     lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
     lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
     gpu: Annotated[

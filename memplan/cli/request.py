@@ -72,6 +72,8 @@ FIELDS = {
     "split_mode": "serving.split_mode",
     "main_gpu": "serving.main_gpu",
     "dp_attention": "serving.dp_attention",
+    "limit_images": "serving.limit_images",
+    "limit_videos": "serving.limit_videos",
     "lora_slots": "serving.lora_slots",
     "lora_rank": "serving.lora_rank",
     "profile": "profile",

@@ -14,6 +14,7 @@ from memplan.models import ModelSpec
 from memplan.serving.budget import Budget, budget, card_for
 from memplan.serving.parallel import each
 from memplan.serving.passes import Step
+from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings, settled
 from memplan.serving.weights import TABLE, kernel_of
 from memplan.spec import RunSpec
@@ -128,6 +129,15 @@ def _notes(b: Budget) -> Iterable[str]:
     if s.ranks.pp > 1 or s.ranks.cards > 1:
         name = "stage" if s.ranks.pp > 1 else "card"
         yield f"the figures are of {name} {s.stage.number + 1} of {len(each(s))}, the fullest: {s.stage.text}"
+    found = seen(s)
+    if found is not None and b.step.where.startswith("encoder"):
+        yield (
+            f"vLLM first runs its encoder on {found.items:,} {found.kind}{'s' if found.items > 1 else ''} of "
+            f"{found.tokens:,} tokens, which is the largest step; serving.limit_{found.kind}s 0 "
+            f"(--limit-{found.kind}s) leaves that out"
+        )
+    elif s.engine.kind in ("llama.cpp", "tgi") and s.model.part("vision_config"):
+        yield f"what sees is not counted with {s.engine.name}"
     if s.engine.waits:
         yield f"not counted: {'; '.join(s.engine.waits)}"
 

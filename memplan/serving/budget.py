@@ -89,7 +89,7 @@ def budget(s: Settings, total: int | None, level: str = "usual") -> Budget:
 def _of_card(s: Settings, total: int | None, level: str) -> Budget:
     graphs, beside, context, ranks = _overheads(s)
     weights = held(s)
-    step = largest(s, s.steps, s.requests)
+    step = largest(s, s.steps, s.requests, profiled=True)
     decoding = largest(s, min(s.requests, s.steps), s.requests)
     parameters = sum(h.bytes for h in weights)
     before, aside = _at(s, level)

@@ -100,7 +100,7 @@ def compute_buffer(s: Settings, logits: int | None = None) -> Buffer:
         return Buffer("nothing", ())
     found = [_drawing(s, logits)] if s.stage.headed else []
     if layers:
-        found += [*_feeding(s, layers), *_mixing(s)]
+        found += [*_feeding(s, layers), *_mixing(s, layers)]
     given = tuple(_given(s, logits))
     if pipelined(s):
         crossing = ("hidden", "the FFN's output") if s.stage.fed else ("embeddings",)
@@ -162,7 +162,7 @@ def _feeding(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
     """The FFN, or the experts, whose outputs lie beside the rows they are made of where no freed row is as wide."""
     m, steps = s.model, s.steps
     axes, h = m.axes(), m.hidden_size
-    width = max((layer.f for layer in layers if layer.ffn not in ("experts", "hashed")), default=0)
+    width = max((layer.f for layer in layers if layer.ffn not in ("experts", "hashed", "none", "")), default=0)
     three = (_row("hidden", steps, h), _row("residual", steps, h), _row("room of a freed row", steps, h))
     if width:
         rows = three[:2] if m.model_type in _ONE_PRODUCT else three
@@ -182,11 +182,24 @@ def _feeding(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
 _ONE_PRODUCT = frozenset(("phi3", "glm", "glm4", "chatglm"))
 
 
-def _mixing(s: Settings) -> Iterator[Buffer]:
-    """Attention: of latents in their space, with keys as wide as a latent; scores where they are written out."""
+def _mixing(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
+    """Attention: of latents in their space, with keys as wide as a latent; scores where they are written out. And scans
+    of state spaces, whose states lie behind what they make."""
     m, steps = s.model, s.steps
     axes, h, a = m.axes(), m.hidden_size, m.num_attention_heads
     rows = (_row("hidden", steps, h), _row("residual", steps, h))
+    mixers = {layer.mixer for layer in layers}
+    if "mamba" in mixers:
+        inner, state = axes["inner"], (_row("states", 1, axes["inner"] * axes["mn"]))
+        if "convolved" in axes:
+            wide, ahead = axes["convolved"], steps + axes["kernel"] - 1
+            own = (_row("projected", steps, axes["projected"]), _row("with earlier columns", ahead, wide))
+            own = (*own, _row("convolved", steps, wide))
+        else:
+            own = (_row("projected", steps, 2 * inner), _row("convolved", steps, inner), _row("steps", steps, inner))
+        yield Buffer("scan", (*rows, *own, _row("output", steps, inner), state))
+    if not mixers - {"mamba", "none", "linear_attention"}:
+        return
     if "kl" in axes:
         latent, whole = axes["kl"], axes["klr"]
         own = (

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from memplan.catalogue.caches import caches
 from memplan.errors import SpecError
 from memplan.models import ModelSpec
 from memplan.serving.stages import Stage, by_card, pipeline, whole
@@ -23,6 +24,11 @@ from memplan.spec import Parallelism, RunSpec, Serving
 if TYPE_CHECKING:
     from memplan.catalogue.engines import Engine
     from memplan.serving.settings import Settings
+
+
+def attention_free(model: ModelSpec) -> bool:
+    """Whether no layer keeps keys, but states alone."""
+    return all(c.kind in ("state", "") for c in caches(model))
 
 
 class Ranks(NamedTuple):
@@ -66,7 +72,7 @@ def ranks_of(run: RunSpec, engine: Engine, model: ModelSpec) -> Ranks:
     if engine.kind == "tgi" and (p.pp > 1 or p.ep > 1):
         field = "pp" if p.pp > 1 else "ep"
         raise SpecError(f"parallelism.{field}: {engine.name} divides matrices alone (tp)", f"parallelism.{field}")
-    if model.num_attention_heads % p.tp:
+    if model.num_attention_heads % p.tp and not attention_free(model):
         raise SpecError(
             f"parallelism.tp: {p.tp} does not divide {model.num_attention_heads} attention heads", "parallelism.tp"
         )

@@ -11,7 +11,7 @@ from memplan.catalogue.engines import ENGINES, Engine, decided, find_engine
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, find_gpu
 from memplan.models import ModelSpec
-from memplan.serving.parallel import Ranks, ranks_of, stages_of
+from memplan.serving.parallel import Ranks, attention_free, ranks_of, stages_of
 from memplan.serving.stages import Stage
 from memplan.spec import (
     Also,
@@ -175,6 +175,8 @@ def _filled(
         seqs = s.max_num_seqs or requests
         batched = s.max_num_batched_tokens or min(tokens, seqs * longest)
         fields |= {"max_num_batched_tokens": batched, "max_num_seqs": s.max_num_seqs or min(seqs, batched)}
+        if attention_free(model) and s.prefix_caching is None:  # config/model.py is_prefix_caching_supported
+            fields["prefix_caching"] = False
         if _latent(model) and s.block_size is None:
             fields["block_size"] = 64  # FlashMLA's, FlashInfer's and sparse MLA's kernels
     if engine.kind == "sglang":
@@ -184,11 +186,12 @@ def _filled(
         if s.max_num_batched_tokens is None:  # each group's share. Source: arg_groups/parallel_hook.py
             fields["max_num_batched_tokens"] = max(1, chunk // ranks.sharing)
         if s.memory_utilization is None:
-            from memplan.serving.sglang import static_fraction
+            from memplan.serving.sglang import seeing, static_fraction
 
             graphs = s.cuda_graphs is not False
             total = gpu.usable if gpu else 80 * GIB
-            fields["memory_utilization"] = static_fraction(total, chunk, requests, ranks, _latent(model), graphs)
+            share = static_fraction(total, chunk, requests, ranks, _latent(model), graphs)
+            fields["memory_utilization"] = share * seeing(model)
     if engine.kind == "llama.cpp":
         fields["max_num_seqs"] = s.max_num_seqs or run.batch.micro
         fields["gpu_layers"] = model.num_hidden_layers + 1 if s.gpu_layers is None else s.gpu_layers
@@ -257,12 +260,13 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
         raise SpecError("serving.weights: says what method.quantization does; say one of them", "serving.weights")
     if run.batch != Batch(micro=run.batch.micro, sequence=run.batch.sequence, new_tokens=run.batch.new_tokens):
         raise SpecError(
-            f"batch: {engine.name} is given micro, sequence and new_tokens alone; images are not supported yet", "batch"
+            f"batch: {engine.name} is given micro, sequence and new_tokens alone; tokens of images are of the sequence",
+            "batch",
         )
     if model.model_type == "whisper" and engine.kind == "vllm":
         raise SpecError(
-            f"model: whisper models are not supported yet with {engine.name}, which sets aside what its encoder takes of "
-            "recordings before it has a pool; transformers-5 generates with them",
+            f"model: whisper models are not supported yet with {engine.name}, which sets aside what its encoder takes "
+            "of recordings before it has a pool; transformers-5 generates with them",
             "model",
         )
     if model.is_encoder_decoder or model.objectives[0] != "causal_lm" or model.model_type in _NOT_YET:
@@ -273,6 +277,11 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             format_of(s.weights)
         except UnknownNameError as e:
             raise UnknownNameError("serving.weights", s.weights, e.nearest, ranked=True) from None
+    for name in ("limit_images", "limit_videos"):
+        if getattr(s, name) is not None and engine.kind != "vllm":
+            raise SpecError(
+                f"serving.{name}: is of vLLM's run of its encoder, and {engine.name} has no such", f"serving.{name}"
+            )
     _refuse_cache(run, engine, model)
     if engine.kind != "llama.cpp":
         for name in ("gpu_layers", "flash_attention"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from memplan.catalogue.caches import CONVOLUTION, LayerCache
 from memplan.errors import SpecError
+from memplan.models import ModelSpec
 from memplan.serving.parallel import Ranks, each
 from memplan.serving.pool import Tokens
 from memplan.serving.settings import Settings
@@ -31,6 +32,20 @@ def static_fraction(total: int, chunk: int, graphs: int, ranks: Ranks, latent: b
     return round((mib - reserved) / mib, 3)
 
 
+def seeing(model: ModelSpec) -> float:
+    """What a tower leaves of that share: less the larger it is. Source: arg_groups/memory_hook.py
+    adjust_mem_fraction_for_vlm, which reads `num_hidden_layers` and `hidden_size` of the tower's config and has 24 and
+    1,024 where there are none."""
+    tower = model.part("vision_config")
+    if not tower:
+        return 1.0
+    layers, hidden = tower.get("num_hidden_layers", 24), tower.get("hidden_size", 1024)
+    if not isinstance(layers, int) or not isinstance(hidden, int):
+        layers, hidden = 24, 1024
+    more = layers * hidden**2 / (24 * 1024**2) - 1
+    return 0.95 * max(0.8, min(1.05, 1 - 0.1 * more))
+
+
 def prefill_graphs(tokens: int) -> int:
     """How many steps of a prompt's tokens are recorded. Source: arg_groups/cuda_graph_hook.py
     generate_prefill_cuda_graph_batch_sizes."""
@@ -46,27 +61,30 @@ def pool(s: Settings, available: int) -> Tokens:
     sliding = sum(_token(s, c) for c in layers if c.kind == "sliding")
     window = max((c.window or 0 for c in layers if c.kind == "sliding"), default=0)
     state = max(sum(_state(one, c) for c in one.caches if c.kind == "state") for one in each(s))
-    if not full and not sliding:
-        raise SpecError(f"model: {s.model.model_type} keeps no keys, which is not supported yet", "model")
     if state and "state_share" not in s.words:
         raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
+    if s.model.part("vision_config"):  # for what the tower has made. Source: mm_runtime_reservation_gb
+        available -= s.words.get("pictures_mib", 0) * MIB
     page, available = s.block, max(0, available)
     states = None
     if state:
         share = s.words["state_share"]
-        states = available * share // (1000 + share) // state
-        available -= states * state
+        states = max(0, available * share // (1000 + share) // state - 1)  # one more pads
+        available = max(0, available - (states + 1) * state)
+    per_request = _STATES_A_REQUEST if s.serving.prefix_caching else 1
+    if not full and not sliding:  # as many tokens as the longest request, which take nothing
+        return Tokens(s.longest, 0, page, states=states, state_bytes=state, per_request=per_request)
     if not s.serving.hybrid_cache:
         full, sliding = full + sliding, 0
     if full and sliding:
         share = s.words["window_share"]
         slots = available * 1000 // (1000 * full + share * sliding) // page * page
         windowed = slots * share // 1000 // page * page
-        return Tokens(slots, full, page, windowed, sliding, window, states, state, _STATES_A_REQUEST)
+        return Tokens(slots, full, page, windowed, sliding, window, states, state, per_request)
     slots = available // (full or sliding) // page * page
     if full:
-        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=_STATES_A_REQUEST)
-    return Tokens(0, 0, page, slots, sliding, window, states, state, _STATES_A_REQUEST)
+        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=per_request)
+    return Tokens(0, 0, page, slots, sliding, window, states, state, per_request)
 
 
 def _token(s: Settings, c: LayerCache) -> int:

@@ -59,11 +59,9 @@ def groups_of(s: Settings) -> tuple[Group, ...]:
     if not s.serving.hybrid_cache and len(set(kinds)) > 1:
         kinds = [k._replace(kind="full", window=0) if k.kind in ("sliding", "chunked") else k for k in kinds]
     attention = [k for k in kinds if k.kind != "state"]
-    if not attention:
-        raise SpecError(f"model: {s.model.model_type} keeps no keys, which is not supported yet with vLLM", "model")
     states = [k for k in kinds if k.kind == "state"]
     block = s.block
-    if states:
+    if states and attention:
         per_token = max(k.page for k in attention)
         block = _aligned(s, max(k.page for k in states), per_token)
     made = [_group(s, k, block, states=2 if s.serving.prefix_caching else 1) for k in kinds]

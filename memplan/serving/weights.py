@@ -11,7 +11,9 @@ from math import prod
 from typing import Any, NamedTuple
 
 from memplan.catalogue.repacked import Kernel, mxfp4_kernel
+from memplan.models import ModelSpec
 from memplan.schemes import FIELD
+from memplan.serving.pictures import VIDEOS, seen
 from memplan.serving.settings import Settings
 from memplan.stored import StoredWeight, stored_weights
 from memplan.units import ITEMSIZE
@@ -80,7 +82,8 @@ def _here(s: Settings, w: StoredWeight) -> bool:
     """Whether the stage has it. Of llama.cpp the embeddings stay with the host, but a tied table is there twice."""
     stage, llama_cpp = s.stage, s.engine.kind == "llama.cpp"
     if w.group in TOWERS:  # llama.cpp has a file of its own for a tower
-        return not llama_cpp and (stage.number == 0 or s.words["towers"] == "all")
+        unseen = s.engine.kind == "vllm" and s.serving.limit_images == 0 and s.serving.limit_videos in (0, None)
+        return not (llama_cpp or unseen) and (stage.number == 0 or s.words.get("towers", "all") == "all")
     layer = layer_of(w.name)
     if layer is not None:
         return stage.first <= layer < stage.last
@@ -164,9 +167,25 @@ def _tables(s: Settings) -> Iterator[Held]:
         return
     axes = s.model.axes()
     width = axes["klr"] - axes["kl"] if "kl" in axes else s.model.rotary_width
-    bytes_ = s.model.max_position_embeddings * width * ITEMSIZE[s.dtype]
-    source = "vllm 0.33.0 model_executor/layers/rotary_embedding/base.py RotaryEmbedding.cos_sin_cache"
-    yield Held("cosines and sines of positions", "buffer", 1, s.dtype, bytes_, source)
+    tables = tuple(_positions(s.model))
+    source = "vllm 0.33.0 model_executor/layers/rotary_embedding/base.py RotaryEmbedding.cos_sin_cache, and those of it"
+    bytes_ = sum(tables) * width * ITEMSIZE[s.dtype]
+    yield Held("cosines and sines of positions", "buffer", len(tables), s.dtype, bytes_, source)
+
+
+def _positions(model: ModelSpec) -> Iterator[int]:
+    """Rows of each table: of as many positions as there are, four times as many where images have positions in three
+    dimensions (mrope.py), and of all that a linear scaling makes of them (linear_scaling_rope.py); where layers with a
+    window rotate otherwise they have a table of their own."""
+    rows = model.max_position_embeddings or 0
+    if model.model_type in VIDEOS:
+        rows *= 4
+    scaling: Mapping[str, Any] = model.config.get("rope_scaling") or {}
+    factor: object = scaling.get("factor", 1)
+    linear = "linear" in (scaling.get("rope_type"), scaling.get("type"))
+    yield int(rows * factor) if linear and isinstance(factor, (int, float)) else rows
+    if model.config.get("rope_local_base_freq") is not None:
+        yield rows
 
 
 def _runner(s: Settings) -> Iterator[Held]:
@@ -180,6 +199,11 @@ def _runner(s: Settings) -> Iterator[Held]:
         yield Held("masks of the vocabulary", TABLE, 2, "int32", masks, f"{source}/penalties.py, structured_outputs.py")
         rows = requests * 4 * (_BIASES + _BAD_WORDS + _LOGPROBS)
         yield Held("what requests ask of sampling", TABLE, 7, "int32", rows, f"{source}/logit_bias.py, bad_words.py")
+    found = seen(s)
+    if found is not None and s.words.get("runner") == "requests":
+        wide = found.levels * s.steps * s.model.hidden_size * ITEMSIZE[s.dtype]
+        source = "vllm 0.33.0 v1/worker/gpu/mm/encoder_runner.py inputs_embeds, models/qwen3_vl.py"
+        yield Held("embeddings of a step", TABLE, found.levels, s.dtype, wide, source)
     if s.words.get("runner") == "tokens":
         source = "vllm 0.11.0 v1/worker/gpu_model_runner.py inputs_embeds, block_table.py"
         wide = s.steps * s.model.hidden_size * ITEMSIZE[s.dtype]

@@ -113,12 +113,32 @@ GPT_OSS = {
 }
 
 
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 600,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
 def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Any]]:
     """A name, the run, the config of the checkpoint, and the library's config where that is not in it."""
     for name, stored in STORED.items():
         for config in (CONFIG, BIASED) if name in ("fp8-channel", "w4a16") else (CONFIG,):
             said = {**config, "quantization_config": stored}
             yield name, {"model": {"config": said}}, said, None
+    for name in ("fp8-channel", "w4a16"):
+        said = {**MIXTURE, "quantization_config": STORED[name]}
+        yield name, {"model": {"config": said}}, said, None
     said = {**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}
     yield "mxfp4, dequantised", {"model": {"config": said}, "gpu": "v100-32gb"}, said, None  # as without a GPU
     for name, (quantization, given) in _made().items():
@@ -156,9 +176,28 @@ def save(folder: Path, config: dict[str, Any]) -> int:
         compressor.remove_decompression_hook(model)
     if config["model_type"] != "gpt_oss":
         model.save_pretrained(folder)
+    if config["model_type"] == MIXTURE["model_type"]:
+        _compress_experts(folder / "model.safetensors", config["quantization_config"])
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     return count
+
+
+def _compress_experts(file: Path, stored: dict[str, Any]) -> None:
+    """Experts are linear layers in a file, each compressed as the others are."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    scheme = QuantizationConfig.model_validate(stored).config_groups["g"]
+    compressor = BaseCompressor.get_value_from_registry(stored["format"])
+    tensors = load_file(file)
+    for key in [key for key in tensors if ".experts." in key]:
+        weight = tensors.pop(key)
+        groups = weight.shape[1] // scheme.weights.group_size if scheme.weights.group_size else 1
+        scales = torch.full((weight.shape[0], groups), 0.01, dtype=torch.bfloat16)
+        made = compressor.compress({"weight": weight, "weight_scale": scales}, scheme)
+        tensors |= {f"{key.removesuffix('weight')}{name}": tensor.contiguous() for name, tensor in made.items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def as_on_cuda() -> None:
@@ -212,9 +251,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     as_on_cuda()
-    asked = set(sys.argv[1:])
+    asked = set(sys.argv[1:])  # by name, or by family
     for name, fields, config, given in runs():
-        if asked and name not in asked:
+        if asked and asked.isdisjoint((name, config["model_type"])):
             continue
         batch = {"micro": 3, "sequence": 75, "new_tokens": 3}
         whole = {"gpu": "h100", **fields, "task": "generate", "batch": batch}
