@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
-from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
+from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
@@ -133,6 +133,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         generation.num_beams > 1,
         generation.do_sample,
         generates and model.is_encoder_decoder,
+        generates and model.model_type in SUPPRESSES,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
         switches=generates and words["experts"] == "stacked",
     )
@@ -151,16 +152,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     )
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
-    if (
-        generates
-        and run.loop.padded
-        and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
-    ):
-        raise SpecError(
-            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
-            "states; supported: false",
-            "loop.padded",
-        )
     if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
