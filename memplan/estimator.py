@@ -100,7 +100,7 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
     return Estimate(
         run,
         parts,
-        Parameters(*inference.counted(walked.steps[0].graph)),
+        Parameters(*inference.counted(walked.graph)),
         inference.usage_of(walked, expandable, calibration),
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
