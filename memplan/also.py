@@ -178,9 +178,10 @@ def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | N
         find_profile(run.profile).name, found.structure.graph.model.model_type, run.method.quantization is not None
     )
     division = division_in_pass(found.structure, later=False)
-    cache = words["cache"] if run.loop.use_cache else ""
+    caching = bool(run.loop.use_cache) or words["forward_caches"]
+    cache = words["cache"] if caching else ""
     now = Pass("eval", cache, wide=words["logits"] == "model")
-    graph = _still(found.structure.graph, now, caching=bool(run.loop.use_cache))
+    graph = _still(found.structure.graph, now, caching=caching)
     step = Step(graph, e.micro, found.batch.sequence, division=division)
     axes = numbers_of(step, found)
     low = inferred(graph, division=division)

@@ -62,11 +62,17 @@ def refuse(run: RunSpec) -> None:
 def refuse_also(run: RunSpec, graph: Graph) -> None:
     """Raise SpecError for what a run must not say of what it does beside its steps."""
     also, degrees = run.also, graph.degrees
-    divided = next((name for name in ("tp", "pp", "cp", "ep") if getattr(run.parallelism, name) > 1), None)
+    divided = next((name for name in ("pp", "cp", "ep") if getattr(run.parallelism, name) > 1), None)
     if divided is not None:
         raise _later(
             "also", f"beside {divided} {getattr(run.parallelism, divided)}", "ranks that divide weights or data"
         )
+    tp = run.parallelism.tp
+    for part in ("saving", "merging"):
+        if tp > 1 and getattr(also, part) is not None:
+            raise _later(f"also.{part}", f"beside tp {tp}", "evaluation alone")
+    if tp > 1 and also.evaluation is not None and also.evaluation.kept_batches:
+        raise _later("also.evaluation.kept_batches", f"{also.evaluation.kept_batches} beside tp {tp}", "0")
     if graph.code != "transformers" or degrees.style != "transformers" or graph.model.model_type == "megatron_gpt":
         raise SpecError(f"also: what {run.profile} does beside its steps is not supported yet", "also")
     if also.evaluation is not None:
@@ -82,6 +88,9 @@ def refuse_also(run: RunSpec, graph: Graph) -> None:
             )
         if also.merging.model == "trained" and run.parallelism.world > 1:
             raise _later("also.merging.model", f"trained on {run.parallelism.world} GPUs", "reloaded on one")
+
+
+_WHOLE_WEIGHTS = ("ddp", "zero1", "zero2")  # strategies whose ranks have all weights, and generate each by itself
 
 
 def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
@@ -101,10 +110,13 @@ def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
     if e.new_tokens and e.kept_batches:
         name = "also.evaluation.kept_batches"
         yield SpecError(f"{name}: with new_tokens it is tokens that are kept, and no logits; leave it out", name)
-    if e.new_tokens and run.parallelism.world > 1:
-        yield _later("also.evaluation.new_tokens", f"{e.new_tokens} on {run.parallelism.world} GPUs", "one GPU")
-    if run.batch.images:
-        yield _later("also.evaluation", "with images", "text alone")
+    p = run.parallelism
+    if e.new_tokens and replicas(p) > 1 and p.strategy not in _WHOLE_WEIGHTS:
+        yield _later(
+            "also.evaluation.new_tokens",
+            e.new_tokens,
+            f"0 with {p.strategy}, whose ranks gather weights; ddp, zero1 and zero2 have them, and tp alone",
+        )
 
 
 def refuse_untrained(run: RunSpec, what: str) -> None:

@@ -288,9 +288,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"also": {"evaluation": {"kept_batches": 2, "new_tokens": 2}}}, f"{KEPT}.kept_batches"),
     ({"kernels": {"loss": "chunked"}, "also": {"evaluation": {"kept_batches": 2}}}, f"{KEPT}.kept_batches"),
-    ({"parallelism": {"world": 2, "tp": 2}, "also": {"saving": {}}}, "also"),
+    ({"parallelism": {"world": 2, "tp": 2}, "also": {"saving": {}}}, "also.saving"),
     (
-        {"parallelism": {**RANKS, "strategy": "ddp"}, "also": {"evaluation": {"new_tokens": 2}}},
+        {"parallelism": {"world": 2, "tp": 2}, "also": {"evaluation": {"kept_batches": 2}}},
+        f"{KEPT}.kept_batches",
+    ),
+    (
+        {"parallelism": {**RANKS, "strategy": "fsdp2"}, "also": {"evaluation": {"new_tokens": 2}}},
         f"{KEPT}.new_tokens",
     ),
     (

@@ -11,7 +11,7 @@ from memplan.gpus import find_gpu
 from memplan.prequantized import trained
 from memplan.refusals import refuse_on_host
 from memplan.resolve import filled
-from memplan.spec import Also, Parallelism, RunSpec
+from memplan.spec import Parallelism, RunSpec
 
 # What `memplan.probe.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -50,8 +50,11 @@ def settled(run: RunSpec) -> RunSpec:
             "also.merging: a probe merges into the model that it trained; probe a run without quantisation",
             "also.merging",
         )
-    if run.also != Also() and run.parallelism.world > 1:
-        raise SpecError("also: a probe evaluates, saves and merges on one GPU", "also")
+    if run.parallelism.world > 1 and (run.also.saving is not None or run.also.merging is not None):
+        raise SpecError("also: a probe saves and merges on one GPU", "also")
+    e = run.also.evaluation
+    if run.parallelism.world > 1 and e is not None and e.kept_batches:
+        raise SpecError("also.evaluation.kept_batches: a probe keeps logits of one GPU", "also.evaluation.kept_batches")
     return run
 
 
