@@ -47,6 +47,7 @@ MORE: tuple[dict[str, Any], ...] = (
     {"generation": STATIC},
     {"generation": STATIC, "kernels": {"attention": "eager"}},
     {"generation": {"num_beams": 4}},
+    {"generation": {**STATIC, "num_beams": 4}},
     {"generation": {"do_sample": True}, "batch": {"micro": 40, "sequence": 5, "new_tokens": 3}},
 )
 VARIED = ("llama", "qwen2", "gpt2", "gemma3_text", "mixtral", "starcoder2")  # with all of those
@@ -90,6 +91,7 @@ ACROSS: tuple[dict[str, Any], ...] = (
     {"batch": {"micro": 3, "new_tokens": 3}, "loop": {"padded": True}, "kernels": {"attention": "eager"}},
     {"batch": {"micro": 3, "new_tokens": 5}, "generation": STATIC},
     {"batch": {"micro": 3, "new_tokens": 5}, "generation": STATIC, "kernels": {"attention": "eager"}},
+    {"batch": {"micro": 2, "new_tokens": 5}, "generation": {**STATIC, "num_beams": 4}},
     {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}},
     {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}, "kernels": {"attention": "eager"}},
     {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}, "generation": STATIC},
