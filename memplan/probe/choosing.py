@@ -65,8 +65,9 @@ def _top_k(scores: Any, k: int) -> Any:
 
 def _top_p(scores: Any) -> Any:
     ordered, order = torch.sort(scores, descending=False)
-    removed = ordered.softmax(dim=-1).cumsum(dim=-1) <= 0.1
-    removed = removed.scatter(1, order, removed)
+    sums = ordered.softmax(dim=-1).cumsum(dim=-1)  # named, as in TopPLogitsWarper
+    of_ordered = sums <= 0.1
+    removed = of_ordered.scatter(1, order, of_ordered)
     return scores.masked_fill(removed, -float("inf"))
 
 

@@ -282,6 +282,12 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             raise SpecError(
                 f"serving.{name}: is of vLLM's run of its encoder, and {engine.name} has no such", f"serving.{name}"
             )
+    if s.lora_cpu_slots is not None:
+        field, slots = "serving.lora_cpu_slots", s.lora_slots or 0
+        if engine.kind != "vllm":
+            raise SpecError(f"{field}: is vLLM's max_cpu_loras, and {engine.name} has no such", field)
+        if s.lora_cpu_slots < slots:
+            raise SpecError(f"{field}: {s.lora_cpu_slots} is less than the {slots} slots (serving.lora_slots)", field)
     _refuse_cache(run, engine, model)
     if engine.kind != "llama.cpp":
         for name in ("gpu_layers", "flash_attention"):
