@@ -17,6 +17,7 @@ from memplan.errors import MemplanError
 from memplan.graph import built, loading, most_at_once, parameters_of
 from memplan.inference import walk
 from memplan.ir import Weight, operations
+from memplan.planning.inference import load_of
 from memplan.resolve import decide
 from memplan.units import rounded
 from tests.checkpoints import TINY
@@ -70,6 +71,14 @@ def test_compressed_weights_are_whole_once_the_model_was_called() -> None:
     assert "whole from the first call of the model on" in found.notes[0]
     assert {line.source for line in found.ledger if "weight_scale" in line.what} == {KINDS["w4a16"].source}
     assert answer(compressed(INT4, dequantize=True)).bytes == answer().bytes
+
+
+def test_speeds_are_of_what_is_read_when_the_model_computes() -> None:
+    """Weights that are whole from the first call on are read whole, and those that stay packed are not."""
+    whole, packed, kept = (load_of(answer(**fields))[0] for fields in ({}, named("w4a16"), named("torchao-int8")))
+    assert whole is not None
+    assert packed == whole
+    assert kept != whole
 
 
 def test_experts_are_whole_when_they_are_loaded_and_linear_layers_when_the_model_is_called() -> None:

@@ -74,7 +74,7 @@ FOUR_BITS = {
     "torchao-int4": Kernel("mslk", (0, 0), ("bf16",), "assumed"),
 }
 MADE_WHEN_LOADED = ("torchao", "quanto", "fbgemm")  # of a checkpoint that is whole
-_WHOLE = ("decompressed", "dequantised")
+UNPACKED = ("decompressed", "dequantised")  # kernels whose matrices are whole when the model computes
 
 
 class Running(NamedTuple):
@@ -96,7 +96,7 @@ class Running(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether they are whole when the model computes."""
-        return self.kernel in _WHOLE
+        return self.kernel in UNPACKED
 
     @property
     def source(self) -> str:
