@@ -24,6 +24,13 @@ FIELDS = {
     "cache_implementation": "generation.cache_implementation",
     "num_beams": "generation.num_beams",
     "do_sample": "generation.do_sample",
+    "assistant_model": "generation.assistant_model",
+    "assistant_dtype": "generation.assistant_dtype",
+    "assistant_quant_format": "generation.assistant_quantization.format",
+    "num_assistant_tokens": "generation.num_assistant_tokens",
+    "num_assistant_tokens_schedule": "generation.num_assistant_tokens_schedule",
+    "prompt_lookup_num_tokens": "generation.prompt_lookup_num_tokens",
+    "assistant_early_exit": "generation.assistant_early_exit",
     "eval_batch_size": "also.evaluation.micro",
     "eval_seq_len": "also.evaluation.sequence",
     "eval_keep_logits": "also.evaluation.kept_batches",
@@ -76,6 +83,7 @@ FIELDS = {
     "limit_videos": "serving.limit_videos",
     "lora_slots": "serving.lora_slots",
     "lora_rank": "serving.lora_rank",
+    "lora_cpu_slots": "serving.lora_cpu_slots",
     "profile": "profile",
 }
 

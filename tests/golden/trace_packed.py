@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,18 @@ def _compress_experts(file: Path, stored: dict[str, Any]) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+@contextmanager
+def batched(model: Any) -> Iterator[None]:
+    """Experts as tokens are decoded on CUDA, where the class has experts."""
+    before = model.get_experts_implementation()
+    if "grouped_mm" not in before.values():
+        yield
+        return
+    model.set_experts_implementation("batched_mm")
+    yield
+    model.set_experts_implementation(before)
+
+
 def as_on_cuda() -> None:
     """quanto's operations by their Python functions, so that what they make is seen, and CUDA's of two."""
     from optimum.quanto.library import qbytes_mm
@@ -253,6 +266,7 @@ def trace(fields: dict[str, Any], config: dict[str, Any], given: Any) -> dict[st
                 for hook in [*model._forward_pre_hooks.values()]:
                     hook(model, ())
             model.requires_grad_(False)
+            model._optimize_model_for_decode = lambda: batched(model)
             return model
 
         script.build_model = load
