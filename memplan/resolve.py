@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan import zero
 from memplan.batches import axes_of_images, lengths
@@ -63,6 +63,9 @@ from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, P
 from memplan.stages import one_process, piped
 from memplan.units import ITEMSIZE
 
+if TYPE_CHECKING:
+    from memplan.assisted import Assistant
+
 
 def _adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     """The targets of adapters that stacks of experts' matrices stand for."""
@@ -105,7 +108,8 @@ class Decided(NamedTuple):
 
     `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
     `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
-    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt.
+    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt,
+    `assistant` what proposes tokens.
     """
 
     structure: Structure
@@ -118,6 +122,7 @@ class Decided(NamedTuple):
     pictures: tuple[tuple[str, int], ...] = ()
     communicators: tuple[Communicator, ...] = ()
     beams: int = 1
+    assistant: Assistant | None = None
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:

@@ -492,6 +492,12 @@ class Parallelism(Part, frozen=True):
     ends_as_layers: Flag | None = None
 
 
+class InlineModel(Part, frozen=True):
+    """A model given by its config instead of by name, with Hugging Face's keys."""
+
+    config: Json
+
+
 class Generation(Part, frozen=True):
     """How tokens are generated, mostly by the names of transformers' `GenerationConfig`. The prompt is
     `batch.sequence`, and `batch.new_tokens` come after it.
@@ -500,11 +506,28 @@ class Generation(Part, frozen=True):
     layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room
     for the prompt and all new tokens from the start. Of every prompt there are `num_beams` sequences. With `do_sample`
     tokens are drawn after temperature, top-k and top-p; else the likeliest is taken.
+
+    In rounds of assisted generation `num_assistant_tokens` are proposed, which the model reads at once, and one more is
+    its own: by `assistant_model`, whose weights are in `assistant_dtype` (the model's own, where that is None) and may
+    be quantised by `assistant_quantization`; by the model's first `assistant_early_exit` layers; or, without another
+    pass, `prompt_lookup_num_tokens` of what came before (prompt lookup).
     """
 
     cache_implementation: Literal["dynamic", "static", "legacy"] | None = None
     num_beams: Count = 1
     do_sample: Flag = False
+    assistant_model: str | InlineModel | None = None
+    assistant_dtype: Dtype | None = None
+    assistant_quantization: Quantization | None = None
+    num_assistant_tokens: Count | None = None
+    num_assistant_tokens_schedule: Literal["constant", "heuristic", "heuristic_transient"] | None = None
+    prompt_lookup_num_tokens: Count | None = None
+    assistant_early_exit: Count | None = None
+
+    @property
+    def assisted(self) -> bool:
+        """Whether tokens are proposed before the model is asked for them."""
+        return bool(self.assistant_model or self.prompt_lookup_num_tokens or self.assistant_early_exit)
 
 
 class Evaluation(Part, frozen=True):
@@ -638,12 +661,6 @@ class Serving(Part, frozen=True):
     lora_slots: Natural | None = None
     lora_rank: Count | None = None
     lora_cpu_slots: Natural | None = None
-
-
-class InlineModel(Part, frozen=True):
-    """A model given by its config instead of by name, with Hugging Face's keys."""
-
-    config: Json
 
 
 class RunSpec(Part, frozen=True):

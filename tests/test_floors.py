@@ -35,6 +35,7 @@ FLOORS = (
             "tensors",
             "inference",
             "generation",
+            "assisted",
         ),
         *("serving", "also", "saving"),
     },

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from memplan.catalogue import ops
+from memplan.catalogue.batched_experts import batched
 from memplan.ir import Block, Op, Run, Stack, Tensor, outside
 
 Cache = Literal["", "dynamic", "static", "legacy"]
@@ -28,6 +29,11 @@ _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 # Families whose decoding was not read yet: sparse attention over compressed or indexed keys, Kimi's delta rule, and
 # code published with the weights, which keeps caches its own way.
 NOT_YET = frozenset((*("baichuan", "chatglm", "deepseek_v4", "internlm2", "megatron_gpt", "minicpm"),))
+
+
+# Families whose generation config has tokens that are never chosen, and so a further row of scores without them.
+# Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_logit_processors.
+SUPPRESSES = frozenset(("whisper",))
 
 
 class Loaded(NamedTuple):
@@ -55,9 +61,21 @@ class Pass(NamedTuple):
     beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
     samples     tokens are drawn, after temperature, top-k and top-p
     crosses     an encoder has read what the sequences are about: their mask is of that, and not of their own tokens
+    suppresses  some tokens are never chosen: their scores are taken out in another tensor
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
+    goes_on     there were passes before it, whatever its phase, and its tokens come after theirs
+    verifies    it reads tokens that were proposed, and has logits of the token before them and of each of them: as many
+                as the axis `verified` says. Its dtype, where it does
+    follows     another round was before this one, whose logits the loop has names for
+    drafted     those that proposed the tokens had logits for them: as many as the axis `proposed` says
+    looks       they were looked up in those before
+    proposes    it proposes a token, whose logits a list keeps
+    stacks      the token is a round's last, and the logits of all are joined
+    switches    every pass of the loop but its first `batches`
+    batches     experts are multiplied by copies of their matrices (`memplan.catalogue.batched_experts`)
+    records     a cache of a window keeps what that leaves out until tokens that were not accepted are cut off
     """
 
     phase: str
@@ -70,9 +88,20 @@ class Pass(NamedTuple):
     beams: bool = False
     samples: bool = False
     crosses: bool = False
+    suppresses: bool = False
     lingers: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
+    goes_on: bool = False
+    verifies: str = ""
+    follows: bool = False
+    drafted: bool = False
+    looks: bool = False
+    proposes: bool = False
+    stacks: bool = False
+    switches: bool = False
+    batches: bool = False
+    records: bool = False
 
     @property
     def generates(self) -> bool:
@@ -88,7 +117,7 @@ class Pass(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        return self.phase == "decode"
+        return self.phase == "decode" or self.goes_on
 
     def keys(self, axis: str) -> str:
         """The tokens of keys that attention is given, by the axis that a cache of them has; empty where they are those
@@ -104,14 +133,16 @@ def inference(stack: Stack, now: Pass) -> Stack:
     stack = _given(stack)
 
     def changed(block: Block) -> Block:
-        return block._replace(ops=tuple(_still(_cached(block.ops, now))))
+        own = tuple(batched(block.ops)) if now.batches else block.ops
+        return block._replace(ops=tuple(_still(_cached(own, now))))
 
     runs = tuple(
         Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
     )
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
-    named = tuple(_named_before(now)) if now.decodes else ()
+    named = tuple(_named_before(now)) if now.decodes or now.verifies else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
+    before = (*before, _looked_up(now)) if now.looks else before
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
     kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
     return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
@@ -172,6 +203,8 @@ def _inputs(op: Op, now: Pass) -> Op:
     """Token ids, and in generation a mask of ones beside all of them; the model of a token alone is given that."""
     tokens = "kv" if now.decodes else "s"
     made = [t for t in op.writes if t.name != "labels"]
+    if now.verifies or now.proposes:  # the rest is counted with what the loops have names for (`memplan.assisted`)
+        return op._replace(writes=tuple(t for t in made if t.name != "attention_mask"), source=_GENERATE)
     if now.generates and now.crosses:
         made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
     elif now.generates:
@@ -184,7 +217,18 @@ def _inputs(op: Op, now: Pass) -> Op:
 
 def _named_before(now: Pass) -> Iterator[Tensor]:
     """What the loop's names keep of the token before until they have another: its logits, and what was made of them."""
+    if now.verifies:
+        outputs = "verified_before" if now.last_only else "outputs_before"
+        if now.follows:
+            yield Tensor(f"logits{_BEFORE_ROUND}", f"b {outputs} v", now.verifies)
+            names = _FLOATS if now.verifies != "fp32" else _FLOATS[1:]
+            names += ("probabilities",) if now.samples and now.looks else ()
+            yield from (Tensor(f"{what}{_BEFORE_ROUND}", "b verified_before v", "fp32") for what in names)
+        return
+    if now.proposes and not (now.samples and now.goes_on):  # a list has the logits, where they are not drawn from
+        return
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
+    more = more or (("scores",) if now.suppresses else ())
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
     if now.beams:
@@ -192,6 +236,8 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
 
 
 _BEFORE = " of the token before"
+_BEFORE_ROUND = " of the round before"
+_FLOATS = ("logits in fp32", "copy of the logits")
 
 
 def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
@@ -294,7 +340,8 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     for t in tensors:
         new = _named(t.name)
         what, before = new.removesuffix(" cache"), f"{new} before"
-        shape = _keyed(t.shape, op.caches) if now.decodes else t.shape
+        grown = f"{op.caches}_grown" if windowed and now.records else op.caches
+        shape = _keyed(t.shape, grown) if now.decodes else t.shape
         past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.decodes else ()
         if op.holds and not now.decodes:
             yield Op(f"{op.name}.{what}s", (t.name,), (Tensor(new, shape),), view=True, holds="cache", source=source)
@@ -375,7 +422,19 @@ def _head(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     head = False
     for op in some:
         head = head or op.name.startswith("lm_head") or any("v" in t.shape.split() for t in op.writes)
-        yield _of_last(op) if head and now.generates and now.last_only else op
+        if not (head and now.generates and now.last_only):
+            yield op
+        else:
+            yield _of_rows(op) if now.verifies else _of_last(op)
+
+
+def _of_rows(op: Op) -> Op:
+    """With as many tokens as there are logits of."""
+
+    def tensor(t: Tensor) -> Tensor:
+        return t._replace(shape=" ".join("verified" if token == "s" else token for token in t.shape.split()))
+
+    return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
 
 
 def for_last(some: tuple[Op, ...], keys: Iterable[str] = ()) -> tuple[Op, ...]:
@@ -420,6 +479,12 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
     if not now.generates:
         return
     logits = next(op for op in reversed(after) if op.writes).writes[0].name
+    if now.verifies:
+        yield from _verified(logits, now)
+        return
+    if now.proposes:
+        yield from _proposed(logits, now)
+        return
 
     def made(name: str, *reads: str, y: str, scratch: tuple[Tensor, ...] = (), shape: str = "b v") -> Op:
         return Op(f"generate.{name}", reads, (Tensor(y, shape, "fp32"),), scratch=scratch, source=_GENERATE)
@@ -427,14 +492,25 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
     def forgotten(what: str) -> tuple[Op, ...]:
         return (ops.leave(f"{what}{_BEFORE}"),) if now.decodes else ()
 
+    def chosen_of(scores: str, y: str) -> Op:
+        """Scores without those of tokens that are suppressed."""
+        tokens, which = Tensor("all tokens", "v", "int64"), Tensor("suppressed tokens", "v", "bool")
+        among = (tokens, which, Tensor("minus infinity", "", "fp32"))
+        return made("suppress", scores, y=y, scratch=among)
+
     yield made("scores", logits, y="next token logits")
     yield from forgotten("logits")
     if now.beams:
-        yield made("log_softmax", "next token logits", y="log probabilities")
+        sums = "log probabilities"
+        yield made("log_softmax", "next token logits", y=sums)
         yield from forgotten("sums of log probabilities")
+        if now.suppresses:
+            yield chosen_of(sums, f"{sums} left")
+            yield ops.leave(sums)
+            sums = f"{sums} left"
         yield ops.leave(logits)
-        yield made("accumulate", "log probabilities", y="sums of log probabilities")
-        yield ops.leave("log probabilities")
+        yield made("accumulate", sums, y="sums of log probabilities")
+        yield ops.leave(sums)
         yield Op("generate.order", ("sums of log probabilities",), (Tensor("order", "b", "int64"),), source=_GENERATE)
         yield from forgotten("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
@@ -444,16 +520,11 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         yield ops.leave("next token logits", "sums of log probabilities", "order")
         return
     if now.samples:
-        warpers = "transformers 5.24 generation/logits_process.py"
-        sort = (Tensor("sorted", "b v", "fp32"), Tensor("order", "b v", "int64"))
-        sums = (Tensor("softmax of sorted", "b v", "fp32"), Tensor("sums of those", "b v", "fp32"))
-        removed = Tensor("not among the first", "b v", "bool")
-        yield made("temperature", "next token logits", y="warmed")
-        yield made("top_k", "warmed", y="top k", scratch=(removed,))
-        yield ops.leave("warmed")
-        yield Op("generate.top_p", ("top k",), scratch=(*sort, *sums), source=warpers)
-        yield made("masked_fill", "top k", y="next token scores")
-        yield ops.leave("top k")
+        scores = "next token logits"
+        if now.suppresses:
+            yield chosen_of(scores, "scores left")
+            scores = "scores left"
+        yield from _warped(scores, "next token scores", ("scores left",) if now.suppresses else ())
         yield from forgotten("scores")
         yield made("softmax", "next token scores", y="next token probabilities")
         yield from forgotten("probabilities")
@@ -466,5 +537,141 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         )
         yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
         return
-    yield Op("generate.argmax", ("next token logits",), (Tensor("next token", "b", "int64"),), source=_GENERATE)
-    yield ops.leave(logits, "next token logits")
+    scores = "next token logits"
+    if now.suppresses:
+        yield chosen_of(scores, "next token scores")
+        yield from forgotten("scores")
+        scores = "next token scores"
+    yield Op("generate.argmax", (scores,), (Tensor("next token", "b", "int64"),), source=_GENERATE)
+    yield ops.leave(logits, "next token logits", scores)
+
+
+_WARPERS = "transformers 5.24 generation/logits_process.py"
+_MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
+
+
+_TOP_P = (  # what TopPLogitsWarper has names for
+    Tensor("sorted", "b v", "fp32"),
+    Tensor("order", "b v", "int64"),
+    Tensor("sums of their probabilities", "b v", "fp32"),
+    *(Tensor(name, "b v", "bool") for name in ("removed of those", "removed")),
+)
+
+
+def _looked_up(now: Pass) -> Op:
+    """The tokens are looked up; whether each may be is asked of a row of ones, as if those were its logits."""
+    ones, left = Tensor("ones", "b v", "fp32"), tuple(Tensor(name, "b v", "fp32") for name in ("top k", "scores"))
+    source = "transformers 5.24 generation/candidate_generator.py PromptLookupCandidateGenerator.get_candidates"
+    return Op("generate.lookup", (), scratch=(ones, *(left + _TOP_P if now.samples else ())), source=source)
+
+
+def _warped(x: str, y: str, done: tuple[str, ...] = ()) -> Iterator[Op]:
+    """The scores `y` of a token that are left of its logits `x` by temperature, top-k and top-p; temperature is the
+    last to read those that are `done` then."""
+
+    def made(name: str, x: str, y: str, scratch: tuple[Tensor, ...] = ()) -> Op:
+        return Op(f"generate.{name}", (x,), (Tensor(y, "b v", "fp32"),), scratch=scratch, source=_WARPERS)
+
+    yield made("temperature", x, "warmed")
+    yield ops.leave(*done)
+    yield made("top_k", "warmed", "top k", (Tensor("not among the first", "b v", "bool"),))
+    yield ops.leave("warmed")
+    yield made("top_p", "top k", y, _TOP_P)
+    yield ops.leave("top k")
+
+
+_ROUND = "transformers 5.24 generation/utils.py GenerationMixin._assisted_decoding"
+_SPECULATIVE = "transformers 5.24 generation/utils.py _speculative_sampling"
+_CANDIDATES = "transformers 5.24 generation/candidate_generator.py AssistedCandidateGenerator._generate_candidates"
+
+
+def _verified(logits: str, now: Pass) -> Iterator[Op]:
+    """The logits of the proposed tokens in fp32, twice, and which of the tokens stay. Their names have those of the
+    round before until then."""
+
+    def forgotten(what: str) -> tuple[Op, ...]:
+        return (ops.leave(f"{what}{_BEFORE_ROUND}"),) if now.follows else ()
+
+    def made(name: str, x: str, y: str, axis: str = "verified", source: str = _ROUND) -> Op:
+        return Op(f"generate.{name}", (x,), (Tensor(y, f"b {axis} v", "fp32"),), source=source)
+
+    wide, copy = _FLOATS
+    if now.verifies == "fp32":  # which they are, as they were made
+        wide = logits
+    else:
+        yield from forgotten("logits")
+        yield made("float", logits, wide)
+    yield from forgotten(wide if wide != logits else "logits")
+    yield made("clone", wide, copy)
+    yield from forgotten(copy)
+    if not now.samples:
+        found = tuple(Tensor(name, "b proposed", "bool") for name in ("same", "other"))
+        chosen = (Tensor("selected tokens", "b verified", "int64"),)
+        yield Op("generate.argmax", (wide,), chosen, source=_ROUND)
+        yield Op("generate.matches", ("selected tokens",), scratch=found, source=_ROUND)
+        yield ops.leave("selected tokens")
+        yield ops.leave(logits, wide, copy)
+        return
+    yield from _warped(wide, "scores of a row")
+    yield ops.leave("scores of a row")
+    if now.drafted:
+        yield Op("generate.q", (), (Tensor("q", "b proposed v", "fp32"),), source=_SPECULATIVE)
+        yield made("p", wide, "p", source=_SPECULATIVE)
+        yield Op(
+            "generate.rejected",
+            ("p", "q"),
+            (Tensor("p less q", "b v", "fp32"),),
+            scratch=(Tensor("difference", "b v", "fp32"),),
+            source=_SPECULATIVE,
+        )
+        drawn = Tensor("exponentials", "b v", "fp32")
+        yield Op(
+            "generate.multinomial",
+            ("p less q",),
+            (Tensor("drawn token", "b", "int64"),),
+            scratch=(drawn,),
+            source=_MULTINOMIAL,
+        )
+        yield ops.leave("p less q", "p", "q")
+    else:
+        yield made("softmax", wide, "probabilities")
+        yield from forgotten("probabilities") if now.looks else ()
+        yield Op(
+            "generate.multinomial",
+            ("probabilities",),
+            (Tensor("selected tokens", "b verified", "int64"),),
+            scratch=(Tensor("exponentials", "b verified v", "fp32"),),
+            source=_MULTINOMIAL,
+        )
+        yield ops.leave("probabilities")
+    yield ops.leave(logits, wide, copy)
+
+
+def _proposed(logits: str, now: Pass) -> Iterator[Op]:
+    """The token that an assistant proposes, and how sure it is of that. A list keeps its logits (or scores, where it is
+    drawn), which are joined when the last one is there."""
+
+    def forgotten(what: str) -> tuple[Op, ...]:
+        return (ops.leave(f"{what}{_BEFORE}"),) if now.goes_on else ()
+
+    kept = "next token logits"
+    yield Op("generate.scores", (logits,), (Tensor(kept, "b v", "fp32"),), source=_GENERATE)
+    chosen, more = Tensor("next token", "b", "int64"), ()
+    if now.samples:
+        yield from forgotten("logits")
+        yield from _warped(kept, "next token scores")
+        kept, more = "next token scores", ("next token logits", "next token probabilities")
+        yield Op("generate.softmax", (kept,), (Tensor(more[1], "b v", "fp32"),), source=_GENERATE)
+        yield from forgotten("probabilities")
+        drawn = (Tensor("exponentials", "b v", "fp32"),)
+        yield Op("generate.multinomial", more[1:], (chosen,), scratch=drawn, source=_MULTINOMIAL)
+    else:
+        yield Op("generate.argmax", (kept,), (chosen,), source=_GENERATE)
+    sure = (Tensor("probabilities of the token", "b v", "fp32"),)
+    source = "transformers 5.24 generation/stopping_criteria.py ConfidenceCriteria"
+    yield Op("generate.confidence", (kept,), scratch=sure, source=source)
+    yield ops.leave(logits, *more)
+    if now.stacks:
+        joined = Tensor("logits of all proposed tokens", "b proposed v", "fp32")
+        yield Op("generate.stack", (kept,), scratch=(joined,), source=_CANDIDATES)
+    yield ops.leave(kept)

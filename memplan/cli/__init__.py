@@ -476,6 +476,40 @@ def estimate(
             of=GENERATION,
         ),
     ] = None,
+    assistant_model: Annotated[
+        str | None,
+        option("A smaller model that proposes tokens, which the model checks at once. Default none.", of=GENERATION),
+    ] = None,
+    assistant_dtype: Annotated[
+        str | None,
+        option(
+            "What the assistant's weights are in: bf16, fp16, fp32. Default as the model's.",
+            of=GENERATION,
+            complete=_choices("bf16", "fp16", "fp32"),
+        ),
+    ] = None,
+    assistant_quant_format: Annotated[
+        str | None,
+        option("The format of the assistant's weights, as --quant-format. Default not quantised.", of=GENERATION),
+    ] = None,
+    num_assistant_tokens: Annotated[
+        int | None, option("Tokens proposed in a round. Default 20, with an assistant.", of=GENERATION)
+    ] = None,
+    num_assistant_tokens_schedule: Annotated[
+        str | None,
+        option(
+            "How that changes: constant, heuristic, heuristic_transient. Default constant.",
+            of=GENERATION,
+            complete=_choices("constant", "heuristic", "heuristic_transient"),
+        ),
+    ] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        option("Tokens proposed that followed the same words before, without an assistant. Default 0.", of=GENERATION),
+    ] = None,
+    assistant_early_exit: Annotated[
+        int | None, option("Layers of the model that propose tokens, the first ones. Default none.", of=GENERATION)
+    ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
     targets: Annotated[
         str | None, option("all-linear, or module names with commas between. Default all-linear.", of=ADAPTERS)

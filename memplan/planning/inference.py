@@ -36,7 +36,8 @@ DEGREES = (1, 2, 4, 8, 16)
 class Most(NamedTuple):
     """The most of something that the card holds: `value`, 0 where it holds none, and what ends it.
 
-    binds   memory; positions, the model's; `max_num_seqs`, the engine's requests in one step
+    binds   memory; positions, the model's; `max_num_seqs`, the engine's requests in one step; `assistant`, with which
+            transformers generates for one at a time
     """
 
     value: int
@@ -176,6 +177,8 @@ def lengths(answer: Estimate) -> tuple[int, int]:
 def load_of(answer: Estimate) -> tuple[Load | None, str]:
     """What an answer's run reads, for its speed; None, and why, where that is not known."""
     run = answer.asked
+    if run.generation.assisted:
+        return None, "how many of the proposed tokens are accepted is in the text"
     if find_engine(run.profile) is None:
         done, model = answer.run, find_model(run.model)
         if model.is_encoder_decoder:
@@ -212,6 +215,9 @@ def _requests(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calib
     if serving is not None and engine is not None and engine.kind != "llama.cpp":  # whose pool is made for the run's
         held, most = _last(run, int(serving["requests"]), demand, calibration), int(serving["max_num_seqs"])
         return Most(most, "max_num_seqs") if held > most else Most(held, "memory")
+    if run.generation.assisted:
+        fits = demand.met(estimate(changed(run, "batch", micro=1), calibration))
+        return Most(1, "assistant") if fits else Most(0, "memory")
     found = reach(run, "batch", demand, calibration)
     return Most(int(found.value), found.binds)
 

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,9 @@ def _note(training: Any, known: Any, phase: str) -> None:
         model = unwrapped(training.model)
         known.note("parameter", recording.parameters_of(model))
         known.note("buffer", recording.buffers_of(model))
+        if training.assistant is not None:
+            known.note("parameter", _of_assistant(recording.parameters_of(training.assistant)))
+            known.note("buffer", _of_assistant(recording.buffers_of(training.assistant)))
     if phase in ("forward", "backward"):
         known.note("gradient", recording.gradients_of(training.parameters, known))
     if phase in ("load", "backward", "step"):
@@ -173,6 +176,11 @@ def _note(training: Any, known: Any, phase: str) -> None:
     if training.scaler is not None:
         tensors = (getattr(training.scaler, name, None) for name in ("_scale", "_growth_tracker"))
         known.note("other", (("scale of the loss", t) for t in tensors if t is not None))
+
+
+def _of_assistant(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The assistant's tensors, told apart from the model's."""
+    return ((f"assistant.{name}", tensor) for name, tensor in tensors)
 
 
 def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from memplan.batches import prompt_of_decoder
+from memplan.probe.assisted import assist, build_assistant
 from memplan.probe.choosing import choosing
 from memplan.probe.counts import parameters
 from memplan.probe.inputs import inputs_of, labels_of
@@ -71,6 +72,7 @@ class Script:
             self.counted = parameters(base_of(model))
             self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.model = wrap(model, run, device)
+            self.assistant: Any = build_assistant(run, device)
             del model
             training = run.task == "train"
             self.parameters = [p for p in self.model.parameters() if p.requires_grad] if training else []
@@ -213,6 +215,9 @@ class Script:
         them until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it
         makes no other of it, and so the model is given none.
         """
+        if self.run.generation.assisted:
+            self._assist()
+            return
         if base_of(self.model).config.is_encoder_decoder:
             self._generate_from_source()
             return
@@ -220,7 +225,7 @@ class Script:
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
-        chooser = choosing(self.run.generation)
+        chooser = choosing(self.run.generation, base_of(model).config.model_type)
         with torch.no_grad():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
@@ -234,11 +239,14 @@ class Script:
                 cache, token = getattr(outputs, given_as), chooser.token(outputs)
                 del outputs
                 chooser.reorder(cache)
-            with self.phase("decode"):
+            switched = getattr(base_of(model), "_optimize_model_for_decode", nullcontext)  # since transformers 5
+            # of one token nothing is padding, and state spaces alone are given no mask of those before
+            sees = padded and base_of(model).config.model_type not in ("falcon_mamba", "mamba", "mamba2")
+            with self.phase("decode"), switched():
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
-                    given = {"attention_mask": mask if padded else None, **(across.next() if across else {})}
+                    given = {"attention_mask": mask if sees else None, **(across.next() if across else {})}
                     outputs = model(input_ids=token, **given, **{given_as: cache}, use_cache=True, **keeps)
                     del given
                     cache, token = getattr(outputs, given_as), chooser.token(outputs)
@@ -246,6 +254,12 @@ class Script:
                     chooser.reorder(cache)
                 del token, cache, across
                 chooser.forget()
+
+    def _assist(self) -> None:
+        inputs, options = self._inputs()
+        options.pop("use_cache", None)
+        with torch.no_grad():
+            assist(self.model, self.assistant, self.run, inputs["input_ids"], options, self.phase)
 
     def _generate_from_source(self) -> None:
         """The same of an encoder-decoder: the encoder reads every source once, and what it returns is kept, repeated
@@ -257,7 +271,7 @@ class Script:
         model, run = self.model, self.run
         base = base_of(model)
         beams = run.generation.num_beams
-        chooser = choosing(run.generation)
+        chooser = choosing(run.generation, base.config.model_type)
         with torch.no_grad():
             with self.phase("encode"):
                 sources, options = self._inputs()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from memplan.answer import Estimate, Line, Phase
+from memplan.assisted import TOKENS
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
 from memplan.spec import Also, Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
@@ -347,6 +348,7 @@ def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str
         ("precision", "; ".join(_precision(answer))),
         ("batch", f"{prompts} of {_lengths(batch)}{_images(batch)}{after}"),
         *((("cache", "; ".join(_cache(run.generation))),) if run.task == "generate" else ()),
+        *((("assistant", "; ".join(_assistant(run.generation))),) if run.generation.assisted else ()),
         ("attention", run.kernels.attention + ("; padded batches" if run.loop.padded else "")),
         *((("answered by", "a trace of the passes"),) if answer.via == "trace" else ()),
         ("profile", run.profile),
@@ -362,6 +364,26 @@ def _choosing(generation: Generation) -> str:
 def _cache(generation: Generation) -> Iterator[str]:
     """What keeps keys and values."""
     yield generation.cache_implementation or "as the library has it"
+
+
+def _assistant(generation: Generation) -> Iterator[str]:
+    """What proposes tokens, and how many in a round."""
+    lookup, layers, assistant = (
+        generation.prompt_lookup_num_tokens,
+        generation.assistant_early_exit,
+        generation.assistant_model,
+    )
+    if lookup:
+        yield f"{lookup:,} tokens looked up in the prompt"
+        return
+    if layers:
+        yield f"the model's first {layers:,} layers"
+    elif assistant is not None:
+        yield assistant if isinstance(assistant, str) else str(assistant.config.get("model_type", ""))
+        q = generation.assistant_quantization
+        weights = q.format if q is not None else generation.assistant_dtype
+        yield f"{weights} weights" if weights else "weights in the model's dtype"
+    yield f"{generation.num_assistant_tokens or TOKENS:,} tokens a round at most"
 
 
 def _pipeline(run: RunSpec) -> str:

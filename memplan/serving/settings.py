@@ -263,6 +263,12 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             f"batch: {engine.name} is given micro, sequence and new_tokens alone; tokens of images are of the sequence",
             "batch",
         )
+    if model.model_type == "whisper" and engine.kind == "vllm":
+        raise SpecError(
+            f"model: whisper models are not supported yet with {engine.name}, which sets aside what its encoder takes "
+            "of recordings before it has a pool; transformers-5 generates with them",
+            "model",
+        )
     if (
         model.is_encoder_decoder
         or model.objectives[0] != "causal_lm"

@@ -100,6 +100,7 @@ def _most(most: Most, what: str) -> str:
         "memory": "memory",
         "positions": "the model's positions",
         "max_num_seqs": "the engine's max_num_seqs",
+        "assistant": "transformers generates for one at a time with an assistant",
         "nothing": "nothing: it takes no memory",
     }
     if not most.value:
