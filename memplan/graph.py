@@ -505,6 +505,8 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
             source = storage_of(w) if w.stored else "the model's config"
+            if w.kernel and graph.recipe.running is not None:
+                source = graph.recipe.running.of(w).source
             kind = "buffer" if w.group == "buffer" else "parameter"
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 
