@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
-from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
+from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, NOT_YET, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
@@ -19,7 +19,7 @@ from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, published_code_note
 from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
@@ -90,6 +90,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         records=False,
         caching=caches or words["forward_caches"],
         last_only=generates and words["last_logits"],
+        generates=generates,
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
@@ -102,7 +103,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         "prefill" if generates else "forward",
         generation.cache_implementation or ("dynamic" if wiring.caching else ""),
         words["last_logits"],
-        words["logits"] == "model",
+        words["logits"] == "model" or (generates and words["wide_logits"]),
         wiring.has_mask(),
         windowed and batch.sequence > (window or 0),
         words["few_rows"],
@@ -148,6 +149,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "kernels.attention",
         )
     notes += expert_notes(graph, capability)
+    if generates and model.model_type in CACHED_BY_ITS_CODE:
+        notes.append(published_code_note(model.model_type))
     parts: dict[str, Part] = {
         "method": method,
         "precision": precision,

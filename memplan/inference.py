@@ -96,7 +96,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
             recipe = recipe._replace(copies=False)
         lingers = past == prompt and not now.last_only
         unpacks = bool(many) and rows >= many
-        token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
+        token = now._replace(phase="decode", longer=longer, lingers=lingers, first=past == prompt, unpacks=unpacks)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)

@@ -33,7 +33,8 @@ class Wiring(NamedTuple):
     attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
     what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
     values are put beside those of earlier tokens, and lie head by head. decodes: there is one token a sequence, which
-    sees all before it. last_only: the logits of a sequence's last token are all that is asked for.
+    sees all before it. last_only: the logits of a sequence's last token are all that is asked for. generates: the pass
+    is one of generation.
     """
 
     backend: str
@@ -63,6 +64,7 @@ class Wiring(NamedTuple):
     records: bool = True
     caching: bool = False
     decodes: bool = False
+    generates: bool = False
     last_only: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:

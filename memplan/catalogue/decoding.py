@@ -24,13 +24,10 @@ _CACHE = "transformers 5.24 cache_utils.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 
 
-# Families whose decoding was not read yet: sparse attention over compressed or indexed keys, Kimi's delta rule, and
-# code published with the weights, which keeps caches its own way.
-NOT_YET = frozenset(
-    (
-        *("baichuan", "chatglm", "deepseek_v4", "internlm2", "megatron_gpt", "minicpm"),
-    )
-)
+# Families whose decoding was not read yet: Megatron's runs in an engine of its own.
+NOT_YET = frozenset(("deepseek_v4", "megatron_gpt"))
+# Families whose code, published with their weights, keeps caches its own way.
+CACHED_BY_ITS_CODE = ("baichuan", "chatglm", "internlm2", "minicpm", "qwen")
 
 
 class Loaded(NamedTuple):
@@ -58,6 +55,7 @@ class Pass(NamedTuple):
     beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
     samples     tokens are drawn, after temperature, top-k and top-p
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
+    first       of the passes of a token, over what the prompt's left
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
     """
@@ -72,6 +70,7 @@ class Pass(NamedTuple):
     beams: bool = False
     samples: bool = False
     lingers: bool = False
+    first: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
 
@@ -108,6 +107,9 @@ def inference(stack: Stack, now: Pass) -> Stack:
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
     named = tuple(_named_before(now)) if now.decodes else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
+    if now.lingers:
+        prompt = Tensor("logits of the prompt", "b past v", "fp32" if now.wide else "=embeds")
+        before = (*before, Op("generate.lingers", (), (prompt,), holds="step", source=_GENERATE))
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
     kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
     return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
@@ -161,7 +163,6 @@ def _inputs(op: Op, now: Pass) -> Op:
         made = [t for t in made if t.name != "attention_mask"]
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
         made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
-        made += [Tensor("logits of the prompt", "b past v", "fp32")] if now.lingers else []
     return op._replace(writes=tuple(made), source=_GENERATE if now.generates else op.source)
 
 
@@ -185,6 +186,7 @@ def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """A block's operations with those of its caches."""
     made: dict[str, Tensor] = {}
+    root: dict[str, str] = {}  # what views are of
     names: dict[str, str] = {}  # what names mean from the cache on
     keyed: set[str] = set()
     axis = ""
@@ -208,7 +210,7 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                 if now.longer and op.caches == "kv_window" and not now.decodes:  # they are handed back as they came
                     continue
             else:
-                yield from _update(op, tensors, now)
+                yield from _update(op, tensors, now, [root.get(name, name) for name in op.reads], made)
             names |= {name: _named(name) for name in op.reads}
             keyed |= {_named(name) for name in op.reads}
             continue
@@ -217,6 +219,8 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
             keyed |= {t.name for t in op.writes} if of_keys else set()
             op = along(op, axis, of_keys)
         made |= {t.name: t for t in op.writes}
+        if op.view and op.reads:
+            root |= {t.name: root.get(op.reads[0], op.reads[0]) for t in op.writes}
         yield op
 
 
@@ -227,7 +231,9 @@ _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index ke
 
 def _named(name: str) -> str:
     """What the cache of a tensor is called."""
-    found = _NAMES.get(name) or {"k": "key", "v": "value"}.get(name.partition(".")[0], name)
+    found = _NAMES.get(name) or {"k": "key", "v": "value", "k1": "key", "v0": "value", "v1": "value"}.get(
+        name.partition(".")[0], name
+    )
     return f"{found} cache"
 
 
@@ -237,19 +243,25 @@ def _renamed(op: Op, names: Mapping[str, str]) -> Op:
     return op._replace(reads=tuple(names.get(name, name) for name in op.reads))
 
 
-def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
+def _update(op: Op, tensors: list[Tensor], now: Pass, roots: list[str], made: Mapping[str, Tensor]) -> Iterator[Op]:
     """The cache of a layer takes what is new: what it had and that are joined in a tensor of their own, one after the
-    other, and the names before are the caller's until all are. With a window both are made before the old ones go."""
-    source = f"{_CACHE} DynamicLayer.update, DynamicSlidingWindowLayer.update"
+    other, and the names before are the caller's until all are. With a window both are made before the old ones go.
+
+    `roots` are what the tensors are views of, of those `made`: all of it is what a prompt leaves that is kept as it is.
+    """
+    source = op.source or f"{_CACHE} DynamicLayer.update, DynamicSlidingWindowLayer.update"
     windowed = op.caches == "kv_window"
     old: list[str] = []
     if windowed:
         yield from _kept(f"{op.name}.window", Tensor("length of the window", "", "int64"), now, source)
-    for t in tensors:
+    for i, t in enumerate(tensors):
         new = _named(t.name)
         what, before = new.removesuffix(" cache"), f"{new} before"
+        kept = t.shape
+        if op.holds and now.first and roots[i] in made:
+            kept = made[roots[i]].shape if roots[i] not in roots[:i] else "0"
         shape = _keyed(t.shape, op.caches) if now.decodes else t.shape
-        past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.decodes else ()
+        past = (Tensor(before, _keyed(kept, op.caches.replace("kv", "past")), f"={t.name}"),) if now.decodes else ()
         if op.holds and not now.decodes:
             yield Op(f"{op.name}.{what}s", (t.name,), (Tensor(new, shape),), view=True, holds="cache", source=source)
             continue

@@ -91,10 +91,7 @@ def _chunked(name: str, y: str, at_once: bool = False, records: bool = True) -> 
         ops.spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
         ops.spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
         cumulate(f"{n}.cum_decay", "decay", "cum", _ROWS),
-        *(
-            Op(f"{n}.{t}", (), (Tensor(t, "chunk chunk", "bool"),), scratch=(ones,))
-            for t in ("not before", "after")
-        ),
+        *(Op(f"{n}.{t}", (), (Tensor(t, "chunk chunk", "bool"),), scratch=(ones,)) for t in ("not before", "after")),
         *_pairs(n),
         *(_inverse_at_once if at_once else _inverse)(f"{n}.rows", "pairs.0"),
         ops.matmul(f"{n}.new_values", "attn", "v.beta", "values", _ROWS),
@@ -409,7 +406,11 @@ def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "
     differ = bool(m.config.get("attn_res_block_size"))
     state = kept(wiring, f"{name}.state", "state", "b lv ldk ldk", "fp32", "g")
     rule = f"{name}.rule"
-    rule = (*state, *kda_step(rule, "core")) if wiring.decodes else (*_chunked(rule, "core", differ, wiring.records), *state)
+    rule = (
+        (*state, *kda_step(rule, "core"))
+        if wiring.decodes
+        else (*_chunked(rule, "core", differ, wiring.records), *state)
+    )
     return (
         *(ops.linear(f"{name}.{t}_proj", x, f"{t}.flat", "lv ldk", "h", "mixer") for t in parts),
         Op(
