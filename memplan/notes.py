@@ -51,7 +51,8 @@ def kernel_notes(model: ModelSpec) -> Iterator[str]:
             "kimi_k3: transformers 5.24 has no class for it. Its own parts (attention residuals, bounded activation "
             "and decay, gates, a narrower space for experts) were read in the modeling_kimi_linear.py published with "
             "its weights. That calls flash-linear-attention and runs routed experts without gradients: that it trains "
-            "as transformers' Kimi Linear does, and keeps the same while it generates, is assumed. Nothing of it was traced"
+            "as transformers' Kimi Linear does, and keeps the same while it generates, is assumed. Nothing of it was "
+            "traced"
         )
     if model.model_type == "llama4":
         yield (

@@ -227,13 +227,12 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 _REORDERED = ("key cache", "value cache", "latent cache", "index key cache")
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
+_FIRST = {"k": "key", "k1": "key", "v": "value", "v0": "value", "v1": "value"}  # by what comes before a full stop
 
 
 def _named(name: str) -> str:
     """What the cache of a tensor is called."""
-    found = _NAMES.get(name) or {"k": "key", "v": "value", "k1": "key", "v0": "value", "v1": "value"}.get(
-        name.partition(".")[0], name
-    )
+    found = _NAMES.get(name) or _FIRST.get(name.partition(".")[0], name)
     return f"{found} cache"
 
 
