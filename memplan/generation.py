@@ -95,10 +95,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
     )
-    if generation.do_sample and generation.num_beams > 1:
-        raise SpecError(
-            "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
-        )
     now = Pass(
         "prefill" if generates else "forward",
         generation.cache_implementation or ("dynamic" if wiring.caching else ""),

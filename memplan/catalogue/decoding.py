@@ -22,6 +22,7 @@ TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven")  # axes of a sequence's to
 
 _CACHE = "transformers 5.24 cache_utils.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
+_MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
 
 
 # Families whose decoding was not read yet: Megatron's runs in an engine of its own.
@@ -171,6 +172,8 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
+    if now.beams:
+        yield Tensor(f"order{_BEFORE}", "b", "int64")
 
 
 _BEFORE = " of the token before"
@@ -386,29 +389,53 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
 
     yield made("scores", logits, y="next token logits")
     yield from forgotten("logits")
+    warpers = "transformers 5.24 generation/logits_process.py"
+
+    def warped(x: str, y: str) -> Iterator[Op]:
+        """`x` after temperature, top-k and top-p."""
+        sort = (Tensor("sorted", "b v", "fp32"), Tensor("order", "b v", "int64"))
+        sums = (Tensor("softmax of sorted", "b v", "fp32"), Tensor("sums of those", "b v", "fp32"))
+        removed = Tensor("not among the first", "b v", "bool")
+        yield made("temperature", x, y="warmed")
+        yield made("top_k", "warmed", y="top k", scratch=(removed,))
+        yield ops.leave("warmed")
+        yield Op("generate.top_p", ("top k",), scratch=(*sort, *sums), source=warpers)
+        yield made("masked_fill", "top k", y=y)
+        yield ops.leave("top k")
+
+    exponentials = Tensor("exponentials", "b v", "fp32")
     if now.beams:
-        yield made("log_softmax", "next token logits", y="log probabilities")
+        probabilities = "log probabilities"
+        yield made("log_softmax", "next token logits", y=probabilities)
         yield from forgotten("sums of log probabilities")
+        if now.samples:
+            probabilities = "next token scores"
+            yield from warped("log probabilities", probabilities)
+            yield ops.leave("log probabilities")
         yield ops.leave(logits)
-        yield made("accumulate", "log probabilities", y="sums of log probabilities")
-        yield ops.leave("log probabilities")
+        sums, beams = "sums of log probabilities", Tensor("scores of beams", "b", "fp32")
+        yield Op(
+            "generate.accumulate",
+            (probabilities,),
+            (Tensor(sums, "b v", "fp32"),),
+            scratch=(beams,),
+            source=_GENERATE,
+        )
+        yield ops.leave(probabilities)
+        if now.samples:
+            drawn = (Tensor("probabilities", "b v", "fp32"), exponentials)
+            yield Op("generate.multinomial", (sums,), scratch=drawn, source=_MULTINOMIAL)
+        chosen = Tensor("next token", "b", "int64")
+        yield Op("generate.choose", (sums,), (Tensor("order of beams", "b", "int64"), chosen), source=_GENERATE)
+        yield from forgotten("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
         for t in dict.fromkeys(cached):
             copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
             yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
-        yield ops.leave("next token logits", "sums of log probabilities")
+        yield ops.leave("next token logits", sums, "order of beams", "next token")
         return
     if now.samples:
-        warpers = "transformers 5.24 generation/logits_process.py"
-        sort = (Tensor("sorted", "b v", "fp32"), Tensor("order", "b v", "int64"))
-        sums = (Tensor("softmax of sorted", "b v", "fp32"), Tensor("sums of those", "b v", "fp32"))
-        removed = Tensor("not among the first", "b v", "bool")
-        yield made("temperature", "next token logits", y="warmed")
-        yield made("top_k", "warmed", y="top k", scratch=(removed,))
-        yield ops.leave("warmed")
-        yield Op("generate.top_p", ("top k",), scratch=(*sort, *sums), source=warpers)
-        yield made("masked_fill", "top k", y="next token scores")
-        yield ops.leave("top k")
+        yield from warped("next token logits", "next token scores")
         yield from forgotten("scores")
         yield made("softmax", "next token scores", y="next token probabilities")
         yield from forgotten("probabilities")
@@ -416,8 +443,8 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
             "generate.multinomial",
             ("next token probabilities",),
             (Tensor("next token", "b", "int64"),),
-            scratch=(Tensor("exponentials", "b v", "fp32"),),
-            source="torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial",
+            scratch=(exponentials,),
+            source=_MULTINOMIAL,
         )
         yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
         return

@@ -222,8 +222,10 @@ class Script:
                 padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
                 outputs = model(input_ids=ids, attention_mask=mask if padded else None, **options, **keeps)
                 del inputs, options
-                cache, token = getattr(outputs, given_as), chooser.token(outputs)
+                held = [outputs]
                 del outputs
+                cache, token = getattr(held[0], given_as), chooser.token(held)
+                held.clear()
                 chooser.reorder(cache)
             with self.phase("decode"):
                 for _ in range(self.run.batch.new_tokens - 1):
@@ -231,8 +233,10 @@ class Script:
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
                     given = mask if padded else None
                     outputs = model(input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps)
-                    cache, token = getattr(outputs, given_as), chooser.token(outputs)
+                    held.append(outputs)
                     del outputs
+                    cache, token = getattr(held[0], given_as), chooser.token(held)
+                    held.clear()
                     chooser.reorder(cache)
                 del token, cache
                 chooser.forget()
