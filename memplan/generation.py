@@ -180,7 +180,8 @@ def caches_all(graph: Graph) -> bool:
 
 
 def _precision(p: Precision) -> Precision:
-    return p.model_copy(update={"compute": p.compute or p.weights})
+    compute = p.compute or ("bf16" if p.autocast and p.weights == "fp32" else p.weights)
+    return p.model_copy(update={"compute": compute})
 
 
 def _stores_head(method: Method, awq: bool) -> bool:
@@ -220,7 +221,7 @@ def _recipe(
     if method.kind in ADAPTERS:
         recipe, notes = recipe_of(model, method, precision, code, stored)
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
-    bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
+    bare = Recipe("full", precision.weights, str(precision.compute), precision.autocast, library="peft" if code == "transformers" else code)
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None:
         return bare, []

@@ -111,7 +111,7 @@ def inference(stack: Stack, now: Pass) -> Stack:
     if now.lingers:
         prompt = Tensor("logits of the prompt", "b past v", "fp32" if now.wide else "=embeds")
         before = (*before, Op("generate.lingers", (), (prompt,), holds="step", source=_GENERATE))
-    after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
+    after = tuple(_wide((*_still(_head(stack.after, now)), *_last_hidden(stack.after)), now))
     kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
     return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
 
@@ -336,6 +336,13 @@ def _head(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     for op in some:
         head = head or op.name.startswith("lm_head") or any("v" in t.shape.split() for t in op.writes)
         yield _of_last(op) if head and now.generates and now.last_only else op
+
+
+def _last_hidden(some: tuple[Op, ...]) -> Iterator[Op]:
+    """What the head is given stays until the model returns: the decoder's outputs have it."""
+    head = next((op for op in some if any("v" in t.shape.split() for t in op.writes) and op.reads), None)
+    if head is not None:
+        yield ops.leave(head.reads[0])
 
 
 def for_last(some: tuple[Op, ...], keys: Iterable[str] = ()) -> tuple[Op, ...]:

@@ -314,14 +314,15 @@ def infer(
     phase: str = "forward",
     labelled: bool = False,
     division: Division | None = None,
+    casts: str = "",
 ) -> Lowered:
     """The moments of a forward pass of which autograd records nothing, by the name of its `phase`. What it leaves for a
     later pass, as the caches of keys and values, is alive when it is over (`left`). `division`: the weights are divided
-    among ranks, and gathered."""
+    among ranks, and gathered. `casts` is as `Scope` has it."""
     tape = Tape(labelled=labelled)
     tape.phase = phase
     gatherer = Gatherer(tape, division, False)
-    passed = run_pass(tape, gatherer, stack, depth, autocast, False, False, False, records=False)
+    passed = run_pass(tape, gatherer, stack, depth, autocast, False, False, False, records=False, casts=casts)
     return Lowered(
         tuple(tape.moments), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
     )
@@ -339,12 +340,13 @@ def run_pass(
     to_host: bool = False,
     one_by_one: int = 0,
     records: bool = True,
+    casts: str = "",
 ) -> Passed:
     """Run the stack on the tape, forward and backward; see `lower`. With `one_by_one` there are no runs of equal
     blocks: that many copies of each are run, and the others left out. Unless it `records`, autograd keeps nothing, and
     forward is all there is."""
     goes = to_host or tape.saves is not None  # a checkpoint saves a block's input as an operation what it keeps
-    first_scope = Scope()
+    first_scope = Scope(casts=casts)
     before = first_scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
     if input_grad:
@@ -385,6 +387,7 @@ def run_pass(
         pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else several))
         several += not c.alone
     first = Frame(before, first_scope, {}, leaf)
+    first.past, last_past, *joint_pasts = tape.recall([("", before), ("", after), *(("", j.ops) for j in joints)])
     embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
     outer = gatherer.outside(BEFORE)
     gatherer.gather(REST, first)
@@ -411,6 +414,7 @@ def run_pass(
         if c.joins is not None:
             own |= {"x": stream, **carried}
             joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
+            joint.past = joint_pasts.pop(0)
             views = dict.fromkeys(_views_of_x(joint.ops).intersection(later[at]), stream)
             stream.refs += len(views)
             wanted = later[at] - {"x"} | {c.joins.stream}
@@ -489,6 +493,7 @@ def run_pass(
         ran.append((number, frames))
     own |= {"x": stream, **carried}
     tail = Frame(after, tail_scope, own, flows | _x(x_flows))
+    tail.past = last_past
     gatherer.gather(gatherer.outside(AFTER), tail)
     own = tape.forward(tail, {r for op in loss for r in op.reads}, own, grad=records, checkpoint=not records)
     tape.note()

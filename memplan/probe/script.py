@@ -166,15 +166,18 @@ class Script:
     def _computed(self, inputs: dict[str, Any], labels: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """The loss, and what the model returned, under autocast where the run has it."""
         run, precision = self.run, self.run.precision
-        cast = nullcontext()
-        if precision.autocast:
-            cast = torch.autocast(self.device.type, dtype=lower_of(precision))
-        with cast, self._saving():
+        with self._cast(), self._saving():
             loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
         alone = run.parallelism.dp == 1  # else the model is wrapped so
         if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
             outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
         return loss, outputs
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        """Autocast, where the run has it."""
+        if not self.run.precision.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=lower_of(self.run.precision))
 
     def _saving(self) -> AbstractContextManager[Any]:
         """Where autograd saves what it keeps of a forward pass: in host memory, where the run offloads activations."""
@@ -197,7 +200,7 @@ class Script:
         return inputs, options
 
     def _forward(self) -> None:
-        with self.phase("forward"), torch.no_grad():
+        with self.phase("forward"), torch.no_grad(), self._cast():
             inputs, options = self._inputs()
             self.model(**inputs, **options)
 
@@ -213,7 +216,7 @@ class Script:
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
         chooser = choosing(self.run.generation)
-        with torch.no_grad():
+        with torch.no_grad(), self._cast():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
                 ids, options["use_cache"] = inputs["input_ids"], True
