@@ -105,6 +105,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         words["few_rows"],
         generation.num_beams > 1,
         generation.do_sample,
+        around=generates and precision.autocast,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
     )
     graph = Graph(
@@ -127,16 +128,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
             "task generate; supported: 0, text alone",
             "batch.images",
-        )
-    if (
-        generates
-        and run.loop.padded
-        and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
-    ):
-        raise SpecError(
-            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
-            "states; supported: false",
-            "loop.padded",
         )
     if generates and not caches_all(graph):
         raise UnsupportedModelError(
@@ -221,7 +212,13 @@ def _recipe(
     if method.kind in ADAPTERS:
         recipe, notes = recipe_of(model, method, precision, code, stored)
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
-    bare = Recipe("full", precision.weights, str(precision.compute), precision.autocast, library="peft" if code == "transformers" else code)
+    bare = Recipe(
+        "full",
+        precision.weights,
+        str(precision.compute),
+        precision.autocast,
+        library="peft" if code == "transformers" else code,
+    )
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None:
         return bare, []

@@ -319,9 +319,9 @@ def recorded_inference(graph: Graph, division: Division | None = None) -> Record
 
 
 def _casts(graph: Graph) -> str:
-    """Autocast stands around all passes of a generation, and keeps its casts of weights from the prompt's on."""
+    """Where autocast stands around all passes of a generation, it keeps its casts of weights from the prompt's on."""
     now = graph.inference
-    return "" if now is None or not now.generates else "there" if now.decodes else "made"
+    return "" if now is None or not now.around else "there" if now.decodes else "made"
 
 
 @lru_cache(maxsize=64)

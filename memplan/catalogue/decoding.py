@@ -57,6 +57,7 @@ class Pass(NamedTuple):
     samples     tokens are drawn, after temperature, top-k and top-p
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
     first       of the passes of a token, over what the prompt's left
+    around      autocast stands around all passes, and keeps its casts of weights from the first on
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
     """
@@ -72,6 +73,7 @@ class Pass(NamedTuple):
     samples: bool = False
     lingers: bool = False
     first: bool = False
+    around: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
 

@@ -34,9 +34,7 @@ class Scope:
     are `there` in the others; empty where it ends with the pass.
     """
 
-    def __init__(
-        self, outer: Scope | None = None, inputs: Mapping[str, Tensor] | None = None, casts: str = ""
-    ) -> None:
+    def __init__(self, outer: Scope | None = None, inputs: Mapping[str, Tensor] | None = None, casts: str = "") -> None:
         self.casts: str = outer.casts if outer else casts
         self._tensors: dict[str, Tensor] = {**(outer._tensors if outer else {}), **(inputs or {})}
         self._casts: dict[str, Tensor] = dict(outer._casts) if outer else {}

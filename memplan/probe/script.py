@@ -29,6 +29,9 @@ from memplan.probe.wrapping import accumulating, clip, home, wrap
 from memplan.resolve import objective_of
 from memplan.spec import Also, RunSpec
 
+# Models that are given no mask for a token alone: transformers 5.24, their prepare_inputs_for_generation.
+_UNMASKED = ("falcon_mamba", "mamba", "mamba2")
+
 Phase = Callable[[str], AbstractContextManager[None]]
 PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "save", "merge")
 
@@ -215,7 +218,7 @@ class Script:
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
-        chooser = choosing(self.run.generation)
+        chooser, model_type = choosing(self.run.generation), base_of(model).config.model_type
         with torch.no_grad(), self._cast():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
@@ -234,7 +237,7 @@ class Script:
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
-                    given = mask if padded else None
+                    given = mask if padded and model_type not in _UNMASKED else None
                     outputs = model(input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps)
                     held.append(outputs)
                     del outputs
