@@ -20,6 +20,7 @@ from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, size
 from memplan.graph import (
     Graph,
+    Held,
     active,
     built,
     elements,
@@ -41,8 +42,13 @@ if TYPE_CHECKING:
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`. A static cache has `room` for so many. `division`: its weights are divided
-    among ranks."""
+    layer with a window has `past_window`. A static cache has `room` for so many. `source` tokens were read by an
+    encoder, of so many `prompts`. `division`: its weights are divided among ranks.
+
+    In assisted generation the last `cropped` of the past tokens are in the cache's tensors, but were cut off. The cache
+    of a layer with a window has `grown` tokens after the pass, of which attention sees `window`. `rows` logits are
+    returned, `before` were so in the round before, of `outputs` rows; `proposed` tokens there are. `assists`: the pass
+    is the assistant's. `beside`: what is there throughout it, with the cache that the `other` model's pass left."""
 
     graph: Graph
     batch: int
@@ -51,7 +57,18 @@ class Step(NamedTuple):
     past_window: int = 0
     window: int = 0
     room: int = 0
+    source: int = 0
+    prompts: int = 0
     division: Division | None = None
+    cropped: int = 0
+    grown: int = 0
+    rows: int = 1
+    before: int = 1
+    outputs: int = 1
+    proposed: int = 0
+    assists: bool = False
+    beside: tuple[Held, ...] = ()
+    other: Step | None = None
 
     @property
     def phase(self) -> str:
@@ -69,63 +86,120 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     """The passes of a run, in order: of those that decode, the first and the last."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
+    if decided.assistant is not None:
+        from memplan import assisted
+
+        return assisted.steps_of(decided)
     many, now = MANY_ROWS.get(graph.inference.loaded.backend, 0), graph.inference
     if many and batch.micro * decided.beams * batch.sequence >= many:
         now = now._replace(unpacks=True)
         graph = graph._replace(inference=now)
     if not now.generates:
         return (Step(graph, batch.micro, batch.sequence),)
+    if graph.model.is_encoder_decoder:
+        return (_encoding(decided), *_decoding(decided, over_source(graph)))
+    return _decoding(decided, graph)
+
+
+def _encoding(decided: Decided) -> Step:
+    """The pass of an encoder, whose decoder generates after it: of every prompt once, however many beams there are."""
+    graph, batch = decided.structure.graph, decided.batch
+    assert graph.inference is not None
+    wiring = graph.wiring._replace(part="encoder", caching=False, beams=decided.beams > 1)
+    one = graph._replace(wiring=wiring, inference=graph.inference._replace(phase="encode", cache=""))
+    return Step(one, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
+
+
+def looks_across(graph: Graph) -> bool:
+    """Whether layers attend to images beside the tokens, and cache keys and values of them."""
+    return graph.wiring.images and any(layer.mixer == "cross_attention" for layer in graph.model.layers)
+
+
+def over_source(graph: Graph) -> Graph:
+    """An encoder-decoder's decoder alone, over what the encoder has left."""
+    return graph._replace(wiring=graph.wiring._replace(part="decoder"))
+
+
+def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
+    """The passes of a decoder: the prompt's, and of those of a token the first and the last."""
+    batch, now = decided.batch, graph.inference
+    assert now is not None
+    many = MANY_ROWS.get(now.loaded.backend, 0)
     window, few_rows = graph.model.sliding_window or 0, now.few_rows
     rows = batch.micro * decided.beams
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
-    prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
-    room = prompt + batch.new_tokens - 1
-    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
+    crosses = bool(graph.wiring.part)
+    prompt = (batch.target_sequence or 1) if crosses else batch.sequence
+    last, room = prompt + batch.new_tokens - 2, prompt + batch.new_tokens - 1
+    read = (batch.sequence if crosses else 0, batch.micro)
+    static = now.cache == "static"
+    if crosses:
+        wiring = graph.wiring._replace(decodes=prompt == 1, static=static)  # one token sees all there are
+        graph = graph._replace(wiring=wiring, inference=now._replace(room=now.room or (static and prompt == 1)))
+    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room, *read)]
     for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
-        static = now.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
-            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
+            decodes=True,
+            images=False,
+            tower="",
+            windowed=bool(window) and past + 1 >= window,
+            crossed=crosses or looks_across(graph),
         )
-        wiring = wiring._replace(padded=wiring.padded or static)
+        wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
         recipe = graph.recipe
         if rows <= few_rows:
             recipe = recipe._replace(copies=False)
-        lingers = past == prompt and not now.last_only
+        lingers = past == prompt and not (now.last_only or crosses)
         unpacks = bool(many) and rows >= many
         token = now._replace(phase="decode", longer=longer, lingers=lingers, first=past == prompt, unpacks=unpacks)
+        token = token._replace(batches=now.switches)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
         if decided.beams > 1 and window:  # but a copy in another order is of the window alone
             kept = min(past, window - 1)
-        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
+        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room, *read))
     return tuple(found)
 
 
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     """Every axis of a pass with its number."""
+    if step.assists:
+        assert decided.assistant is not None
+        assert decided.assistant.drafts is not None
+        decided = decided.assistant.drafts
     low, fixed = inferred(step.graph, division=step.division), built(step.graph)[1]
     more = {
-        "kv": step.past + step.fed,
+        "kv": step.past - step.cropped + step.fed,
         "past": step.past,
         "kv_window": step.window,
         "past_window": step.past_window,
         "kv_static": step.room,
         "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
+        "kv_window_grown": step.grown,
+        "verified": step.rows,
+        "verified_before": step.before,
+        "outputs_before": step.outputs,
+        "proposed": step.proposed,
         "kernel1": fixed.get("kernel", 0) + 1,
+        "source": step.source,
+        "prompts": step.prompts,
+        "rows": step.prompts * decided.beams,
     }
     if step.graph.model.config.get("index_topk"):
         more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
     if "key_block" in fixed:
         static = step.graph.inference is not None and step.graph.inference.keys("kv") == "kv_static"
         more |= blocks_of_keys(fixed, step.room if static else more["kv"], ONE_RUN)
-    for name in ("kv", "kv_window", "kv_static", "kv_window_static"):
+    for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
+        more[f"{name}1"] = more[name] + 1
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
+        more[f"{name}_uneven8"] = more[f"{name}8"] if more[name] % 8 else 0
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
     axes = axes_of(
         step.graph,
@@ -171,6 +245,16 @@ class Walked(NamedTuple):
     workspace: int
 
     @property
+    def graph(self) -> Graph:
+        """A graph with all weights of the model."""
+        return whole(self.decided, self.steps)
+
+    @property
+    def models(self) -> tuple[Graph, ...]:
+        """The graphs whose weights are loaded, the model's first."""
+        return models_of(self.decided, self.steps)
+
+    @property
     def resting(self) -> int:
         """What is there throughout all passes."""
         return self.parameters + self.unsplit + self.workspace
@@ -183,7 +267,8 @@ class Walked(NamedTuple):
             i = self._top(name)
             low = inferred(self.steps[i].graph)
             peak = self.resting + self.peaks[i].bytes
-            out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
+            where = low.moments[self.peaks[i].moment].where
+            out.append(Phase(name, None, peak, f"assistant: {where}" if self.steps[i].assists else where))
         return out
 
     def left(self, step: Step, axes: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -212,12 +297,15 @@ class Walked(NamedTuple):
 
     def lines(self, phase: str) -> list[Line]:
         """Every tensor alive at a phase's peak, largest first."""
-        first = self.steps[0].graph
-        axes = {**built(first)[1], **self.axes[0]}
-        out = [
-            held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
-            for h in parameters_of(first)
-        ]
+        out: list[Line] = []
+        for graph in self.models:
+            whose = "assistant" if out else "model"
+            axes = {**built(graph)[1], **({} if out else self.axes[0])}
+            weights = (
+                held_line(h, axes, f"a buffer of the {whose}" if h.kind == "buffer" else f"the {whose}'s weights")
+                for h in parameters_of(graph)
+            )
+            out += map(_assistants, weights) if out else weights
         if self.unsplit:
             what, why = "left unsplit", "ends of blocks that weights have to themselves, up to 1 MiB each"
             out.append(Line(what, "other", "torch", "", (), "uint8", 1, self.unsplit, why, _UNSPLIT, "derived"))
@@ -234,19 +322,67 @@ class Walked(NamedTuple):
             low = inferred(self.steps[i].graph, labelled=True)
             moment = low.moments[self.peaks[i].moment]
             stack, own = built(self.steps[i].graph)
-            out += [workspace, *alive_lines(stack, {**own, **self.axes[i]}, low, moment)]
+            lines = alive_lines(stack, {**own, **self.axes[i]}, low, moment)
+            out += [
+                workspace,
+                *(map(_assistants, lines) if self.steps[i].assists else lines),
+                *self._beside(self.steps[i]),
+            ]
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+
+    def _beside(self, step: Step) -> Iterator[Line]:
+        """What is there beside a pass: what the loop has names for, and the other model's cache."""
+        yield from (held_line(h, {}, "the loop has a name for it") for h in step.beside)
+        if step.other is not None:
+            axes = numbers_of(step.other, self.decided)
+            low = inferred(step.other.graph, labelled=True)
+            stack, own = built(step.other.graph)
+            lines = alive_lines(stack, {**own, **axes}, low, low.left)
+            yield from map(_assistants, lines) if step.other.assists else lines
+
+
+def _assistants(line: Line) -> Line:
+    """A line of the assistant's, told apart from the model's."""
+    return line._replace(where=f"assistant.{line.where}".removesuffix("."))
 
 
 def walk(decided: Decided, expandable: bool = False) -> Walked:
     """The peak of every phase. `expandable`: torch's allocator has expandable segments."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
-    peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
-    graph = steps[0].graph
-    resident, unsplit, most = loaded(graph, expandable)
+    peaks = [_with_beside(step, numbers, decided) for step, numbers in zip(steps, axes, strict=True)]
+    resident, unsplit, most = loaded(models_of(decided, steps), expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
     return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
+
+
+def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Peak:
+    """The most of a pass, with what is there beside it."""
+    most = most_of(inferred(step.graph), numbers)
+    return most._replace(bytes=most.bytes + beside_of(step, decided))
+
+
+def beside_of(step: Step, decided: Decided) -> int:
+    """Bytes of what is there throughout a pass and none of its own."""
+    held = sum(h.bytes * h.copies for h in step.beside)
+    if step.other is None:
+        return held
+    axes = numbers_of(step.other, decided)
+    low = inferred(step.other.graph)
+    return held + live(low, low.left, axes, bytes_of(low, axes))
+
+
+def models_of(decided: Decided, steps: tuple[Step, ...]) -> tuple[Graph, ...]:
+    """The graphs whose weights are loaded: the model's, and an assistant's that has weights of its own."""
+    assistant = decided.assistant
+    if assistant is None or assistant.drafts is None or assistant.shares:
+        return (whole(decided, steps),)
+    return decided.structure.graph, assistant.drafts.structure.graph
+
+
+def whole(decided: Decided, steps: tuple[Step, ...]) -> Graph:
+    """The graph of a run's passes with all weights of the model, though a pass may be of an encoder or a decoder."""
+    return decided.structure.graph if decided.assistant or steps[0].graph.wiring.part else steps[0].graph
 
 
 _UNSPLIT = (
@@ -255,12 +391,13 @@ _UNSPLIT = (
 
 
 @lru_cache(maxsize=512)
-def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
+def loaded(graphs: tuple[Graph, ...], expandable: bool) -> tuple[int, int, int]:
     """Bytes of weights and buffers; those that torch counts beside them, because blocks were not split; and the most
-    there are while they are loaded."""
+    there are while they are loaded, model by model."""
     allocator = Allocator(expandable)
-    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
-    load(graph, allocator)
+    resident = sum(h.bytes * h.copies for graph in graphs for h in parameters_of(graph))
+    for graph in graphs:
+        load(graph, allocator)
     return resident, allocator.allocated - resident, allocator.peak_allocated
 
 
@@ -283,10 +420,10 @@ class Engine(NamedTuple):
     def moments(self) -> Iterator[Phase]:
         w = self.walked
         for step, axes in zip(w.steps, w.axes, strict=True):
-            low = inferred(step.graph)
+            low, beside = inferred(step.graph), beside_of(step, w.decided)
             sizes = bytes_of(low, axes)
             for moment in low.moments:
-                bytes_ = w.resting + live(low, moment, axes, sizes)
+                bytes_ = w.resting + beside + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
 
     def ranks(self) -> Iterable[Rank]:
@@ -305,7 +442,11 @@ def replay(walked: Walked, expandable: bool) -> Replay:
     of all did.
     """
     steps = walked.steps
-    if len(steps) > 2:  # the prompt's, the first that decodes and the last
+    if walked.decided.assistant is not None:
+        from memplan import assisted
+
+        steps = assisted.steps_of(walked.decided, replayed=True)
+    elif len(steps) > 2:  # the prompt's, the first that decodes and the last
         *early, last = steps
         first = early[-1]
         often = min(_MOST, max(_FEWEST, _growth(walked) // SMALL_REQUEST + 2))
@@ -315,7 +456,7 @@ def replay(walked: Walked, expandable: bool) -> Replay:
         some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
         steps = (*early, *some, last)
     axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
-    return Replay(steps, axes, walked.workspace, expandable)
+    return Replay(walked.models, steps, axes, walked.workspace, expandable)
 
 
 def _growth(walked: Walked) -> int:
@@ -328,8 +469,10 @@ def _growth(walked: Walked) -> int:
 
 
 class Replay(NamedTuple):
-    """What decides the allocations of a run: its passes, their axes, cuBLAS's workspace, how the allocator works."""
+    """What decides the allocations of a run: its models, its passes, their axes, cuBLAS's workspace, how the allocator
+    works."""
 
+    models: tuple[Graph, ...]
     steps: tuple[Step, ...]
     axes: tuple[tuple[tuple[str, int], ...], ...]
     workspace: int
@@ -350,11 +493,18 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
     """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
     allocator = Allocator(replay.expandable, capacity)
     try:
-        load(replay.steps[0].graph, allocator)
+        for graph in replay.models:
+            load(graph, allocator)
         allocator.alloc(replay.workspace)
-        left: list[tuple[tuple[str, ...], Block]] = []
+        left: dict[bool, list[tuple[tuple[str, ...], Block]]] = {False: [], True: []}  # the model's, the assistant's
+        beside: dict[tuple[Held, int], Block] = {}
         for step, axes in zip(replay.steps, replay.axes, strict=True):
-            left = replayed(recorded_inference(step.graph), dict(axes), allocator, left)
+            there = {(h, i) for h in step.beside for i in range(h.copies)}
+            for gone in [key for key in beside if key not in there]:
+                allocator.free(beside.pop(gone))
+            beside |= {key: allocator.alloc(key[0].bytes) for key in sorted(there - beside.keys())}
+            whose = step.assists
+            left[whose] = replayed(recorded_inference(step.graph), dict(axes), allocator, left[whose])
     except OutOfMemoryError:
         return None
     return allocator.peak_reserved
@@ -375,11 +525,25 @@ def replayed(
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
     bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
     blocks: dict[int, tuple[tuple[str, ...], Block]] = {}
-    given = iter(left)
-    for number, key in recording.events:
-        if key == FREED:
+    given = list(left)
+    for number, event in recording.events:
+        if event == FREED:
             allocator.free(blocks.pop(number)[1])
+            continue
+        key = recording.sizes[event]
+        if given:  # what was left comes first, as it is
+            at = next((i for i, (other, _) in enumerate(given) if _left(other) == _left(key)), 0)
+            blocks[number] = (key, given.pop(at)[1])
         else:
-            before = next(given, None)  # what was left comes first, as it is
-            blocks[number] = before or (recording.sizes[key], allocator.alloc(bytes_[key]))
+            blocks[number] = (key, allocator.alloc(bytes_[event]))
     return list(blocks.values())
+
+
+_TOKENS: dict[str, str] = dict.fromkeys(("s", "kv", "past", "kv_window", "past_window"), "kv")
+
+
+@lru_cache(maxsize=1024)
+def _left(key: tuple[str, ...]) -> tuple[str, ...]:
+    """What a tensor is known by that one pass leaves and the next finds: its shape, however many tokens it has, and
+    its dtype."""
+    return (" ".join(_TOKENS.get(axis, axis) for axis in key[0].split()), *key[1:])

@@ -31,7 +31,8 @@ class Tensor(NamedTuple):
     """One storage.
 
     `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), or `""` for what
-    torch's type promotion makes of the operation's inputs, or `"=x"` for the dtype of the tensor `x`.
+    torch's type promotion makes of the operation's inputs, or `"=x"` for the dtype of the tensor `x`; with `/n` there
+    is one for every n elements, rounded up.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Weight(NamedTuple):
     stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
     idle        would train, but never has a gradient: the run's operations do not use it, or only without one
     gradient    the shape of its gradient, where that is not the weight's: of a part of a table, the whole table's
+    kernel      of a stored one, what runs it where nothing trains over its format (`memplan.catalogue.running`)
     """
 
     name: str
@@ -80,6 +82,7 @@ class Weight(NamedTuple):
     stands_for: tuple[str, ...] = ()
     idle: bool = False
     gradient: str = ""
+    kernel: str = ""
 
 
 class Keep(NamedTuple):

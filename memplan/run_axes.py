@@ -88,6 +88,7 @@ def axes_of(
         "s1": s + 1,
         "s8": -(-s // 8) * 8,
         "s_uneven": by.choose(s % 8 == 0, 0, s),
+        "s_uneven8": by.choose(s % 8 == 0, 0, -(-s // 8) * 8),
         "s32": -(-s // 32) * 32,
         "s128": -(-s // 128) * 128,
         "targets": by.choose(many, tokens, s + 1),
@@ -161,6 +162,8 @@ def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
     yield "t", t
     for rounded in (8, 32, 128):
         yield f"t{rounded}", -(-t // rounded) * rounded
+    yield "t_uneven", run.by.choose(t % 8 == 0, 0, t)
+    yield "t_uneven8", run.by.choose(t % 8 == 0, 0, -(-t // 8) * 8)
     yield "sorted_targets", run.by.choose(targets > 3072, targets, 0)
     yield "target_segments", _segments(run, targets, run.model.vocab_size)
     for name, keys in (("efficient_workspace_t", t), ("efficient_workspace_cross", run.s)):

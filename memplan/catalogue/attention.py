@@ -33,8 +33,11 @@ class Wiring(NamedTuple):
     attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
     what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
     values are put beside those of earlier tokens, and lie head by head. decodes: there is one token a sequence, which
-    sees all before it. last_only: the logits of a sequence's last token are all that is asked for. generates: the pass
-    is one of generation.
+    sees all before it; with `several` there are more, which come after those. last_only: the logits of a
+    sequence's last token are all that is asked for. generates: the pass is one of generation. part: of an
+    encoder-decoder the `encoder` alone runs, or the `decoder` over what the encoder has left; beams: several of each
+    prompt read that; crossed: its keys and values are cached already; static: of its own there is room for all tokens,
+    which one token sees through a mask.
     """
 
     backend: str
@@ -65,14 +68,20 @@ class Wiring(NamedTuple):
     caching: bool = False
     decodes: bool = False
     generates: bool = False
+    several: bool = False
     last_only: bool = False
+    part: str = ""
+    beams: bool = False
+    crossed: bool = False
+    static: bool = False
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
         windows sdpa too."""
         if self.backend == "flash_2":
             return False
-        return (self.backend == "eager" and self.causal) or self.padded or (sliding and self.windowed)
+        causal = self.causal and (self.backend == "eager" or (self.static and self.decodes))
+        return causal or self.padded or (sliding and self.windowed)
 
 
 # Families that flash attention 2 does not run with, and why.
@@ -172,7 +181,9 @@ def _attention(
                 return _seen(wiring, (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped)))
             return _seen(wiring, (heads, flash(name, q, k, "v.heads", y, grouped)))
         case "efficient":
-            packed = wiring.decodes and masked and not wiring.copies  # a group of heads' queries as rows of one
+            packed = (
+                wiring.decodes and not wiring.several and masked and not wiring.copies
+            )  # a group of heads' queries as rows of one
             kernel = _efficient(name, q, k, v, y, grouped and not packed, mask if masked else "", width, wiring.records)
             return _seen(wiring, kernel)
         case "math":

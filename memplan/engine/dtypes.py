@@ -93,7 +93,10 @@ class Scope:
         def literal(t: Tensor) -> Tensor:
             name, shape, dtype = t
             if dtype.startswith("="):
-                return Tensor(name, shape, tensors[new_name.get(dtype[1:], dtype[1:])].dtype)
+                of, per = dtype[1:], ""
+                if of not in new_name and of not in tensors:  # one for every n elements
+                    of, _, per = of.rpartition("/")
+                return Tensor(name, shape, f"{tensors[new_name.get(of, of)].dtype}{per and '/'}{per}")
             if autocast and op.autocast == "wide":
                 return Tensor(name, shape, "fp32")
             return t if dtype else Tensor(name, shape, promote(inputs))
