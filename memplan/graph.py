@@ -311,14 +311,20 @@ def inferred(graph: Graph, labelled: bool = False, division: Division | None = N
     """The moments of a pass of inference; `division`: the weights are divided among ranks."""
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
-    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division)
+    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division, _casts(graph))
 
 
 @lru_cache(maxsize=64)
 def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
     """The allocations and frees of a pass of inference, in order."""
     stack, depth = _stack(graph)
-    return record_inference(stack, depth, _ways(graph)["autocast"], division)
+    return record_inference(stack, depth, _ways(graph)["autocast"], division, _casts(graph))
+
+
+def _casts(graph: Graph) -> str:
+    """Where autocast stands around all passes of a generation, it keeps its casts of weights from the prompt's on."""
+    now = graph.inference
+    return "" if now is None or not now.around else "there" if now.decodes else "made"
 
 
 @lru_cache(maxsize=64)

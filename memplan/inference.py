@@ -155,7 +155,8 @@ def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
             recipe = recipe._replace(copies=False)
         lingers = past == prompt and not (now.last_only or crosses)
         unpacks = bool(many) and rows >= many
-        token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks, batches=now.switches)
+        token = now._replace(phase="decode", longer=longer, lingers=lingers, first=past == prompt, unpacks=unpacks)
+        token = token._replace(batches=now.switches)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
