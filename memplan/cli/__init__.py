@@ -771,6 +771,15 @@ def estimate(
             of=SEVERAL,
         ),
     ] = None,
+    device_map: Annotated[
+        str | None,
+        option(
+            "Where transformers places the modules of a model that is run, on --gpus GPUs and on the host: auto, "
+            "balanced, balanced_low_0, sequential. Default none.",
+            of=SEVERAL,
+            complete=_choices("auto", "balanced", "balanced_low_0", "sequential"),
+        ),
+    ] = None,
     gpus_per_node: Annotated[
         int | None,
         option("How many of the GPUs are in one machine, whose host memory they share. Default 8.", of=SEVERAL),
