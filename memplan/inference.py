@@ -369,7 +369,7 @@ def walk(decided: Decided, expandable: bool = False) -> Walked:
     return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
 
 
-def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Peak:
+def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Most:
     """The most of a pass, with what is there beside it."""
     most = most_of(inferred(step.graph), numbers)
     return most._replace(bytes=most.bytes + beside_of(step, decided))
