@@ -8,7 +8,7 @@ from typing import Any
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
-from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Loaded, Pass, keeping
+from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, NOT_YET, SUPPRESSES, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
@@ -25,7 +25,7 @@ from memplan.graph import Graph, built, tower_dtype
 from memplan.inference import looks_across, over_source
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, published_code_note
 from memplan.placing import placed_in_sequence, placed_on
 from memplan.prequantized import served
 from memplan.program import Structure
@@ -115,6 +115,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         records=False,
         caching=caches or words["forward_caches"],
         last_only=generates and words["last_logits"] and not model.is_encoder_decoder,
+        generates=generates,
     )
     generation = run.generation.model_copy(
         update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
@@ -125,15 +126,11 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "supported: dynamic, static",
             "generation.cache_implementation",
         )
-    if generation.do_sample and generation.num_beams > 1:
-        raise SpecError(
-            "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
-        )
     now = Pass(
         "prefill" if generates else "forward",
         generation.cache_implementation or ("dynamic" if wiring.caching else ""),
         words["last_logits"] and not model.is_encoder_decoder,
-        words["logits"] == "model",
+        words["logits"] == "model" or (generates and words["wide_logits"]),
         wiring.has_mask(),
         windowed and batch.sequence > (window or 0),
         words["few_rows"],
@@ -141,6 +138,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         generation.do_sample,
         generates and model.is_encoder_decoder,
         generates and model.model_type in SUPPRESSES,
+        around=generates and precision.autocast,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
         switches=generates and words["experts"] == "stacked",
     )
@@ -176,6 +174,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "kernels.attention",
         )
     notes += expert_notes(graph, capability)
+    if generates and model.model_type in CACHED_BY_ITS_CODE:
+        notes.append(published_code_note(model.model_type))
     parts: dict[str, Part] = {
         "method": method,
         "precision": precision,
@@ -245,7 +245,8 @@ def caches_all(graph: Graph) -> bool:
 
 
 def _precision(p: Precision) -> Precision:
-    return p.model_copy(update={"compute": p.compute or p.weights})
+    compute = p.compute or ("bf16" if p.autocast and p.weights == "fp32" else p.weights)
+    return p.model_copy(update={"compute": compute})
 
 
 def _stores_head(method: Method, awq: bool) -> bool:
@@ -285,7 +286,13 @@ def _recipe(
     if method.kind in ADAPTERS:
         recipe, notes = recipe_of(model, method, precision, code, stored)
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
-    bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
+    bare = Recipe(
+        "full",
+        precision.weights,
+        str(precision.compute),
+        precision.autocast,
+        library="peft" if code == "transformers" else code,
+    )
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None and running is not None:  # whole, once it is loaded
         return bare._replace(kind="stored", skip=running.skip, running=running, packed=True), []

@@ -324,7 +324,7 @@ def _of_any_card(graph: Graph) -> Graph:
 def _inferred(graph: Graph, labelled: bool, division: Division | None) -> Lowered:
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
-    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division)
+    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division, _casts(graph))
 
 
 def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
@@ -346,7 +346,13 @@ def _recorded_on_card(graph: Graph, division: Division | None) -> Recorded:
 @lru_cache(maxsize=64)
 def _recorded_inference(graph: Graph, division: Division | None) -> Recorded:
     stack, depth = _stack(graph)
-    return record_inference(stack, depth, _ways(graph)["autocast"], division)
+    return record_inference(stack, depth, _ways(graph)["autocast"], division, _casts(graph))
+
+
+def _casts(graph: Graph) -> str:
+    """Where autocast stands around all passes of a generation, it keeps its casts of weights from the prompt's on."""
+    now = graph.inference
+    return "" if now is None or not now.around else "there" if now.decodes else "made"
 
 
 @lru_cache(maxsize=64)
@@ -533,6 +539,8 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
             source = storage_of(w) if w.stored else "the model's config"
+            if w.kernel and graph.recipe.running is not None:
+                source = graph.recipe.running.of(w).source
             kind = "buffer" if w.group == "buffer" else "parameter"
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 

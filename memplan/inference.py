@@ -159,7 +159,8 @@ def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
             recipe = recipe._replace(copies=False)
         lingers = past == prompt and not (now.last_only or crosses)
         unpacks = bool(many) and rows >= many
-        token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks, batches=now.switches)
+        token = now._replace(phase="decode", longer=longer, lingers=lingers, first=past == prompt, unpacks=unpacks)
+        token = token._replace(batches=now.switches)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
@@ -368,7 +369,7 @@ def walk(decided: Decided, expandable: bool = False) -> Walked:
     return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
 
 
-def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Peak:
+def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Most:
     """The most of a pass, with what is there beside it."""
     most = most_of(inferred(step.graph), numbers)
     return most._replace(bytes=most.bytes + beside_of(step, decided))

@@ -141,8 +141,6 @@ def refuse_of_inference(run: RunSpec) -> None:
             raise SpecError(
                 f"precision.{field}: is of training, and with task {task} nothing trains", f"precision.{field}"
             )
-    if run.precision.autocast:
-        raise _later("precision.autocast", True, f"false with task {task}")
     if run.batch.accumulation > 1:
         raise SpecError(
             f"batch.accumulation: is of training, and with task {task} nothing trains", "batch.accumulation"

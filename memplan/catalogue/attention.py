@@ -34,7 +34,7 @@ class Wiring(NamedTuple):
     what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
     values are put beside those of earlier tokens, and lie head by head. decodes: there is one token a sequence, which
     sees all before it; with `several` there are more, which come after those. last_only: the logits of a
-    sequence's last token are all that is asked for. part: of an
+    sequence's last token are all that is asked for. generates: the pass is one of generation. part: of an
     encoder-decoder the `encoder` alone runs, or the `decoder` over what the encoder has left; beams: several of each
     prompt read that; crossed: its keys and values are cached already; static: of its own there is room for all tokens,
     which one token sees through a mask.
@@ -67,6 +67,7 @@ class Wiring(NamedTuple):
     records: bool = True
     caching: bool = False
     decodes: bool = False
+    generates: bool = False
     several: bool = False
     last_only: bool = False
     part: str = ""

@@ -455,7 +455,7 @@ def estimate(
     ] = None,
     new_tokens: Annotated[
         int | None,
-        option("Tokens generated after a prompt of --seq-len. Default 256, with --method generate.", of=GENERATION),
+        option("Tokens generated after --seq-len of a prompt. Default 256, with --method generate.", of=GENERATION),
     ] = None,
     cache_implementation: Annotated[
         str | None,

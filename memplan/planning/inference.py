@@ -13,6 +13,7 @@ from memplan.answer import Estimate
 from memplan.cards import find_model
 from memplan.catalogue import token_rates
 from memplan.catalogue.engines import find_engine
+from memplan.catalogue.running import UNPACKED
 from memplan.catalogue.weight_formats import Step, formats
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
@@ -25,7 +26,7 @@ from memplan.serving.settings import Settings, settled
 from memplan.serving.shares import of_rank
 from memplan.spec import Parallelism, Quantization, RunSpec, changed
 from memplan.speed import Hourly, hourly
-from memplan.stored import StoredWeight, stored_weights
+from memplan.stored import UNQUANTISED, StoredWeight, stored_weights
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -194,7 +195,8 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:
         quantization, dtype = done.method.quantization, done.precision.weights
         if answer.host_bytes:
             return None, "how fast layers are that the host has is not known"
-        return Load(model, quantization, dtype, tp=run.parallelism.tp, recorded=False), ""
+        whole = quantization is None or quantization.backend in UNPACKED
+        return Load(model, UNQUANTISED if whole else quantization, dtype, tp=run.parallelism.tp, recorded=False), ""
     s = settled(run)
     if s.engine.kind == "llama.cpp":
         if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
