@@ -19,7 +19,7 @@ def shares(
 
     Raises nothing. A model on one GPU is given nine tenths of what that has, unless it is dealt in sequence.
     """
-    room = [free] * gpus
+    room: list[int | None] = [free] * gpus
     if policy != "sequential":
         low_zero = policy == "balanced_low_0" and gpus > 1
         if gpus == 1 and free is not None:
