@@ -22,7 +22,6 @@ def refused(**fields: Any) -> MemplanError:
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"task": "generate", "parallelism": {"world": 2, "tp": 2}}, "parallelism"),
-    ({"task": "forward", "precision": {"autocast": True}}, "precision.autocast"),
     ({"task": "generate", "kernels": {"compile": True}}, "kernels.compile"),
     ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
     ({"kernels": {"compile": True}}, "kernels.compile"),
