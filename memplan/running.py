@@ -10,7 +10,6 @@ from memplan.catalogue.running import FOUR_BITS, KERNELS, RUNS, Running
 from memplan.catalogue.storage import Layout, plain
 from memplan.checkpoint import parameters
 from memplan.errors import SpecError
-from memplan.layers import as_json
 from memplan.models import ModelSpec
 from memplan.schemes import FIELD, scheme_of
 from memplan.spec import Method, Quantization
@@ -55,7 +54,6 @@ def running_checkpoint(
         )
     at_once = config.get("dequantize") is True or config.get("run_compressed") is False
     scheme = scheme_of(config, dtype)
-    _refuse_unread(config, how)
     linear: dict[Layout, int] = {}
     experts: dict[Layout, int] = {}
     hit: dict[str, int] = {}
@@ -122,17 +120,6 @@ def _named(layout: Layout, skip: tuple[str, ...], kernel: str) -> Quantization:
     block = layout.group if layout.group in _BLOCKS else WHOLE
     made = {"format": layout.format, "block_size": block, "double_quant": False, "skip": skip, "backend": kernel}
     return Quantization.model_validate({**made, "kbit_preparation": False})
-
-
-def _refuse_unread(config: Config, how: str) -> None:
-    """Raise SpecError for layers that quantise their inputs in ways that were not read."""
-    shown = as_json(config.get("quant_type"))
-    if how == "torchao" and ("Dynamic" in shown or "dynamic" in shown):
-        raise SpecError(
-            f"{FIELD}: torchao's layers that quantise their inputs ({shown:.60}) are not supported yet; supported: "
-            "weights alone",
-            "model",
-        )
 
 
 def _kernel(

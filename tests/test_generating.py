@@ -376,7 +376,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"task": "generate", "kernels": {"fused": ["rope"]}}, "kernels.fused"),
     ({"task": "generate", "loop": {"trainer": True}}, "loop.trainer"),
     ({"task": "generate", "profile": "megatron-core"}, "profile"),
-    ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism"),
+    ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism.dp"),
     (
         {"task": "generate", "method": {"kind": "qlora", "quantization": {"kbit_preparation": True}}},
         "method.quantization.kbit_preparation",

@@ -139,6 +139,23 @@ def cached(
     return (Op(f"{name}.cache", tensors, caches="kv_window" if sliding else "kv"), *kernel)
 
 
+def repeats_by_view(wiring: Wiring, sliding: bool = False) -> bool:
+    """Whether the one head that all queries share is repeated by a view: transformers' repeat_kv reshapes what it has
+    expanded, which copies of several heads alone; a kernel that takes no such view copies it itself."""
+    masked = wiring.has_mask(sliding)
+    backend = wiring.masked if masked else wiring.backend
+    return (backend == "efficient" and masked) or (backend == "eager" and not wiring.records)
+
+
+def one_head(name: str, wiring: Wiring, sliding: bool = False) -> tuple[Op, ...]:
+    """`k` and `v` of one head seen for every query head as `k.all` and `v.all`, once they are cached.
+
+    Source: transformers 5.24 models/llama/modeling_llama.py repeat_kv.
+    """
+    views = tuple(ops.view(f"{name.rpartition('.')[0]}.repeat_{t}", t, f"{t}.all", "b s a d", "new") for t in "kv")
+    return cached(name, wiring, views, sliding)
+
+
 def reused(name: str, tensors: tuple[str, ...], sliding: bool = False) -> Op:
     """The place where keys and values of all tokens so far are read that another layer has put there."""
     return Op(f"{name}.cache", tensors, caches="kv_window" if sliding else "kv", view=True)

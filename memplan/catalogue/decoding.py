@@ -23,6 +23,7 @@ Cache = Literal["", "dynamic", "static", "legacy"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
+_LITGPT = "litgpt 0.5.3 generate/sequentially.py sequential, model.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 _MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
 
@@ -67,6 +68,7 @@ class Pass(NamedTuple):
     around      autocast stands around all passes, and keeps its casts of weights from the first on
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
+    made        the dtype that a static cache was made in before the prompt, where the prompt's pass casts it
     goes_on     there were passes before it, whatever its phase, and its tokens come after theirs
     verifies    it reads tokens that were proposed, and has logits of the token before them and of each of them: as many
                 as the axis `verified` says. Its dtype, where it does
@@ -96,6 +98,7 @@ class Pass(NamedTuple):
     around: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
+    made: str = ""
     goes_on: bool = False
     verifies: str = ""
     follows: bool = False
@@ -133,7 +136,9 @@ class Pass(NamedTuple):
 
 
 def inference(stack: Stack, now: Pass) -> Stack:
-    """The stack as the pass runs it."""
+    """The stack as the pass runs it. Where a family makes a mask whatever kernel is asked for, attention sees all that
+    a static cache has room for."""
+    now = now._replace(room=now.room or any(op.name == "mask" for op in stack.before))
     stack = _given(stack)
 
     def changed(block: Block) -> Block:
@@ -404,6 +409,10 @@ def _in_place(
 
 def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
     """A tensor that the first pass makes and the others find, and write in place."""
+    if not now.decodes and now.made and t.shape:
+        made = t._replace(name=f"{t.name} as it was made", dtype=now.made)
+        yield Op(name, (made.name, *reads), (t,), past=(made,), holds="cache", source=f"{_LITGPT} KVCache.forward")
+        return
     if not now.decodes:
         yield Op(name, reads, (t,), holds="cache", source=source)
         return

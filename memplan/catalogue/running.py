@@ -74,7 +74,7 @@ FOUR_BITS = {
     "torchao-int4": Kernel("mslk", (0, 0), ("bf16",), "assumed"),
 }
 MADE_WHEN_LOADED = ("torchao", "quanto", "fbgemm")  # of a checkpoint that is whole
-_WHOLE = ("decompressed", "dequantised")
+UNPACKED = ("decompressed", "dequantised")  # kernels whose matrices are whole when the model computes
 
 
 class Running(NamedTuple):
@@ -96,12 +96,13 @@ class Running(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether they are whole when the model computes."""
-        return self.kernel in _WHOLE
+        return self.kernel in UNPACKED
 
     @property
     def source(self) -> str:
         row = KERNELS[self.kernel]
-        basis = "assumed" if self.layout.format in FOUR_BITS else row.basis
+        read = self.layout.format in FOUR_BITS or (self.kernel == "torchao" and bool(self.layout.acts))
+        basis = "assumed" if read else row.basis
         return row.source if basis == "derived" else f"{basis}: {row.source}"
 
 
@@ -375,6 +376,8 @@ def product(op: Op, name: str, y: str, how: Running) -> Iterator[Op]:
             made = _scaled_mm(op, name, y)
         case "fbgemm":
             made = _fbgemm(op, name, y)
+        case "torchao" if how.layout.format == "torchao-int8" and how.layout.acts:
+            made = _torchao_dynamic(op, name, y)
         case "torchao" if how.layout.format == "torchao-int8":
             made = _torchao_int8(op, name, y)
         case "torchao" if how.layout.format == "fp8-channel":
@@ -503,6 +506,34 @@ def _torchao_int8(op: Op, name: str, y: str) -> Iterator[Op]:
     out = " ".join(w.shape.split()[: w.rows])
     yield _made(f"{name}.scale", (unscaled,), y, made.shape)._replace(scratch=(Tensor("scales", out, f"={x}"),))
     yield ops.leave(x, unscaled)
+
+
+def _torchao_dynamic(op: Op, name: str, y: str) -> Iterator[Op]:
+    """Inputs are quantised by row, and multiplied by a transposed copy of the matrix, in int32; that is scaled by rows
+    in fp32, cast, scaled by columns in fp32, and cast again.
+
+    Source: torchao 0.18 quantization/quantize_/workflows/int8/int8_tensor.py, kernel/intmm.py safe_int_mm on CUDA.
+    """
+    x, made, rows, w, _ = _parts(op)
+    lead = ops.axes_of(op)[0]
+    names = ("scales", "points", "scaled", "rounded", "shifted", "clamped", "codes")
+    names += ("transposed", "product", "by rows", "narrow", "wide")
+    t = {part: f"{y}.{part}" for part in names}
+    yield Op(f"{name}.scales", (x,), (Tensor(t["scales"], lead, "fp32"), Tensor(t["points"], lead, "int8")))
+    before = x
+    for part in ("scaled", "rounded", "shifted", "clamped"):
+        yield _made(f"{name}.{part}", (before,), t[part], rows, "fp32")
+        before = t[part]
+    yield _made(f"{name}.quantise", (before,), t["codes"], rows, "int8")
+    yield Op(f"{name}.transpose", (), (Tensor(t["transposed"], w.shape, "int8"),))
+    yield _multiplied(op, name, t["codes"], t["product"], t["transposed"])._replace(
+        writes=(Tensor(t["product"], made.shape, "int32"),)
+    )
+    yield _made(f"{name}.by_rows", (t["product"], t["scales"]), t["by rows"], made.shape, "fp32")
+    yield _made(f"{name}.narrow", (t["by rows"],), t["narrow"], made.shape, f"={x}")
+    yield _made(f"{name}.by_columns", (t["narrow"],), t["wide"], made.shape, "fp32")
+    yield _made(f"{name}.cast", (t["wide"],), y, made.shape, f"={x}")
+    yield ops.leave(x, t["codes"], t["scales"], t["points"], t["narrow"], t["wide"])
 
 
 def _torchao_fp8(op: Op, name: str, y: str) -> Iterator[Op]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from memplan.catalogue.decoding import SUPPRESSES
+from memplan.probe.libraries import library
 from memplan.spec import Generation
 
 
@@ -103,7 +104,18 @@ class Beams(Greedy):
         return drawn.gather(-1, order)
 
     def reorder(self, cache: Any) -> None:
-        cache.reorder_cache(self.order)
+        """A cache of fixed size has its length in a tensor, and of tensors without data none can say whether it is
+        more than 0, as `reorder_cache` asks: its layers are put in order here."""
+        fixed: Any = library("transformers.cache_utils").StaticLayer
+        across = ("self_attention_cache", "cross_attention_cache")
+        for one in [getattr(cache, name) for name in across if hasattr(cache, name)] or [cache]:
+            if not all(isinstance(layer, fixed) for layer in one.layers):
+                one.reorder_cache(self.order)
+                continue
+            for layer in one.layers:
+                if layer.is_initialized:
+                    layer.keys = layer.keys.index_select(0, self.order)
+                    layer.values = layer.values.index_select(0, self.order)
 
 
 def choosing(generation: Generation, model_type: str) -> Greedy:
