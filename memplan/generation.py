@@ -59,8 +59,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "for that; forward is",
             "task",
         )
-    if not generates and model.model_type == "deepseek_v4":
-        raise UnsupportedModelError("task: forward is not supported yet for model_type deepseek_v4", "task")
     if generates and model.model_type in NOT_YET:
         raise UnsupportedModelError(
             f"task: generate is not supported yet for model_type {model.model_type}; forward is", "task"

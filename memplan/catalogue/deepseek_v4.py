@@ -25,6 +25,7 @@ from memplan.layers import Layer
 from memplan.models import ModelSpec
 
 _SOURCE = "transformers 5.24 models/deepseek_v4/modeling_deepseek_v4.py"
+_CACHE = f"{_SOURCE} DeepseekV4HCACache.update; transformers 5.24 cache_utils.py DynamicSlidingWindowLayer.update"
 _STREAMS = "b s n h"
 
 
@@ -254,10 +255,17 @@ def left(t: str, x: str, result: str, y: str, held: tuple[str, ...] = ()) -> tup
 # Keys that stand for windows
 
 
-def compressor(name: str, x: str, y: str, w: Windows, width: str, where: str) -> tuple[Op, ...]:
+def kept(name: str, x: str, y: str, shape: str) -> Op:
+    """A view that a cache keeps, with all that it is of."""
+    return Op(name, (x,), (Tensor(y, shape),), view=True, holds="cache", source=f"{_SOURCE} DeepseekV4HCACache")
+
+
+def compressor(name: str, x: str, y: str, w: Windows, width: str, where: str, caching: bool = False) -> tuple[Op, ...]:
     """A key for every window: what its tokens make, weighed by a softmax over them and summed; `width` wide.
 
-    `sparse`: a window's key is made of its own tokens' second halves and the first halves of those before.
+    `sparse`: a window's key is made of its own tokens' second halves and the first halves of those before. A cache
+    (`caching`) keeps the keys, what tokens that do not fill a window yet made, as a view of what all of them did, and
+    of the last window the halves that the next one's key is made of too.
     """
     double = w.kind == "sparse"
     c, out = f"{y}.c", f"2 {width}" if double else width
@@ -265,12 +273,19 @@ def compressor(name: str, x: str, y: str, w: Windows, width: str, where: str) ->
     keys = f"b {w.number} {width}"
     bias = Weight(f"{name}.position_bias", f"{w.rate} {out}", "attention", "fp32")
     kv, gate = f"{c}.kv.used", f"{c}.gate.biased"
+    buffers = tuple(kept(f"{name}.cache.{t}", f"{c}.{t}", f"{c}.{t} of a window", raw) for t in ("kv", "gate"))
+    halves = tuple(
+        Op(f"{name}.overlap.{t}", (t,), (Tensor(f"{t}.half", f"b {w.rate} {width}", f"={t}"),), holds="cache")
+        for t in (kv, gate)
+    )
     laid = (*_overlapped(name, kv, f"{c}.kv.laid", w, width), *_overlapped(name, gate, f"{c}.gate.laid", w, width))
+    laid = (*halves, *laid) if caching else laid
     if double:
         kv, gate = f"{c}.kv.laid", f"{c}.gate.laid"
     return (
         ops.linear(f"{name}.kv_proj", x, f"{c}.kv", out, "h", "attention"),
         ops.linear(f"{name}.gate_proj", x, f"{c}.gate", out, "h", "attention"),
+        *(buffers if caching else ()),
         ops.view(f"{name}.kv_used", f"{c}.kv", f"{c}.kv.used", raw),
         ops.view(f"{name}.gate_used", f"{c}.gate", f"{c}.gate.used", raw),
         Op(f"{name}.bias", (f"{c}.gate.used",), (Tensor(f"{c}.gate.biased", raw),), (bias,), gradient="same"),
@@ -281,16 +296,18 @@ def compressor(name: str, x: str, y: str, w: Windows, width: str, where: str) ->
         *summed(f"{name}.sum", f"{c}.product", f"{c}.sum", keys),
         *norm(f"{name}.kv_norm", f"{c}.sum", f"{c}.normed", keys, width),
         ops.leave(f"{c}.sum"),
+        Op(f"{name}.positions", (), (Tensor(f"{c}.positions", w.number, "int64"),), gradient="none"),
         *table(c, f"b {w.number}", f"{where}.rotary_emb"),
         *turned(f"{name}.rope", f"{c}.normed", y, f"b {w.number}", c, f"b {w.number}", width),
         ops.leave(f"{c}.normed"),
+        *((kept(f"{name}.cache.keys", y, f"{y} cache", keys),) if caching else ()),
     )
 
 
 def compressed(y: str, double: bool) -> Op:
     """The function that made `y` returns, and what else it did is done."""
     laid = ("kv.laid", "gate.laid") if double else ()
-    return ops.leave(*(f"{y}.c.{t}" for t in ("kv", "gate", "gate.biased", "cos", "sin", *laid)))
+    return ops.leave(*(f"{y}.c.{t}" for t in ("kv", "gate", "gate.biased", "positions", "cos", "sin", *laid)))
 
 
 def _overlapped(name: str, x: str, y: str, w: Windows, width: str) -> tuple[Op, ...]:
@@ -318,12 +335,12 @@ def _overlapped(name: str, x: str, y: str, w: Windows, width: str) -> tuple[Op, 
     )
 
 
-def indexer(name: str, x: str, latent: str) -> tuple[Op, ...]:
+def indexer(name: str, x: str, latent: str, caching: bool = False) -> tuple[Op, ...]:
     """The windows a query chooses, `chosen`. Nothing of it gets a gradient, though autograd records it meanwhile."""
     i, w = "index", SPARSE
     scores = f"b s ih {w.number}"
     operations = (
-        *compressor(name, x, f"{i}.keys", w, "id", name),
+        *compressor(name, x, f"{i}.keys", w, "id", name, caching),
         *table(f"{i}.q", where="", weighs=False),
         ops.linear(f"{name}.q_b_proj", latent, f"{i}.q0", "ih id", "ql", "attention"),
         *turned(f"{name}.rope_q", f"{i}.q0", f"{i}.query", "b s ih", f"{i}.q", width="id"),
@@ -335,7 +352,7 @@ def indexer(name: str, x: str, latent: str) -> tuple[Op, ...]:
         ops.copy(f"{name}.k_expand", f"{i}.k32", f"{i}.k.every", f"several s id {w.number}"),
         Op(
             f"{name}.products",
-            (f"{i}.q.flat", f"{i}.k32", f"{i}.k.every"),
+            (f"{i}.q.flat", f"{i}.k32", f"{i}.k.every", f"{i}.q32"),
             (Tensor(f"{i}.products", scores),),
             autocast="lower",
             product="matrix",
@@ -461,16 +478,23 @@ def sink_attention(name: str, keys: str, y: str, given: str, w: Windows, drop: b
     )
 
 
-def attention(x: str, y: str, w: Windows, drop: bool) -> tuple[Op, ...]:
+def attention(x: str, y: str, w: Windows, drop: bool, caching: bool = False) -> tuple[Op, ...]:
     n, g = "self_attn", "attention"
     kind = "compress" if w.kind else "main"
+    turns = "kv.turned" if caching else "kv"
     keys, given = ("kv.all", "mask.all") if w.kind else ("kv", "mask")
+    both = (("kv",) if w.kind else ("kv", "values of the window")) if caching else ()  # a plain layer's are kept twice
+    cache = (
+        Op(f"{n}.cache.window", (), (Tensor("length of the window", "", "int64"),), holds="cache", source=_CACHE),
+        *(Op(f"{n}.cache", (turns,), (Tensor(t, "b s d", f"={turns}"),), holds="cache", source=_CACHE) for t in both),
+        ops.leave(turns),
+    )
     more: tuple[Op, ...] = ()
     if w.kind:
         inner = f"{n}.compressor"
         more = (
-            *compressor(inner, x, "compressed", w, "d", inner),
-            *(indexer(f"{inner}.indexer", x, "q.normed") if w.kind == "sparse" else ()),
+            *compressor(inner, x, "compressed", w, "d", inner, caching),
+            *(indexer(f"{inner}.indexer", x, "q.normed", caching) if w.kind == "sparse" else ()),
             *_windows_mask(w),
             compressed("compressed", w.kind == "sparse"),
             *joined(f"{n}.kv_cat", ("kv", "compressed"), "kv.all", f"b {w.keys} d"),
@@ -490,8 +514,9 @@ def attention(x: str, y: str, w: Windows, drop: bool) -> tuple[Op, ...]:
         ops.linear(f"{n}.kv_proj", x, "kv.low", "d", "h", g),
         *norm(f"{n}.kv_norm", "kv.low", "kv.normed", "b s d", "d"),
         ops.leave("kv.low"),
-        *turned(f"{n}.rope_kv", "kv.normed", "kv", "b s", kind),
+        *turned(f"{n}.rope_kv", "kv.normed", turns, "b s", kind),
         ops.leave("kv.normed"),
+        *(cache if caching else ()),
         *more,
         *sink_attention(f"{n}.attention", keys, "o", given, w, drop),
         Op(f"{n}.back", (f"{kind}.sin",), (Tensor("minus_sin", "s rot2", f"={kind}.sin"),), gradient="none"),
@@ -616,7 +641,7 @@ def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
             (
                 *entered("attn_hc", "x", "c1", iterations),
                 *norm("input_layernorm", "c1", "n1", "b s h", "h"),
-                *attention("n1", "ao", _KINDS[layer.mixer], wiring.drops),
+                *attention("n1", "ao", _KINDS[layer.mixer], wiring.drops, wiring.caching),
                 *left("attn_hc", "x", "ao", "x1"),
                 *entered("ffn_hc", "x1", "c2", iterations),
                 ops.leave("c1", "attn_hc.post", "attn_hc.comb"),
