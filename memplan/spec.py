@@ -637,6 +637,10 @@ class Serving(Part, frozen=True):
                             how many of them a request may have (vLLM's `limit_mm_per_prompt`); None for any number. 0
                             of both: the tower is not there
     lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
+    speculative_method      what proposes tokens: `draft_model` (SGLang's STANDALONE), `eagle`, `eagle3`, `mtp` (NEXTN),
+                            `ngram`; None for nothing, or a `draft_model` where one is said
+    draft_model             the smaller model, or the config of EAGLE's head; `draft_weights` what it is stored in
+    num_speculative_tokens  how many are proposed: SGLang's `speculative_num_draft_tokens`, llama.cpp's `draft-max`
     """
 
     weights: str | None = None
@@ -659,6 +663,10 @@ class Serving(Part, frozen=True):
     limit_videos: Natural | None = None
     lora_slots: Natural | None = None
     lora_rank: Count | None = None
+    speculative_method: Literal["draft_model", "eagle", "eagle3", "mtp", "ngram"] | None = None
+    draft_model: str | InlineModel | None = None
+    draft_weights: str | None = None
+    num_speculative_tokens: Count | None = None
 
 
 class RunSpec(Part, frozen=True):

@@ -701,6 +701,23 @@ def estimate(
     limit_videos: Annotated[int | None, option("Videos of a request at most. Default any.", of=SERVING)] = None,
     lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
     lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
+    speculative_method: Annotated[
+        str | None,
+        option(
+            "What proposes tokens: draft_model, eagle, eagle3, mtp, ngram. Default nothing, or a --draft-model.",
+            of=SERVING,
+            complete=_choices("draft_model", "eagle", "eagle3", "mtp", "ngram"),
+        ),
+    ] = None,
+    draft_model: Annotated[
+        str | None, option("A smaller model that proposes tokens, or the config of EAGLE's head.", of=SERVING)
+    ] = None,
+    draft_weights: Annotated[
+        str | None, option("What its weights are stored in. Default the model's dtype.", of=SERVING)
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, option("Tokens proposed in a step. Default as the engine has it.", of=SERVING)
+    ] = None,
     gpu: Annotated[
         list[str] | None,
         option(

@@ -83,6 +83,10 @@ FIELDS = {
     "limit_videos": "serving.limit_videos",
     "lora_slots": "serving.lora_slots",
     "lora_rank": "serving.lora_rank",
+    "speculative_method": "serving.speculative_method",
+    "draft_model": "serving.draft_model",
+    "draft_weights": "serving.draft_weights",
+    "num_speculative_tokens": "serving.num_speculative_tokens",
     "profile": "profile",
 }
 

@@ -186,6 +186,8 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:
         quantization, dtype = done.method.quantization, done.precision.weights
         return Load(model, quantization, dtype, recorded=False), ""
     s = settled(run)
+    if s.draft is not None:
+        return None, "how many of the proposed tokens are accepted is in the text"
     if s.engine.kind == "llama.cpp":
         if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
             return None, "how fast layers are that the host has is not known"
