@@ -237,7 +237,9 @@ def trace(fields: dict[str, Any], config: dict[str, Any], given: Any) -> dict[st
 
         def load(*_: Any) -> Any:
             more = {"attn_implementation": "eager", **({"quantization_config": given} if given is not None else {})}
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **more).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, device_map="cpu", **more
+            ).eval()
             for tensor in [*model.parameters(), *model.buffers()]:  # what was mapped from the file, unseen
                 storage = tensor.untyped_storage()
                 if type(tensor.data) is torch.Tensor and storage._cdata not in seen._live:
