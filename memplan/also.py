@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.batches import check_batch, lengths
-from memplan.catalogue.decoding import NOT_YET, Cache, Pass, returned_by
+from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Cache, Pass, returned_by
 from memplan.catalogue.merging import adapted, merge
 from memplan.catalogue.profiles import decided as words_of
 from memplan.catalogue.profiles import find_profile
@@ -318,6 +318,7 @@ def _generated(
         words["experts"] == "stacked",
     )
     now = Pass("prefill", way, last_only, wide, few_rows=few_rows, crosses=crosses, switches=switches)
+    now = now._replace(suppresses=kind in SUPPRESSES)
     one = _still(graph, now, caching=True)
     if not caches_all(one):
         raise UnsupportedModelError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memplan.batches import axes_of_images, lengths
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
-from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
+from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
@@ -28,7 +28,7 @@ from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
 from memplan.resolve import Decided, check_classes, with_new_tokens, with_use_cache
 from memplan.running import note_of, running_of
-from memplan.spec import Generation, Method, Part, Precision, RunSpec
+from memplan.spec import Generation, Method, Part, Precision, Quantization, RunSpec
 
 
 def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
@@ -74,6 +74,9 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     formats = words["code"] == "transformers" and words["runs_formats"]
     over = served(model, run.method, precision.weights, capability, formats)
     method, running = over.method, over.running
+    published = model.card.get("stored") if method.kind not in ADAPTERS and method.quantization is None else None
+    if formats and published == "mxfp4" and not model.config.get("quantization_config"):  # as from_pretrained loads it
+        method = method.model_copy(update={"quantization": Quantization(format=published)})
     if running is None and formats and method.kind not in ADAPTERS and method.quantization is not None:
         running = running_of(model, method.quantization, precision.weights, capability)
         over = over._replace(notes=(*over.notes, *((note_of(running),) if running is not None else ())))
@@ -130,6 +133,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         generation.num_beams > 1,
         generation.do_sample,
         generates and model.is_encoder_decoder,
+        generates and model.model_type in SUPPRESSES,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
         switches=generates and words["experts"] == "stacked",
     )
@@ -148,16 +152,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     )
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
-    if (
-        generates
-        and run.loop.padded
-        and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
-    ):
-        raise SpecError(
-            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
-            "states; supported: false",
-            "loop.padded",
-        )
     if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
@@ -254,6 +248,8 @@ def _recipe(
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
     bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
+    if method.quantization is None and running is not None:  # whole, once it is loaded
+        return bare._replace(kind="stored", skip=running.skip, running=running, packed=True), []
     if method.quantization is None:
         return bare, []
     recipe, notes = quantised(model, bare._replace(kind="stored"), method.quantization, stored)

@@ -505,6 +505,8 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
             source = storage_of(w) if w.stored else "the model's config"
+            if w.kernel and graph.recipe.running is not None:
+                source = graph.recipe.running.of(w).source
             kind = "buffer" if w.group == "buffer" else "parameter"
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 
@@ -561,7 +563,7 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
                 number = next(numbers)
                 yield number, size(part.shape, part.dtype, axes)[1]
                 codes += [number] if goes(part, w, how) else []
-            if w.stacked:  # made whole at once
+            if w.stacked or how.at_once:
                 yield from _steps(unpacking(w, how), codes, numbers, axes)
             else:
                 packed.append((w, codes))
@@ -674,7 +676,9 @@ def _by_path(graph: Graph) -> Iterator[tuple[tuple[tuple[int, str], ...], Weight
         for _ in range(axes[run.times]):
             for block in run.blocks:
                 place[block.name] = at = place.get(block.name, -1) + 1
-                yield from ((path(f"{block.name}.{at}.{w.name}"), w) for w in _weights(block.ops, set()))
+                for w in _weights(block.ops, set()):
+                    own = f"{w.name}_blocks" if w.stacked else w.name  # as gpt-oss' files have them, after their biases
+                    yield path(f"{block.name}.{at}.{own}"), w
     for w in _weights((*stack.after, *stack.loss), outside):
         yield path(w.name), w
 

@@ -17,7 +17,7 @@ from memplan.errors import ConfigError, SpecError, printable
 from memplan.graph import adaptable, stacks
 from memplan.layers import as_json
 from memplan.models import ModelSpec
-from memplan.running import RUN, running_checkpoint
+from memplan.running import RUN, dequantised_fp8, running_checkpoint
 from memplan.spec import Method, Quantization
 
 _FIELD = "quantization_config"
@@ -117,7 +117,7 @@ def served(
     if formats and how in RUN:
         given = running_checkpoint(model, method, said, precision, capability)
         if given.quantization is None:
-            return Trained(method, False, given.notes)
+            return Trained(method, False, given.notes, given.running)
         _same(method.quantization, given.quantization, given.words)
         method = method.model_copy(update={"quantization": given.quantization})
         return Trained(method, given.packed, given.notes, given.running)
@@ -127,7 +127,9 @@ def served(
     if stored.words == "fp8" and not dense and capability is not None and capability < (8, 9):
         dense = "its kernels need compute capability 8.9"
     if given is None or dense:
-        return Trained(method, False, (f"the checkpoint is stored in {stored.words} and runs dequantised: {dense}",))
+        said = f"the checkpoint is stored in {stored.words} and runs dequantised: {dense}"
+        squares = formats and given is not None and stored.words == "fp8"
+        return Trained(method, False, (said,), dequantised_fp8(given.skip or ()) if squares and given else None)
     _same(asked, given, stored.words)
     _check(model, given)
     if asked in (None, _PLAIN):

@@ -10,7 +10,6 @@ from memplan.catalogue.running import FOUR_BITS, KERNELS, RUNS, Running
 from memplan.catalogue.storage import Layout, plain
 from memplan.checkpoint import parameters
 from memplan.errors import SpecError
-from memplan.layers import as_json
 from memplan.models import ModelSpec
 from memplan.schemes import FIELD, scheme_of
 from memplan.spec import Method, Quantization
@@ -53,11 +52,8 @@ def running_checkpoint(
             "was made from, or a profile of an engine",
             "model",
         )
-    if config.get("dequantize") is True or (how == "compressed-tensors" and config.get("run_compressed") is False):
-        said = f"the checkpoint is stored in {how} and runs dequantised: its config says so"
-        return Given(how, notes=(said,))
+    at_once = config.get("dequantize") is True or config.get("run_compressed") is False
     scheme = scheme_of(config, dtype)
-    _refuse_unread(config, how)
     linear: dict[Layout, int] = {}
     experts: dict[Layout, int] = {}
     hit: dict[str, int] = {}
@@ -78,6 +74,11 @@ def running_checkpoint(
         raise SpecError(f"{FIELD}: linear layers that are stored in several ways are not supported yet", "model")
     layout, inner = next(iter(linear), None), next(iter(experts), None)
     given = Running(layout or inner or Layout("", WHOLE), "", inner or layout)
+    if at_once:
+        kernel = "dequantised" if how == "mxfp4" else "decompressed"
+        said = f"the checkpoint is stored in {how} and runs dequantised: its config says so"
+        skip = _skipped(model, hit, total)
+        return Given(how, running=given._replace(kernel=kernel, at_once=True, skip=skip), notes=(said,))
     kernel, notes = _kernel(how, config, given.layout, dtype, capability)
     if given.layout.zeros and kernel == "decompressed":
         raise SpecError(
@@ -88,14 +89,12 @@ def running_checkpoint(
     backend = method.quantization.backend if method.quantization is not None else None
     if how == "mxfp4" and backend == "dequantised":
         kernel, notes = "dequantised", ("its experts are dequantised when they are loaded",)
-    skip = tuple(last for last in total if 2 * hit.get(last, 0) <= total[last])
+    skip = _skipped(model, hit, total)
     partly = [last for last in total if 0 < hit.get(last, 0) < total[last]]
     notes += tuple(
         f"{last} is quantised in {hit[last]} of {total[last]} layers: counted as {'not ' * (last in skip)}quantised"
         for last in partly
     )
-    if model.tie_word_embeddings or (_HEAD not in total and _HEAD not in skip):
-        skip = (_HEAD, *(last for last in skip if last != _HEAD))
     named = _named(given.layout, skip if layout is not None else (_HEAD,), kernel)
     running = given._replace(kernel=kernel, lays=_lays(kernel, capability))
     said = f"the checkpoint is stored in {scheme.words}"
@@ -103,22 +102,24 @@ def running_checkpoint(
     return Given(scheme.words, named, running, packed, (f"{said}; {notes[0]}", *notes[1:]))
 
 
+def _skipped(model: ModelSpec, hit: Mapping[str, int], total: Mapping[str, int]) -> tuple[str, ...]:
+    """The modules that are not stored so in most layers, by the last part of their names."""
+    skip = tuple(last for last in total if 2 * hit.get(last, 0) <= total[last])
+    if model.tie_word_embeddings or (_HEAD not in total and _HEAD not in skip):
+        return (_HEAD, *(last for last in skip if last != _HEAD))
+    return skip
+
+
+def dequantised_fp8(skip: tuple[str, ...]) -> Running:
+    """FP8 in squares on a card without its kernels, or where its config says so."""
+    return Running(plain("fp8"), "dequantised", at_once=True, skip=skip)
+
+
 def _named(layout: Layout, skip: tuple[str, ...], kernel: str) -> Quantization:
     """A layout as a run has it."""
     block = layout.group if layout.group in _BLOCKS else WHOLE
     made = {"format": layout.format, "block_size": block, "double_quant": False, "skip": skip, "backend": kernel}
     return Quantization.model_validate({**made, "kbit_preparation": False})
-
-
-def _refuse_unread(config: Config, how: str) -> None:
-    """Raise SpecError for layers that quantise their inputs in ways that were not read."""
-    shown = as_json(config.get("quant_type"))
-    if how == "torchao" and ("Dynamic" in shown or "dynamic" in shown):
-        raise SpecError(
-            f"{FIELD}: torchao's layers that quantise their inputs ({shown:.60}) are not supported yet; supported: "
-            "weights alone",
-            "model",
-        )
 
 
 def _kernel(

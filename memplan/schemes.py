@@ -355,7 +355,9 @@ def _torchao(config: Config, dtype: str) -> Scheme:
     kind = KINDS[form]
     group = _whole(cast(Config, data), "group_size", kind.group) if isinstance(data, Mapping) else kind.group
     left = [_HEAD, *_names(config, "modules_to_not_convert")]
-    return Scheme(f"torchao, {form}", everywhere(plain(form, _checked(group), dtype), left))
+    dynamic = "rows" if "dynamic" in str(name).lower() else ""
+    layout = plain(form, _checked(group), dtype)._replace(acts=dynamic)
+    return Scheme(f"torchao, {form}{', inputs too' if dynamic else ''}", everywhere(layout, left))
 
 
 def _hqq(config: Config, dtype: str) -> Scheme:

@@ -637,6 +637,7 @@ class Serving(Part, frozen=True):
                             how many of them a request may have (vLLM's `limit_mm_per_prompt`); None for any number. 0
                             of both: the tower is not there
     lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
+    lora_cpu_slots          adapters that the host has (vLLM's `max_cpu_loras`); None for as many as there are slots
     speculative_method      what proposes tokens: `draft_model` (SGLang's STANDALONE), `eagle`, `eagle3`, `mtp` (NEXTN),
                             `ngram`; None for nothing, or a `draft_model` where one is said
     draft_model             the smaller model, or the config of EAGLE's head; `draft_weights` what it is stored in
@@ -663,6 +664,7 @@ class Serving(Part, frozen=True):
     limit_videos: Natural | None = None
     lora_slots: Natural | None = None
     lora_rank: Count | None = None
+    lora_cpu_slots: Natural | None = None
     speculative_method: Literal["draft_model", "eagle", "eagle3", "mtp", "ngram"] | None = None
     draft_model: str | InlineModel | None = None
     draft_weights: str | None = None

@@ -22,7 +22,7 @@ from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.planning.inference import with_tp
 from memplan.report.schema import answer_model
 from memplan.serving import budget, pool_tokens, requests, settled
-from memplan.serving.budget import card_for, pool_of
+from memplan.serving.budget import card_for, layers_that_fit, pool_of
 from memplan.serving.llama_cpp import compute_buffer
 from memplan.serving.parallel import Ranks, each
 from memplan.serving.passes import largest
@@ -30,7 +30,8 @@ from memplan.serving.pictures import seen
 from memplan.serving.pool import Blocks
 from memplan.serving.settings import Settings
 from memplan.serving.sglang import static_fraction
-from memplan.serving.weights import TOWERS, held
+from memplan.serving.shares import TOWERS
+from memplan.serving.weights import held
 from memplan.spec import Parallelism, Serving, changed
 from tests.sampling import examples
 
@@ -246,6 +247,17 @@ def test_the_ledger_sums_and_the_answer_is_as_its_schema_says() -> None:
             assert read.model_dump()["serving"]["tokens"] == answer.serving["tokens"]  # type: ignore[index]
 
 
+def test_tgi_keeps_the_tokens_that_it_measured_with() -> None:
+    """Llama 3 8B on an H100: a cache of 4,096 tokens, and 0.9 of what is free beside it."""
+    s = settled(run_of("llama-3-8b", "tgi-3"))
+    assert s.gpu is not None
+    b = budget(s, s.gpu.usable)
+    token, before = 32 * 4096, b.context.usual
+    free = s.gpu.usable - before - b.parameters - b.step.bytes - b.beside.usual - 4096 * token
+    assert b.available == free * 900 // 1000 + 4096 * token
+    assert b.pool.tokens == b.available // token
+
+
 def test_without_a_card_there_is_room_for_the_requests_alone() -> None:
     answer = estimate(run_of("llama-3-8b", "vllm-0.33", None, micro=3))
     assert answer.verdict.answer is None
@@ -347,14 +359,42 @@ def test_a_model_of_states_alone_takes_a_block_for_a_request() -> None:
 
 
 def test_adapters_take_slots_for_every_matrix() -> None:
-    """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers."""
-    plain, slots = (
-        settled(run_of("llama-3-8b", "vllm-0.33", serving={"lora_slots": n, "lora_rank": 16})) for n in (0, 2)
+    """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers, and of vLLM's Llama those of the
+    embeddings and the head. Of ranks each has all of A but where inputs are divided, and its part of B but there."""
+    h, kv, f, v = 4096, 1024, 14336, 128_256
+    layers = 32 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + f))
+    assert adapters("llama-3-8b", "sglang-0.5") == 2 * 2 * 16 * layers
+    assert adapters("llama-3-8b", "vllm-0.33") == 2 * 2 * 16 * (layers + 2 * (h + v))
+    two = 32 * (h + h // 2 + 2 * (h + kv // 2) + (h // 2 + h) + 2 * (h + f // 2) + f // 2 + h)
+    assert adapters("llama-3-8b", "vllm-0.33", tp=2) == 2 * 2 * 16 * (two + 2 * (h + v))
+    first, last = (
+        sum(h.bytes for h in held(s) if h.group == "adapter")
+        for s in each(settled(divided("llama-3-8b", "vllm-0.33", pp=2, serving=_SLOTS)))
     )
-    h, kv, f = 4096, 1024, 14336
-    each = 2 * (h + h) + 2 * (h + kv) + 3 * (h + f)
-    more = sum(h.bytes for h in held(slots)) - sum(h.bytes for h in held(plain))
-    assert more == 2 * 16 * 32 * each * 2
+    assert first == last == 2 * 2 * 16 * (layers // 2 + h + v)
+    answer = estimate(run_of("llama-3-8b", "vllm-0.33", serving={**_SLOTS, "lora_cpu_slots": 10}))
+    assert answer.host_bytes == 10 * 2 * 16 * (layers + 2 * (h + v))
+
+
+_SLOTS = {"lora_slots": 2, "lora_rank": 16}
+
+
+def adapters(model: str, profile: str, **degrees: int) -> int:
+    """Bytes of two slots of rank 16 on a card."""
+    s = settled(divided(model, profile, serving=_SLOTS, **degrees))
+    return sum(h.bytes for h in held(s) if h.group == "adapter")
+
+
+def test_experts_have_an_adapter_each() -> None:
+    """Qwen3-30B-A3B: gates and ups apart, of 128 experts; their router, too. Of four ranks with 32 each."""
+    h, m, e, v = 2048, 768, 128, 151_936
+    attention = (h + 4096) + 2 * (h + 512) + (4096 + h)
+    experts = e * (2 * (h + m) + m + h)
+    tables = 2 * (h + v)
+    assert adapters("qwen3-30b-a3b", "vllm-0.33") == 2 * 2 * 16 * (48 * (attention + experts + h + e) + tables)
+    assert adapters("qwen3-30b-a3b", "sglang-0.5") == 2 * 2 * 16 * 48 * (attention + experts)
+    four = 48 * (attention + experts // 4 + h + e) + tables
+    assert adapters("qwen3-30b-a3b", "vllm-0.33", dp=4, ep=4) == 2 * 2 * 16 * four
 
 
 def test_ranks_divide_matrices_and_copy_heads_that_are_too_few() -> None:
@@ -659,6 +699,22 @@ def test_llama_cpp_needs_as_many_cards_as_hold_its_layers() -> None:
     assert [a.serving["layers"] for a in answers] == [80, 41]  # type: ignore[index]
 
 
+def test_llama_cpps_own_fit_leaves_a_gib_of_every_card() -> None:
+    """Llama 3.1 70B in 4 bits on one card of 24 GB, and on two."""
+    for cards in (1, 2):
+        run = with_tp(run_of("llama-3.1-70b", "llama.cpp-2026", "3090", serving={"weights": "Q6_K"}), cards)
+        answer = estimate(run)
+        assert answer.verdict.answer == "does not fit"
+        layers = layers_that_fit(settled(run))
+        assert layers is not None
+        assert 10 < layers < 81
+        assert any(f"would lay {layers} of 81 layers" in note for note in answer.notes)
+        last, more = (estimate(changed(run, "serving", gpu_layers=n)) for n in (layers, layers + 1))
+        assert last.verdict.headroom >= 2**30 > more.verdict.headroom  # type: ignore[operator]
+        assert not any("--fit" in note for note in last.notes)
+    assert layers_that_fit(settled(run_of("llama-3-8b", "vllm-0.33"))) is None
+
+
 REFUSED = {
     "profile: vllm-0.33 serves models": {"task": "train"},
     "optimizer: of training": {"optimizer": "sgd"},
@@ -705,6 +761,8 @@ REFUSED = {
     },
     "serving.split_mode: is llama.cpp's": {"serving": {"split_mode": "layer"}},
     "serving.limit_images: is of vLLM's run": {"profile": "sglang-0.5", "serving": {"limit_images": 0}},
+    "serving.lora_cpu_slots: is vLLM's": {"profile": "sglang-0.5", "serving": {"lora_cpu_slots": 3}},
+    "serving.lora_cpu_slots: 1 is less than the 2": {"serving": {"lora_cpu_slots": 1, "lora_slots": 2}},
     "serving.dp_attention: is SGLang's": {"serving": {"dp_attention": True}},
     "serving.split_mode: row: llama.cpp of 2026 has no": {
         "profile": "llama.cpp-2026",
@@ -713,6 +771,7 @@ REFUSED = {
     "serving.main_gpu: has all under split_mode none": {"profile": "llama.cpp-2026", "serving": {"main_gpu": 0}},
     "serving.tensor_split: 2 parts of 1 GPUs": {"profile": "llama.cpp-2026", "serving": {"tensor_split": [1, 1]}},
     "model: t5 models are not supported yet": {"model": "t5-base"},
+    "model: whisper models are not supported yet with vllm-0.33, which sets aside": {"model": "whisper-large-v3"},
 }
 
 

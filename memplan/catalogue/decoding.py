@@ -31,6 +31,11 @@ _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 NOT_YET = frozenset((*("baichuan", "chatglm", "deepseek_v4", "internlm2", "megatron_gpt", "minicpm"),))
 
 
+# Families whose generation config has tokens that are never chosen, and so a further row of scores without them.
+# Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_logit_processors.
+SUPPRESSES = frozenset(("whisper",))
+
+
 class Loaded(NamedTuple):
     """How weights are loaded to run a model.
 
@@ -56,6 +61,7 @@ class Pass(NamedTuple):
     beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
     samples     tokens are drawn, after temperature, top-k and top-p
     crosses     an encoder has read what the sequences are about: their mask is of that, and not of their own tokens
+    suppresses  some tokens are never chosen: their scores are taken out in another tensor
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
@@ -82,6 +88,7 @@ class Pass(NamedTuple):
     beams: bool = False
     samples: bool = False
     crosses: bool = False
+    suppresses: bool = False
     lingers: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
@@ -221,6 +228,7 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
     if now.proposes and not (now.samples and now.goes_on):  # a list has the logits, where they are not drawn from
         return
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
+    more = more or (("scores",) if now.suppresses else ())
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
     if now.beams:
@@ -484,14 +492,25 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
     def forgotten(what: str) -> tuple[Op, ...]:
         return (ops.leave(f"{what}{_BEFORE}"),) if now.decodes else ()
 
+    def chosen_of(scores: str, y: str) -> Op:
+        """Scores without those of tokens that are suppressed."""
+        tokens, which = Tensor("all tokens", "v", "int64"), Tensor("suppressed tokens", "v", "bool")
+        among = (tokens, which, Tensor("minus infinity", "", "fp32"))
+        return made("suppress", scores, y=y, scratch=among)
+
     yield made("scores", logits, y="next token logits")
     yield from forgotten("logits")
     if now.beams:
-        yield made("log_softmax", "next token logits", y="log probabilities")
+        sums = "log probabilities"
+        yield made("log_softmax", "next token logits", y=sums)
         yield from forgotten("sums of log probabilities")
+        if now.suppresses:
+            yield chosen_of(sums, f"{sums} left")
+            yield ops.leave(sums)
+            sums = f"{sums} left"
         yield ops.leave(logits)
-        yield made("accumulate", "log probabilities", y="sums of log probabilities")
-        yield ops.leave("log probabilities")
+        yield made("accumulate", sums, y="sums of log probabilities")
+        yield ops.leave(sums)
         yield Op("generate.order", ("sums of log probabilities",), (Tensor("order", "b", "int64"),), source=_GENERATE)
         yield from forgotten("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
@@ -501,7 +520,11 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         yield ops.leave("next token logits", "sums of log probabilities", "order")
         return
     if now.samples:
-        yield from _warped("next token logits", "next token scores")
+        scores = "next token logits"
+        if now.suppresses:
+            yield chosen_of(scores, "scores left")
+            scores = "scores left"
+        yield from _warped(scores, "next token scores", ("scores left",) if now.suppresses else ())
         yield from forgotten("scores")
         yield made("softmax", "next token scores", y="next token probabilities")
         yield from forgotten("probabilities")
@@ -514,8 +537,13 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         )
         yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
         return
-    yield Op("generate.argmax", ("next token logits",), (Tensor("next token", "b", "int64"),), source=_GENERATE)
-    yield ops.leave(logits, "next token logits")
+    scores = "next token logits"
+    if now.suppresses:
+        yield chosen_of(scores, "next token scores")
+        yield from forgotten("scores")
+        scores = "next token scores"
+    yield Op("generate.argmax", (scores,), (Tensor("next token", "b", "int64"),), source=_GENERATE)
+    yield ops.leave(logits, "next token logits", scores)
 
 
 _WARPERS = "transformers 5.24 generation/logits_process.py"
@@ -537,13 +565,15 @@ def _looked_up(now: Pass) -> Op:
     return Op("generate.lookup", (), scratch=(ones, *(left + _TOP_P if now.samples else ())), source=source)
 
 
-def _warped(x: str, y: str) -> Iterator[Op]:
-    """The scores `y` of a token that are left of its logits `x` by temperature, top-k and top-p."""
+def _warped(x: str, y: str, done: tuple[str, ...] = ()) -> Iterator[Op]:
+    """The scores `y` of a token that are left of its logits `x` by temperature, top-k and top-p; temperature is the
+    last to read those that are `done` then."""
 
     def made(name: str, x: str, y: str, scratch: tuple[Tensor, ...] = ()) -> Op:
         return Op(f"generate.{name}", (x,), (Tensor(y, "b v", "fp32"),), scratch=scratch, source=_WARPERS)
 
     yield made("temperature", x, "warmed")
+    yield ops.leave(*done)
     yield made("top_k", "warmed", "top k", (Tensor("not among the first", "b v", "bool"),))
     yield ops.leave("warmed")
     yield made("top_p", "top k", y, _TOP_P)

@@ -8,7 +8,7 @@ and what a product with it makes beside its output.
     torchao       a whole copy of the matrix for every product; of 4 bits a kernel that needs none
     quanto        the same
     triton        gpt-oss' experts in MXFP4, as they are stored, with OpenAI's kernels
-    dequantised   the same experts, whole from when they are loaded
+    dequantised   the same experts, and FP8 in squares on a card without its kernels, whole from when they are loaded
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ KERNELS = {
     "torchao": Kernel("torchao 0.18 quantization/quantize_/workflows, linear of each tensor"),
     "quanto": Kernel("optimum-quanto 0.2.7 library/qbytes_mm.py qbytes_mm_impl_cuda, tensor/weights/tinygemm/qbits.py"),
     "triton": Kernel("transformers 5.24 integrations/mxfp4.py Mxfp4GptOssExperts", (7, 5), basis="assumed"),
-    "dequantised": Kernel("transformers 5.24 integrations/mxfp4.py _convert_moe_packed_tensors"),
+    "dequantised": Kernel(
+        "transformers 5.24 integrations/mxfp4.py _convert_moe_packed_tensors, finegrained_fp8.py Fp8Dequantize"
+    ),
 }
 
 # By format, the kernels that run it, that of most checkpoints first.
 RUNS: dict[str, tuple[str, ...]] = {
-    "fp8": ("", "decompressed"),
+    "fp8": ("", "decompressed", "dequantised"),
     "fp8-tensor": ("decompressed", "scaled_mm"),
     "fp8-channel": ("decompressed", "scaled_mm", "fbgemm", "torchao", "quanto"),
     "w8a8-int8": ("decompressed",),
@@ -72,17 +74,21 @@ FOUR_BITS = {
     "torchao-int4": Kernel("mslk", (0, 0), ("bf16",), "assumed"),
 }
 MADE_WHEN_LOADED = ("torchao", "quanto", "fbgemm")  # of a checkpoint that is whole
-_WHOLE = ("decompressed", "dequantised")
+UNPACKED = ("decompressed", "dequantised")  # kernels whose matrices are whole when the model computes
 
 
 class Running(NamedTuple):
     """How the matrices of a model run: in which layout they are stored, and what runs them. `experts`: the layout of
-    stacks of experts, where that is another. `lays`: experts are laid anew for the tensor cores of capability 9."""
+    stacks of experts, where that is another. `lays`: experts are laid anew for the tensor cores of capability 9.
+    `at_once`: matrices are made whole as they are loaded, and nothing else stays. `skip`: modules that are not stored
+    so."""
 
     layout: Layout
     kernel: str
     experts: Layout | None = None
     lays: bool = False
+    at_once: bool = False
+    skip: tuple[str, ...] = ()
 
     def of(self, w: Weight) -> Layout:
         return self.experts or self.layout if w.stacked else self.layout
@@ -90,12 +96,13 @@ class Running(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether they are whole when the model computes."""
-        return self.kernel in _WHOLE
+        return self.kernel in UNPACKED
 
     @property
     def source(self) -> str:
         row = KERNELS[self.kernel]
-        basis = "assumed" if self.layout.format in FOUR_BITS else row.basis
+        read = self.layout.format in FOUR_BITS or (self.kernel == "torchao" and bool(self.layout.acts))
+        basis = "assumed" if read else row.basis
         return row.source if basis == "derived" else f"{basis}: {row.source}"
 
 
@@ -105,6 +112,8 @@ def resident(w: Weight, how: Running) -> tuple[Tensor, ...]:
     if not how.whole:
         return (*parts, *_UNUSED) if how.kernel == "quanto" else parts
     whole = Tensor("weight", w.shape, w.dtype)
+    if how.at_once:
+        return (whole,)
     beside = (t._replace(dtype=_like(t, w)) if _replaced(t, how) else t for t in parts)
     return (whole, *(t for t in beside if t.name not in _CODES))
 
@@ -122,7 +131,7 @@ def _replaced(t: Tensor, how: Running) -> bool:
 
 def goes(t: Tensor, w: Weight, how: Running) -> bool:
     """Whether a tensor that is stored goes when its matrix is whole: of experts all do."""
-    return w.stacked or t.name in _CODES or _replaced(t, how)
+    return w.stacked or how.at_once or t.name in _CODES or _replaced(t, how)
 
 
 def takes_experts(how: Running) -> bool:
@@ -132,7 +141,7 @@ def takes_experts(how: Running) -> bool:
 
 def takes_alone(how: Running) -> bool:
     """Whether those are all that is."""
-    return how.kernel in ("triton", "dequantised")
+    return how.layout.format == "mxfp4" and how.kernel in ("triton", "dequantised")
 
 
 def _like(t: Tensor, w: Weight) -> str:
@@ -163,6 +172,8 @@ _PAIRS: _Steps = (
     *(("signed", "fp32"), ("values", ""), ("ones", "")),
 )
 _PAIRS_GONE: _Steps = (("high", ""), ("low", ""), ("pairs", ""), ("signs", ""), ("indices", ""), ("signed", ""))
+# Source: transformers 5.24 integrations/finegrained_fp8.py Fp8Dequantize._dequantize_one
+_FP8: _Steps = (("wide", "fp32"), ("scaled", "fp32"), ("weight", "="), ("scaled", ""), ("wide", ""))
 _MXFP8: _Steps = ((_OWN, "="), *_NAIVE)
 _MXFP4: _Steps = (*_PAIRS, ("numbers", "="), *_PAIRS_GONE, (_OWN, "="), ("weight", "="), ("numbers", ""))
 _NVFP4: _Steps = (
@@ -219,8 +230,12 @@ def unpacking(w: Weight, how: Running) -> Iterator[Step]:
     Of experts in MXFP4 numbers are looked up for as many rows of 16 bytes at once as `MOST_ROWS`. Experts of
     compressed-tensors are made whole one by one, into a tensor for all, and gates and ups are then joined.
     """
-    if how.kernel == "dequantised":
+    if how.of(w).format == "mxfp4" and how.kernel == "dequantised":
         yield from _of_gpt_oss(w)
+        return
+    if w.stacked and how.kernel == "dequantised":  # expert by expert, then joined
+        whole = Tensor("weight", w.shape, w.dtype)
+        yield from (Step("apart", whole), Step("codes"), Step("weight", whole), Step("apart"))
         return
     if w.stacked:
         whole = Tensor("weight", w.shape, w.dtype)
@@ -233,9 +248,11 @@ def unpacking(w: Weight, how: Running) -> Iterator[Step]:
         return
     own = next((t._replace(dtype=_like(t, w)) for t in parts_of(w, how.of(w)) if _replaced(t, how)), None)
     shapes = {_OWN: own, _PLACES: Tensor(_PLACES, str(6 * 128), "int32")}
-    for step in _steps(w, _UNPACKING[how.layout.format]):
+    for step in _steps(w, _FP8 if how.kernel == "dequantised" else _UNPACKING[how.layout.format]):
         yield step._replace(made=shapes.get(step.name, step.made)) if step.made else step
     yield Step("codes")
+    if own is not None and how.at_once:
+        yield Step(_OWN)
 
 
 def laying(w: Weight, how: Running) -> Iterator[Step]:
@@ -272,6 +289,7 @@ def _of_gpt_oss(w: Weight) -> Iterator[Step]:
     yield Step("wide exponents", exponents)
     yield Step("exponents", exponents)
     yield Step("wide exponents")
+    yield Step("table", Tensor("table", "16", w.dtype))
     yield Step("whole", Tensor("whole", w.shape, w.dtype))
     yield Step("bits", Tensor("bits", chunk, "uint8"))
     yield Step("indices", Tensor("indices", chunk, "int32"))
@@ -282,6 +300,7 @@ def _of_gpt_oss(w: Weight) -> Iterator[Step]:
     yield Step("weight", Tensor("weight", w.shape, w.dtype))
     yield Step("whole")
     yield Step("exponents")
+    yield Step("table")
     yield Step("codes")
 
 
@@ -357,6 +376,8 @@ def product(op: Op, name: str, y: str, how: Running) -> Iterator[Op]:
             made = _scaled_mm(op, name, y)
         case "fbgemm":
             made = _fbgemm(op, name, y)
+        case "torchao" if how.layout.format == "torchao-int8" and how.layout.acts:
+            made = _torchao_dynamic(op, name, y)
         case "torchao" if how.layout.format == "torchao-int8":
             made = _torchao_int8(op, name, y)
         case "torchao" if how.layout.format == "fp8-channel":
@@ -485,6 +506,34 @@ def _torchao_int8(op: Op, name: str, y: str) -> Iterator[Op]:
     out = " ".join(w.shape.split()[: w.rows])
     yield _made(f"{name}.scale", (unscaled,), y, made.shape)._replace(scratch=(Tensor("scales", out, f"={x}"),))
     yield ops.leave(x, unscaled)
+
+
+def _torchao_dynamic(op: Op, name: str, y: str) -> Iterator[Op]:
+    """Inputs are quantised by row, and multiplied by a transposed copy of the matrix, in int32; that is scaled by rows
+    in fp32, cast, scaled by columns in fp32, and cast again.
+
+    Source: torchao 0.18 quantization/quantize_/workflows/int8/int8_tensor.py, kernel/intmm.py safe_int_mm on CUDA.
+    """
+    x, made, rows, w, _ = _parts(op)
+    lead = ops.axes_of(op)[0]
+    names = ("scales", "points", "scaled", "rounded", "shifted", "clamped", "codes")
+    names += ("transposed", "product", "by rows", "narrow", "wide")
+    t = {part: f"{y}.{part}" for part in names}
+    yield Op(f"{name}.scales", (x,), (Tensor(t["scales"], lead, "fp32"), Tensor(t["points"], lead, "int8")))
+    before = x
+    for part in ("scaled", "rounded", "shifted", "clamped"):
+        yield _made(f"{name}.{part}", (before,), t[part], rows, "fp32")
+        before = t[part]
+    yield _made(f"{name}.quantise", (before,), t["codes"], rows, "int8")
+    yield Op(f"{name}.transpose", (), (Tensor(t["transposed"], w.shape, "int8"),))
+    yield _multiplied(op, name, t["codes"], t["product"], t["transposed"])._replace(
+        writes=(Tensor(t["product"], made.shape, "int32"),)
+    )
+    yield _made(f"{name}.by_rows", (t["product"], t["scales"]), t["by rows"], made.shape, "fp32")
+    yield _made(f"{name}.narrow", (t["by rows"],), t["narrow"], made.shape, f"={x}")
+    yield _made(f"{name}.by_columns", (t["narrow"],), t["wide"], made.shape, "fp32")
+    yield _made(f"{name}.cast", (t["wide"],), y, made.shape, f"={x}")
+    yield ops.leave(x, t["codes"], t["scales"], t["points"], t["narrow"], t["wide"])
 
 
 def _torchao_fp8(op: Op, name: str, y: str) -> Iterator[Op]:

@@ -455,7 +455,9 @@ def estimate(
     ] = None,
     new_tokens: Annotated[
         int | None,
-        option("Tokens generated after a prompt of --seq-len. Default 256, with --method generate.", of=GENERATION),
+        option(
+            "Tokens generated after each prompt (of --seq-len). Default 256, with --method generate.", of=GENERATION
+        ),
     ] = None,
     cache_implementation: Annotated[
         str | None,
@@ -701,6 +703,9 @@ def estimate(
     limit_videos: Annotated[int | None, option("Videos of a request at most. Default any.", of=SERVING)] = None,
     lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
     lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
+    lora_cpu_slots: Annotated[
+        int | None, option("Adapters on the host (vLLM's max_cpu_loras). Default as many as slots.", of=SERVING)
+    ] = None,
     speculative_method: Annotated[
         str | None,
         option(
@@ -710,7 +715,7 @@ def estimate(
         ),
     ] = None,
     draft_model: Annotated[
-        str | None, option("A smaller model that proposes tokens, or the config of EAGLE's head.", of=SERVING)
+        str | None, option("A smaller model that proposes tokens, or EAGLE's head's config. Default none.", of=SERVING)
     ] = None,
     draft_weights: Annotated[
         str | None, option("What its weights are stored in. Default the model's dtype.", of=SERVING)

@@ -83,6 +83,7 @@ FIELDS = {
     "limit_videos": "serving.limit_videos",
     "lora_slots": "serving.lora_slots",
     "lora_rank": "serving.lora_rank",
+    "lora_cpu_slots": "serving.lora_cpu_slots",
     "speculative_method": "serving.speculative_method",
     "draft_model": "serving.draft_model",
     "draft_weights": "serving.draft_weights",

@@ -13,6 +13,7 @@ from memplan.answer import Estimate
 from memplan.cards import find_model
 from memplan.catalogue import token_rates
 from memplan.catalogue.engines import find_engine
+from memplan.catalogue.running import UNPACKED
 from memplan.catalogue.weight_formats import Step, formats
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
@@ -22,10 +23,10 @@ from memplan.planning.offers import ANY, Wanted, wanted_cards
 from memplan.planning.reach import reach
 from memplan.roofline import Load, Pace, decode, prefill
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import of_rank
+from memplan.serving.shares import of_rank
 from memplan.spec import Parallelism, Quantization, RunSpec, changed
 from memplan.speed import Hourly, hourly
-from memplan.stored import StoredWeight, stored_weights
+from memplan.stored import UNQUANTISED, StoredWeight, stored_weights
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -184,7 +185,8 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:
         if model.is_encoder_decoder:
             return None, "how fast an encoder and its decoder are is not known"
         quantization, dtype = done.method.quantization, done.precision.weights
-        return Load(model, quantization, dtype, recorded=False), ""
+        whole = quantization is None or quantization.backend in UNPACKED
+        return Load(model, UNQUANTISED if whole else quantization, dtype, recorded=False), ""
     s = settled(run)
     if s.draft is not None:
         return None, "how many of the proposed tokens are accepted is in the text"

@@ -225,7 +225,7 @@ class Script:
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
-        chooser = choosing(self.run.generation)
+        chooser = choosing(self.run.generation, base_of(model).config.model_type)
         with torch.no_grad():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
@@ -240,11 +240,13 @@ class Script:
                 del outputs
                 chooser.reorder(cache)
             switched = getattr(base_of(model), "_optimize_model_for_decode", nullcontext)  # since transformers 5
+            # of one token nothing is padding, and state spaces alone are given no mask of those before
+            sees = padded and base_of(model).config.model_type not in ("falcon_mamba", "mamba", "mamba2")
             with self.phase("decode"), switched():
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
-                    given = {"attention_mask": mask if padded else None, **(across.next() if across else {})}
+                    given = {"attention_mask": mask if sees else None, **(across.next() if across else {})}
                     outputs = model(input_ids=token, **given, **{given_as: cache}, use_cache=True, **keeps)
                     del given
                     cache, token = getattr(outputs, given_as), chooser.token(outputs)
@@ -269,7 +271,7 @@ class Script:
         model, run = self.model, self.run
         base = base_of(model)
         beams = run.generation.num_beams
-        chooser = choosing(run.generation)
+        chooser = choosing(run.generation, base.config.model_type)
         with torch.no_grad():
             with self.phase("encode"):
                 sources, options = self._inputs()

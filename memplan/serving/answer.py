@@ -11,12 +11,12 @@ from memplan.catalogue.overhead import Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.graph import active, elements
 from memplan.models import ModelSpec
-from memplan.serving.budget import Budget, budget, card_for
+from memplan.serving.budget import Budget, budget, card_for, layers_that_fit
 from memplan.serving.parallel import each
 from memplan.serving.passes import Step
 from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import TABLE, kernel_of
+from memplan.serving.weights import TABLE, host_of_adapters, kernel_of
 from memplan.spec import RunSpec
 from memplan.usage import Around, Usage
 
@@ -43,8 +43,8 @@ def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
         Card(s.gpu.name, s.gpu.usable, run.parallelism.world) if s.gpu else None,
         Peak(phases[peak].phase, phases[peak].where),
         phases,
-        0,
-        tuple(_notes(b)),
+        host_of_adapters(s),
+        tuple(_notes(b, run)),
         Engine(b),
         None,
         serving=facts(b),
@@ -110,10 +110,17 @@ def facts(b: Budget) -> dict[str, Any]:
     }
 
 
-def _notes(b: Budget) -> Iterable[str]:
+def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
     s = b.settings
+    if asked.serving.gpu_layers is None and b.wished:
+        layers = layers_that_fit(s)
+        if layers is not None:
+            yield (
+                f"llama.cpp itself would lay {layers:,} of {s.model.num_hidden_layers + 1:,} layers on the cards, and "
+                "leave the others with the host (--fit); --gpu-layers says so too"
+            )
     if s.engine.kind == "tgi":
-        yield "TGI: what is public of it was used; most of its rows are assumed"
+        yield "TGI: its warm-up was read; its kernels and how many tokens it reads at once are assumed"
     if s.gpu is None:
         yield f"{s.engine.title} without a GPU: a pool for the run's requests alone, not one of all that is left"
     kernel = kernel_of(s)

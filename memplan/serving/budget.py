@@ -15,6 +15,7 @@ from memplan.serving.passes import Step, largest
 from memplan.serving.pool import Pool
 from memplan.serving.settings import Settings
 from memplan.serving.weights import Held, held
+from memplan.units import MIB
 
 _MODULES = {"vllm": "vllm", "sglang": "sglang", "tgi": "tgi", "llama.cpp": "llama_cpp"}
 
@@ -97,11 +98,41 @@ def _of_card(s: Settings, total: int | None, level: str) -> Budget:
         needs = pool_of(s, 0).needs(s.context, s.batch)
         available, taken = needs, parameters + step.bytes + aside + needs
     else:
-        taken, available = _left(s, total, before, parameters, step.bytes, aside, getattr(graphs, level))
+        taken, available = _left(s, total, before, parameters, step.bytes, aside)
     found = Budget(s, taken, weights, step, decoding, graphs, beside, context, ranks, available, pool_of(s, available))
     if s.engine.kind == "sglang" and total is not None:
         return found._replace(aside=total - before - taken)
     return found
+
+
+def _of_the_longest_prompts(s: Settings) -> int:
+    """Bytes of the cache that TGI makes to measure a step, whose tokens the pool has beside its share of what is left.
+    Source: text-generation-inference server/text_generation_server/models/flash_causal_lm.py FlashCausalLM.warmup."""
+    return pool_of(s, 0).needs(s.steps, 1)
+
+
+FIT_MARGIN = 1024 * MIB  # llama.cpp common/common.h common_params.fit_params_target: left free on every card
+
+
+def layers_that_fit(s: Settings) -> int | None:
+    """Layers, the head one more, that llama.cpp's --fit lays on its cards where --gpu-layers says nothing: as many as
+    leave a GiB of each free; None of another engine, or without a card.
+
+    Whole layers are counted: of a mixture of experts --fit leaves parts of layers with the host.
+    Source: llama.cpp common/fit.cpp common_params_fit_impl.
+    """
+    if s.gpu is None or s.engine.kind != "llama.cpp":
+        return None
+    total, low, high = s.gpu.usable, 0, s.model.num_hidden_layers + 1
+
+    def fits(layers: int) -> bool:
+        one = s._replace(serving=s.serving.model_copy(update={"gpu_layers": layers}))
+        return all(_of_card(card, total, "usual").room >= FIT_MARGIN for card in each(one))
+
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhead, ...]]:
@@ -141,14 +172,15 @@ def _card_for(b: Budget, level: str) -> int:
             if share < 1:
                 found = max(found, before + (step + graphs) / (1 - share))
         case "tgi":
-            made = Fraction(needs * 1000, s.words["wiggle"])
-            found = (before + b.parameters + step + aside + graphs + made) / share
+            first = _of_the_longest_prompts(s)
+            made = first + Fraction((needs - first) * 1000, s.words["wiggle"])
+            found = (before + b.parameters + step + aside + made) / share
         case _:
             found = Fraction(before + b.parameters + step + needs)
     return ceil(found)
 
 
-def _left(s: Settings, total: int, before: int, parameters: int, step: int, aside: int, graphs: int) -> tuple[int, int]:
+def _left(s: Settings, total: int, before: int, parameters: int, step: int, aside: int) -> tuple[int, int]:
     """What the engine takes of the card, and what of that is left for the pool."""
     share = s.serving.memory_utilization or 1
     match s.engine.kind:
@@ -162,6 +194,7 @@ def _left(s: Settings, total: int, before: int, parameters: int, step: int, asid
             return round(free * share), int(free - parameters - aside - free * (1 - share))
         case "tgi":
             taken = int(total * share) - before
-            return taken, (taken - parameters - step - aside - graphs) * s.words["wiggle"] // 1000
+            first = _of_the_longest_prompts(s)
+            return taken, (taken - parameters - step - aside - first) * s.words["wiggle"] // 1000 + first
         case _:
             return total - before, total - before - parameters - step

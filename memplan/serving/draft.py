@@ -195,7 +195,8 @@ TABLE = "table"  # as memplan.serving.weights has it
 
 def _layers_that_predict(s: Settings) -> Iterator[Held]:
     """Each as the last layer, with a projection of an embedding and hidden states side by side, and three norms."""
-    from memplan.serving.weights import Held, layer_of, of_rank
+    from memplan.serving.shares import layer_of, of_rank
+    from memplan.serving.weights import Held
     from memplan.stored import stored_weights
 
     m, many = s.model, layers_ahead(s.model)
@@ -216,7 +217,8 @@ def _layers_that_predict(s: Settings) -> Iterator[Held]:
 def _head(own: Settings, method: str) -> Iterator[Held]:
     """A head's layers, with what they read beside each other: of EAGLE an embedding and hidden states through one
     matrix; of EAGLE 3 hidden states of three layers so, beside an embedding in the first layer's q, k and v."""
-    from memplan.serving.weights import Held, layer_of, of_rank
+    from memplan.serving.shares import layer_of, of_rank
+    from memplan.serving.weights import Held
     from memplan.stored import stored_weights
 
     m = own.model

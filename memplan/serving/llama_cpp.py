@@ -14,7 +14,7 @@ from memplan.catalogue.caches import CONVOLUTION, LayerCache, caches
 from memplan.layers import Layer
 from memplan.serving.pool import Slots
 from memplan.serving.settings import Settings
-from memplan.serving.weights import TOWERS, layer_of
+from memplan.serving.shares import TOWERS, layer_of
 from memplan.stored import stored_weights
 from memplan.units import ITEMSIZE
 
@@ -171,7 +171,7 @@ def _feeding(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
         gates = tuple(_row(what, steps, width) for what in ("gate", "up", "activated"))
         yield Buffer("mlp", (*rows, *gates))
     if "E" in axes and any(layer.ffn in ("experts", "hashed") for layer in layers):
-        e, wide = axes["e"], axes["m"]
+        e, wide = axes["e"], axes.get("m") or max(layer.f for layer in layers)
         gates = tuple(_row(f"experts' {what}", steps, e, wide) for what in ("gate", "up", "activated"))
         if h <= 2 * wide:
             yield Buffer("experts", (*three, *gates))

@@ -278,6 +278,12 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             f"batch: {engine.name} is given micro, sequence and new_tokens alone; tokens of images are of the sequence",
             "batch",
         )
+    if model.model_type == "whisper" and engine.kind == "vllm":
+        raise SpecError(
+            f"model: whisper models are not supported yet with {engine.name}, which sets aside what its encoder takes "
+            "of recordings before it has a pool; transformers-5 generates with them",
+            "model",
+        )
     if model.is_encoder_decoder or model.objectives[0] != "causal_lm" or model.model_type in _NOT_YET:
         raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
     s = run.serving
@@ -291,6 +297,12 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             raise SpecError(
                 f"serving.{name}: is of vLLM's run of its encoder, and {engine.name} has no such", f"serving.{name}"
             )
+    if s.lora_cpu_slots is not None:
+        field, slots = "serving.lora_cpu_slots", s.lora_slots or 0
+        if engine.kind != "vllm":
+            raise SpecError(f"{field}: is vLLM's max_cpu_loras, and {engine.name} has no such", field)
+        if s.lora_cpu_slots < slots:
+            raise SpecError(f"{field}: {s.lora_cpu_slots} is less than the {slots} slots (serving.lora_slots)", field)
     _refuse_cache(run, engine, model)
     if engine.kind != "llama.cpp":
         for name in ("gpu_layers", "flash_attention"):

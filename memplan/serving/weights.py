@@ -7,23 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 from memplan.catalogue.repacked import Kernel, mxfp4_kernel
 from memplan.models import ModelSpec
 from memplan.schemes import FIELD
+from memplan.serving.adapters import slot
 from memplan.serving.draft import held_of
 from memplan.serving.pictures import VIDEOS, seen
 from memplan.serving.settings import Settings
+from memplan.serving.shares import here, of_rank
 from memplan.stored import StoredWeight, stored_weights
 from memplan.units import ITEMSIZE
 
-# Projections to a latent, and an indexer's, which every rank computes whole.
-_WHOLE = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj", "indexer", "wk", "wq_b", "weights_proj"))
-_FUSED = frozenset(("qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack", "wqkv", "qkv"))
-_KEYS = frozenset(("k_proj", "v_proj"))
-_POSITIONS = frozenset(("wpe", "embed_positions", "position_embeddings", "position_embedding"))
 # Families without rotary positions, which have no table of them.
 _NOT_ROTATED = frozenset(
     (
@@ -32,7 +28,6 @@ _NOT_ROTATED = frozenset(
     )
 )
 MXFP4_GROUP = 32  # numbers that share a scale
-_ROUNDED = 64  # rows that a table of tokens is rounded up to
 
 
 class Held(NamedTuple):
@@ -53,7 +48,7 @@ def held(s: Settings) -> tuple[Held, ...]:
     found: dict[tuple[str, str, str, str], list[int]] = {}
     kernel = kernel_of(s)
     for w in stored_weights(s.model, s.quantization, s.dtype):
-        if not _here(s, w):
+        if not here(s, w):
             continue
         bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w), w.source
         if kernel is not None and ".experts." in w.name:
@@ -69,69 +64,6 @@ def held(s: Settings) -> tuple[Held, ...]:
 
 
 _NAMES = {"embedding": "embeddings", "norm": "norms", "lm_head": "head", "router": "routers"}
-
-
-TOWERS = ("vision", "projector", "audio")
-
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer that a weight is of."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _here(s: Settings, w: StoredWeight) -> bool:
-    """Whether the stage has it. Of llama.cpp the embeddings stay with the host, but a tied table is there twice."""
-    stage, llama_cpp = s.stage, s.engine.kind == "llama.cpp"
-    if w.group in TOWERS:  # llama.cpp has a file of its own for a tower
-        unseen = s.engine.kind == "vllm" and s.serving.limit_images == 0 and s.serving.limit_videos in (0, None)
-        return not (llama_cpp or unseen) and (stage.number == 0 or s.words.get("towers", "all") == "all")
-    layer = layer_of(w.name)
-    if layer is not None:
-        return stage.first <= layer < stage.last
-    if w.group == "buffer" and llama_cpp:  # factors of rotations, which every card with layers has
-        return stage.layers > 0
-    if w.group == "embedding":
-        return stage.headed and s.model.tie_word_embeddings if llama_cpp else stage.embedded
-    return stage.headed
-
-
-def of_rank(s: Settings, w: StoredWeight) -> int:
-    """Bytes of a tensor on one of the ranks."""
-    words, tp = frozenset(w.name.split(".")), s.tp
-    if w.group in ("embedding", "lm_head") and not words & _POSITIONS and len(w.shape) == 2:
-        rows = w.shape[0]
-        each = w.bytes // rows if w.bytes % rows == 0 else None
-        if each is not None and rows == s.model.vocab_size:
-            return -(-rows // _ROUNDED) * _ROUNDED * each // (tp if w.group == "embedding" else s.ranks.dense)
-    if "experts" in words:
-        return _of_experts(s, w)
-    if w.group == "mlp":
-        tp = 1 if words & _SHARED and _apart(s) else s.ranks.dense
-    if tp == 1 or len(w.shape) < 2 or w.group in ("norm", "router") or words & _WHOLE or words & _POSITIONS:
-        return w.bytes
-    a, k = s.model.num_attention_heads, s.model.num_key_value_heads
-    if words & _KEYS and w.group not in TOWERS:
-        return w.bytes * -(-k // tp) // k
-    if words & _FUSED and w.group not in TOWERS:
-        return w.bytes * (a // tp + 2 * -(-k // tp)) // (a + 2 * k)
-    return -(-w.bytes // tp)
-
-
-_SHARED = frozenset(("shared_expert", "shared_experts"))
-
-
-def _apart(s: Settings) -> bool:
-    """Whether ranks have shared experts whole: vLLM's where they divide the tokens among them before the experts.
-    Source: vllm 0.33.0 config/parallel.py use_sequence_parallel_moe, models/deepseek_v2.py DeepseekV2MLP."""
-    return s.engine.kind == "vllm" and s.ranks.ep > 1 and s.tp > 1 and s.ranks.sharing > 1
-
-
-def _of_experts(s: Settings, w: StoredWeight) -> int:
-    """A rank's part of a layer's experts: so many of them, the most that one has, and of each a part of its width."""
-    experts, ep, etp = s.model.axes().get("E", 1), s.ranks.ep, s.ranks.etp
-    mine = w.bytes * -(-experts // ep) // experts
-    whole = w.shape[:1] == (experts,) and len(w.shape) == 2 and "gate_up" not in w.name  # a bias of the outputs
-    return mine if whole else -(-mine // etp)
 
 
 def kernel_of(s: Settings) -> Kernel | None:
@@ -219,20 +151,18 @@ _BIASES, _BAD_WORDS, _LOGPROBS = 3 * 1024 + 128, 1024 + 128 + 1, 128  # MAX_NUM_
 
 
 def _adapters(s: Settings) -> Iterator[Held]:
-    """Slots of adapters: A and B of the largest rank for every matrix of the layers."""
-    slots, rank = s.serving.lora_slots or 0, s.serving.lora_rank or 0
-    if not slots:
-        return
-    count = numbers = 0
-    for w in {w.name: w for w in stored_weights(s.model, None, s.dtype)}.values():
-        if (
-            w.group in ("attention", "mixer", "mlp")
-            and len(w.shape) >= 2
-            and layer_of(w.name) is not None
-            and _here(s, w)
-        ):
-            *many, out, into = w.shape
-            numbers += prod(many) * slots * rank * (into + -(-out // s.tp))
-            count += 2
-    source = "vllm 0.33.0 lora/layers/base_linear.py create_lora_weights: A whole and B divided on every rank"
-    yield Held(f"slots for {slots} adapters", "adapter", count, s.dtype, numbers * ITEMSIZE[s.dtype], source)
+    """Slots of adapters: A and B of the largest rank for every matrix that takes them."""
+    slots = s.serving.lora_slots or 0
+    if slots and s.serving.lora_rank:
+        source = "vllm 0.33.0 lora/layers create_lora_weights; sglang 0.5.23 lora/mem_pool.py"
+        bytes_ = slots * slot(s) * ITEMSIZE[s.dtype]
+        yield Held(f"slots for {slots} adapters", "adapter", slots, s.dtype, bytes_, source)
+
+
+def host_of_adapters(s: Settings) -> int:
+    """Bytes on the host of adapters that wait there, each of the largest rank. Source: vllm 0.33.0 config/lora.py
+    max_cpu_loras, which is as many as there are slots where nothing is said."""
+    slots = s.serving.lora_slots or 0
+    if s.engine.kind != "vllm" or not slots:
+        return 0
+    return max(s.serving.lora_cpu_slots or slots, slots) * slot(s, divided=False) * ITEMSIZE[s.dtype]

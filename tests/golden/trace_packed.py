@@ -12,6 +12,7 @@ operations of its own, of which CUDA's are run.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # weight by weight: how far threads run ahead depends on the disk
+
 import torch
+import transformers.core_model_loading as loading
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, QuantoConfig, TorchAoConfig
 
@@ -131,12 +135,20 @@ MIXTURE = {
 }
 
 
+SQUARES = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
 def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Any]]:
     """A name, the run, the config of the checkpoint, and the library's config where that is not in it."""
     for name, stored in STORED.items():
         for config in (CONFIG, BIASED) if name in ("fp8-channel", "w4a16") else (CONFIG,):
             said = {**config, "quantization_config": stored}
             yield name, {"model": {"config": said}}, said, None
+    said = {**CONFIG, "quantization_config": {**STORED["w4a16"], "dequantize": True}}
+    yield "w4a16, dequantised", {"model": {"config": said}}, said, None
+    for config in (CONFIG, MIXTURE):
+        said = {**config, "quantization_config": SQUARES}
+        yield "fp8, dequantised", {"model": {"config": said}, "gpu": "a100-80gb"}, said, None  # as without a GPU
     for name in ("fp8-channel", "w4a16"):
         said = {**MIXTURE, "quantization_config": STORED[name]}
         yield name, {"model": {"config": said}}, said, None
@@ -163,11 +175,21 @@ def save(folder: Path, config: dict[str, Any]) -> int:
             tensors[f"{key}_blocks"] = torch.zeros(experts, out, into // 32, 16, dtype=torch.uint8)
             tensors[f"{key}_scales"] = torch.full((experts, out, into // 32), 127, dtype=torch.uint8)
         save_file(tensors, file, {"format": "pt"})
+    elif config.get("quantization_config") == SQUARES:
+        model.save_pretrained(folder)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for key in [key for key in tensors if key.endswith("_proj.weight")]:
+            out, into = tensors[key].shape
+            tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+            tensors[f"{key}_scale_inv"] = torch.ones(-(-out // 128), -(-into // 128))
+        save_file(tensors, file, {"format": "pt"})
     elif "quantization_config" in config:
         from compressed_tensors.compressors import ModelCompressor
         from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-        said = QuantizationConfig.model_validate({**config["quantization_config"], "quantization_status": "frozen"})
+        plainly = {key: value for key, value in config["quantization_config"].items() if key != "dequantize"}
+        said = QuantizationConfig.model_validate({**plainly, "quantization_status": "frozen"})
         apply_quantization_config(model, said, show_progress=False)
         for name, parameter in model.named_parameters():
             if name.endswith(("_scale", "_global_scale")):
@@ -175,9 +197,9 @@ def save(folder: Path, config: dict[str, Any]) -> int:
         compressor = ModelCompressor(quantization_config=said)
         compressor.compress_model(model)
         compressor.remove_decompression_hook(model)
-    if config["model_type"] != "gpt_oss":
+    if config["model_type"] != "gpt_oss" and config.get("quantization_config") != SQUARES:
         model.save_pretrained(folder)
-    if config["model_type"] == MIXTURE["model_type"]:
+    if config["model_type"] == MIXTURE["model_type"] and config["quantization_config"] != SQUARES:
         _compress_experts(folder / "model.safetensors", config["quantization_config"])
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
@@ -224,6 +246,8 @@ def as_on_cuda() -> None:
         most = (torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype)
         return torch.clamp(whole, min=most.min, max=most.max).to(dtype)
 
+    materialize = loading._materialize_copy
+    loading._materialize_copy = lambda *args: materialize(*args).clone()  # as to a GPU, not mapped from the file
     torch.ops.quanto.qbytes_mm = qbytes_mm.qbytes_mm
     torch.ops.quanto.quantize_symmetric = quantize_symmetric
     tracker._WRAPPERS = tracker._WRAPPERS | {"Int8Tensor", "Float8Tensor", "WeightQBytesTensor"}
@@ -240,10 +264,6 @@ def trace(fields: dict[str, Any], config: dict[str, Any], given: Any) -> dict[st
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16, device_map="cpu", **more
             ).eval()
-            for tensor in [*model.parameters(), *model.buffers()]:  # what was mapped from the file, unseen
-                storage = tensor.untyped_storage()
-                if type(tensor.data) is torch.Tensor and storage._cdata not in seen._live:
-                    seen._watch(storage, storage.nbytes(), tuple(tensor.shape), tensor.dtype, "load")
             if hasattr(model, "ct_decompress_hook"):
                 for hook in [*model._forward_pre_hooks.values()]:
                     hook(model, ())
