@@ -35,6 +35,7 @@ METHODS = {
     "tgi": (),
     "llama.cpp": ("draft_model",),
 }
+COMPRESSED = "deepseek_v4"
 _HEADS = ("eagle", "eagle3")
 _LAYERS_AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # what configs call layers that predict ahead
 
@@ -73,6 +74,8 @@ def decide(run: RunSpec, s: Settings) -> Draft | None:
     if needs != (asked.draft_model is not None):
         why = f"{method} needs one" if needs else f"is none of {method}"
         raise SpecError(f"serving.draft_model: {why}", "serving.draft_model")
+    if s.model.model_type == COMPRESSED:
+        raise SpecError(f"{field}: is not supported yet beside {COMPRESSED}'s compressed caches", field)
     if s.ranks.pp > 1 or s.ranks.cards > 1:
         raise SpecError(f"{field}: {method} is not supported yet on several stages or cards of {s.engine.name}", field)
     tokens = asked.num_speculative_tokens or _tokens(s, method)
