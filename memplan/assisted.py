@@ -166,10 +166,17 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
             f"generation.num_beams: transformers searches no {asked.num_beams} beams with an assistant; say one",
             "generation.num_beams",
         )
-    if asked.cache_implementation not in (None, "dynamic"):
+    if asked.cache_implementation == "legacy":
         raise SpecError(
-            f"generation.cache_implementation: {asked.cache_implementation} is not supported yet with an assistant; "
-            "supported: dynamic",
+            "generation.cache_implementation: legacy is of versions whose assistants are not supported yet; dynamic or "
+            "static",
+            "generation.cache_implementation",
+        )
+    window, room = model.sliding_window, run.batch.sequence + run.batch.new_tokens - 1
+    if asked.cache_implementation == "static" and window is not None and room > window:
+        raise SpecError(
+            f"generation.cache_implementation: a static cache of a window of {window} tokens cannot be cut back to an "
+            f"earlier one, as an assistant needs it of {room}; say dynamic",
             "generation.cache_implementation",
         )
     if run.batch.images:
@@ -353,7 +360,13 @@ def _verifies(decided: Decided, assistant: Assistant, one: Round) -> Step:
         )
         other = _draft(assistant, made, made.proposed - 1)
     return step._replace(
-        beside=beside, other=other, rows=fed, before=one.before + 1, outputs=outputs, proposed=one.proposed
+        room=decided.batch.sequence + decided.batch.new_tokens - 1,
+        beside=beside,
+        other=other,
+        rows=fed,
+        before=one.before + 1,
+        outputs=outputs,
+        proposed=one.proposed,
     )
 
 
@@ -362,7 +375,7 @@ def _over_cache(graph: Graph, now: Pass, fed: int, keys: int, window: int) -> Gr
     wiring = graph.wiring._replace(
         decodes=True, several=fed > 1, images=False, tower="", windowed=bool(window) and keys >= window
     )
-    wiring = wiring._replace(padded=wiring.padded or fed > 1)
+    wiring = wiring._replace(padded=wiring.padded or fed > 1 or now.cache == "static")
     recipe = graph.recipe._replace(copies=False) if fed <= now.few_rows else graph.recipe
     now = now._replace(goes_on=True, longer=bool(window) and keys > window)
     return graph._replace(wiring=wiring, recipe=recipe, inference=now)

@@ -640,6 +640,10 @@ class Serving(Part, frozen=True):
                             of both: the tower is not there
     lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
     lora_cpu_slots          adapters that the host has (vLLM's `max_cpu_loras`); None for as many as there are slots
+    speculative_method      what proposes tokens: `draft_model` (SGLang's STANDALONE), `eagle`, `eagle3`, `mtp` (NEXTN),
+                            `ngram`; None for nothing, or a `draft_model` where one is said
+    draft_model             the smaller model, or the config of EAGLE's head; `draft_weights` what it is stored in
+    num_speculative_tokens  how many are proposed: SGLang's `speculative_num_draft_tokens`, llama.cpp's `draft-max`
     """
 
     weights: str | None = None
@@ -663,6 +667,10 @@ class Serving(Part, frozen=True):
     lora_slots: Natural | None = None
     lora_rank: Count | None = None
     lora_cpu_slots: Natural | None = None
+    speculative_method: Literal["draft_model", "eagle", "eagle3", "mtp", "ngram"] | None = None
+    draft_model: str | InlineModel | None = None
+    draft_weights: str | None = None
+    num_speculative_tokens: Count | None = None
 
 
 class RunSpec(Part, frozen=True):

@@ -587,7 +587,6 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
 
 
 _WARPERS = "transformers 5.24 generation/logits_process.py"
-_MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
 
 
 _TOP_P = (  # what TopPLogitsWarper has names for

@@ -102,7 +102,7 @@ ENGINES = (
             Row("capability", 75, "vllm 0.21.0 docs/getting_started/installation/gpu.cuda.inc.md, and later"),
         ),
         (
-            "audio, speculative decoding, offloaded caches, redundant experts and what DeepEP's kernels hold",
+            "audio, offloaded caches, redundant experts and what DeepEP's kernels hold",
             "workspaces of attention backends, and what kernels of quantised weights repack, but for mxfp4",
             "encoder-decoders",
         ),
@@ -155,7 +155,7 @@ ENGINES = (
             Row("state_share", 900, "sglang 0.5.23 arg_groups/fields/schedule.py mamba_full_memory_ratio"),
         ),
         (
-            "audio, speculative decoding, hierarchical caches, and what DeepEP's kernels hold",
+            "audio, graphs of drafts, hierarchical caches, and what DeepEP's kernels hold",
             "encoder-decoders, and DeepSeek V4's pools",
         ),
     ),

@@ -704,6 +704,23 @@ def estimate(
     lora_cpu_slots: Annotated[
         int | None, option("Adapters on the host (vLLM's max_cpu_loras). Default as many as slots.", of=SERVING)
     ] = None,
+    speculative_method: Annotated[
+        str | None,
+        option(
+            "What proposes tokens: draft_model, eagle, eagle3, mtp, ngram. Default nothing, or a --draft-model.",
+            of=SERVING,
+            complete=_choices("draft_model", "eagle", "eagle3", "mtp", "ngram"),
+        ),
+    ] = None,
+    draft_model: Annotated[
+        str | None, option("A smaller model that proposes tokens, or EAGLE's head's config. Default none.", of=SERVING)
+    ] = None,
+    draft_weights: Annotated[
+        str | None, option("What its weights are stored in. Default the model's dtype.", of=SERVING)
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, option("Tokens proposed in a step. Default as the engine has it.", of=SERVING)
+    ] = None,
     gpu: Annotated[
         list[str] | None,
         option(

@@ -85,6 +85,10 @@ FIELDS = {
     "lora_slots": "serving.lora_slots",
     "lora_rank": "serving.lora_rank",
     "lora_cpu_slots": "serving.lora_cpu_slots",
+    "speculative_method": "serving.speculative_method",
+    "draft_model": "serving.draft_model",
+    "draft_weights": "serving.draft_weights",
+    "num_speculative_tokens": "serving.num_speculative_tokens",
     "profile": "profile",
 }
 

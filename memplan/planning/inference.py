@@ -198,6 +198,8 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:
         whole = quantization is None or quantization.backend in UNPACKED
         return Load(model, UNQUANTISED if whole else quantization, dtype, tp=run.parallelism.tp, recorded=False), ""
     s = settled(run)
+    if s.draft is not None:
+        return None, "how many of the proposed tokens are accepted is in the text"
     if s.engine.kind == "llama.cpp":
         if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
             return None, "how fast layers are that the host has is not known"

@@ -82,11 +82,10 @@ def assist(
 @contextmanager
 def _rounds(base: Any, over: Callable[[], None]) -> Generator[None]:
     """While inside, `over` is called when the model's first round is."""
-    model_class: Any = type(base)
-    make: Any = model_class._get_candidate_generator
+    make: Any = base._get_candidate_generator
 
     def _get_candidate_generator(**given: Any) -> Any:
-        generator: Any = make(base, **given)
+        generator: Any = make(**given)
         update: Any = generator.update_candidate_strategy
 
         def first(*args: Any, **kwargs: Any) -> None:
@@ -112,6 +111,8 @@ def _without_data(padded: bool) -> Generator[None]:
     mixin, lookup = utils.GenerationMixin, candidates.PromptLookupCandidateGenerator
     criteria_of, unfinished, find = mixin._get_stopping_criteria, mixin._has_unfinished_sequences, lookup.get_candidates
 
+    asked_of: Callable[..., Any] = utils.StoppingCriteriaList.__call__
+
     class Watched(utils.StoppingCriteriaList):
         """Notes whether the longest sequence of its model is there."""
 
@@ -119,8 +120,7 @@ def _without_data(padded: bool) -> Generator[None]:
 
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             self.owner._is_long_enough = input_ids.shape[1] >= self.max_length
-            done: Any = super().__call__(input_ids, scores, **kwargs)  # pyright: ignore[reportUnknownMemberType]
-            return done
+            return asked_of(self, input_ids, scores, **kwargs)
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         watched = Watched(criteria_of(self, *args, **kwargs))

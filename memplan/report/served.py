@@ -7,6 +7,7 @@ from typing import Any
 
 from memplan.answer import Estimate
 from memplan.report import words
+from memplan.spec import Serving
 from memplan.stored import UNQUANTISED
 from memplan.units import gib
 
@@ -52,11 +53,20 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("requests", f"{run.batch.micro:,} of {s.get('context', 0):,} tokens at once"),
         ("steps", f"{settings.max_num_batched_tokens:,} tokens of {_requests(settings.max_num_seqs)} at most"),
     ]
+    if settings.speculative_method:
+        text.append(("speculation", _speculation(settings)))
     if settings.lora_slots:
         text.append(("adapters", f"{settings.lora_slots} slots of rank {settings.lora_rank}"))
     if run.parallelism.world > 1:
         text.append(("GPUs", ", ".join(_gpus(answer))))
     return text
+
+
+def _speculation(s: Serving) -> str:
+    """What proposes tokens, and how many."""
+    named = s.draft_model if isinstance(s.draft_model, str) else ""
+    by = f"{s.speculative_method}{f' {named}' if named else ''}"
+    return f"{by}, {s.num_speculative_tokens:,} tokens a step"
 
 
 def _gpus(answer: Estimate) -> Iterator[str]:

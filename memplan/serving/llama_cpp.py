@@ -30,6 +30,8 @@ def pool(s: Settings, available: int) -> Slots:
     del available
     slots, longest = s.serving.max_num_seqs or 1, padded(s.longest)
     total = sum(_layer(s, c, slots, longest) for c in s.caches)
+    if s.draft is not None and s.draft.settings is not None:  # a context of its own, as long and of as many slots
+        total += pool(s.draft.settings, 0).total
     return Slots(longest * slots, slots, total, longest)
 
 

@@ -11,6 +11,7 @@ from memplan.catalogue.served import Instant, instants, parts_of_rank
 from memplan.catalogue.served_compressed import LOGITS
 from memplan.catalogue.served_towers import MADE, tower_instants
 from memplan.serving.compressed import MODEL_TYPE, room_of
+from memplan.serving.draft import step_of
 from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings
 from memplan.units import ITEMSIZE
@@ -49,7 +50,9 @@ def largest(s: Settings, tokens: int, requests: int, profiled: bool = False) -> 
         buffer = compute_buffer(one)
         alive = tuple(Alive(what, "", dims, "", bytes_) for what, dims, bytes_ in buffer.alive)
         source = "llama.cpp src/llama-context.cpp sched_reserve, without data, and the logs that tests hold it to"
-        return Step(buffer.where, alive, source, "measured")
+        draft = step_of(s, tokens, requests)  # whose context has a buffer of its own
+        beside = tuple(a._replace(what=f"draft: {a.what}") for a in draft.alive) if draft is not None else ()
+        return Step(buffer.where, (*alive, *beside), source, "measured")
     r, stage = s.ranks, s.stage
     axes = {**parts_of_rank(s.model, s.tp, r.dense, r.etp), "s": tokens, "n": min(tokens, requests), "most": s.steps}
     axes["all"] = tokens * r.sharing
@@ -63,7 +66,8 @@ def largest(s: Settings, tokens: int, requests: int, profiled: bool = False) -> 
     room = s.words.get("experts_room", "shared")
     whole = instants(s.model, r.dense, s.words["sampler"], eager, layers, *ends, gathered, room)
     found = [_step(s, instant, axes) for instant in (*whole, *_encoder(s, axes, whole if profiled else ()))]
-    return max(found, key=lambda step: step.bytes)
+    draft = step_of(s, tokens, requests)
+    return max((*found, *((draft,) if draft is not None else ())), key=lambda step: step.bytes)
 
 
 def _encoder(s: Settings, axes: dict[str, int], steps: tuple[Instant, ...]) -> tuple[Instant, ...]:

@@ -88,6 +88,7 @@ class Blocks(NamedTuple):
     longest: int
     by_group: bool  # tokens are counted as blocks of one group
     reserved: int  # blocks that are never given out
+    ahead: int = 0  # slots of a request beyond its tokens, but for those beyond the longest request
 
     @property
     def blocks(self) -> int:
@@ -113,6 +114,7 @@ class Blocks(NamedTuple):
 
     def of_request(self, context: int) -> int:
         """Blocks that one request of so many tokens holds."""
+        context = max(context, min(context + self.ahead, self.longest))
         return sum(g.blocks_of(context, self.in_flight) for g in self.groups)
 
     def concurrency(self, context: int) -> Fraction:
@@ -135,6 +137,7 @@ class Tokens(NamedTuple):
 
     full, sliding  slots, and bytes of one in all such layers
     states         states that requests may have, beside one that pads; None where there are none
+    more_bytes     what a draft's slot takes beyond what was counted for it when slots were (negative: less)
     """
 
     full: int
@@ -146,6 +149,7 @@ class Tokens(NamedTuple):
     states: int | None = None
     state_bytes: int = 0
     per_request: int = 1
+    more_bytes: int = 0
 
     @property
     def blocks(self) -> int:
@@ -170,7 +174,7 @@ class Tokens(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        slots = self.full * self.full_bytes + self.sliding * self.sliding_bytes
+        slots = self.full * (self.full_bytes + self.more_bytes) + self.sliding * self.sliding_bytes
         return slots + (self.states + 1) * self.state_bytes if self.states else slots
 
     def _slots(self, context: int) -> tuple[int, int]:

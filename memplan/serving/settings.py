@@ -11,6 +11,7 @@ from memplan.catalogue.engines import ENGINES, Engine, decided, find_engine
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, find_gpu
 from memplan.models import ModelSpec
+from memplan.serving.draft import Draft, decide
 from memplan.serving.parallel import Ranks, attention_free, ranks_of, stages_of
 from memplan.serving.stages import Stage
 from memplan.spec import (
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
     batch: int
     ranks: Ranks
     stage: Stage
+    draft: Draft | None = None
 
     @property
     def tp(self) -> int:
@@ -137,7 +139,7 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
             "(batch.sequence and batch.new_tokens)",
             "serving.max_model_len",
         )
-    return Settings(
+    found = Settings(
         engine,
         frozen(words),
         model,
@@ -151,6 +153,19 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
         ranks,
         stages_of(engine, model, ranks, serving)[0],
     )
+    draft = decide(run, found)
+    return found if draft is None else _drafting(run, found._replace(draft=draft))
+
+
+def _drafting(run: RunSpec, s: Settings) -> Settings:
+    """The settings with what speculative decoding changes of them: SGLang has 48 requests at once, where nothing is
+    said. Source: sglang 0.5.23 arg_groups/speculative_hook.py _handle_eagle_family, _handle_ngram."""
+    draft = s.draft
+    assert draft is not None
+    fields: dict[str, Any] = {"speculative_method": draft.method, "num_speculative_tokens": draft.tokens}
+    if s.engine.kind == "sglang" and run.serving.max_num_seqs is None:
+        fields["max_num_seqs"] = 48
+    return s._replace(serving=s.serving.model_copy(update=fields))
 
 
 def _filled(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from memplan.catalogue.caches import CONVOLUTION, LayerCache
 from memplan.errors import SpecError
 from memplan.models import ModelSpec
+from memplan.serving.draft import layers_of
 from memplan.serving.parallel import Ranks, each
 from memplan.serving.pool import Tokens
 from memplan.serving.settings import Settings
@@ -76,6 +77,16 @@ def pool(s: Settings, available: int) -> Tokens:
         return Tokens(s.longest, 0, page, states=states, state_bytes=state, per_request=per_request)
     if not s.serving.hybrid_cache:
         full, sliding = full + sliding, 0
+    drafted = layers_of(s)
+    if drafted and (sliding or state):
+        raise SpecError(
+            f"serving.speculative_method: drafts of layers with windows or states are not supported yet with "
+            f"{s.engine.name}",
+            "serving.speculative_method",
+        )
+    # it takes a draft's layers to be as wide as the model's: model_executor/pool_configurator.py
+    share = full * len(drafted) // max(1, len(layers))
+    more, full = sum(_token(s, c) for c in drafted) - share, full + share
     if full and sliding:
         share = s.words["window_share"]
         slots = available * 1000 // (1000 * full + share * sliding) // page * page
@@ -83,7 +94,7 @@ def pool(s: Settings, available: int) -> Tokens:
         return Tokens(slots, full, page, windowed, sliding, window, states, state, per_request)
     slots = available // (full or sliding) // page * page
     if full:
-        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=per_request)
+        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=per_request, more_bytes=more)
     return Tokens(0, 0, page, slots, sliding, window, states, state, per_request)
 
 

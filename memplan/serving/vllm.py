@@ -12,6 +12,7 @@ from typing import NamedTuple
 from memplan.catalogue.caches import CONVOLUTION, LayerCache, Part, caches
 from memplan.errors import SpecError
 from memplan.serving import compressed
+from memplan.serving.draft import ahead_of, layers_of
 from memplan.serving.pool import Blocks, Group, block_bytes
 from memplan.serving.settings import Settings
 from memplan.units import ITEMSIZE
@@ -38,6 +39,7 @@ def pool(s: Settings, available: int) -> Blocks:
         s.longest,
         s.words["group_tokens"],
         int(s.words["null_block"]),
+        ahead_of(s),
     )
 
 
@@ -56,8 +58,9 @@ def groups_of(s: Settings) -> tuple[Group, ...]:
     if s.model.model_type == compressed.MODEL_TYPE:
         return compressed.groups_of(s)
     every = caches(s.model)
-    layers = [c for c in every if c.parts]
+    layers = [c for c in (*every, *layers_of(s)) if c.parts]
     here = [s.stage.first <= i < s.stage.last for i, c in enumerate(every) if c.parts]
+    here += [True] * (len(layers) - len(here))
     kinds = [_kind(s, c) for c in layers]
     if not s.serving.hybrid_cache and len(set(kinds)) > 1:
         kinds = [k._replace(kind="full", window=0) if k.kind in ("sliding", "chunked") else k for k in kinds]

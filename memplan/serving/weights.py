@@ -13,6 +13,7 @@ from memplan.catalogue.repacked import Kernel, mxfp4_kernel
 from memplan.models import ModelSpec
 from memplan.schemes import FIELD
 from memplan.serving.adapters import slot
+from memplan.serving.draft import held_of
 from memplan.serving.pictures import VIDEOS, seen
 from memplan.serving.settings import Settings
 from memplan.serving.shares import here, of_rank
@@ -59,7 +60,7 @@ def held(s: Settings) -> tuple[Held, ...]:
         Held(_NAMES.get(group, group), group, count, dtype, bytes_, source, basis)
         for (group, dtype, source, basis), (count, bytes_) in found.items()
     ]
-    return (*out, *_tables(s), *_adapters(s), *_runner(s))
+    return (*out, *_tables(s), *_adapters(s), *_runner(s), *held_of(s))
 
 
 _NAMES = {"embedding": "embeddings", "norm": "norms", "lm_head": "head", "router": "routers"}
@@ -133,7 +134,8 @@ def _runner(s: Settings) -> Iterator[Held]:
         source = "vllm 0.33.0 v1/worker/gpu/sample"
         counts = requests * vocabulary * 4
         yield Held("counts of the tokens of every request", TABLE, 1, "int32", counts, f"{source}/penalties.py")
-        masks = 2 * requests * -(-vocabulary // 32) * 4
+        rows = requests * (2 + (s.draft.tokens if s.draft else 0))  # each proposed token may be masked
+        masks = rows * -(-vocabulary // 32) * 4
         yield Held("masks of the vocabulary", TABLE, 2, "int32", masks, f"{source}/penalties.py, structured_outputs.py")
         rows = requests * 4 * (_BIASES + _BAD_WORDS + _LOGPROBS)
         yield Held("what requests ask of sampling", TABLE, 7, "int32", rows, f"{source}/logit_bias.py, bad_words.py")

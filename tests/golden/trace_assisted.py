@@ -71,6 +71,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "llama, math": small("llama", "llama", kernels={"attention": "sdpa_math"}),
     "llama, efficient": small("llama", "llama", kernels={"attention": "sdpa_efficient"}),
     "llama, flash attention 2": small("llama", "llama", kernels={"attention": "flash_attention_2"}),
+    "llama, static": small("llama", "llama", generation={"cache_implementation": "static"}),
+    "llama, static, eager": {
+        **small("llama", "llama", generation={"cache_implementation": "static"}, kernels={"attention": "eager"}),
+        "within": 5e-3,
+    },
     "llama, padded": small("llama", "llama", loop={"padded": True}),
     "llama, fp32": small("llama", "llama", precision="fp32"),
     "llama, assistant in fp32": small("llama", "llama", generation={"assistant_dtype": "fp32"}),

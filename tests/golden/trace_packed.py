@@ -261,7 +261,9 @@ def trace(fields: dict[str, Any], config: dict[str, Any], given: Any) -> dict[st
 
         def load(*_: Any) -> Any:
             more = {"attn_implementation": "eager", **({"quantization_config": given} if given is not None else {})}
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **more).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, device_map="cpu", **more
+            ).eval()
             if hasattr(model, "ct_decompress_hook"):
                 for hook in [*model._forward_pre_hooks.values()]:
                     hook(model, ())
