@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memplan.batches import axes_of_images, lengths
+from memplan.caching import decided_cache, stored_of
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
@@ -91,13 +92,12 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         caching=caches or words["forward_caches"],
         last_only=generates and words["last_logits"],
     )
-    generation = run.generation.model_copy(
-        update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
-    )
+    generation = decided_cache(run.generation, words, run.profile) if generates else run.generation
     if generation.do_sample and generation.num_beams > 1:
         raise SpecError(
             "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
         )
+    stored = stored_of(generation, model, batch)
     now = Pass(
         "prefill" if generates else "forward",
         generation.cache_implementation or ("dynamic" if wiring.caching else ""),
@@ -109,7 +109,9 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         generation.num_beams > 1,
         generation.do_sample,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
+        stored=stored,
     )
+    wiring = wiring._replace(handed_back=stored is not None)
     graph = Graph(
         model,
         recipe,

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Line, Phase, Rank
+from memplan.catalogue import quantized_caches
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.packed import MANY_ROWS
 from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
@@ -36,12 +37,14 @@ from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
 
 if TYPE_CHECKING:
+    from memplan.catalogue.quantized_caches import Stored
     from memplan.resolve import Decided
 
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`. A static cache has `room` for so many. `division`: its weights are divided
+    layer with a window has `past_window`. A static cache has `room` for so many. Of a quantised one `quantized` are so
+    before the pass, and the rest of its `past` waits. `division`: its weights are divided
     among ranks."""
 
     graph: Graph
@@ -51,7 +54,21 @@ class Step(NamedTuple):
     past_window: int = 0
     window: int = 0
     room: int = 0
+    quantized: int = 0
     division: Division | None = None
+
+    @property
+    def residual(self) -> int:
+        """Tokens of a quantised cache that were not quantised when the pass began."""
+        return self.past - self.quantized
+
+    @property
+    def residual_after(self) -> int:
+        """Those when it is over."""
+        now = self.graph.inference
+        if now is None or now.stored is None:
+            return 0
+        return now.stored.after(self.quantized, self.residual, self.fed)[1]
 
     @property
     def phase(self) -> str:
@@ -84,7 +101,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
     room = prompt + batch.new_tokens - 1
     found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
-    for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
+    for past in _decoding(prompt, last, now.stored) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
         static = now.cache == "static"  # which attention sees through a mask
         wiring = graph.wiring._replace(
@@ -97,13 +114,34 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         lingers = past == prompt and not now.last_only
         unpacks = bool(many) and rows >= many
         token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
+        quantized = 0
+        if now.stored is not None:
+            quantized = _quantized(prompt, past, now.stored)
+            anew = now.stored.after(quantized, past - quantized, 1)[0] != quantized
+            token = token._replace(anew=anew and now.stored.grouped)
+            wiring = wiring._replace(handed_back=False)
         one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
         if decided.beams > 1 and window:  # but a copy in another order is of the window alone
             kept = min(past, window - 1)
-        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room))
+        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room, quantized))
     return tuple(found)
+
+
+def _decoding(prompt: int, last: int, stored: Stored | None) -> Iterable[int]:
+    """The tokens before each of the passes that decode and are walked: the first and the last. Of a quantised cache
+    also the last that quantises all anew, with the one before it, when most tokens wait."""
+    found = {prompt, last}
+    if stored is not None and stored.grouped:
+        anew = prompt + (last + 1 - prompt) // stored.residual * stored.residual - 1
+        found |= {past for past in (anew - 1, anew) if past >= prompt}
+    return sorted(found)
+
+
+def _quantized(prompt: int, past: int, stored: Stored) -> int:
+    """How many of the tokens before a pass are quantised, one having been added to the prompt after the other."""
+    return prompt + (past - prompt) // stored.residual * stored.residual if stored.grouped else past
 
 
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
@@ -117,6 +155,9 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "kv_static": step.room,
         "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
         "kernel1": fixed.get("kernel", 0) + 1,
+        quantized_caches.QUANTIZED: step.quantized,
+        quantized_caches.RESIDUAL: step.residual,
+        quantized_caches.AFTER: step.residual_after,
     }
     if step.graph.model.config.get("index_topk"):
         more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
@@ -379,4 +420,4 @@ def replayed(
         else:
             before = next(given, None)  # what was left comes first, as it is
             blocks[number] = before or (recording.sizes[key], allocator.alloc(bytes_[key]))
-    return list(blocks.values())
+    return [blocks[number] for number in recording.left]

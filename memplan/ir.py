@@ -31,7 +31,8 @@ class Tensor(NamedTuple):
     """One storage.
 
     `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), or `""` for what
-    torch's type promotion makes of the operation's inputs, or `"=x"` for the dtype of the tensor `x`.
+    torch's type promotion makes of the operation's inputs, or `"=x"` for the dtype of the tensor `x`. Behind any
+    of them `/n` says that there is one for every n elements of the shape.
     """
 
     name: str

@@ -34,6 +34,7 @@ FLOORS = (
             "tensors",
             "inference",
             "generation",
+            "caching",
         ),
         *("serving", "also", "saving"),
     },

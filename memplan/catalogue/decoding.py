@@ -7,6 +7,9 @@ the operations of the cache take that one's place, and what the kernel after it 
     kv, past                all tokens so far, and those before this pass
     kv_window, past_window  the same of a layer that keeps those of its window
     kv_static               those that a cache of fixed size has room for
+    quantized, residual     those of a quantised cache that were quantised before this pass, and that were not
+
+What a quantised cache makes of them is in `memplan.catalogue.quantized_caches`.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from memplan.catalogue import ops
+from memplan.catalogue import ops, quantized_caches
+from memplan.catalogue.quantized_caches import Stored
 from memplan.ir import Block, Op, Run, Stack, Tensor
 
-Cache = Literal["", "dynamic", "static", "legacy"]
+Cache = Literal["", "dynamic", "static", "legacy", "quantized", "offloaded", "offloaded_static"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
@@ -61,6 +65,8 @@ class Pass(NamedTuple):
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
+    stored      how a quantised cache stores keys and values
+    anew        there are so many that were not quantised that all are, anew
     """
 
     phase: str
@@ -75,6 +81,8 @@ class Pass(NamedTuple):
     lingers: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
+    stored: Stored | None = None
+    anew: bool = False
 
     @property
     def generates(self) -> bool:
@@ -208,6 +216,12 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                 yield from _written(op, tensors, now)
                 if now.longer and op.caches == "kv_window" and not now.decodes:  # they are handed back as they came
                     continue
+            elif now.stored is not None:
+                new = [(t, _named(t.name)) for t in tensors]
+                if not now.decodes:  # they are handed back as they came
+                    yield from quantized_caches.prompt(op.name, new, _keyed, now.stored, now.beams)
+                    continue
+                yield from quantized_caches.tokens(op.name, new, _keyed, axis, now.stored, now.anew, now.beams)
             else:
                 yield from _update(op, tensors, now)
             names |= {name: _named(name) for name in op.reads}
@@ -221,7 +235,7 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield op
 
 
-_REORDERED = ("key cache", "value cache", "latent cache")
+_REORDERED = ("key cache", "value cache", "latent cache", "key cache residual", "value cache residual")
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
 

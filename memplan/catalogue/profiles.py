@@ -42,6 +42,7 @@ WORDS = {
     "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, or none",
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
+    "further_caches": "generate has quantised and offloaded caches, and reads prompts in chunks, as in 5.24",
     "forward_caches": "a forward pass keeps keys, values and states though it is asked not to",
     "last_logits": "generation asks the model for the last token's logits alone",
     "gptq-int4": "the kernel of GPTQ's 4 bits where it makes something beside its output (catalogue/packed.py)",
@@ -154,6 +155,7 @@ PROFILES = (
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
             Row("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
+            Row("further_caches", True, "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
             Row(
                 "gptq-int4", "", "gptqmodel 7.7 utils/importer.py: Marlin comes before ExLlama, and has no such buffers"
             ),
@@ -222,6 +224,7 @@ PROFILES = (
                 "autoawq 0.2.9 models/base.py BaseAWQForCausalLM.save_quantized: every tensor cloned",
             ),
             Row("few_rows", 1, "bitsandbytes 0.45 autograd/_functions.py matmul_4bit"),
+            Row("further_caches", False, "transformers 4.51.3 cache_utils.py QuantizedCache: not read"),
             Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
             Row("tensor_parallel", "", "transformers 4.51.3 integrations/tensor_parallel.py: not read"),
             Row("keeps_matrix", False, "auto-gptq 0.7 qlinear_tritonv2.py QuantLinearFunction"),
@@ -608,6 +611,7 @@ PROFILES = (
             Row("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
             Row("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
             Row("cache", "static", "litgpt 0.5.3 generate/base.py main: set_kv_cache, for all tokens"),
+            Row("further_caches", False, "litgpt 0.5.3 model.py KVCache: none but that"),
             Row("last_logits", False, "litgpt 0.5.3 model.py GPT.forward"),
             Row("few_rows", 1, "bitsandbytes 0.42 autograd/_functions.py matmul_4bit"),
             Row("warms", "", "litgpt 0.5.3 generate/base.py main: init_module on the GPU, tensor by tensor"),

@@ -217,6 +217,10 @@ class Tape:
                         self.of_copies(storage, run)
         return found
 
+    def lasting(self, held: str) -> list[Storage]:
+        """What is held so, in the order of the operations that made or found it."""
+        return self._held.get(held, [])
+
     def note(self) -> None:
         """Write the moment down, if memory rose since the last one."""
         if self._rising:

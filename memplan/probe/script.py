@@ -220,7 +220,7 @@ class Script:
                 options |= self._cache(given_as)
                 mask = options.pop("attention_mask", None)
                 padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
-                outputs = model(input_ids=ids, attention_mask=mask if padded else None, **options, **keeps)
+                outputs = self._read(ids, mask if padded else None, given_as, {**options, **keeps})
                 del inputs, options
                 cache, token = getattr(outputs, given_as), chooser.token(outputs)
                 del outputs
@@ -237,16 +237,30 @@ class Script:
                 del token, cache
                 chooser.forget()
 
+    def _read(self, ids: Any, mask: Any, given_as: str, options: dict[str, Any]) -> Any:
+        """What the model returns of a prompt, or of the last part of one that is read in parts; the name of what it
+        returned of a part stays until it has returned the next.
+
+        Source: transformers 5.24 generation/utils.py _prefill.
+        """
+        parts = torch.split(ids, self.run.generation.prefill_chunk_size or ids.shape[-1], dim=-1)
+        outputs, read = None, 0
+        for part in parts:
+            read += part.shape[-1]
+            seen = None if mask is None else mask[:, :read]
+            outputs = self.model(input_ids=part, attention_mask=seen, **options)
+            options[given_as] = getattr(outputs, given_as)
+        return outputs
+
     def _cache(self, name: str) -> dict[str, Any]:
         """The cache that generation makes before the model is called, by the name the model has for it.
 
         Source: transformers 5.24 generation/utils.py _prepare_cache_for_generation.
         """
-        batch, config = self.run.batch, base_of(self.model).config.get_text_config(decoder=True)
-        if self.run.generation.cache_implementation != "static":
-            return {}
-        longest = batch.sequence + batch.new_tokens - 1
-        return {name: library("transformers").StaticCache(config=config, max_cache_len=longest)}
+        from memplan.probe.caches import cache_of
+
+        made = cache_of(self.run, base_of(self.model).config.get_text_config(decoder=True))
+        return {} if made is None else {name: made}
 
     def _attention(self) -> AbstractContextManager[None]:
         """torch's choice of attention kernel, narrowed where the run names one."""

@@ -1,0 +1,160 @@
+"""The further caches of transformers' generate: against traces, the arithmetic of what they store, and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import rows
+from memplan import RunSpec, estimate
+from memplan.answer import phase_peaks
+from memplan.errors import MemplanError
+from memplan.inference import walk
+from memplan.resolve import decide
+from memplan.units import rounded
+from tests.sampling import sampled
+from tests.test_generating import without_workspace
+from tests.tiny import TINY
+
+CASES: list[dict[str, Any]] = sampled(rows("traced_caches.jsonl"), 16)
+
+
+def label(case: dict[str, Any]) -> str:
+    generation = case["run"]["generation"]
+    words = [generation.get("cache_implementation", ""), *map(str, generation.get("cache_config", {}).values())]
+    return "-".join([case["name"], *filter(None, words), f"n{case['run']['batch']['new_tokens']}"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_every_pass_is_at_its_trace(case: dict[str, Any]) -> None:
+    mine = without_workspace(estimate(RunSpec(**case["run"])))
+    names = 512 if case["run"]["generation"].get("num_beams") else 0  # the loop's name for the order of beams
+    for phase, bytes_ in case["phases"].items():
+        if phase != "load":
+            assert mine[phase] == pytest.approx(bytes_, rel=1e-5, abs=names), phase
+
+
+# --- what a quantised cache is made of
+
+
+def generating(model: Any = "llama-3.1-8b", **fields: Any) -> RunSpec:
+    return RunSpec(**{"model": model, "task": "generate", **fields})
+
+
+def quantised(model: Any = "llama-3.1-8b", batch: Any = None, **config: Any) -> RunSpec:
+    generation = {"cache_implementation": "quantized", "cache_config": config}
+    return generating(model, batch=batch or {"sequence": 4096, "new_tokens": 200}, generation=generation)
+
+
+def left(run: RunSpec, step: int = -1) -> dict[str, int]:
+    """Bytes of each kind of tensor that a pass leaves."""
+    walked = walk(decide(run))
+    found: dict[str, int] = {}
+    for name, bytes_ in walked.left(walked.steps[step], walked.axes[step]):
+        what = name.removesuffix(" before")  # found, and left as it was
+        found[what] = found.get(what, 0) + bytes_
+    return found
+
+
+LAYERS, HEADS, WIDTH = 32, 8, 128  # of Llama-3.1-8B
+
+
+@pytest.mark.parametrize(
+    ("config", "per_byte"), [({}, 2), ({"nbits": 2}, 4), ({"backend": "hqq", "nbits": 8}, 1), ({"backend": "hqq"}, 2)]
+)
+def test_codes_have_their_bits_and_groups_a_scale_and_a_zero_point(config: dict[str, Any], per_byte: int) -> None:
+    kept = left(quantised(**config))
+    # of 199 tokens after the prompt 128 were quantised with it, and 71 wait
+    numbers = (4096 + 128) * HEADS * WIDTH
+    for what in ("key", "value"):
+        assert kept[f"{what} cache codes"] == LAYERS * rounded(numbers // per_byte)
+        assert kept[f"{what} cache scales"] == kept[f"{what} cache zero points"] == LAYERS * rounded(numbers // 64 * 2)
+        assert kept[f"{what} cache residual"] == LAYERS * rounded(71 * HEADS * WIDTH * 2)
+
+
+def test_three_bits_are_ten_to_four_bytes_in_columns_filled_to_tens() -> None:
+    kept = left(quantised(backend="hqq", nbits=3))
+    assert kept["key cache codes"] == LAYERS * rounded((4096 + 128) * HEADS * WIDTH // 64 * 7 * 4)
+
+
+def test_fp8_has_a_byte_a_number_and_one_scale() -> None:
+    kept = left(quantised(backend="fp8"))
+    assert kept["key cache codes"] == LAYERS * rounded((4096 + 199) * HEADS * WIDTH)
+    assert kept["value cache scale"] == LAYERS * 512
+    assert not any("residual" in what for what in kept)
+
+
+def test_a_quantised_cache_takes_less_of_many_tokens_and_its_prompt_takes_more() -> None:
+    batch = {"micro": 8, "sequence": 8192, "new_tokens": 100}
+    plain, few = (phase_peaks(estimate(r)) for r in (generating(batch=batch), quantised(batch=batch)))
+    # a layer's keys and values in 16 bits are 2 x 8 x 8192 x 8 x 128 x 2 bytes; 32 of them shrink to 9/32
+    assert plain["decode"] - few["decode"] > 0.6 * 32 * 2 * 8 * 8192 * 8 * 128 * 2
+    assert few["decode"] < few["prefill"]
+
+
+def test_the_pass_that_quantises_all_anew_takes_the_most() -> None:
+    short, long = (
+        phase_peaks(estimate(quantised(batch={"micro": 4, "sequence": 8192, "new_tokens": n})))["decode"]
+        for n in (128, 129)
+    )
+    one = 4 * 8192 * HEADS * WIDTH * 2
+    assert short + one < long  # 128 new tokens take 127 passes, of which none does
+
+
+def test_what_is_decided_is_in_the_answers_run() -> None:
+    config = estimate(generating(generation={"cache_implementation": "quantized"})).run.generation.cache_config
+    assert config is not None
+    assert config.model_dump() == {
+        "backend": "quanto",
+        "nbits": 4,
+        "axis_key": 0,
+        "axis_value": 0,
+        "q_group_size": 64,
+        "residual_length": 128,
+    }
+
+
+# --- what cannot be
+
+KIND, CONFIG = "generation.cache_implementation", "generation.cache_config"
+REFUSED: dict[str, dict[str, Any]] = {
+    f"{CONFIG}: is of a quantised cache, and dynamic is none": {"generation": {"cache_config": {}}},
+    f"{CONFIG}.nbits: 8 is none of quanto's; known: 2, 4": {"config": {"nbits": 8}},
+    f"{CONFIG}.axis_key: 1 is none of quanto's; known: 0, -1": {"config": {"axis_key": 1}},
+    f"{CONFIG}.axis_value: -1 is none of hqq's; known: 0, 1": {"config": {"backend": "hqq", "axis_value": -1}},
+    f"{CONFIG}.axis_key: what hqq stores in 3 bits": {"config": {"backend": "hqq", "nbits": 3, "axis_key": 1}},
+    f"{CONFIG}.nbits: fp8 has one scale": {"config": {"backend": "fp8", "nbits": 4}},
+    f"{CONFIG}.q_group_size: 96 does not divide": {"config": {"q_group_size": 96}},
+    f"{CONFIG}.q_group_size: 63 makes 63 rows of codes": {
+        "config": {"backend": "hqq", "q_group_size": 63},
+        "batch": {"sequence": 63},
+    },
+    "has layers of sliding_attention; dynamic": {"config": {}, "model": "gemma-3-1b"},
+    "has layers of linear_attention; dynamic": {
+        "config": {},
+        "model": {"config": {"model_type": "mamba", **TINY["mamba"]}},
+    },
+    "has layers of indexed_attention; dynamic": {
+        "config": {},
+        "model": {"config": {"model_type": "deepseek_v32", **TINY["deepseek_v32"]}},
+    },
+    f"{KIND}: quantized is not supported yet with profile transformers-4.51": {
+        "config": {},
+        "profile": "transformers-4.51",
+    },
+    "serving.cache_dtype: transformers-5 keeps keys and values in the model's dtype": {
+        "serving": {"cache_dtype": "fp8"}
+    },
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_transformers_does_not_do_is_refused_in_a_line(said: str) -> None:
+    fields = dict(REFUSED[said])
+    if "config" in fields:
+        fields["generation"] = {"cache_implementation": "quantized", "cache_config": fields.pop("config")}
+    with pytest.raises(MemplanError) as caught:
+        estimate(generating(**{"model": "qwen2.5-0.5b", **fields}))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
