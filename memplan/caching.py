@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memplan.catalogue.caches import LayerCache, caches
+from memplan.catalogue.decoding import Cache
 from memplan.catalogue.quantized_caches import AXES, NBITS, Stored
 from memplan.errors import SpecError
+from memplan.families.gemma import REUSED
 from memplan.models import ModelSpec
 from memplan.spec import Batch, CacheConfig, Generation
 
@@ -29,13 +31,18 @@ _TYPES = {
 }
 
 
+def kind_of(generation: Generation) -> Cache:
+    """What is asked for, by the name that it has now; empty where nothing is."""
+    kind = generation.cache_implementation
+    return "offloaded_static" if kind == "offloaded_hybrid" else kind or ""
+
+
 def decided_cache(generation: Generation, words: Mapping[str, Any], profile: str) -> Generation:
     """What keeps keys and values, the profile's own where nothing is asked.
 
     Raises SpecError for what the profile's library does not have, or a cache of another kind has no use for.
     """
-    kind = generation.cache_implementation or words["cache"]
-    kind = {"offloaded_hybrid": "offloaded_static"}.get(kind, kind)  # the old name of the same
+    kind = kind_of(generation) or words["cache"]
     newer = kind in ("quantized", "offloaded", "offloaded_static")
     if newer and not words["further_caches"]:
         raise SpecError(
@@ -43,7 +50,7 @@ def decided_cache(generation: Generation, words: Mapping[str, Any], profile: str
             f"{kind} with transformers-5",
             _KIND,
         )
-    if kind.startswith("offloaded") or generation.prefill_chunk_size is not None:
+    if generation.prefill_chunk_size is not None:
         raise SpecError("generation: not supported yet", "generation")
     if generation.cache_config is not None and kind != "quantized":
         raise SpecError(f"{_CONFIG}: is of a quantised cache, and {kind} is none; say {_KIND} quantized", _CONFIG)
@@ -86,6 +93,21 @@ def stored_of(generation: Generation, model: ModelSpec, batch: Batch) -> Stored 
                 field = f"{_CONFIG}.q_group_size"
                 raise SpecError(f"{field}: {how.group} {wrong}, of the {part.name} of {tokens:,} tokens", field)
     return how
+
+
+def refuse_cache(kind: str, model: ModelSpec) -> None:
+    """Raise SpecError for a cache that transformers, or memplan yet, does not keep of the model's layers."""
+    name = model.name or model.model_type
+    if kind == "offloaded" and any(map(_indexed, caches(model))):
+        raise SpecError(
+            f"{_KIND}: transformers' {kind} cache joins {name}'s index keys in host memory with those on the card, and "
+            "ends with an error; dynamic is without",
+            _KIND,
+        )
+    if kind == "offloaded_static" and any(map(_indexed, caches(model))):
+        raise SpecError(f"{_KIND}: {kind} is not supported yet for {name}, which has index keys; dynamic is", _KIND)
+    if kind in ("static", "offloaded_static") and any(layer.mixer == REUSED for layer in model.layers):
+        raise SpecError(f"{_KIND}: {kind} is not supported yet for {name}, whose layers share keys; dynamic is", _KIND)
 
 
 def _stored(c: CacheConfig) -> Stored:

@@ -10,7 +10,7 @@ from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan import inference
-from memplan.answer import Bytes, Card, Estimate, Line, Parameters, Peak, Phase, Rank, Verdict
+from memplan.answer import Bytes, Card, Estimate, Host, HostPhase, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.batches import check_batch
 from memplan.catalogue.engines import find_engine
 from memplan.catalogue.overhead import Communicator, cublas_workspace, cuda_context, nccl
@@ -92,6 +92,7 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
     note = check_batch(decided.batch, model)
     calibration = calibration_of(decided.gpu, calibration)
     replay = inference.replay(walked, run.loop.expandable_segments)
+    in_host = walked.host_bytes
     beside = around_of(decided.gpu, decided.communicators, calibration)
     return Estimate(
         run,
@@ -101,10 +102,11 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
         Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(phases),
-        0,
+        in_host,
         (*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())),
         inference.Engine(walked, top.phase),
         calibration,
+        host=Host(1, (HostPhase("decode", in_host, in_host, 0),)) if in_host else None,
     )
 
 

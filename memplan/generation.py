@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memplan.batches import axes_of_images, lengths
-from memplan.caching import decided_cache, stored_of
+from memplan.caching import decided_cache, kind_of, refuse_cache, stored_of
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
@@ -97,10 +97,12 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         raise SpecError(
             "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
         )
+    if generates:
+        refuse_cache(str(generation.cache_implementation), model)
     stored = stored_of(generation, model, batch)
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or ("dynamic" if wiring.caching else ""),
+        kind_of(generation) or ("dynamic" if wiring.caching else ""),
         words["last_logits"],
         words["logits"] == "model",
         wiring.has_mask(),
@@ -176,6 +178,9 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
 
 def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
+    now = graph.inference
+    if now is not None and now.cache.startswith("offloaded"):  # none is left on the card
+        graph = graph._replace(inference=now._replace(cache="static" if now.static else "dynamic"))
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
     own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]

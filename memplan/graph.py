@@ -13,6 +13,7 @@ from memplan.catalogue.attention import Wiring
 from memplan.catalogue.decoding import Pass, evaluation, inference
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
+from memplan.catalogue.offloaded_caches import offloaded
 from memplan.catalogue.packed import unpacked, with_buffers
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.catalogue.tables import own_tables
@@ -133,7 +134,10 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
             stack = with_buffers(stack, backend, (w for op in operations(stack) for w in op.weights), axes)
         if graph.inference.unpacks:
             stack = unpacked(stack, backend)
-        return inference(stack, graph.inference), axes
+        stack = inference(stack, graph.inference)
+        return (
+            offloaded(stack, axes, recipe.compute) if graph.inference.cache.startswith("offloaded") else (stack, axes)
+        )
     stack = losses.attach(
         stack,
         graph.loss,

@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Line, Phase, Rank
-from memplan.catalogue import quantized_caches
+from memplan.catalogue import offloaded_caches, quantized_caches
+from memplan.catalogue.caches import LayerCache, caches
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.packed import MANY_ROWS
 from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
@@ -35,6 +36,7 @@ from memplan.run_axes import axes_of
 from memplan.segments import replay_loading
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
+from memplan.units import ITEMSIZE
 
 if TYPE_CHECKING:
     from memplan.catalogue.quantized_caches import Stored
@@ -103,7 +105,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
     for past in _decoding(prompt, last, now.stored) if batch.new_tokens > 1 else ():
         longer = bool(window) and past + 1 > window
-        static = now.cache == "static"  # which attention sees through a mask
+        static = now.static  # which attention sees through a mask
         wiring = graph.wiring._replace(
             decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
         )
@@ -123,7 +125,7 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
         one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
         # what the prompt's pass left of a window is a view of all of it
         kept = prompt if past == prompt else windowed(past)
-        if decided.beams > 1 and window:  # but a copy in another order is of the window alone
+        if (decided.beams > 1 or now.cache == "offloaded") and window:  # but a copy of it is of the window alone
             kept = min(past, window - 1)
         found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room, quantized))
     return tuple(found)
@@ -147,6 +149,7 @@ def _quantized(prompt: int, past: int, stored: Stored) -> int:
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     """Every axis of a pass with its number."""
     low, fixed = inferred(step.graph, division=step.division), built(step.graph)[1]
+    window = step.graph.model.sliding_window
     more = {
         "kv": step.past + step.fed,
         "past": step.past,
@@ -155,6 +158,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "kv_static": step.room,
         "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
         "kernel1": fixed.get("kernel", 0) + 1,
+        offloaded_caches.KEPT: min(step.past + step.fed, max(1, window) - 1) if window else step.past + step.fed,
         quantized_caches.QUANTIZED: step.quantized,
         quantized_caches.RESIDUAL: step.residual,
         quantized_caches.AFTER: step.residual_after,
@@ -223,6 +227,28 @@ class Walked(NamedTuple):
             peak = self.resting + self.peaks[i].bytes
             out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
         return out
+
+    @property
+    def host_bytes(self) -> int:
+        """The most that an offloaded cache has in host memory: what all layers keep but the first, which comes back
+        when the last is done. It is pinned, and torch rounds pinned memory up to a power of two.
+
+        Source: torch 2.13 ATen/core/CachingHostAllocator.h; aten/src/ATen/native/TensorConversions.cpp _to_copy pins
+        what it copies to the host without blocking.
+        """
+        last, graph = self.steps[-1], self.steps[-1].graph
+        now = graph.inference
+        if now is None or not now.cache.startswith("offloaded"):
+            return 0
+        width, tokens = ITEMSIZE[graph.recipe.compute], last.room if now.static else last.past + last.fed
+
+        def pinned(layer: LayerCache) -> int:
+            each = (last.batch * p.entries(tokens, layer.last, 0) * p.elements for p in layer.parts if p.per == "token")
+            return sum(1 << (n * width - 1).bit_length() for n in each if n)
+
+        layers = [layer for layer in caches(graph.model) if layer.token_elements]
+        sent = [pinned(layer) for layer in layers if not now.static or layer.window is None]
+        return sum(sent) - sent[0] if len(sent) > 1 else sum(sent)
 
     def left(self, step: Step, axes: Mapping[str, int]) -> list[tuple[str, int]]:
         """What a pass leaves for the next: names, and bytes of all tensors of that name."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from memplan.catalogue import ops, quantized_caches
+from memplan.catalogue import offloaded_caches, ops, quantized_caches
 from memplan.catalogue.quantized_caches import Stored
 from memplan.ir import Block, Op, Run, Stack, Tensor
 
@@ -96,10 +96,19 @@ class Pass(NamedTuple):
     def decodes(self) -> bool:
         return self.phase == "decode"
 
+    @property
+    def static(self) -> bool:
+        """Whether the cache has its whole room from the start."""
+        return self.cache in ("static", "offloaded_static")
+
+    def offloads(self, axis: str) -> bool:
+        """Whether what a layer keeps goes to the host: of a cache of fixed size not what a window keeps."""
+        return self.cache == "offloaded" or (self.cache == "offloaded_static" and axis == "kv")
+
     def keys(self, axis: str) -> str:
         """The tokens of keys that attention is given, by the axis that a cache of them has; empty where they are those
         of the pass itself."""
-        if self.cache != "static":
+        if not self.static:
             return axis if self.decodes else ""
         windowed = axis == "kv_window" and self.longer and not self.decodes
         return f"{axis}_static" if self.decodes or (self.room and not windowed) else ""
@@ -179,6 +188,8 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
+    if now.beams:
+        yield Tensor(f"order{_BEFORE}", "b", "int64")
 
 
 _BEFORE = " of the token before"
@@ -212,8 +223,8 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                 keyed |= set(op.reads)
                 continue
             tensors = [made[name] for name in op.reads]
-            if now.cache == "static":
-                yield from _written(op, tensors, now)
+            if now.static:
+                yield from _sent_back(_written(op, tensors, now), op.caches, now)
                 if now.longer and op.caches == "kv_window" and not now.decodes:  # they are handed back as they came
                     continue
             elif now.stored is not None:
@@ -223,7 +234,7 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                     continue
                 yield from quantized_caches.tokens(op.name, new, _keyed, axis, now.stored, now.anew, now.beams)
             else:
-                yield from _update(op, tensors, now)
+                yield from _sent_back(_update(op, tensors, now), op.caches, now)
             names |= {name: _named(name) for name in op.reads}
             keyed |= {_named(name) for name in op.reads}
             continue
@@ -238,6 +249,15 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 _REORDERED = ("key cache", "value cache", "latent cache", "key cache residual", "value cache residual")
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
+
+
+def _sent_back(some: Iterable[Op], axis: str, now: Pass) -> Iterator[Op]:
+    """The operations of a layer's cache, told that what they make goes to the host, where it does; lengths do not."""
+    offloads = now.offloads(axis)
+    away = offloaded_caches.AWAY_WINDOW if axis == "kv_window" else offloaded_caches.AWAY
+    for op in some:
+        goes = offloads and op.holds == "cache" and not op.writes[0].name.startswith("length")
+        yield op._replace(holds=away) if goes else op
 
 
 def _named(name: str) -> str:
@@ -398,6 +418,7 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
             copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
             yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
         yield ops.leave("next token logits", "sums of log probabilities")
+        yield from forgotten("order")
         return
     if now.samples:
         warpers = "transformers 5.24 generation/logits_process.py"

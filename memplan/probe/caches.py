@@ -27,7 +27,8 @@ def cache_of(run: RunSpec, config: Any) -> Any:
     transformers, kind = library("transformers"), generation.cache_implementation or "dynamic"
     offloads = kind.startswith("offloaded")
     if offloads:
-        vars(torch)["Stream"] = Stream
+        anything: Any = torch
+        anything.Stream = Stream
     if kind in ("static", "offloaded_static", "offloaded_hybrid"):
         longest = batch.sequence + batch.new_tokens - 1
         return transformers.StaticCache(config=config, max_cache_len=longest, offloading=offloads)
@@ -66,9 +67,10 @@ def _quanto() -> None:
 
         return register if func is None else registers(name, types, func, **options)
 
-    vars(torch.library)["impl"] = keeping
+    registry: Any = torch.library
+    registry.impl = keeping
     library("optimum.quanto")
-    vars(torch.library)["impl"] = registers
+    registry.impl = registers
     qbits, packed = library("optimum.quanto.tensor.weights.qbits"), library("optimum.quanto.tensor.packed")
     operations: Any = torch.ops.quanto
 

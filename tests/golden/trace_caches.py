@@ -42,6 +42,7 @@ BACKENDS: tuple[dict[str, Any], ...] = (
     {"backend": "hqq", "axis_key": 1, "axis_value": 1, "q_group_size": 32},
 )
 # Families with full attention in every layer: grouped, joined and single heads, latent, without rotation.
+OFFLOADED = ("bloom", "deepseek_v3", "gemma3_text", "llama", "llama4_text", "mamba2", "gpt2", "qwen3_next", "jamba")
 FAMILIES = ("bloom", "deepseek_v3", "gpt2", "gpt_bigcode", "gpt_neo", "minicpm3", "mpt", "phi3", "qwen3", "stablelm")
 
 
@@ -72,8 +73,28 @@ def runs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, quantised(model, {"backend": "hqq", **anew}, {"micro": 3, "sequence": 96, "new_tokens": 3})
 
 
+def offloaded() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Caches in host memory: of windows and all tokens, of layers between that keep states, of one layer alone."""
+    short = {"micro": 2, "sequence": 64, "new_tokens": 6}
+    for name in OFFLOADED:
+        model = {"config": {"model_type": name, **TINY[name]}}
+        yield name, {"model": model, "batch": short, "generation": {"cache_implementation": "offloaded"}}
+    llama = {"config": {"model_type": "llama", **TINY["llama"]}}
+    gemma = {"config": {"model_type": "gemma3_text", **TINY["gemma3_text"], "num_hidden_layers": 13}}
+    for model in (llama, gemma):
+        for more in ({}, {"kernels": {"attention": "eager"}}, {"loop": {"padded": True}}):
+            for kind in ("offloaded", "offloaded_static"):
+                yield "varied", {"model": model, "batch": short, "generation": {"cache_implementation": kind}, **more}
+    for kind in ("offloaded", "offloaded_static"):
+        for choosing in ({"num_beams": 3}, {"do_sample": True}):
+            generation = {"cache_implementation": kind, **choosing}
+            yield "chosen", {"model": llama, "batch": short, "generation": generation}
+
+
 def main() -> None:
-    asked = [(name, RunSpec(task="generate", gpu="a100-sxm-80gb", **fields)) for name, fields in runs()]
+    asked = [
+        (name, RunSpec(task="generate", gpu="a100-sxm-80gb", **fields)) for name, fields in (*runs(), *offloaded())
+    ]
     for (name, run), traced in zip(asked, traces((run for _, run in asked), 1), strict=True):
         if isinstance(traced, MemplanError):
             print(f"{name}: {traced}", file=sys.stderr)
