@@ -19,6 +19,7 @@ from memplan.spec import Batch, CacheConfig, Generation
 
 _KIND = "generation.cache_implementation"
 _CONFIG = "generation.cache_config"
+_CHUNKS = "generation.prefill_chunk_size"
 
 # transformers' word for the layer of each kind of cache that it does not quantise.
 _TYPES = {
@@ -50,8 +51,8 @@ def decided_cache(generation: Generation, words: Mapping[str, Any], profile: str
             f"{kind} with transformers-5",
             _KIND,
         )
-    if generation.prefill_chunk_size is not None:
-        raise SpecError("generation: not supported yet", "generation")
+    if generation.prefill_chunk_size is not None and not words["further_caches"]:
+        raise SpecError(f"{_CHUNKS}: is not supported yet with profile {profile}; it is with transformers-5", _CHUNKS)
     if generation.cache_config is not None and kind != "quantized":
         raise SpecError(f"{_CONFIG}: is of a quantised cache, and {kind} is none; say {_KIND} quantized", _CONFIG)
     config = (generation.cache_config or CacheConfig()) if kind == "quantized" else None
@@ -95,9 +96,20 @@ def stored_of(generation: Generation, model: ModelSpec, batch: Batch) -> Stored 
     return how
 
 
-def refuse_cache(kind: str, model: ModelSpec) -> None:
-    """Raise SpecError for a cache that transformers, or memplan yet, does not keep of the model's layers."""
-    name = model.name or model.model_type
+def refuse_cache(generation: Generation, model: ModelSpec, batch: Batch) -> None:
+    """Raise SpecError for a cache that transformers, or memplan yet, does not keep of the model's layers, or does not
+    fill in parts."""
+    name, kind = model.name or model.model_type, kind_of(generation)
+    if generation.prefill_chunk_size is not None:
+        parts = {part.per for layer in caches(model) for part in layer.parts}
+        shares, states = any(layer.mixer == REUSED for layer in model.layers), parts != {"token"}
+        if batch.images:
+            raise SpecError(f"{_CHUNKS}: transformers reads a prompt with images at once; leave it out", _CHUNKS)
+        if kind in ("static", "offloaded_static"):
+            raise SpecError(f"{_CHUNKS}: is not supported yet with a cache that is {kind}; dynamic is", _CHUNKS)
+        if shares or states or any(map(_indexed, caches(model))):
+            what = "share keys" if shares else "keep states" if states else "keep index keys"
+            raise SpecError(f"{_CHUNKS}: is not supported yet for {name}, whose layers {what}", _CHUNKS)
     if kind == "offloaded" and any(map(_indexed, caches(model))):
         raise SpecError(
             f"{_KIND}: transformers' {kind} cache joins {name}'s index keys in host memory with those on the card, and "

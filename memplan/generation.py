@@ -80,7 +80,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
-    windowed = window is not None and batch.sequence >= window
+    read = min(run.generation.prefill_chunk_size or batch.sequence, batch.sequence)
+    windowed = window is not None and read >= window
     wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)
     wiring = in_words(wiring, words, attention)._replace(
         flattens=batch.micro * run.generation.num_beams == 1 and model.model_type in JOINED,
@@ -98,7 +99,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
         )
     if generates:
-        refuse_cache(str(generation.cache_implementation), model)
+        refuse_cache(generation, model, batch)
     stored = stored_of(generation, model, batch)
     now = Pass(
         "prefill" if generates else "forward",
@@ -106,7 +107,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         words["last_logits"],
         words["logits"] == "model",
         wiring.has_mask(),
-        windowed and batch.sequence > (window or 0),
+        windowed and read > (window or 0),
         words["few_rows"],
         generation.num_beams > 1,
         generation.do_sample,
@@ -173,6 +174,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         parts,
         tuple(pictures),
         beams=generation.num_beams,
+        part=generation.prefill_chunk_size or 0,
     )
 
 

@@ -39,6 +39,7 @@ from memplan.tensors import alive_lines, held_line
 from memplan.units import ITEMSIZE
 
 if TYPE_CHECKING:
+    from memplan.catalogue.decoding import Part
     from memplan.catalogue.quantized_caches import Stored
     from memplan.resolve import Decided
 
@@ -89,61 +90,124 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
     many, now = MANY_ROWS.get(graph.inference.loaded.backend, 0), graph.inference
-    if many and batch.micro * decided.beams * batch.sequence >= many:
+    if many and batch.micro * decided.beams * min(decided.part or batch.sequence, batch.sequence) >= many:
         now = now._replace(unpacks=True)
         graph = graph._replace(inference=now)
     if not now.generates:
         return (Step(graph, batch.micro, batch.sequence),)
-    window, few_rows = graph.model.sliding_window or 0, now.few_rows
     rows = batch.micro * decided.beams
+    return (*_prompt(graph, rows, decided), *(token_after(past, decided) for past in _decoding(decided)))
+
+
+def _room(decided: Decided) -> int:
+    """The tokens that a cache of fixed size has room for: the last one is never fed to the model."""
+    return decided.batch.sequence + decided.batch.new_tokens - 1
+
+
+def _prompt(graph: Graph, rows: int, decided: Decided) -> Iterator[Step]:
+    """The passes that read the prompt: one, or of one that is read in parts the first two and those that are the last
+    of a whole part and of all. What waits in a quantised cache grows from part to part, so that there it is all since
+    tokens were last quantised."""
+    now, prompt, window = graph.inference, decided.batch.sequence, graph.model.sliding_window or 0
+    assert now is not None
+    part = min(decided.part or prompt, prompt)
+    if part == prompt:
+        yield Step(graph, rows, prompt, 0, 0, min(prompt, window or prompt), _room(decided))
+        return
+    starts = list(range(0, prompt, part))
+    walked = {*starts[:2], *starts[-2:]}
+    if now.stored is not None and now.stored.grouped:
+        walked.update(starts[-1 - -(-now.stored.residual // part) :])
+    quantized = 0
+    for past in starts:
+        fed = min(part, prompt - past)
+        after = now.stored.after(quantized, past - quantized, fed)[0] if now.stored is not None else 0
+        if past in walked:
+            anew = now.stored is not None and now.stored.grouped and after != quantized
+            which: Part = "first" if not past else "last" if past + fed == prompt else "middle"
+            own = graph._replace(inference=now._replace(part=which, anew=anew and bool(past)))
+            if past:
+                masked = own.wiring.padded or own.wiring.backend != "flash_2"
+                longer = bool(window) and past + fed > window
+                wiring = own.wiring._replace(padded=masked, windowed=bool(window), handed_back=False, images=False)
+                inference = own.inference._replace(longer=longer) if own.inference else None
+                own = own._replace(wiring=wiring, inference=inference)
+            kept = min(past, window - 1) if window else past
+            if past and window and now.cache == "dynamic":  # the pass before left a view of all that it had
+                kept = min(past - part, window - 1) + part
+            seen = (min(past, window - 1) if window else past) + fed
+            yield Step(own, rows, fed, past, kept, seen, _room(decided), quantized)
+        quantized = after
+
+
+def token_after(past: int, decided: Decided) -> Step:
+    """The pass that decodes the token after so many."""
+    graph, prompt, rows = decided.structure.graph, decided.batch.sequence, decided.batch.micro * decided.beams
+    now = graph.inference
+    assert now is not None
+    window, many = graph.model.sliding_window or 0, MANY_ROWS.get(now.loaded.backend, 0)
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
-    prompt, last = batch.sequence, batch.sequence + batch.new_tokens - 2
-    room = prompt + batch.new_tokens - 1
-    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room)]
-    for past in _decoding(prompt, last, now.stored) if batch.new_tokens > 1 else ():
-        longer = bool(window) and past + 1 > window
-        static = now.static  # which attention sees through a mask
-        wiring = graph.wiring._replace(
-            decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window
-        )
-        wiring = wiring._replace(padded=wiring.padded or static)
-        recipe = graph.recipe
-        if rows <= few_rows:
-            recipe = recipe._replace(copies=False)
-        lingers = past == prompt and not now.last_only
-        unpacks = bool(many) and rows >= many
-        token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks)
-        quantized = 0
-        if now.stored is not None:
-            quantized = _quantized(prompt, past, now.stored)
-            anew = now.stored.after(quantized, past - quantized, 1)[0] != quantized
-            token = token._replace(anew=anew and now.stored.grouped)
-            wiring = wiring._replace(handed_back=False)
-        one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
-        # what the prompt's pass left of a window is a view of all of it
-        kept = prompt if past == prompt else windowed(past)
-        if (decided.beams > 1 or now.cache == "offloaded") and window:  # but a copy of it is of the window alone
-            kept = min(past, window - 1)
-        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room, quantized))
-    return tuple(found)
+    longer = bool(window) and past + 1 > window
+    static = now.static  # which attention sees through a mask
+    wiring = graph.wiring._replace(decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window)
+    wiring = wiring._replace(padded=wiring.padded or static, handed_back=False)
+    recipe = graph.recipe
+    if rows <= now.few_rows:
+        recipe = recipe._replace(copies=False)
+    lingers = past == prompt and not now.last_only
+    token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=bool(many) and rows >= many)
+    quantized = 0
+    if now.stored is not None:
+        before, waiting = _of_prompt(decided, now.stored)
+        quantized = _quantized(before, waiting, past - prompt, now.stored)
+        anew = now.stored.after(quantized, past - quantized, 1)[0] != quantized
+        token = token._replace(anew=anew and now.stored.grouped)
+    one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
+    # what the prompt's pass left of a window is a view of all that it had
+    kept = _left_of_prompt(decided, window) if past == prompt else windowed(past)
+    if (decided.beams > 1 or now.cache == "offloaded") and window:  # but a copy of it is of the window alone
+        kept = min(past, window - 1)
+    return Step(one, rows, 1, past, kept, windowed(past + 1), _room(decided), quantized)
 
 
-def _decoding(prompt: int, last: int, stored: Stored | None) -> Iterable[int]:
+def _left_of_prompt(decided: Decided, window: int) -> int:
+    """The tokens of what the last pass over the prompt had of a layer with a window."""
+    prompt = decided.batch.sequence
+    before = (prompt - 1) // decided.part * decided.part if decided.part else 0
+    return (min(before, window - 1) if window else before) + prompt - before
+
+
+def _of_prompt(decided: Decided, stored: Stored | None) -> tuple[int, int]:
+    """How many tokens of the prompt a quantised cache has quantised when all are read, and how many wait."""
+    prompt = decided.batch.sequence
+    part = min(decided.part or prompt, prompt)
+    quantized, waiting = 0, 0
+    for past in range(0, prompt, part) if stored is not None else ():
+        quantized, waiting = stored.after(quantized, waiting, min(part, prompt - past))
+    return quantized, waiting
+
+
+def _decoding(decided: Decided) -> Iterable[int]:
     """The tokens before each of the passes that decode and are walked: the first and the last. Of a quantised cache
     also the last that quantises all anew, with the one before it, when most tokens wait."""
-    found = {prompt, last}
-    if stored is not None and stored.grouped:
-        anew = prompt + (last + 1 - prompt) // stored.residual * stored.residual - 1
+    now, prompt, new = decided.structure.graph.inference, decided.batch.sequence, decided.batch.new_tokens - 1
+    if not new:
+        return ()
+    found = {prompt, prompt + new - 1}
+    if now is not None and now.stored is not None and now.stored.grouped:
+        _, waiting = _of_prompt(decided, now.stored)
+        anew = prompt - waiting + (waiting + new) // now.stored.residual * now.stored.residual - 1
         found |= {past for past in (anew - 1, anew) if past >= prompt}
     return sorted(found)
 
 
-def _quantized(prompt: int, past: int, stored: Stored) -> int:
-    """How many of the tokens before a pass are quantised, one having been added to the prompt after the other."""
-    return prompt + (past - prompt) // stored.residual * stored.residual if stored.grouped else past
+def _quantized(quantized: int, waiting: int, tokens: int, stored: Stored) -> int:
+    """How many are quantised once so many `tokens` were added to the prompt, one after the other."""
+    more = waiting + tokens
+    return quantized + (more // stored.residual * stored.residual if stored.grouped else more)
 
 
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
@@ -157,6 +221,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "past_window": step.past_window,
         "kv_static": step.room,
         "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
+        "prompt": decided.batch.sequence,
         "kernel1": fixed.get("kernel", 0) + 1,
         offloaded_caches.KEPT: min(step.past + step.fed, max(1, window) - 1) if window else step.past + step.fed,
         quantized_caches.QUANTIZED: step.quantized,
@@ -369,22 +434,28 @@ def replay(walked: Walked, expandable: bool) -> Replay:
     of all did.
     """
     steps = walked.steps
-    if len(steps) > 2:  # the prompt's, the first that decodes and the last
-        *early, last = steps
-        first = early[-1]
+    decoding = [step for step in steps if step.phase == "decode"]
+    if len(decoding) > 1:
+        first, last = decoding[0], decoding[-1]
         often = min(_MOST, max(_FEWEST, _growth(walked) // SMALL_REQUEST + 2))
         count = min(often, last.past - first.past + 1)
-        between = (first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1))
-        window = walked.decided.structure.graph.model.sliding_window or last.past + 1
-        some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
-        steps = (*early, *some, last)
+        between = [first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1)]
+        now = last.graph.inference
+        if now is not None and now.stored is not None:  # some of them quantise all anew
+            pasts = sorted({*between, *(step.past for step in decoding)})
+            some = [token_after(past, walked.decided) for past in pasts]
+        else:
+            window = walked.decided.structure.graph.model.sliding_window or last.past + 1
+            some = [last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between]
+            some = [first, *some, last]
+        steps = (*(step for step in steps if step.phase != "decode"), *some)
     axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
     return Replay(steps, axes, walked.workspace, expandable)
 
 
 def _growth(walked: Walked) -> int:
     """By how many bytes the largest tensor of a cache grows from the first pass that decodes to the last."""
-    *_, first, last = walked.steps
+    first, *_, last = (step for step in walked.steps if step.phase == "decode")
     low = inferred(last.graph)
     at_first = last._replace(past=first.past, past_window=first.past_window, window=first.window)
     then, now = (bytes_of(low, numbers_of(step, walked.decided)) for step in (at_first, last))

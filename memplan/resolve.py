@@ -105,7 +105,8 @@ class Decided(NamedTuple):
 
     `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
     `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
-    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt.
+    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt,
+    of which `part` tokens are read at once, 0 for all.
     """
 
     structure: Structure
@@ -118,6 +119,7 @@ class Decided(NamedTuple):
     pictures: tuple[tuple[str, int], ...] = ()
     communicators: tuple[Communicator, ...] = ()
     beams: int = 1
+    part: int = 0
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:

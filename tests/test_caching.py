@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.accuracy import rows
 from memplan import RunSpec, estimate
@@ -13,7 +15,7 @@ from memplan.errors import MemplanError
 from memplan.inference import walk
 from memplan.resolve import decide
 from memplan.units import rounded
-from tests.sampling import sampled
+from tests.sampling import examples, sampled
 from tests.test_generating import without_workspace
 from tests.tiny import TINY
 
@@ -25,6 +27,7 @@ CASES: list[dict[str, Any]] = sampled(rows("traced_caches.jsonl"), 16)
 def label(case: dict[str, Any]) -> str:
     generation = case["run"]["generation"]
     words = [generation.get("cache_implementation", ""), *map(str, generation.get("cache_config", {}).values())]
+    words += [f"chunks-{generation['prefill_chunk_size']}"] if "prefill_chunk_size" in generation else []
     return "-".join([case["name"], *filter(None, words), f"n{case['run']['batch']['new_tokens']}"])
 
 
@@ -163,6 +166,61 @@ def test_the_old_name_of_an_offloaded_static_cache_is_the_same() -> None:
     assert old.bytes == new.bytes
 
 
+# --- a prompt in parts
+
+
+def chunked(chunk: int | None, sequence: int = 8192, **more: Any) -> RunSpec:
+    generation = {"prefill_chunk_size": chunk, **more.pop("generation", {})}
+    return generating(batch={"micro": 2, "sequence": sequence, "new_tokens": 8}, generation=generation, **more)
+
+
+def test_a_prompt_in_parts_takes_the_width_of_the_mlp_for_a_part() -> None:
+    whole, parts = (phase_peaks(estimate(chunked(n))) for n in (None, 1024))
+    # where the gate, its activation and up are there together, 14,336 wide in bf16
+    assert whole["prefill"] - parts["prefill"] > 2 * 3 * 2 * (8192 - 1024) * 14336 * 0.9
+    assert parts["decode"] == whole["decode"]
+
+
+def test_a_part_as_long_as_the_prompt_is_the_prompt() -> None:
+    whole, longer = (estimate(chunked(n)) for n in (None, 8192))
+    assert longer.bytes == whole.bytes
+    assert longer.phases == whole.phases
+
+
+@settings(max_examples=examples(12), deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["llama-3.2-1b", "gemma-3-1b"]), st.booleans())
+def test_a_prompt_in_parts_leaves_what_it_leaves_at_once(sequence: int, chunk: int, model: str, away: bool) -> None:
+    kind = "offloaded" if away else "dynamic"
+    runs = [
+        chunked(n, sequence, model=model, generation={"cache_implementation": kind})
+        for n in (None, min(chunk, sequence))
+    ]
+    walked = [walk(decide(run)) for run in runs]
+    if not away and model == "llama-3.2-1b":
+        at_once, in_parts = (left(run, 0 if i == 0 else _last_of_prompt(run)) for i, run in enumerate(runs))
+        assert in_parts == at_once
+    assert walked[0].host_bytes == walked[1].host_bytes
+    assert [step for step in walked[0].steps if step.phase == "decode"][-1].past == walked[1].steps[-1].past
+
+
+def _last_of_prompt(run: RunSpec) -> int:
+    return max(i for i, step in enumerate(walk(decide(run)).steps) if step.phase == "prefill")
+
+
+@settings(max_examples=examples(12), deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 60), st.integers(1, 40))
+def test_a_quantised_cache_has_every_token_once(sequence: int, chunk: int, new: int, residual: int) -> None:
+    config = {"residual_length": residual, "q_group_size": 1024}
+    generation = {"cache_implementation": "quantized", "cache_config": config, "prefill_chunk_size": chunk}
+    run = generating("llama-3.1-8b", batch={"sequence": sequence, "new_tokens": new}, generation=generation)
+    walked = walk(decide(run))
+    for step in walked.steps:
+        assert 0 <= step.quantized <= step.past
+        assert step.residual < max(residual, 1) + (step.quantized == 0)
+        assert step.residual_after < residual
+    assert walked.steps[-1].past == sequence + new - 2
+
+
 # --- what cannot be
 
 KIND, CONFIG = "generation.cache_implementation", "generation.cache_config"
@@ -198,6 +256,22 @@ REFUSED: dict[str, dict[str, Any]] = {
     f"{KIND}: static is not supported yet for gemma4_text, whose layers share keys": {
         "generation": {"cache_implementation": "static"},
         "model": {"config": {"model_type": "gemma4_text", **TINY["gemma4_text"]}},
+    },
+    "generation.prefill_chunk_size: is not supported yet with a cache that is static": {
+        "generation": {"cache_implementation": "static", "prefill_chunk_size": 64}
+    },
+    "generation.prefill_chunk_size: is not supported yet for mamba, whose layers keep states": {
+        "generation": {"prefill_chunk_size": 64},
+        "model": {"config": {"model_type": "mamba", **TINY["mamba"]}},
+    },
+    "generation.prefill_chunk_size: transformers reads a prompt with images at once": {
+        "generation": {"prefill_chunk_size": 64},
+        "model": "qwen2.5-vl-7b",
+        "batch": {"images": 1, "image_size": 512, "sequence": 4096},
+    },
+    "generation.prefill_chunk_size: is not supported yet with profile transformers-4.51": {
+        "generation": {"prefill_chunk_size": 64},
+        "profile": "transformers-4.51",
     },
     "serving.cache_dtype: transformers-5 keeps keys and values in the model's dtype": {
         "serving": {"cache_dtype": "fp8"}

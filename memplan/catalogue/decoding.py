@@ -22,6 +22,7 @@ from memplan.catalogue.quantized_caches import Stored
 from memplan.ir import Block, Op, Run, Stack, Tensor
 
 Cache = Literal["", "dynamic", "static", "legacy", "quantized", "offloaded", "offloaded_static"]
+Part = Literal["", "first", "middle", "last"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
@@ -67,6 +68,7 @@ class Pass(NamedTuple):
     loaded      how the weights came there
     stored      how a quantised cache stores keys and values
     anew        there are so many that were not quantised that all are, anew
+    part        of a prompt that is read in parts the `first`, a `middle` or the `last`; empty of one that is not
     """
 
     phase: str
@@ -83,6 +85,7 @@ class Pass(NamedTuple):
     loaded: Loaded = Loaded()
     stored: Stored | None = None
     anew: bool = False
+    part: Part = ""
 
     @property
     def generates(self) -> bool:
@@ -97,6 +100,16 @@ class Pass(NamedTuple):
         return self.phase == "decode"
 
     @property
+    def follows(self) -> bool:
+        """Whether there are earlier tokens: it decodes, or goes on with a prompt."""
+        return self.decodes or self.part in ("middle", "last")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a token is chosen when it is over."""
+        return self.generates and self.part in ("", "last")
+
+    @property
     def static(self) -> bool:
         """Whether the cache has its whole room from the start."""
         return self.cache in ("static", "offloaded_static")
@@ -109,7 +122,7 @@ class Pass(NamedTuple):
         """The tokens of keys that attention is given, by the axis that a cache of them has; empty where they are those
         of the pass itself."""
         if not self.static:
-            return axis if self.decodes else ""
+            return axis if self.follows else ""
         windowed = axis == "kv_window" and self.longer and not self.decodes
         return f"{axis}_static" if self.decodes or (self.room and not windowed) else ""
 
@@ -124,9 +137,11 @@ def inference(stack: Stack, now: Pass) -> Stack:
         Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
     )
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
-    named = tuple(_named_before(now)) if now.decodes else ()
+    named = tuple(_named_before(now)) if now.follows else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
+    if now.follows and not now.decodes:
+        after = (*after, ops.leave(_OF_PART))
     kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
     return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
 
@@ -173,18 +188,23 @@ def _still(some: Iterable[Op]) -> Iterator[Op]:
 
 def _inputs(op: Op, now: Pass) -> Op:
     """Token ids, and in generation a mask of ones beside all of them; the model of a token alone is given that."""
-    tokens = "kv" if now.decodes else "s"
+    tokens = "kv" if now.decodes else "prompt" if now.part else "s"
     made = [t for t in op.writes if t.name != "labels"]
     if now.generates:
         made = [t for t in made if t.name != "attention_mask"]
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
-        made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
+        made += [Tensor("all ids", f"b {tokens}", "int64")] if now.decodes else []
+        made = [t._replace(shape=f"b {tokens}") if t.name == "ids" and now.part else t for t in made]
         made += [Tensor("logits of the prompt", "b past v", "fp32")] if now.lingers else []
     return op._replace(writes=tuple(made), source=_GENERATE if now.generates else op.source)
 
 
 def _named_before(now: Pass) -> Iterator[Tensor]:
-    """What the loop's names keep of the token before until they have another: its logits, and what was made of them."""
+    """What the loop's names keep of the token before until they have another: its logits, and what was made of them; of
+    the part of a prompt before, what the model made of its last token."""
+    if not now.decodes:
+        yield Tensor(_OF_PART, "b v", "=embeds")
+        return
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
@@ -193,6 +213,7 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
 
 
 _BEFORE = " of the token before"
+_OF_PART = "logits of the part before"
 
 
 def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
@@ -229,7 +250,7 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                     continue
             elif now.stored is not None:
                 new = [(t, _named(t.name)) for t in tensors]
-                if not now.decodes:  # they are handed back as they came
+                if not now.follows:  # they are handed back as they came
                     yield from quantized_caches.prompt(op.name, new, _keyed, now.stored, now.beams)
                     continue
                 yield from quantized_caches.tokens(op.name, new, _keyed, axis, now.stored, now.anew, now.beams)
@@ -283,15 +304,15 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     for t in tensors:
         new = _named(t.name)
         what, before = new.removesuffix(" cache"), f"{new} before"
-        shape = _keyed(t.shape, op.caches) if now.decodes else t.shape
-        past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.decodes else ()
-        old += [before] if now.decodes else []
+        shape = _keyed(t.shape, op.caches) if now.follows else t.shape
+        past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.follows else ()
+        old += [before] if now.follows else []
         if past and now.cache == "legacy":  # the caller has all of them until the model returns
             alias = Tensor(f"{before}, the caller's", past[0].shape)
             yield Op(f"{op.name}.{what}s_before", (before, t.name), (alias,), past=past, view=True, holds="forward")
         yield Op(
             f"{op.name}.{what}s",
-            (*((before,) if now.decodes else ()), t.name),
+            (*((before,) if now.follows else ()), t.name),
             (Tensor(new, shape, f"={t.name}"),),
             past=past if now.cache != "legacy" else (),
             holds="cache",
@@ -319,7 +340,7 @@ def _written(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
 
 def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
     """A tensor that the first pass makes and the others find, and write in place."""
-    if not now.decodes:
+    if not now.follows:
         yield Op(name, reads, (t,), holds="cache", source=source)
         return
     before = t._replace(name=f"{t.name} before")
@@ -395,7 +416,7 @@ def _wide(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 
 def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> Iterator[Op]:
     """The last token's logits, copied in fp32, and the token they say, are drawn for, or the sequences they rank."""
-    if not now.generates:
+    if not now.chooses:
         return
     logits = next(op for op in reversed(after) if op.writes).writes[0].name
 

@@ -220,7 +220,7 @@ class Script:
                 options |= self._cache(given_as)
                 mask = options.pop("attention_mask", None)
                 padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
-                outputs = self._read(ids, mask if padded else None, given_as, {**options, **keeps})
+                outputs = self._read(ids, mask, padded, given_as, {**options, **keeps})
                 del inputs, options
                 cache, token = getattr(outputs, given_as), chooser.token(outputs)
                 del outputs
@@ -237,17 +237,19 @@ class Script:
                 del token, cache
                 chooser.forget()
 
-    def _read(self, ids: Any, mask: Any, given_as: str, options: dict[str, Any]) -> Any:
+    def _read(self, ids: Any, mask: Any, padded: bool, given_as: str, options: dict[str, Any]) -> Any:
         """What the model returns of a prompt, or of the last part of one that is read in parts; the name of what it
-        returned of a part stays until it has returned the next.
+        returned of a part stays until it has returned the next. With those after the first a mask of ones goes, too, at
+        which flash attention 2 looks to leave it out.
 
         Source: transformers 5.24 generation/utils.py _prefill.
         """
         parts = torch.split(ids, self.run.generation.prefill_chunk_size or ids.shape[-1], dim=-1)
         outputs, read = None, 0
+        looks = self.run.kernels.attention == "flash_attention_2"
         for part in parts:
+            seen = mask[:, : read + part.shape[-1]] if padded or (read and not looks) else None
             read += part.shape[-1]
-            seen = None if mask is None else mask[:, :read]
             outputs = self.model(input_ids=part, attention_mask=seen, **options)
             options[given_as] = getattr(outputs, given_as)
         return outputs

@@ -223,6 +223,7 @@ def _generating(at: Any) -> dict[str, Any]:
         "context": most,
         "degrees": list[choice],
         "formats": list[choice],
+        "caches": list[choice],
         "mildest": str | None,
         "fewest": int | None,
         "decoding": pace | None,

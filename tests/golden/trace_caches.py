@@ -91,6 +91,29 @@ def offloaded() -> Iterator[tuple[str, dict[str, Any]]]:
             yield "chosen", {"model": llama, "batch": short, "generation": generation}
 
 
+def chunked() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prompts that are read in parts, as long and shorter than a window, and not evenly."""
+    for name in ("llama", "gemma3_text", "deepseek_v3", "gpt2", "bloom", "mixtral", "stablelm"):
+        model = {"config": {"model_type": name, **TINY[name]}}
+        for sequence, chunk in ((64, 32), (75, 20), (64, 100)):
+            batch = {"micro": 2, "sequence": sequence, "new_tokens": 4}
+            yield name, {"model": model, "batch": batch, "generation": {"prefill_chunk_size": chunk}}
+    batch = {"micro": 2, "sequence": 75, "new_tokens": 4}
+    for name in ("llama", "gemma3_text"):
+        model = {"config": {"model_type": name, **TINY[name]}}
+        for more in (
+            {"kernels": {"attention": "eager"}},
+            {"kernels": {"attention": "flash_attention_2"}},
+            {"loop": {"padded": True}},
+            {"generation": {"cache_implementation": "offloaded"}},
+        ):
+            generation = {"prefill_chunk_size": 20, **more.get("generation", {})}
+            yield name, {"model": model, "batch": batch, **more, "generation": generation}
+    for config in ({"residual_length": 32}, {"residual_length": 8}, {"backend": "hqq"}, {"backend": "fp8"}):
+        made = quantised(WIDE, config, batch, generation={"prefill_chunk_size": 20})
+        yield "wide", made
+
+
 def main() -> None:
     asked = [
         (name, RunSpec(task="generate", gpu="a100-sxm-80gb", **fields)) for name, fields in (*runs(), *offloaded())
