@@ -9,11 +9,11 @@ trainer_seq2seq.py prediction_step; of merging, memplan.catalogue.merging; of sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memplan.batches import check_batch
-from memplan.catalogue.decoding import NOT_YET, Pass, returned_by
+from memplan.batches import check_batch, lengths
+from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Cache, Pass, returned_by
 from memplan.catalogue.merging import adapted, merge
 from memplan.catalogue.profiles import decided as words_of
 from memplan.catalogue.profiles import find_profile
@@ -199,7 +199,7 @@ def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | N
         one = one._replace(where="evaluation.concat", held=joined, moving=0, top=(-1, -1))
     yield one
     if e.new_tokens:
-        yield _generated(e, found, graph, words["cache"], words["last_logits"], words["few_rows"], now.wide, standing)
+        yield _generated(e, found, graph, words, now.wide, standing)
 
 
 def _deciding(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> Decided:
@@ -301,23 +301,32 @@ def _returned(graph: Graph) -> Tensor | None:
 
 
 def _generated(
-    e: Evaluation, found: Decided, graph: Graph, cache: str, last_only: bool, few_rows: int, wide: bool, standing: int
+    e: Evaluation, found: Decided, graph: Graph, words: Mapping[str, Any], wide: bool, standing: int
 ) -> Aside:
     """Tokens generated after each of an evaluation's sequences."""
     kind = graph.model.model_type
-    if graph.model.objective != "causal_lm" or kind in NOT_YET:
+    if graph.model.objective not in ("causal_lm", "seq2seq_lm") or kind in NOT_YET:
         raise SpecError(
             f"also.evaluation.new_tokens: generation is not supported yet for {graph.model.name or kind}",
             "also.evaluation.new_tokens",
         )
-    now = Pass("prefill", "legacy" if cache == "legacy" else "dynamic", last_only, wide, few_rows=few_rows)
+    way: Cache = "legacy" if words["cache"] == "legacy" else "dynamic"
+    crosses = graph.model.is_encoder_decoder  # whose heads are given every token of the decoder's prompt
+    last_only, few_rows, switches = (
+        words["last_logits"] and not crosses,
+        words["few_rows"],
+        words["experts"] == "stacked",
+    )
+    now = Pass("prefill", way, last_only, wide, few_rows=few_rows, crosses=crosses, switches=switches)
+    now = now._replace(suppresses=kind in SUPPRESSES)
     one = _still(graph, now, caching=True)
     if not caches_all(one):
         raise UnsupportedModelError(
             f"also.evaluation.new_tokens: generation is not supported yet for model_type {kind} with this attention",
             "also.evaluation.new_tokens",
         )
-    batch = found.batch.model_copy(update={"new_tokens": e.new_tokens})
+    asked = found.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
+    batch = lengths(asked, graph.model, generates=True)
     prompted = found._replace(structure=found.structure._replace(graph=one), batch=batch)
     passes: list[tuple[Step, tuple[tuple[str, int], ...]]] = []
     peaks: list[tuple[int, int]] = []

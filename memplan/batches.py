@@ -42,8 +42,20 @@ def axes_of_images(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...
     return tuple(axes_of(model, batch.images, picture).items())
 
 
-def lengths(batch: Batch, model: ModelSpec) -> Batch:
-    """The batch with its lengths: what an encoder of images or recordings reads, and what a decoder beside it is given.
+# The tokens that a decoder beside an encoder begins to generate from, where they are not the start token alone: of
+# Whisper those of the start, the language, the task and of no timestamps.
+# Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_init_tokens.
+_FIRST_TOKENS = {"whisper": 4}
+
+
+def prompt_of_decoder(batch: Batch, model_type: str) -> int:
+    """The tokens of its own that a decoder beside an encoder is given before it generates."""
+    return batch.target_sequence or _FIRST_TOKENS.get(model_type, 1)
+
+
+def lengths(batch: Batch, model: ModelSpec, generates: bool = False) -> Batch:
+    """The batch with its lengths: what an encoder of images or recordings reads, and what a decoder beside it is given,
+    before it `generates` or in all.
 
     Raises SpecError for lengths that the model does not take.
     """
@@ -63,6 +75,15 @@ def lengths(batch: Batch, model: ModelSpec) -> Batch:
             )
         return batch if only is None else batch.model_copy(update={"sequence": only})
     sequence = only or batch.sequence
+    if generates:
+        target, new = prompt_of_decoder(batch, model.model_type), batch.new_tokens
+        if model.longest_target is not None and target + new > model.longest_target:
+            raise SpecError(
+                f"batch.new_tokens: {new} after {target} that the decoder of {name} begins with, and it has learned "
+                f"positions for {model.longest_target}; at most {max(0, model.longest_target - target)}",
+                "batch.new_tokens",
+            )
+        return batch.model_copy(update={"sequence": sequence, "target_sequence": target})
     target = batch.target_sequence or model.longest_target or sequence
     if model.longest_target is not None and target > model.longest_target:
         raise SpecError(

@@ -100,6 +100,22 @@ def refuse_cache(generation: Generation, model: ModelSpec, batch: Batch) -> None
     """Raise SpecError for a cache that transformers, or memplan yet, does not keep of the model's layers, or does not
     fill in parts."""
     name, kind = model.name or model.model_type, kind_of(generation)
+    newer = kind in ("quantized", "offloaded", "offloaded_static")
+    if newer or generation.prefill_chunk_size is not None:
+        field = _KIND if newer else _CHUNKS
+        if kind == "quantized" and model.is_encoder_decoder:
+            raise SpecError(
+                f"{_KIND}: transformers' quantized cache is of decoders alone; dynamic and static are", _KIND
+            )
+        crosses = any(part.per == "source" for layer in caches(model) for part in layer.parts)
+        others = (
+            ("an encoder-decoder", model.is_encoder_decoder),
+            ("a model that attends to images apart", crosses),
+            ("tokens that are proposed", generation.assisted),
+        )
+        for what, there in others:
+            if there:
+                raise SpecError(f"{field}: is not supported yet with {what}; leave it out", field)
     if generation.prefill_chunk_size is not None:
         parts = {part.per for layer in caches(model) for part in layer.parts}
         shares, states = any(layer.mixer == REUSED for layer in model.layers), parts != {"token"}

@@ -97,7 +97,7 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
     return Estimate(
         run,
         {**decided.parts, "objective": model.objective},
-        Parameters(*inference.counted(walked.steps[0].graph)),
+        Parameters(*inference.counted(walked.graph)),
         Usage(replay, walked.parameters, phases[0].peak, top.peak, decided.gpu, beside),
         Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
         Peak(top.phase, top.where),

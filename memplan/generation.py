@@ -8,16 +8,18 @@ from memplan.batches import axes_of_images, lengths
 from memplan.caching import decided_cache, kind_of, refuse_cache, stored_of
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
-from memplan.catalogue.decoding import NOT_YET, Loaded, Pass, keeping
+from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.packed import BACKENDS
 from memplan.catalogue.profiles import decided, find_profile
+from memplan.catalogue.running import MADE_WHEN_LOADED, RUNS, Running
 from memplan.checkpoint import notes as stored_notes
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
+from memplan.inference import looks_across, over_source
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
@@ -25,8 +27,9 @@ from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
 from memplan.refusals import refuse_of_inference, refuse_parts
-from memplan.resolve import Decided, with_new_tokens, with_use_cache
-from memplan.spec import Method, Part, Precision, RunSpec
+from memplan.resolve import Decided, check_classes, with_new_tokens, with_use_cache
+from memplan.running import note_of, running_of
+from memplan.spec import Generation, Method, Part, Precision, Quantization, RunSpec
 
 
 def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
@@ -45,7 +48,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             f"profile: LitGPT has no model_type {model.model_type} here; supported: {', '.join(KINDS)}", "profile"
         )
     generates = run.task == "generate"
-    if generates and model.objective != "causal_lm":
+    if generates and model.objective not in ("causal_lm", "seq2seq_lm"):
         raise SpecError(
             f"task: {model.name or model.model_type} is taken for {model.objective}, and generate is not supported yet "
             "for that; forward is",
@@ -57,28 +60,43 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         raise UnsupportedModelError(
             f"task: generate is not supported yet for model_type {model.model_type}; forward is", "task"
         )
+    check_classes(model, run.kernels, run.profile)
+    if model.is_encoder_decoder and model.unquantised and run.precision.weights == "fp16":
+        raise SpecError(
+            f"precision.weights: fp16 is not supported yet for {model.name or model.model_type}, of which transformers "
+            f"keeps {', '.join(model.unquantised)} in fp32 then; bf16 and fp32 are",
+            "precision.weights",
+        )
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     capability = gpu.compute_capability if gpu else None
-    over = served(model, run.method, capability)
-    method, precision = over.method, _precision(run.precision)
+    precision = _precision(run.precision)
+    if words["experts"] == "modules" and model.model_type in AS_MODULES:  # experts are linear layers
+        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
+    formats = words["code"] == "transformers" and words["runs_formats"]
+    over = served(model, run.method, precision.weights, capability, formats)
+    method, running = over.method, over.running
+    published = model.card.get("stored") if method.kind not in ADAPTERS and method.quantization is None else None
+    if formats and published == "mxfp4" and not model.config.get("quantization_config"):  # as from_pretrained loads it
+        method = method.model_copy(update={"quantization": Quantization(format=published)})
+    if running is None and formats and method.kind not in ADAPTERS and method.quantization is not None:
+        running = running_of(model, method.quantization, precision.weights, capability)
+        over = over._replace(notes=(*over.notes, *((note_of(running),) if running is not None else ())))
     if method.kind in ADAPTERS:
         dtype = method.adapter_dtype or words["method.adapter_dtype"]
         method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
     method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
-    refuse_parts(method, run.precision, run.optimizer, kernels)
-    if words["experts"] == "modules" and model.model_type in AS_MODULES:
-        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
+    refuse_parts(method, run.precision, run.optimizer, kernels, runs=tuple(RUNS) if running is not None else ())
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
     notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
-    recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored)
+    recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored, running)
     notes += more
     attention, _, more = as_the_version_has(model, kernels, run.profile, words)
     notes += more
     returns = generates or words["code"] == "transformers"  # LitGPT's model has a cache where it is told to
-    caches = bool(run.loop.use_cache) and returns and model.objective == "causal_lm"
+    caches = bool(run.loop.use_cache) and returns and model.objective in ("causal_lm", "seq2seq_lm")
     pictures = axes_of_images(model, run)
-    batch = lengths(run.batch, model)
+    batch = lengths(run.batch, model, generates)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
     read = min(run.generation.prefill_chunk_size or batch.sequence, batch.sequence)
     windowed = window is not None and read >= window
@@ -91,9 +109,15 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tower=kernel_of_tower(model, recipe, kernels, capability) if batch.images else "",
         records=False,
         caching=caches or words["forward_caches"],
-        last_only=generates and words["last_logits"],
+        last_only=generates and words["last_logits"] and not model.is_encoder_decoder,
     )
     generation = decided_cache(run.generation, words, run.profile) if generates else run.generation
+    if model.is_encoder_decoder and generation.cache_implementation == "legacy":
+        raise SpecError(
+            f"generation.cache_implementation: legacy is not supported yet for {model.name or model.model_type}; "
+            "supported: dynamic, static",
+            "generation.cache_implementation",
+        )
     if generation.do_sample and generation.num_beams > 1:
         raise SpecError(
             "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
@@ -104,15 +128,18 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     now = Pass(
         "prefill" if generates else "forward",
         kind_of(generation) or ("dynamic" if wiring.caching else ""),
-        words["last_logits"],
+        words["last_logits"] and not model.is_encoder_decoder,
         words["logits"] == "model",
         wiring.has_mask(),
         windowed and read > (window or 0),
         words["few_rows"],
         generation.num_beams > 1,
         generation.do_sample,
+        generates and model.is_encoder_decoder,
+        generates and model.model_type in SUPPRESSES,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
         stored=stored,
+        switches=generates and words["experts"] == "stacked",
     )
     wiring = wiring._replace(handed_back=stored is not None)
     graph = Graph(
@@ -130,22 +157,6 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     )
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
-    if generates and batch.images and any(part.per == "source" for layer in caches_of(model) for part in layer.parts):
-        raise SpecError(
-            f"batch.images: keys and values of images, which {model.model_type} caches, are not supported yet with "
-            "task generate; supported: 0, text alone",
-            "batch.images",
-        )
-    if (
-        generates
-        and run.loop.padded
-        and any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts)
-    ):
-        raise SpecError(
-            f"loop.padded: true is not supported yet with task generate for {model.model_type}, whose layers keep "
-            "states; supported: false",
-            "loop.padded",
-        )
     if generates and not caches_all(graph):
         raise UnsupportedModelError(
             f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
@@ -164,7 +175,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     if pictures:
         pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
     structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
-    return Decided(
+    done = Decided(
         structure,
         batch,
         gpu,
@@ -176,6 +187,17 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         beams=generation.num_beams,
         part=generation.prefill_chunk_size or 0,
     )
+    if generation == Generation():
+        return done
+    from memplan.assisted import decide_assistant
+
+    assistant = decide_assistant(run, model, done, profile == "transformers-5")
+    if assistant is None:
+        return done
+    notes = (*done.notes, *assistant.notes)
+    return done._replace(
+        assistant=assistant, notes=notes, parts={**done.parts, "generation": assistant.said(generation)}
+    )
 
 
 def caches_all(graph: Graph) -> bool:
@@ -183,9 +205,12 @@ def caches_all(graph: Graph) -> bool:
     now = graph.inference
     if now is not None and now.cache.startswith("offloaded"):  # none is left on the card
         graph = graph._replace(inference=now._replace(cache="static" if now.static else "dynamic"))
+    if graph.model.is_encoder_decoder:
+        graph = over_source(graph)
     stack, axes = built(graph)
     kept = sum(axes[times] * blocks for times, blocks in keeping(stack))
-    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" for part in layer.parts)]
+    across = graph.model.is_encoder_decoder or looks_across(graph)  # without images nothing attends to them
+    own = [layer for layer in caches_of(graph.model) if any(part.per != "source" or across for part in layer.parts)]
     return kept == len(own)
 
 
@@ -212,19 +237,19 @@ def _quantised(method: Method, skip: tuple[str, ...], backends: Mapping[str, str
         field = "method.quantization.kbit_preparation"
         raise SpecError(f"{field}: prepares weights for training, and nothing trains", field)
     known = BACKENDS.get(q.format, ())
-    if q.backend and q.backend not in known:
+    if q.backend and q.backend not in (*known, *RUNS.get(q.format, ())):
         field = "method.quantization.backend"
         raise SpecError(f"{field}: {q.backend} is no kernel of {q.format}; known: {', '.join(known) or 'none'}", field)
     update = {
         "kbit_preparation": False,
         "skip": skip if q.skip is None else q.skip,
-        "backend": backends.get(q.format, "") if q.backend is None else q.backend,
+        "backend": (backends.get(q.format, "") or RUNS.get(q.format, ("",))[0]) if q.backend is None else q.backend,
     }
     return method.model_copy(update={"quantization": q.model_copy(update=update)})
 
 
 def _recipe(
-    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool
+    model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool, running: Running | None
 ) -> tuple[Recipe, list[str]]:
     """Adapters as they train, but that nothing is dropped; without them, weights as they are stored."""
     if method.kind in ADAPTERS:
@@ -232,6 +257,10 @@ def _recipe(
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
     bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
+    if method.quantization is None and running is not None:  # whole, once it is loaded
+        return bare._replace(kind="stored", skip=running.skip, running=running, packed=True), []
     if method.quantization is None:
         return bare, []
-    return quantised(model, bare._replace(kind="stored"), method.quantization, stored)
+    recipe, notes = quantised(model, bare._replace(kind="stored"), method.quantization, stored)
+    packed = stored or (recipe.packed and (running is None or running.kernel not in MADE_WHEN_LOADED))
+    return recipe._replace(running=running, packed=packed), notes

@@ -16,6 +16,8 @@ from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.offloaded_caches import offloaded
 from memplan.catalogue.packed import unpacked, with_buffers
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
+from memplan.catalogue.running import Step, bytes_at_once, chunk_of, goes, laying, quantising, unpacking
+from memplan.catalogue.storage import parts_of
 from memplan.catalogue.tables import own_tables
 from memplan.degrees import WHOLE, Degrees
 from memplan.engine.record import Recorded, record, record_inference
@@ -125,6 +127,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         for w in op.weights
         if w.stacked and w.stored
     }
+    axes |= {chunk_of(w): bytes_at_once(elements(w, axes)) for op in operations(stack) for w in op.weights if w.kernel}
     if graph.hold_outputs:
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
@@ -506,6 +509,8 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
             source = storage_of(w) if w.stored else "the model's config"
+            if w.kernel and graph.recipe.running is not None:
+                source = graph.recipe.running.of(w).source
             kind = "buffer" if w.group == "buffer" else "parameter"
             yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
 
@@ -533,7 +538,9 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
 
     A weight that is quantised is there in the dtype it is loaded in until that is done, unless its checkpoint has it
     packed. One that is cast is, until all are loaded and its turn comes; trl's preparation casts most of them twice.
-    Adapters come last. Of a checkpoint that has a head beside the embeddings it is tied to, both are there to the end.
+    Adapters come last. What is quantised or unpacked by a library of its own comes in the order of names, and what the
+    first call of the model unpacks after all. Of a checkpoint that has a head beside the embeddings it is tied to, both
+    are there to the end.
     """
     stack, axes = built(graph)
     loaded = graph.recipe.weights
@@ -546,20 +553,45 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
         return of[id(w)]
 
     numbers = itertools.count()
-    weights = list(in_order(graph))
-    widened = "fp32" if graph.recipe.preparation else ""
+    weights = list(in_order(graph, by_name=graph.recipe.running is not None))
+    widened, how = "fp32" if graph.recipe.preparation else "", graph.recipe.running
+    packed: list[tuple[Weight, list[int]]] = []  # what the first call of the model unpacks
     waiting: list[tuple[int, Weight, str]] = []
     for w in weights:
         if w.group == "adapter":
             continue
         whole, ends = sizes(w)
+        if w.kernel and how is not None and how.whole:
+            codes: list[int] = []
+            for part in parts_of(w, how.of(w)):
+                number = next(numbers)
+                yield number, size(part.shape, part.dtype, axes)[1]
+                codes += [number] if goes(part, w, how) else []
+            if w.stacked or how.at_once:
+                yield from _steps(unpacking(w, how), codes, numbers, axes)
+            else:
+                packed.append((w, codes))
+            continue
+        if w.kernel and how is not None and how.lays:
+            first = next(numbers)
+            yield first, ends[0]
+            for bytes_ in ends[1:]:
+                yield next(numbers), bytes_
+            yield from _steps(laying(w, how), [first], numbers, axes)
+            continue
         if w.stored and graph.recipe.packed:
             for bytes_ in ends:
                 yield next(numbers), bytes_
             continue
         first = next(numbers)
         yield first, ends[0] if w.group == "buffer" else whole
-        if w.stored:
+        if w.kernel and how is not None:
+            for bytes_ in ends[1:]:  # scales come first
+                yield next(numbers), bytes_
+            codes_made = (Tensor("", str(ends[0]), "uint8"),)
+            yield from _steps(quantising(w, how), [], numbers, axes, codes_made)
+            yield first, 0
+        elif w.stored:
             for bytes_ in ends:
                 yield next(numbers), bytes_
             yield first, 0
@@ -573,6 +605,13 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
                 yield number, size(w.shape, to, axes)[1]
                 yield first, 0
                 waiting[i] = (number, w, to)
+    if packed and how is not None:  # layer by layer
+        codes_of: dict[int, list[list[int]]] = {}
+        for w, codes in reversed(packed):
+            codes_of.setdefault(id(w), []).append(codes)
+        for w in in_order(graph):
+            if id(w) in codes_of:
+                yield from _steps(unpacking(w, how), codes_of[id(w)].pop(), numbers, axes)
     if places is not None:
         places.update((number, w) for number, w, _ in waiting)
     for w in weights:
@@ -588,8 +627,32 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
             yield first, 0
 
 
-def in_order(graph: Graph) -> Iterator[Weight]:
-    """The model's weights: those before the layers, the layers one by one, the rest; each once."""
+def _steps(
+    steps: Iterable[Step],
+    codes: list[int],
+    numbers: Iterator[int],
+    axes: Mapping[str, int],
+    parts: tuple[Tensor, ...] = (),
+) -> Iterator[tuple[int, int]]:
+    """What comes and goes while a matrix is unpacked or quantised: `codes` are there before, `parts` are made of it."""
+    there: dict[str, int] = {}
+    for step in steps:
+        if step.made is None and step.name == "codes":
+            yield from ((number, 0) for number in codes)
+        elif step.made is None:
+            yield there.pop(step.name), 0
+        else:
+            for t in parts if step.name == "codes" else (step.made,):
+                there[step.name] = number = next(numbers)
+                yield number, size(t.shape, t.dtype, axes)[1]
+
+
+def in_order(graph: Graph, by_name: bool = False) -> Iterator[Weight]:
+    """The model's weights: those before the layers, the layers one by one, the rest; each once. Or all `by_name`, as
+    transformers 5.24 sorts them: core_model_loading.py dot_natural_key."""
+    if by_name:
+        yield from (w for _, w in sorted(_by_path(graph), key=lambda found: found[0]))
+        return
     stack, axes = built(graph)
     outside: set[str] = set()
     yield from _weights(stack.before, outside)
@@ -600,6 +663,28 @@ def in_order(graph: Graph) -> Iterator[Weight]:
             for block in blocks:
                 yield from block
     yield from _weights((*stack.after, *stack.loss), outside)
+
+
+def _by_path(graph: Graph) -> Iterator[tuple[tuple[tuple[int, str], ...], Weight]]:
+    """The model's weights, each with the parts of its path; numbers are sorted as such."""
+    stack, axes = built(graph)
+    outside: set[str] = set()
+
+    def path(name: str) -> tuple[tuple[int, str], ...]:
+        return tuple((int(part), "") if part.isdigit() else (-1, part) for part in name.split("."))
+
+    for w in _weights((*stack.before, *(op for run in stack.runs for op in run.before)), outside):
+        yield path(w.name), w
+    place: dict[str, int] = {}
+    for run in stack.runs:
+        for _ in range(axes[run.times]):
+            for block in run.blocks:
+                place[block.name] = at = place.get(block.name, -1) + 1
+                for w in _weights(block.ops, set()):
+                    own = f"{w.name}_blocks" if w.stacked else w.name  # as gpt-oss' files have them, after their biases
+                    yield path(f"{block.name}.{at}.{own}"), w
+    for w in _weights((*stack.after, *stack.loss), outside):
+        yield path(w.name), w
 
 
 def _weights(some: Iterable[Op], seen: set[str]) -> Iterator[Weight]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Line, Phase, Rank
 from memplan.catalogue import offloaded_caches, quantized_caches
-from memplan.catalogue.caches import LayerCache, caches
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.catalogue.packed import MANY_ROWS
 from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
@@ -22,6 +21,7 @@ from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, size
 from memplan.graph import (
     Graph,
+    Held,
     active,
     built,
     elements,
@@ -32,7 +32,7 @@ from memplan.graph import (
 )
 from memplan.graph import weights_of as graph_weights
 from memplan.ir import Division
-from memplan.run_axes import axes_of
+from memplan.run_axes import axes_of, blocks_of_keys
 from memplan.segments import replay_loading
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
@@ -47,8 +47,13 @@ if TYPE_CHECKING:
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
     layer with a window has `past_window`. A static cache has `room` for so many. Of a quantised one `quantized` are so
-    before the pass, and the rest of its `past` waits. `division`: its weights are divided
-    among ranks."""
+    before the pass, and the rest of its `past` waits. `source` tokens were read by an encoder, of so many `prompts`.
+    `division`: its weights are divided among ranks.
+
+    In assisted generation the last `cropped` of the past tokens are in the cache's tensors, but were cut off. The cache
+    of a layer with a window has `grown` tokens after the pass, of which attention sees `window`. `rows` logits are
+    returned, `before` were so in the round before, of `outputs` rows; `proposed` tokens there are. `assists`: the pass
+    is the assistant's. `beside`: what is there throughout it, with the cache that the `other` model's pass left."""
 
     graph: Graph
     batch: int
@@ -57,8 +62,19 @@ class Step(NamedTuple):
     past_window: int = 0
     window: int = 0
     room: int = 0
-    quantized: int = 0
+    source: int = 0
+    prompts: int = 0
     division: Division | None = None
+    cropped: int = 0
+    grown: int = 0
+    rows: int = 1
+    before: int = 1
+    outputs: int = 1
+    proposed: int = 0
+    assists: bool = False
+    beside: tuple[Held, ...] = ()
+    other: Step | None = None
+    quantized: int = 0
 
     @property
     def residual(self) -> int:
@@ -89,30 +105,82 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
     """The passes of a run, in order: of those that decode, the first and the last."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
+    if decided.assistant is not None:
+        from memplan import assisted
+
+        return assisted.steps_of(decided)
     many, now = MANY_ROWS.get(graph.inference.loaded.backend, 0), graph.inference
     if many and batch.micro * decided.beams * min(decided.part or batch.sequence, batch.sequence) >= many:
         now = now._replace(unpacks=True)
         graph = graph._replace(inference=now)
     if not now.generates:
         return (Step(graph, batch.micro, batch.sequence),)
-    rows = batch.micro * decided.beams
-    return (*_prompt(graph, rows, decided), *(token_after(past, decided) for past in _decoding(decided)))
+    if graph.model.is_encoder_decoder:
+        return (_encoding(decided), *_read(over_source(graph), decided))
+    return _read(graph, decided)
+
+
+def _encoding(decided: Decided) -> Step:
+    """The pass of an encoder, whose decoder generates after it: of every prompt once, however many beams there are."""
+    graph, batch = decided.structure.graph, decided.batch
+    assert graph.inference is not None
+    wiring = graph.wiring._replace(part="encoder", caching=False, beams=decided.beams > 1)
+    one = graph._replace(wiring=wiring, inference=graph.inference._replace(phase="encode", cache=""))
+    return Step(one, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
+
+
+def looks_across(graph: Graph) -> bool:
+    """Whether layers attend to images beside the tokens, and cache keys and values of them."""
+    return graph.wiring.images and any(layer.mixer == "cross_attention" for layer in graph.model.layers)
+
+
+def over_source(graph: Graph) -> Graph:
+    """An encoder-decoder's decoder alone, over what the encoder has left."""
+    return graph._replace(wiring=graph.wiring._replace(part="decoder"))
+
+
+def _read(graph: Graph, decided: Decided) -> tuple[Step, ...]:
+    """The passes of a decoder: those over its prompt, and those of a token that are walked."""
+    decoding = (_token(graph, past, decided) for past in _decoding(decided))
+    return (*_prompt(graph, decided), *decoding)
+
+
+def token_after(past: int, decided: Decided) -> Step:
+    """The pass that decodes the token after so many."""
+    graph = decided.structure.graph
+    return _token(over_source(graph) if graph.model.is_encoder_decoder else graph, past, decided)
+
+
+def _length(decided: Decided) -> int:
+    """The tokens of the decoder's prompt."""
+    batch = decided.batch
+    return (batch.target_sequence or 1) if decided.structure.graph.model.is_encoder_decoder else batch.sequence
 
 
 def _room(decided: Decided) -> int:
     """The tokens that a cache of fixed size has room for: the last one is never fed to the model."""
-    return decided.batch.sequence + decided.batch.new_tokens - 1
+    return _length(decided) + decided.batch.new_tokens - 1
 
 
-def _prompt(graph: Graph, rows: int, decided: Decided) -> Iterator[Step]:
+def _source(graph: Graph, decided: Decided) -> tuple[int, int]:
+    """The tokens that an encoder has read, and of how many prompts."""
+    return (decided.batch.sequence if graph.wiring.part else 0, decided.batch.micro)
+
+
+def _prompt(graph: Graph, decided: Decided) -> Iterator[Step]:
     """The passes that read the prompt: one, or of one that is read in parts the first two and those that are the last
     of a whole part and of all. What waits in a quantised cache grows from part to part, so that there it is all since
     tokens were last quantised."""
-    now, prompt, window = graph.inference, decided.batch.sequence, graph.model.sliding_window or 0
+    now, prompt, window = graph.inference, _length(decided), graph.model.sliding_window or 0
     assert now is not None
-    part = min(decided.part or prompt, prompt)
+    rows, part = decided.batch.micro * decided.beams, min(decided.part or prompt, prompt)
     if part == prompt:
-        yield Step(graph, rows, prompt, 0, 0, min(prompt, window or prompt), _room(decided))
+        if graph.wiring.part:  # one token sees all there are
+            alone = now.static and prompt == 1
+            graph = graph._replace(wiring=graph.wiring._replace(decodes=prompt == 1, static=now.static))
+            graph = graph._replace(inference=now._replace(room=now.room or alone))
+        seen = min(prompt, window or prompt)
+        yield Step(graph, rows, prompt, 0, 0, seen, _room(decided), *_source(graph, decided))
         return
     starts = list(range(0, prompt, part))
     walked = {*starts[:2], *starts[-2:]}
@@ -136,29 +204,41 @@ def _prompt(graph: Graph, rows: int, decided: Decided) -> Iterator[Step]:
             if past and window and now.cache == "dynamic":  # the pass before left a view of all that it had
                 kept = min(past - part, window - 1) + part
             seen = (min(past, window - 1) if window else past) + fed
-            yield Step(own, rows, fed, past, kept, seen, _room(decided), quantized)
+            yield Step(own, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
         quantized = after
 
 
-def token_after(past: int, decided: Decided) -> Step:
-    """The pass that decodes the token after so many."""
-    graph, prompt, rows = decided.structure.graph, decided.batch.sequence, decided.batch.micro * decided.beams
-    now = graph.inference
+def _token(graph: Graph, past: int, decided: Decided) -> Step:
+    """The pass of the graph that decodes the token after so many."""
+    prompt, rows, now = _length(decided), decided.batch.micro * decided.beams, graph.inference
     assert now is not None
     window, many = graph.model.sliding_window or 0, MANY_ROWS.get(now.loaded.backend, 0)
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
+    crosses = bool(graph.wiring.part)
     longer = bool(window) and past + 1 > window
-    static = now.static  # which attention sees through a mask
-    wiring = graph.wiring._replace(decodes=True, images=False, tower="", windowed=bool(window) and past + 1 >= window)
-    wiring = wiring._replace(padded=wiring.padded or static, handed_back=False)
+    static = now.static
+    wiring = graph.wiring._replace(
+        decodes=True,
+        images=False,
+        tower="",
+        windowed=bool(window) and past + 1 >= window,
+        crossed=crosses or looks_across(graph),
+        handed_back=False,
+    )
+    if crosses:
+        wiring = wiring._replace(static=static)
+    wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
     recipe = graph.recipe
     if rows <= now.few_rows:
         recipe = recipe._replace(copies=False)
-    lingers = past == prompt and not now.last_only
-    token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=bool(many) and rows >= many)
+    lingers = past == prompt and not (now.last_only or crosses)
+    unpacks = bool(many) and rows >= many
+    token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks, batches=now.switches)
+    if crosses:
+        token = token._replace(room=now.room or (static and prompt == 1))
     quantized = 0
     if now.stored is not None:
         before, waiting = _of_prompt(decided, now.stored)
@@ -170,22 +250,26 @@ def token_after(past: int, decided: Decided) -> Step:
     kept = _left_of_prompt(decided, window) if past == prompt else windowed(past)
     if (decided.beams > 1 or now.cache == "offloaded") and window:  # but a copy of it is of the window alone
         kept = min(past, window - 1)
-    return Step(one, rows, 1, past, kept, windowed(past + 1), _room(decided), quantized)
+    return Step(
+        one, rows, 1, past, kept, windowed(past + 1), _room(decided), *_source(graph, decided), quantized=quantized
+    )
 
 
 def _left_of_prompt(decided: Decided, window: int) -> int:
     """The tokens of what the last pass over the prompt had of a layer with a window."""
-    prompt = decided.batch.sequence
+    prompt = _length(decided)
     before = (prompt - 1) // decided.part * decided.part if decided.part else 0
     return (min(before, window - 1) if window else before) + prompt - before
 
 
 def _of_prompt(decided: Decided, stored: Stored | None) -> tuple[int, int]:
     """How many tokens of the prompt a quantised cache has quantised when all are read, and how many wait."""
-    prompt = decided.batch.sequence
+    prompt = _length(decided)
     part = min(decided.part or prompt, prompt)
     quantized, waiting = 0, 0
-    for past in range(0, prompt, part) if stored is not None else ():
+    if stored is None:
+        return quantized, waiting
+    for past in range(0, prompt, part):
         quantized, waiting = stored.after(quantized, waiting, min(part, prompt - past))
     return quantized, waiting
 
@@ -193,7 +277,7 @@ def _of_prompt(decided: Decided, stored: Stored | None) -> tuple[int, int]:
 def _decoding(decided: Decided) -> Iterable[int]:
     """The tokens before each of the passes that decode and are walked: the first and the last. Of a quantised cache
     also the last that quantises all anew, with the one before it, when most tokens wait."""
-    now, prompt, new = decided.structure.graph.inference, decided.batch.sequence, decided.batch.new_tokens - 1
+    now, prompt, new = decided.structure.graph.inference, _length(decided), decided.batch.new_tokens - 1
     if not new:
         return ()
     found = {prompt, prompt + new - 1}
@@ -212,27 +296,45 @@ def _quantized(quantized: int, waiting: int, tokens: int, stored: Stored) -> int
 
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     """Every axis of a pass with its number."""
+    if step.assists:
+        assert decided.assistant is not None
+        assert decided.assistant.drafts is not None
+        decided = decided.assistant.drafts
     low, fixed = inferred(step.graph, division=step.division), built(step.graph)[1]
     window = step.graph.model.sliding_window
     more = {
-        "kv": step.past + step.fed,
+        "kv": step.past - step.cropped + step.fed,
         "past": step.past,
         "kv_window": step.window,
         "past_window": step.past_window,
         "kv_static": step.room,
         "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
         "prompt": decided.batch.sequence,
-        "kernel1": fixed.get("kernel", 0) + 1,
         offloaded_caches.KEPT: min(step.past + step.fed, max(1, window) - 1) if window else step.past + step.fed,
         quantized_caches.QUANTIZED: step.quantized,
         quantized_caches.RESIDUAL: step.residual,
         quantized_caches.AFTER: step.residual_after,
+        quantized_caches.RANKED: int(step.phase == "decode"),
+        "kv_window_grown": step.grown,
+        "verified": step.rows,
+        "verified_before": step.before,
+        "outputs_before": step.outputs,
+        "proposed": step.proposed,
+        "kernel1": fixed.get("kernel", 0) + 1,
+        "source": step.source,
+        "prompts": step.prompts,
+        "rows": step.prompts * decided.beams,
     }
     if step.graph.model.config.get("index_topk"):
         more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
-    for name in ("kv", "kv_window", "kv_static", "kv_window_static"):
+    if "key_block" in fixed:
+        static = step.graph.inference is not None and step.graph.inference.keys("kv") == "kv_static"
+        more |= blocks_of_keys(fixed, step.room if static else more["kv"], ONE_RUN)
+    for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
+        more[f"{name}1"] = more[name] + 1
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
+        more[f"{name}_uneven8"] = more[f"{name}8"] if more[name] % 8 else 0
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
     axes = axes_of(
         step.graph,
@@ -278,6 +380,16 @@ class Walked(NamedTuple):
     workspace: int
 
     @property
+    def graph(self) -> Graph:
+        """A graph with all weights of the model."""
+        return whole(self.decided, self.steps)
+
+    @property
+    def models(self) -> tuple[Graph, ...]:
+        """The graphs whose weights are loaded, the model's first."""
+        return models_of(self.decided, self.steps)
+
+    @property
     def resting(self) -> int:
         """What is there throughout all passes."""
         return self.parameters + self.unsplit + self.workspace
@@ -290,7 +402,8 @@ class Walked(NamedTuple):
             i = self._top(name)
             low = inferred(self.steps[i].graph)
             peak = self.resting + self.peaks[i].bytes
-            out.append(Phase(name, None, peak, low.moments[self.peaks[i].moment].where))
+            where = low.moments[self.peaks[i].moment].where
+            out.append(Phase(name, None, peak, f"assistant: {where}" if self.steps[i].assists else where))
         return out
 
     @property
@@ -305,6 +418,8 @@ class Walked(NamedTuple):
         now = graph.inference
         if now is None or not now.cache.startswith("offloaded"):
             return 0
+        from memplan.catalogue.caches import LayerCache, caches
+
         width, tokens = ITEMSIZE[graph.recipe.compute], last.room if now.static else last.past + last.fed
 
         def pinned(layer: LayerCache) -> int:
@@ -341,12 +456,15 @@ class Walked(NamedTuple):
 
     def lines(self, phase: str) -> list[Line]:
         """Every tensor alive at a phase's peak, largest first."""
-        first = self.steps[0].graph
-        axes = {**built(first)[1], **self.axes[0]}
-        out = [
-            held_line(h, axes, "a buffer of the model" if h.kind == "buffer" else "the model's weights")
-            for h in parameters_of(first)
-        ]
+        out: list[Line] = []
+        for graph in self.models:
+            whose = "assistant" if out else "model"
+            axes = {**built(graph)[1], **({} if out else self.axes[0])}
+            weights = (
+                held_line(h, axes, f"a buffer of the {whose}" if h.kind == "buffer" else f"the {whose}'s weights")
+                for h in parameters_of(graph)
+            )
+            out += map(_assistants, weights) if out else weights
         if self.unsplit:
             what, why = "left unsplit", "ends of blocks that weights have to themselves, up to 1 MiB each"
             out.append(Line(what, "other", "torch", "", (), "uint8", 1, self.unsplit, why, _UNSPLIT, "derived"))
@@ -363,19 +481,67 @@ class Walked(NamedTuple):
             low = inferred(self.steps[i].graph, labelled=True)
             moment = low.moments[self.peaks[i].moment]
             stack, own = built(self.steps[i].graph)
-            out += [workspace, *alive_lines(stack, {**own, **self.axes[i]}, low, moment)]
+            lines = alive_lines(stack, {**own, **self.axes[i]}, low, moment)
+            out += [
+                workspace,
+                *(map(_assistants, lines) if self.steps[i].assists else lines),
+                *self._beside(self.steps[i]),
+            ]
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+
+    def _beside(self, step: Step) -> Iterator[Line]:
+        """What is there beside a pass: what the loop has names for, and the other model's cache."""
+        yield from (held_line(h, {}, "the loop has a name for it") for h in step.beside)
+        if step.other is not None:
+            axes = numbers_of(step.other, self.decided)
+            low = inferred(step.other.graph, labelled=True)
+            stack, own = built(step.other.graph)
+            lines = alive_lines(stack, {**own, **axes}, low, low.left)
+            yield from map(_assistants, lines) if step.other.assists else lines
+
+
+def _assistants(line: Line) -> Line:
+    """A line of the assistant's, told apart from the model's."""
+    return line._replace(where=f"assistant.{line.where}".removesuffix("."))
 
 
 def walk(decided: Decided, expandable: bool = False) -> Walked:
     """The peak of every phase. `expandable`: torch's allocator has expandable segments."""
     steps = steps_of(decided)
     axes = tuple(numbers_of(step, decided) for step in steps)
-    peaks = [most_of(inferred(step.graph), numbers) for step, numbers in zip(steps, axes, strict=True)]
-    graph = steps[0].graph
-    resident, unsplit, most = loaded(graph, expandable)
+    peaks = [_with_beside(step, numbers, decided) for step, numbers in zip(steps, axes, strict=True)]
+    resident, unsplit, most = loaded(models_of(decided, steps), expandable)
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
     return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
+
+
+def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Peak:
+    """The most of a pass, with what is there beside it."""
+    most = most_of(inferred(step.graph), numbers)
+    return most._replace(bytes=most.bytes + beside_of(step, decided))
+
+
+def beside_of(step: Step, decided: Decided) -> int:
+    """Bytes of what is there throughout a pass and none of its own."""
+    held = sum(h.bytes * h.copies for h in step.beside)
+    if step.other is None:
+        return held
+    axes = numbers_of(step.other, decided)
+    low = inferred(step.other.graph)
+    return held + live(low, low.left, axes, bytes_of(low, axes))
+
+
+def models_of(decided: Decided, steps: tuple[Step, ...]) -> tuple[Graph, ...]:
+    """The graphs whose weights are loaded: the model's, and an assistant's that has weights of its own."""
+    assistant = decided.assistant
+    if assistant is None or assistant.drafts is None or assistant.shares:
+        return (whole(decided, steps),)
+    return decided.structure.graph, assistant.drafts.structure.graph
+
+
+def whole(decided: Decided, steps: tuple[Step, ...]) -> Graph:
+    """The graph of a run's passes with all weights of the model, though a pass may be of an encoder or a decoder."""
+    return decided.structure.graph if decided.assistant or steps[0].graph.wiring.part else steps[0].graph
 
 
 _UNSPLIT = (
@@ -384,12 +550,13 @@ _UNSPLIT = (
 
 
 @lru_cache(maxsize=512)
-def loaded(graph: Graph, expandable: bool) -> tuple[int, int, int]:
+def loaded(graphs: tuple[Graph, ...], expandable: bool) -> tuple[int, int, int]:
     """Bytes of weights and buffers; those that torch counts beside them, because blocks were not split; and the most
-    there are while they are loaded."""
+    there are while they are loaded, model by model."""
     allocator = Allocator(expandable)
-    resident = sum(h.bytes * h.copies for h in parameters_of(graph))
-    load(graph, allocator)
+    resident = sum(h.bytes * h.copies for graph in graphs for h in parameters_of(graph))
+    for graph in graphs:
+        load(graph, allocator)
     return resident, allocator.allocated - resident, allocator.peak_allocated
 
 
@@ -412,10 +579,10 @@ class Engine(NamedTuple):
     def moments(self) -> Iterator[Phase]:
         w = self.walked
         for step, axes in zip(w.steps, w.axes, strict=True):
-            low = inferred(step.graph)
+            low, beside = inferred(step.graph), beside_of(step, w.decided)
             sizes = bytes_of(low, axes)
             for moment in low.moments:
-                bytes_ = w.resting + live(low, moment, axes, sizes)
+                bytes_ = w.resting + beside + live(low, moment, axes, sizes)
                 yield Phase(moment.phase, None, bytes_, moment.where)
 
     def ranks(self) -> Iterable[Rank]:
@@ -434,8 +601,12 @@ def replay(walked: Walked, expandable: bool) -> Replay:
     of all did.
     """
     steps = walked.steps
+    if walked.decided.assistant is not None:
+        from memplan import assisted
+
+        steps = assisted.steps_of(walked.decided, replayed=True)
     decoding = [step for step in steps if step.phase == "decode"]
-    if len(decoding) > 1:
+    if walked.decided.assistant is None and len(decoding) > 1:
         first, last = decoding[0], decoding[-1]
         often = min(_MOST, max(_FEWEST, _growth(walked) // SMALL_REQUEST + 2))
         count = min(often, last.past - first.past + 1)
@@ -450,7 +621,7 @@ def replay(walked: Walked, expandable: bool) -> Replay:
             some = [first, *some, last]
         steps = (*(step for step in steps if step.phase != "decode"), *some)
     axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
-    return Replay(steps, axes, walked.workspace, expandable)
+    return Replay(walked.models, steps, axes, walked.workspace, expandable)
 
 
 def _growth(walked: Walked) -> int:
@@ -463,8 +634,10 @@ def _growth(walked: Walked) -> int:
 
 
 class Replay(NamedTuple):
-    """What decides the allocations of a run: its passes, their axes, cuBLAS's workspace, how the allocator works."""
+    """What decides the allocations of a run: its models, its passes, their axes, cuBLAS's workspace, how the allocator
+    works."""
 
+    models: tuple[Graph, ...]
     steps: tuple[Step, ...]
     axes: tuple[tuple[tuple[str, int], ...], ...]
     workspace: int
@@ -485,11 +658,18 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
     """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
     allocator = Allocator(replay.expandable, capacity)
     try:
-        load(replay.steps[0].graph, allocator)
+        for graph in replay.models:
+            load(graph, allocator)
         allocator.alloc(replay.workspace)
-        left: list[tuple[tuple[str, ...], Block]] = []
+        left: dict[bool, list[tuple[tuple[str, ...], Block]]] = {False: [], True: []}  # the model's, the assistant's
+        beside: dict[tuple[Held, int], Block] = {}
         for step, axes in zip(replay.steps, replay.axes, strict=True):
-            left = replayed(recorded_inference(step.graph), dict(axes), allocator, left)
+            there = {(h, i) for h in step.beside for i in range(h.copies)}
+            for gone in [key for key in beside if key not in there]:
+                allocator.free(beside.pop(gone))
+            beside |= {key: allocator.alloc(key[0].bytes) for key in sorted(there - beside.keys())}
+            whose = step.assists
+            left[whose] = replayed(recorded_inference(step.graph), dict(axes), allocator, left[whose])
     except OutOfMemoryError:
         return None
     return allocator.peak_reserved
@@ -510,11 +690,28 @@ def replayed(
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
     bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
     blocks: dict[int, tuple[tuple[str, ...], Block]] = {}
-    given = iter(left)
-    for number, key in recording.events:
-        if key == FREED:
+    given = list(left)
+    for number, event in recording.events:
+        if event == FREED:
             allocator.free(blocks.pop(number)[1])
+            continue
+        key = recording.sizes[event]
+        if given:  # what was left comes first, as it is
+            at = next((i for i, (other, _) in enumerate(given) if _left(other) == _left(key)), 0)
+            blocks[number] = (key, given.pop(at)[1])
         else:
-            before = next(given, None)  # what was left comes first, as it is
-            blocks[number] = before or (recording.sizes[key], allocator.alloc(bytes_[key]))
-    return [blocks[number] for number in recording.left]
+            blocks[number] = (key, allocator.alloc(bytes_[event]))
+    return list(blocks.values())
+
+
+_TOKENS: dict[str, str] = {
+    **dict.fromkeys(("s", "kv", "past", "kv_window", "past_window", quantized_caches.QUANTIZED), "kv"),
+    quantized_caches.AFTER: quantized_caches.RESIDUAL,
+}
+
+
+@lru_cache(maxsize=1024)
+def _left(key: tuple[str, ...]) -> tuple[str, ...]:
+    """What a tensor is known by that one pass leaves and the next finds: its shape, however many tokens it has, and
+    its dtype."""
+    return (" ".join(_TOKENS.get(axis, axis) for axis in key[0].split()), *key[1:])

@@ -31,8 +31,8 @@ class Tensor(NamedTuple):
     """One storage.
 
     `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), or `""` for what
-    torch's type promotion makes of the operation's inputs, or `"=x"` for the dtype of the tensor `x`. Behind any
-    of them `/n` says that there is one for every n elements of the shape.
+    torch's type promotion makes of the operation's inputs, or `"=x"` for the dtype of the tensor `x`; with `/n` there
+    is one for every n elements, rounded up.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Weight(NamedTuple):
     stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
     idle        would train, but never has a gradient: the run's operations do not use it, or only without one
     gradient    the shape of its gradient, where that is not the weight's: of a part of a table, the whole table's
+    kernel      of a stored one, what runs it where nothing trains over its format (`memplan.catalogue.running`)
     """
 
     name: str
@@ -81,6 +82,7 @@ class Weight(NamedTuple):
     stands_for: tuple[str, ...] = ()
     idle: bool = False
     gradient: str = ""
+    kernel: str = ""
 
 
 class Keep(NamedTuple):
@@ -134,7 +136,8 @@ class Op(NamedTuple):
                     reference goes with its last reader.
     caches          where it stands, what it reads is put beside what a cache has of earlier tokens, of which there are
                     then as many as this axis says, and the names mean all of them from there on; where it is a view,
-                    another layer has done so. A rewrite makes operations of it (`memplan.catalogue.decoding`).
+                    another layer has done so; where it `holds` that, the first pass keeps it as it is, without a copy.
+                    A rewrite makes operations of it (`memplan.catalogue.decoding`).
     captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
                     step, so that checkpointing does not let go of them.
     wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients

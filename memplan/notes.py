@@ -112,7 +112,7 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
             f"tokens are counted as spread evenly over {ranks} ranks' experts; one that is sent more holds more rows: "
             f"parallelism.expert_imbalance says how many times the mean, up to {ranks}"
         )
-    if graph.recipe.quantization and left:
+    if graph.recipe.quantization and left and graph.recipe.running is None:
         share = 100 * sum(n for w, n in weights if w.stored) / sum(n for _, n in weights)
         yield (
             f"{share:.1f}% of the parameters are quantised: experts are no linear layers in transformers 5, and "

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, cast
 
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.quantization import FORMATS, FP8_BLOCK, WHOLE
+from memplan.catalogue.running import Running
 from memplan.checkpoint import built_tensors
 from memplan.errors import ConfigError, SpecError, printable
 from memplan.graph import adaptable, stacks
 from memplan.layers import as_json
 from memplan.models import ModelSpec
+from memplan.running import RUN, dequantised_fp8, running_checkpoint
 from memplan.spec import Method, Quantization
 
 _FIELD = "quantization_config"
@@ -26,11 +28,13 @@ _MOST_WILD, _LONGEST = 64, 200  # patterns with .* that are read, and letters of
 
 
 class Trained(NamedTuple):
-    """A method over a checkpoint. `as_stored`: its quantisation is the checkpoint's own; `notes`: what was decided."""
+    """A method over a checkpoint. `as_stored`: its quantisation is the checkpoint's own; `notes`: what was decided;
+    `running`: how its matrices run, where nothing trains over their format."""
 
     method: Method
     as_stored: bool = False
     notes: tuple[str, ...] = ()
+    running: Running | None = None
 
 
 class Stored(NamedTuple):
@@ -93,34 +97,53 @@ def trained(model: ModelSpec, method: Method, trains_fp8: bool, capability: tupl
     return Trained(method, True, (said, *stored.notes))
 
 
-def served(model: ModelSpec, method: Method, capability: tuple[int, int] | None) -> Trained:
+def served(
+    model: ModelSpec, method: Method, precision: str, capability: tuple[int, int] | None, formats: bool
+) -> Trained:
     """The method with how the checkpoint is stored filled in, where nothing trains: matrices stay as they are stored,
-    where memplan has their format.
+    where memplan has their format. `precision` is the model's dtype, `formats` whether the version runs those that
+    nothing trains over.
 
-    Raises SpecError where the run quantises it otherwise, ConfigError where its config says too little.
+    Raises SpecError where the run quantises it otherwise, or the version does not load it, ConfigError where its config
+    says too little.
     """
     config: Any = model.config.get(_FIELD)
     if not isinstance(config, Mapping) or not config:
         return Trained(method)
     if method.kind in ADAPTERS:
         return trained(model, method, True, capability)
-    stored = stored_as(model, cast(Mapping[str, Any], config))
+    said = cast(Mapping[str, Any], config)
+    how = said.get("quant_method")
+    if formats and how in RUN:
+        given = running_checkpoint(model, method, said, precision, capability)
+        if given.quantization is None:
+            return Trained(method, False, given.notes, given.running)
+        _same(method.quantization, given.quantization, given.words)
+        method = method.model_copy(update={"quantization": given.quantization})
+        return Trained(method, given.packed, given.notes, given.running)
+    stored = stored_as(model, said)
     asked, given = method.quantization, stored.quantization
     dense = stored.dense if given is None or stored.words != "fp8" else ""
     if stored.words == "fp8" and not dense and capability is not None and capability < (8, 9):
         dense = "its kernels need compute capability 8.9"
     if given is None or dense:
-        return Trained(method, False, (f"the checkpoint is stored in {stored.words} and runs dequantised: {dense}",))
-    if asked not in (None, _PLAIN) and asked.format != given.format:
-        raise SpecError(
-            f"method.quantization: the checkpoint is stored in {stored.words}, not {asked.format}; leave it out, or "
-            "give the checkpoint it was made from",
-            "method.quantization.format",
-        )
+        said = f"the checkpoint is stored in {stored.words} and runs dequantised: {dense}"
+        squares = formats and given is not None and stored.words == "fp8"
+        return Trained(method, False, (said,), dequantised_fp8(given.skip or ()) if squares and given else None)
+    _same(asked, given, stored.words)
     _check(model, given)
     if asked in (None, _PLAIN):
         method = method.model_copy(update={"quantization": given})
     return Trained(method, True, (f"the checkpoint runs as it is stored: {stored.words}", *stored.notes))
+
+
+def _same(asked: Quantization | None, given: Quantization, words: str) -> None:
+    if asked not in (None, _PLAIN) and asked.format != given.format:
+        raise SpecError(
+            f"method.quantization: the checkpoint is stored in {words}, not {asked.format}; leave it out, or "
+            "give the checkpoint it was made from",
+            "method.quantization.format",
+        )
 
 
 def _check(model: ModelSpec, quantization: Quantization) -> None:
@@ -258,9 +281,17 @@ def _adapted(names: Sequence[str], method: Method) -> bool:
 
 
 def _stacked(model: ModelSpec) -> str:
-    """Why a mixture of experts is not trained as it is stored: transformers 5 has its experts in no linear layers."""
+    """Raise SpecError for a mixture of experts: transformers 5 puts these libraries' layers in place of linear ones,
+    and has its experts in none.
+
+    Source: transformers 5.24 quantizers/quantizer_gptq.py, quantizer_awq.py: neither has serialized_names.
+    """
     if stacks(model):
-        raise SpecError(f"{_FIELD}: experts that are stored quantised are not supported yet", "model")
+        raise SpecError(
+            f"{_FIELD}: experts that are stored quantised are not supported yet with transformers 5, which loads none "
+            "of GPTQ's or AWQ's; before it they were linear layers (profile transformers-4.51)",
+            "model",
+        )
     return ""
 
 

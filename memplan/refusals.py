@@ -156,14 +156,19 @@ def refuse_parts(
     kernels: Kernels,
     storages: tuple[str, ...] = ("uint8",),
     selects: bool = False,
+    runs: tuple[str, ...] = (),
 ) -> None:
     """Raise SpecError for what the parts of a run must not say, each as it was asked. `storages`: what 4-bit weights
-    may be stored in; `selects`: the model's code can recompute attention alone."""
+    may be stored in; `selects`: the model's code can recompute attention alone; `runs`: formats that it runs in."""
     if kernels.checkpointing == "selective" and not selects:
         raise _later("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
     if kernels.compile:
         raise _later("kernels.compile", True, "false")
-    for refused in (*_method(method, storages), *_precision(precision, method.quantization), *_optimizer(optimizer)):
+    for refused in (
+        *_method(method, storages, runs),
+        *_precision(precision, method.quantization),
+        *_optimizer(optimizer),
+    ):
         raise refused
 
 
@@ -669,7 +674,7 @@ def refuse_parts_of_sequences(
         raise SpecError("loop.padded: accelerate's context parallelism takes no masks", "loop.padded")
 
 
-def _method(m: Method, storages: tuple[str, ...]) -> Iterator[SpecError]:
+def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iterator[SpecError]:
     if m.kind not in ADAPTERS:
         for field in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options"):
             if getattr(m, field) != getattr(_PLAIN, field):
@@ -683,7 +688,7 @@ def _method(m: Method, storages: tuple[str, ...]) -> Iterator[SpecError]:
         elif name != "use_rslora" or not isinstance(value, bool):
             yield _later(field, value, "use_rslora true or false, which changes no memory")
     if m.quantization is not None:
-        yield from _quantization(m.quantization, storages)
+        yield from _quantization(m.quantization, storages, runs)
 
 
 def no_adapters(kind: str, field: str) -> SpecError:
@@ -701,11 +706,15 @@ _GROUPED = ("gptq-int4", "gptq-int8", "awq-int4")
 _WHOLE = (*_GROUPED, "fp8", "int8")
 
 
-def _quantization(q: Quantization, storages: tuple[str, ...]) -> Iterator[SpecError]:
+def _quantization(q: Quantization, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iterator[SpecError]:
     field = "method.quantization"
     trained = cast(tuple[str, ...], get_args(TrainedOver))
+    if q.format in runs and q.format not in trained:
+        return
     if q.format not in trained:
-        yield _later(f"{field}.format", q.format, f"{', '.join(trained)}; others by engines that serve a model")
+        yield _later(
+            f"{field}.format", q.format, f"{', '.join((*trained, *runs))}; others by engines that serve a model"
+        )
     if q.block_size < (16 if q.format in _GROUPED else 32) and not (q.block_size == WHOLE and q.format in _WHOLE):
         size = "one scale a column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
         yield SpecError(f"{field}.block_size: {q.format} has no {size}", f"{field}.block_size")

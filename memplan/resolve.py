@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan import zero
 from memplan.batches import axes_of_images, lengths
@@ -63,6 +63,9 @@ from memplan.spec import Batch, Kernels, Loop, Method, Optimizer, Parallelism, P
 from memplan.stages import one_process, piped
 from memplan.units import ITEMSIZE
 
+if TYPE_CHECKING:
+    from memplan.assisted import Assistant
+
 
 def _adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     """The targets of adapters that stacks of experts' matrices stand for."""
@@ -106,7 +109,7 @@ class Decided(NamedTuple):
     `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
     `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
     null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt,
-    of which `part` tokens are read at once, 0 for all.
+    of which `part` tokens are read at once, 0 for all; `assistant` what proposes tokens.
     """
 
     structure: Structure
@@ -120,6 +123,7 @@ class Decided(NamedTuple):
     communicators: tuple[Communicator, ...] = ()
     beams: int = 1
     part: int = 0
+    assistant: Assistant | None = None
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
@@ -696,13 +700,8 @@ def _check_objective(model: ModelSpec, kernels: Kernels, precision: Precision, p
     what the model's classes do not take."""
     if model.objective == "causal_lm":
         return
+    check_classes(model, kernels, profile)
     name = model.name or model.model_type
-    if kernels.attention in model.lacks:
-        raise SpecError(
-            f"kernels.attention: {kernels.attention} is not supported for {name}, whose positions are a bias of the "
-            "scores; supported: sdpa, sdpa_efficient, eager",
-            "kernels.attention",
-        )
     if model.is_encoder_decoder and precision.weights == "fp16":
         raise SpecError(
             f"precision.weights: fp16 is not supported yet for {name}, whose layers clamp what they make in it; bf16 "
@@ -715,7 +714,18 @@ def _check_objective(model: ModelSpec, kernels: Kernels, precision: Precision, p
             f"{model.objective}, whose class computes its own loss: hf",
             "kernels.loss",
         )
-    if find_profile(profile).name != "transformers-5":
+
+
+def check_classes(model: ModelSpec, kernels: Kernels, profile: str) -> None:
+    """Raise SpecError for a kernel of attention that the model's classes do not take, or, of another model than a
+    causal language model, for a version whose classes are not read."""
+    if kernels.attention in model.lacks:
+        raise SpecError(
+            f"kernels.attention: {kernels.attention} is not supported for {model.name or model.model_type}, whose "
+            "positions are a bias of the scores; supported: sdpa, sdpa_efficient, eager",
+            "kernels.attention",
+        )
+    if model.objective != "causal_lm" and find_profile(profile).name != "transformers-5":
         raise SpecError(
             f"profile: {profile} is not supported yet for {model.objective}; supported: transformers-5", "profile"
         )

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from memplan.catalogue import build, links, token_rates
 from memplan.catalogue.attention import Wiring
+from memplan.catalogue.cache_formats import cache_format
 from memplan.catalogue.caches import Latent, LayerCache, caches
 from memplan.catalogue.token_rates import Span
 from memplan.checkpoint import parameters
 from memplan.gpus import GPU
 from memplan.graph import active, elements
-from memplan.headers import GGML_TYPES
 from memplan.ir import Op
 from memplan.models import ModelSpec
 from memplan.spec import Quantization
@@ -37,7 +37,6 @@ _BITSANDBYTES = ("nf4", "fp4", "int8")
 _SERVER = 8  # GPUs of one server; more of them send over the network
 _TOWERS = ("vision", "projector", "audio")  # read once for a prompt's images, never for a token
 _SUMS = 2  # all-reduces of a layer: after attention and after its MLP. Shoeybi et al. 2019, arXiv:1909.08053, section 3
-_GGML = {kind.name.lower(): (kind.elements, kind.bytes) for kind in GGML_TYPES.values()}
 
 
 class Load(NamedTuple):
@@ -321,10 +320,11 @@ def _cached(load: Load, tokens: int, source: int) -> int:
     found = 0
     for layer in caches(load.model, load.latent):
         for part in layer.parts:
-            numbers = part.entries(tokens, layer.last, source) * part.on(load.tp)
-            kind = part.stored_in(load.dtype, load.cache_dtype or load.dtype)
-            every, bytes_ = (1, ITEMSIZE[kind]) if kind in ITEMSIZE else _GGML[kind]
-            found += -(-numbers // every) * bytes_
+            entries = part.entries(tokens, layer.last, source)
+            kept = cache_format(part.stored_in(load.dtype, load.cache_dtype or load.dtype))
+            heads = part.heads if part.per == "token" and part.heads else 0
+            each = -(-heads // load.tp) * kept.head(part.elements // heads) if heads else kept.head(part.on(load.tp))
+            found += entries * each
     return found
 
 

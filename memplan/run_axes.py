@@ -88,6 +88,7 @@ def axes_of(
         "s1": s + 1,
         "s8": -(-s // 8) * 8,
         "s_uneven": by.choose(s % 8 == 0, 0, s),
+        "s_uneven8": by.choose(s % 8 == 0, 0, -(-s // 8) * 8),
         "s32": -(-s // 32) * 32,
         "s128": -(-s // 128) * 128,
         "targets": by.choose(many, tokens, s + 1),
@@ -161,6 +162,8 @@ def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
     yield "t", t
     for rounded in (8, 32, 128):
         yield f"t{rounded}", -(-t // rounded) * rounded
+    yield "t_uneven", run.by.choose(t % 8 == 0, 0, t)
+    yield "t_uneven8", run.by.choose(t % 8 == 0, 0, -(-t // 8) * 8)
     yield "sorted_targets", run.by.choose(targets > 3072, targets, 0)
     yield "target_segments", _segments(run, targets, run.model.vocab_size)
     for name, keys in (("efficient_workspace_t", t), ("efficient_workspace_cross", run.s)):
@@ -243,6 +246,27 @@ def _chosen_keys(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "several", run.by.choose(run.b > 1, run.b, 0)
 
 
+def _blocks_of_keys(run: _Run) -> Iterable[tuple[str, Any]]:
+    return blocks_of_keys(run.fixed, run.s, run.by).items() if "key_block" in run.fixed else ()
+
+
+def blocks_of_keys(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[str, Size]:
+    """Axes of attention to blocks that an indexer chooses of `s` keys.
+
+    key_blocks     how many there are; `key_blocks1`, one more; `chosen_blocks`, of those a query attends to
+    block_keys     the keys of whole blocks; `padded_keys`, the same where there are fewer, so that scores are padded
+    """
+    blocks = -(-s // numbers["key_block"])
+    whole = blocks * numbers["key_block"]
+    return {
+        "key_blocks": blocks,
+        "key_blocks1": blocks + 1,
+        "chosen_blocks": by.least(blocks, numbers["ti"]),
+        "block_keys": whole,
+        "padded_keys": by.choose(whole == s, 0, whole),
+    }
+
+
 def _compressed_keys(run: _Run) -> Mapping[str, Any]:
     """Of keys that stand for a window each, of a small and of a large one: how many, and with those of all tokens."""
     if run.needs.isdisjoint(("wc", "kc", "wh", "kh")):
@@ -310,6 +334,7 @@ _FURTHER: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("tokens_",), _dispatched),
     (("chosen_keys", "several"), _chosen_keys),
     (("wc", "uc", "kc", "wh", "uh", "kh", "tk"), _compressed_keys),
+    (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _seen),
     (("lc", "fc"), _losses),

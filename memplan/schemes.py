@@ -34,8 +34,9 @@ class Scheme(NamedTuple):
     layout_of: LayoutOf
 
 
-def scheme_of(config: Config, dtype: str, experts: str = "") -> Scheme:
-    """What a `quantization_config` says. `dtype` is the model's own, `experts` its config's `expert_dtype`.
+def scheme_of(config: Config, dtype: str, experts: str = "", family: str = "") -> Scheme:
+    """What a `quantization_config` says. `dtype` is the model's own, `experts` its config's `expert_dtype`, `family`
+    its model_type.
 
     Raises SpecError for a method or a setting that is not supported yet, ConfigError for what is no such config.
     """
@@ -48,15 +49,23 @@ def scheme_of(config: Config, dtype: str, experts: str = "") -> Scheme:
             "model",
         )
     scheme = read(config, dtype)
-    if how != "fp8" or experts != "fp4":
+    if how != "fp8":
         return scheme
     inner, apart = scheme.layout_of, plain("mxfp4")  # DeepSeek-V4: experts in two weights a byte, scales are exponents
+    four = experts == "fp4"
+    scales = "uint8" if four else dtype if family in _SCALES_IN_16_BITS else ""
 
     def of(name: str, w: Weight) -> Layout | None:
-        layout = apart if w.stacked else inner(name, w)
-        return layout._replace(scales="uint8") if layout is not None else None
+        layout = apart if four and w.stacked else inner(name, w)
+        return layout._replace(scales=scales or layout.scales) if layout is not None else None
 
-    return Scheme("fp8, experts mxfp4", of)
+    return Scheme("fp8, experts mxfp4" if four else scheme.words, of)
+
+
+# Families whose makers' FP8 checkpoints have the scales of squares in the model's dtype, where DeepSeek's have fp32.
+# Source: the header of Qwen/Qwen3-1.7B-FP8, 196 scales in BF16, as https://github.com/modular/modular/issues/7142 has
+# it; https://github.com/HabanaAI/vllm-fork/pull/2141, of Qwen3's dense models.
+_SCALES_IN_16_BITS = frozenset(("qwen3",))
 
 
 def takes(w: Weight) -> bool:
@@ -290,7 +299,20 @@ def _of_group(weights: Config, group: Config, config: Config, dtype: str) -> Lay
         order=weights.get("actorder") in ("group", "dynamic"),
         inputs=fixed,
         scales=dtype,
+        acts=_acts(given, fixed),
     )
+
+
+def _acts(given: Config, fixed: bool) -> str:
+    """How a layer's inputs are quantised, as a layout has it."""
+    if not given:
+        return ""
+    strategy, size = given.get("strategy"), _whole(given, "group_size", WHOLE)
+    if strategy == "tensor_group" or given.get("dynamic") == "local":
+        return f"local/{size}"
+    if fixed:
+        return "fixed"
+    return f"groups/{size}" if strategy == "group" and size > 0 else "rows"
 
 
 def _modelopt(config: Config, _: str) -> Scheme:
@@ -333,7 +355,9 @@ def _torchao(config: Config, dtype: str) -> Scheme:
     kind = KINDS[form]
     group = _whole(cast(Config, data), "group_size", kind.group) if isinstance(data, Mapping) else kind.group
     left = [_HEAD, *_names(config, "modules_to_not_convert")]
-    return Scheme(f"torchao, {form}", everywhere(plain(form, _checked(group), dtype), left))
+    dynamic = "rows" if "dynamic" in str(name).lower() else ""
+    layout = plain(form, _checked(group), dtype)._replace(acts=dynamic)
+    return Scheme(f"torchao, {form}{', inputs too' if dynamic else ''}", everywhere(layout, left))
 
 
 def _hqq(config: Config, dtype: str) -> Scheme:

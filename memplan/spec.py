@@ -32,6 +32,27 @@ Pixels = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
+# A framework without a version is the newest that is read.
+NEWEST = {
+    "transformers": "transformers-5",
+    "trl": "trl-0.24",
+    "axolotl": "axolotl-0.12",
+    "llamafactory": "llamafactory-0.9",
+    "unsloth": "unsloth-2025",
+    "litgpt": "litgpt-2024",
+    "vllm": "vllm-0.33",
+    "sglang": "sglang-0.5",
+    "tgi": "tgi-3",
+    "llama.cpp": "llama.cpp-2026",
+}
+
+
+def _versioned(name: str) -> str:
+    return NEWEST.get(name.lower(), name)
+
+
+ProfileName = Annotated[str, AfterValidator(_versioned)]
+
 
 def frozen(value: Any) -> Any:
     """Lists become tuples, mappings FrozenDicts, all the way down."""
@@ -154,6 +175,10 @@ GgufType = Literal[
     "MXFP4_MOE",
 ]
 Format = Literal[TrainedOver, OnlyRuns, GgufType]
+# Kernels of GPTQ's and AWQ's weights, and what runs those of formats that nothing trains over (catalogue/running.py).
+Packed = Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"]
+Runs = Literal["decompressed", "scaled_mm", "fbgemm", "torchao", "quanto", "triton", "dequantised"]
+Backend = Literal[Packed, Runs]
 _FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
 # Weights that share a scale, where a run says no other number: what the formats' own libraries make.
 # Source: transformers 5.24 utils/quantization_config.py GPTQConfig, AwqConfig; torchao 0.18; compressed-tensors 0.20.
@@ -187,7 +212,7 @@ class Quantization(Part, frozen=True):
 
     A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
     formats that a model only runs in have groups of their own, and types of GGUF files none that can be said. `backend`
-    is the kernel that GPTQ's or AWQ's weights run with, where it makes something beside its output.
+    is the kernel that weights run with, where a format has several or makes something beside its output.
     """
 
     format: Annotated[Format, BeforeValidator(_named)] = "nf4"
@@ -196,7 +221,7 @@ class Quantization(Part, frozen=True):
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl"] | None = None
-    backend: Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"] | None = None
+    backend: Backend | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -310,8 +335,8 @@ class Batch(Part, frozen=True):
 
     Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
     Of an encoder-decoder `sequence` is what the encoder reads, and the decoder is given `target_sequence` tokens: by
-    default as many, or as many as it has positions for. What an encoder of images or recordings reads is fixed by its
-    config.
+    default as many, or as many as it has positions for. To generate it begins with those: with one by default, Whisper
+    with four. What an encoder of images or recordings reads is fixed by its config.
     """
 
     micro: Count = 1
@@ -484,6 +509,12 @@ class CacheConfig(Part, frozen=True):
     residual_length: Count | None = None
 
 
+class InlineModel(Part, frozen=True):
+    """A model given by its config instead of by name, with Hugging Face's keys."""
+
+    config: Json
+
+
 class Generation(Part, frozen=True):
     """How tokens are generated, mostly by the names of transformers' `GenerationConfig`. The prompt is
     `batch.sequence`, and `batch.new_tokens` come after it.
@@ -494,6 +525,11 @@ class Generation(Part, frozen=True):
     `offloaded_static` (once `offloaded_hybrid`) keep them in host memory, but for the layer that runs and the next one.
     With `prefill_chunk_size` the prompt is read in passes of so many tokens. Of every prompt there are `num_beams`
     sequences. With `do_sample` tokens are drawn after temperature, top-k and top-p; else the likeliest is taken.
+
+    In rounds of assisted generation `num_assistant_tokens` are proposed, which the model reads at once, and one more is
+    its own: by `assistant_model`, whose weights are in `assistant_dtype` (the model's own, where that is None) and may
+    be quantised by `assistant_quantization`; by the model's first `assistant_early_exit` layers; or, without another
+    pass, `prompt_lookup_num_tokens` of what came before (prompt lookup).
     """
 
     cache_implementation: (
@@ -503,6 +539,18 @@ class Generation(Part, frozen=True):
     prefill_chunk_size: Count | None = None
     num_beams: Count = 1
     do_sample: Flag = False
+    assistant_model: str | InlineModel | None = None
+    assistant_dtype: Dtype | None = None
+    assistant_quantization: Quantization | None = None
+    num_assistant_tokens: Count | None = None
+    num_assistant_tokens_schedule: Literal["constant", "heuristic", "heuristic_transient"] | None = None
+    prompt_lookup_num_tokens: Count | None = None
+    assistant_early_exit: Count | None = None
+
+    @property
+    def assisted(self) -> bool:
+        """Whether tokens are proposed before the model is asked for them."""
+        return bool(self.assistant_model or self.prompt_lookup_num_tokens or self.assistant_early_exit)
 
 
 class Evaluation(Part, frozen=True):
@@ -557,6 +605,30 @@ class Also(Part, frozen=True):
     merging: Merging | None = None
 
 
+CacheDtype = Literal[
+    "auto",
+    "bf16",
+    "fp16",
+    "fp32",
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "fp8_e4m3fn",
+    "int8_per_token_head",
+    "fp8_per_token_head",
+    "int4_per_token_head",
+    "nvfp4",
+    "fp4_mx_block16",
+    "mxfp8",
+    "q8_0",
+    "q5_1",
+    "q5_0",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+]
+
+
 class Serving(Part, frozen=True):
     """How a serving engine is started (profiles `vllm-...`, `sglang-...`, `tgi-...`, `llama.cpp-...`).
 
@@ -579,7 +651,16 @@ class Serving(Part, frozen=True):
     hybrid_cache            layers with a window keep that alone, where the engine can
     gpu_layers              of llama.cpp: the layers in the card's memory, from the last; one more is the head
     flash_attention         of llama.cpp: scores are not written out
+    split_mode              of llama.cpp on several cards: `layer` lays whole layers on each, `none` all on one of them
+    tensor_split            of llama.cpp: in which proportions cards have layers; None for equal parts
+    main_gpu                of llama.cpp: the card that has all under split_mode `none`, the first is 0
+    dp_attention            of SGLang: the `dp` groups of ranks share one model's experts, MLPs and head, and only
+                            attention is theirs alone; without it they are replicas
+    limit_images, limit_videos
+                            how many of them a request may have (vLLM's `limit_mm_per_prompt`); None for any number. 0
+                            of both: the tower is not there
     lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
+    lora_cpu_slots          adapters that the host has (vLLM's `max_cpu_loras`); None for as many as there are slots
     """
 
     weights: str | None = None
@@ -588,27 +669,29 @@ class Serving(Part, frozen=True):
     max_num_batched_tokens: Count | None = None
     memory_utilization: Annotated[Number, Field(gt=0, le=1)] | None = None
     block_size: Count | None = None
-    cache_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None
+    cache_dtype: CacheDtype | None = None
     cuda_graphs: Flag | None = None
     prefix_caching: Flag | None = None
     hybrid_cache: Flag | None = None
     gpu_layers: Natural | None = None
     flash_attention: Flag | None = None
+    split_mode: Literal["layer", "none", "row", "tensor"] | None = None
+    tensor_split: tuple[Annotated[Number, Field(ge=0, le=2**40)], ...] | None = None
+    main_gpu: Natural | None = None
+    dp_attention: Flag | None = None
+    limit_images: Natural | None = None
+    limit_videos: Natural | None = None
     lora_slots: Natural | None = None
     lora_rank: Count | None = None
-
-
-class InlineModel(Part, frozen=True):
-    """A model given by its config instead of by name, with Hugging Face's keys."""
-
-    config: Json
+    lora_cpu_slots: Natural | None = None
 
 
 class RunSpec(Part, frozen=True):
     """A whole run. Words are accepted for parts: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`.
 
     `objective` is what the model is trained for, its head and loss; None for what its config's `architectures` say.
-    None is left to the profile (`memplan.catalogue.profiles`); the answer's `run` holds what it decided.
+    None is left to the profile (`memplan.catalogue.profiles`), which without a version is the newest of that framework;
+    the answer's `run` holds what it decided.
     """
 
     if TYPE_CHECKING:  # what pydantic accepts is more than what the fields are
@@ -646,7 +729,7 @@ class RunSpec(Part, frozen=True):
     also: Also = Also()
     parallelism: Parallelism = Parallelism()
     serving: Serving = Serving()
-    profile: str = "transformers-5"
+    profile: ProfileName = "transformers-5"
     gpu: str | None = None
 
 

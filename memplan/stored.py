@@ -151,7 +151,9 @@ def _as_published(model: ModelSpec, dtype: str) -> LayoutOf:
     config: Any = model.config.get(FIELD)
     if not isinstance(config, Mapping) or not config:
         return plainly
-    return scheme_of(cast(Mapping[str, Any], config), dtype, str(model.config.get("expert_dtype", ""))).layout_of
+    return scheme_of(
+        cast(Mapping[str, Any], config), dtype, str(model.config.get("expert_dtype", "")), model.model_type
+    ).layout_of
 
 
 def _rows(model: ModelSpec, layout_of: LayoutOf, dtype: str) -> Iterator[StoredWeight]:

@@ -73,6 +73,8 @@ def estimates(
         tracer: Tracer | None = None
         for run, calibration in runs:
             unsupported: UnsupportedModelError | None = None
+            if online and run.generation.assistant_model is not None:
+                find_config(run.generation.assistant_model, online=True)  # which lies in the Hub's cache then
             if via != "trace":
                 try:
                     if online and run.model not in found:

@@ -110,6 +110,13 @@ def runs(draw: st.DrawFn) -> RunSpec:
             "loss": draw(st.sampled_from(["hf", "chunked", "fused", "chunked_lm_head"])),
             "fused": draw(st.lists(st.sampled_from(["rope", "rms_norm", "swiglu", "lora"]), unique=True)),
         },
+        also={
+            "evaluation": {
+                **{name: draw(st.integers(1, 64)) for name in ("micro", "sequence", "accumulation")},
+                **{name: draw(st.integers(0, 64)) for name in ("kept_batches", "new_tokens")},
+                "preprocess": "argmax",
+            }
+        },
         loop={name: draw(FLAGS) for name in ("hold_outputs", "padded", "trainer", "expandable_segments")},
         parallelism=draw(parallelisms()),
         profile=draw(st.sampled_from(["transformers-5", "axolotl-0.12"])),
@@ -151,6 +158,10 @@ TYPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "--offload none": ({"parallelism": {"offload": {"optimizer": True}}}, {}),
     "llama-3.1-8b --gpu h100": ({}, {"model": "llama-3.1-8b", "gpu": "h100"}),
+    "--eval-batch-size 2 --eval-preprocess argmax": (
+        {"also": {"evaluation": {"kept_batches": 4}}},
+        {"also": {"evaluation": {"kept_batches": 4, "micro": 2, "preprocess": "argmax"}}},
+    ),
 }
 
 
@@ -246,6 +257,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "adapters in bf16": ({"method": "lora"}, {"method": {"kind": "lora", "adapter_dtype": "bf16"}}),
     "all activations": ({}, {"parallelism": {"offload": {"activations": True}}}),
+    "evaluation": (
+        {"also": {"evaluation": {"kept_batches": 4}}},
+        {"also": {"evaluation": {"kept_batches": 4, "micro": 2, "accumulation": 1, "preprocess": "argmax"}}},
+    ),
 }
 _DEEPSPEED = (
     "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}, bf16: {enabled: auto}, "
@@ -401,6 +416,16 @@ GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("bf16: false", "pure_bf16: true"),
     ),
     "all activations": (("activation_offloading: true",), ("activation_offloading: true",), ()),
+    "evaluation": (
+        (
+            "per_device_eval_batch_size: 2",
+            "eval_accumulation_steps: 1",
+            "# Python: trainer = SFTTrainer(..., preprocess_logits_for_metrics=lambda logits, labels: "
+            "logits.argmax(-1))",
+        ),
+        ("eval_batch_size: 2",),
+        ("per_device_eval_batch_size: 2", "eval_accumulation_steps: 1", "compute_accuracy: true"),
+    ),
     "model": (
         ("model_name_or_path: meta-llama/Llama-3.1-8B",),
         ("base_model: meta-llama/Llama-3.1-8B",),
@@ -413,6 +438,13 @@ GOLDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 def test_a_change_in_each_frameworks_words(name: str, expected: tuple[tuple[str, ...], ...]) -> None:
     asked, changed = (run(**fields) for fields in CHANGES[name])
     assert tuple(each.lines for each in lines(asked, changed)[1:]) == expected
+
+
+def test_axolotl_has_no_key_for_how_long_logits_are_kept() -> None:
+    asked, changed = (run(also={"evaluation": {"accumulation": n}}) for n in (4, 1))
+    axolotl = next(each for each in lines(asked, changed) if each.framework == "axolotl")
+    assert axolotl.lines == ()
+    assert axolotl.note.startswith("kept logits go to the host after as many batches as gradient_accumulation_steps")
 
 
 def test_every_change_has_its_golden_lines() -> None:

@@ -18,8 +18,10 @@ from memplan.gpus import find_gpu
 from memplan.inference import walk
 from memplan.resolve import NEW_TOKENS, decide
 from memplan.units import ITEMSIZE, rounded
+from tests.encoders import SMALL
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
+from tests.tiny_vision import TINY as TOWERS
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_inference.jsonl"))
 
@@ -158,6 +160,100 @@ def test_what_a_prompt_leaves_is_what_the_table_of_caches_says(model_type: str) 
     left = walked.left(walked.steps[0], walked.axes[0])
     said = caches.bytes_of(caches.caches(decided.structure.graph.model), 16)
     assert sum(n for what, n in left if "length" not in what) == 64 * said
+
+
+# --- encoder-decoders
+
+
+def over_source(name: str, **fields: Any) -> RunSpec:
+    """A small encoder-decoder's generation, of three sources unless `fields` say otherwise."""
+    read = {} if SMALL[name]["model_type"] == "whisper" else {"sequence": 75}
+    batch = {"micro": 3, **read, "new_tokens": 4, **fields.pop("batch", {})}
+    return generating({"config": SMALL[name]}, batch=batch, **fields)
+
+
+@pytest.mark.parametrize("name", ["t5", "flan-t5", "whisper"])
+def test_a_decoder_keeps_its_tokens_and_what_the_encoder_read(name: str) -> None:
+    decided = decide(over_source(name, batch={"micro": 64}))
+    walked, source = walk(decided), decided.batch.sequence
+    encoded, first, *_ = (dict(walked.left(s, a)) for s, a in zip(walked.steps, walked.axes, strict=True))
+    table = caches.caches(decided.structure.graph.model)
+    prompt = decided.batch.target_sequence or 0
+    assert prompt == (4 if name == "whisper" else 1)
+    assert sum(n for what, n in first.items() if what.endswith("cache")) == 64 * caches.bytes_of(
+        table, prompt, source=source
+    )
+    assert sum(encoded.values()) == sum(n for what, n in first.items() if not what.endswith("cache"))
+
+
+def test_layers_that_look_at_images_keep_what_the_tower_made_of_them() -> None:
+    config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
+    decided = decide(generating(config, batch={"micro": 64, "sequence": 75, "images": 1, "new_tokens": 3}))
+    walked = walk(decided)
+    rows = 4 * ((56 // 14) ** 2 + 1)  # tiles of an image, patches of a tile and its class
+    said = caches.bytes_of(caches.caches(decided.structure.graph.model), 75, source=rows)
+    for step, axes in zip(walked.steps[:1], walked.axes[:1], strict=True):
+        assert sum(n for what, n in walked.left(step, axes) if "length" not in what) == 64 * said
+    text = decide(generating(config, batch={"micro": 64, "sequence": 75, "new_tokens": 3}))
+    alone = walk(text)
+    assert sum(n for _, n in alone.left(alone.steps[0], alone.axes[0])) < 64 * said
+
+
+def test_the_encoder_reads_once_however_many_beams_there_are() -> None:
+    one, four = (phase_peaks(estimate(over_source("t5", generation={"num_beams": n}))) for n in (1, 4))
+    assert one["encode"] == four["encode"]
+    encoded = 3 * 75 * 128 * 2  # sources, tokens, width, bytes of bf16
+    assert four["decode"] - one["decode"] > 3 * (1 + 2 * 3) * encoded  # it, and keys and values of three layers
+
+
+def test_an_encoders_weights_are_there_while_its_decoder_runs() -> None:
+    walked = walk(decide(over_source("whisper")))
+    for phase in ("load", "encode", "prefill", "decode"):
+        held = {line.where for line in walked.lines(phase) if line.kind == "parameter"}
+        assert any(where.startswith("model.encoder") for where in held), phase
+        assert any(where.startswith("model.decoder") for where in held), phase
+
+
+ACROSS = {
+    "name": st.sampled_from(["t5", "flan-t5", "whisper"]),
+    "attention": st.sampled_from(["sdpa", "eager", "sdpa_efficient"]),
+    "beams": st.integers(1, 4),
+    "cache": st.sampled_from(["dynamic", "static"]),
+    "micro": st.integers(1, 9),
+    "prompt": st.integers(1, 30),
+    "new": st.integers(2, 40),
+}
+
+
+@settings(laws, max_examples=examples(12))
+@given(st.fixed_dictionaries(ACROSS), st.sampled_from(["micro", "new", "beams"]), st.integers(1, 20))
+def test_more_of_a_decoder_over_sources_never_takes_less(drawn: dict[str, Any], axis: str, more: int) -> None:
+    def run(d: dict[str, Any]) -> RunSpec:
+        return over_source(
+            d["name"],
+            batch={"micro": d["micro"], "target_sequence": d["prompt"], "new_tokens": d["new"]},
+            kernels={"attention": d["attention"]},
+            generation={"num_beams": d["beams"], "cache_implementation": d["cache"]},
+        )
+
+    before, after = (estimate(run(d)) for d in (drawn, {**drawn, axis: drawn[axis] + more}))
+    assert all(phase_peaks(after)[phase] >= n for phase, n in phase_peaks(before).items())
+    assert sum(line.bytes for line in before.ledger) == before.bytes.allocated <= before.bytes.reserved
+
+
+OVER_SOURCE_REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("whisper", {"batch": {"new_tokens": 93}}, "93 after 4 that the decoder of whisper begins with"),
+    ("t5", {"precision": "fp16"}, "of which transformers keeps wo in fp32"),
+    ("t5", {"kernels": {"attention": "flash_attention_2"}}, "whose positions are a bias of the scores"),
+    ("whisper", {"profile": "transformers-4.51"}, "not supported yet for seq2seq_lm"),
+    ("t5", {"generation": {"cache_implementation": "legacy"}}, "supported: dynamic, static"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "said"), OVER_SOURCE_REFUSED, ids=str)
+def test_what_an_encoder_decoder_cannot_be_asked_is_said(name: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(MemplanError, match=said):
+        estimate(over_source(name, **fields))
 
 
 # --- laws

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import memplan
 from memplan import RunSpec, estimate
+from memplan.answer import phase_peaks
 from memplan.cards import card_names, load_card
 from memplan.catalogue.costs import cost_of
 from memplan.errors import MemplanError, SpecError, UnknownNameError
@@ -23,7 +24,7 @@ from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, Offer, Wanted, offers, owned
 from memplan.planning.plan import plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
-from memplan.spec import changed
+from memplan.spec import Evaluation, changed
 from memplan.speed import cost, pace, work
 from memplan.units import GIB
 from tests.sampling import ALL, examples
@@ -197,6 +198,24 @@ def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
     for lever in levers:
         assert lever.severity == max(cost_of(key).severity for key in lever.keys)
         assert pull(run, (lever,)) != run
+
+
+def test_an_evaluation_that_does_not_fit_is_made_smaller_before_training_is() -> None:
+    evaluation = {"micro": 8, "kept_batches": 4}
+    found = plan(RunSpec(model="qwen2-7b", method="qlora", gpu="3090", also={"evaluation": evaluation}))
+    assert found.best is not None
+    for proposal in found.proposals:
+        if proposal.severity < 3:
+            assert {lever.group for lever in proposal.levers} <= {"evaluation", "kept logits", "what is kept"}
+            before, after = phase_peaks(proposal.before), phase_peaks(proposal.answer)
+            assert after.pop("eval") < before.pop("eval")
+            assert after == before
+    # Of one field's parts each lever changes its own.
+    levers = levers_of(found.answer.run)
+    together = [next(v for v in levers if v.group == g) for g in ("evaluation", "kept logits", "what is kept")]
+    changed_ = pull(found.answer.run, together).also.evaluation
+    assert changed_ == Evaluation(micro=4, kept_batches=4, accumulation=1, preprocess="argmax")
+    assert not {"kept logits", "what is kept"} & {v.group for v in levers_of(pull(found.answer.run, together))}
 
 
 def test_time_is_counted_and_rows_widen_it() -> None:

@@ -654,3 +654,13 @@ def test_the_cards_that_hold_a_run_are_those_it_fits_on_least_memory_first() -> 
     for gpu in all_gpus():
         answer = ask(method="lora", gpu=gpu.name).verdict.answer
         assert by_name.get(gpu.name, "does not fit") == answer
+
+
+def test_llama_cpp_has_no_allocator_of_torch() -> None:
+    run = RunSpec(model="llama-3.1-8b", task="generate", profile="llama.cpp", gpu="3060", serving={"weights": "Q4_K_M"})
+    answer = estimate(run)
+    text = render("table", [answer])
+    assert "ggml's buffers" in text
+    assert "torch" not in text
+    assert "of 1 request at most" in text
+    assert sum(part.bytes for part in parts(answer)) == answer.bytes.used

@@ -155,7 +155,7 @@ def test_many_rows_of_packed_weights_make_a_whole_matrix(format: str, rows: int,
 def test_ends_of_large_blocks_count_where_weights_are_loaded_one_by_one() -> None:
     """A matrix of 135 MiB has a block of 136, of which 1 MiB is too little to split: three a layer in 40 layers."""
     run = generating("llama-2-13b", "transformers-4.35", precision="fp16")
-    _, unsplit, most = loaded(walk(decide(run)).steps[0].graph, False)
+    _, unsplit, most = loaded(walk(decide(run)).models, False)
     assert 135 * MIB == 2 * 13824 * 5120
     assert unsplit == 40 * 3 * MIB
     assert most == estimate(run).phases[0].peak

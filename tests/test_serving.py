@@ -19,16 +19,20 @@ from memplan.cards import find_model, load_card
 from memplan.catalogue.engines import ENGINES, WORDS, decided, rows
 from memplan.cli import app
 from memplan.errors import MemplanError, SpecError, UnknownNameError
+from memplan.planning.inference import with_tp
 from memplan.report.schema import answer_model
 from memplan.serving import budget, pool_tokens, requests, settled
-from memplan.serving.budget import card_for, pool_of
+from memplan.serving.budget import card_for, layers_that_fit, pool_of
 from memplan.serving.llama_cpp import compute_buffer
+from memplan.serving.parallel import Ranks, each
 from memplan.serving.passes import largest
+from memplan.serving.pictures import seen
 from memplan.serving.pool import Blocks
 from memplan.serving.settings import Settings
 from memplan.serving.sglang import static_fraction
+from memplan.serving.shares import TOWERS
 from memplan.serving.weights import held
-from memplan.spec import Serving, changed
+from memplan.spec import Parallelism, Serving, changed
 from tests.sampling import examples
 
 GIB, MIB = 2**30, 2**20
@@ -53,6 +57,7 @@ def settings_of(row: Mapping[str, Any]) -> Settings:
         serving["flash_attention"] = row["flash"]
     if "weights" in row:
         serving["weights"] = row["weights"]
+    serving |= row.get("limits", {})
     tp = row.get("tp", 1)
     return settled(
         RunSpec(
@@ -119,18 +124,26 @@ def test_slots_take_the_bytes_that_a_log_says(row: dict[str, Any]) -> None:
 
 @of_kind("weights")
 def test_weights_take_the_bytes_that_a_log_says(row: dict[str, Any]) -> None:
-    taken = sum(h.bytes for h in held(settings_of(row)))
+    taken = sum(h.bytes for h in held(settings_of(row)) if h.group != "table")
     if "within" in row:
         assert abs(taken / GIB / float(row["gib"]) - 1) <= float(row["within"])
         return
     assert f"{taken / GIB:.{len(row['gib'].partition('.')[2])}f}" == row["gib"]
 
 
+@of_kind("seen")
+def test_the_encoder_is_run_on_what_a_log_says(row: dict[str, Any]) -> None:
+    found = seen(settings_of(row))
+    assert found is not None
+    assert (found.items, found.kind) == (row["items"], row["what"])
+    assert max(row["batched"], found.tokens) == row["budget"]
+
+
 @of_kind("step")
 def test_a_step_takes_about_what_a_log_says(row: dict[str, Any]) -> None:
     """Within a share of it: what the sampler's sort has beside its tensors is assumed."""
     s = settings_of(row)
-    step = largest(s, s.steps, s.requests)
+    step = largest(s, s.steps, s.requests, profiled=True)
     assert abs(step.bytes / GIB / float(row["gib"]) - 1) <= float(row["within"])
 
 
@@ -138,7 +151,27 @@ def test_a_step_takes_about_what_a_log_says(row: dict[str, Any]) -> None:
 def test_llama_cpp_reserves_the_buffers_that_a_log_says(row: dict[str, Any]) -> None:
     s = settings_of(row)
     assert f"{pool_of(s, 0).bytes / MIB:.2f}" == row["cache_mib"]
-    assert f"{compute_buffer(s).bytes / MIB:.2f}" == row["compute_mib"]
+    if "compute_mib" in row:
+        assert f"{compute_buffer(s, row['logits']).bytes / MIB:.2f}" == row["compute_mib"]
+
+
+@of_kind("reserved")
+def test_llama_cpp_reserves_on_every_card_what_it_does_without_data(row: dict[str, Any]) -> None:
+    """Weights and cache to the byte; the compute buffer too, or within a share of it that the row says."""
+    run = RunSpec(
+        model=row["model"],
+        task="generate",
+        profile="llama.cpp-2026",
+        batch={"micro": row["seqs"], "sequence": 1, "new_tokens": 1},
+        parallelism={"world": row["cards"], "dp": row["cards"]},
+        serving=row["serving"],
+    )
+    cards = each(settled(run))
+    assert len(cards) == row["cards"]
+    for s, (weights, cache, compute) in zip(cards, row["cards_have"], strict=True):
+        assert sum(h.bytes for h in held(s)) == weights
+        assert pool_of(s, 0).bytes == cache
+        assert abs(compute_buffer(s, row.get("logits")).bytes / max(1, compute) - 1) <= float(row.get("within", 0))
 
 
 @of_kind("card")
@@ -194,7 +227,9 @@ def test_vllm_divides_its_share_of_a_card() -> None:
     assert s["weights"] == 2 * 8_030_261_248 + rotary
     sampled = 1024 * 128_256  # numbers of logits: in bf16, and in fp32 with probabilities and noise
     assert s["activations"] == sampled * (2 + 3 * 4) + (8192 + 1024) * 4096 * 2
-    left = total - s["weights"] - s["activations"] - s["cuda_graphs"] - 256 * MIB
+    counted = 1024 * 4 * (128_256 + 2 * -(-128_256 // 32) + 3 * 1024 + 128 + 1024 + 129 + 128)  # of every request
+    assert sum(h.bytes for h in held(settled(run_of("llama-3-8b", "vllm-0.33"))) if h.group == "table") == counted
+    left = total - s["weights"] - counted - s["activations"] - s["cuda_graphs"] - 256 * MIB
     assert s["blocks"] == left // (16 * 128 * 2**10)
     assert s["tokens"] == s["blocks"] * 16 * 8192 // 8192
     assert s["requests"] == s["blocks"] // (4608 // 16)
@@ -210,6 +245,17 @@ def test_the_ledger_sums_and_the_answer_is_as_its_schema_says() -> None:
             assert [p.phase for p in answer.phases] == ["load", "prefill", "decode"]
             read = answer_model().model_validate_json(answer.model_dump_json())
             assert read.model_dump()["serving"]["tokens"] == answer.serving["tokens"]  # type: ignore[index]
+
+
+def test_tgi_keeps_the_tokens_that_it_measured_with() -> None:
+    """Llama 3 8B on an H100: a cache of 4,096 tokens, and 0.9 of what is free beside it."""
+    s = settled(run_of("llama-3-8b", "tgi-3"))
+    assert s.gpu is not None
+    b = budget(s, s.gpu.usable)
+    token, before = 32 * 4096, b.context.usual
+    free = s.gpu.usable - before - b.parameters - b.step.bytes - b.beside.usual - 4096 * token
+    assert b.available == free * 900 // 1000 + 4096 * token
+    assert b.pool.tokens == b.available // token
 
 
 def test_without_a_card_there_is_room_for_the_requests_alone() -> None:
@@ -292,15 +338,63 @@ def test_states_take_a_block_of_their_own_each() -> None:
     assert pool.of_request(10_000) == -(-10_000 // block) + 3 * 2
 
 
+def test_a_model_of_states_alone_takes_a_block_for_a_request() -> None:
+    """Falcon Mamba 7B: 64 layers with a state of 8192 x 16 and 3 columns of a convolution. vLLM keeps no prefixes;
+    SGLang gives states 9 bytes of 19, of which one pads, and requests three where prefixes are kept."""
+    state = 64 * 8192 * (16 + 3) * 2
+    s = settled(run_of("falcon-mamba-7b", "vllm-0.33"))
+    pool = pool_of(s, 100 * state)
+    assert isinstance(pool, Blocks)
+    assert (pool.blocks, pool.block_bytes, pool.of_request(10**6)) == (100, state, 1)
+    assert pool.holds(10**6, 99)
+    assert not pool.holds(10**6, 100)  # one block is never given out
+    two = pool_of(settled(divided("falcon-mamba-7b", "vllm-0.33", tp=2)), 0)
+    assert two.block_bytes == state // 2
+    slots = 64 * 8192 * (16 * 4 + 3 * 2)
+    kept = pool_of(settled(run_of("falcon-mamba-7b", "sglang-0.5")), 19 * slots)
+    assert (kept.blocks, kept.bytes) == (8, 9 * slots)
+    assert kept.concurrency(4096) == Fraction(8, 3)
+    assert kept.needs(4096, 2) == 7 * slots
+    assert estimate(run_of("falcon-mamba-7b", "vllm-0.33")).verdict.answer == "fits"
+
+
 def test_adapters_take_slots_for_every_matrix() -> None:
-    """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers."""
-    plain, slots = (
-        settled(run_of("llama-3-8b", "vllm-0.33", serving={"lora_slots": n, "lora_rank": 16})) for n in (0, 2)
+    """Rank 16 of Llama 3 8B: A and B of q, k, v, o, gate, up and down in 32 layers, and of vLLM's Llama those of the
+    embeddings and the head. Of ranks each has all of A but where inputs are divided, and its part of B but there."""
+    h, kv, f, v = 4096, 1024, 14336, 128_256
+    layers = 32 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + f))
+    assert adapters("llama-3-8b", "sglang-0.5") == 2 * 2 * 16 * layers
+    assert adapters("llama-3-8b", "vllm-0.33") == 2 * 2 * 16 * (layers + 2 * (h + v))
+    two = 32 * (h + h // 2 + 2 * (h + kv // 2) + (h // 2 + h) + 2 * (h + f // 2) + f // 2 + h)
+    assert adapters("llama-3-8b", "vllm-0.33", tp=2) == 2 * 2 * 16 * (two + 2 * (h + v))
+    first, last = (
+        sum(h.bytes for h in held(s) if h.group == "adapter")
+        for s in each(settled(divided("llama-3-8b", "vllm-0.33", pp=2, serving=_SLOTS)))
     )
-    h, kv, f = 4096, 1024, 14336
-    each = 2 * (h + h) + 2 * (h + kv) + 3 * (h + f)
-    more = sum(h.bytes for h in held(slots)) - sum(h.bytes for h in held(plain))
-    assert more == 2 * 16 * 32 * each * 2
+    assert first == last == 2 * 2 * 16 * (layers // 2 + h + v)
+    answer = estimate(run_of("llama-3-8b", "vllm-0.33", serving={**_SLOTS, "lora_cpu_slots": 10}))
+    assert answer.host_bytes == 10 * 2 * 16 * (layers + 2 * (h + v))
+
+
+_SLOTS = {"lora_slots": 2, "lora_rank": 16}
+
+
+def adapters(model: str, profile: str, **degrees: int) -> int:
+    """Bytes of two slots of rank 16 on a card."""
+    s = settled(divided(model, profile, serving=_SLOTS, **degrees))
+    return sum(h.bytes for h in held(s) if h.group == "adapter")
+
+
+def test_experts_have_an_adapter_each() -> None:
+    """Qwen3-30B-A3B: gates and ups apart, of 128 experts; their router, too. Of four ranks with 32 each."""
+    h, m, e, v = 2048, 768, 128, 151_936
+    attention = (h + 4096) + 2 * (h + 512) + (4096 + h)
+    experts = e * (2 * (h + m) + m + h)
+    tables = 2 * (h + v)
+    assert adapters("qwen3-30b-a3b", "vllm-0.33") == 2 * 2 * 16 * (48 * (attention + experts + h + e) + tables)
+    assert adapters("qwen3-30b-a3b", "sglang-0.5") == 2 * 2 * 16 * 48 * (attention + experts)
+    four = 48 * (attention + experts // 4 + h + e) + tables
+    assert adapters("qwen3-30b-a3b", "vllm-0.33", dp=4, ep=4) == 2 * 2 * 16 * four
 
 
 def test_ranks_divide_matrices_and_copy_heads_that_are_too_few() -> None:
@@ -333,11 +427,11 @@ def test_a_sparse_latent_is_in_fp8_by_default_in_one_version_alone() -> None:
 
 def test_sglang_keeps_aside_what_its_heuristic_says() -> None:
     """An 80 GiB card: at least 10 GiB; a 24 GiB one: 512 MiB, 1.5 MiB a token, an eighth of a GiB and graphs."""
-    assert static_fraction(80 * GIB, 8192, 256, 1, False, True) == round(
+    assert static_fraction(80 * GIB, 8192, 256, Ranks(), False, True) == round(
         1 - (512 + 12288 + 128 + 512 + 8 * 58) / 81920, 3
     )
     small = 512 + 1.5 * 4096 + 128 + 2 * 48 + 8 * 50
-    assert static_fraction(24 * GIB, 4096, 48, 1, False, True) == round(1 - small / (24 * 1024), 3)
+    assert static_fraction(24 * GIB, 4096, 48, Ranks(), False, True) == round(1 - small / (24 * 1024), 3)
 
 
 def test_experts_in_mxfp4_are_padded_as_the_cards_kernel_has_them() -> None:
@@ -414,14 +508,211 @@ def test_llama_cpp_quantises_caches_in_blocks_of_32() -> None:
     assert (eight * 64, four * 64) == (plain * 34, plain * 18)
 
 
+def test_what_sees_is_run_before_the_pool_is_made() -> None:
+    """Qwen2.5-VL 7B on an H100: 7 rows of frames of 16,384 tokens, 4 patches each; the FFN of a block has them 5 times
+    as wide as the tower, 3 times as wide as its FFN, and the pixels. Its weights are there unless neither may come."""
+    run = run_of("qwen2.5-vl-7b", "vllm-0.33")
+    answer = estimate(run)
+    patches = 7 * 16384 * 4
+    assert answer.serving is not None
+    assert answer.serving["activations"] == 2 * patches * (5 * 1280 + 3 * 3420 + 1176)
+    assert any("encoder on 1 video of 114,688 tokens" in note for note in answer.notes)
+    images = estimate(changed(run, "serving", limit_videos=0)).serving or {}
+    none = estimate(changed(run, "serving", limit_images=0, limit_videos=0)).serving or {}
+    assert images["activations"] - none["activations"] == 2 * 16384 * 3584  # what was made of an image, beside the step
+    assert images["weights"] - none["weights"] == sum(h.bytes for h in held(settled(run)) if h.group in TOWERS)
+    two = largest(settled(divided("qwen2.5-vl-7b", "vllm-0.33", tp=2)), 8192, 1024, profiled=True)
+    assert two.bytes == 2 * patches * (5 * 1280 + 3 * 1710 + 1176)
+    late = each(settled(divided("qwen2.5-vl-7b", "vllm-0.33", pp=2)))[1]
+    assert not largest(late, 8192, 1024, profiled=True).where.startswith("encoder")
+
+
+def test_sglang_keeps_more_aside_for_a_tower() -> None:
+    """Gemma 3's has 27 layers 1,152 wide, 1.424 times as much as 24 of 1,024; and what it makes has 100 MiB."""
+    s = settled(run_of("gemma-3-4b", "sglang-0.5"))
+    plain = static_fraction(s.gpu.usable, 8192, 256, Ranks(), False, True)  # type: ignore[union-attr]
+    assert s.serving.memory_utilization == plain * (0.95 * (1 - 0.1 * (27 * 1152**2 / (24 * 1024**2) - 1)))
+    seeing = settled(run_of("qwen2.5-vl-7b", "sglang-0.5"))
+    assert pool_of(seeing, GIB).tokens == (GIB - 100 * MIB) // (28 * 2 * 4 * 128 * 2)
+    text = settled(run_of("gemma-3-1b", "sglang-0.5"))
+    assert text.serving.memory_utilization == plain
+
+
+@pytest.mark.parametrize(
+    ("profile", "dtype", "head"),
+    [
+        ("vllm-0.33", "fp8_e5m2", 128),
+        ("vllm-0.33", "int8_per_token_head", 128 + 4),
+        ("vllm-0.33", "int4_per_token_head", 64 + 4),
+        ("vllm-0.33", "nvfp4", 64 + 8),
+        ("sglang-0.5", "mxfp8", 128 + 4),
+        ("sglang-0.5", "fp4_mx_block16", 64 + 8),
+        ("llama.cpp-2026", "iq4_nl", 4 * 18),
+        ("llama.cpp-2026", "q5_1", 4 * 24),
+    ],
+)
+def test_a_token_takes_what_its_format_says(profile: str, dtype: str, head: int) -> None:
+    """Of Llama 3 8B: keys and values of 8 heads, 128 wide, in 32 layers."""
+    s = settled(run_of("llama-3-8b", profile, "b200", serving={"cache_dtype": dtype}))
+    tokens = 1 if profile != "vllm-0.33" else 16
+    assert pool_of(s, 0).block_bytes == tokens * 32 * 2 * 8 * head
+
+
 def test_a_step_of_experts_has_their_rows() -> None:
-    """Qwen3-30B-A3B, 32,768 tokens of one request: 8 rows a token, as wide as gate and up or as the outputs."""
-    s = settled(run_of("qwen3-30b-a3b", "vllm-0.33", serving={"max_num_batched_tokens": 32768, "max_num_seqs": 1}))
-    step = largest(s, 32768, 1)
+    """Qwen3-30B-A3B, 40,960 tokens of one request: 8 rows a token, as wide as gate and up or as the outputs; of 32,768
+    tokens at once in 0.11. There the sum has rows of its own, and activations are as wide as they are."""
+    one, tokens = {"max_num_batched_tokens": 40960, "max_num_seqs": 1}, 40960
+    step = largest(settled(run_of("qwen3-30b-a3b", "vllm-0.33", serving=one)), tokens, 1)
     assert step.where == "experts"
-    tokens = 32768
-    wide = max(2 * 768, 2048)
-    assert step.bytes == tokens * 2 * (3 * 2048 + 128 + 8 * (wide + 768))
+    assert step.bytes == tokens * 2 * (2 * 2048 + 128 + 8 * (max(768, 2048) + max(2 * 768, 2048)))
+    old = largest(settled(run_of("qwen3-30b-a3b", "vllm-0.11", serving=one)), tokens, 1)
+    assert old.bytes == tokens * 2 * (3 * 2048 + 128) + 32768 * 2 * 8 * (max(2 * 768, 2048) + 768)
+
+
+def held_of(run: RunSpec) -> list[dict[str, int]]:
+    """Bytes of each group of weights on every card."""
+    found: list[dict[str, int]] = []
+    for s in each(settled(run)):
+        groups: dict[str, int] = {}
+        for h in held(s):
+            groups[h.group] = groups.get(h.group, 0) + h.bytes
+        found.append(groups)
+    return found
+
+
+def divided(model: str, profile: str, gpu: str = "h200", **degrees: Any) -> RunSpec:
+    serving = degrees.pop("serving", {})
+    world = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
+    run = run_of(model, profile, gpu, serving=serving)
+    return run.model_copy(update={"parallelism": Parallelism(world=world, **degrees)})
+
+
+def test_a_pipeline_has_the_ends_on_its_ends() -> None:
+    """Llama 3 8B in two stages: 16 layers each, the embeddings before them, the norm and the head behind."""
+    first, last = held_of(divided("llama-3-8b", "vllm-0.33", pp=2))
+    h, f, table = 4096, 14336, 2 * 128_256 * 4096
+    layer = 2 * (2 * h * h + 2 * h * 1024 + 3 * h * f)
+    assert first["embedding"] == last["lm_head"] == table
+    assert (first["norm"], last["norm"]) == (2 * 16 * 2 * h, 2 * (16 * 2 + 1) * h)
+    for stage in (first, last):
+        assert stage["attention"] + stage["mlp"] == 16 * layer
+    assert "lm_head" not in first
+    assert "embedding" not in last
+    tied = held_of(divided("llama-3.2-1b", "vllm-0.33", pp=2))
+    assert tied[0]["embedding"] == tied[1]["embedding"] == 2 * 128_256 * 2048
+
+
+@pytest.mark.parametrize(
+    ("profile", "layers", "stages", "have"),
+    [
+        ("vllm-0.33", "qwen2.5-32b", 3, [21, 22, 21]),
+        ("sglang-0.5", "qwen2.5-32b", 3, [21, 21, 22]),
+        ("vllm-0.33", "deepseek-v3", 8, [7, 7, 8, 8, 8, 8, 8, 7]),
+        ("sglang-0.5", "deepseek-v3", 8, [7, 7, 7, 8, 8, 8, 8, 8]),
+    ],
+)
+def test_what_is_left_over_goes_to_other_stages(profile: str, layers: str, stages: int, have: list[int]) -> None:
+    assert [s.stage.layers for s in each(settled(divided(layers, profile, pp=stages)))] == have
+
+
+def test_a_pipelines_pool_is_as_large_as_its_fullest_stage_holds() -> None:
+    """Of Llama 3 8B in two stages: the last has logits and a sampler, and what it was sent."""
+    run = divided("llama-3-8b", "vllm-0.33", "4090", pp=2, serving={"max_model_len": 8192})
+    s = settled(run)
+    assert s.gpu is not None
+    found = budget(s, s.gpu.usable)
+    assert found.settings.stage.headed
+    assert found.pool.block_bytes == 16 * 16 * 4096
+    sampled = 256 * 128_256
+    sent = 2 * 2 * 2048 * 4096
+    assert found.step.bytes == sampled * (2 + 3 * 4) + (2048 + 256) * 4096 * 2 + sent
+    answer = estimate(run)
+    assert answer.serving is not None
+    assert answer.serving["tokens"] == found.pool.tokens == found.available // (16 * 16 * 4096) * 16
+    assert any("stage 2 of 2, the fullest: layers 16 to 31 and the head" in note for note in answer.notes)
+
+
+def test_stages_have_layers_of_every_group() -> None:
+    """Gemma 3 27B, 62 layers, every sixth without a window: 5 of the first 31 and 5 of the others; and six groups have
+    every sixth of the 52 with a window, of which either stage has 26."""
+    first, last = (pool_of(s, 10 * GIB) for s in each(settled(divided("gemma-3-27b", "vllm-0.33", pp=2))))
+    assert isinstance(first, Blocks)
+    assert isinstance(last, Blocks)
+    assert [(g.kind, g.layers) for g in first.groups] == [("sliding", 5)] * 2 + [("sliding", 4)] * 4 + [("full", 5)]
+    assert sum(g.layers for pool in (first, last) for g in pool.groups) == 62
+    assert first.block_bytes == last.block_bytes == 5 * 16 * 2 * 16 * 128 * 2
+
+
+def test_groups_of_ranks_share_experts() -> None:
+    """Qwen3-30B-A3B on 4 GPUs with vLLM: its 128 experts are divided, by their width or one by one, and attention is
+    whole; their rows are of all four groups' tokens. The groups of a model without experts are replicas."""
+    experts = 2 * 48 * 128 * 3 * 2048 * 768
+    for ep in (1, 4):
+        run = divided("qwen3-30b-a3b", "vllm-0.33", dp=4, ep=ep)
+        (have,) = held_of(run)
+        assert have["mlp"] == experts // 4
+        assert have["attention"] == 2 * 48 * (2 * 4096 * 2048 + 2 * 512 * 2048)
+        step = largest(settled(run), 8192, 1)
+        assert step.where == "experts"
+        rows = 4 * 8192 * 8 * (max(768 if ep > 1 else 192, 2048) + max(2 * (768 if ep > 1 else 192), 2048))
+        assert step.bytes == 2 * (rows + 8192 * (2 * 2048 + 128) + 4 * 8192 * (2048 + 128))
+    both = divided("qwen3-30b-a3b", "vllm-0.33", dp=2, tp=2, ep=4)
+    assert held_of(both)[0]["mlp"] == experts // 4
+    assert held_of(divided("llama-3-8b", "vllm-0.33", dp=4)) == held_of(divided("llama-3-8b", "vllm-0.33"))
+    assert held_of(divided("qwen3-30b-a3b", "sglang-0.5", dp=4)) == held_of(divided("qwen3-30b-a3b", "sglang-0.5"))
+
+
+def test_sglangs_attention_may_be_data_parallel() -> None:
+    """Of 8 GPUs each has its own keys, attention and embeddings, and an eighth of experts and head; its steps are an
+    eighth as long."""
+    run = divided("qwen3-30b-a3b", "sglang-0.5", dp=8, ep=8, serving={"dp_attention": True})
+    (have,) = held_of(run)
+    assert have["embedding"] == 2 * 151_936 * 2048 == 8 * have["lm_head"]
+    assert have["mlp"] == 2 * 48 * 16 * 3 * 2048 * 768
+    s, plain = settled(run), settled(divided("qwen3-30b-a3b", "sglang-0.5", tp=8))
+    assert (s.steps, plain.steps) == (1024, 8192)
+    assert pool_of(s, 0).block_bytes == 4 * pool_of(plain, 0).block_bytes  # 4 heads, of which each rank of 8 has one
+    reserved = 512 + 1.5 * 8192 + 1024 + 2 * 512 + 8 * 58 + 4.5 * 8 * 512
+    mib = s.gpu.usable / MIB  # type: ignore[union-attr]
+    assert s.serving.memory_utilization == round((mib - reserved) / mib, 3)
+
+
+def test_llama_cpp_lays_layers_on_several_cards() -> None:
+    """Llama 3 8B and its head on three cards as 2:1:1, and all on the second."""
+    run = run_of("llama-3-8b", "llama.cpp-2026", "3090", serving={"tensor_split": [2, 1, 1]})
+    three = run.model_copy(update={"parallelism": Parallelism(world=3, dp=3)})
+    stages = [s.stage for s in each(settled(three))]
+    assert [(s.first, s.last, s.headed) for s in stages] == [(0, 17, False), (17, 25, False), (25, 32, True)]
+    answer = estimate(three)
+    assert answer.serving is not None
+    assert (answer.serving["card"], answer.serving["layers"]) == (0, 17)
+    assert answer.serving["pool"] == 4608 * 17 * 4096
+    none = changed(changed(three, "serving", tensor_split=None), "serving", split_mode="none", main_gpu=1)
+    assert estimate(none).serving == estimate(run.model_copy(update={"serving": Serving()})).serving
+
+
+def test_llama_cpp_needs_as_many_cards_as_hold_its_layers() -> None:
+    """A plan asks how many GPUs: of a 70B model in 4 bits a card of 24 GB holds half the layers."""
+    run = run_of("llama-3.1-70b", "llama.cpp-2026", "3090", serving={"weights": "Q4_K_M"})
+    answers = [estimate(with_tp(run, n)) for n in (1, 2)]
+    assert [a.verdict.answer for a in answers] == ["does not fit", "fits"]
+    assert [a.serving["layers"] for a in answers] == [80, 41]  # type: ignore[index]
+
+
+def test_llama_cpps_own_fit_leaves_a_gib_of_every_card() -> None:
+    """Llama 3.1 70B in 4 bits on one card of 24 GB, and on two."""
+    for cards in (1, 2):
+        run = with_tp(run_of("llama-3.1-70b", "llama.cpp-2026", "3090", serving={"weights": "Q6_K"}), cards)
+        answer = estimate(run)
+        assert answer.verdict.answer == "does not fit"
+        layers = layers_that_fit(settled(run))
+        assert layers is not None
+        assert 10 < layers < 81
+        assert any(f"would lay {layers} of 81 layers" in note for note in answer.notes)
+        last, more = (estimate(changed(run, "serving", gpu_layers=n)) for n in (layers, layers + 1))
+        assert last.verdict.headroom >= 2**30 > more.verdict.headroom  # type: ignore[operator]
+        assert not any("--fit" in note for note in last.notes)
+    assert layers_that_fit(settled(run_of("llama-3-8b", "vllm-0.33"))) is None
 
 
 REFUSED = {
@@ -430,8 +721,18 @@ REFUSED = {
     "kernels: of training": {"kernels": {"attention": "eager"}},
     "method.kind: vllm-0.33 trains nothing": {"method": "lora"},
     "parallelism.tp: 3 does not divide 32": {"parallelism": {"world": 3, "tp": 3}},
-    "parallelism: vllm-0.33 with anything but": {"parallelism": {"world": 2, "pp": 2}},
-    "serving.cache_dtype: q8_0 is llama.cpp's": {"serving": {"cache_dtype": "q8_0"}},
+    "parallelism: vllm-0.33 is told dp": {"parallelism": {"world": 2, "cp": 2}},
+    "serving.cache_dtype: vllm-0.33 has no q8_0; its caches are auto, bf16": {"serving": {"cache_dtype": "q8_0"}},
+    "serving.cache_dtype: vllm-0.11 has no nvfp4": {"profile": "vllm-0.11", "serving": {"cache_dtype": "nvfp4"}},
+    "serving.cache_dtype: nvfp4 needs compute capability 10, and h100 has 9.0": {"serving": {"cache_dtype": "nvfp4"}},
+    "serving.cache_dtype: vLLM 0.33 stores no latent in int8_per_token_head": {
+        "model": "deepseek-v2-lite",
+        "serving": {"cache_dtype": "int8_per_token_head"},
+    },
+    "serving.flash_attention: llama.cpp quantises values": {
+        "profile": "llama.cpp-2026",
+        "serving": {"cache_dtype": "q8_0", "flash_attention": False},
+    },
     "serving.gpu_layers: is llama.cpp's": {"serving": {"gpu_layers": 3}},
     "serving.max_model_len: 100 is less": {"serving": {"max_model_len": 100}},
     "batch: vllm-0.33 is given": {"batch": {"images": 1}},
@@ -441,8 +742,36 @@ REFUSED = {
     "precision: of training": {"precision": "amp"},
     "precision.compute: vllm-0.33 computes in bf16": {"precision": {"compute": "fp8"}},
     "gpu: vLLM 0.33 needs compute capability 7.5, and Tesla P40 has 6.1": {"gpu": "p40"},
+    "parallelism.world: 4 GPUs are not": {"parallelism": {"world": 4, "pp": 2}},
+    "parallelism.pp: 40 stages of 32 layers": {"parallelism": {"world": 40, "pp": 40}},
+    "parallelism.ep: llama models have no experts": {"parallelism": {"world": 2, "dp": 2, "ep": 2}},
+    "parallelism.ep: vLLM's --enable-expert-parallel": {
+        "model": "qwen3-30b-a3b",
+        "parallelism": {"world": 4, "dp": 4, "ep": 2},
+    },
+    "parallelism.ep: 3 does not divide the 4": {
+        "model": "qwen3-30b-a3b",
+        "profile": "sglang-0.5",
+        "parallelism": {"world": 4, "tp": 4, "ep": 3},
+    },
+    "parallelism.pp: tgi-3 divides matrices alone": {"profile": "tgi-3", "parallelism": {"world": 2, "pp": 2}},
+    "parallelism.tp: llama.cpp lays whole layers": {
+        "profile": "llama.cpp-2026",
+        "parallelism": {"world": 2, "tp": 2},
+    },
+    "serving.split_mode: is llama.cpp's": {"serving": {"split_mode": "layer"}},
+    "serving.limit_images: is of vLLM's run": {"profile": "sglang-0.5", "serving": {"limit_images": 0}},
+    "serving.lora_cpu_slots: is vLLM's": {"profile": "sglang-0.5", "serving": {"lora_cpu_slots": 3}},
+    "serving.lora_cpu_slots: 1 is less than the 2": {"serving": {"lora_cpu_slots": 1, "lora_slots": 2}},
+    "serving.dp_attention: is SGLang's": {"serving": {"dp_attention": True}},
+    "serving.split_mode: row: llama.cpp of 2026 has no": {
+        "profile": "llama.cpp-2026",
+        "serving": {"split_mode": "row"},
+    },
+    "serving.main_gpu: has all under split_mode none": {"profile": "llama.cpp-2026", "serving": {"main_gpu": 0}},
+    "serving.tensor_split: 2 parts of 1 GPUs": {"profile": "llama.cpp-2026", "serving": {"tensor_split": [1, 1]}},
     "model: t5 models are not supported yet": {"model": "t5-base"},
-    "model: mamba keeps no keys": {"model": "mamba-130m"},
+    "model: whisper models are not supported yet with vllm-0.33, which sets aside": {"model": "whisper-large-v3"},
 }
 
 

@@ -33,8 +33,11 @@ class Wiring(NamedTuple):
     attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
     what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
     values are put beside those of earlier tokens, and lie head by head; but where they are handed_back as they came.
-    decodes: there is one token a sequence, which
-    sees all before it. last_only: the logits of a sequence's last token are all that is asked for.
+    decodes: there is one token a sequence, which sees all before it; with `several` there are more, which come after
+    those. last_only: the logits of a sequence's last token are all that is asked for. part: of an
+    encoder-decoder the `encoder` alone runs, or the `decoder` over what the encoder has left; beams: several of each
+    prompt read that; crossed: its keys and values are cached already; static: of its own there is room for all tokens,
+    which one token sees through a mask.
     """
 
     backend: str
@@ -65,7 +68,12 @@ class Wiring(NamedTuple):
     caching: bool = False
     handed_back: bool = False
     decodes: bool = False
+    several: bool = False
     last_only: bool = False
+    part: str = ""
+    beams: bool = False
+    crossed: bool = False
+    static: bool = False
 
     @property
     def lays(self) -> bool:
@@ -77,7 +85,8 @@ class Wiring(NamedTuple):
         windows sdpa too."""
         if self.backend == "flash_2":
             return False
-        return (self.backend == "eager" and self.causal) or self.padded or (sliding and self.windowed)
+        causal = self.causal and (self.backend == "eager" or (self.static and self.decodes))
+        return causal or self.padded or (sliding and self.windowed)
 
 
 # Families that flash attention 2 does not run with, and why.
@@ -177,7 +186,9 @@ def _attention(
                 return _seen(wiring, (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped)))
             return _seen(wiring, (heads, flash(name, q, k, "v.heads", y, grouped)))
         case "efficient":
-            packed = wiring.decodes and masked and not wiring.copies  # a group of heads' queries as rows of one
+            packed = (
+                wiring.decodes and not wiring.several and masked and not wiring.copies
+            )  # a group of heads' queries as rows of one
             kernel = _efficient(name, q, k, v, y, grouped and not packed, mask if masked else "", width, wiring.records)
             return _seen(wiring, kernel)
         case "math":

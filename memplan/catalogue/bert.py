@@ -28,7 +28,7 @@ _SOURCE = "transformers 5.24 models/bert/modeling_bert.py BertEmbeddings"
 
 def bert(m: ModelSpec, wiring: Wiring, *, name: str = "bert", roberta: bool = False) -> Stack:
     """The model of the run's objective. `roberta`: positions are counted from the ids, and heads are another module."""
-    wiring = wiring._replace(causal=False)
+    wiring = wiring._replace(causal=False, caching=False)
     body = "" if m.objective == "feature_extraction" else f"{name}."
     head, loss = _head(m, wiring, body, roberta)
     return Stack(_before(m, wiring, body, roberta), (Run((_block(m, wiring, body),), "L"),), head, loss)
@@ -117,16 +117,19 @@ def encoder_attention(m: ModelSpec, wiring: Wiring, name: str, key: str, wide: b
     return eager(name, drop, ("mask",) if wiring.has_mask() else ())
 
 
-def eager(name: str, drop: bool, added: tuple[str, ...] = ()) -> tuple[Op, ...]:
+def eager(name: str, drop: bool, added: tuple[str, ...] = (), one: bool = False, laid: bool = False) -> tuple[Op, ...]:
     """Attention written out from q, k and v to o: scores, scaled, what is `added` to them, softmax, dropout, product.
 
-    Nothing is cast but by autocast. Source: transformers 5.24 models/bert/modeling_bert.py eager_attention_forward.
+    Heads are flattened in a copy, unless there is `one` query a sequence, or keys and values are `laid` head by head,
+    as those of a cache are. Nothing is cast but by autocast. Source: transformers 5.24 models/bert/modeling_bert.py
+    eager_attention_forward.
     """
     n, scores = name, "b a s s"
+    of_queries, of_keys = (ops.view if it else ops.copy for it in (one, laid))
     steps = ["scaled", *(f"with.{a}" for a in added)]
     return (
-        ops.copy(f"{n}.q_flat", "q", "q.flat", _Q)._replace(autocast="lower"),
-        ops.copy(f"{n}.k_flat", "k", "k.flat", _Q)._replace(autocast="lower"),
+        of_queries(f"{n}.q_flat", "q", "q.flat", _Q)._replace(autocast="lower"),
+        of_keys(f"{n}.k_flat", "k", "k.flat", _Q)._replace(autocast="lower"),
         ops.matmul(f"{n}.scores", "q.flat", "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
         *(
@@ -135,7 +138,7 @@ def eager(name: str, drop: bool, added: tuple[str, ...] = ()) -> tuple[Op, ...]:
         ),
         *ops.softmax(f"{n}.softmax", steps[-1], "probs.whole", scores),
         *dropped(f"{n}.dropout", "probs.whole", "probs", scores, drop),
-        ops.copy(f"{n}.v_flat", "v", "v.flat", _Q)._replace(autocast="lower"),
+        of_keys(f"{n}.v_flat", "v", "v.flat", _Q)._replace(autocast="lower"),
         ops.matmul(f"{n}.product", "probs", "v.flat", "heads", _Q),
         ops.copy(f"{n}.contiguous", "heads", "o", _Q, gradient="new"),
     )

@@ -7,6 +7,7 @@ the operations of the cache take that one's place, and what the kernel after it 
     kv, past                all tokens so far, and those before this pass
     kv_window, past_window  the same of a layer that keeps those of its window
     kv_static               those that a cache of fixed size has room for
+    source                  those that an encoder has read, of which keys and values are made in the first pass alone
     quantized, residual     those of a quantised cache that were quantised before this pass, and that were not
 
 What a quantised cache makes of them is in `memplan.catalogue.quantized_caches`.
@@ -18,12 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from memplan.catalogue import offloaded_caches, ops, quantized_caches
+from memplan.catalogue.batched_experts import batched
 from memplan.catalogue.quantized_caches import Stored
-from memplan.ir import Block, Op, Run, Stack, Tensor
+from memplan.ir import Block, Op, Run, Stack, Tensor, outside
 
 Cache = Literal["", "dynamic", "static", "legacy", "quantized", "offloaded", "offloaded_static"]
 Part = Literal["", "first", "middle", "last"]
-TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven")  # axes of a sequence's tokens
+TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
@@ -31,12 +33,12 @@ _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
 
 # Families whose decoding was not read yet: sparse attention over compressed or indexed keys, Kimi's delta rule, and
 # code published with the weights, which keeps caches its own way.
-NOT_YET = frozenset(
-    (
-        *("baichuan", "chatglm", "deepseek_v4", "internlm2", "kimi_k3", "kimi_linear", "megatron_gpt", "minicpm"),
-        *("minimax_m3_vl_text", "step3p7"),
-    )
-)
+NOT_YET = frozenset((*("baichuan", "chatglm", "deepseek_v4", "internlm2", "megatron_gpt", "minicpm"),))
+
+
+# Families whose generation config has tokens that are never chosen, and so a further row of scores without them.
+# Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_logit_processors.
+SUPPRESSES = frozenset(("whisper",))
 
 
 class Loaded(NamedTuple):
@@ -53,8 +55,8 @@ class Loaded(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; or `eval`, of a
-    model that trains, with its loss.
+    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; `encode`, of an
+    encoder whose decoder generates; or `eval`, of a model that trains, with its loss.
 
     last_only   the head is given the last token alone, as transformers' logits_to_keep has it
     wide        the model itself makes its logits fp32, all of them
@@ -63,12 +65,25 @@ class Pass(NamedTuple):
     few_rows    as many as a product with 4-bit weights has at most where it makes no whole matrix of them
     beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
     samples     tokens are drawn, after temperature, top-k and top-p
+    crosses     an encoder has read what the sequences are about: their mask is of that, and not of their own tokens
+    suppresses  some tokens are never chosen: their scores are taken out in another tensor
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
     stored      how a quantised cache stores keys and values
     anew        there are so many that were not quantised that all are, anew
     part        of a prompt that is read in parts the `first`, a `middle` or the `last`; empty of one that is not
+    goes_on     there were passes before it, whatever its phase, and its tokens come after theirs
+    verifies    it reads tokens that were proposed, and has logits of the token before them and of each of them: as many
+                as the axis `verified` says. Its dtype, where it does
+    follows     another round was before this one, whose logits the loop has names for
+    drafted     those that proposed the tokens had logits for them: as many as the axis `proposed` says
+    looks       they were looked up in those before
+    proposes    it proposes a token, whose logits a list keeps
+    stacks      the token is a round's last, and the logits of all are joined
+    switches    every pass of the loop but its first `batches`
+    batches     experts are multiplied by copies of their matrices (`memplan.catalogue.batched_experts`)
+    records     a cache of a window keeps what that leaves out until tokens that were not accepted are cut off
     """
 
     phase: str
@@ -80,16 +95,32 @@ class Pass(NamedTuple):
     few_rows: int = 0
     beams: bool = False
     samples: bool = False
+    crosses: bool = False
+    suppresses: bool = False
     lingers: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
     stored: Stored | None = None
     anew: bool = False
     part: Part = ""
+    goes_on: bool = False
+    verifies: str = ""
+    follows: bool = False
+    drafted: bool = False
+    looks: bool = False
+    proposes: bool = False
+    stacks: bool = False
+    switches: bool = False
+    batches: bool = False
+    records: bool = False
 
     @property
     def generates(self) -> bool:
         return self.phase in ("prefill", "decode")
+
+    @property
+    def encodes(self) -> bool:
+        return self.phase == "encode"
 
     @property
     def evaluates(self) -> bool:
@@ -97,10 +128,10 @@ class Pass(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        return self.phase == "decode"
+        return self.phase == "decode" or self.goes_on
 
     @property
-    def follows(self) -> bool:
+    def extends(self) -> bool:
         """Whether there are earlier tokens: it decodes, or goes on with a prompt."""
         return self.decodes or self.part in ("middle", "last")
 
@@ -122,25 +153,28 @@ class Pass(NamedTuple):
         """The tokens of keys that attention is given, by the axis that a cache of them has; empty where they are those
         of the pass itself."""
         if not self.static:
-            return axis if self.follows else ""
+            return axis if self.extends else ""
         windowed = axis == "kv_window" and self.longer and not self.decodes
         return f"{axis}_static" if self.decodes or (self.room and not windowed) else ""
 
 
 def inference(stack: Stack, now: Pass) -> Stack:
     """The stack as the pass runs it."""
+    stack = _given(stack)
 
     def changed(block: Block) -> Block:
-        return block._replace(ops=tuple(_still(_cached(block.ops, now))))
+        own = tuple(batched(block.ops)) if now.batches else block.ops
+        return block._replace(ops=tuple(_still(_cached(own, now))))
 
     runs = tuple(
         Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
     )
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
-    named = tuple(_named_before(now)) if now.follows else ()
+    named = tuple(_named_before(now)) if now.extends or now.verifies else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
+    before = (*before, _looked_up(now)) if now.looks else before
     after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
-    if now.follows and not now.decodes:
+    if now.extends and not now.decodes:
         after = (*after, ops.leave(_OF_PART))
     kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
     return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
@@ -186,26 +220,52 @@ def _still(some: Iterable[Op]) -> Iterator[Op]:
     return (op._replace(asks=False) for op in some)
 
 
+def _given(stack: Stack) -> Stack:
+    """A decoder's ids, which are made of labels where there are some, are given where there are none."""
+    made = [op for some in outside(stack) for op in some if op.name == "decoder_input_ids"]
+    if not made:
+        return stack
+    (ids,) = made
+    before = (op._replace(writes=(*op.writes, *ids.writes)) if op.name == "inputs" else op for op in stack.before)
+    runs = (run._replace(before=tuple(op for op in run.before if op != ids)) for run in stack.runs)
+    return stack._replace(before=tuple(op for op in before if op != ids), runs=tuple(runs))
+
+
 def _inputs(op: Op, now: Pass) -> Op:
     """Token ids, and in generation a mask of ones beside all of them; the model of a token alone is given that."""
     tokens = "kv" if now.decodes else "prompt" if now.part else "s"
     made = [t for t in op.writes if t.name != "labels"]
-    if now.generates:
+    if now.verifies or now.proposes:  # the rest is counted with what the loops have names for (`memplan.assisted`)
+        return op._replace(writes=tuple(t for t in made if t.name != "attention_mask"), source=_GENERATE)
+    if now.generates and now.crosses:
+        made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
+    elif now.generates:
         made = [t for t in made if t.name != "attention_mask"]
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
         made += [Tensor("all ids", f"b {tokens}", "int64")] if now.decodes else []
         made = [t._replace(shape=f"b {tokens}") if t.name == "ids" and now.part else t for t in made]
         made += [Tensor("logits of the prompt", "b past v", "fp32")] if now.lingers else []
-    return op._replace(writes=tuple(made), source=_GENERATE if now.generates else op.source)
+    return op._replace(writes=tuple(made), source=_GENERATE if now.generates or now.encodes else op.source)
 
 
 def _named_before(now: Pass) -> Iterator[Tensor]:
     """What the loop's names keep of the token before until they have another: its logits, and what was made of them; of
     the part of a prompt before, what the model made of its last token."""
-    if not now.decodes:
+    if now.part:
         yield Tensor(_OF_PART, "b v", "=embeds")
         return
+    if now.verifies:
+        outputs = "verified_before" if now.last_only else "outputs_before"
+        if now.follows:
+            yield Tensor(f"logits{_BEFORE_ROUND}", f"b {outputs} v", now.verifies)
+            names = _FLOATS if now.verifies != "fp32" else _FLOATS[1:]
+            names += ("probabilities",) if now.samples and now.looks else ()
+            yield from (Tensor(f"{what}{_BEFORE_ROUND}", "b verified_before v", "fp32") for what in names)
+        return
+    if now.proposes and not (now.samples and now.goes_on):  # a list has the logits, where they are not drawn from
+        return
     more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
+    more = more or (("scores",) if now.suppresses else ())
     for what in ("logits", *more):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
     if now.beams:
@@ -214,6 +274,8 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
 
 _BEFORE = " of the token before"
 _OF_PART = "logits of the part before"
+_BEFORE_ROUND = " of the round before"
+_FLOATS = ("logits in fp32", "copy of the logits")
 
 
 def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
@@ -238,6 +300,10 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                 t = t._replace(dtype=f"={names.get(t.dtype[1:], t.dtype[1:])}")
             yield from _kept(op.name, t, now, f"{_CACHE} LinearAttentionLayer", op.reads)
             continue
+        if op.caches == "source":
+            yield from _crossed(op, now)
+            names |= {name: _named(name) for t in op.writes for name in (t.name.replace(".kept", ""),)}
+            continue
         if op.caches:
             axis = now.keys(op.caches)
             if op.view:  # another layer's
@@ -250,7 +316,7 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                     continue
             elif now.stored is not None:
                 new = [(t, _named(t.name)) for t in tensors]
-                if not now.follows:  # they are handed back as they came
+                if not now.extends:  # they are handed back as they came
                     yield from quantized_caches.prompt(op.name, new, _keyed, now.stored, now.beams)
                     continue
                 yield from quantized_caches.tokens(op.name, new, _keyed, axis, now.stored, now.anew, now.beams)
@@ -267,7 +333,31 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
         yield op
 
 
-_REORDERED = ("key cache", "value cache", "latent cache", "key cache residual", "value cache residual")
+def _crossed(op: Op, now: Pass) -> Iterator[Op]:
+    """Keys and values of what an encoder has read: the first pass puts them in tensors of the cache's own, and the
+    others find them there."""
+    source = f"{_CACHE} EncoderDecoderCache, DynamicLayer.update, StaticLayer.update"
+    caches = [t._replace(name=_named(t.name.replace(".kept", ""))) for t in op.writes]
+    if now.decodes:
+        for t in caches:
+            yield from _kept(f"{op.name}.{t.name}", t, now, source)
+        if now.static:
+            yield from _kept(f"{op.name}.length", _LENGTH_ACROSS, now, source)
+        return
+    if now.static:
+        yield from _in_place(op, op.reads, caches, now, source)
+    else:
+        for name, t in zip(op.reads, caches, strict=True):
+            yield Op(f"{op.name}.{name}", (name,), (t,), holds="cache", source=source)
+    yield ops.leave(*op.reads)
+
+
+_LENGTH_ACROSS = Tensor("length of the cross cache", "", "int64")
+_REORDERED = (
+    *("key cache", "value cache", "latent cache", "index key cache"),
+    *("key cache residual", "value cache residual"),
+    *("cross key cache", "cross value cache"),
+)
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
 
@@ -284,7 +374,7 @@ def _sent_back(some: Iterable[Op], axis: str, now: Pass) -> Iterator[Op]:
 def _named(name: str) -> str:
     """What the cache of a tensor is called."""
     found = _NAMES.get(name) or {"k": "key", "v": "value"}.get(name.partition(".")[0], name)
-    return f"{found} cache"
+    return f"cross {found} cache" if name.endswith(".cross") else f"{found} cache"
 
 
 def _renamed(op: Op, names: Mapping[str, str]) -> Op:
@@ -304,15 +394,19 @@ def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     for t in tensors:
         new = _named(t.name)
         what, before = new.removesuffix(" cache"), f"{new} before"
-        shape = _keyed(t.shape, op.caches) if now.follows else t.shape
-        past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.follows else ()
-        old += [before] if now.follows else []
+        grown = f"{op.caches}_grown" if windowed and now.records else op.caches
+        shape = _keyed(t.shape, grown) if now.extends else t.shape
+        past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.extends else ()
+        if op.holds and not now.extends:
+            yield Op(f"{op.name}.{what}s", (t.name,), (Tensor(new, shape),), view=True, holds="cache", source=source)
+            continue
+        old += [before] if now.extends else []
         if past and now.cache == "legacy":  # the caller has all of them until the model returns
             alias = Tensor(f"{before}, the caller's", past[0].shape)
             yield Op(f"{op.name}.{what}s_before", (before, t.name), (alias,), past=past, view=True, holds="forward")
         yield Op(
             f"{op.name}.{what}s",
-            (*((before,) if now.follows else ()), t.name),
+            (*((before,) if now.extends else ()), t.name),
             (Tensor(new, shape, f"={t.name}"),),
             past=past if now.cache != "legacy" else (),
             holds="cache",
@@ -326,21 +420,29 @@ def _written(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     a window that is full all are moved by one, in tensors of their own before they are written back."""
     source = f"{_CACHE} StaticLayer.update, StaticSlidingWindowLayer.update"
     shapes = {t.name: _keyed(t.shape, f"{op.caches}_static") for t in tensors}
-    for t in tensors:
-        kept = Tensor(_named(t.name), shapes[t.name], f"={t.name}")
-        yield from _kept(f"{op.name}.{t.name}", kept, now, source, (t.name,))
-    yield from _kept(f"{op.name}.length", Tensor("length of the cache", "", "int64"), now, source)
-    first, *_ = tensors
+    kept = [Tensor(_named(t.name), shapes[t.name], f"={t.name}") for t in tensors]
     moves = now.decodes and now.longer and op.caches == "kv_window"
     moved = tuple(Tensor(f"{t.name} moved", shapes[t.name], f"={t.name}") for t in tensors) if moves else ()
-    places = tuple(Tensor(f"places {i}", "s", "int64") for i in range(2))
-    yield Op(f"{op.name}.write", (first.name,), scratch=moved or places, source=source)
+    yield from _in_place(op, tuple(t.name for t in tensors), kept, now, source, moved)
     yield ops.leave(*(t.name for t in tensors))
+
+
+def _in_place(
+    op: Op, given: tuple[str, ...], kept: list[Tensor], now: Pass, source: str, moved: tuple[Tensor, ...] = ()
+) -> Iterator[Op]:
+    """What is `given` is written into the tensors `kept`, at places that are counted, or after all were `moved`."""
+    for name, t in zip(given, kept, strict=True):
+        yield from _kept(f"{op.name}.{name}", t, now, source, (name,))
+    length = _LENGTH_ACROSS if op.caches == "source" else Tensor("length of the cache", "", "int64")
+    yield from _kept(f"{op.name}.length", length, now, source)
+    tokens = next(token for token in kept[0].shape.split() if token != "b") if op.caches == "source" else "s"
+    places = tuple(Tensor(f"places {i}", tokens, "int64") for i in range(2))
+    yield Op(f"{op.name}.write", given[:1], scratch=moved or places, source=source)
 
 
 def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
     """A tensor that the first pass makes and the others find, and write in place."""
-    if not now.follows:
+    if not now.extends:
         yield Op(name, reads, (t,), holds="cache", source=source)
         return
     before = t._replace(name=f"{t.name} before")
@@ -374,7 +476,19 @@ def _head(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     head = False
     for op in some:
         head = head or op.name.startswith("lm_head") or any("v" in t.shape.split() for t in op.writes)
-        yield _of_last(op) if head and now.generates and now.last_only else op
+        if not (head and now.generates and now.last_only):
+            yield op
+        else:
+            yield _of_rows(op) if now.verifies else _of_last(op)
+
+
+def _of_rows(op: Op) -> Op:
+    """With as many tokens as there are logits of."""
+
+    def tensor(t: Tensor) -> Tensor:
+        return t._replace(shape=" ".join("verified" if token == "s" else token for token in t.shape.split()))
+
+    return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
 
 
 def for_last(some: tuple[Op, ...], keys: Iterable[str] = ()) -> tuple[Op, ...]:
@@ -419,6 +533,12 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
     if not now.chooses:
         return
     logits = next(op for op in reversed(after) if op.writes).writes[0].name
+    if now.verifies:
+        yield from _verified(logits, now)
+        return
+    if now.proposes:
+        yield from _proposed(logits, now)
+        return
 
     def made(name: str, *reads: str, y: str, scratch: tuple[Tensor, ...] = (), shape: str = "b v") -> Op:
         return Op(f"generate.{name}", reads, (Tensor(y, shape, "fp32"),), scratch=scratch, source=_GENERATE)
@@ -426,32 +546,39 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
     def forgotten(what: str) -> tuple[Op, ...]:
         return (ops.leave(f"{what}{_BEFORE}"),) if now.decodes else ()
 
+    def chosen_of(scores: str, y: str) -> Op:
+        """Scores without those of tokens that are suppressed."""
+        tokens, which = Tensor("all tokens", "v", "int64"), Tensor("suppressed tokens", "v", "bool")
+        among = (tokens, which, Tensor("minus infinity", "", "fp32"))
+        return made("suppress", scores, y=y, scratch=among)
+
     yield made("scores", logits, y="next token logits")
     yield from forgotten("logits")
     if now.beams:
-        yield made("log_softmax", "next token logits", y="log probabilities")
+        sums = "log probabilities"
+        yield made("log_softmax", "next token logits", y=sums)
         yield from forgotten("sums of log probabilities")
+        if now.suppresses:
+            yield chosen_of(sums, f"{sums} left")
+            yield ops.leave(sums)
+            sums = f"{sums} left"
         yield ops.leave(logits)
-        yield made("accumulate", "log probabilities", y="sums of log probabilities")
-        yield ops.leave("log probabilities")
+        yield made("accumulate", sums, y="sums of log probabilities")
+        yield ops.leave(sums)
+        yield Op("generate.order", ("sums of log probabilities",), (Tensor("order", "b", "int64"),), source=_GENERATE)
+        yield from forgotten("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
         for t in dict.fromkeys(cached):
             copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
             yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
-        yield ops.leave("next token logits", "sums of log probabilities")
-        yield from forgotten("order")
+        yield ops.leave("next token logits", "sums of log probabilities", "order")
         return
     if now.samples:
-        warpers = "transformers 5.24 generation/logits_process.py"
-        sort = (Tensor("sorted", "b v", "fp32"), Tensor("order", "b v", "int64"))
-        sums = (Tensor("softmax of sorted", "b v", "fp32"), Tensor("sums of those", "b v", "fp32"))
-        removed = Tensor("not among the first", "b v", "bool")
-        yield made("temperature", "next token logits", y="warmed")
-        yield made("top_k", "warmed", y="top k", scratch=(removed,))
-        yield ops.leave("warmed")
-        yield Op("generate.top_p", ("top k",), scratch=(*sort, *sums), source=warpers)
-        yield made("masked_fill", "top k", y="next token scores")
-        yield ops.leave("top k")
+        scores = "next token logits"
+        if now.suppresses:
+            yield chosen_of(scores, "scores left")
+            scores = "scores left"
+        yield from _warped(scores, "next token scores", ("scores left",) if now.suppresses else ())
         yield from forgotten("scores")
         yield made("softmax", "next token scores", y="next token probabilities")
         yield from forgotten("probabilities")
@@ -464,5 +591,141 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         )
         yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
         return
-    yield Op("generate.argmax", ("next token logits",), (Tensor("next token", "b", "int64"),), source=_GENERATE)
-    yield ops.leave(logits, "next token logits")
+    scores = "next token logits"
+    if now.suppresses:
+        yield chosen_of(scores, "next token scores")
+        yield from forgotten("scores")
+        scores = "next token scores"
+    yield Op("generate.argmax", (scores,), (Tensor("next token", "b", "int64"),), source=_GENERATE)
+    yield ops.leave(logits, "next token logits", scores)
+
+
+_WARPERS = "transformers 5.24 generation/logits_process.py"
+_MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
+
+
+_TOP_P = (  # what TopPLogitsWarper has names for
+    Tensor("sorted", "b v", "fp32"),
+    Tensor("order", "b v", "int64"),
+    Tensor("sums of their probabilities", "b v", "fp32"),
+    *(Tensor(name, "b v", "bool") for name in ("removed of those", "removed")),
+)
+
+
+def _looked_up(now: Pass) -> Op:
+    """The tokens are looked up; whether each may be is asked of a row of ones, as if those were its logits."""
+    ones, left = Tensor("ones", "b v", "fp32"), tuple(Tensor(name, "b v", "fp32") for name in ("top k", "scores"))
+    source = "transformers 5.24 generation/candidate_generator.py PromptLookupCandidateGenerator.get_candidates"
+    return Op("generate.lookup", (), scratch=(ones, *(left + _TOP_P if now.samples else ())), source=source)
+
+
+def _warped(x: str, y: str, done: tuple[str, ...] = ()) -> Iterator[Op]:
+    """The scores `y` of a token that are left of its logits `x` by temperature, top-k and top-p; temperature is the
+    last to read those that are `done` then."""
+
+    def made(name: str, x: str, y: str, scratch: tuple[Tensor, ...] = ()) -> Op:
+        return Op(f"generate.{name}", (x,), (Tensor(y, "b v", "fp32"),), scratch=scratch, source=_WARPERS)
+
+    yield made("temperature", x, "warmed")
+    yield ops.leave(*done)
+    yield made("top_k", "warmed", "top k", (Tensor("not among the first", "b v", "bool"),))
+    yield ops.leave("warmed")
+    yield made("top_p", "top k", y, _TOP_P)
+    yield ops.leave("top k")
+
+
+_ROUND = "transformers 5.24 generation/utils.py GenerationMixin._assisted_decoding"
+_SPECULATIVE = "transformers 5.24 generation/utils.py _speculative_sampling"
+_CANDIDATES = "transformers 5.24 generation/candidate_generator.py AssistedCandidateGenerator._generate_candidates"
+
+
+def _verified(logits: str, now: Pass) -> Iterator[Op]:
+    """The logits of the proposed tokens in fp32, twice, and which of the tokens stay. Their names have those of the
+    round before until then."""
+
+    def forgotten(what: str) -> tuple[Op, ...]:
+        return (ops.leave(f"{what}{_BEFORE_ROUND}"),) if now.follows else ()
+
+    def made(name: str, x: str, y: str, axis: str = "verified", source: str = _ROUND) -> Op:
+        return Op(f"generate.{name}", (x,), (Tensor(y, f"b {axis} v", "fp32"),), source=source)
+
+    wide, copy = _FLOATS
+    if now.verifies == "fp32":  # which they are, as they were made
+        wide = logits
+    else:
+        yield from forgotten("logits")
+        yield made("float", logits, wide)
+    yield from forgotten(wide if wide != logits else "logits")
+    yield made("clone", wide, copy)
+    yield from forgotten(copy)
+    if not now.samples:
+        found = tuple(Tensor(name, "b proposed", "bool") for name in ("same", "other"))
+        chosen = (Tensor("selected tokens", "b verified", "int64"),)
+        yield Op("generate.argmax", (wide,), chosen, source=_ROUND)
+        yield Op("generate.matches", ("selected tokens",), scratch=found, source=_ROUND)
+        yield ops.leave("selected tokens")
+        yield ops.leave(logits, wide, copy)
+        return
+    yield from _warped(wide, "scores of a row")
+    yield ops.leave("scores of a row")
+    if now.drafted:
+        yield Op("generate.q", (), (Tensor("q", "b proposed v", "fp32"),), source=_SPECULATIVE)
+        yield made("p", wide, "p", source=_SPECULATIVE)
+        yield Op(
+            "generate.rejected",
+            ("p", "q"),
+            (Tensor("p less q", "b v", "fp32"),),
+            scratch=(Tensor("difference", "b v", "fp32"),),
+            source=_SPECULATIVE,
+        )
+        drawn = Tensor("exponentials", "b v", "fp32")
+        yield Op(
+            "generate.multinomial",
+            ("p less q",),
+            (Tensor("drawn token", "b", "int64"),),
+            scratch=(drawn,),
+            source=_MULTINOMIAL,
+        )
+        yield ops.leave("p less q", "p", "q")
+    else:
+        yield made("softmax", wide, "probabilities")
+        yield from forgotten("probabilities") if now.looks else ()
+        yield Op(
+            "generate.multinomial",
+            ("probabilities",),
+            (Tensor("selected tokens", "b verified", "int64"),),
+            scratch=(Tensor("exponentials", "b verified v", "fp32"),),
+            source=_MULTINOMIAL,
+        )
+        yield ops.leave("probabilities")
+    yield ops.leave(logits, wide, copy)
+
+
+def _proposed(logits: str, now: Pass) -> Iterator[Op]:
+    """The token that an assistant proposes, and how sure it is of that. A list keeps its logits (or scores, where it is
+    drawn), which are joined when the last one is there."""
+
+    def forgotten(what: str) -> tuple[Op, ...]:
+        return (ops.leave(f"{what}{_BEFORE}"),) if now.goes_on else ()
+
+    kept = "next token logits"
+    yield Op("generate.scores", (logits,), (Tensor(kept, "b v", "fp32"),), source=_GENERATE)
+    chosen, more = Tensor("next token", "b", "int64"), ()
+    if now.samples:
+        yield from forgotten("logits")
+        yield from _warped(kept, "next token scores")
+        kept, more = "next token scores", ("next token logits", "next token probabilities")
+        yield Op("generate.softmax", (kept,), (Tensor(more[1], "b v", "fp32"),), source=_GENERATE)
+        yield from forgotten("probabilities")
+        drawn = (Tensor("exponentials", "b v", "fp32"),)
+        yield Op("generate.multinomial", more[1:], (chosen,), scratch=drawn, source=_MULTINOMIAL)
+    else:
+        yield Op("generate.argmax", (kept,), (chosen,), source=_GENERATE)
+    sure = (Tensor("probabilities of the token", "b v", "fp32"),)
+    source = "transformers 5.24 generation/stopping_criteria.py ConfidenceCriteria"
+    yield Op("generate.confidence", (kept,), scratch=sure, source=source)
+    yield ops.leave(logits, *more)
+    if now.stacks:
+        joined = Tensor("logits of all proposed tokens", "b proposed v", "fp32")
+        yield Op("generate.stack", (kept,), scratch=(joined,), source=_CANDIDATES)
+    yield ops.leave(kept)

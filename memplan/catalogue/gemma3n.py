@@ -281,8 +281,12 @@ def _square(name: str, x: str, y: str) -> Op:
     )
 
 
-def _like(name: str, x: str, y: str, target: str) -> tuple[Op, ...]:
-    """x projected, and scaled to the magnitude of the first stream."""
+def _like(name: str, x: str, y: str, target: str, before: str = "", rebinds: tuple[str, ...] = ()) -> tuple[Op, ...]:
+    """x projected, and scaled to the magnitude of the first stream.
+
+    The model's names for the product, the stream and its magnitude mean those of the stream `before` until there are
+    new ones. The first of a loop `rebinds` the name of a stream of an earlier one as well.
+    """
     new, clamped = f"{y}.magnitude", f"{y}.clamped"
     product = Op(
         f"{name}.times_target",
@@ -295,12 +299,15 @@ def _like(name: str, x: str, y: str, target: str) -> tuple[Op, ...]:
     )
     return (
         ops.linear(name, x, f"{y}.product", "h", "h", "mlp"),
+        *((ops.leave(f"{before}.product"),) if before and not rebinds else ()),
         ops.cast(f"{name}.to", f"{y}.product", f"{y}.projected", _ONE, "=tokens"),
+        *((ops.leave(*rebinds),) if rebinds else ()),
         _square(name, f"{y}.projected", y),
         Op(f"{name}.mean", (f"{y}.square",), (Tensor(f"{y}.mean", _ROW),), source=f"{ops.DERIVATIVES}: mean.dim"),
+        *((ops.leave(f"{before}.magnitude"),) if before else ()),
         ops.clamp(f"{name}.clamp", f"{y}.mean", clamped, _ROW, 1),
-        ops.leave(f"{y}.mean"),
         Op(f"{name}.sqrt", (clamped,), (Tensor(new, _ROW),), (), (Keep(new, clamped),), source="sqrt"),
+        ops.leave(f"{y}.mean"),
         product,
         Op(
             f"{name}.over_magnitude",
@@ -314,7 +321,7 @@ def _like(name: str, x: str, y: str, target: str) -> tuple[Op, ...]:
             ),
             source=f"{ops.DERIVATIVES}: div.Tensor",
         ),
-        ops.leave(f"{y}.product", f"{y}.projected", new),
+        ops.leave(f"{y}.projected"),
     )
 
 
@@ -341,40 +348,53 @@ def gemma3n(m: ModelSpec, wiring: Wiring) -> Stack:
             for op in masks(wiring, "tokens", kind)
         ),
         *_magnitude("model.magnitude", "tokens", "target"),
-        *(op for i in others for op in _like(f"model.altup_projections.{i - 1}", "tokens", f"stream{i}", "target")),
+        *(
+            op
+            for i in others
+            for op in _like(
+                f"model.altup_projections.{i - 1}", "tokens", f"stream{i}", "target", f"stream{i - 1}" if i > 1 else ""
+            )
+        ),
         *_stacked("model.stack", ("tokens", *(f"stream{i}" for i in others)), "embeds"),
         *tables(),
         *(tables(True)[len(tables()) :] if two else ()),
     )
-    kept = ("tokens", "target", *(f"stream{i}" for i in others))
+    newest = f"stream{max(others)}"  # the model's names mean it until its last loop has streams of its own
     last = after(m, wiring, True, rms_norm, two)
     norm = len(rms_norm("model.norm", "x", "n", "b s h", "h"))
     mean = (
         _stream("model.first_for_magnitude", "x", "x.first"),
         *_magnitude("model.last_magnitude", "x.first", "last_target"),
+        ops.leave("target"),
         _stream("model.first", "x", "last0"),
+        ops.leave(*(f"stream{i}" for i in others if f"stream{i}" != newest)),
         *(
             op
             for i in others
             for op in (
                 _stream(f"model.stream_{i}", "x", f"x.{i}"),
-                *_like(f"model.altup_unembed_projections.{i - 1}", f"x.{i}", f"last{i}", "last_target"),
+                *_like(
+                    f"model.altup_unembed_projections.{i - 1}",
+                    f"x.{i}",
+                    f"last{i}",
+                    "last_target",
+                    f"last{i - 1}" if i > 1 else newest,
+                    () if i > 1 else (newest,),
+                ),
             )
         ),
         *_stacked("model.last_stack", tuple(f"last{i}" for i in (0, *others)), "all"),
-        ops.leave("x"),
         Op("model.mean", ("all",), (Tensor("one", _ONE),), source=f"{ops.DERIVATIVES}: mean.dim"),
         ops.leave("all"),
     )
-    tail = forgotten(
-        tuple(
-            op._replace(reads=tuple("one" if r == "x" else r for r in op.reads)) if op.name == "return" else op
-            for op in (*rms_norm("model.norm", "one", "n", "b s h", "h"), *last[norm:])
-        ),
-        m,
-        True,
+    # what the model's names mean when it returns, the stack of the last block's streams by one of them
+    held = ("tokens", f"{newest}.product", "last_target", *(f"last{i}" for i in (0, *others)))
+    held = (*held, *(f"last{max(others)}.{what}" for what in ("product", "magnitude")))
+    named = {"x": ("one",), "embeds": held}
+    tail = tuple(
+        op._replace(reads=tuple(n for r in op.reads for n in named.get(r, (r,)))) if op.name == "return" else op
+        for op in forgotten((*rms_norm("model.norm", "one", "n", "b s h", "h"), *last[norm:]), m, True)
     )
-    tail = (*tail[:norm], ops.leave(*kept, "last_target", *(f"last{i}" for i in others)), *tail[norm:])
     return Stack(first, runs(m, lambda layer: _block(m, wiring, layer)), (*mean, *capped_logits(tail)))
 
 

@@ -37,10 +37,11 @@ GLOBAL = {
 
 
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str, affine: bool = True) -> tuple[Op, ...]:
-    """Normalised by a power of the mean, which keeps what it is a power of; the weight is cast to fp32 every time."""
-    normalise = tuple(
-        _power(op, shape) if op.name == f"{name}.rsqrt" else op for op in ops.rms_norm(name, x, y, shape, axis)[:-3]
-    )
+    """Normalised by a power of the mean, which keeps what it is a power of, and a local name does until the product is
+    made; the weight is cast to fp32 every time."""
+    plain = ops.rms_norm(name, x, y, shape, axis)[:-3]
+    made = (_power(op, shape) if op.name == f"{name}.rsqrt" else op for op in plain)
+    normalise = (*made, ops.leave(f"{y}.shifted"))
     n32, factor, y32 = f"{y}.n32", f"{y}.factor", f"{y}.y32"
     if not affine:
         return (*normalise, ops.cast(f"{name}.type_as", n32, y, shape, f"={x}"))

@@ -33,8 +33,9 @@ def decoder(name: str, x: str, tied_to: str, bias: str = "", tokens: str = "s") 
 
 
 def language_model_loss(tokens: str = "s") -> tuple[Op, ...]:
-    """Cross entropy of all logits, of masked tokens or of a decoder's."""
-    return (*nll("loss", "logits", "log_probs", "labels", f"b {tokens} v", "loss"), ops.leave("logits", "x"))
+    """Cross entropy of all logits, of masked tokens or of a decoder's, which has let go of its last block's output."""
+    held = ("logits", "x") if tokens == "s" else ("logits",)
+    return (*nll("loss", "logits", "log_probs", "labels", f"b {tokens} v", "loss"), ops.leave(*held))
 
 
 def class_loss(m: ModelSpec, shape: str = "b c") -> tuple[Op, ...]:

@@ -13,11 +13,12 @@ Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
 from __future__ import annotations
 
 from memplan.catalogue import kimi_k3, ops, routers
-from memplan.catalogue.attention import Wiring
+from memplan.catalogue.attention import Wiring, cached
 from memplan.catalogue.kimi_k3 import chosen, sums_of
 from memplan.catalogue.latent import attend, copied_key
 from memplan.catalogue.llama import before, decoder_block, lm_head, masks, returned, runs
 from memplan.catalogue.methods import reweigh
+from memplan.catalogue.one_token import kda_step, kept
 from memplan.catalogue.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, unpadded
 from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
@@ -27,6 +28,7 @@ _GIVEN, _HEADS = "b s lv ldk", "b lv s ldk"
 _ROWS, _NUMBERS, _SQUARE = "b lv s_chunks ldk", "b lv s_chunks", "b lv s_chunks chunk"
 _CUBE, _BEFORE = "b lv s_chunks chunk ldk", "b lv s_later ldk"
 CHUNK = 64
+_LOCALS = ("inter", "intra", "recalled", "corrected")  # of the last chunk, until the function returns
 
 
 def _l2_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
@@ -59,13 +61,13 @@ def _l2_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def _chunked(name: str, y: str, at_once: bool = False) -> tuple[Op, ...]:
+def _chunked(name: str, y: str, at_once: bool = False, records: bool = True) -> tuple[Op, ...]:
     """`query`, `key`, `value`, `g` and `beta` to the heads' outputs: chunk_kimi_delta_attention.
 
     On the way back the most is there when the second chunk from the end is done. `at_once`: the rows of the inverse are
-    one operation.
+    one operation. `records`: autograd does, and the loop over chunks is told by what it keeps.
     """
-    n, f = name, "fp32"
+    n, f, ones = name, "fp32", Tensor("ones", "chunk chunk", "bool")
     given = {"query": _GIVEN, "key": _GIVEN, "value": _GIVEN, "beta": "b s lv", "g": _GIVEN}
     return (
         *(
@@ -89,19 +91,19 @@ def _chunked(name: str, y: str, at_once: bool = False) -> tuple[Op, ...]:
         ops.spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
         ops.spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
         cumulate(f"{n}.cum_decay", "decay", "cum", _ROWS),
-        *(
-            Op(f"{n}.{t}", (), (Tensor(t, "chunk chunk", "bool"),), scratch=(Tensor("ones", "chunk chunk", "bool"),))
-            for t in ("not before", "after", "also after")
-        ),
+        *(Op(f"{n}.{t}", (), (Tensor(t, "chunk chunk", "bool"),), scratch=(ones,)) for t in ("not before", "after")),
         *_pairs(n),
         *(_inverse_at_once if at_once else _inverse)(f"{n}.rows", "pairs.0"),
         ops.matmul(f"{n}.new_values", "attn", "v.beta", "values", _ROWS),
+        ops.leave("v.rows"),
         exp(f"{n}.decay_of_keys", "cum", "cum.exp", _ROWS)._replace(autocast=f),
         ops.mul(f"{n}.decayed_k_beta", "k.beta", "cum.exp", "k.beta.decayed", _ROWS),
         ops.leave("cum.exp"),
         ops.matmul(f"{n}.k_cumdecay", "attn", "k.beta.decayed", "k.cumulated", _ROWS),
         ops.leave("k.beta.decayed"),
-        *_scan(f"{n}.scan"),
+        Op(f"{n}.also_after", (), (Tensor("also after", "chunk chunk", "bool"),), scratch=(ones,)),
+        ops.leave("not before"),
+        *(_scan if records else _scan_alone)(f"{n}.scan"),
         ops.copy(f"{n}.contiguous", "outputs", "outputs.rows", _GIVEN),
         ops.cast(f"{n}.cast", "outputs.rows", y, _GIVEN, "=query"),
         ops.leave(
@@ -112,13 +114,13 @@ def _chunked(name: str, y: str, at_once: bool = False) -> tuple[Op, ...]:
             "v.beta",
             "k.beta",
             "cum",
-            "not before",
             "after",
             "also after",
             "factors",
             "attn",
         ),
-        ops.leave("values", "k.cumulated", "scan.last", f"row{CHUNK - 1}", f"rest{CHUNK - 1}"),
+        ops.leave(*(("scan.last",) if records else tuple(f"scan.{t}" for t in _LOCALS))),
+        ops.leave("values", "k.cumulated", f"row{CHUNK - 1}", f"rest{CHUNK - 1}"),
     )
 
 
@@ -276,6 +278,35 @@ def _scan(name: str) -> tuple[Op, ...]:
     )
 
 
+def _scan_alone(name: str) -> tuple[Op, ...]:
+    """The loop where nothing is kept: a chunk of it, after which only its sums and the state are there."""
+    state, chunk, cube, f = "b lv ldk ldk", "b lv chunk ldk", "b lv chunk chunk ldk", "fp32"
+    square = Tensor("scan.intra", "b lv chunk chunk", f)
+    some = tuple(Tensor(what, chunk, f) for what in ("product", "sum"))
+    return (
+        Op(f"{name}.zeros", ("values",), (Tensor("state.zero", state, f),)),
+        Op(f"{name}.outputs", ("values",), (Tensor("outputs", _ROWS, f),)),
+        Op(f"{name}.inter", ("q", "cum", "state.zero"), (Tensor("scan.inter", chunk, f),), scratch=some),
+        Op(
+            f"{name}.products",
+            ("q", "k", "factors"),
+            scratch=(Tensor("q times k", cube, f), Tensor("decayed", cube, f)),
+            source="transformers 5.24 models/kimi_linear/modeling_kimi_linear.py chunk_kimi_delta_attention",
+        ),
+        Op(f"{name}.intra", ("q", "k", "factors"), (square,), scratch=(square._replace(name="sum"),)),
+        Op(f"{name}.recall", ("k.cumulated", "state.zero"), (Tensor("scan.recalled", chunk, f),)),
+        Op(f"{name}.correct", ("values", "scan.recalled"), (Tensor("scan.corrected", chunk, f),)),
+        Op(f"{name}.out", ("scan.inter", "scan.intra", "scan.corrected", "outputs"), scratch=some),
+        Op(
+            f"{name}.update",
+            ("state.zero", "k", "cum", "scan.corrected"),
+            (Tensor("state.now", state, f),),
+            scratch=(Tensor("decayed state", state, f), Tensor("product", state, f), some[0]),
+        ),
+        ops.leave("factors", "also after"),
+    )
+
+
 def _forget_gate(name: str, x: str, y: str, bounded: bool) -> tuple[Op, ...]:
     """`-exp(A_log) * softplus(f_b(f_a(x)) + dt_bias)` in fp32, of which large ones are taken as they are. `bounded`:
     `bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias))`."""
@@ -361,8 +392,9 @@ def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def _delta_attention(m: ModelSpec, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
-    """KimiLinearDeltaAttention; Kimi K3's output gate is one matrix, and its decay has a bound."""
+def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    """KimiLinearDeltaAttention; Kimi K3's output gate is one matrix, and its decay has a bound. The last state stays
+    to the end where a cache has a copy of it."""
     parts, config = ("q", "k", "v"), m.part("linear_attn_config")
     gate: tuple[Op, ...] = (
         ops.linear(f"{name}.g_a_proj", x, "gate.low", "ldk", "h", "mixer"),
@@ -372,7 +404,13 @@ def _delta_attention(m: ModelSpec, x: str, y: str, name: str = "self_attn") -> t
     if config.get("use_full_rank_gate"):
         gate = (ops.linear(f"{name}.g_proj", x, "out.gate", "lv ldk", "h", "mixer"),)
     differ = bool(m.config.get("attn_res_block_size"))
-    rule = _chunked(f"{name}.rule", "core", at_once=differ)
+    state = kept(wiring, f"{name}.state", "state", "b lv ldk ldk", "fp32", "g")
+    rule = f"{name}.rule"
+    rule = (
+        (*state, *kda_step(rule, "core"))
+        if wiring.decodes
+        else (*_chunked(rule, "core", differ, wiring.records), *state)
+    )
     return (
         *(ops.linear(f"{name}.{t}_proj", x, f"{t}.flat", "lv ldk", "h", "mixer") for t in parts),
         Op(
@@ -382,7 +420,7 @@ def _delta_attention(m: ModelSpec, x: str, y: str, name: str = "self_attn") -> t
             gradient="view",
             source=f"{ops.DERIVATIVES}: cat",
         ),
-        *causal_conv(f"{name}.conv1d", "qkv", "mixed", "convolved", False),
+        *causal_conv(f"{name}.conv1d", "qkv", "mixed", "convolved", False, wiring=wiring),
         ops.split(f"{name}.split", "mixed", tuple(Tensor(t, _GIVEN) for t in ("query", "key", "value"))),
         *_forget_gate(f"{name}.forget_gate", x, "g", config.get("gate_lower_bound") is not None),
         ops.linear(f"{name}.b_proj", x, "b_", "lv", "h", "mixer"),
@@ -393,6 +431,7 @@ def _delta_attention(m: ModelSpec, x: str, y: str, name: str = "self_attn") -> t
         *_gated_norm(f"{name}.o_norm", "core", "out.gate", "gated"),
         ops.linear(f"{name}.o_proj", "gated", y, "h", "lv ldk", "mixer"),
         ops.leave("mixed", "g", "beta", "core", "out.gate", "gated", x),
+        *((ops.leave("state.now"),) if wiring.caching else ()),
     )
 
 
@@ -426,15 +465,16 @@ def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = 
         ops.linear(f"{name}.kv_a_proj_with_mqa", x, "kv.low", "klr", "h", g, bias),
         ops.split(f"{name}.kv_split", "kv.low", (Tensor("kv.latent", "b s kl"), Tensor("k.turned", "b s rot"))),
         *ops.rms_norm(f"{name}.kv_a_layernorm", "kv.latent", "kv.normed", "b s kl", "kl"),
+        *cached(f"{name}.attention", wiring, (), tensors=("kv.normed", "k.turned")),
         ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", g),
         ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
         ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", "b s a dv"))),
         ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
         *copied_key(name),
-        *attend(f"{name}.attention", m, wiring, "mask", joined=False),
+        *attend(f"{name}.attention", m, wiring._replace(caching=False), "mask", joined=False),
         *gate,
         ops.linear(f"{name}.o_proj", o, y, "h", "a dv", g, bias),
-        ops.leave("q0", "kv.low", "kv.normed", "q", "k", "v", o, *(("o.open",) if gate else ()), x),
+        ops.leave("q0", "kv.low", "kv.normed", "k.turned", "q", "k", "v", o, *(("o.open",) if gate else ()), x),
     )
 
 
@@ -444,7 +484,7 @@ def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
     routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     linear = (
         *unpadded(wiring, "n1", "n1.real", "b s h"),
-        *_delta_attention(m, "n1.real", "ao"),
+        *_delta_attention(m, wiring, "n1.real", "ao"),
         ops.leave("n1"),
     )
 

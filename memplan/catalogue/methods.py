@@ -12,6 +12,15 @@ from memplan.catalogue import litgpt_lora, ops
 from memplan.catalogue.fused_lora import fuse_lora
 from memplan.catalogue.parameter_lora import adapt_parameters, standing
 from memplan.catalogue.quantization import dequantise, experts_fp8, family_of, quantised_linear, stored
+from memplan.catalogue.running import (
+    Running,
+    product,
+    resident,
+    takes_alone,
+    takes_experts,
+    wide_bias,
+    with_triton,
+)
 from memplan.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
 
 
@@ -285,7 +294,8 @@ class Recipe(NamedTuple):
     library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command. again, keeps:
     see `Adapter`. frozen: parts of the model that neither train nor are adapted, see `PARTS`. packed: quantised weights
     are loaded as they are stored, and not made from whole ones. copies: a product with packed weights makes a whole
-    matrix of them first, as of more than a few rows, and in training.
+    matrix of them first, as of more than a few rows, and in training. running: how matrices of a format run that
+    nothing trains over.
     """
 
     kind: str
@@ -308,6 +318,7 @@ class Recipe(NamedTuple):
     keeps: bool = False
     packed: bool = False
     copies: bool = True
+    running: Running | None = None
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -358,6 +369,8 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
     wide = frozenset(w.name for w in head.weights) if head and "lm_head" in recipe.skip else frozenset[str]()
     narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
     stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
+    if recipe.running is not None and recipe.running.kernel == "triton":
+        stack = rewrite_lists(stack, with_triton)
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
     adapter = Adapter(
@@ -406,7 +419,7 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
         w = matrix(op)
         if any(v.group == "adapter" and v.matrix for v in op.weights):  # joined already
             return (op,)
-        stacked = next((v for v in op.weights if v.stacked and v.stored), None)
+        stacked = next((v for v in op.weights if v.stacked and v.stored and not v.kernel), None)
         if stacked is not None:
             return (experts_fp8(op, stacked, recipe.compute),)
         if w is None:
@@ -420,6 +433,8 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
             called = op if op.reads else _as_called(op)
             adapted = tuple(_dressed(o, recipe) for o in adapt(called, adapter, recipe.autocast))
             return (_idle(op, adapted), op) if w.direct and not w.stored else adapted
+        if w.kernel and recipe.running is not None:
+            return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))
         if w.stored:
             made = op.writes[0].name
             return tuple(quantised_linear(op, op.name, made, recipe.compute, older, recipe.keeps, recipe.copies))
@@ -515,6 +530,14 @@ def _narrowed(stack: Stack) -> frozenset[str]:
 def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[str]) -> Weight:
     """A base weight under an adapter: frozen, quantised unless it is the head's, or cast unless it is `narrow`."""
     left = (*recipe.skip, *recipe.saved)
+    how = recipe.running
+    if how is not None and w.name not in head and runs_so(w, how, left):
+        w = w._replace(dtype=w.dtype or recipe.weights, trains=False, kernel=how.kernel)
+        whole = w.stacked and how.whole
+        return w if whole else w._replace(stored=resident(w, how))
+    if how is not None:
+        wide = "fp32" if wide_bias(w, how) else recipe.weights
+        return w._replace(dtype=w.dtype or wide, trains=False)
     takes = quantisable(w, left) or (w.stacked and recipe.quantization == "fp8")
     if recipe.quantization and takes and w.name not in head:
         kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
@@ -522,6 +545,13 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[s
         return w._replace(dtype=dtype, trains=False, stored=kept)
     dtype = "fp32" if recipe.preparation and w.name not in narrow else w.dtype or recipe.weights
     return w._replace(dtype=dtype, trains=False)
+
+
+def runs_so(w: Weight, how: Running, skip: tuple[str, ...]) -> bool:
+    """Whether a weight is of those that run so: matrices of linear layers, experts, or one of the two."""
+    if w.stacked:
+        return takes_experts(how) and not inside(w.name.rpartition(".")[0], skip)
+    return not takes_alone(how) and quantisable(w, skip)
 
 
 def quantisable(w: Weight, skip: tuple[str, ...] = ()) -> bool:

@@ -7,7 +7,7 @@ Source: transformers 5.24 models/minimax_m3_vl/modeling_minimax_m3_vl.py.
 from __future__ import annotations
 
 from memplan.catalogue import experts, ops, routers
-from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.attention import Wiring, attention, cached
 from memplan.catalogue.gemma import rms_norm
 from memplan.catalogue.llama import decoder_block, returned, runs
 from memplan.catalogue.mixed import after, before, tables
@@ -48,7 +48,8 @@ def _mixture(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
 def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
     grouped = m.num_key_value_heads != m.num_attention_heads
     indexed = layer.mixer == INDEXED
-    made = _masked(m, wiring, grouped, f"{name}.attention") if indexed else _whole(wiring, grouped, f"{name}.attention")
+    of = f"{name}.attention"
+    made = _masked(m, wiring._replace(caching=False), grouped, of) if indexed else _whole(wiring, grouped, of)
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention"),
         ops.view(f"{name}.q_heads", "q0", "qh", _Q),
@@ -61,11 +62,12 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention"),
         *rotate_part(f"{name}.rope", partial=m.rotary_width < m.head_dim),
         ops.leave("q1", "k1"),
-        *(_indexer(x, f"{name}.indexer") if indexed else ()),
-        *(_block_mask() if indexed else ()),
+        *(cached(of, wiring, ()) if indexed else ()),
+        *(_indexer(x, wiring, f"{name}.indexer") if indexed else ()),
+        *(_block_mask(wiring) if indexed else ()),
         *made,
         ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention"),
-        ops.leave("q", "k", "v", "o", x, *(("block_mask",) if indexed else ())),
+        ops.leave("q", "k", "v", "o", x, *(("block_mask", "blocks") if indexed else ())),
     )
 
 
@@ -94,53 +96,103 @@ def _still(*operations: Op) -> tuple[Op, ...]:
     return tuple(op._replace(gradient="none", keeps=(), scratch_back=(), unit="") for op in operations)
 
 
-def _indexer(x: str, name: str) -> tuple[Op, ...]:
-    """Scores in fp32 of a few narrow heads against all keys: only the blocks of the largest are handed on."""
-    heads, one, scores = "b s i di", "b s 1 di", "b i s s"
-    return _still(
-        ops.linear(f"{name}.q_proj", x, "iq0", "i di", "h", "attention"),
-        *rms_norm(f"{name}.q_norm", "iq0", "iq1", heads, "di"),
-        ops.linear(f"{name}.k_proj", x, "ik0", "di", "h", "attention"),
-        *rms_norm(f"{name}.k_norm", "ik0", "ik1", one, "di"),
-        Op(f"{name}.rope_q", ("iq1",), (Tensor("iq", heads),)),
-        Op(f"{name}.rope_k", ("ik1",), (Tensor("ik", one),)),
-        ops.leave("iq0", "iq1", "ik0", "ik1"),
-        ops.cast(f"{name}.float_q", "iq", "iq32", heads, "fp32"),
-        ops.cast(f"{name}.float_k", "ik", "ik32", one, "fp32"),
-        Op(
-            f"{name}.scores",
-            ("iq32", "ik32"),
-            (Tensor("index.scores", scores, "fp32"),),
-            scratch=(Tensor("keys of all heads", heads, "fp32"),),
-        ),
-        ops.leave("iq32", "ik32"),
-        Op(f"{name}.future", (), (Tensor("index.future", "b s s", "bool"),)),
-        Op(f"{name}.masked", ("index.scores",), (Tensor("index.masked", scores, "fp32"),)),
-        ops.leave("index.scores"),
-        Op(f"{name}.choose", ("index.masked",), (Tensor("blocks", "b i s ti", "int64"),)),
-        ops.leave("index.masked", "index.future", "iq", "ik"),
+def _turned(name: str, t: str, heads: str) -> tuple[Op, ...]:
+    """A part of every head rotated, and joined with the rest."""
+    rot = f"b s {heads} irot"
+    return (
+        *ops.rotate(f"{name}.rope_{t}", f"index.{t}1", f"index.{t}.turned", rot, f"b s {heads} irot2"),
+        Op(f"{name}.cat_{t}", (f"index.{t}.turned", f"index.{t}1"), (Tensor(f"index.{t}", f"b s {heads} di"),)),
     )
 
 
-def _block_mask() -> tuple[Op, ...]:
-    """A number for every head, query and key, made of the blocks chosen."""
-    every, dtype = "b a s s", "=q"
-    return (
-        Op("block_mask.safe", ("blocks",), (Tensor("blocks.safe", "b i s ti", "int64"),), gradient="none"),
-        Op("block_mask.keep", ("blocks",), (Tensor("keep.groups", "b i s s", "bool"),), gradient="none"),
-        Op("block_mask.heads", ("keep.groups",), (Tensor("keep.heads", every, "bool"),), gradient="none"),
-        ops.leave("keep.groups"),
-        Op("block_mask.future", (), (Tensor("keep.future", "b s s", "bool"),), gradient="none"),
-        Op("block_mask.and", ("keep.heads",), (Tensor("keep", every, "bool"),), gradient="none"),
+def _indexer(x: str, wiring: Wiring, name: str) -> tuple[Op, ...]:
+    """Scores in fp32 of a few narrow heads against all keys: only the blocks of the largest are handed on.
+
+    What autograd saves of them is there until the indexer returns.
+    """
+    heads, one, scores, chosen = "b s i di", "b s 1 di", "b i s s", "b i s chosen_blocks"
+    saved = tuple(f"index.{t}1.{part}" for t in "qk" for part in ("x32", "rstd", "n32", "factor"))
+    return _still(
+        ops.linear(f"{name}.q_proj", x, "index.q0", "i di", "h", "attention"),
+        *rms_norm(f"{name}.q_norm", "index.q0", "index.q1", heads, "di"),
+        ops.leave("index.q0"),
+        ops.linear(f"{name}.k_proj", x, "index.k0", "di", "h", "attention"),
+        *rms_norm(f"{name}.k_norm", "index.k0", "index.k1", one, "di"),
+        ops.leave("index.k0"),
+        *_turned(name, "q", "i"),
+        *_turned(name, "k", "1"),
+        ops.leave("index.q1", "index.k1"),
+        *(op._replace(holds="cache") for op in cached(f"{name}.keys", wiring, (), tensors=("index.k",))),
+        ops.cast(f"{name}.float_q", "index.q", "index.q32", heads, "fp32"),
+        ops.cast(f"{name}.float_k", "index.k", "index.k32", one, "fp32"),
+        ops.copy(f"{name}.k_heads", "index.k32", "index.keys", "several s i di"),
+        Op(f"{name}.scores", ("index.q32", "index.keys"), (Tensor("index.scores", scores, "fp32"),)),
+        ops.leave("index.k32"),
+        Op(f"{name}.places", ("index.k",), (Tensor("index.places", "s", "int64"),)),
+        Op(f"{name}.future", (), (Tensor("index.future", "b s s", "bool"),)),
+        Op(f"{name}.masked", ("index.scores", "index.future"), (Tensor("index.masked", scores, "fp32"),)),
+        ops.leave("index.scores"),
+        Op(f"{name}.pad", ("index.masked",), (Tensor("index.padded", "b i s padded_keys", "fp32"),)),
+        Op(f"{name}.largest", ("index.masked", "index.padded"), (Tensor("index.blocks", "b i s key_blocks", "fp32"),)),
+        Op(f"{name}.own", (), (Tensor("index.own", "b s", "int64"),)),
+        Op(f"{name}.near", (), (Tensor("index.near", "near_blocks", "int64"),)),
+        Op(f"{name}.less", ("index.own", "index.near"), (Tensor("index.less", "b s near_blocks", "int64"),)),
+        Op(f"{name}.at_least", ("index.less",), (Tensor("index.local", "b s near_blocks", "int64"),)),
+        Op(
+            f"{name}.choose",
+            ("index.blocks", "index.local"),
+            (Tensor("index.best", chosen, "fp32"), Tensor("index.chosen", chosen, "int64")),
+        ),
+        Op(
+            f"{name}.left_out",
+            ("index.chosen", "index.best"),
+            (Tensor("blocks", chosen, "int64"),),
+            scratch=(Tensor("none", chosen, "bool"),),
+            source=f"{_SOURCE} MiniMaxM3VLIndexer.forward",
+        ),
+        ops.leave("index.q", "index.k", "index.places", "index.future", "index.masked", "index.padded"),
+        ops.leave("index.blocks", "index.own", "index.near", "index.local"),
+        ops.leave(*saved, "index.q32", "index.keys")._replace(recorded=True),
+    )
+
+
+def _block_mask(wiring: Wiring) -> tuple[Op, ...]:
+    """A number for every head, query and key, made of the blocks chosen, and of the model's own mask if it has one."""
+    every, dtype, chosen = "b a s s", "=q", "b i s chosen_blocks"
+    source = f"{_SOURCE} MiniMaxM3VLIndexer.build_block_mask"
+    given = wiring.has_mask()
+    seen: tuple[Op, ...] = (
+        Op("block_mask.places", ("k",), (Tensor("keep.places", "s", "int64"),)),
+        Op("block_mask.future", ("keep.places",), (Tensor("keep.future", "b s s", "bool"),)),
+        Op("block_mask.past", ("keep.future",), (Tensor("keep.seen", "b s s", "bool"),)),
+    )
+    if given:
+        shown = "s s" if wiring.one_mask and not wiring.padded else "b s s"
+        boolean = Op("block_mask.shown", ("mask",), (Tensor("keep.seen", shown, "bool"),))
+        seen = (boolean if wiring.backend == "eager" else ops.view("block_mask.shown", "mask", "keep.seen", shown),)
+    return _still(
+        Op(
+            "block_mask.safe",
+            ("blocks",),
+            (Tensor("blocks.safe", chosen, "int64"),),
+            scratch=(Tensor("none", chosen, "bool"),),
+        ),
+        Op("block_mask.bias", ("blocks.safe",), (Tensor("keep.bias", "b i s key_blocks1", dtype),)),
+        Op("block_mask.zero", ("keep.bias",), (Tensor("keep.blocks", "b i s key_blocks", "bool"),)),
+        Op("block_mask.keys", ("keep.blocks",), (Tensor("keep.groups", "b i s block_keys", "bool"),)),
+        Op("block_mask.heads", ("keep.groups",), (Tensor("keep.heads", every, "bool"),)),
+        *seen,
+        Op("block_mask.and", ("keep.heads", "keep.seen"), (Tensor("keep", every, "bool"),)),
+        Op("block_mask.zeros", ("keep",), (Tensor("zeros", every, dtype),)),
         Op(
             "block_mask",
-            ("keep", "q"),
+            ("keep", "zeros"),
             (Tensor("block_mask", every, dtype),),
-            scratch=(Tensor("zeros", every, dtype), Tensor("not kept", every, "bool")),
-            gradient="none",
-            source=f"{_SOURCE} MiniMaxM3VLIndexer.build_block_mask",
+            scratch=(Tensor("not kept", every, "bool"),),
+            source=source,
         ),
-        ops.leave("keep", "keep.heads", "keep.future", "blocks", "blocks.safe"),
+        ops.leave("keep", "keep.heads", "keep.bias", "blocks.safe"),
+        ops.leave(*(("keep.seen",) if given else ("keep.places", "keep.future"))),
     )
 
 

@@ -10,6 +10,7 @@ from memplan.catalogue import towers as t
 from memplan.catalogue.attention import Wiring, to_images
 from memplan.catalogue.llama import decoder_block, gated_mlp, llama, llama_attention, returned
 from memplan.catalogue.mixed import renamed
+from memplan.catalogue.seq2seq import cached_across
 from memplan.catalogue.towers import Tower
 from memplan.catalogue.vision import joined, outlived, skipped
 from memplan.families.vision import intermediate, size, stretches
@@ -29,7 +30,7 @@ def mllama(m: ModelSpec, wiring: Wiring) -> Stack:
     attend = llama_attention(m, wiring, "n1", "ao")
     plain = decoder_block(attend, gated_mlp("n2", "mo"), held=returned(wiring))
     crossing = _crossing(m.num_key_value_heads != m.num_attention_heads, wiring)
-    if not wiring.images:
+    if not (wiring.images or wiring.crossed):
         crossing = (ops.view("skip", "x", "y", "b s h"), *skipped(crossing))
     cross = Block("model.layers", crossing)
     made = llama(m, wiring)
@@ -42,9 +43,15 @@ def mllama(m: ModelSpec, wiring: Wiring) -> Stack:
         for op in made.before
     )
     made, tower = made._replace(before=before, runs=runs), _mllama_tower(m)
-    if not wiring.images:
+    if not (wiring.images or wiring.crossed):
         return joined(wiring, made, tower)
     inputs, *rest = before
+    if wiring.crossed:
+        given = inputs._replace(writes=(*inputs.writes, *(_kept(t) for t in tower.inputs), _ROW))
+        return made._replace(
+            before=(given, *skipped(tower.before), *_cross_mask(), *rest),
+            after=outlived(made.after, ("cross_mask", "rows_seen")),
+        )
     stream = {"embeds": "stream"}
     first, *others = runs
     return made._replace(
@@ -58,21 +65,39 @@ def mllama(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
 
+# What one token sees of the images, beside the mask of all tokens.
+_ROW = Tensor("cross_attention_mask of a token", "b s images vtiles", "int64")
+
+
+def _kept(t: Tensor) -> Tensor:
+    """What generation keeps of what the prompt came with, as it is when tokens are decoded: the mask over images has
+    another row for every token.
+
+    Source: transformers 5.24 models/mllama/modeling_mllama.py _update_model_kwargs_for_generation.
+    """
+    return t._replace(shape="b kv images vtiles") if t.name == "cross_attention_mask" else t
+
+
 def _crossing(grouped: bool, wiring: Wiring) -> tuple[Op, ...]:
     """A layer that attends to images: both of its branches pass a gate, and the second is zero for tokens that see no
-    image."""
+    image. Once keys and values of the images are cached nothing makes them."""
     g, name, shape, q, k = "attention", "cross_attn", "b s h", "b s a d", "b seen k d"
-    return (
-        *ops.rms_norm("input_layernorm", "x", "n1", shape, "h"),
-        ops.linear(f"{name}.q_proj", "n1", "q0", "a d", "h", g),
-        ops.view(f"{name}.q_heads", "q0", "q1", q, "new"),
-        *ops.rms_norm(f"{name}.q_norm", "q1", "q", q, "d"),
+    keyed = (
         ops.linear(f"{name}.k_proj", "features", "k0", "k d", "h", g, lead="b seen"),
         ops.linear(f"{name}.v_proj", "features", "v", "k d", "h", g, lead="b seen"),
         ops.view(f"{name}.k_heads", "k0", "k1", k, "new"),
         *ops.rms_norm(f"{name}.k_norm", "k1", "k", k, "d"),
         ops.leave("k1"),
-        *to_images(f"{name}.attention", "o", wiring, grouped, "cross_mask"),
+    )
+    cache = cached_across(f"{name}.attention", "q", wiring.crossed, k) if wiring.caching else ()
+    return (
+        *ops.rms_norm("input_layernorm", "x", "n1", shape, "h"),
+        ops.linear(f"{name}.q_proj", "n1", "q0", "a d", "h", g),
+        ops.view(f"{name}.q_heads", "q0", "q1", q, "new"),
+        *ops.rms_norm(f"{name}.q_norm", "q1", "q", q, "d"),
+        *(() if wiring.crossed else keyed),
+        *cache,
+        *to_images(f"{name}.attention", "o", wiring, grouped and not wiring.decodes, "cross_mask"),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", g),
         ops.leave("q", "k", "v", "o", "n1", "q1"),
         *_gated("cross_attn_attn_gate", "ao", "ao.gated", shape, g),

@@ -13,6 +13,7 @@ from memplan.ir import Op, Tensor, Weight
 _MAMBA = "transformers 5.24 models/mamba/modeling_mamba.py mamba_selective_state_update"
 _MAMBA2 = "transformers 5.24 models/mamba2/modeling_mamba2.py mamba2_selective_state_update"
 _DELTA = "transformers 5.24 models/qwen3_next/modeling_qwen3_next.py torch_recurrent_gated_delta_rule"
+_KDA = "transformers 5.24 models/kimi_linear/modeling_kimi_linear.py recurrent_kimi_delta_attention"
 _CONV = "transformers 5.24 models/mamba2/modeling_mamba2.py causal_conv1d_update"
 
 
@@ -116,4 +117,53 @@ def delta_step(name: str, y: str, repeats: bool) -> tuple[Op, ...]:
         ),
         ops.cast(f"{of}.cast_back", "outputs", y, "b s lv ldv", "=value"),
         ops.leave("q.scaled", f"{k}.unit", "value.wide", "delta", "recalled"),
+    )
+
+
+def kda_step(name: str, y: str) -> tuple[Op, ...]:
+    """Kimi's delta rule for one token, whose keys decay channel by channel: `query`, `key`, `value`, `beta` and `g` to
+    the output, in the query's dtype."""
+    of, shape, row, head = name, "b lv ldk ldk", "b lv ldk", "b lv"
+    f = "fp32"
+
+    def normed(t: str) -> tuple[Op, ...]:
+        return (
+            Op(f"{of}.{t}_square", (f"{t}.wide",), (Tensor(f"{t}.square", row, f),)),
+            Op(f"{of}.{t}_sum", (f"{t}.square",), (Tensor(f"{t}.sum", head, f),)),
+            Op(f"{of}.{t}_eps", (f"{t}.sum",), (Tensor(f"{t}.shifted", head, f),)),
+            Op(f"{of}.{t}_sqrt", (f"{t}.shifted",), (Tensor(f"{t}.root", head, f),)),
+            Op(f"{of}.{t}_norm", (f"{t}.wide", f"{t}.root"), (Tensor(f"{t}.unit", row, f),), source=_KDA),
+            ops.leave(f"{t}.root"),
+        )
+
+    return (
+        *(ops.cast(f"{of}.{t}_float", t, f"{t}.wide", row, f) for t in ("query", "key", "value")),
+        ops.cast(f"{of}.beta_float", "beta", "beta.wide", head, f),
+        *normed("query"),
+        *normed("key"),
+        Op(f"{of}.scale", ("query.unit",), (Tensor("q.scaled", row, f),)),
+        Op(f"{of}.outputs", ("value.wide",), (Tensor("outputs", row, f),)),
+        Op(f"{of}.decay_of_keys", ("g",), (Tensor("g.exp", row, f),)),
+        Op(f"{of}.decay", ("state", "g.exp"), (Tensor("decayed", shape, f),), source=_KDA),
+        Op(
+            f"{of}.recall",
+            ("decayed", "key.unit"),
+            (Tensor("recalled", row, f),),
+            scratch=(Tensor("keys times state", shape, f),),
+            source=_KDA,
+        ),
+        Op(f"{of}.less", ("value.wide", "recalled"), (Tensor("less", row, f),)),
+        Op(f"{of}.delta", ("less", "beta.wide"), (Tensor("delta", row, f),)),
+        Op(f"{of}.write", ("key.unit", "delta"), (Tensor("written", shape, f),), source=_KDA),
+        Op(f"{of}.update", ("decayed", "written"), (Tensor("state.now", shape, f),), source=_KDA),
+        ops.leave("decayed", "written"),
+        Op(
+            f"{of}.read",
+            ("state.now", "q.scaled"),
+            (),
+            scratch=(Tensor("queries times state", shape, f), Tensor("sum", row, f)),
+            source=_KDA,
+        ),
+        ops.cast(f"{of}.cast_back", "outputs", y, "b s lv ldk", "=query"),
+        ops.leave("q.scaled", "key.unit", "value.wide", "beta.wide", "g.exp", "delta", "recalled"),
     )

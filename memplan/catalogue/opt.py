@@ -20,17 +20,18 @@ def opt(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    """Positions are counted from the mask, in fp32 where there is none; what is added stays to the model's end."""
+    """Positions are counted from the mask, in fp32 where there is none; what is added stays to the model's end. A token
+    alone has the last of all so far."""
     mask = "attention_mask" if wiring.padded else "position_mask"
-    counted = Tensor("counted", "b s")
+    every = "b kv" if wiring.decodes else "b s"
     return (
         inputs(wiring.padded),
         _narrow(ops.embedding(f"{_NAME}.embed_tokens", "ids", "tokens", "v", "p")),
-        *(() if wiring.padded else (Op("position_mask", (), (Tensor(mask, "b s", "fp32"),)),)),
-        Op("positions.cumsum", (mask,), (counted,)),
-        Op("positions.product", ("counted",), (Tensor("product", "b s"),)),
-        Op("positions.minus_one", ("product",), (Tensor("less", "b s"),)),
-        ops.cast("positions.long", "less", "positions", "b s", "int64"),
+        *(() if wiring.padded else (Op("position_mask", (), (Tensor(mask, every, "fp32"),)),)),
+        Op("positions.cumsum", (mask,), (Tensor("counted", every),)),
+        Op("positions.product", ("counted",), (Tensor("product", every),)),
+        Op("positions.minus_one", ("product",), (Tensor("less", every),)),
+        ops.cast("positions.long", "less", "positions", every, "int64"),
         ops.leave("counted", "less"),
         *masks(wiring, "tokens"),
         Op("positions.offset", ("positions",), (Tensor("rows", "b s", "int64"),)),

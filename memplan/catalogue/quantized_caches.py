@@ -8,7 +8,7 @@ it reads dequantised: of one layer at a time there is everything in the model's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from memplan.catalogue import ops
@@ -17,6 +17,7 @@ from memplan.ir import Op, Tensor
 Backend = Literal["quanto", "hqq", "fp8"]
 # Axes: tokens that are quantised before a pass, that wait to be, and that wait when it is over.
 QUANTIZED, RESIDUAL, AFTER = "quantized", "residual", "residual_after"
+RANKED = "ranked"  # an axis that is 1 once the beams of a prompt were ranked, and 0 while it is read
 Keyed = Callable[[str, str], str]  # a shape with another axis of tokens
 
 _LAYERS = "transformers 5.24 cache_utils.py QuantizedLayer.update"
@@ -291,12 +292,11 @@ def prompt(name: str, tensors: list[tuple[Tensor, str]], keyed: Keyed, how: Stor
         after = Tensor(f"{what} residual", keyed(t.shape, AFTER), f"={t.name}")
         yield Op(f"{name}.{what}.residual", (t.name,), (after,), holds="cache", source=_LAYERS)
     if beams and how.grouped:
-        none = _ORDER._replace(shape=f"b {AFTER}")  # they are ranked when the pass is over
-        yield Op(f"{name}.order", (), (none,), holds="cache", source=_REORDER)
+        yield Op(f"{name}.order", (), (_ORDER,), holds="cache", source=_REORDER)
     yield ops.leave(*(t.name for t, _ in tensors))
 
 
-_ORDER = Tensor("order of the beams", "b", "int64")  # in which a layer's are to be, when they come back
+_ORDER = Tensor("order of the beams", f"b {RANKED}", "int64")  # in which a layer's are to be, when they come back
 _REORDER = "transformers 5.24 cache_utils.py QuantizedLayer.reorder_cache"
 
 
@@ -366,7 +366,9 @@ def tokens(
     yield ops.leave(*(t.name for t, _ in given), *back, *(what for _, what in given))
 
 
-def _appended(name: str, given: list[tuple[Tensor, str]], shapes: list[Mapping[str, str]], how: Stored) -> Iterator[Op]:
+def _appended(
+    name: str, given: list[tuple[Tensor, str]], shapes: Sequence[Mapping[str, str]], how: Stored
+) -> Iterator[Op]:
     """New tokens by the scale of the first ones, joined with those before; then all come back."""
     new: list[str] = []
     old: list[str] = []  # which names keep until the update is over

@@ -151,6 +151,7 @@ def step_tower(m: ModelSpec, made: Stack) -> Stack:
         _own(f"{tower}.downsampler2", ("weight", "4 vh 2 vh 3 3"), ("bias", "4 vh")),
         _linear("model.multi_modal_projector", "h", "4 vh", m.get("projector_bias", False), "projector"),
         _frequencies(f"{tower}.rotary_emb"),
+        Op("", weights=(Weight(f"{tower}.embeddings.position_ids", "1 vpositions", "buffer", "int64", False),)),
     )
     layer = (
         *_plain_layer(("q_proj", "k_proj", "v_proj", "out_proj"), ("layernorm_before", "layernorm_after")),

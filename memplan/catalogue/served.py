@@ -4,10 +4,11 @@ An engine packs the tokens of all requests into one row of `s`, and computes log
 requests. Kernels are fused: norms add the residual as they go, rotary positions are written in place, gates and ups are
 one product. `Instant` is a moment at which memory is about to fall, with all that is alive then beside the weights.
 
-Letters of their own: `n` requests, `room` tokens of cached prompts whose latents are expanded, `se` rows that experts
-are given, `qh` and `kh` the rank's query and key/value heads, `fp`, `mp` and `vp` its part of an FFN, of an expert and
-of the vocabulary, `wide` the wider of an expert's two rows, `ip`, `cp` and `pp` its part of a mixer's channels, of what
-is convolved and of what is projected.
+Letters of their own: `n` requests, `room` tokens of cached prompts whose latents are expanded, `qh` and `kh` the rank's
+query and key/value heads, `fp`, `mp` and `vp` its part of an FFN, of an expert and of the vocabulary, `all` tokens that
+meet at the experts and `se` their rows, `wide` and `narrow` the wider of an expert's gate and up and of its activations
+on one side, and of its outputs on the other, `ip`, `cp` and `pp` the rank's part of a mixer's channels, of what is
+convolved and of what is projected, `most` the tokens of the longest step.
 
 Source: vllm 0.33.0 model_executor/models/llama.py and the layers that it names; sglang 0.5.23 has the same kernels.
 """
@@ -36,26 +37,43 @@ _RESIDUAL = Tensor("residual", "s h")
 _VLLM = "vllm 0.33.0 model_executor"
 
 
-def parts_of_rank(model: ModelSpec, tp: int) -> Mapping[str, int]:
-    """The axes of one of `tp` ranks. Key/value heads that are fewer than ranks are there several times."""
+def parts_of_rank(model: ModelSpec, tp: int, dense: int = 0, experts: int = 0) -> Mapping[str, int]:
+    """The axes of one of `tp` ranks. Key/value heads that are fewer than ranks are there several times.
+
+    `dense` ranks divide MLPs and the head, and `experts` the width of an expert, where those are not `tp` too.
+    """
     axes, a = model.axes(), model.num_attention_heads
     vocabulary = -(-axes["v"] // 64) * 64
     wide = {
         "qh": -(-a // tp),
         "kh": -(-model.num_key_value_heads // tp),
-        "fp": -(-max(layer.f for layer in model.layers) // tp),
-        "vp": vocabulary // tp if vocabulary % tp == 0 else -(-vocabulary // tp),
+        "fp": -(-max(layer.f for layer in model.layers) // (dense or tp)),
+        "vp": -(-vocabulary // (dense or tp)),
     }
     for own, of in (("mp", "m"), ("ip", "inner"), ("cp", "convolved"), ("pp", "projected")):
         if of in axes:
-            wide[own] = -(-axes[of] // tp)
+            wide[own] = -(-axes[of] // (experts or tp if own == "mp" else tp))
     if "mp" in wide:
-        wide["wide"] = max(2 * wide["mp"], axes["h"])
+        wide["wide"], wide["narrow"] = max(2 * wide["mp"], axes["h"]), max(wide["mp"], axes["h"])
     return {**axes, "dv": axes.get("dv", axes["d"]), **wide}
 
 
-def instants(model: ModelSpec, tp: int, sampler: str, eager: bool) -> tuple[Instant, ...]:
+def instants(
+    model: ModelSpec,
+    tp: int,
+    sampler: str,
+    eager: bool,
+    layers: tuple[Layer, ...] = (),
+    draws: bool = True,
+    fed: bool = False,
+    gathered: bool = False,
+    room: str = "shared",
+) -> tuple[Instant, ...]:
     """The moments of a step that may have the most, of every kind of layer once, and of drawing the next tokens.
+
+    `layers` are those of a pipeline's stage, of which the last `draws`, and all but the first are `fed`: what came from
+    the stage before has a place of its own. `gathered`: the tokens of other groups of ranks meet at the experts.
+    `room`: how buffers of experts are shared (`memplan.catalogue.engines.WORDS`, experts_room).
 
     `eager`: the layers are run by Python as they are written, whose frames have names for a layer's input and for what
     its norm made of that until the layer is over; compiled, what is read no more is gone.
@@ -63,13 +81,17 @@ def instants(model: ModelSpec, tp: int, sampler: str, eager: bool) -> tuple[Inst
     axes = model.axes()
     gated = model.model_type not in _UNGATED
     found: dict[Instant, None] = {}
-    for layer in dict.fromkeys(model.layers):
+    for layer in dict.fromkeys(layers or model.layers):
         found |= dict.fromkeys(_mixing(model, axes, layer))
-        found |= dict.fromkeys(_feeding(axes, layer, gated))
+        found |= dict.fromkeys(_feeding(axes, layer, gated, gathered, room))
     named = _NAMED if eager else ()
-    return (*(i._replace(alive=(*i.alive, *named)) for i in found), *_drawing(tp, sampler))
+    drawing = _drawing(tp, sampler) if draws else ()
+    every = (*(i._replace(alive=(*i.alive, *named)) for i in found), *drawing)
+    return tuple(i._replace(alive=(*i.alive, *_FED)) for i in every) if fed else every
 
 
+# Of as many tokens as a step. Source: vllm 0.33.0 models/utils.py make_empty_intermediate_tensors_factory.
+_FED = (Tensor("hidden from the stage before", "most h"), Tensor("residual from the stage before", "most h"))
 _NAMED = (Tensor("the layer's input", "s h"), Tensor("the same after its norm", "s h"))
 
 
@@ -135,20 +157,25 @@ def _mixing(model: ModelSpec, axes: Mapping[str, int], layer: Layer) -> Iterator
     )
 
 
-def _feeding(axes: Mapping[str, int], layer: Layer, gated: bool) -> Iterator[Instant]:
+def _feeding(axes: Mapping[str, int], layer: Layer, gated: bool, gathered: bool, room: str) -> Iterator[Instant]:
     """The FFN, or the experts."""
     if layer.ffn in ("none", ""):
         return
     if layer.ffn in ("experts", "hashed") and "m" in axes:
+        own = (Tensor("the rank's hidden", "s h"), Tensor("the rank's router's logits", "s E")) if gathered else ()
+        there = (_RESIDUAL, *own, Tensor("hidden", "all h"), Tensor("router's logits", "all E"))
+        if room == "two":
+            rows = (Tensor("activated, then outputs", "se narrow"), Tensor("gates and ups, permuted", "se wide"))
+            source = f"{_VLLM}/layers/fused_moe/experts/triton_moe.py workspace_shapes, which other kernels have too"
+            yield Instant("experts", (*there, *rows), source)
+            return
         yield Instant(
             "experts",
             (
-                _RESIDUAL,
-                Tensor("hidden", "s h"),
-                Tensor("router's logits", "s E"),
+                *there,
                 Tensor("gates and ups, then outputs", "se wide"),
                 Tensor("activated", "se mp"),
-                Tensor("sum", "s h"),
+                Tensor("sum", "all h"),
             ),
             f"{_VLLM}/layers/fused_moe/fused_moe.py: the first and third product share a buffer",
         )
@@ -175,8 +202,9 @@ def _drawing(tp: int, sampler: str) -> Iterator[Instant]:
     if sampler == "filtered":
         yield Instant(
             "sampler",
-            (*logits, wide, Tensor("probabilities", "n v", "fp32"), Tensor("noise", "n v", "fp32")),
-            "vllm 0.33.0 v1/sample/sampler.py Sampler.forward, v1/sample/ops/topk_topp_sampler.py random_sample",
+            (*logits, wide, Tensor("the likeliest alone", "n v", "fp32"), Tensor("probabilities", "n v", "fp32")),
+            "vllm 0.33.0 v1/worker/gpu/sample/sampler.py Sampler.sample; v1/sample/ops/topk_topp_sampler.py "
+            "flashinfer_sample, with top-k before top-p",
         )
         return
     scratch = (

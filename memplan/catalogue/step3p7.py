@@ -22,31 +22,37 @@ from memplan.models import ModelSpec
 _Q, _K = "b s a d", "b s k d"
 
 
-def _bounded(name: str, gate: str, up: str, y: str, shape: str) -> tuple[Op, ...]:
-    """`min(act(gate), limit) * clamp(up)`, bounded or not: without a limit both are compared with infinity."""
+def _gate(name: str, gate: str, y: str, shape: str) -> tuple[Op, ...]:
+    """`min(act(gate), limit)`, bounded or not: without a limit it is compared with infinity."""
     return (
         ops.activation(f"{name}.act_fn", gate, f"{y}.act", shape),
         ops.clamp(f"{name}.clamp_gate", f"{y}.act", f"{y}.gate", shape, 1),
         ops.leave(f"{y}.act"),
-        ops.clamp(f"{name}.clamp_up", up, f"{y}.up", shape, 2),
-        ops.mul(f"{name}.product", f"{y}.gate", f"{y}.up", y, shape),
-        ops.leave(f"{y}.gate", f"{y}.up"),
     )
 
 
 def _expert(name: str, x: str, y: str) -> tuple[Op, ...]:
     shape = f"{expert_loops.OF_A_GROUP} m"
-    halves = (Tensor(f"{y}.half", shape), Tensor(f"{y}.other", shape))
-    return (ops.split(f"{name}.chunk", x, halves), *_bounded(name, halves[0].name, halves[1].name, y, shape))
+    half, other = Tensor(f"{y}.half", shape), Tensor(f"{y}.other", shape)
+    return (
+        ops.split(f"{name}.chunk", x, (half, other)),
+        *_gate(name, half.name, y, shape),
+        ops.clamp(f"{name}.clamp_up", other.name, f"{y}.up", shape, 2),
+        ops.mul(f"{name}.product", f"{y}.gate", f"{y}.up", y, shape),
+        ops.leave(f"{y}.gate", f"{y}.up"),
+    )
 
 
 def _mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:
+    """The gate is bounded before the other half is projected, and both have names until the function returns."""
     made = (
         ops.linear(f"{name}.gate_proj", x, "gate", "f", "h", "mlp", bias),
+        *_gate(name, "gate", "product", "b s f"),
         ops.linear(f"{name}.up_proj", x, "up", "f", "h", "mlp", bias),
-        *_bounded(name, "gate", "up", "product", "b s f"),
+        ops.clamp(f"{name}.clamp_up", "up", "product.up", "b s f", 2),
+        ops.mul(f"{name}.product", "product.gate", "product.up", "product", "b s f"),
         ops.linear(f"{name}.down_proj", "product", y, "h", "f", "mlp", bias),
-        ops.leave(x),
+        ops.leave("product.gate", "product.up", x),
     )
     return ops.with_axes(made, {"f": width})
 

@@ -65,6 +65,7 @@ class Layout(NamedTuple):
     zeros         every group has a zero point
     order         the group of every input is stored (GPTQ's g_idx, act-order)
     inputs        a scale for the layer's inputs is stored, which is fixed
+    acts          how inputs are quantised: empty, `fixed`, `rows`, or in `groups/n`, `local/n` (one more for all)
     scales        dtype of the scales; empty where the format has one of its own
     """
 
@@ -75,6 +76,7 @@ class Layout(NamedTuple):
     order: bool = False
     inputs: bool = False
     scales: str = ""
+    acts: str = ""
 
     @property
     def source(self) -> str:
@@ -115,7 +117,10 @@ def parts_of(w: Weight, layout: Layout) -> tuple[Tensor, ...]:
             return Tensor("weight", w.shape, "fp8"), Tensor("weight_scale", matrices, layout.scales), *inputs
         case "fp8-channel":
             return Tensor("weight", w.shape, "fp8"), Tensor("weight_scale", rows, layout.scales), *inputs
-        case "w8a8-int8" | "torchao-int8" | "quanto-int8":
+        case "torchao-int8":
+            points = Tensor("weight_zero_point", rows, "int8")
+            return Tensor("weight", w.shape, "int8"), Tensor("weight_scale", rows, "fp32"), points
+        case "w8a8-int8" | "quanto-int8":
             return Tensor("weight", w.shape, "int8"), Tensor("weight_scale", rows, layout.scales), *inputs
         case "w4a16" | "w8a16":
             bits = _WORDS[form]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, attention
 from memplan.catalogue.bert import eager, projections
 from memplan.catalogue.gpt import dropped, drops, gelu_new, relu
 from memplan.catalogue.heads import decoder, labels_of, language_model_loss
 from memplan.catalogue.llama import masks
-from memplan.catalogue.seq2seq import crossing, decoding
+from memplan.catalogue.mixed import renamed
+from memplan.catalogue.seq2seq import MASK, SOURCES, cached_across, crossing, decoding, found, ids_of_labels, left
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
@@ -18,7 +21,9 @@ _SORTED = ("ids", "order", "original order", "counts", "starts")  # of pairs of 
 
 def t5(m: ModelSpec, wiring: Wiring) -> Stack:
     """The head of a model that ties it scales what it is given; Flan-T5's, with a weight of its own, does not."""
-    whole, wiring = wiring._replace(causal=False), wiring._replace(padded=False)  # of labels no mask is made
+    whole = wiring._replace(causal=False, caching=False, decodes=False)
+    own = wiring._replace(padded=False)  # of labels no mask is made
+    across = whole._replace(caching=wiring.caching)
     tied = "shared.weight" if m.tie_word_embeddings else ""
     drop = drops(m, "dropout_rate")
     last = (
@@ -26,19 +31,31 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.leave("x"),
         *dropped("decoder.dropout", "normed", "returned", "b s h", drop),
         *((ops.scale("scale", "returned", "n", "b s h"),) if tied else (ops.view("last", "returned", "n", "b s h"),)),
-        ops.leave(
-            "decoder.tokens", *_masks(wiring, "mask"), *_masks(whole, "cross_mask"), "decoder_bias", "cross_bias"
-        ),
+        ops.leave("decoder.tokens", *_masks(own, "mask"), *_masks(whole, "cross_mask"), "decoder_bias", "cross_bias"),
     )
-    runs = (
-        Run((_encoder(m, whole, True),), "L1"),
-        Run((_encoder(m, whole, False),), "L2"),
-        Run((_decoder(m, wiring, whole, True),), "D1", _between(m, wiring, whole)),
-        Run((_decoder(m, wiring, whole, False),), "D2"),
+    encoder = (Run((_encoder(m, whole, True),), "L1"), Run((_encoder(m, whole, False),), "L2"))
+    first, later = (_decoder(m, own, across, place) for place in (True, False))
+    after = (
+        *decoding(last, wiring),
+        decoder("lm_head", "n", tied, tokens="s" if wiring.part else "t"),
+        *((ops.leave("returned"),) if wiring.part else ()),
     )
-    after = (*decoding(last), decoder("lm_head", "n", tied, tokens="t"))
+    numbers = m.axes()
+    if wiring.part == "encoder":
+        names = ("encoded.normed", "encoded")
+        last = left(_encoded(m, whole), names, "ids", "attention_mask", wiring.beams)
+        return Stack(_before(m, whole), _there(encoder, numbers), last)
+    made = _decoder_before(m, own, whole)
+    if wiring.part:
+        return Stack(_alone(made), _there((Run((first,), "D1"), Run((later,), "D2")), numbers), after)
+    between = (*_encoded(m, whole), ids_of_labels(), *made)
+    runs = (*encoder, Run((first,), "D1", between), Run((later,), "D2"))
     loss = (*language_model_loss("t"), ops.leave("decoder_ids", "encoded", "returned", "n"))
-    return Stack(_before(m, whole), tuple(run for run in runs if m.axes()[run.times]), after, loss)
+    return Stack(_before(m, whole), _there(runs, numbers), after, loss)
+
+
+def _there(runs: tuple[Run, ...], numbers: Mapping[str, int]) -> tuple[Run, ...]:
+    return tuple(run for run in runs if numbers[run.times])
 
 
 def _masks(wiring: Wiring, name: str) -> tuple[str, ...]:
@@ -56,23 +73,28 @@ def _embedded(name: str, ids: str, y: str) -> Op:
     return op._replace(weights=(w,), writes=(Tensor(y, "b s h", f"={w.name}"),), keeps=(Keep(ids, w.name),))
 
 
-def _bias(name: str, y: str) -> tuple[Op, ...]:
+def _bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
     """A number a head for every distance of two tokens: the first block makes it, and all of its stack add it."""
     w = Weight(f"{name}.relative_attention_bias.weight", "buckets a", "embedding", rows=1)
-    wide = Tensor("distances", "s s", "int64")
-    steps = ("distances", "signs", "absolute", "large", "largest")[: 5 if y == "encoder_bias" else 4]
+    wide, distances, places = Tensor("distances", f"s {keys}", "int64"), f"{y}.distances", (f"{y}.rows", f"{y}.columns")
+    steps = ("signs", "absolute", "large", "largest")[: 4 if y == "encoder_bias" else 3]
+    source = f"{_SOURCE} T5Attention.compute_bias, _relative_position_bucket"
     return (
+        Op(f"{y}.rows", (), (Tensor(places[0], "s 1", "int64"),), scratch=(Tensor("arange", "s", "int64"),)),
+        Op(f"{y}.columns", (), (Tensor(places[1], f"1 {keys}", "int64"),)),
+        Op(distances, places, (wide._replace(name=distances),), source=source),
         Op(
             f"{y}.buckets",
-            (),
-            (Tensor(f"{y}.buckets", "s s", "int64"),),
-            scratch=(*(wide._replace(name=step) for step in steps), Tensor("small", "s s", "bool")),
-            source=f"{_SOURCE} _relative_position_bucket",
+            (distances,),
+            (Tensor(f"{y}.buckets", f"s {keys}", "int64"),),
+            scratch=(*(wide._replace(name=step) for step in steps), Tensor("small", f"s {keys}", "bool")),
+            gradient="none",
+            source=source,
         ),
         Op(
             f"{y}.embedding",
             (f"{y}.buckets",),
-            (Tensor(y, "s s a", f"={w.name}"),),
+            (Tensor(y, f"s {keys} a", f"={w.name}"),),
             (w,),
             (Keep(f"{y}.buckets", w.name),),
             scratch_back=(
@@ -82,13 +104,15 @@ def _bias(name: str, y: str) -> tuple[Op, ...]:
             ),
             source="torch 2.13 aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu",
         ),
+        ops.leave(distances, *places),
     )
 
 
 def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    names = ("ids", *(("attention_mask",) if wiring.padded else ()))
+    names = ("ids", *(("attention_mask",) if wiring.padded or wiring.part else ()))  # generate is given one always
+    shape = "prompts source" if wiring.part else "b s"
     return (
-        Op("inputs", (), (*(Tensor(n, "b s", "int64") for n in names), labels_of(m)), holds="step"),
+        Op("inputs", (), (*(Tensor(n, shape, "int64") for n in names), labels_of(m)), holds="step"),
         _embedded("encoder.embed_tokens", "ids", "tokens"),
         *_mask(wiring, "tokens", "encoder_mask"),
         *dropped("encoder.dropout", "tokens", "embeds", "b s h", drops(m, "dropout_rate")),
@@ -101,28 +125,36 @@ def _mask(wiring: Wiring, x: str, name: str) -> tuple[Op, ...]:
     )
 
 
-def _between(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ...]:
-    """The encoder's last norm; the decoder's ids, embeddings and masks."""
+def _encoded(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
+    """The encoder's last norm."""
     drop = drops(m, "dropout_rate")
-    made = (
-        Op(
-            "decoder_input_ids",
-            ("labels",),
-            (Tensor("decoder_ids", "b s", "int64"),),
-            scratch=(Tensor("clone", "b s", "int64"), Tensor("ignored", "b s", "bool")),
-        ),
-        _embedded("decoder.embed_tokens", "decoder_ids", "decoder.tokens"),
-        *_mask(wiring, "decoder.tokens", "mask"),
-    )
     return (
         *norm("encoder.final_layer_norm", "x", "encoded.normed"),
         ops.leave("x"),
         *dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drop),
-        ops.leave("tokens", "encoder_bias", *_masks(whole, "encoder_mask")),
-        *decoding(made),
-        *crossing(_mask(whole, "decoder.tokens", "cross_mask"), "cross_mask"),
-        *decoding(dropped("decoder.dropout", "decoder.tokens", "stream", "b s h", drop)),
+        ops.leave("tokens", "encoder_bias", *_masks(wiring, "encoder_mask")),
     )
+
+
+def _decoder_before(m: ModelSpec, wiring: Wiring, whole: Wiring) -> tuple[Op, ...]:
+    """The decoder's embeddings and masks."""
+    drop = drops(m, "dropout_rate")
+    made = (
+        _embedded("decoder.embed_tokens", "decoder_ids", "decoder.tokens"),
+        *_mask(wiring, "decoder.tokens", "mask"),
+    )
+    return (
+        *decoding(made, wiring),
+        *crossing(_mask(whole, "decoder.tokens", "cross_mask"), wiring, "cross_mask"),
+        *decoding(dropped("decoder.dropout", "decoder.tokens", "stream", "b s h", drop), wiring),
+    )
+
+
+def _alone(made: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The decoder's first operations over what the encoder has left; the sources and their mask stay beside it."""
+    inputs = Op("inputs", (), (Tensor("decoder_ids", "b s", "int64"),), holds="step")
+    kept = found(SOURCES, MASK, Tensor("encoded", "rows source h", "=shared.weight"))
+    return (*kept, inputs, *renamed(made, {"stream": "embeds"}))
 
 
 def _attention(
@@ -140,19 +172,30 @@ def _attention(
     `states`: whose keys and values they are."""
     drop, masked = drops(m, "dropout_rate"), wiring.has_mask()
     n, crosses = f"{name}.attention", bool(states)
-    plain = wiring
+    caching = wiring.caching
+    plain = wiring = wiring._replace(caching=False)
     if wiring.backend == "eager":
-        kernel = eager(n, drop, (bias, *((mask,) if masked else ())))
+        kernel = eager(n, drop, (bias, *((mask,) if masked else ())), wiring.decodes, caching)
     else:  # flash attention adds nothing to the scores
         plain = wiring._replace(backend="efficient", masked="efficient", padded=True, drops=drop)
-        given = _added(n, bias, mask if masked else "", wiring.causal and not masked, crosses)
+        rows = "b a s" if wiring.padded else "a s"
+        padded = f"{rows} s_uneven{8 * (crosses and not masked) or ''}"  # the other of two, where there are two
+        triangle = wiring.causal and not (masked or wiring.decodes)
+        given = _added(n, bias, mask if masked else "", f"{rows} s", triangle, crosses)
         kernel = tuple(
             new
             for op in attention(n, "q", "k", "v", "o", plain, False)
-            for new in (given if op.name == f"{n}.mask" else (_with_bias(op) if op.name == n else op,))
+            for new in (given if op.name == f"{n}.mask" else (_with_bias(op, padded) if op.name == n else op,))
         )
     projected = projections(name, x, plain, ("q", "k", "v"), bias=False)
+    if wiring.crossed and crosses:
+        projected = tuple(op for op in projected if op.writes[0].name[0] == "q")
+    if caching:
+        own = (Op(f"{n}.cache", ("k", "v"), caches="kv"),)
+        made = (*(cached_across(n, "q", wiring.crossed) if crosses else own), *made)
+    seen = (Op(f"{name}.past_seen_tokens", (), (Tensor("past_seen_tokens", "", "int64"),), source=_SOURCE),)
     return (
+        *(seen if caching and wiring.static else ()),
         *(
             op._replace(reads=(states,), keeps=_of(op.keeps, x, states))
             if states and op.name[-2:] in (".k", ".v")
@@ -162,7 +205,7 @@ def _attention(
         *made,
         *kernel,
         ops.linear(f"{name}.o", "o", f"{y}.whole", "h", "a d", "attention"),
-        ops.leave("q", "k", "v", "o"),
+        ops.leave("q", "k", "v", "o", *(("past_seen_tokens",) if caching and wiring.static else ())),
         *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drop),
     )
 
@@ -171,27 +214,29 @@ def _of(keeps: tuple[Keep, ...], x: str, states: str) -> tuple[Keep, ...]:
     return tuple(k._replace(what=states if k.what == x else k.what, of=states if k.of == x else k.of) for k in keeps)
 
 
-def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple[Op, ...]:
+def _added(n: str, bias: str, mask: str, rows: str, triangle: bool, crosses: bool) -> tuple[Op, ...]:
     """What torch's attention is given to add: the bias laid out anew, the least number where a mask hides a token.
 
-    Source: transformers 5.24 integrations/sdpa_attention.py create_position_bias_mask.
+    The bias lies with its heads innermost, but the zeros of the encoder's tokens, and what is chosen of it lies so too.
+    Where its rows are no multiple of 8 the kernel pads them in another tensor. Source: transformers 5.24
+    integrations/sdpa_attention.py create_position_bias_mask.
     """
     if mask or triangle:
         hidden = f"{n}.hidden"
         least = Tensor("least", "", f"={bias}")
-        rows = "b a s s8" if mask else "a s s8"
         seen = () if mask else (Op(f"{n}.triangle", (), (Tensor(hidden, "s s", "bool"),)),)
-        told = mask or hidden
+        told, chosen = mask or hidden, "bias.added" if crosses else "bias.chosen"
         where = Op(
             f"{n}.where",
             (bias, told),
-            (Tensor("bias.added", rows, f"={bias}"),),
+            (Tensor(chosen, f"{rows}8" if crosses else rows, f"={bias}"),),
             (),
             (Keep(told, bias),),
             scratch=(least,),
             source=f"{ops.DERIVATIVES}: where",
         )
-        made: tuple[Op, ...] = (*seen, where)
+        laid = () if crosses else (ops.copy(f"{n}.contiguous_bias", chosen, "bias.added", f"{rows}8"),)
+        made: tuple[Op, ...] = (*seen, where, *laid)
     elif crosses:
         made = (ops.view(f"{n}.added", bias, "bias.added", "a s s8"),)
     else:
@@ -206,11 +251,13 @@ def _added(n: str, bias: str, mask: str, triangle: bool, crosses: bool) -> tuple
     return (*made, lowered)
 
 
-def _with_bias(op: Op) -> Op:
-    """The kernel, which makes the bias's gradient for every sequence, whose sum it is."""
+def _with_bias(op: Op, padded: str) -> Op:
+    """The kernel, which makes the bias's gradient for every sequence, whose sum it is. `padded`: the shape of what it
+    is given to add, before or after it is padded."""
     kept = tuple(k._replace(of="o.bias") for k in op.keeps if k.of == op.reads[0])
     each = Scratch(Tensor("gradient of the bias", "b a s s8", "=o.bias"), "o.bias")
-    return op._replace(keeps=(*op.keeps, *kept), scratch_back=(*op.scratch_back, each))
+    beside = (Tensor("bias, as it is padded", padded, "=o.bias"),)
+    return op._replace(keeps=(*op.keeps, *kept), scratch=beside, scratch_back=(*op.scratch_back, each))
 
 
 def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:
@@ -249,7 +296,9 @@ def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:
 
 def _self(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: bool) -> tuple[Op, ...]:
     name = "layer.0"
-    made = _bias(f"{name}.SelfAttention", bias) if first else ()
+    # a cache of fixed size has room for more keys, of which attention is given a part where it has no mask
+    keys = "kv_static" if wiring.static else "kv" if wiring.decodes else "s"
+    made = _bias(f"{name}.SelfAttention", bias, keys) if first else ()
     return (
         *norm(f"{name}.layer_norm", "x", "n1"),
         *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, made=made),
@@ -267,27 +316,27 @@ def _encoder(m: ModelSpec, wiring: Wiring, first: bool) -> Block:
 def _decoder(m: ModelSpec, wiring: Wiring, whole: Wiring, first: bool) -> Block:
     """The biases of the encoder's tokens are all 0; under checkpointing they ask for a gradient."""
     name, held = "layer.1", ("probs.cross",) if wiring.backend == "eager" else ()
-    own, crossed = "decoder_bias", "cross_bias"
+    own, across = "decoder_bias", "cross_bias"
     zeros = Op(
-        crossed,
+        across,
         ("q",),
-        (Tensor(crossed, "a s s", "=q"),),
+        (Tensor(across, "a s s", "=q"),),
         gradient="none",
         asks=wiring.checkpoints,
         source=f"{_SOURCE} T5Attention.forward",
     )
     given = (zeros,) if first else ()
-    cross = _attention(m, whole, f"{name}.EncDecAttention", "n2", "co", crossed, "cross_mask", "encoded", given)
+    cross = _attention(m, whole, f"{name}.EncDecAttention", "n2", "co", across, "cross_mask", "encoded", given)
     before = (*_self(m, wiring, own, "mask", first), *norm(f"{name}.layer_norm", "x1", "n2"))
     after = (
         ops.leave("probs") if wiring.backend == "eager" else ops.leave("x1"),
         ops.add(f"{name}.residual", "x1", "co", "x2", "b s h"),
         ops.leave("n2"),
         *_mlp(m, "layer.2", "x2", "y"),
-        ops.leave(own, crossed, *held),
+        ops.leave(own, across, *held),
     )
-    made = (*decoding(before), *crossing(cross, "co", crossed), *decoding(after))
-    return Block("decoder.block", made, (own, crossed) if first else (), returned=True)
+    made = (*decoding(before, wiring), *crossing(cross, wiring, "co", across), *decoding(after, wiring))
+    return Block("decoder.block", made, (own, across) if first else (), returned=True)
 
 
 BUILDERS = {"t5": t5}

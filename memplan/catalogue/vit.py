@@ -16,7 +16,7 @@ _SOURCE = "transformers 5.24 models/vit/modeling_vit.py"
 
 def vit(m: ModelSpec, wiring: Wiring) -> Stack:
     """With a head that classifies images, or the model alone with its pooler."""
-    wiring = wiring._replace(causal=False, padded=False)
+    wiring = wiring._replace(causal=False, padded=False, caching=False)
     body = "" if m.objective == "feature_extraction" else "vit."
     last = (ops.layer_norm(f"{body}layernorm", "x", "n", "b s h", "h"),)
     left = ops.leave("x", "embeds", "pixels")

@@ -8,7 +8,8 @@ from memplan.catalogue.bert import eager
 from memplan.catalogue.gpt import activation, dropped, drops
 from memplan.catalogue.heads import decoder, labels_of, language_model_loss
 from memplan.catalogue.llama import masks, returned
-from memplan.catalogue.seq2seq import crossing, decoding
+from memplan.catalogue.mixed import renamed
+from memplan.catalogue.seq2seq import cached_across, crossing, decoding, found, ids_of_labels, left
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
@@ -18,28 +19,30 @@ _ENCODER, _DECODER = "model.encoder", "model.decoder"
 
 
 def whisper(m: ModelSpec, wiring: Wiring) -> Stack:
-    wiring = wiring._replace(padded=False)
-    whole = wiring._replace(causal=False)
+    own = wiring._replace(padded=False)
+    whole = own._replace(causal=False, caching=False, decodes=False)
     tied = f"{_DECODER}.embed_tokens.weight" if m.tie_word_embeddings else ""
-    after = (
-        *decoding((ops.layer_norm(f"{_DECODER}.layer_norm", "x", "n", "b s h", "h"),)),
-        ops.leave("x", "tokens", "places", "position_ids", *_masks(wiring)),
-        decoder("proj_out", "n", tied, tokens="t"),
+    last = (
+        ops.layer_norm(f"{_DECODER}.layer_norm", "x", "n", "b s h", "h"),
+        ops.leave("x", "tokens", "places", "position_ids", *_masks(own)),
     )
+    after = (*decoding(last, wiring), decoder("proj_out", "n", tied, tokens="s" if wiring.part else "t"))
     encoder = Run((_encoder(m, whole),), "L")
-    return Stack(
-        _before(m),
-        (encoder, Run((_decoder(m, wiring, whole),), "D", _between(m, wiring))),
-        after,
-        (*language_model_loss("t"), ops.leave("decoder_ids", "encoded", "n")),
-    )
+    if wiring.part == "encoder":
+        return Stack(_before(m, True), (encoder,), left(_encoded(), ("encoded",), "features", "", wiring.beams))
+    block = _decoder(m, own, whole._replace(caching=wiring.caching))
+    if wiring.part:
+        return Stack(_alone(m, own), (Run((block,), "D"),), after)
+    between = (*_encoded(), *decoding(_embedded(m, own), wiring))
+    loss = (*language_model_loss("t"), ops.leave("decoder_ids", "encoded", "n"))
+    return Stack(_before(m, False), (encoder, Run((block,), "D", between)), after, loss)
 
 
 def _masks(wiring: Wiring) -> tuple[str, ...]:
     return tuple(op.name for op in masks(wiring, "tokens"))
 
 
-def _before(m: ModelSpec) -> tuple[Op, ...]:
+def _before(m: ModelSpec, alone: bool) -> tuple[Op, ...]:
     """The encoder's table of positions is made of sines, and never trains. cuDNN's own workspace is not counted."""
     drop = drops(m, "dropout")
     first, second = f"{_ENCODER}.conv1", f"{_ENCODER}.conv2"
@@ -49,17 +52,12 @@ def _before(m: ModelSpec) -> tuple[Op, ...]:
         Op(
             "inputs",
             (),
-            (Tensor("features", "b mel frames", f"={own.name}"), labels_of(m)),
+            (Tensor("features", "prompts mel frames" if alone else "b mel frames", f"={own.name}"), labels_of(m)),
             (own,),
             gradient="none",
             holds="step",
         ),
-        Op(
-            "decoder_input_ids",
-            ("labels",),
-            (Tensor("decoder_ids", "b t", "int64"),),
-            scratch=(Tensor("clone", "b t", "int64"), Tensor("ignored", "b t", "bool")),
-        ),
+        *(() if alone else (ids_of_labels(),)),
         _convolution(first, "features", "c1", "b frames h", own),
         ops.activation(f"{_ENCODER}.gelu_1", "c1", "g1", "b frames h"),
         _convolution(second, "g1", "c2", "b s h", Weight(f"{second}.weight", "h h 3", "embedding")),
@@ -100,12 +98,20 @@ def _convolution(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
     )
 
 
-def _between(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    """From the encoder's last norm to the decoder's embeddings and mask."""
+def _encoded() -> tuple[Op, ...]:
+    """The encoder's last norm."""
+    return (
+        ops.layer_norm(f"{_ENCODER}.layer_norm", "x", "encoded", "b s h", "h"),
+        ops.leave("x", "g2", "all_positions"),
+    )
+
+
+def _embedded(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
+    """The decoder's embeddings and mask."""
     drop = drops(m, "dropout")
     longest = m.longest_target
     places = Weight(f"{_DECODER}.embed_positions.weight", f"{longest} h", "embedding", rows=1)
-    made = (
+    return (
         Op("position_ids", (), (Tensor("position_ids", "b s", "int64"),), scratch=(Tensor("arange", "s", "int64"),)),
         ops.embedding(f"{_DECODER}.embed_tokens", "decoder_ids", "tokens", "v", "h"),
         Op(
@@ -120,31 +126,42 @@ def _between(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         *((ops.dropout(f"{_DECODER}.dropout", "summed.decoder", "stream", "b s h"),) if drop else ()),
         *masks(wiring, "tokens"),
     )
-    return (
-        ops.layer_norm(f"{_ENCODER}.layer_norm", "x", "encoded", "b s h", "h"),
-        ops.leave("x", "embeds", "g2", "all_positions"),
-        *decoding(made),
-    )
+
+
+def _alone(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
+    """The decoder's first operations over what the encoder has left; the recordings stay beside it."""
+    name = f"{_DECODER}.embed_tokens.weight"
+    features = Tensor("features", "prompts mel frames", f"={name}")
+    inputs = Op("inputs", (), (Tensor("decoder_ids", "b s", "int64"),), holds="step")
+    kept = found(features, Tensor("encoded", "rows source h", f"={name}"))
+    return (*kept, inputs, *renamed(_embedded(m, wiring), {"stream": "embeds"}))
 
 
 def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: str = "") -> tuple[Op, ...]:
     """q is scaled; q, k and v are made contiguous head by head; keys have no bias. `states`: whose keys they are."""
     drop, source = drops(m, "attention_dropout"), states or x
-    masked = wiring.has_mask()
+    masked, caching = wiring.has_mask(), wiring.caching
+    n, wiring = f"{name}.attention", wiring._replace(caching=False)
     backend = wiring.masked if masked else wiring.backend
     if wiring.backend == "eager":
-        kernel = _eager(f"{name}.attention", drop, masked)
+        kernel = _eager(n, drop, masked)
     else:
-        heads = attention(f"{name}.attention", "q", "k", "v", "o", wiring, False)
+        heads = attention(n, "q", "k", "v", "o", wiring, False)
         kernel = laid_out_as("o", heads, backend == "flash")
-    return (
-        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias=True),
-        ops.scale(f"{name}.scaling", "q0", "q1", _Q),
-        ops.copy(f"{name}.q_contiguous", "q1", "q", _Q),
+    keyed = (
         ops.linear(f"{name}.k_proj", source, "k0", "a d", "h", "attention"),
         ops.copy(f"{name}.k_contiguous", "k0", "k", _Q),
         ops.linear(f"{name}.v_proj", source, "v0", "a d", "h", "attention", bias=True),
         ops.copy(f"{name}.v_contiguous", "v0", "v", _Q),
+    )
+    own = (Op(f"{n}.cache", ("k", "v"), caches="kv"),)
+    cache = () if not caching else cached_across(n, "q", wiring.crossed) if states else own
+    return (
+        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias=True),
+        ops.scale(f"{name}.scaling", "q0", "q1", _Q),
+        ops.copy(f"{name}.q_contiguous", "q1", "q", _Q),
+        *(() if states and wiring.crossed else keyed),
+        *cache,
         *kernel,
         ops.linear(f"{name}.out_proj", "o", f"{y}.whole", "h", "a d", "attention", bias=True),
         ops.leave("q", "k", "v", x),
@@ -164,6 +181,7 @@ def _mlp(m: ModelSpec, x: str, y: str, width: str) -> tuple[Op, ...]:
     return (
         ops.linear("fc1", x, "up", width, "h", "mlp", bias=True),
         *activation(m, "activation_fn", "up", "act.whole", f"b s {width}"),
+        ops.leave(x),
         *dropped("activation_dropout", "act.whole", "act", f"b s {width}", drops(m, "activation_dropout")),
         ops.linear("fc2", "act", f"{y}.whole", "h", width, "mlp", bias=True),
         *dropped("dropout", f"{y}.whole", y, "b s h", drops(m, "dropout")),
@@ -199,9 +217,10 @@ def _decoder(m: ModelSpec, wiring: Wiring, whole: Wiring) -> Block:
         ops.add("residual_3", "x2", "mo", "y", "b s h"),
         ops.leave(*returned(wiring), *(("probs.cross",) if wiring.backend == "eager" else ())),
     )
+    across = _attention(m, whole, "encoder_attn", "n2", "co", "encoded")
     return Block(
         f"{_DECODER}.layers",
-        (*decoding(own), *crossing(_attention(m, whole, "encoder_attn", "n2", "co", "encoded"), "co"), *decoding(rest)),
+        (*decoding(own, wiring), *crossing(across, wiring, "co"), *decoding(rest, wiring)),
     )
 
 

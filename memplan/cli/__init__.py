@@ -266,7 +266,11 @@ OBJECTIVES = (  # memplan.objectives.Objective, which is not imported here
     *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
     *("image_classification", "feature_extraction"),
 )
-CACHE_DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+CACHE_DTYPES = (
+    *("auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn", "int8_per_token_head"),
+    *("fp8_per_token_head", "int4_per_token_head", "nvfp4", "fp4_mx_block16", "mxfp8"),
+    *("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"),
+)
 CACHES = ("dynamic", "static", "quantized", "offloaded", "offloaded_static", "legacy")
 SERVING = "Serving engines"
 TRAINING, BESIDE, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
@@ -327,7 +331,7 @@ def estimate(
         int | None,
         option(
             "Tokens for the decoder, where there is an encoder beside it. Default as many as the encoder reads, or as "
-            "it has positions for.",
+            "it has positions for; to generate from, one, of Whisper four.",
             of=TRAINING,
         ),
     ] = None,
@@ -427,6 +431,13 @@ def estimate(
     eval_accumulation_steps: Annotated[
         int | None, option("Batches after which kept logits go to the host. Default after the last.", of=BESIDE)
     ] = None,
+    eval_preprocess: Annotated[
+        str | None,
+        option(
+            "What of kept logits is kept: argmax, the likeliest tokens (preprocess_logits_for_metrics). Default all.",
+            of=BESIDE,
+        ),
+    ] = None,
     eval_generate: Annotated[
         int | None,
         option("Tokens generated after each of its sequences (predict_with_generate). Default 0.", of=BESIDE),
@@ -484,6 +495,40 @@ def estimate(
             "--do-sample/--no-do-sample",
             of=GENERATION,
         ),
+    ] = None,
+    assistant_model: Annotated[
+        str | None,
+        option("A smaller model that proposes tokens, which the model checks at once. Default none.", of=GENERATION),
+    ] = None,
+    assistant_dtype: Annotated[
+        str | None,
+        option(
+            "What the assistant's weights are in: bf16, fp16, fp32. Default as the model's.",
+            of=GENERATION,
+            complete=_choices("bf16", "fp16", "fp32"),
+        ),
+    ] = None,
+    assistant_quant_format: Annotated[
+        str | None,
+        option("The format of the assistant's weights, as --quant-format. Default not quantised.", of=GENERATION),
+    ] = None,
+    num_assistant_tokens: Annotated[
+        int | None, option("Tokens proposed in a round. Default 20, with an assistant.", of=GENERATION)
+    ] = None,
+    num_assistant_tokens_schedule: Annotated[
+        str | None,
+        option(
+            "How that changes: constant, heuristic, heuristic_transient. Default constant.",
+            of=GENERATION,
+            complete=_choices("constant", "heuristic", "heuristic_transient"),
+        ),
+    ] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        option("Tokens proposed that followed the same words before, without an assistant. Default 0.", of=GENERATION),
+    ] = None,
+    assistant_early_exit: Annotated[
+        int | None, option("Layers of the model that propose tokens, the first ones. Default none.", of=GENERATION)
     ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
     targets: Annotated[
@@ -597,7 +642,8 @@ def estimate(
     profile: Annotated[
         str | None,
         option(
-            "Framework and version that decide what is left open; memplan profiles lists them. Default transformers-5.",
+            "Framework and version that decide what is left open (vllm: its newest); memplan profiles lists them. "
+            "Default transformers-5.",
             of=KERNELS,
             complete=_complete_profile,
         ),
@@ -645,8 +691,39 @@ def estimate(
     gpu_layers: Annotated[
         int | None, option("Of llama.cpp: layers on the card, the head one more. Default all.", of=SERVING)
     ] = None,
+    split_mode: Annotated[
+        str | None,
+        option(
+            "Of llama.cpp on several GPUs: layer lays whole layers on each, none all on one. Default layer.",
+            of=SERVING,
+            complete=_choices("layer", "none", "row", "tensor"),
+        ),
+    ] = None,
+    tensor_split: Annotated[
+        str | None,
+        option("Of llama.cpp: the GPUs' proportions of the layers, as 3,1. Default equal parts.", of=SERVING),
+    ] = None,
+    main_gpu: Annotated[
+        int | None, option("Of llama.cpp with --split-mode none: the GPU that has all. Default 0.", of=SERVING)
+    ] = None,
+    dp_attention: Annotated[
+        bool | None,
+        option(
+            "Of SGLang: attention is data parallel over --dp groups that share all else. Default off.",
+            "--dp-attention/--no-dp-attention",
+            of=SERVING,
+        ),
+    ] = None,
+    limit_images: Annotated[
+        int | None,
+        option("Images of a request at most (vLLM's limit_mm_per_prompt). Default any.", of=SERVING),
+    ] = None,
+    limit_videos: Annotated[int | None, option("Videos of a request at most. Default any.", of=SERVING)] = None,
     lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
     lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
+    lora_cpu_slots: Annotated[
+        int | None, option("Adapters on the host (vLLM's max_cpu_loras). Default as many as slots.", of=SERVING)
+    ] = None,
     gpu: Annotated[
         list[str] | None,
         option(

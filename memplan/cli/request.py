@@ -29,10 +29,18 @@ FIELDS = {
     "prefill_chunk_size": "generation.prefill_chunk_size",
     "num_beams": "generation.num_beams",
     "do_sample": "generation.do_sample",
+    "assistant_model": "generation.assistant_model",
+    "assistant_dtype": "generation.assistant_dtype",
+    "assistant_quant_format": "generation.assistant_quantization.format",
+    "num_assistant_tokens": "generation.num_assistant_tokens",
+    "num_assistant_tokens_schedule": "generation.num_assistant_tokens_schedule",
+    "prompt_lookup_num_tokens": "generation.prompt_lookup_num_tokens",
+    "assistant_early_exit": "generation.assistant_early_exit",
     "eval_batch_size": "also.evaluation.micro",
     "eval_seq_len": "also.evaluation.sequence",
     "eval_keep_logits": "also.evaluation.kept_batches",
     "eval_accumulation_steps": "also.evaluation.accumulation",
+    "eval_preprocess": "also.evaluation.preprocess",
     "eval_generate": "also.evaluation.new_tokens",
     "merge": "also.merging",
     "rank": "method.rank",
@@ -73,8 +81,14 @@ FIELDS = {
     "cuda_graphs": "serving.cuda_graphs",
     "prefix_caching": "serving.prefix_caching",
     "gpu_layers": "serving.gpu_layers",
+    "split_mode": "serving.split_mode",
+    "main_gpu": "serving.main_gpu",
+    "dp_attention": "serving.dp_attention",
+    "limit_images": "serving.limit_images",
+    "limit_videos": "serving.limit_videos",
     "lora_slots": "serving.lora_slots",
     "lora_rank": "serving.lora_rank",
+    "lora_cpu_slots": "serving.lora_cpu_slots",
     "profile": "profile",
 }
 
@@ -94,6 +108,7 @@ WORDS = {
     "zero": "parallelism.strategy",
     "deepspeed": "parallelism.zero",
     "save": "also.saving",
+    "tensor_split": "serving.tensor_split",
     "fsdp": "parallelism.strategy",
     "offload": "parallelism.offload",
 }
@@ -229,6 +244,8 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         yield "method.frozen", _listed(given["frozen"])
     if "image_size" in given:
         yield "batch.image_size", _pixels(given["image_size"])
+    if "tensor_split" in given:
+        yield "serving.tensor_split", _proportions(given["tensor_split"])
     if "fused" in given:
         yield "kernels.fused", _listed(given["fused"])
     if "kbit_preparation" in given:
@@ -261,6 +278,16 @@ def _checkpointing(word: str | None, on: bool | None) -> str:
             f"kernels.checkpointing: {flag} and --checkpointing {word} exclude each other", "kernels.checkpointing"
         )
     return word
+
+
+def _proportions(text: str) -> list[float]:
+    """Numbers with commas or slashes between, as llama.cpp reads them."""
+    try:
+        return [float(part) for part in text.replace("/", ",").split(",")]
+    except ValueError:
+        raise SpecError(
+            f"serving.tensor_split: {text!r:.40} are no proportions; write 3,1 for two cards", "serving.tensor_split"
+        ) from None
 
 
 def _pixels(text: str) -> int | list[int]:

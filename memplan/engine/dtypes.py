@@ -30,8 +30,10 @@ def promote(dtypes: Iterable[str]) -> str:
 
 def _alike(dtype: str, tensors: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> str:
     """The dtype that `=x` stands for; `=x/n` is one of those for every n elements."""
-    name, share, per = dtype[1:].partition("/")
-    return f"{tensors[names.get(name, name)].dtype}{share}{per}"
+    name, per = dtype[1:], ""
+    if name not in names and name not in tensors:
+        name, _, per = name.rpartition("/")
+    return f"{tensors[names.get(name, name)].dtype}{per and '/'}{per}"
 
 
 class Scope:

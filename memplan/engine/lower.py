@@ -107,6 +107,7 @@ class Frame:
         self.to_host = False  # but for `x`, which it keeps in host memory
         self.shares: Container[str] = ()  # what it makes for later blocks, which the checkpoints of all refer to
         self.shared: list[Storage] = []
+        self.lends = False  # what it makes for later blocks is in a dictionary: of the reentrant kind, with its graph
         self.past: Mapping[str, Storage] = {}  # what the pass before left for it
 
     def __getitem__(self, name: str) -> Storage:
@@ -216,10 +217,6 @@ class Tape:
                     if run is not None:
                         self.of_copies(storage, run)
         return found
-
-    def lasting(self, held: str) -> list[Storage]:
-        """What is held so, in the order of the operations that made or found it."""
-        return self._held.get(held, [])
 
     def note(self) -> None:
         """Write the moment down, if memory rose since the last one."""
@@ -517,6 +514,10 @@ class Tape:
         del self._held["nodes"][before:]
         for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # nothing here makes use of it
             self.drop(grads.pop(name))
+        if frame.lends and "x" in grads:  # the graph of what was lent ends in the block's input, which has its gradient
+            for storage in (inputs[0], grads["x"]):
+                storage.refs += 1
+                self._shared.append(storage)
         if self.hooks and "x" in grads:
             for storage in (inputs[0], grads["x"]):
                 storage.refs += 1

@@ -31,7 +31,6 @@ class Recorded(NamedTuple):
     turn: int
     head: int
     over: int
-    left: tuple[int, ...] = ()
 
 
 class _Copy(NamedTuple):
@@ -75,8 +74,7 @@ class Recorder(Tape):
         """The pass with those events."""
         keys = list(self.sizes)
         sizes, streams = zip(*((keys[size], stream) for size, stream in self._kinds), strict=True)
-        left = dict.fromkeys(self._numbers[storage] for storage in self.lasting("cache"))
-        return Recorded(tuple(events), sizes, streams, turn, head, over, tuple(left))
+        return Recorded(tuple(events), sizes, streams, turn, head, over)
 
     def drop(self, storage: Storage) -> None:
         super().drop(storage)

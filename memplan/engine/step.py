@@ -141,9 +141,10 @@ def _copies(
 
 def _asked(block: Block, made: Container[str], reentrant: bool) -> set[str]:
     """What of a block's shares a gradient is asked of: of all that a function of autograd's own returns, as the
-    reentrant kind of checkpointing is one, if of any."""
-    every = reentrant and block.returned and "y" in made
-    return {name for name in block.shares if every or name in made}
+    reentrant kind of checkpointing is one, if of any; of what such a one puts into a dictionary, of nothing."""
+    if reentrant:
+        return set(block.shares) if block.returned and "y" in made else set()
+    return {name for name in block.shares if name in made}
 
 
 def _materialise(
@@ -222,9 +223,23 @@ def _behind(ops: Iterable[Op], given: Mapping[str, str] = MappingProxyType({})) 
     return behind
 
 
-def _views_of_x(ops: Iterable[Op]) -> set[str]:
-    """The views of what the last block made, by which later operations may read that."""
-    return {name for name, root in _behind(ops, {"x": "x"}).items() if name != root == "x"}
+def _roots(behind: Mapping[str, str], names: Iterable[str]) -> set[str]:
+    """The storages behind the names."""
+    return {behind.get(name, name) for name in names}
+
+
+def _handed(
+    made: Mapping[str, Storage], behind: Mapping[str, str], names: Iterable[str], stream: Storage
+) -> dict[str, Storage]:
+    """What was made, by the names that later operations read it by, each a reference of its own; what blocks are given
+    as their input, the `stream`, has one more. No name is left for what none of those means."""
+    found = {name: made[behind.get(name, name)] for name in names if behind.get(name, name) in made}
+    for storage in (*found.values(), stream):
+        storage.refs += 1
+    for storage in made.values():
+        storage.refs -= 1
+        storage.shared = True
+    return found
 
 
 def _x(flows: bool) -> frozenset[str]:
@@ -378,27 +393,26 @@ def run_pass(
         read |= {r for op in (c.joins.ops if c.joins is not None else ()) for r in op.reads}
 
     # forward
+    (past,) = tape.recall([("", before)])
     pasts: list[list[dict[str, Storage]]] = []
     several = 0
     for c in copies:
         pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else several))
         several += not c.alone
     first = Frame(before, first_scope, {}, leaf)
+    first.past = past
     embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
     outer = gatherer.outside(BEFORE)
     gatherer.gather(REST, first)
     gatherer.gather(outer, first, copies[0].units[0])
-    own = tape.forward(first, read | {embeds}, grad=records, checkpoint=not records)
+    behind = _behind(before)
+    begins = behind.get(embeds, embeds)
+    made = tape.forward(first, {begins, *_roots(behind, read)}, grad=records, checkpoint=not records)
     if outer != ROOT:
         gatherer.leave(outer)
     flows = frozenset(first.flows)
-    for storage in own.values():
-        storage.shared = True
-    stream = own[embeds]
-    if embeds in read:
-        stream.refs += 1
-    else:  # no name of the model's means them any more
-        del own[embeds]
+    stream = made[begins]
+    own = _handed(made, behind, read, stream)
     x_flows = embeds in flows
     ran: list[tuple[int | None, list[Frame]]] = []
     joined: dict[int, Frame] = {}  # what ran before a copy, outside of blocks
@@ -410,17 +424,11 @@ def run_pass(
         if c.joins is not None:
             own |= {"x": stream, **carried}
             joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
-            views = dict.fromkeys(_views_of_x(joint.ops).intersection(later[at]), stream)
-            stream.refs += len(views)
-            wanted = later[at] - {"x"} | {c.joins.stream}
-            own = tape.forward(joint, wanted, own, grad=records, checkpoint=not records) | views
-            for storage in own.values():
-                storage.shared = True
-            stream = own[c.joins.stream]
-            if c.joins.stream in later[at] - {"x"}:  # where it is what the last block made, no name is left for it
-                stream.refs += 1
-            else:
-                del own[c.joins.stream]
+            behind = _behind(joint.ops, {"x": "x"})
+            begins, wanted = behind.get(c.joins.stream, c.joins.stream), later[at] - {"x"}
+            made = tape.forward(joint, {begins, *_roots(behind, wanted)}, own, grad=records, checkpoint=not records)
+            stream = made[begins]
+            own = _handed(made, behind, wanted, stream)
             flows = frozenset(joint.flows - {"x"})
             x_flows, carried = c.joins.stream in joint.flows, {}
         number = None
@@ -445,6 +453,7 @@ def run_pass(
             again = checkpoint and not block.lasting
             if again:
                 frame.reentrant, frame.whole = reentrant, block.whole
+                frame.lends = bool(block.shares) and not block.returned
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
                 frame.to_host = goes
                 given = [own[r] for r in reads if r in own]

@@ -21,6 +21,8 @@ _OLDER = {
     "index_n_heads": "sparse_num_index_heads",
     "index_head_dim": "sparse_index_dim",
     "index_topk_blocks": "sparse_topk_blocks",
+    "index_block_size": "sparse_block_size",
+    "index_local_blocks": "sparse_local_block",
 }
 
 
@@ -53,6 +55,7 @@ def _index_size(m: ModelSpec, key: str) -> int:
 
 
 def _minimax_axes(m: ModelSpec) -> Mapping[str, int]:
+    turned = min(m.rotary_width, _index_size(m, "index_head_dim"))
     return {
         "E": m.whole("num_local_experts"),
         "e": m.whole("num_experts_per_tok"),
@@ -62,6 +65,10 @@ def _minimax_axes(m: ModelSpec) -> Mapping[str, int]:
         "i": _index_size(m, "index_n_heads"),
         "di": _index_size(m, "index_head_dim"),
         "ti": _index_size(m, "index_topk_blocks"),
+        "key_block": _index_size(m, "index_block_size"),
+        "near_blocks": _index_size(m, "index_local_blocks"),
+        "irot": turned,
+        "irot2": turned // 2,
         "rot": m.rotary_width,
         "rot2": m.rotary_width // 2,
     }
@@ -106,6 +113,8 @@ FAMILIES = {
             "index_n_heads": 4,
             "index_head_dim": 128,
             "index_topk_blocks": 16,
+            "index_block_size": 128,
+            "index_local_blocks": 1,
             "partial_rotary_factor": 1.0,
         },
         layers=_minimax_layers,

@@ -176,6 +176,20 @@ def picture_of(m: ModelSpec, pixels: int | tuple[int, int] | None) -> Picture:
     return PICTURES[m.model_type](m, height, width)
 
 
+def largest_picture(m: ModelSpec) -> Picture:
+    """An image that is as many tokens as any may be."""
+    made = PICTURES[m.model_type]
+    if isinstance(made, partial):  # by its pixels alone, whatever its sides: merged patches in a row stand for them
+        merge = size(m, "spatial_merge_size")
+        tokens = made.args[1] // (size(m, "patch_size") * merge) ** 2
+        return Picture(merge, merge * tokens, tokens, merge)
+    if m.model_type == "llama4":
+        side = size(m, "image_size") * round(sqrt(_MOST_TILES))
+        return made(m, side, side)
+    side = size(m, "image_size")
+    return made(m, side, side)
+
+
 def axes_of(m: ModelSpec, images: int, picture: Picture) -> Mapping[str, int]:
     """The axes that the images of a run decide: those of a sequence, of one image, and of one window of it."""
     if m.model_type == "mllama":

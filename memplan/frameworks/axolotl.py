@@ -120,11 +120,15 @@ def _freeze(run: RunSpec) -> str:
     return "list the layers that train under unfrozen_parameters" if run.method.kind == "freeze" else ""
 
 
+def _accumulation(run: RunSpec) -> str:
+    return "kept logits go to the host after as many batches as gradient_accumulation_steps says, and no key changes it"
+
+
 AXOLOTL = Framework(
     "axolotl",
     "Axolotl",
     "axolotl 0.19.0 utils/schemas/config.py, peft.py, training.py, fsdp.py, integrations/liger/args.py, "
-    "utils/config/__init__.py resolve_dtype, utils/__init__.py, loaders/model.py",
+    "utils/config/__init__.py resolve_dtype, utils/__init__.py, loaders/model.py, core/builders/base.py, causal.py",
     (
         Key("base_model", ("model",), words.model),
         Key("bf16", PRECISION, is_("precision.weights", "bf16")),
@@ -150,6 +154,7 @@ AXOLOTL = Framework(
         Key("micro_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("sequence_len", ("batch.sequence",)),
+        Key("eval_batch_size", ("also.evaluation.micro",)),
         Key("gradient_checkpointing", ("kernels.checkpointing",), words.checkpoints),
         Key("gradient_checkpointing_kwargs", ("kernels.reentrant",), _reentrant),
         Key("selective_checkpointing", ("kernels.checkpointing",), _selective),
@@ -172,6 +177,7 @@ AXOLOTL = Framework(
     (
         *words.REMARKS,
         Remark(("precision.weights", "precision.autocast"), _casts),
+        Remark(("also.evaluation.accumulation",), _accumulation),
         Remark(("method.quantization.kbit_preparation",), _preparation),
         Remark(("kernels.loss", "kernels.fused"), _plugins),
         Remark((KIND, "method.trainable_layers"), _freeze),

@@ -129,6 +129,8 @@ LLAMAFACTORY = Framework(
         Key("per_device_train_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("cutoff_len", ("batch.sequence",)),
+        *words.EVALUATION,
+        Key("compute_accuracy", ("also.evaluation.preprocess",), is_("also.evaluation.preprocess", "argmax")),
         Key("disable_gradient_checkpointing", ("kernels.checkpointing",), _disabled),
         Key("use_unsloth_gc", ("kernels.checkpointing",), is_("kernels.checkpointing", "offload")),
         Key("use_reentrant_gc", ("kernels.reentrant",)),

@@ -132,6 +132,8 @@ TRL = Framework(
         Key("per_device_train_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("max_length", ("batch.sequence",)),
+        *words.EVALUATION,
+        Key("preprocess_logits_for_metrics", ("also.evaluation.preprocess",), words.likeliest, "Python"),
         Key("gradient_checkpointing", ("kernels.checkpointing",), words.checkpoints),
         Key("gradient_checkpointing_kwargs", ("kernels.checkpointing", "kernels.reentrant"), _checkpointing),
         Key("activation_offloading", ("parallelism.offload.activations",)),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from memplan.cards import find_model
 from memplan.catalogue.methods import ADAPTERS
 from memplan.errors import MemplanError
-from memplan.frameworks.table import Key, Remark, Value, field
+from memplan.frameworks.table import Key, Remark, Value, field, value_of
 from memplan.gpus import find_gpu
 from memplan.spec import RunSpec
 
@@ -55,6 +55,12 @@ def dora(run: RunSpec) -> bool:
 
 def rslora(run: RunSpec) -> Value:
     return run.method.options.get("use_rslora")
+
+
+def likeliest(run: RunSpec) -> Value:
+    if value_of(run, "also.evaluation.preprocess") is None:
+        return None
+    return "trainer = SFTTrainer(..., preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))"
 
 
 def saved(run: RunSpec) -> Value:
@@ -169,6 +175,10 @@ TRAINER_KEYS = (
     Key("max_grad_norm", ("loop.clip_grad_norm",), clip),
     Key("torch_compile", ("kernels.compile",)),
     Key("deepspeed", (*PARALLEL, *HOST), deepspeed),
+)
+EVALUATION = (
+    Key("per_device_eval_batch_size", ("also.evaluation.micro",)),
+    Key("eval_accumulation_steps", ("also.evaluation.accumulation",)),
 )
 SDPA = Key("sdpa_kernel", ("kernels.attention",), kernel_of_sdpa, "Python")
 SEGMENTS = Key("PYTORCH_CUDA_ALLOC_CONF", ("loop.expandable_segments",), segments, "shell")

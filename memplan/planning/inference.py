@@ -13,6 +13,7 @@ from memplan.answer import Estimate
 from memplan.cards import find_model
 from memplan.catalogue import token_rates
 from memplan.catalogue.engines import find_engine
+from memplan.catalogue.running import UNPACKED
 from memplan.catalogue.weight_formats import Step, formats
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
@@ -23,10 +24,10 @@ from memplan.planning.offers import ANY, Wanted, wanted_cards
 from memplan.planning.reach import reach
 from memplan.roofline import Load, Pace, decode, prefill
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import of_rank
+from memplan.serving.shares import of_rank
 from memplan.spec import Parallelism, Quantization, RunSpec, changed
 from memplan.speed import Hourly, hourly
-from memplan.stored import StoredWeight, stored_weights
+from memplan.stored import UNQUANTISED, StoredWeight, stored_weights
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
@@ -37,7 +38,8 @@ DEGREES = (1, 2, 4, 8, 16)
 class Most(NamedTuple):
     """The most of something that the card holds: `value`, 0 where it holds none, and what ends it.
 
-    binds   memory; positions, the model's; `max_num_seqs`, the engine's requests in one step
+    binds   memory; positions, the model's; `max_num_seqs`, the engine's requests in one step; `assistant`, with which
+            transformers generates for one at a time
     """
 
     value: int
@@ -180,12 +182,17 @@ def lengths(answer: Estimate) -> tuple[int, int]:
 def load_of(answer: Estimate) -> tuple[Load | None, str]:
     """What an answer's run reads, for its speed; None, and why, where that is not known."""
     run = answer.asked
+    if run.generation.assisted:
+        return None, "how many of the proposed tokens are accepted is in the text"
     if find_engine(run.profile) is None:
-        done = answer.run
+        done, model = answer.run, find_model(run.model)
+        if model.is_encoder_decoder:
+            return None, "how fast an encoder and its decoder are is not known"
         quantization, dtype = done.method.quantization, done.precision.weights
         if done.generation.cache_implementation in ("quantized", "offloaded", "offloaded_static"):
             return None, f"how fast a cache that is {done.generation.cache_implementation} is read is not known"
-        return Load(find_model(run.model), quantization, dtype, recorded=False), ""
+        whole = quantization is None or quantization.backend in UNPACKED
+        return Load(model, UNQUANTISED if whole else quantization, dtype, recorded=False), ""
     s = settled(run)
     if s.engine.kind == "llama.cpp":
         if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
@@ -216,6 +223,9 @@ def _requests(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calib
     if serving is not None and engine is not None and engine.kind != "llama.cpp":  # whose pool is made for the run's
         held, most = _last(run, int(serving["requests"]), demand, calibration), int(serving["max_num_seqs"])
         return Most(most, "max_num_seqs") if held > most else Most(held, "memory")
+    if run.generation.assisted:
+        fits = demand.met(estimate(changed(run, "batch", micro=1), calibration))
+        return Most(1, "assistant") if fits else Most(0, "memory")
     found = reach(run, "batch", demand, calibration)
     return Most(int(found.value), found.binds)
 
@@ -239,7 +249,11 @@ def _context(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
     """The longest request alone: the prompt as long as it may be, the new tokens as many as were asked for."""
     alone = changed(run, "batch", micro=1)
     _, new = lengths(answer)
-    positions = find_model(run.model).longest_sequence
+    model = find_model(run.model)
+    if model.only_sequence is not None:  # its encoder reads no other
+        whole = model.only_sequence + new
+        return Most(whole, "positions") if _met(alone, demand, calibration) else Most(0, "memory")
+    positions = model.longest_sequence
     if positions is not None and positions > new:
         longest = _met(changed(alone, "batch", sequence=positions - new), demand, calibration)
         if longest:
@@ -262,7 +276,10 @@ def _degrees(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
 
 
 def with_tp(run: RunSpec, tp: int) -> RunSpec:
-    """The run on so many GPUs that divide every matrix."""
+    """The run on so many GPUs that divide every matrix; of llama.cpp, that have some of the layers each."""
+    engine = find_engine(run.profile)
+    if engine is not None and engine.kind == "llama.cpp":
+        return run.model_copy(update={"parallelism": Parallelism(world=tp, pp=tp)})
     return run.model_copy(update={"parallelism": Parallelism(world=tp, tp=tp)})
 
 

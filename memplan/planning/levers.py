@@ -58,8 +58,12 @@ def with_fields(run: RunSpec, fields: Iterable[tuple[str, Any]]) -> RunSpec:
     """The run with those fields set. Raises SpecError where a run cannot have them."""
     parts: dict[str, dict[str, Any]] = {}
     for path, value in fields:
-        part, _, field = path.partition(".")
-        parts.setdefault(part, {})[field] = value
+        part, field, *within = path.split(".")
+        values = parts.setdefault(part, {})
+        if within:  # a field of a part of the part, which others may have changed already
+            values[field] = {**dict(values.get(field) or getattr(getattr(run, part), field)), within[0]: value}
+        else:
+            values[field] = value
     for part, values in parts.items():
         run = changed(run, part, **values)
     return run
@@ -70,6 +74,7 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
     the result differs, then as they stand here, which is by the time they usually take; more GPUs last."""
     found = [
         *_segments(run),
+        *_evaluation(run),
         *_optimizer(run),
         *_loss(run),
         *_attention(run),
@@ -165,6 +170,24 @@ def _halves(n: int, least: int = 1) -> Iterator[int]:
     while n // 2 >= least:
         n //= 2
         yield n
+
+
+def _evaluation(run: RunSpec) -> Iterator[Lever]:
+    """Fewer sequences at once in an evaluation, and less of what it keeps of them."""
+    evaluation = run.also.evaluation
+    if evaluation is None:
+        return
+    if evaluation.kept_batches and not evaluation.batch_metrics:
+        if evaluation.accumulation != 1:
+            fields = (("also.evaluation.accumulation", 1),)
+            yield Lever(("evaluation_host",), "kept logits to the host after every batch", "kept logits", fields)
+        if evaluation.preprocess is None:
+            fields = (("also.evaluation.preprocess", "argmax"),)
+            yield Lever(("evaluation_argmax",), "the likeliest tokens kept, not logits", "what is kept", fields)
+    for smaller in _halves(evaluation.micro):
+        fields = (("also.evaluation.micro", smaller),)
+        title = "evaluation of one sequence at once" if smaller == 1 else f"evaluation of {smaller:,} sequences at once"
+        yield Lever(("evaluation_batch",), title, "evaluation", fields)
 
 
 def _offload(run: RunSpec) -> Iterator[Lever]:

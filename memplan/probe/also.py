@@ -56,7 +56,8 @@ def evaluate(script: Script, e: Evaluation) -> None:
                 del losses, logits, labels
         all_preds.tensors = all_labels.tensors = None
     if e.new_tokens:
-        script.run = changed(script.run.model_copy(update={"task": "generate"}), "batch", new_tokens=e.new_tokens)
+        asked = script.run.model_copy(update={"task": "generate"})
+        script.run = changed(asked, "batch", new_tokens=e.new_tokens, target_sequence=None)
 
         def generate(name: str) -> AbstractContextManager[None]:
             return phase("generate")

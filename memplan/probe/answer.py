@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase, Rank
-from memplan.cards import Facts, facts_of
+from memplan.cards import Facts, facts_of, find_config
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.engine.allocator import OutOfMemoryError
@@ -93,7 +93,9 @@ def _as_published(config: Mapping[str, Any], built: str, images: int) -> Iterato
 
 def _trace(run: RunSpec, config: Mapping[str, Any], tracer: Tracer, keep: bool) -> Traced:
     steps = 2 if run.task == "train" else 1
-    key = cache.key_of(run, config, _capability(run.gpu), steps)
+    assistant = run.generation.assistant_model
+    beside = {"assistant": find_config(assistant)} if assistant is not None else {}
+    key = {**cache.key_of(run, config, _capability(run.gpu), steps), **beside}
     traced = cache.found(run, key) if keep else None
     if traced is None:
         answer = tracer.answer(run, steps)

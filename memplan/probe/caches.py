@@ -18,8 +18,9 @@ _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}  # what a quantised cache
 _done: set[str] = set()
 
 
-def cache_of(run: RunSpec, config: Any) -> Any:
-    """The cache of a run, of a model whose decoder has that `config`; None where the model makes its own.
+def cache_of(run: RunSpec, config: Any, vision: Any = None) -> Any:
+    """The cache of a run, of a model whose decoder has that `config`, and whose tower the `vision`; None where the
+    model makes its own.
 
     Raises ProbeError where a backend's package is not installed.
     """
@@ -31,7 +32,13 @@ def cache_of(run: RunSpec, config: Any) -> Any:
         anything.Stream = Stream
     if kind in ("static", "offloaded_static", "offloaded_hybrid"):
         longest = batch.sequence + batch.new_tokens - 1
-        return transformers.StaticCache(config=config, max_cache_len=longest, offloading=offloads)
+        made = transformers.StaticCache(config=config, max_cache_len=longest, offloading=offloads)
+        if batch.images:  # of layers that attend to images, as Mllama's _prepare_static_cache has it
+            rows = (vision.image_size // vision.patch_size) ** 2 + 1
+            layer_of: Any = library("transformers.cache_utils").StaticLayer
+            for layer in getattr(config, "cross_attention_layers", ()):
+                made.layers[layer] = layer_of(max_cache_len=batch.images * vision.max_num_tiles * rows)
+        return made
     if offloads:
         return transformers.DynamicCache(config=config, offloading=True)
     if kind != "quantized":

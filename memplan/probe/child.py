@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,9 @@ def _note(training: Any, known: Any, phase: str) -> None:
         model = unwrapped(training.model)
         known.note("parameter", recording.parameters_of(model))
         known.note("buffer", recording.buffers_of(model))
+        if training.assistant is not None:
+            known.note("parameter", _of_assistant(recording.parameters_of(training.assistant)))
+            known.note("buffer", _of_assistant(recording.buffers_of(training.assistant)))
     if phase in ("forward", "backward"):
         known.note("gradient", recording.gradients_of(training.parameters, known))
     if phase in ("load", "backward", "step"):
@@ -175,16 +178,25 @@ def _note(training: Any, known: Any, phase: str) -> None:
         known.note("other", (("scale of the loss", t) for t in tensors if t is not None))
 
 
+def _of_assistant(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The assistant's tensors, told apart from the model's."""
+    return ((f"assistant.{name}", tensor) for name, tensor in tensors)
+
+
 def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
     """Raise for what would be traced, but is no model or does not run."""
     if most is not None and total > most:
         raise ProbeError(f"model: {total:,} parameters; a trace takes at most {most:,}", "model")
+    from memplan.batches import prompt_of_decoder
     from memplan.probe.counts import positions
     from memplan.probe.model import base_of
 
     field, tokens = "batch.sequence", run.batch.sequence + run.batch.new_tokens
     if getattr(base_of(model).config, "is_encoder_decoder", False):  # the tables are the decoder's
         field, tokens = "batch.target_sequence", run.batch.target_sequence or 0
+        if run.task == "generate":
+            field = "batch.new_tokens"
+            tokens = prompt_of_decoder(run.batch, base_of(model).config.model_type) + run.batch.new_tokens
     for name, rows in positions(model):
         if tokens > rows:
             raise SpecError(f"{field}: {tokens} tokens, but the model has learned positions for {rows} ({name})", field)

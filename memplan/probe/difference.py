@@ -94,7 +94,7 @@ class _Pair(NamedTuple):
 
 # Phases of an estimate, and those of a trace that they are compared with: clipping is part of an estimate's step.
 _ASIDES = ("eval", "generate", "save", "merge")  # as loading, they are of no step
-_SAME = {name: (name,) for name in ("load", "forward", "loss", "backward", "prefill", "decode", *_ASIDES)}
+_SAME = {name: (name,) for name in ("load", "forward", "loss", "backward", "encode", "prefill", "decode", *_ASIDES)}
 _STEP = {"step": ("clip", "step")}
 
 

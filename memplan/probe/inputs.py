@@ -17,9 +17,10 @@ def inputs_of(run: RunSpec, model: Any, device: torch.device) -> dict[str, Any]:
 
     Images come in fp32, which the model casts itself; recordings, which it does not, in the dtype of its weights.
     """
-    several = run.generation.num_beams if run.task == "generate" else 1
-    micro, base = run.batch.micro * several, base_of(model)
+    base = base_of(model)
     config = base.config
+    decodes = run.task == "generate" and not config.is_encoder_decoder  # an encoder reads what beams share
+    micro = run.batch.micro * (run.generation.num_beams if decodes else 1)
     match base.main_input_name:
         case "pixel_values":
             height, width = _pair(config.image_size)

@@ -220,6 +220,11 @@ def _foreach_norm(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int
         yield "norms of parts", 4 * len(tensors) * max(-(-t.numel() // 65536) for t in tensors)
 
 
+def _multinomial(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
+    """One draw divides the probabilities by numbers of an exponential distribution, which are as many."""
+    yield "exponentials", args[0].numel() * args[0].element_size()
+
+
 def _gemm_4bit(args: Any, kwargs: Any, card: Card) -> Iterator[tuple[str, int]]:
     """The matrix dequantised before it is multiplied, and its scales, unless bitsandbytes takes its fused kernel."""
     activations, shape, block = args[0], args[2], args[4]
@@ -296,6 +301,7 @@ ROWS = (
         _layer_norm_backward,
         f"{_ATEN}/cuda/layer_norm_kernel.cu layer_norm_backward_cuda",
     ),
+    Row("aten::multinomial", _multinomial, f"{_ATEN}/Distributions.cpp multinomial"),
     Row("aten::_foreach_norm.Scalar", _foreach_norm, f"{_ATEN}/cuda/ForeachReduceOp.cu"),
     Row(
         "bitsandbytes::int8_scaled_mm",

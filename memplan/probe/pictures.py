@@ -93,7 +93,7 @@ def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
         case "mllama":
             tiles, channels = axes["vtiles"], axes["vin"] // side**2
             sides = picture.columns * side
-            rows = run.batch.micro, each
+            rows = ids.shape[0], each  # as many as sequences: generation repeats them for every beam
             ones = torch.ones(*rows, tiles, dtype=torch.int64, device=device)
             return {
                 "pixel_values": torch.empty(*rows, tiles, channels, sides, sides, device=device).normal_(),

@@ -149,7 +149,7 @@ def _kind(born: int, died: int, intervals: list[Interval], recomputed: list[tupl
     if within.name == "forward":  # the loss belongs to it
         follows = next((i for i in intervals if i.name == "loss" and i.start == end), None)
         end = follows.end if follows is not None else end
-    if within.name in ("forward", "loss", "prefill", "decode"):
+    if within.name in ("forward", "loss", "encode", "prefill", "decode"):
         return "activation" if died > end else "temp"
     block = next((b for b in recomputed if b[0] <= born < b[1]), None)
     return "activation" if block is not None and died > block[1] else "temp"

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from memplan.batches import prompt_of_decoder
+from memplan.probe.assisted import assist, build_assistant
 from memplan.probe.choosing import choosing
 from memplan.probe.counts import parameters
 from memplan.probe.inputs import inputs_of, labels_of
@@ -57,8 +59,9 @@ class Script:
 
     `phase` is entered around every part of a step, by the names of `PHASES`; `micro` is called before the first
     forward pass and every further one of an accumulated step. For the task `forward` a step is one forward pass, for
-    `generate` the phases are `prefill` and `decode`. `counted` are the parameters of the model without adapters, all
-    and active ones, and `trainable` those that train, before ranks divide them.
+    `generate` the phases are `prefill` and `decode`, and before them `encode` where there is an encoder. `counted` are
+    the parameters of the model without adapters, all and active ones, and `trainable` those that train, before ranks
+    divide them.
     """
 
     def __init__(self, run: RunSpec, device: torch.device, phase: Phase = no_phase) -> None:
@@ -69,6 +72,7 @@ class Script:
             self.counted = parameters(base_of(model))
             self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.model = wrap(model, run, device)
+            self.assistant: Any = build_assistant(run, device)
             del model
             training = run.task == "train"
             self.parameters = [p for p in self.model.parameters() if p.requires_grad] if training else []
@@ -199,6 +203,9 @@ class Script:
     def _forward(self) -> None:
         with self.phase("forward"), torch.no_grad():
             inputs, options = self._inputs()
+            if base_of(self.model).config.is_encoder_decoder:
+                ids = labels_of(self.run, "seq2seq_lm", self.model, inputs, self.device)
+                options["decoder_input_ids"] = ids
             self.model(**inputs, **options)
 
     def generate(self) -> None:
@@ -208,11 +215,17 @@ class Script:
         them until those of the next token are there. A mask of ones is kept beside the tokens; a card that looks at it
         makes no other of it, and so the model is given none.
         """
+        if self.run.generation.assisted:
+            self._assist()
+            return
+        if base_of(self.model).config.is_encoder_decoder:
+            self._generate_from_source()
+            return
         model = self.model
         known = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
-        chooser = choosing(self.run.generation)
+        chooser = choosing(self.run.generation, base_of(model).config.model_type)
         with torch.no_grad():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
@@ -221,20 +234,78 @@ class Script:
                 mask = options.pop("attention_mask", None)
                 padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
                 outputs = self._read(ids, mask, padded, given_as, {**options, **keeps})
+                across = _Across(options) if "cross_attention_mask" in options else None
                 del inputs, options
                 cache, token = getattr(outputs, given_as), chooser.token(outputs)
                 del outputs
                 chooser.reorder(cache)
-            with self.phase("decode"):
+            switched = getattr(base_of(model), "_optimize_model_for_decode", nullcontext)  # since transformers 5
+            # of one token nothing is padding, and state spaces alone are given no mask of those before
+            sees = padded and base_of(model).config.model_type not in ("falcon_mamba", "mamba", "mamba2")
+            with self.phase("decode"), switched():
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
                     mask = torch.cat([mask, torch.ones_like(token)], dim=-1)
-                    given = mask if padded else None
-                    outputs = model(input_ids=token, attention_mask=given, **{given_as: cache}, use_cache=True, **keeps)
+                    given = {"attention_mask": mask if sees else None, **(across.next() if across else {})}
+                    outputs = model(input_ids=token, **given, **{given_as: cache}, use_cache=True, **keeps)
+                    del given
                     cache, token = getattr(outputs, given_as), chooser.token(outputs)
                     del outputs
                     chooser.reorder(cache)
-                del token, cache
+                del token, cache, across
+                chooser.forget()
+
+    def _assist(self) -> None:
+        inputs, options = self._inputs()
+        options.pop("use_cache", None)
+        with torch.no_grad():
+            assist(self.model, self.assistant, self.run, inputs["input_ids"], options, self.phase)
+
+    def _generate_from_source(self) -> None:
+        """The same of an encoder-decoder: the encoder reads every source once, and what it returns is kept, repeated
+        for every beam, beside the sources; the decoder's prompt follows, and a token at a time.
+
+        Source: transformers 5.24 generation/utils.py _prepare_text_encoder_decoder_kwargs_for_generation,
+        _expand_inputs_for_generation.
+        """
+        model, run = self.model, self.run
+        base = base_of(model)
+        beams = run.generation.num_beams
+        chooser = choosing(run.generation, base.config.model_type)
+        with torch.no_grad():
+            with self.phase("encode"):
+                sources, options = self._inputs()
+                mask = options.get("attention_mask")
+                padded, tokens = mask is not None, base.main_input_name == "input_ids"
+                if tokens and mask is None:
+                    mask = torch.ones_like(sources["input_ids"])
+                given = {"attention_mask": mask} if padded else {}
+                encoded = base.get_encoder()(**sources, **given, return_dict=True)
+                prompt = prompt_of_decoder(run.batch, base.config.model_type)
+                ids = torch.ones((run.batch.micro, prompt), dtype=torch.int64, device=self.device)
+                del given, options
+                if beams > 1:
+                    ids = ids.repeat_interleave(beams, dim=0)
+                    mask = mask.repeat_interleave(beams, dim=0) if mask is not None else None
+                    for key in encoded:
+                        encoded[key] = encoded[key].repeat_interleave(beams, dim=0)
+                cache = self._crossing_cache()
+            shared: dict[str, Any] = {"encoder_outputs": encoded, "cache": cache, "use_cache": True}
+            if padded:
+                shared["attention_mask"] = mask
+            with self.phase("prefill"):
+                outputs = model(decoder_input_ids=ids, **shared)
+                token = chooser.token(outputs)
+                del outputs
+                chooser.reorder(cache)
+            with self.phase("decode"):
+                for _ in range(run.batch.new_tokens - 1):
+                    ids = torch.cat([ids, token], dim=-1)
+                    outputs = model(decoder_input_ids=token, **shared)
+                    token = chooser.token(outputs)
+                    del outputs
+                    chooser.reorder(cache)
+                del token, cache, shared, encoded, sources, mask
                 chooser.forget()
 
     def _read(self, ids: Any, mask: Any, padded: bool, given_as: str, options: dict[str, Any]) -> Any:
@@ -261,8 +332,24 @@ class Script:
         """
         from memplan.probe.caches import cache_of
 
-        made = cache_of(self.run, base_of(self.model).config.get_text_config(decoder=True))
+        config = base_of(self.model).config
+        made = cache_of(self.run, config.get_text_config(decoder=True), getattr(config, "vision_config", None))
         return {} if made is None else {name: made}
+
+    def _crossing_cache(self) -> Any:
+        """The two caches of an encoder-decoder: of its own tokens, and of those that the encoder has read.
+
+        Source: transformers 5.24 generation/utils.py _prepare_static_cache, _prepare_cache_for_generation.
+        """
+        made: Any = library("transformers")
+        batch, base = self.run.batch, base_of(self.model)
+        config = base.config.get_text_config(decoder=True)
+        if self.run.generation.cache_implementation != "static":
+            return made.EncoderDecoderCache(made.DynamicCache(config=config), made.DynamicCache(config=config))
+        longest = prompt_of_decoder(batch, base.config.model_type) + batch.new_tokens - 1
+        read = getattr(base.config, "max_source_positions", None) or batch.sequence
+        caches = (made.StaticCache(config=config, max_cache_len=n) for n in (longest, read))
+        return made.EncoderDecoderCache(*caches)
 
     def _attention(self) -> AbstractContextManager[None]:
         """torch's choice of attention kernel, narrowed where the run names one."""
@@ -275,6 +362,24 @@ class Script:
                 return attention.sdpa_kernel([backend.EFFICIENT_ATTENTION, backend.MATH])
             case _:
                 return nullcontext()
+
+
+class _Across:
+    """What generation keeps of the images that a prompt came with, whose keys and values are cached, and the mask over
+    them, which has another row for every token.
+
+    Source: transformers 5.24 models/mllama/modeling_mllama.py prepare_inputs_for_generation,
+    _update_model_kwargs_for_generation.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.images = {name: options[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        self.mask = options["cross_attention_mask"]
+
+    def next(self) -> dict[str, Any]:
+        """What the model is given of it for the next token."""
+        self.mask = torch.cat([self.mask, self.mask[:, -1:]], dim=1)
+        return {"cross_attention_mask": self.mask[:, -1:].clone()}
 
 
 def _step_in_backward(parameter: Any, optimizer: Any) -> None:

@@ -171,7 +171,8 @@ def replayed(traced: Traced, workspace: int, expandable: bool = False, capacity:
     cuBLAS's where forward and backward first need one. Raises OutOfMemoryError where the capacity does not suffice."""
     allocator, blocks = Allocator(expandable, capacity), dict[int, Block]()
     sizes = [storage.bytes for storage in traced.storages]
-    needs = {traced.first(phase) for phase in ("forward", "prefill", "backward")}
+    begins = "encode" if traced.first("encode") is not None else "prefill"
+    needs = {traced.first(phase) for phase in ("forward", begins, "backward")}
     alloc, free = allocator.alloc, allocator.free
     for at, event in enumerate(traced.events):
         if at in needs:

@@ -50,15 +50,36 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("engine", f"{run.profile}, {', '.join(_engine(answer))}"),
         ("weights", f"stored in {stored}, else {run.precision.weights}" if stored else str(run.precision.weights)),
         ("requests", f"{run.batch.micro:,} of {s.get('context', 0):,} tokens at once"),
-        ("steps", f"{settings.max_num_batched_tokens:,} tokens of {settings.max_num_seqs:,} requests at most"),
+        ("steps", f"{settings.max_num_batched_tokens:,} tokens of {_requests(settings.max_num_seqs)} at most"),
     ]
     if settings.lora_slots:
         text.append(("adapters", f"{settings.lora_slots} slots of rank {settings.lora_rank}"))
     if run.parallelism.world > 1:
-        p = run.parallelism
-        replicas = f", {p.dp} replicas" if p.dp > 1 else ""
-        text.append(("GPUs", f"{p.world}, tensor parallel over {p.tp}{replicas}"))
+        text.append(("GPUs", ", ".join(_gpus(answer))))
     return text
+
+
+def _gpus(answer: Estimate) -> Iterator[str]:
+    """How the cards divide the model."""
+    p, s = answer.run.parallelism, answer.run.serving
+    yield f"{p.world:,}"
+    if answer.run.profile.startswith("llama.cpp"):
+        split = f" in parts of {' : '.join(f'{part:g}' for part in s.tensor_split)}" if s.tensor_split else ""
+        yield "all on one of them" if s.split_mode == "none" else f"layers laid on them{split}"
+        return
+    shares = s.dp_attention or ((answer.serving or {}).get("sharing", 1) > 1)
+    if p.tp > 1 or not (p.pp > 1 or shares):
+        yield f"{'attention ' if shares else ''}tensor parallel over {p.tp}"
+    if p.pp > 1:
+        yield f"a pipeline of {p.pp} stages"
+    if p.dp > 1:
+        yield f"attention data parallel over {p.dp}" if shares else f"{p.dp} replicas"
+    if p.ep > 1:
+        yield f"experts divided among {p.ep}"
+
+
+def _requests(n: int | None) -> str:
+    return "1 request" if n == 1 else f"{n:,} requests"
 
 
 def _engine(answer: Estimate) -> Iterator[str]:

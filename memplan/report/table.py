@@ -167,9 +167,10 @@ def _categories(answer: Estimate, to: Screen) -> Iterator[str]:
         rows.append((sign, label, words.hundredths(n), words.share(n, held.used), largest))
         styles.append(style)
 
+    what = "ggml's buffers" if words.without_torch(answer) else "torch.cuda.max_memory_allocated"
     for part in words.parts(answer):
-        if part.key == "allocator":
-            add("", "allocated", held.allocated, "torch.cuda.max_memory_allocated", "bold")
+        if part.key in ("allocator", "context") and not any(row[1] == "allocated" for row in rows):
+            add("", "allocated", held.allocated, what, "bold")
         add(mark(part.key, to), part.label, part.bytes, part.largest, f"{MARKS[part.key][1]}||||dim")
     add("", "used", held.used, "nvidia-smi", "bold")
     yield from table(columns, rows, to, styles)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from memplan.answer import Estimate, Line, Phase
+from memplan.assisted import TOKENS
 from memplan.errors import printable
 from memplan.gpus import GPU, find_gpu
 from memplan.spec import Also, Batch, Generation, GgufType, Kernels, Loop, Parallelism, Quantization, RunSpec
@@ -41,7 +42,10 @@ def parts(answer: Estimate) -> list[Part]:
                 Part(kind, label, answer.categories[kind], f"{times(largest)}{largest.what}, {gib(largest.bytes)}")
             )
     held = answer.bytes
-    out.append(Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor"))
+    if not without_torch(answer):
+        out.append(
+            Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor")
+        )
     several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
     beside = "the driver's, and loaded kernels"
     if several:
@@ -52,6 +56,11 @@ def parts(answer: Estimate) -> list[Part]:
         beside += ", and what the engine leaves"
     out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
     return out
+
+
+def without_torch(answer: Estimate) -> bool:
+    """Whether what runs has no torch, and so no allocator of its."""
+    return answer.run.profile.startswith("llama.cpp")
 
 
 def card(answer: Estimate) -> GPU | None:
@@ -130,6 +139,7 @@ _MOMENTS = {
     "step": "in the optimizer's step",
     "eval": "in evaluation",
     "generate": "in generation",
+    "encode": "while the encoder reads",
     "prefill": "while the prompt is read",
     "decode": "while tokens are generated",
     "save": "while the model is saved",
@@ -292,7 +302,10 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("method", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
-        ("batch", f"{sequences} of {_lengths(batch)}{_images(batch)} per GPU; {passes}"),
+        (
+            "batch",
+            f"{sequences} of {_lengths(batch)}{',' * bool(batch.target_sequence)}{_images(batch)} per GPU; {passes}",
+        ),
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", _loss(run) + _held_outputs(loop)),
@@ -335,6 +348,7 @@ def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str
         ("precision", "; ".join(_precision(answer))),
         ("batch", f"{prompts} of {_lengths(batch)}{_images(batch)}{after}"),
         *((("cache", "; ".join(_cache(run.generation))),) if run.task == "generate" else ()),
+        *((("assistant", "; ".join(_assistant(run.generation))),) if run.generation.assisted else ()),
         ("attention", run.kernels.attention + ("; padded batches" if run.loop.padded else "")),
         *((("answered by", "a trace of the passes"),) if answer.via == "trace" else ()),
         ("profile", run.profile),
@@ -358,6 +372,26 @@ def _cache(generation: Generation) -> Iterator[str]:
         yield f"up to {config.residual_length} tokens as they are"
     if generation.prefill_chunk_size is not None:
         yield f"the prompt {generation.prefill_chunk_size:,} tokens at a time"
+
+
+def _assistant(generation: Generation) -> Iterator[str]:
+    """What proposes tokens, and how many in a round."""
+    lookup, layers, assistant = (
+        generation.prompt_lookup_num_tokens,
+        generation.assistant_early_exit,
+        generation.assistant_model,
+    )
+    if lookup:
+        yield f"{lookup:,} tokens looked up in the prompt"
+        return
+    if layers:
+        yield f"the model's first {layers:,} layers"
+    elif assistant is not None:
+        yield assistant if isinstance(assistant, str) else str(assistant.config.get("model_type", ""))
+        q = generation.assistant_quantization
+        weights = q.format if q is not None else generation.assistant_dtype
+        yield f"{weights} weights" if weights else "weights in the model's dtype"
+    yield f"{generation.num_assistant_tokens or TOKENS:,} tokens a round at most"
 
 
 def _pipeline(run: RunSpec) -> str:
@@ -394,7 +428,7 @@ def _loss(run: RunSpec) -> str:
 
 def _lengths(batch: Batch) -> str:
     tokens = f"{batch.sequence:,} tokens"
-    return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder,"
+    return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder"
 
 
 def _held_outputs(loop: Loop) -> str:

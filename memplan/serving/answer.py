@@ -11,10 +11,12 @@ from memplan.catalogue.overhead import Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.graph import active, elements
 from memplan.models import ModelSpec
-from memplan.serving.budget import Budget, budget, card_for
+from memplan.serving.budget import Budget, budget, card_for, layers_that_fit
+from memplan.serving.parallel import each
 from memplan.serving.passes import Step
+from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import kernel_of
+from memplan.serving.weights import TABLE, host_of_adapters, kernel_of
 from memplan.spec import RunSpec
 from memplan.usage import Around, Usage
 
@@ -41,8 +43,8 @@ def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
         Card(s.gpu.name, s.gpu.usable, run.parallelism.world) if s.gpu else None,
         Peak(phases[peak].phase, phases[peak].where),
         phases,
-        0,
-        tuple(_notes(b)),
+        host_of_adapters(s),
+        tuple(_notes(b, run)),
         Engine(b),
         None,
         serving=facts(b),
@@ -74,7 +76,7 @@ def requests(run: RunSpec, context: int, model: ModelSpec | None = None) -> int:
 FACTS = (
     *("engine", "read", "budget", "weights", "activations", "cuda_graphs", "pool", "blocks", "block_size"),
     *("block_bytes", "tokens", "cache_dtype", "context", "requests", "concurrency", "max_model_len"),
-    *("longest_concurrency", "max_num_seqs", "max_num_batched_tokens", "needed"),
+    *("longest_concurrency", "max_num_seqs", "max_num_batched_tokens", "needed", "sharing", "card", "layers"),
 )
 
 
@@ -85,7 +87,7 @@ def facts(b: Budget) -> dict[str, Any]:
         "engine": s.engine.name,
         "read": s.engine.read,
         "budget": b.taken,
-        "weights": b.parameters,
+        "weights": sum(h.bytes for h in b.weights if h.group != TABLE),
         "activations": b.step.bytes,
         "cuda_graphs": b.graphs.usual,
         "pool": b.pool.bytes,
@@ -102,13 +104,23 @@ def facts(b: Budget) -> dict[str, Any]:
         "max_num_seqs": s.serving.max_num_seqs,
         "max_num_batched_tokens": s.steps,
         "needed": b.pool.needs(s.context, s.batch),
+        "sharing": s.ranks.sharing,
+        "card": s.stage.number,
+        "layers": s.stage.layers,
     }
 
 
-def _notes(b: Budget) -> Iterable[str]:
+def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
     s = b.settings
+    if asked.serving.gpu_layers is None and b.wished:
+        layers = layers_that_fit(s)
+        if layers is not None:
+            yield (
+                f"llama.cpp itself would lay {layers:,} of {s.model.num_hidden_layers + 1:,} layers on the cards, and "
+                "leave the others with the host (--fit); --gpu-layers says so too"
+            )
     if s.engine.kind == "tgi":
-        yield "TGI: what is public of it was used; most of its rows are assumed"
+        yield "TGI: its warm-up was read; its kernels and how many tokens it reads at once are assumed"
     if s.gpu is None:
         yield f"{s.engine.title} without a GPU: a pool for the run's requests alone, not one of all that is left"
     kernel = kernel_of(s)
@@ -121,6 +133,18 @@ def _notes(b: Budget) -> Iterable[str]:
             f"vLLM does not start with max_model_len {s.longest:,}, of which the pool holds not one request: say "
             "serving.max_model_len (--max-model-len)"
         )
+    if s.ranks.pp > 1 or s.ranks.cards > 1:
+        name = "stage" if s.ranks.pp > 1 else "card"
+        yield f"the figures are of {name} {s.stage.number + 1} of {len(each(s))}, the fullest: {s.stage.text}"
+    found = seen(s)
+    if found is not None and b.step.where.startswith("encoder"):
+        yield (
+            f"vLLM first runs its encoder on {found.items:,} {found.kind}{'s' if found.items > 1 else ''} of "
+            f"{found.tokens:,} tokens, which is the largest step; serving.limit_{found.kind}s 0 "
+            f"(--limit-{found.kind}s) leaves that out"
+        )
+    elif s.engine.kind in ("llama.cpp", "tgi") and s.model.part("vision_config"):
+        yield f"what sees is not counted with {s.engine.name}"
     if s.engine.waits:
         yield f"not counted: {'; '.join(s.engine.waits)}"
 
@@ -153,8 +177,9 @@ class Engine(NamedTuple):
 def _lines(b: Budget, step: Step) -> Iterable[Line]:
     for h in b.weights:
         if h.bytes:
-            kind = "buffer" if h.group == "buffer" else "parameter"
-            why = "the rank's part of the model's weights" if b.settings.tp > 1 else "the model's weights"
+            kind = "buffer" if h.group in ("buffer", TABLE) else "parameter"
+            why = "the card's part of the model's weights" if _divided(b.settings) else "the model's weights"
+            why = "the runner's, for every request or token that may be in a step" if h.group == TABLE else why
             yield Line(h.what, kind, "", "", (), h.dtype, h.tensors, h.bytes, why, h.source, h.basis)
     pool, s = b.pool, b.settings
     if b.shown:
@@ -168,6 +193,11 @@ def _lines(b: Budget, step: Step) -> Iterable[Line]:
     if b.graphs.usual:
         why = "recorded steps and what they compute in"
         yield Line(b.graphs.what, "other", "", "", (), "uint8", 1, b.graphs.usual, why, b.graphs.source, b.graphs.basis)
+
+
+def _divided(s: Settings) -> bool:
+    r = s.ranks
+    return max(r.dense, r.ep * r.etp, r.pp, r.cards) > 1
 
 
 class _Nothing:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from memplan.catalogue.caches import caches
 from memplan.catalogue.served import Instant, instants, parts_of_rank
+from memplan.catalogue.served_towers import MADE, tower_instants
+from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings
 from memplan.units import ITEMSIZE
 
@@ -36,23 +38,39 @@ class Step(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def largest(s: Settings, tokens: int, requests: int) -> Step:
-    """The largest moment of a step of `tokens` of `requests`."""
+def largest(s: Settings, tokens: int, requests: int, profiled: bool = False) -> Step:
+    """The largest moment of a step of `tokens` of `requests`; of that which an engine measures, its encoder's too."""
     if s.engine.kind == "llama.cpp":
         from memplan.serving.llama_cpp import compute_buffer
 
         one = s._replace(serving=s.serving.model_copy(update={"max_num_batched_tokens": tokens}))
         buffer = compute_buffer(one)
         alive = tuple(Alive(what, "", dims, "", bytes_) for what, dims, bytes_ in buffer.alive)
-        return Step(
-            buffer.where, alive, "llama.cpp src/llama-graph.cpp, and the logs that tests hold it to", "measured"
-        )
-    axes = {**parts_of_rank(s.model, s.tp), "s": tokens, "n": min(tokens, requests)}
-    axes["se"] = tokens * axes.get("e", 0)
+        source = "llama.cpp src/llama-context.cpp sched_reserve, without data, and the logs that tests hold it to"
+        return Step(buffer.where, alive, source, "measured")
+    r, stage = s.ranks, s.stage
+    axes = {**parts_of_rank(s.model, s.tp, r.dense, r.etp), "s": tokens, "n": min(tokens, requests), "most": s.steps}
+    axes["all"] = tokens * r.sharing
+    axes["se"] = min(axes["all"], s.words.get("experts_chunk") or axes["all"]) * axes.get("e", 0)
     axes["room"] = _room(s)
     eager = s.engine.kind != "vllm" or not s.serving.cuda_graphs  # vLLM's enforce_eager compiles nothing either
-    found = [_step(s, instant, axes) for instant in instants(s.model, s.tp, s.words["sampler"], eager)]
+    layers = s.model.layers[stage.first : stage.last]
+    ends, gathered = (stage.headed, stage.fed), r.sharing > 1
+    room = s.words.get("experts_room", "shared")
+    whole = instants(s.model, r.dense, s.words["sampler"], eager, layers, *ends, gathered, room)
+    found = [_step(s, instant, axes) for instant in (*whole, *_encoder(s, axes, whole if profiled else ()))]
     return max(found, key=lambda step: step.bytes)
+
+
+def _encoder(s: Settings, axes: dict[str, int], steps: tuple[Instant, ...]) -> tuple[Instant, ...]:
+    """The moments of the tower, whose axes are added, and those of the step with what it has made beside them."""
+    found = seen(s) if steps else None
+    if found is None:
+        return ()
+    axes["vn"], axes["vt"] = found.items * found.patches, found.items * found.tokens * found.levels
+    axes["vhp"], axes["vfp"] = -(-axes["vh"] // s.tp), -(-axes["vf"] // s.tp)
+    later = tuple(i._replace(alive=(*i.alive, MADE)) for i in steps)
+    return *tower_instants(s.model.model_type), *later
 
 
 def _room(s: Settings) -> int:

@@ -103,7 +103,7 @@ class Blocks(NamedTuple):
 
     @property
     def block(self) -> int:
-        return min(g.block for g in self.groups if g.kind != "state")
+        return min((g.block for g in self.groups if g.kind != "state"), default=self.longest)
 
     @property
     def tokens(self) -> int:
@@ -134,7 +134,7 @@ class Tokens(NamedTuple):
     """Slots for tokens: so many for layers that keep all, so many for those with a window, and states of requests.
 
     full, sliding  slots, and bytes of one in all such layers
-    states         requests whose states are there; None where there are none
+    states         states that requests may have, beside one that pads; None where there are none
     """
 
     full: int
@@ -149,7 +149,12 @@ class Tokens(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        return (self.full or self.sliding) // self.page
+        return (self.full or self.sliding) // self.page if self._keeps else self.states or 0
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether any layer keeps keys."""
+        return bool(self.full_bytes or self.sliding_bytes)
 
     @property
     def block(self) -> int:
@@ -157,7 +162,7 @@ class Tokens(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
-        return self.page * (self.full_bytes or self.sliding_bytes)
+        return self.page * (self.full_bytes or self.sliding_bytes) if self._keeps else self.state_bytes
 
     @property
     def tokens(self) -> int:
@@ -166,7 +171,7 @@ class Tokens(NamedTuple):
     @property
     def bytes(self) -> int:
         slots = self.full * self.full_bytes + self.sliding * self.sliding_bytes
-        return slots + (self.states or 0) * self.state_bytes
+        return slots + (self.states + 1) * self.state_bytes if self.states else slots
 
     def _slots(self, context: int) -> tuple[int, int]:
         """Slots that a request takes, without and with a window."""
@@ -189,8 +194,8 @@ class Tokens(NamedTuple):
 
     def needs(self, context: int, requests: int) -> int:
         full, sliding = self._slots(context)
-        states = self.state_bytes * self.per_request if self.states is not None else 0
-        return requests * (full * self.full_bytes + sliding * self.sliding_bytes + states)
+        states = self.state_bytes * (self.per_request * requests + 1) if self.states is not None else 0
+        return requests * (full * self.full_bytes + sliding * self.sliding_bytes) + states
 
 
 class Slots(NamedTuple):

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from memplan.cards import find_model
+from memplan.catalogue.cache_formats import cache_format, formats_of
+from memplan.catalogue.caches import LayerCache, Part, caches
 from memplan.catalogue.engines import ENGINES, Engine, decided, find_engine
 from memplan.errors import SpecError, UnknownNameError
 from memplan.gpus import GPU, find_gpu
 from memplan.models import ModelSpec
+from memplan.serving.parallel import Ranks, attention_free, ranks_of, stages_of
+from memplan.serving.stages import Stage
 from memplan.spec import (
     Also,
     Batch,
@@ -18,7 +22,6 @@ from memplan.spec import (
     Loop,
     Method,
     Optimizer,
-    Parallelism,
     Precision,
     Quantization,
     RunSpec,
@@ -26,11 +29,7 @@ from memplan.spec import (
     frozen,
 )
 from memplan.stored import format_of
-from memplan.units import GIB, ITEMSIZE
-
-# Bytes of 32 numbers of a cache in ggml's blocks. Source: llama.cpp ggml/src/ggml-common.h block_q8_0 and alike.
-BLOCKS_OF_32 = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
-
+from memplan.units import GIB
 
 NEW_TOKENS = 256  # where a run says nothing of them
 
@@ -41,7 +40,7 @@ class Settings(NamedTuple):
     dtype          what the model computes in, and what of it is not quantised
     words          what the engine's rows say beside the fields (`memplan.catalogue.engines.WORDS`)
     context        tokens of one of the run's requests; `batch` of them are to fit at once
-    tp             ranks that divide every matrix
+    ranks          how the cards divide the model; `stage` is what the one that this is about has of the layers
     """
 
     engine: Engine
@@ -54,7 +53,18 @@ class Settings(NamedTuple):
     context: int
     prompt: int
     batch: int
-    tp: int
+    ranks: Ranks
+    stage: Stage
+
+    @property
+    def tp(self) -> int:
+        """Ranks that divide attention, and all that nothing else is said of."""
+        return self.ranks.tp
+
+    @property
+    def caches(self) -> tuple[LayerCache, ...]:
+        """What the stage's layers keep."""
+        return caches(self.model)[self.stage.first : self.stage.last]
 
     @property
     def longest(self) -> int:
@@ -80,11 +90,17 @@ class Settings(NamedTuple):
         asked = self.serving.cache_dtype or "auto"
         return self.dtype if asked == "auto" else asked
 
-    def cache_bytes(self, elements: int) -> int:
-        """Bytes of so many numbers of a cache of keys and values."""
-        if self.cache_dtype in BLOCKS_OF_32:
-            return -(-elements // 32) * BLOCKS_OF_32[self.cache_dtype]
-        return elements * ITEMSIZE[self.cache_dtype]
+    @property
+    def packed(self) -> bool:
+        """Whether keys and values are stored in eight bits, by one scale."""
+        return self.cache_dtype in EIGHT_BITS
+
+    def cache_bytes(self, p: Part) -> int:
+        """Bytes of a token's part of a cache of keys and values on one rank."""
+        kept = cache_format(self.cache_dtype)
+        if not p.heads:
+            return kept.head(p.elements)
+        return -(-p.heads // self.tp) * kept.head(p.elements // p.heads)
 
 
 def serves(run: RunSpec) -> Engine | None:
@@ -111,9 +127,10 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     model = model or find_model(run.model)
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     _refuse(run, engine, model)
+    ranks = ranks_of(run, engine, model)
     _refuse_card(gpu, engine, words)
     context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
-    serving = _filled(run.serving, engine, words, model, gpu, run, context)
+    serving = _filled(run.serving, engine, words, model, gpu, run, context, ranks)
     if serving.max_model_len is not None and context > serving.max_model_len:
         raise SpecError(
             f"serving.max_model_len: {serving.max_model_len:,} is less than the {context:,} tokens of a request "
@@ -131,12 +148,20 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
         context,
         run.batch.sequence,
         run.batch.micro,
-        run.parallelism.tp,
+        ranks,
+        stages_of(engine, model, ranks, serving)[0],
     )
 
 
 def _filled(
-    s: Serving, engine: Engine, words: dict[str, Any], model: ModelSpec, gpu: GPU | None, run: RunSpec, context: int
+    s: Serving,
+    engine: Engine,
+    words: dict[str, Any],
+    model: ModelSpec,
+    gpu: GPU | None,
+    run: RunSpec,
+    context: int,
+    ranks: Ranks,
 ) -> Serving:
     fields = {name: words[name] for name in type(s).model_fields if getattr(s, name) is None and name in words}
     if run.method.quantization is None and engine.kind != "llama.cpp":
@@ -144,25 +169,29 @@ def _filled(
     if s.max_model_len is None:
         positions = model.longest_sequence or 0
         fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)
-    tokens, requests = _steps(engine, gpu, run.parallelism.tp)
+    tokens, requests = _steps(engine, gpu, ranks.tp * ranks.sharing)
     if engine.kind == "vllm":
         longest = s.max_model_len or fields["max_model_len"]
         seqs = s.max_num_seqs or requests
         batched = s.max_num_batched_tokens or min(tokens, seqs * longest)
         fields |= {"max_num_batched_tokens": batched, "max_num_seqs": s.max_num_seqs or min(seqs, batched)}
+        if attention_free(model) and s.prefix_caching is None:  # config/model.py is_prefix_caching_supported
+            fields["prefix_caching"] = False
         if _latent(model) and s.block_size is None:
             fields["block_size"] = 64  # FlashMLA's, FlashInfer's and sparse MLA's kernels
     if engine.kind == "sglang":
         fields["max_num_batched_tokens"] = s.max_num_batched_tokens or tokens
         fields["max_num_seqs"] = s.max_num_seqs or requests
+        chunk = fields["max_num_batched_tokens"]
+        if s.max_num_batched_tokens is None:  # each group's share. Source: arg_groups/parallel_hook.py
+            fields["max_num_batched_tokens"] = max(1, chunk // ranks.sharing)
         if s.memory_utilization is None:
-            from memplan.serving.sglang import static_fraction
+            from memplan.serving.sglang import seeing, static_fraction
 
             graphs = s.cuda_graphs is not False
             total = gpu.usable if gpu else 80 * GIB
-            fields["memory_utilization"] = static_fraction(
-                total, fields["max_num_batched_tokens"], requests, run.parallelism.tp, _latent(model), graphs
-            )
+            share = static_fraction(total, chunk, requests, ranks, _latent(model), graphs)
+            fields["memory_utilization"] = share * seeing(model)
     if engine.kind == "llama.cpp":
         fields["max_num_seqs"] = s.max_num_seqs or run.batch.micro
         fields["gpu_layers"] = model.num_hidden_layers + 1 if s.gpu_layers is None else s.gpu_layers
@@ -231,20 +260,14 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
         raise SpecError("serving.weights: says what method.quantization does; say one of them", "serving.weights")
     if run.batch != Batch(micro=run.batch.micro, sequence=run.batch.sequence, new_tokens=run.batch.new_tokens):
         raise SpecError(
-            f"batch: {engine.name} is given micro, sequence and new_tokens alone; images are not supported yet", "batch"
+            f"batch: {engine.name} is given micro, sequence and new_tokens alone; tokens of images are of the sequence",
+            "batch",
         )
-    p = run.parallelism
-    if p != Parallelism(world=p.world, dp=p.dp, tp=p.tp, strategy=p.strategy) or p.strategy not in ("none", "ddp"):
-        raise SpecError(f"parallelism: {engine.name} with anything but tp and dp is not supported yet", "parallelism")
-    if p.world != p.dp * p.tp:
-        raise SpecError(f"parallelism.world: {p.world} GPUs are not dp {p.dp} x tp {p.tp}", "parallelism.world")
-    if model.num_attention_heads % p.tp:
+    if model.model_type == "whisper" and engine.kind == "vllm":
         raise SpecError(
-            f"parallelism.tp: {p.tp} does not divide {model.num_attention_heads} attention heads", "parallelism.tp"
-        )
-    if engine.kind == "llama.cpp" and p.tp > 1:
-        raise SpecError(
-            "parallelism.tp: llama.cpp lays layers on several cards, which is not supported yet", "parallelism.tp"
+            f"model: whisper models are not supported yet with {engine.name}, which sets aside what its encoder takes "
+            "of recordings before it has a pool; transformers-5 generates with them",
+            "model",
         )
     if model.is_encoder_decoder or model.objectives[0] != "causal_lm" or model.model_type in _NOT_YET:
         raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
@@ -254,20 +277,53 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             format_of(s.weights)
         except UnknownNameError as e:
             raise UnknownNameError("serving.weights", s.weights, e.nearest, ranked=True) from None
-    if engine.kind != "llama.cpp":
-        if s.cache_dtype in BLOCKS_OF_32:
+    for name in ("limit_images", "limit_videos"):
+        if getattr(s, name) is not None and engine.kind != "vllm":
             raise SpecError(
-                f"serving.cache_dtype: {s.cache_dtype} is llama.cpp's; auto, bf16, fp16, fp8", "serving.cache_dtype"
+                f"serving.{name}: is of vLLM's run of its encoder, and {engine.name} has no such", f"serving.{name}"
             )
+    if s.lora_cpu_slots is not None:
+        field, slots = "serving.lora_cpu_slots", s.lora_slots or 0
+        if engine.kind != "vllm":
+            raise SpecError(f"{field}: is vLLM's max_cpu_loras, and {engine.name} has no such", field)
+        if s.lora_cpu_slots < slots:
+            raise SpecError(f"{field}: {s.lora_cpu_slots} is less than the {slots} slots (serving.lora_slots)", field)
+    _refuse_cache(run, engine, model)
+    if engine.kind != "llama.cpp":
         for name in ("gpu_layers", "flash_attention"):
             if getattr(s, name) is not None:
                 raise SpecError(f"serving.{name}: is llama.cpp's, and {engine.name} has no such", f"serving.{name}")
-    elif s.memory_utilization is not None or s.cache_dtype == "fp8":
-        field = "serving.cache_dtype" if s.cache_dtype == "fp8" else "serving.memory_utilization"
-        raise SpecError(f"{field}: llama.cpp has no such; its caches are fp16, bf16, q8_0 or q4_0", field)
-    if s.cache_dtype in BLOCKS_OF_32 and s.flash_attention is False:
+    elif s.memory_utilization is not None:
+        field = "serving.memory_utilization"
+        raise SpecError(f"{field}: llama.cpp has no such; it takes what it needs of a card", field)
+
+
+EIGHT_BITS = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn")
+
+
+def _refuse_cache(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
+    """Raise SpecError for a format of keys and values that the engine, the card or the model's layers do not have."""
+    s, field = run.serving, "serving.cache_dtype"
+    if s.cache_dtype in (None, "auto"):
+        return
+    kept = cache_format(s.cache_dtype)
+    if engine.name not in kept.engines:
+        raise SpecError(
+            f"{field}: {engine.name} has no {kept.name}; its caches are auto, {', '.join(formats_of(engine.name))}",
+            field,
+        )
+    if kept.numbers > 1 and engine.kind == "llama.cpp" and s.flash_attention is False:
         raise SpecError(
             "serving.flash_attention: llama.cpp quantises values only with flash attention", "serving.flash_attention"
+        )
+    if not kept.latent and _latent(model):
+        raise SpecError(f"{field}: {engine.title} stores no latent in {kept.name}; bf16 or fp8", field)
+    capability = find_gpu(run.gpu).compute_capability if run.gpu is not None else None
+    if capability is not None and capability < divmod(kept.capability, 10):
+        raise SpecError(
+            f"{field}: {kept.name} needs compute capability {kept.capability / 10:g}, and {run.gpu} has "
+            f"{'.'.join(map(str, capability))}",
+            field,
         )
 
 

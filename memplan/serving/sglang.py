@@ -6,8 +6,10 @@ mem_cache/kv_cache_configurator.py _profile_available_bytes and _handle_max_mamb
 
 from __future__ import annotations
 
-from memplan.catalogue.caches import CONVOLUTION, LayerCache, caches
+from memplan.catalogue.caches import CONVOLUTION, LayerCache
 from memplan.errors import SpecError
+from memplan.models import ModelSpec
+from memplan.serving.parallel import Ranks, each
 from memplan.serving.pool import Tokens
 from memplan.serving.settings import Settings
 from memplan.units import GIB, ITEMSIZE, MIB
@@ -16,16 +18,32 @@ _FP8_LATENT, _FP8_INDEX = 656, 4
 _STATES_A_REQUEST = 3  # with a radix cache: mem_cache/kv_cache_configurator.py _calculate_mamba_ratio
 
 
-def static_fraction(total: int, chunk: int, graphs: int, tp: int, latent: bool, captures: bool) -> float:
+def static_fraction(total: int, chunk: int, graphs: int, ranks: Ranks, latent: bool, captures: bool) -> float:
     """The share of a card's bytes for weights and pools: what is left after an allowance in MiB for activations of a
-    chunk of tokens, and for graphs of up to so many requests."""
-    reserved = 512 + 1.5 * max(chunk, 2048) + tp / 8 * 1024
+    chunk of tokens, for graphs of up to so many requests, and for what attention that is data parallel pads."""
+    reserved = 512 + 1.5 * max(chunk, 2048) + ranks.tp * ranks.sharing * ranks.pp / 8 * 1024
     if captures:
         reserved += 2 * graphs + (1.5 * 1024 if latent else 8 * prefill_graphs(chunk))
+    if ranks.sharing > 1:
+        reserved += graphs * ranks.sharing * (4.5 if graphs > 300 else 3)
     if total > 60 * GIB:
         reserved = max(reserved, 10 * 1024)
     mib = total / MIB
     return round((mib - reserved) / mib, 3)
+
+
+def seeing(model: ModelSpec) -> float:
+    """What a tower leaves of that share: less the larger it is. Source: arg_groups/memory_hook.py
+    adjust_mem_fraction_for_vlm, which reads `num_hidden_layers` and `hidden_size` of the tower's config and has 24 and
+    1,024 where there are none."""
+    tower = model.part("vision_config")
+    if not tower:
+        return 1.0
+    layers, hidden = tower.get("num_hidden_layers", 24), tower.get("hidden_size", 1024)
+    if not isinstance(layers, int) or not isinstance(hidden, int):
+        layers, hidden = 24, 1024
+    more = layers * hidden**2 / (24 * 1024**2) - 1
+    return 0.95 * max(0.8, min(1.05, 1 - 0.1 * more))
 
 
 def prefill_graphs(tokens: int) -> int:
@@ -38,41 +56,44 @@ def prefill_graphs(tokens: int) -> int:
 
 def pool(s: Settings, available: int) -> Tokens:
     """What `available` bytes on each rank become."""
-    layers = [c for c in caches(s.model) if c.parts]
+    layers = [c for c in s.caches if c.parts]
     full = sum(_token(s, c) for c in layers if c.kind in ("attention", "latent", "chunked"))
     sliding = sum(_token(s, c) for c in layers if c.kind == "sliding")
     window = max((c.window or 0 for c in layers if c.kind == "sliding"), default=0)
-    state = sum(_state(s, c) for c in layers if c.kind == "state")
-    if not full and not sliding:
-        raise SpecError(f"model: {s.model.model_type} keeps no keys, which is not supported yet", "model")
+    state = max(sum(_state(one, c) for c in one.caches if c.kind == "state") for one in each(s))
     if state and "state_share" not in s.words:
         raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
+    if s.model.part("vision_config"):  # for what the tower has made. Source: mm_runtime_reservation_gb
+        available -= s.words.get("pictures_mib", 0) * MIB
     page, available = s.block, max(0, available)
     states = None
     if state:
         share = s.words["state_share"]
-        states = available * share // (1000 + share) // state
-        available -= states * state
+        states = max(0, available * share // (1000 + share) // state - 1)  # one more pads
+        available = max(0, available - (states + 1) * state)
+    per_request = _STATES_A_REQUEST if s.serving.prefix_caching else 1
+    if not full and not sliding:  # as many tokens as the longest request, which take nothing
+        return Tokens(s.longest, 0, page, states=states, state_bytes=state, per_request=per_request)
     if not s.serving.hybrid_cache:
         full, sliding = full + sliding, 0
     if full and sliding:
         share = s.words["window_share"]
         slots = available * 1000 // (1000 * full + share * sliding) // page * page
         windowed = slots * share // 1000 // page * page
-        return Tokens(slots, full, page, windowed, sliding, window, states, state, _STATES_A_REQUEST)
+        return Tokens(slots, full, page, windowed, sliding, window, states, state, per_request)
     slots = available // (full or sliding) // page * page
     if full:
-        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=_STATES_A_REQUEST)
-    return Tokens(0, 0, page, slots, sliding, window, states, state, _STATES_A_REQUEST)
+        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=per_request)
+    return Tokens(0, 0, page, slots, sliding, window, states, state, per_request)
 
 
 def _token(s: Settings, c: LayerCache) -> int:
     """A token in one layer on one rank."""
     index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
     kept = [p for p in c.parts if p.name != "index keys"]
-    if index and c.kind == "latent" and s.cache_dtype == "fp8":
+    if index and c.kind == "latent" and s.packed:
         return _FP8_LATENT + index
-    return sum(s.cache_bytes(p.on(s.tp)) for p in kept) + index
+    return sum(s.cache_bytes(p) for p in kept) + index
 
 
 def _state(s: Settings, c: LayerCache) -> int:

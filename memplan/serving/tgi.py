@@ -1,6 +1,9 @@
 """Text Generation Inference's pool: tokens of every layer, in what is left after a prompt's pass.
 
-Only what is public was used; see the engine's rows.
+Its warm-up reads the longest prompts into a cache of their own, and gives 0.9 of what is free after that to the pool,
+beside as many tokens as those had: `memplan.serving.budget`.
+
+Source: text-generation-inference server/text_generation_server/models/flash_causal_lm.py FlashCausalLM.warmup.
 """
 
 from __future__ import annotations

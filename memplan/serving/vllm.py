@@ -33,36 +33,43 @@ def pool(s: Settings, available: int) -> Blocks:
     return Blocks(
         groups,
         max(0, available) // block_bytes(groups),
-        s.words["in_flight"] * s.steps,
+        _in_flight(s) * s.steps,
         s.longest,
         s.words["group_tokens"],
         int(s.words["null_block"]),
     )
 
 
+def _in_flight(s: Settings) -> int:
+    """Steps under way at once: one for every stage, and one more where the next is scheduled ahead; 0.11 counts one."""
+    steps = int(s.words["in_flight"])
+    return steps if steps == 1 else s.ranks.pp - 1 + steps
+
+
 def groups_of(s: Settings) -> tuple[Group, ...]:
-    """The groups of layers, with the tokens and bytes of their blocks.
+    """The groups of layers, with the tokens and bytes of their blocks, and how many of them the stage has. Groups are
+    those of the whole model.
 
     Raises SpecError for a model whose caches the version does not lay out together, or that has none.
     """
-    layers = [c for c in caches(s.model) if c.parts]
+    every = caches(s.model)
+    layers = [c for c in every if c.parts]
+    here = [s.stage.first <= i < s.stage.last for i, c in enumerate(every) if c.parts]
     kinds = [_kind(s, c) for c in layers]
     if not s.serving.hybrid_cache and len(set(kinds)) > 1:
         kinds = [k._replace(kind="full", window=0) if k.kind in ("sliding", "chunked") else k for k in kinds]
     attention = [k for k in kinds if k.kind != "state"]
-    if not attention:
-        raise SpecError(f"model: {s.model.model_type} keeps no keys, which is not supported yet with vLLM", "model")
     states = [k for k in kinds if k.kind == "state"]
     block = s.block
-    if states:
+    if states and attention:
         per_token = max(k.page for k in attention)
         block = _aligned(s, max(k.page for k in states), per_token)
     made = [_group(s, k, block, states=2 if s.serving.prefix_caching else 1) for k in kinds]
     whole = {(g.kind, g.window) for g in made}
     if len(whole) == 1:  # one table for all, whatever the widths of their heads
-        page = sum(g.page for g in made)
+        page = sum(g.page for g, mine in zip(made, here, strict=True) if mine)
         return (made[0]._replace(layers=1, page=page, own=page),)
-    return _equal(_one_size(s, made))
+    return _equal(_one_size(s, made), here)
 
 
 def _kind(s: Settings, c: LayerCache) -> _Kind:
@@ -96,10 +103,10 @@ def _token_bytes(s: Settings, c: LayerCache) -> int:
     """A token in one layer on one rank."""
     index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
     kept = [p for p in c.parts if p.name != "index keys"]
-    packed = s.cache_dtype == "fp8" or (s.words["packs_latents"] and s.serving.cache_dtype == "auto")
+    packed = s.packed or (s.words["packs_latents"] and s.serving.cache_dtype == "auto")
     if index and c.kind == "latent" and packed:
         return _FP8_LATENT + index
-    return sum(s.cache_bytes(p.on(s.tp)) for p in kept) + index
+    return sum(s.cache_bytes(p) for p in kept) + index
 
 
 def _aligned(s: Settings, state: int, per_token: int) -> int:
@@ -135,15 +142,20 @@ def _one_size(s: Settings, made: list[Group]) -> list[Group]:
     return out
 
 
-def _equal(made: list[Group]) -> tuple[Group, ...]:
+def _equal(made: list[Group], here: list[bool]) -> tuple[Group, ...]:
     """Groups of equally many layers: the fewest that a kind has, or the most, where that is less than half as many
-    again. The last group of a kind may be short of some."""
-    kinds: dict[Group, int] = {}
-    for g in made:
-        kinds[g] = kinds.get(g, 0) + 1
-    fewest, most = min(kinds.values()), max(kinds.values())
+    again. The last group of a kind may be short of some. Of n groups each has every n-th layer of its kind, so that the
+    stages of a pipeline have as many of each."""
+    kinds: dict[Group, list[bool]] = {}
+    for g, mine in zip(made, here, strict=True):
+        kinds.setdefault(g, []).append(mine)
+    fewest, most = min(map(len, kinds.values())), max(map(len, kinds.values()))
     size = most if most < fewest * 1.5 else fewest
-    return tuple(g._replace(layers=size) for g, count in kinds.items() for _ in range(-(-count // size)))
+    found: list[Group] = []
+    for g, layers in kinds.items():
+        groups = -(-len(layers) // size)
+        found += [g._replace(layers=size if all(here) else sum(layers[i::groups])) for i in range(groups)]
+    return tuple(found)
 
 
 def requested(s: Settings, total: int) -> int:

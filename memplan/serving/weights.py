@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 from memplan.catalogue.repacked import Kernel, mxfp4_kernel
+from memplan.models import ModelSpec
 from memplan.schemes import FIELD
+from memplan.serving.adapters import slot
+from memplan.serving.pictures import VIDEOS, seen
 from memplan.serving.settings import Settings
+from memplan.serving.shares import here, of_rank
 from memplan.stored import StoredWeight, stored_weights
 from memplan.units import ITEMSIZE
 
-# Projections to a latent, and an indexer's, which every rank computes whole.
-_WHOLE = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj", "indexer", "wk", "wq_b", "weights_proj"))
-_FUSED = frozenset(("qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack", "wqkv", "qkv"))
-_KEYS = frozenset(("k_proj", "v_proj"))
-_POSITIONS = frozenset(("wpe", "embed_positions", "position_embeddings", "position_embedding"))
 # Families without rotary positions, which have no table of them.
 _NOT_ROTATED = frozenset(
     (
@@ -29,7 +27,6 @@ _NOT_ROTATED = frozenset(
     )
 )
 MXFP4_GROUP = 32  # numbers that share a scale
-_ROUNDED = 64  # rows that a table of tokens is rounded up to
 
 
 class Held(NamedTuple):
@@ -46,11 +43,11 @@ class Held(NamedTuple):
 
 @lru_cache(maxsize=256)
 def held(s: Settings) -> tuple[Held, ...]:
-    """What one rank has of the weights, by group and dtype; llama.cpp's, of the layers in the card's memory."""
+    """What one card has of the weights, by group and dtype."""
     found: dict[tuple[str, str, str, str], list[int]] = {}
     kernel = kernel_of(s)
     for w in stored_weights(s.model, s.quantization, s.dtype):
-        if s.engine.kind == "llama.cpp" and not _on_card(s, w):
+        if not here(s, w):
             continue
         bytes_, source = w.bytes if s.engine.kind == "llama.cpp" else of_rank(s, w), w.source
         if kernel is not None and ".experts." in w.name:
@@ -62,46 +59,10 @@ def held(s: Settings) -> tuple[Held, ...]:
         Held(_NAMES.get(group, group), group, count, dtype, bytes_, source, basis)
         for (group, dtype, source, basis), (count, bytes_) in found.items()
     ]
-    return (*out, *_tables(s), *_adapters(s))
+    return (*out, *_tables(s), *_adapters(s), *_runner(s))
 
 
 _NAMES = {"embedding": "embeddings", "norm": "norms", "lm_head": "head", "router": "routers"}
-
-
-def _layer(name: str) -> int | None:
-    """The number of the layer that a weight is of."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _on_card(s: Settings, w: StoredWeight) -> bool:
-    """Of llama.cpp: layers from the last, after the head; embeddings stay with the host, but a tied table is there
-    twice."""
-    from memplan.serving.llama_cpp import offloaded
-
-    layer = _layer(w.name)
-    if layer is not None:
-        return layer >= s.model.num_hidden_layers - offloaded(s)
-    if w.group == "embedding":
-        return s.model.tie_word_embeddings and (s.serving.gpu_layers or 0) > 0
-    return (s.serving.gpu_layers or 0) > 0
-
-
-def of_rank(s: Settings, w: StoredWeight) -> int:
-    """Bytes of a tensor on one of the ranks."""
-    words, tp = frozenset(w.name.split(".")), s.tp
-    if w.group in ("embedding", "lm_head") and not words & _POSITIONS and len(w.shape) == 2:
-        rows = w.shape[0]
-        each = w.bytes // rows if w.bytes % rows == 0 else None
-        if each is not None and rows == s.model.vocab_size:
-            return -(-rows // _ROUNDED) * _ROUNDED * each // tp
-    if tp == 1 or len(w.shape) < 2 or w.group in ("norm", "router") or words & _WHOLE or words & _POSITIONS:
-        return w.bytes
-    a, k = s.model.num_attention_heads, s.model.num_key_value_heads
-    if words & _KEYS:
-        return w.bytes * -(-k // tp) // k
-    if words & _FUSED:
-        return w.bytes * (a // tp + 2 * -(-k // tp)) // (a + 2 * k)
-    return -(-w.bytes // tp)
 
 
 def kernel_of(s: Settings) -> Kernel | None:
@@ -117,14 +78,15 @@ def kernel_of(s: Settings) -> Kernel | None:
 def _repacked(s: Settings, kernel: Kernel, w: StoredWeight) -> int:
     """Bytes on a rank of one tensor of a layer's experts, padded as the kernel has it: numbers, scales, or biases."""
     axes = s.model.axes()
-    blocks = -(-axes["m"] // (MXFP4_GROUP * s.tp))  # of 32 numbers, which a rank has whole
+    blocks = -(-axes["m"] // (MXFP4_GROUP * s.ranks.etp))  # of 32 numbers, which a rank has whole
     width, hidden = _up(blocks * MXFP4_GROUP, kernel.width), _up(axes["h"], kernel.hidden)
     out, into = (2 * width, hidden) if "gate_up" in w.name else (hidden, width)
+    experts = -(-axes["E"] // s.ranks.ep)
     if w.name.endswith("bias"):
-        return axes["E"] * out * ITEMSIZE[kernel.bias]
+        return experts * out * ITEMSIZE[kernel.bias]
     if w.part.endswith(("scale", "scales")):
-        return axes["E"] * _up(out, kernel.rows) * _up(into // MXFP4_GROUP, kernel.columns)
-    return axes["E"] * out * into // 2
+        return experts * _up(out, kernel.rows) * _up(into // MXFP4_GROUP, kernel.columns)
+    return experts * out * into // 2
 
 
 def _up(n: int, multiple: int) -> int:
@@ -137,21 +99,68 @@ def _tables(s: Settings) -> Iterator[Held]:
         return
     axes = s.model.axes()
     width = axes["klr"] - axes["kl"] if "kl" in axes else s.model.rotary_width
-    bytes_ = s.model.max_position_embeddings * width * ITEMSIZE[s.dtype]
-    source = "vllm 0.33.0 model_executor/layers/rotary_embedding/base.py RotaryEmbedding.cos_sin_cache"
-    yield Held("cosines and sines of positions", "buffer", 1, s.dtype, bytes_, source)
+    tables = tuple(_positions(s.model))
+    source = "vllm 0.33.0 model_executor/layers/rotary_embedding/base.py RotaryEmbedding.cos_sin_cache, and those of it"
+    bytes_ = sum(tables) * width * ITEMSIZE[s.dtype]
+    yield Held("cosines and sines of positions", "buffer", len(tables), s.dtype, bytes_, source)
+
+
+def _positions(model: ModelSpec) -> Iterator[int]:
+    """Rows of each table: of as many positions as there are, four times as many where images have positions in three
+    dimensions (mrope.py), and of all that a linear scaling makes of them (linear_scaling_rope.py); where layers with a
+    window rotate otherwise they have a table of their own."""
+    rows = model.max_position_embeddings or 0
+    if model.model_type in VIDEOS:
+        rows *= 4
+    scaling: Mapping[str, Any] = model.config.get("rope_scaling") or {}
+    factor: object = scaling.get("factor", 1)
+    linear = "linear" in (scaling.get("rope_type"), scaling.get("type"))
+    yield int(rows * factor) if linear and isinstance(factor, (int, float)) else rows
+    if model.config.get("rope_local_base_freq") is not None:
+        yield rows
+
+
+def _runner(s: Settings) -> Iterator[Held]:
+    """What vLLM's runner makes before it measures a step: rows for every request that may be in one, or every token."""
+    requests, vocabulary = s.serving.max_num_seqs or 1, s.model.vocab_size
+    if s.words.get("runner") == "requests" and s.stage.headed:
+        source = "vllm 0.33.0 v1/worker/gpu/sample"
+        counts = requests * vocabulary * 4
+        yield Held("counts of the tokens of every request", TABLE, 1, "int32", counts, f"{source}/penalties.py")
+        masks = 2 * requests * -(-vocabulary // 32) * 4
+        yield Held("masks of the vocabulary", TABLE, 2, "int32", masks, f"{source}/penalties.py, structured_outputs.py")
+        rows = requests * 4 * (_BIASES + _BAD_WORDS + _LOGPROBS)
+        yield Held("what requests ask of sampling", TABLE, 7, "int32", rows, f"{source}/logit_bias.py, bad_words.py")
+    found = seen(s)
+    if found is not None and s.words.get("runner") == "requests":
+        wide = found.levels * s.steps * s.model.hidden_size * ITEMSIZE[s.dtype]
+        source = "vllm 0.33.0 v1/worker/gpu/mm/encoder_runner.py inputs_embeds, models/qwen3_vl.py"
+        yield Held("embeddings of a step", TABLE, found.levels, s.dtype, wide, source)
+    if s.words.get("runner") == "tokens":
+        source = "vllm 0.11.0 v1/worker/gpu_model_runner.py inputs_embeds, block_table.py"
+        wide = s.steps * s.model.hidden_size * ITEMSIZE[s.dtype]
+        yield Held("embeddings of a step", TABLE, 1, s.dtype, wide, source)
+        blocks = requests * -(-s.longest // s.block) * 4
+        yield Held("tables of blocks", TABLE, 1, "int32", blocks, source)
+
+
+TABLE = "table"  # the group of what a runner has for requests
+_BIASES, _BAD_WORDS, _LOGPROBS = 3 * 1024 + 128, 1024 + 128 + 1, 128  # MAX_NUM_..., VLLM_MAX_NUM_BAD_WORDS and alike
 
 
 def _adapters(s: Settings) -> Iterator[Held]:
-    """Slots of adapters: A and B of the largest rank for every matrix of the layers."""
-    slots, rank = s.serving.lora_slots or 0, s.serving.lora_rank or 0
-    if not slots:
-        return
-    count = numbers = 0
-    for w in {w.name: w for w in stored_weights(s.model, None, s.dtype)}.values():
-        if w.group in ("attention", "mixer", "mlp") and len(w.shape) >= 2 and _layer(w.name) is not None:
-            *many, out, into = w.shape
-            numbers += prod(many) * slots * rank * (into + -(-out // s.tp))
-            count += 2
-    source = "vllm 0.33.0 lora/layers/base_linear.py create_lora_weights: A whole and B divided on every rank"
-    yield Held(f"slots for {slots} adapters", "adapter", count, s.dtype, numbers * ITEMSIZE[s.dtype], source)
+    """Slots of adapters: A and B of the largest rank for every matrix that takes them."""
+    slots = s.serving.lora_slots or 0
+    if slots and s.serving.lora_rank:
+        source = "vllm 0.33.0 lora/layers create_lora_weights; sglang 0.5.23 lora/mem_pool.py"
+        bytes_ = slots * slot(s) * ITEMSIZE[s.dtype]
+        yield Held(f"slots for {slots} adapters", "adapter", slots, s.dtype, bytes_, source)
+
+
+def host_of_adapters(s: Settings) -> int:
+    """Bytes on the host of adapters that wait there, each of the largest rank. Source: vllm 0.33.0 config/lora.py
+    max_cpu_loras, which is as many as there are slots where nothing is said."""
+    slots = s.serving.lora_slots or 0
+    if s.engine.kind != "vllm" or not slots:
+        return 0
+    return max(s.serving.lora_cpu_slots or slots, slots) * slot(s, divided=False) * ITEMSIZE[s.dtype]

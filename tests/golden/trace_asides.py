@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from memplan.errors import MemplanError
 from memplan.probe.trace import Traced, traces
 from memplan.spec import RunSpec
+from tests.encoders import HEADS, SMALL
 from tests.tiny import TARGETS, TINY
 
 PHASES = ("eval", "generate", "save", "merge")
@@ -56,6 +57,12 @@ LLAMA: tuple[dict[str, Any], ...] = (
     {"precision": {"weights": "fp32"}, "also": {"evaluation": {"micro": 1}, "saving": {}}},
     {"optimizer": "adamw_8bit", "also": {"evaluation": {"micro": 1}, "saving": {}}},
 )
+ENCODERS: tuple[dict[str, Any], ...] = (  # and encoder-decoders, which generate too
+    {"also": {"evaluation": {"micro": 3, "kept_batches": 4}}},
+    {"precision": "amp", "loop": {"trainer": True}, "also": {"evaluation": {"micro": 3, "kept_batches": 4}}},
+    {"method": "lora", "also": {"evaluation": {"micro": 3}}},
+    {"kernels": {"attention": "eager"}, "also": {"evaluation": {"micro": 3}}},
+)
 REAL: tuple[dict[str, Any], ...] = (
     {"model": "qwen2.5-0.5b", "method": "lora", "also": {"evaluation": {"kept_batches": 4}, **MERGES}},
     {"model": "qwen2.5-0.5b", "precision": "amp", "loop": {"trainer": True}, "also": {"evaluation": {"micro": 4}}},
@@ -75,8 +82,21 @@ def runs() -> Iterator[tuple[str, RunSpec]]:
             targets = {"targets": TARGETS[name]} if isinstance(kind, str) and name in TARGETS else {}
             method = {"method": {"kind": kind, **targets}} if targets else {}
             yield name, RunSpec(**{"model": model, "batch": SHORT, "gpu": "a100-sxm-80gb", **fields, **method})
+    yield from encoders()
     for fields in REAL:
         yield fields["model"], RunSpec(**{"gpu": "a100-sxm-80gb", "batch": {"micro": 2, "sequence": 1024}, **fields})
+
+
+def encoders() -> Iterator[tuple[str, RunSpec]]:
+    for name in ("bert", "roberta", "vit", "t5", "flan-t5", "whisper"):
+        source = {} if name in ("vit", "whisper") else {"sequence": 75}
+        target = {"target_sequence": 33} if HEADS[name][0] == "seq2seq_lm" else {}
+        shared = {"model": {"config": SMALL[name]}, "objective": HEADS[name][0], "gpu": "a100-sxm-80gb"}
+        for fields in ENCODERS:
+            run: dict[str, Any] = {**shared, "batch": {"micro": 2, **source, **target}, **fields}
+            yield name, RunSpec(**run)
+            if target and "kept_batches" not in fields["also"]["evaluation"]:
+                yield name, RunSpec(**{**run, "also": {"evaluation": {"micro": 3, "new_tokens": 4}}})
 
 
 # What is known to differ, and why.

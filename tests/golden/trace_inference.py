@@ -5,8 +5,9 @@ python tests/golden/trace_inference.py llama mistral
 
 Every family of tests/tiny.py and tests/tiny_vision.py, or those named, at its small size: a forward pass, and a prompt
 with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters, quantised,
-with other caches, with beams and drawn. Then some cards at their own sizes. Runs that cannot be traced are said on
-standard error.
+with other caches, with beams and drawn. Encoder-decoders (tests/encoders.py) likewise, with each source's beams, and
+mllama with images (`images`). Then some cards at their own sizes, which `real` names alone. Runs that cannot be traced
+are said on standard error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from memplan.errors import MemplanError
 from memplan.probe.trace import Traced, traces
 from memplan.spec import RunSpec
+from tests.encoders import SMALL
 from tests.tiny import TINY
 from tests.tiny_vision import TINY as TOWERS
 
 SHORT = {"micro": 3, "sequence": 75}
+STATIC = {"cache_implementation": "static"}
 RUNS: tuple[dict[str, Any], ...] = (
     {"task": "forward", "batch": SHORT, "loop": {"use_cache": False}},
     {"task": "forward", "batch": SHORT, "loop": {"padded": True, "use_cache": False}},
@@ -40,8 +44,8 @@ MORE: tuple[dict[str, Any], ...] = (
     {"precision": {"weights": "fp32"}},
     {"method": {"kind": "lora"}},
     {"method": {"quantization": {}}},
-    {"generation": {"cache_implementation": "static"}},
-    {"generation": {"cache_implementation": "static"}, "kernels": {"attention": "eager"}},
+    {"generation": STATIC},
+    {"generation": STATIC, "kernels": {"attention": "eager"}},
     {"generation": {"num_beams": 4}},
     {"generation": {"do_sample": True}, "batch": {"micro": 40, "sequence": 5, "new_tokens": 3}},
 )
@@ -69,8 +73,73 @@ REAL: tuple[dict[str, Any], ...] = (
 )
 
 
+OVER = ("t5", "flan-t5", "whisper")  # whose decoders read what an encoder has
+SOURCE: dict[str, dict[str, Any]] = {"t5": {"sequence": 75}, "flan-t5": {"sequence": 75}, "whisper": {}}
+ACROSS: tuple[dict[str, Any], ...] = (
+    *(
+        {
+            "batch": {"micro": micro, "new_tokens": 4},
+            "kernels": {"attention": attention},
+            "precision": weights,
+            "generation": {"num_beams": beams},
+        }
+        for micro, attention, weights, beams in product((1, 3), ("sdpa", "eager"), ("bf16", "fp32"), (1, 4))
+    ),
+    {"batch": {"micro": 3, "new_tokens": 3}, "generation": {"do_sample": True}},
+    {"batch": {"micro": 3, "new_tokens": 3}, "loop": {"padded": True}},
+    {"batch": {"micro": 3, "new_tokens": 3}, "loop": {"padded": True}, "kernels": {"attention": "eager"}},
+    {"batch": {"micro": 3, "new_tokens": 5}, "generation": STATIC},
+    {"batch": {"micro": 3, "new_tokens": 5}, "generation": STATIC, "kernels": {"attention": "eager"}},
+    {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}},
+    {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}, "kernels": {"attention": "eager"}},
+    {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}, "generation": STATIC},
+    {"batch": {"micro": 2, "new_tokens": 4}, "method": {"kind": "lora"}},
+    {"batch": {"micro": 2, "new_tokens": 4}, "method": {"quantization": {}}},
+    {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}},
+    {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "kernels": {"attention": "eager"}},
+    {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "loop": {"use_cache": False}},
+)
+IMAGES = {"micro": 3, "sequence": 75, "new_tokens": 4, "images": 2}
+SEEN: tuple[dict[str, Any], ...] = (  # of mllama, whose layers attend to images beside the tokens
+    *(
+        {"batch": {**IMAGES, "micro": micro, "images": 1}, "precision": weights, "generation": {"num_beams": beams}}
+        for micro, weights, beams in product((1, 3), ("bf16", "fp32"), (1, 4))
+    ),
+    {"batch": IMAGES},
+    {"batch": IMAGES, "kernels": {"attention": "sdpa_efficient"}},
+    {"batch": IMAGES, "generation": {"do_sample": True}},
+    {"batch": IMAGES, "generation": STATIC},
+    {"batch": IMAGES, "loop": {"padded": True}},
+    {"batch": IMAGES, "method": {"kind": "lora"}},
+    {"batch": IMAGES, "method": {"quantization": {}}},
+    {"task": "forward", "batch": {**IMAGES, "new_tokens": 0}},
+    {"task": "forward", "batch": {**IMAGES, "new_tokens": 0}, "loop": {"use_cache": False}},
+)
+REAL_ACROSS: tuple[dict[str, Any], ...] = (
+    {"model": "flan-t5-base", "batch": {"micro": 8, "sequence": 512, "new_tokens": 8}, "generation": {"num_beams": 4}},
+    {"model": "t5-base", "batch": {"micro": 4, "sequence": 1001, "new_tokens": 3}, "kernels": {"attention": "eager"}},
+    {"model": "whisper-large-v3", "batch": {"micro": 4, "new_tokens": 8}, "precision": "fp16"},
+    {"model": "whisper-large-v3-turbo", "batch": {"micro": 16, "new_tokens": 4}, "generation": {"num_beams": 5}},
+    {"model": "llama-3.2-11b-vision", "batch": {"micro": 2, "sequence": 600, "images": 1, "new_tokens": 4}},
+)
+
+
 def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
-    for name in names or (*TINY, *TOWERS):
+    yield from decoders(names)
+    for name in (name for name in OVER if not names or name in names):
+        for fields in ACROSS:
+            batch = {**SOURCE[name], **fields["batch"]}
+            shared = {"model": {"config": SMALL[name]}, "task": "generate", "gpu": "a100-sxm-80gb"}
+            yield name, RunSpec(**{**shared, **fields, "batch": batch})
+    for fields in SEEN if not names or "images" in names else ():
+        config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
+        yield "mllama", RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
+    for fields in REAL_ACROSS if not names or "real" in names else ():
+        yield fields["model"], RunSpec(**{"task": "generate", "gpu": "a100-sxm-80gb", **fields})
+
+
+def decoders(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
+    for name in [name for name in names if name in {**TINY, **TOWERS}] or (() if names else (*TINY, *TOWERS)):
         config = {"config": {"model_type": name, **{**TINY, **TOWERS}[name]}}
         plain = {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "gpu": "a100-sxm-80gb"}
         for fields in (*RUNS, *(MORE if name in VARIED else ())):

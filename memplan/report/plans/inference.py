@@ -59,7 +59,8 @@ def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
     yield Text(f"{words.verdict(answer)}{f' ({said})' if said else ''}", f"bold {COLOURS[answer.verdict.answer or '']}")
     yield Pairs(list(_answers(q)))
     if any(choice.answer for choice in q.degrees[1:]):
-        yield Heading("GPUs that divide it by tensor parallelism")
+        layers = answer.run.profile.startswith("llama.cpp")
+        yield Heading("GPUs that its layers lie on" if layers else "GPUs that divide it by tensor parallelism")
         yield _choices("GPUs", q.degrees)
     refused = [f"{choice.name}: {choice.refused}" for choice in q.degrees if choice.refused]
     if refused:
@@ -106,6 +107,7 @@ def _most(most: Most, what: str) -> str:
         "memory": "memory",
         "positions": "the model's positions",
         "max_num_seqs": "the engine's max_num_seqs",
+        "assistant": "transformers generates for one at a time with an assistant",
         "nothing": "nothing: it takes no memory",
     }
     if not most.value:
