@@ -456,7 +456,7 @@ def estimate(
     ] = None,
     new_tokens: Annotated[
         int | None,
-        option("Tokens generated after a prompt of --seq-len. Default 256, with --method generate.", of=GENERATION),
+        option("New tokens after a prompt of --seq-len. Default 256, with --method generate.", of=GENERATION),
     ] = None,
     cache_implementation: Annotated[
         str | None,

@@ -5,16 +5,19 @@ Source: transformers 5.24 generation/utils.py _prepare_cache_for_generation, cac
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.probe.libraries import library, require
+from memplan.errors import ProbeError
+from memplan.probe.libraries import library
 from memplan.probe.streams import Stream
 from memplan.spec import RunSpec
 
-_PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}  # what a quantised cache's backends are in
+# What a quantised cache's backends are in, and what installs that.
+_PACKAGES = {"quanto": ("optimum", "optimum-quanto"), "hqq": ("hqq", "hqq")}
 _done: set[str] = set()
 
 
@@ -46,7 +49,10 @@ def cache_of(run: RunSpec, config: Any, vision: Any = None) -> Any:
     asked = {} if generation.cache_config is None else generation.cache_config.model_dump(exclude_none=True)
     backend = asked.pop("backend", "quanto")
     if backend in _PACKAGES:
-        require(_PACKAGES[backend])
+        package, name = _PACKAGES[backend]
+        if find_spec(package) is None:
+            field = "generation.cache_config.backend"
+            raise ProbeError(f"{field}: {backend} is in {name}, which is not installed; pip install {name}", field)
         _prepare(backend)
     return transformers.QuantizedCache(backend=backend, config=config, **asked)
 
