@@ -485,8 +485,7 @@ kernels that compute nothing, torchtune's and LitGPT's written out.
 TRACED_PASSES = """
 Passes in which nothing trains, of every family that generates, small, and of some cards at their own sizes
 (`tests/golden/trace_inference.py`): forward passes, prompts, and the tokens after them, with caches that grow, that
-have room from the start, and of several beams, with padding, eager attention, adapters and 4-bit weights. The worst
-are of a small Gemma 3n.
+have room from the start, and of several beams, with padding, eager attention, autocast, adapters and 4-bit weights.
 
 """
 

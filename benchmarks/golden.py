@@ -5,7 +5,7 @@ bytes, and the run as a RunSpec; `ranks.jsonl` has those on several GPUs, `megat
 CI, with what they had `beside` what a RunSpec says (`CUBLAS_WORKSPACE_CONFIG=:4096:8` on an A100), `oom.jsonl` and
 `ranks_oom.jsonl` runs that died for want of memory, `not_expressed.jsonl` the published measurements that no RunSpec
 says yet, with the reason. `inference.jsonl` has those in which nothing trains: forward passes and generation; where a
-figure is not of the whole run, it says of which `phase`.
+figure is not of the whole run, it says of which `phase`, and where it is `summed` it is of all GPUs together.
 `other_tools.jsonl` in this folder has what other estimators answer for the same runs.
 """
 
@@ -226,13 +226,18 @@ def ran(row: dict[str, Any]) -> Ran:
         row["measured"],
         phase,
         row["allocated"],
-        phase_peaks(answer)[phase] if phase else answer.bytes.allocated,
+        phase_peaks(answer)[phase] if phase else _of_all(answer) if row.get("summed") else answer.bytes.allocated,
         answer,
         row.get("cause", ""),
         row.get("within", 0.0),
-        SLACK + row["digits"] // 2,
+        SLACK * (max(1, len(answer.ranks)) if row.get("summed") else 1) + row["digits"] // 2,
         row.get("reserved"),
     )
+
+
+def _of_all(answer: Estimate) -> int:
+    """The peaks of all GPUs together."""
+    return sum(rank.bytes.allocated for rank in answer.ranks)
 
 
 @cache

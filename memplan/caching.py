@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memplan.catalogue.caches import LayerCache, caches
-from memplan.catalogue.decoding import Cache
+from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, Cache
 from memplan.catalogue.quantized_caches import AXES, NBITS, Stored
 from memplan.errors import SpecError
 from memplan.families.gemma import REUSED
 from memplan.models import ModelSpec
-from memplan.spec import Batch, CacheConfig, Generation
+from memplan.spec import Batch, CacheConfig, Generation, RunSpec
 
 _KIND = "generation.cache_implementation"
 _CONFIG = "generation.cache_config"
@@ -96,7 +96,7 @@ def stored_of(generation: Generation, model: ModelSpec, batch: Batch) -> Stored 
     return how
 
 
-def refuse_cache(generation: Generation, model: ModelSpec, batch: Batch) -> None:
+def refuse_cache(run: RunSpec, generation: Generation, model: ModelSpec, batch: Batch) -> None:
     """Raise SpecError for a cache that transformers, or memplan yet, does not keep of the model's layers, or does not
     fill in parts."""
     name, kind = model.name or model.model_type, kind_of(generation)
@@ -112,6 +112,9 @@ def refuse_cache(generation: Generation, model: ModelSpec, batch: Batch) -> None
             ("an encoder-decoder", model.is_encoder_decoder),
             ("a model that attends to images apart", crosses),
             ("tokens that are proposed", generation.assisted),
+            ("several GPUs", run.parallelism.world > 1),
+            ("autocast", run.precision.autocast),
+            ("code that is published with the weights", model.model_type in CACHED_BY_ITS_CODE),
         )
         for what, there in others:
             if there:

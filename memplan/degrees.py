@@ -70,7 +70,7 @@ def degrees_of(p: Parallelism, style: str) -> Degrees:
 def check_product(p: Parallelism) -> SpecError | None:
     """The error of a world that is not the product of its degrees, naming every one."""
     product = p.dp * p.tp * p.pp * p.cp
-    if p.world == product:
+    if p.world == product or (product == 1 and p.device_map is not None):  # which is on all of them
         return None
     field = "parallelism.world" if p.world > 1 else "parallelism.dp"
     degrees = " x ".join(f"{name} {getattr(p, name)}" for name in ("dp", "tp", "pp", "cp"))

@@ -85,28 +85,32 @@ def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelS
 
 def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -> Estimate:
     """The answer for a run in which nothing trains."""
-    walked = inference.walk(decided, run.loop.expandable_segments)
+    expandable = run.loop.expandable_segments
+    walked = inference.worst(decided, run.parallelism.stage, expandable)
     phases = walked.phases
     top = max(phases, key=lambda phase: phase.peak)
     model = decided.structure.graph.model
     note = check_batch(decided.batch, model)
     calibration = calibration_of(decided.gpu, calibration)
-    replay = inference.replay(walked, run.loop.expandable_segments)
-    in_host = walked.host_bytes
-    beside = around_of(decided.gpu, decided.communicators, calibration)
+    in_host = walked.host + walked.host_bytes
+    parts = {**decided.parts, "objective": model.objective}
+    placed = walked.decided.structure.graph.placed
+    if placed is not None:
+        device_map = run.parallelism.device_map or "auto"
+        parts["parallelism"] = run.parallelism.model_copy(update={"stage": placed.card, "device_map": device_map})
     return Estimate(
         run,
-        {**decided.parts, "objective": model.objective},
+        parts,
         Parameters(*inference.counted(walked.graph)),
-        Usage(replay, walked.parameters, phases[0].peak, top.peak, decided.gpu, beside),
-        Card(decided.gpu.name, decided.gpu.usable, 1) if decided.gpu else None,
+        inference.usage_of(walked, expandable, calibration),
+        Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(phases),
         in_host,
         (*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())),
-        inference.Engine(walked, top.phase),
+        inference.Engine(walked, top.phase, expandable, calibration),
         calibration,
-        host=Host(1, (HostPhase("decode", in_host, in_host, 0),)) if in_host else None,
+        host=Host(1, (HostPhase("decode", in_host, in_host, 0),)) if walked.host_bytes else None,
     )
 
 

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from memplan.batches import axes_of_images, lengths
 from memplan.caching import decided_cache, kind_of, refuse_cache, stored_of
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
-from memplan.catalogue.decoding import NOT_YET, SUPPRESSES, Loaded, Pass, keeping
+from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, NOT_YET, SUPPRESSES, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.methods import ADAPTERS, Recipe
 from memplan.catalogue.packed import BACKENDS
 from memplan.catalogue.profiles import decided, find_profile
 from memplan.catalogue.running import MADE_WHEN_LOADED, RUNS, Running
+from memplan.catalogue.tensor_parallel import check
 from memplan.checkpoint import notes as stored_notes
+from memplan.communicators import communicators
+from memplan.degrees import WHOLE, Degrees, degrees_of
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
 from memplan.inference import looks_across, over_source
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes
+from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, published_code_note
+from memplan.placing import placed_in_sequence, placed_on
 from memplan.prequantized import served
 from memplan.program import Structure
 from memplan.recipes import quantised, recipe_of
-from memplan.refusals import refuse_of_inference, refuse_parts
-from memplan.resolve import Decided, check_classes, with_new_tokens, with_use_cache
+from memplan.refusals import refuse_of_inference, refuse_parts, refuse_parts_of_matrices
+from memplan.resolve import Decided, adapted_experts, check_classes, with_new_tokens, with_use_cache
 from memplan.running import note_of, running_of
-from memplan.spec import Generation, Method, Part, Precision, Quantization, RunSpec
+from memplan.spec import Generation, Kernels, Method, Optimizer, Part, Precision, Quantization, RunSpec
+from memplan.units import ITEMSIZE
 
 
 def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
@@ -87,6 +93,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     method = _quantised(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
     kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
     refuse_parts(method, run.precision, run.optimizer, kernels, runs=tuple(RUNS) if running is not None else ())
+    degrees = _degrees(run, model, method, kernels, precision, words)
     notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
     notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *over.notes, *kernel_notes(model)]
     recipe, more = _recipe(model, method, precision, str(words["code"]), over.as_stored, running)
@@ -110,6 +117,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         records=False,
         caching=caches or words["forward_caches"],
         last_only=generates and words["last_logits"] and not model.is_encoder_decoder,
+        generates=generates,
     )
     generation = decided_cache(run.generation, words, run.profile) if generates else run.generation
     if model.is_encoder_decoder and generation.cache_implementation == "legacy":
@@ -118,18 +126,14 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "supported: dynamic, static",
             "generation.cache_implementation",
         )
-    if generation.do_sample and generation.num_beams > 1:
-        raise SpecError(
-            "generation.do_sample: with several beams is not supported yet; say one", "generation.do_sample"
-        )
     if generates:
-        refuse_cache(generation, model, batch)
+        refuse_cache(run, generation, model, batch)
     stored = stored_of(generation, model, batch)
     now = Pass(
         "prefill" if generates else "forward",
         kind_of(generation) or ("dynamic" if wiring.caching else ""),
         words["last_logits"] and not model.is_encoder_decoder,
-        words["logits"] == "model",
+        words["logits"] == "model" or (generates and words["wide_logits"]),
         wiring.has_mask(),
         windowed and read > (window or 0),
         words["few_rows"],
@@ -137,6 +141,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         generation.do_sample,
         generates and model.is_encoder_decoder,
         generates and model.model_type in SUPPRESSES,
+        around=generates and precision.autocast,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
         stored=stored,
         switches=generates and words["experts"] == "stacked",
@@ -153,8 +158,18 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         rank=method.rank,
         trainable_layers=0,
         code=words["code"],
+        degrees=degrees,
         inference=now,
     )
+    if run.parallelism.pp > 1 or run.parallelism.device_map is not None:
+        if words["code"] == "litgpt":
+            placed, more = placed_in_sequence(graph, run.parallelism)
+            if recipe.weights != "fp32":  # which its caches are made in
+                graph = graph._replace(inference=now._replace(made="fp32"))
+        else:
+            placed, more = placed_on(graph, run.parallelism, gpu, words["device_map"] == "largest")
+        notes += more
+        graph = graph._replace(placed=placed._replace(card=run.parallelism.stage or 0))
     if caches and not generates and not caches_all(graph):
         notes.append(f"the cache that {model.model_type} returns is not counted whole: say loop.use_cache false")
     if generates and not caches_all(graph):
@@ -164,6 +179,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
             "kernels.attention",
         )
     notes += expert_notes(graph, capability)
+    if generates and model.model_type in CACHED_BY_ITS_CODE:
+        notes.append(published_code_note(model.model_type))
     parts: dict[str, Part] = {
         "method": method,
         "precision": precision,
@@ -184,6 +201,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tuple(notes),
         parts,
         tuple(pictures),
+        communicators(run.parallelism) if degrees.tp > 1 else (),
         beams=generation.num_beams,
         part=generation.prefill_chunk_size or 0,
     )
@@ -200,8 +218,29 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     )
 
 
+def _degrees(
+    run: RunSpec,
+    model: ModelSpec,
+    method: Method,
+    kernels: Kernels,
+    precision: Precision,
+    words: Mapping[str, Any],
+) -> Degrees:
+    """Which part of each matrix a rank has. Raises SpecError for what ranks that divide them cannot run."""
+    p = run.parallelism
+    if p.tp == 1:
+        return WHOLE
+    untrained, plain = Optimizer(name="none"), kernels.model_copy(update={"loss": "hf"})
+    style = words["tensor_parallel"]
+    refuse_parts_of_matrices(p, method, precision, untrained, plain, run.profile, style, own=False, trains=False)
+    degrees = degrees_of(p, style)
+    check(model, degrees, ITEMSIZE[precision.weights], adapted_experts(model, method))
+    return degrees._replace(etp=1)
+
+
 def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
+    graph = graph._replace(placed=None)
     now = graph.inference
     if now is not None and now.cache.startswith("offloaded"):  # none is left on the card
         graph = graph._replace(inference=now._replace(cache="static" if now.static else "dynamic"))
@@ -215,7 +254,8 @@ def caches_all(graph: Graph) -> bool:
 
 
 def _precision(p: Precision) -> Precision:
-    return p.model_copy(update={"compute": p.compute or p.weights})
+    compute = p.compute or ("bf16" if p.autocast and p.weights == "fp32" else p.weights)
+    return p.model_copy(update={"compute": compute})
 
 
 def _stores_head(method: Method, awq: bool) -> bool:
@@ -255,7 +295,13 @@ def _recipe(
     if method.kind in ADAPTERS:
         recipe, notes = recipe_of(model, method, precision, code, stored)
         return recipe._replace(dropout=False), [note for note in notes if not note.startswith("LLM.int8")]
-    bare = Recipe("full", precision.weights, str(precision.compute), library="peft" if code == "transformers" else code)
+    bare = Recipe(
+        "full",
+        precision.weights,
+        str(precision.compute),
+        precision.autocast,
+        library="peft" if code == "transformers" else code,
+    )
     bare = bare._replace(copies=method.quantization is None or method.quantization.format in ("nf4", "fp4"))
     if method.quantization is None and running is not None:  # whole, once it is loaded
         return bare._replace(kind="stored", skip=running.skip, running=running, packed=True), []

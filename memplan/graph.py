@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.decoding import Pass, evaluation, inference
+from memplan.catalogue.device_maps import Placed, axis_of, placed
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.offloaded_caches import offloaded
@@ -41,6 +42,7 @@ class Graph(NamedTuple):
     `saves`: whatever autograd saves;
     `degrees` the part of it that one rank computes; `keeps_sent`: what a stage hands on stays until its backward,
     `moves_sent`: it is copied to another GPU of the process; `inference`: the pass it is, where nothing trains;
+    `placed`: where its modules are, on several GPUs of one process or on the host;
     `joined`: gradients are made of what is frozen beside adapters in a block, as they lie in one flat parameter.
     """
 
@@ -69,6 +71,7 @@ class Graph(NamedTuple):
     moves_sent: bool = False
     inference: Pass | None = None
     joined: bool = False
+    placed: Placed | None = None
 
 
 class Held(NamedTuple):
@@ -114,7 +117,7 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.joined:
         stack = stack._replace(runs=tuple(r._replace(blocks=tuple(map(_joined, r.blocks))) for r in stack.runs))
     if degrees.tp > 1:
-        stack = tensor_parallel.divide(stack, model.model_type, degrees)
+        stack = tensor_parallel.divide(stack, model.model_type, degrees, records=graph.inference is None)
     own = model.model_type == megatron.KIND
     if degrees.ep > 1 and not own:
         stack = expert_parallel.divide(stack, degrees)
@@ -138,9 +141,9 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         if graph.inference.unpacks:
             stack = unpacked(stack, backend)
         stack = inference(stack, graph.inference)
-        return (
-            offloaded(stack, axes, recipe.compute) if graph.inference.cache.startswith("offloaded") else (stack, axes)
-        )
+        if graph.inference.cache.startswith("offloaded"):
+            return offloaded(stack, axes, recipe.compute)
+        return (stack, axes) if graph.placed is None else placed(stack, axes, graph.placed)
     stack = losses.attach(
         stack,
         graph.loss,
@@ -310,19 +313,49 @@ def _recorded(
     return record(stack, depth, **ways, grads_exist=exist, updates=dict(updates), division=division, late=late)
 
 
-@lru_cache(maxsize=128)
 def inferred(graph: Graph, labelled: bool = False, division: Division | None = None) -> Lowered:
     """The moments of a pass of inference; `division`: the weights are divided among ranks."""
+    return _inferred(_of_any_card(graph), labelled, division)
+
+
+def _of_any_card(graph: Graph) -> Graph:
+    """The graph as it is lowered for all GPUs that its modules are on."""
+    return graph if graph.placed is None else graph._replace(placed=graph.placed._replace(card=0))
+
+
+@lru_cache(maxsize=128)
+def _inferred(graph: Graph, labelled: bool, division: Division | None) -> Lowered:
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
-    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division)
+    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division, _casts(graph))
+
+
+def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
+    """The allocations and frees of a pass of inference, in order."""
+    return _recorded_inference(graph, division) if graph.placed is None else _recorded_on_card(graph, division)
 
 
 @lru_cache(maxsize=64)
-def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
-    """The allocations and frees of a pass of inference, in order."""
+def _recorded_on_card(graph: Graph, division: Division | None) -> Recorded:
+    """What of a pass is allocated and freed on the GPU that is asked about."""
+    assert graph.placed is not None
+    recording = _recorded_inference(_of_any_card(graph), division)
+    here = axis_of(graph.placed.card)
+    there = {key for key, size_ in enumerate(recording.sizes) if size_[0].split()[:1] != [here]}
+    gone = {number for number, key in recording.events if key in there}
+    return recording._replace(events=tuple(event for event in recording.events if event[0] not in gone))
+
+
+@lru_cache(maxsize=64)
+def _recorded_inference(graph: Graph, division: Division | None) -> Recorded:
     stack, depth = _stack(graph)
-    return record_inference(stack, depth, _ways(graph)["autocast"], division)
+    return record_inference(stack, depth, _ways(graph)["autocast"], division, _casts(graph))
+
+
+def _casts(graph: Graph) -> str:
+    """Where autocast stands around all passes of a generation, it keeps its casts of weights from the prompt's on."""
+    now = graph.inference
+    return "" if now is None or not now.around else "there" if now.decodes else "made"
 
 
 @lru_cache(maxsize=64)
@@ -554,6 +587,8 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
 
     numbers = itertools.count()
     weights = list(in_order(graph, by_name=graph.recipe.running is not None))
+    if graph.placed is not None:  # those of this GPU
+        weights = [w for w in weights if sizes(w)[0]]
     widened, how = "fp32" if graph.recipe.preparation else "", graph.recipe.running
     packed: list[tuple[Weight, list[int]]] = []  # what the first call of the model unpacks
     waiting: list[tuple[int, Weight, str]] = []

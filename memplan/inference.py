@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from memplan.answer import Line, Phase, Rank
+from memplan.answer import Bytes, Line, Peak, Phase, Rank, Verdict
 from memplan.catalogue import offloaded_caches, quantized_caches
-from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.dealing import HOST
+from memplan.catalogue.device_maps import Placed
+from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
 from memplan.catalogue.packed import MANY_ROWS
 from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
 from memplan.engine.lower import Moment
@@ -37,8 +39,10 @@ from memplan.segments import replay_loading
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
 from memplan.units import ITEMSIZE
+from memplan.usage import Usage, around
 
 if TYPE_CHECKING:
+    from memplan.calibration import Calibration
     from memplan.catalogue.decoding import Part
     from memplan.catalogue.quantized_caches import Stored
     from memplan.resolve import Decided
@@ -94,7 +98,7 @@ class Step(NamedTuple):
         return self.graph.inference.phase if self.graph.inference else ""
 
 
-class Peak(NamedTuple):
+class Most(NamedTuple):
     """The most bytes of a pass beside the weights, and the moment they are there at."""
 
     bytes: int
@@ -236,7 +240,8 @@ def _token(graph: Graph, past: int, decided: Decided) -> Step:
         recipe = recipe._replace(copies=False)
     lingers = past == prompt and not (now.last_only or crosses)
     unpacks = bool(many) and rows >= many
-    token = now._replace(phase="decode", longer=longer, lingers=lingers, unpacks=unpacks, batches=now.switches)
+    token = now._replace(phase="decode", longer=longer, lingers=lingers, first=past == prompt, unpacks=unpacks)
+    token = token._replace(batches=now.switches)
     if crosses:
         token = token._replace(room=now.room or (static and prompt == 1))
     quantized = 0
@@ -360,11 +365,11 @@ def live(low: Lowered, moment: Moment, axes: Mapping[str, int], sizes: list[int]
     return sum(sizes[key] * count for key, count in alive(moment, low.runs, axes).items())
 
 
-def most_of(low: Lowered, axes: Mapping[str, int]) -> Peak:
+def most_of(low: Lowered, axes: Mapping[str, int]) -> Most:
     """The most bytes alive at a moment of a pass."""
     sizes = bytes_of(low, axes)
     most = [live(low, moment, axes, sizes) for moment in low.moments]
-    return Peak(max(most), most.index(max(most)))
+    return Most(max(most), most.index(max(most)))
 
 
 class Walked(NamedTuple):
@@ -373,7 +378,7 @@ class Walked(NamedTuple):
     decided: Decided
     steps: tuple[Step, ...]
     axes: tuple[dict[str, int], ...]
-    peaks: tuple[Peak, ...]
+    peaks: tuple[Most, ...]
     parameters: int
     unsplit: int
     loading: int
@@ -393,6 +398,15 @@ class Walked(NamedTuple):
     def resting(self) -> int:
         """What is there throughout all passes."""
         return self.parameters + self.unsplit + self.workspace
+
+    @property
+    def host(self) -> int:
+        """Bytes of weights that are in host memory."""
+        graph = self.steps[0].graph
+        if graph.placed is None:
+            return 0
+        there = graph._replace(placed=graph.placed._replace(card=HOST))
+        return sum(h.bytes * h.copies for h in parameters_of(there))
 
     @property
     def phases(self) -> list[Phase]:
@@ -487,7 +501,7 @@ class Walked(NamedTuple):
                 *(map(_assistants, lines) if self.steps[i].assists else lines),
                 *self._beside(self.steps[i]),
             ]
-        return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+        return sorted((line for line in out if line.bytes), key=lambda line: (-line.bytes, line.where, line.what))
 
     def _beside(self, step: Step) -> Iterator[Line]:
         """What is there beside a pass: what the loop has names for, and the other model's cache."""
@@ -515,7 +529,7 @@ def walk(decided: Decided, expandable: bool = False) -> Walked:
     return Walked(decided, steps, axes, tuple(peaks), resident, unsplit, most, workspace)
 
 
-def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Peak:
+def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Most:
     """The most of a pass, with what is there beside it."""
     most = most_of(inferred(step.graph), numbers)
     return most._replace(bytes=most.bytes + beside_of(step, decided))
@@ -562,6 +576,7 @@ def loaded(graphs: tuple[Graph, ...], expandable: bool) -> tuple[int, int, int]:
 
 def counted(graph: Graph) -> tuple[int, int, int]:
     """The parameters of the model, of which none train, and those that a token meets."""
+    graph = graph._replace(placed=None)
     _, axes = built(graph)
     own = [(w, n) for w, n, _ in graph_weights(graph) if w.group not in ("adapter", "buffer")]
     return sum(elements(w, axes) * n for w, n in own), 0, sum(active(w, axes) * n for w, n in own)
@@ -572,6 +587,8 @@ class Engine(NamedTuple):
 
     walked: Walked
     peak: str
+    expandable: bool = False
+    calibration: Calibration | None = None
 
     def lines(self) -> Iterable[Line]:
         return self.walked.lines(self.peak)
@@ -586,7 +603,76 @@ class Engine(NamedTuple):
                 yield Phase(moment.phase, None, bytes_, moment.where)
 
     def ranks(self) -> Iterable[Rank]:
-        return ()
+        decided = self.walked.decided
+        placed = decided.structure.graph.placed
+        if placed is None or placed.cards == 1:
+            return
+        for one in every_card(decided):
+            card, walked = _placed(one).card, walk(one, self.expandable)
+            usage = usage_of(walked, self.expandable, self.calibration)
+            top = max(walked.phases, key=lambda phase: phase.peak)
+            graph = one.structure.graph
+            _, axes = built(graph)
+            own = (pair for pair in graph_weights(graph) if pair[0].group not in ("adapter", "buffer"))
+            yield Rank(
+                card,
+                sum(place == card for place in placed.layers),
+                sum(elements(w, axes) * n for w, n, _ in own),
+                1,
+                Bytes(usage),
+                Peak(top.phase, top.where),
+                Verdict(usage, decided.gpu.usable if decided.gpu else None),
+            )
+
+
+def every_card(decided: Decided) -> Iterator[Decided]:
+    """The run on each GPU that modules are on."""
+    structure = decided.structure
+    placed = _placed(decided)
+    for card in range(placed.cards):
+        graph = structure.graph._replace(placed=placed._replace(card=card))
+        yield decided._replace(structure=structure._replace(graph=graph))
+
+
+def worst(decided: Decided, stage: int | None, expandable: bool) -> Walked:
+    """The run on the GPU that holds most, or on the one that was asked for."""
+    placed = decided.structure.graph.placed
+    if placed is None or placed.cards == 1 or stage is not None:
+        return walk(decided, expandable)
+    every = [walk(one, expandable) for one in _may_be_worst(decided)]
+    every.sort(key=lambda walked: -max(phase.peak for phase in walked.phases))
+    if decided.gpu is None:
+        return every[0]
+    return max(every, key=lambda walked: _WORSE.index(usage_of(walked, expandable, None).answer or ""))
+
+
+def _may_be_worst(decided: Decided) -> Iterator[Decided]:
+    """The GPUs of which one holds most: of those with layers alone the one with the most of them, by bytes."""
+    first, *others = every_card(decided)
+    *inner, last = others
+    yield first
+    if inner:
+        yield max(inner, key=lambda one: loaded((one.structure.graph,), False)[0])
+    yield last
+
+
+_WORSE = ("", "fits", "tight", "does not fit")  # answers; what torch reserves differs from GPU to GPU
+
+
+def _placed(decided: Decided) -> Placed:
+    placed = decided.structure.graph.placed
+    assert placed is not None
+    return placed
+
+
+def usage_of(walked: Walked, expandable: bool, calibration: Calibration | None) -> Usage:
+    """What a GPU's process takes of it."""
+    decided = walked.decided
+    capability = decided.gpu.compute_capability if decided.gpu else None
+    beside = around(cuda_context(capability), calibration, nccl(decided.communicators))
+    phases = walked.phases
+    top = max(phase.peak for phase in phases)
+    return Usage(replay(walked, expandable), walked.parameters, phases[0].peak, top, decided.gpu, beside)
 
 
 _FEWEST, _MOST = 8, 32  # passes that are replayed of those that decode

@@ -51,13 +51,22 @@ def kernel_notes(model: ModelSpec) -> Iterator[str]:
             "kimi_k3: transformers 5.24 has no class for it. Its own parts (attention residuals, bounded activation "
             "and decay, gates, a narrower space for experts) were read in the modeling_kimi_linear.py published with "
             "its weights. That calls flash-linear-attention and runs routed experts without gradients: that it trains "
-            "as transformers' Kimi Linear does is assumed. Nothing of it was traced"
+            "as transformers' Kimi Linear does, and keeps the same while it generates, is assumed. Nothing of it was "
+            "traced"
         )
     if model.model_type == "llama4":
         yield (
             "llama4: transformers 5.24's model for images and text fails as it returns its loss, with images and "
             "without (its decoder's outputs have no image_outputs); counted as if it had them"
         )
+
+
+def published_code_note(model_type: str) -> str:
+    """Of a family whose cache is that of its own code."""
+    return (
+        f"{model_type}: what it keeps from token to token was read in the code published with its weights, which "
+        "transformers 5 does not run: assumed, not traced"
+    )
 
 
 def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:

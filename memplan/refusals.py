@@ -59,6 +59,11 @@ def refuse(run: RunSpec) -> None:
     if run.parallelism != _ONE_GPU:
         for refused in (*_parallelism(run.parallelism), *_offloaded(run)):
             raise refused
+    if run.parallelism.device_map is not None and run.task == "train":
+        raise SpecError(
+            "parallelism.device_map: is of task forward and generate; --pp with transformers' profiles trains so",
+            "parallelism.device_map",
+        )
 
 
 def refuse_also(run: RunSpec, graph: Graph) -> None:
@@ -118,8 +123,11 @@ def refuse_untrained(run: RunSpec, what: str) -> None:
 def refuse_of_inference(run: RunSpec) -> None:
     """Raise SpecError for what is said of training where nothing trains, or is not supported yet."""
     task, method, loop = run.task, run.method, run.loop
-    if run.parallelism != _ONE_GPU:
-        raise _later("parallelism", f"{run.parallelism.world} GPUs", f"one GPU with task {task}")
+    for refused in _of_running(run.parallelism, task):
+        raise refused
+    if run.generation.assisted and run.parallelism != _ONE_GPU:
+        field = "parallelism.tp" if run.parallelism.tp > 1 else "parallelism.device_map"
+        raise SpecError(f"{field}: is not supported yet beside an assistant; supported: one GPU", field)
     if method.kind == "freeze" or method.frozen or method.modules_to_save:
         field = "kind" if method.kind == "freeze" else "frozen" if method.frozen else "modules_to_save"
         raise SpecError(f"method.{field}: says what trains, and with task {task} nothing does", f"method.{field}")
@@ -128,8 +136,6 @@ def refuse_of_inference(run: RunSpec) -> None:
             raise SpecError(
                 f"precision.{field}: is of training, and with task {task} nothing trains", f"precision.{field}"
             )
-    if run.precision.autocast:
-        raise _later("precision.autocast", True, f"false with task {task}")
     if run.batch.accumulation > 1:
         raise SpecError(
             f"batch.accumulation: is of training, and with task {task} nothing trains", "batch.accumulation"
@@ -147,6 +153,36 @@ def refuse_of_inference(run: RunSpec) -> None:
     for field in ("hold_outputs", "grad_scaler", "trainer"):
         if getattr(loop, field):
             raise SpecError(f"loop.{field}: is of training, and with task {task} nothing trains", f"loop.{field}")
+
+
+def _of_running(p: Parallelism, task: str) -> Iterator[SpecError]:
+    """Several GPUs, where they divide something else than matrices or layers."""
+    for field in ("dp", "cp", "ep"):
+        if getattr(p, field) > 1:
+            yield _later(
+                f"parallelism.{field}", getattr(p, field), f"tp (--tp) or a device_map (--device-map) with task {task}"
+            )
+    if p.tp > 1 and p.device_map is not None:
+        yield SpecError(
+            f"parallelism.device_map: {p.device_map} is one process, and tp {p.tp} is of several; say one of them",
+            "parallelism.device_map",
+        )
+    if p.tp > 1 and p.pp > 1:
+        yield SpecError(
+            f"parallelism.pp: a device_map is one process on pp {p.pp} GPUs, and tp {p.tp} is of several; say one of "
+            "them",
+            "parallelism.pp",
+        )
+    if p.schedule not in (None, "device_map"):
+        yield SpecError(
+            f"parallelism.schedule: {p.schedule} is of training; with task {task} layers are placed by a device_map",
+            "parallelism.schedule",
+        )
+    for field in ("virtual_stages", "first_stage_layers", "last_stage_layers", "ends_as_layers", "strategy", "offload"):
+        if getattr(p, field) != getattr(_ONE_GPU, field):
+            yield SpecError(
+                f"parallelism.{field}: is of training, and with task {task} nothing trains", f"parallelism.{field}"
+            )
 
 
 def refuse_parts(
@@ -430,9 +466,10 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
         if p.pp == 1 and getattr(p, field) != getattr(_ONE_GPU, field):
             value = getattr(p, field)
             yield SpecError(f"parallelism.{field}: {value} is of a pipeline, and pp is 1", f"parallelism.{field}")
-    if p.stage is not None and p.stage >= p.pp:
-        stages = "0 is the only one" if p.pp == 1 else f"they are 0 to {p.pp - 1}"
-        yield SpecError(f"parallelism.stage: pp {p.pp} has no stage {p.stage}; {stages}", "parallelism.stage")
+    most = p.pp if p.device_map is None else p.world
+    if p.stage is not None and p.stage >= most:
+        stages = "0 is the only one" if most == 1 else f"they are 0 to {most - 1}"
+        yield SpecError(f"parallelism.stage: pp {most} has no stage {p.stage}; {stages}", "parallelism.stage")
     if p.pp > 1 and p.strategy in ("zero2", "zero3"):
         yield SpecError(
             f"parallelism.strategy: DeepSpeed runs pp {p.pp} stages under ZeRO 1 alone, and refuses {p.strategy}; say "
@@ -579,6 +616,7 @@ def refuse_parts_of_matrices(
     profile: str,
     style: str,
     own: bool,
+    trains: bool = True,
 ) -> None:
     """Raise SpecError for what ranks that divide matrices cannot do, or memplan not yet. `style`: the profile's;
     `own`: the model is of the library's own layers."""
@@ -588,7 +626,9 @@ def refuse_parts_of_matrices(
             "megatron-core, torchtitan",
             "parallelism.tp",
         )
-    if style in ("megatron", "torchtitan") and method.kind != "full":
+    if style == "litgpt" and trains:
+        raise SpecError(f"parallelism.tp: profile {profile} has {p.tp} only in generation", "parallelism.tp")
+    if style in ("megatron", "torchtitan", "litgpt") and method.kind != "full":
         raise _later("method.kind", method.kind, f"full with tensor parallelism and profile {profile}")
     if style == "megatron":
         if p.dp > 1 and not own:
@@ -608,7 +648,7 @@ def refuse_parts_of_matrices(
             f"parallelism.strategy: {p.strategy} does not divide what tensor parallelism has divided; fsdp2 does",
             "parallelism.strategy",
         )
-    if style != "megatron" and method.quantization is not None:
+    if style not in ("megatron", "litgpt") and method.quantization is not None:
         raise SpecError(
             f"method.kind: transformers 5.24 does not run {method.kind} on tensor-parallel ranks: it makes DTensors of "
             "bitsandbytes' weights, whose layers then fail in the first pass; full, freeze and lora run",

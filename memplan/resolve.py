@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from memplan.assisted import Assistant
 
 
-def _adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
+def adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     """The targets of adapters that stacks of experts' matrices stand for."""
     if method.kind not in ADAPTERS:
         return ()
@@ -269,7 +269,7 @@ def _decide(
         refuse_parts_of_matrices(
             parallelism, method, precision, optimizer, kernels, profile, words["tensor_parallel"], own
         )
-        tensor_parallel.check(model, degrees, ITEMSIZE[precision.weights], _adapted_experts(model, method))
+        tensor_parallel.check(model, degrees, ITEMSIZE[precision.weights], adapted_experts(model, method))
     if under_deepspeed:
         refuse_on_deepspeeds_host(parallelism, str(optimizer.name), loop.trainer)
     elif parallelism.offload.optimizer and not sharded:

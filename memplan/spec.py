@@ -453,7 +453,8 @@ class Parallelism(Part, frozen=True):
     `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
     under the strategies zero1 to zero3. `context`: ranks that divide sequences (`cp`) pass keys and values around, or
     exchange heads for tokens (DeepSpeed's Ulysses). `expert_imbalance`: of ranks that divide experts (`ep`) and
-    take all rows they are sent, the one that is sent most gets so many times the mean.
+    take all rows they are sent, the one that is sent most gets so many times the mean. `device_map`: how transformers
+    places the modules of a model that is run on the GPUs of one process, or on the host; `stage` is one of them.
 
     Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
     without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
@@ -490,6 +491,7 @@ class Parallelism(Part, frozen=True):
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
     ends_as_layers: Flag | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
 
 
 class CacheConfig(Part, frozen=True):

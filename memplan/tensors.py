@@ -62,12 +62,17 @@ def held_line(held: Held, axes: Mapping[str, int], why: str) -> Line:
 
 def in_letters(shape: str) -> str:
     """A shape as ledgers write it."""
-    return "·".join(shape.split())
+    return "·".join(_tokens(shape))
 
 
 def in_numbers(shape: str, axes: Mapping[str, int]) -> tuple[int, ...]:
     """A shape in numbers."""
-    return tuple(int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in shape.split())
+    return tuple(int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in _tokens(shape))
+
+
+def _tokens(shape: str) -> Iterator[str]:
+    """The axes of a shape, without the place where it is (`memplan.catalogue.device_maps`)."""
+    return (token for token in shape.split() if not token.startswith("@"))
 
 
 def _sourced(source: str) -> tuple[str, str]:

@@ -492,7 +492,7 @@ MISTAKES = {
     "qwen2-7b --fsdp full_shrd": ("parallelism.strategy (--fsdp)", "full_shard"),
     "qwen2-7b --gpus 3 --tp 2": ("parallelism.world (--gpus)", "3 GPUs do not divide into groups of 2"),
     "qwen2-7b --offload disk": ("parallelism.offload (--offload)", "optimizer"),
-    "qwen2-7b --method generate --gpus 2": ("parallelism", "one GPU with task generate"),
+    "qwen2-7b --method generate --gpus 2": ("parallelism.dp", "tp (--tp) or a device_map (--device-map)"),
     "qwen2-7b --new-tokens 5": ("batch.new_tokens (--new-tokens)", "only task generate"),
     "qwen2-7b --rank 8": ("method.rank (--rank)", "full has no adapters; lora, qlora"),
     "qwen2-7b --rank 16": ("method.rank (--rank)", "full has no adapters"),

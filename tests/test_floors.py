@@ -20,7 +20,7 @@ FLOORS = (
     {"catalogue", "engine"},
     {
         *("communicators", "graph", "ranks", "dividing", "fetching", "megatron", "zero", "unsharded", "program"),
-        *("stages", "run_axes", "segments", "usage", "host"),
+        *("stages", "placing", "run_axes", "segments", "usage", "host"),
         *("refusals", "resolve", "batches", "kernels", "notes", "recipes", "prequantized", "checkpoint", "new_card"),
         *(
             "answer",

@@ -149,6 +149,8 @@ def test_weights_are_as_they_are_stored() -> None:
             "nemotron_h",
             "gemma4_text",
             "deepseek_v32",
+            "kimi_linear",
+            "minimax_m3_vl_text",
         }
     ),
 )
@@ -160,6 +162,47 @@ def test_what_a_prompt_leaves_is_what_the_table_of_caches_says(model_type: str) 
     left = walked.left(walked.steps[0], walked.axes[0])
     said = caches.bytes_of(caches.caches(decided.structure.graph.model), 16)
     assert sum(n for what, n in left if "length" not in what) == 64 * said
+
+
+# What a token and layer of the prompt leaves, in numbers of two bytes: with all that k and v are views of.
+PUBLISHED = {
+    "baichuan2-7b": 4096 + 3 * 4096,  # k rotated, and q, k and v
+    "baichuan2-13b": 3 * 5120,  # q, k and v as they are projected
+    "internlm2-7b": 8 * 128 + (32 + 2 * 8) * 128,  # k rotated, and all of wqkv's output
+    "minicpm-2b": 2 * 2304,
+    "chatglm3-6b": 2 * 2 * 128,  # copied
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_code_published_with_weights_keeps_the_prompts_keys_and_values_as_they_are(name: str) -> None:
+    decided = decide(generating(name, batch={"micro": 1, "sequence": 512, "new_tokens": 3}))
+    walked = walk(decided)
+    left = sum(n for _, n in walked.left(walked.steps[0], walked.axes[0]))
+    assert left == decided.structure.graph.model.num_hidden_layers * 512 * PUBLISHED[name] * 2
+    answer = estimate(generating(name, batch={"new_tokens": 3}))
+    assert any("published with its weights" in note for note in answer.notes)
+
+
+def test_alibis_of_baichuan_are_there_for_all_positions_and_pairs() -> None:
+    heads, longest, bf16 = 40, 4096, 2
+    run = generating("baichuan2-13b", batch={"micro": 2, "sequence": 1000, "new_tokens": 25})
+    lines = {line.what: line.bytes for line in walk(decide(run)).lines("decode")}
+    assert lines["model.future_mask"] == heads * longest**2 * bf16
+    assert lines["mask"] == rounded(2 * heads * 1001**2 * bf16)  # of a token's pass too
+
+
+def test_autocast_keeps_its_casts_from_the_prompt_on() -> None:
+    run = generating("llama-3.2-1b", precision={"weights": "fp32", "autocast": True}, batch={"new_tokens": 9})
+    walked = walk(decide(run))
+    cast = [
+        sum(n for what, n in walked.left(s, a) if "autocast" in what)
+        for s, a in zip(walked.steps, walked.axes, strict=True)
+    ]
+    tables = 128256 * 2048  # embeddings are looked up, and the head is the same table, cast
+    assert cast[0] == cast[-1]
+    layers = 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
+    assert cast[0] == 2 * (layers + tables)
 
 
 # --- encoder-decoders
@@ -328,13 +371,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"task": "forward", "generation": {"cache_implementation": "dynamic"}}, "generation"),
     ({"task": "generate", "method": "freeze"}, "method.kind"),
     ({"task": "generate", "precision": "mixed"}, "precision.grads"),
-    ({"task": "generate", "precision": "amp"}, "precision.autocast"),
     ({"task": "generate", "batch": {"accumulation": 2}}, "batch.accumulation"),
     ({"task": "generate", "kernels": {"checkpointing": "full"}}, "kernels.checkpointing"),
     ({"task": "generate", "kernels": {"fused": ["rope"]}}, "kernels.fused"),
     ({"task": "generate", "loop": {"trainer": True}}, "loop.trainer"),
     ({"task": "generate", "profile": "megatron-core"}, "profile"),
-    ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism"),
+    ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism.dp"),
     (
         {"task": "generate", "method": {"kind": "qlora", "quantization": {"kbit_preparation": True}}},
         "method.quantization.kbit_preparation",

@@ -21,7 +21,7 @@ def refused(**fields: Any) -> MemplanError:
 
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
-    ({"task": "generate", "parallelism": {"world": 2, "tp": 2}}, "parallelism"),
+    ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism.dp"),
     ({"task": "forward", "precision": {"autocast": True}}, "precision.autocast"),
     ({"task": "generate", "kernels": {"compile": True}}, "kernels.compile"),
     ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
@@ -68,6 +68,7 @@ def test_no_field_of_parallelism_is_ignored(field: str) -> None:
         "schedule": "gpipe",
         "ends_as_layers": True,
         "context": "ulysses",
+        "device_map": "auto",
     }
     value = words.get(field, Parallelism.model_fields[field].default is False or 2)
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"

@@ -338,6 +338,45 @@ def test_states_take_a_block_of_their_own_each() -> None:
     assert pool.of_request(10_000) == -(-10_000 // block) + 3 * 2
 
 
+def test_deepseek_v4_has_groups_of_unlike_pages() -> None:
+    """https://github.com/vllm-project/vllm/issues/44376, vLLM 0.22 with one step of 16,384 tokens under way: 30,000
+    tokens need 6.66 GiB, and 5.44 GiB hold 13,528. Its blocks had 22 times a page of each size, where 0.33 has the
+    fullest group's: 21 layers that choose entries, with an indexer's, and 20 that do not."""
+    s = settled(divided("deepseek-v4-flash", "vllm-0.33", tp=2))
+    pool = pool_of(s, 10 * GIB)
+    assert isinstance(pool, Blocks)
+    assert [g.block for g in pool.groups] == [256, 64, 64, 4, 8]
+    assert pool.block_bytes == 21 * (37_440 + 8_640) + 20 * 1_728
+    one, before = pool._replace(in_flight=16_384), 22 * (37_440 + 8_640 + 1_728)
+    assert round(one.of_request(30_000) * before / GIB, 2) == 6.66
+    assert one.of_request(13_528) * before <= 5.445 * GIB < one.of_request(13_600) * before
+    stages = [pool_of(stage, 0) for stage in each(settled(divided("deepseek-v4-flash", "vllm-0.33", pp=2)))]
+    assert sum(stage.block_bytes for stage in stages) == pool.block_bytes
+
+
+def test_deepseek_v4_reserves_what_it_gathers() -> None:
+    """An indexer's keys of 40 requests of the longest, four tokens to one, and heads padded to 64."""
+    run = divided("deepseek-v4-flash", "vllm-0.33", tp=8, serving={"max_model_len": 2**20})
+    s = settled(run)
+    step = largest(s, s.steps, s.requests, True)
+    sizes = {t.what: t.bytes for t in step.alive}
+    assert step.where == "sparse.indexer"
+    assert sizes["room for gathered keys"] == 40 * 2**20 // 4 * 132 + MIB
+    assert sizes["padded q"] == sizes["output of padded heads"] == s.steps * 64 * 512 * 2
+    assert sizes["streams"] == s.steps * 4 * 4096 * 2
+    (table,) = (h for h in held(s) if h.what.startswith("cosines"))
+    assert table.bytes == 2 * 2**20 * 64 * 4
+    for bad in ({"cache_dtype": "bf16"}, {"block_size": 16}):
+        with pytest.raises(SpecError, match=f"serving.{next(iter(bad))}"):
+            settled(changed(run, "serving", **bad))
+    with pytest.raises(SpecError, match="not supported yet with sglang"):
+        settled(run_of("deepseek-v4-flash", "sglang-0.5"))
+
+
+def test_llama_cpp_sizes_a_mixture_without_a_dense_width() -> None:
+    assert compute_buffer(settled(run_of("dbrx", "llama.cpp"))).bytes > 0
+
+
 def test_a_model_of_states_alone_takes_a_block_for_a_request() -> None:
     """Falcon Mamba 7B: 64 layers with a state of 8192 x 16 and 3 columns of a convolution. vLLM keeps no prefixes;
     SGLang gives states 9 bytes of 19, of which one pads, and requests three where prefixes are kept."""

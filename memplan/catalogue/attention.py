@@ -34,7 +34,8 @@ class Wiring(NamedTuple):
     what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
     values are put beside those of earlier tokens, and lie head by head; but where they are handed_back as they came.
     decodes: there is one token a sequence, which sees all before it; with `several` there are more, which come after
-    those. last_only: the logits of a sequence's last token are all that is asked for. part: of an
+    those. last_only: the logits of a sequence's last token are all that is asked for. generates: the pass is one of
+    generation. part: of an
     encoder-decoder the `encoder` alone runs, or the `decoder` over what the encoder has left; beams: several of each
     prompt read that; crossed: its keys and values are cached already; static: of its own there is room for all tokens,
     which one token sees through a mask.
@@ -68,6 +69,7 @@ class Wiring(NamedTuple):
     caching: bool = False
     handed_back: bool = False
     decodes: bool = False
+    generates: bool = False
     several: bool = False
     last_only: bool = False
     part: str = ""
@@ -142,6 +144,23 @@ def cached(
     if not wiring.caching:
         return kernel
     return (Op(f"{name}.cache", tensors, caches="kv_window" if sliding else "kv"), *kernel)
+
+
+def repeats_by_view(wiring: Wiring, sliding: bool = False) -> bool:
+    """Whether the one head that all queries share is repeated by a view: transformers' repeat_kv reshapes what it has
+    expanded, which copies of several heads alone; a kernel that takes no such view copies it itself."""
+    masked = wiring.has_mask(sliding)
+    backend = wiring.masked if masked else wiring.backend
+    return (backend == "efficient" and masked) or (backend == "eager" and not wiring.records)
+
+
+def one_head(name: str, wiring: Wiring, sliding: bool = False) -> tuple[Op, ...]:
+    """`k` and `v` of one head seen for every query head as `k.all` and `v.all`, once they are cached.
+
+    Source: transformers 5.24 models/llama/modeling_llama.py repeat_kv.
+    """
+    views = tuple(ops.view(f"{name.rpartition('.')[0]}.repeat_{t}", t, f"{t}.all", "b s a d", "new") for t in "kv")
+    return cached(name, wiring, views, sliding)
 
 
 def reused(name: str, tensors: tuple[str, ...], sliding: bool = False) -> Op:

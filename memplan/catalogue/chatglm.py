@@ -8,7 +8,7 @@ transformers has no class for it. What is said here follows the code published b
 from __future__ import annotations
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.attention import Wiring, attention, cached
 from memplan.catalogue.glm import fused_mlp
 from memplan.catalogue.llama import inputs, lm_head, runs
 from memplan.catalogue.olmo import rms_norm
@@ -67,12 +67,19 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
 
 
 def _after(wiring: Wiring) -> tuple[Op, ...]:
-    """Logits are copied batch first."""
+    """Logits are copied batch first. A prompt's keys and values are copied layer by layer into one tensor, at last with
+    all of them there."""
     head = lm_head("n")
     weight = head.weights[0]._replace(name="transformer.output_layer.weight")
     keeps = (Keep(weight.name, "n"), Keep("n", weight.name))
     first = Tensor("sequence_first", "b s v")
+    together = Tensor("keys and values of all layers", "L 2 b s k d", "=embeds")
+    copies = wiring.caching and not wiring.decodes
+    joined = Op(
+        "transformer.encoder.presents", ("embeds",), scratch=(together,), source=f"assumed: {_SOURCE} GLMTransformer"
+    )
     return (
+        *((joined,) if copies else ()),
         *half_norm("transformer.encoder.final_layernorm", "x", "n", "b s h", "h"),
         ops.leave("x", "embeds", "table", *(("mask",) if wiring.padded else ())),
         head._replace(name="transformer.output_layer", writes=(first,), weights=(weight,), keeps=keeps),
@@ -96,11 +103,13 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tu
     inverted = "inverted" if wiring.padded else "mask"
     backend = wiring.masked if wiring.padded else wiring.backend
     heads = "o" if backend == "flash" else "o.heads"  # the other kernels write batch first
+    alone = wiring._replace(caching=False)
     return (
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", qkv_bias),
         ops.split(f"{name}.split", "qkv", (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))),
         *_rotated(f"{name}.rope_q", "q", "a"),
         *_rotated(f"{name}.rope_k", "k", "k"),
+        *_cached(f"{name}.cache", wiring),
         *(
             (
                 ops.copy(f"{name}.expand_k", "k.rotated", "k", _Q, gradient="new"),
@@ -111,12 +120,18 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tu
             else (ops.view(f"{name}.k", "k.rotated", "k", _Q), ops.view(f"{name}.v", "v0", "v", _Q))
         ),
         *((Op(f"{name}.invert", ("mask",), (Tensor("inverted", "b s s", "bool"),)),) if wiring.padded else ()),
-        *attention(f"{name}.core_attention", "q.rotated", "k", "v", heads, wiring, False, mask=inverted),
+        *attention(f"{name}.core_attention", "q.rotated", "k", "v", heads, alone, False, mask=inverted),
         *((ops.leave("inverted"),) if wiring.padded else ()),
         *((ops.copy(f"{name}.sequence_first", heads, "o", _Q),) if heads != "o" else ()),
         ops.linear(f"{name}.dense", "o", "ao", "h", "a d", "attention", bias),
         ops.leave("qkv", "q.rotated", "k", "v", "o"),
     )
+
+
+def _cached(name: str, wiring: Wiring) -> tuple[Op, ...]:
+    """The code joins keys and values of every further token with those before; of a prompt it copies both."""
+    source = "assumed: read in the modeling_chatglm.py published with the weights, SelfAttention.forward, not traced"
+    return tuple(op._replace(source=source) for op in cached(name, wiring, (), tensors=("k.rotated", "v0")))
 
 
 def _rotated(name: str, t: str, heads: str) -> tuple[Op, ...]:

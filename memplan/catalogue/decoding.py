@@ -28,14 +28,15 @@ Part = Literal["", "first", "middle", "last"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
+_LITGPT = "litgpt 0.5.3 generate/sequentially.py sequential, model.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
+_MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
 
 
-# Families whose decoding was not read yet: sparse attention over compressed or indexed keys, Kimi's delta rule, and
-# code published with the weights, which keeps caches its own way.
-NOT_YET = frozenset((*("baichuan", "chatglm", "deepseek_v4", "internlm2", "megatron_gpt", "minicpm"),))
-
-
+# Families whose decoding was not read yet: Megatron's runs in an engine of its own.
+NOT_YET = frozenset(("deepseek_v4", "megatron_gpt"))
+# Families whose code, published with their weights, keeps caches its own way.
+CACHED_BY_ITS_CODE = ("baichuan", "chatglm", "internlm2", "minicpm", "qwen")
 # Families whose generation config has tokens that are never chosen, and so a further row of scores without them.
 # Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_logit_processors.
 SUPPRESSES = frozenset(("whisper",))
@@ -68,11 +69,14 @@ class Pass(NamedTuple):
     crosses     an encoder has read what the sequences are about: their mask is of that, and not of their own tokens
     suppresses  some tokens are never chosen: their scores are taken out in another tensor
     lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
+    first       of the passes of a token, over what the prompt's left
+    around      autocast stands around all passes, and keeps its casts of weights from the first on
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
     stored      how a quantised cache stores keys and values
     anew        there are so many that were not quantised that all are, anew
     part        of a prompt that is read in parts the `first`, a `middle` or the `last`; empty of one that is not
+    made        the dtype that a static cache was made in before the prompt, where the prompt's pass casts it
     goes_on     there were passes before it, whatever its phase, and its tokens come after theirs
     verifies    it reads tokens that were proposed, and has logits of the token before them and of each of them: as many
                 as the axis `verified` says. Its dtype, where it does
@@ -98,11 +102,14 @@ class Pass(NamedTuple):
     crosses: bool = False
     suppresses: bool = False
     lingers: bool = False
+    first: bool = False
+    around: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
     stored: Stored | None = None
     anew: bool = False
     part: Part = ""
+    made: str = ""
     goes_on: bool = False
     verifies: str = ""
     follows: bool = False
@@ -159,7 +166,9 @@ class Pass(NamedTuple):
 
 
 def inference(stack: Stack, now: Pass) -> Stack:
-    """The stack as the pass runs it."""
+    """The stack as the pass runs it. Where a family makes a mask whatever kernel is asked for, attention sees all that
+    a static cache has room for."""
+    now = now._replace(room=now.room or any(op.name == "mask" for op in stack.before))
     stack = _given(stack)
 
     def changed(block: Block) -> Block:
@@ -172,8 +181,11 @@ def inference(stack: Stack, now: Pass) -> Stack:
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
     named = tuple(_named_before(now)) if now.extends or now.verifies else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
+    if now.lingers:
+        prompt = Tensor("logits of the prompt", "b past v", "fp32" if now.wide else "=embeds")
+        before = (*before, Op("generate.lingers", (), (prompt,), holds="step", source=_GENERATE))
     before = (*before, _looked_up(now)) if now.looks else before
-    after = tuple(_wide(tuple(_still(_head(stack.after, now))), now))
+    after = tuple(_wide((*_still(_head(stack.after, now)), *_last_hidden(stack.after)), now))
     if now.extends and not now.decodes:
         after = (*after, ops.leave(_OF_PART))
     kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
@@ -244,7 +256,6 @@ def _inputs(op: Op, now: Pass) -> Op:
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
         made += [Tensor("all ids", f"b {tokens}", "int64")] if now.decodes else []
         made = [t._replace(shape=f"b {tokens}") if t.name == "ids" and now.part else t for t in made]
-        made += [Tensor("logits of the prompt", "b past v", "fp32")] if now.lingers else []
     return op._replace(writes=tuple(made), source=_GENERATE if now.generates or now.encodes else op.source)
 
 
@@ -288,6 +299,7 @@ def _masked(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """A block's operations with those of its caches."""
     made: dict[str, Tensor] = {}
+    root: dict[str, str] = {}  # what views are of
     names: dict[str, str] = {}  # what names mean from the cache on
     keyed: set[str] = set()
     axis = ""
@@ -321,7 +333,8 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                     continue
                 yield from quantized_caches.tokens(op.name, new, _keyed, axis, now.stored, now.anew, now.beams)
             else:
-                yield from _sent_back(_update(op, tensors, now), op.caches, now)
+                roots = [root.get(name, name) for name in op.reads]
+                yield from _sent_back(_update(op, tensors, now, roots, made), op.caches, now)
             names |= {name: _named(name) for name in op.reads}
             keyed |= {_named(name) for name in op.reads}
             continue
@@ -330,6 +343,8 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
             keyed |= {t.name for t in op.writes} if of_keys else set()
             op = along(op, axis, of_keys)
         made |= {t.name: t for t in op.writes}
+        if op.view and op.reads:
+            root |= {t.name: root.get(op.reads[0], op.reads[0]) for t in op.writes}
         yield op
 
 
@@ -360,6 +375,7 @@ _REORDERED = (
 )
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
+_FIRST = {"k": "key", "k1": "key", "v": "value", "v0": "value", "v1": "value"}  # by what comes before a full stop
 
 
 def _sent_back(some: Iterable[Op], axis: str, now: Pass) -> Iterator[Op]:
@@ -373,7 +389,7 @@ def _sent_back(some: Iterable[Op], axis: str, now: Pass) -> Iterator[Op]:
 
 def _named(name: str) -> str:
     """What the cache of a tensor is called."""
-    found = _NAMES.get(name) or {"k": "key", "v": "value"}.get(name.partition(".")[0], name)
+    found = _NAMES.get(name) or _FIRST.get(name.partition(".")[0], name)
     return f"cross {found} cache" if name.endswith(".cross") else f"{found} cache"
 
 
@@ -383,20 +399,26 @@ def _renamed(op: Op, names: Mapping[str, str]) -> Op:
     return op._replace(reads=tuple(names.get(name, name) for name in op.reads))
 
 
-def _update(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
+def _update(op: Op, tensors: list[Tensor], now: Pass, roots: list[str], made: Mapping[str, Tensor]) -> Iterator[Op]:
     """The cache of a layer takes what is new: what it had and that are joined in a tensor of their own, one after the
-    other, and the names before are the caller's until all are. With a window both are made before the old ones go."""
-    source = f"{_CACHE} DynamicLayer.update, DynamicSlidingWindowLayer.update"
+    other, and the names before are the caller's until all are. With a window both are made before the old ones go.
+
+    `roots` are what the tensors are views of, of those `made`: all of it is what a prompt leaves that is kept as it is.
+    """
+    source = op.source or f"{_CACHE} DynamicLayer.update, DynamicSlidingWindowLayer.update"
     windowed = op.caches == "kv_window"
     old: list[str] = []
     if windowed:
         yield from _kept(f"{op.name}.window", Tensor("length of the window", "", "int64"), now, source)
-    for t in tensors:
+    for i, t in enumerate(tensors):
         new = _named(t.name)
         what, before = new.removesuffix(" cache"), f"{new} before"
         grown = f"{op.caches}_grown" if windowed and now.records else op.caches
+        kept = t.shape
+        if op.holds and now.first and roots[i] in made:
+            kept = made[roots[i]].shape if roots[i] not in roots[:i] else "0"
         shape = _keyed(t.shape, grown) if now.extends else t.shape
-        past = (Tensor(before, _keyed(t.shape, op.caches.replace("kv", "past")), f"={t.name}"),) if now.extends else ()
+        past = (Tensor(before, _keyed(kept, op.caches.replace("kv", "past")), f"={t.name}"),) if now.extends else ()
         if op.holds and not now.extends:
             yield Op(f"{op.name}.{what}s", (t.name,), (Tensor(new, shape),), view=True, holds="cache", source=source)
             continue
@@ -442,6 +464,10 @@ def _in_place(
 
 def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] = ()) -> Iterator[Op]:
     """A tensor that the first pass makes and the others find, and write in place."""
+    if not now.decodes and now.made and t.shape:
+        made = t._replace(name=f"{t.name} as it was made", dtype=now.made)
+        yield Op(name, (made.name, *reads), (t,), past=(made,), holds="cache", source=f"{_LITGPT} KVCache.forward")
+        return
     if not now.extends:
         yield Op(name, reads, (t,), holds="cache", source=source)
         return
@@ -489,6 +515,13 @@ def _of_rows(op: Op) -> Op:
         return t._replace(shape=" ".join("verified" if token == "s" else token for token in t.shape.split()))
 
     return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
+
+
+def _last_hidden(some: tuple[Op, ...]) -> Iterator[Op]:
+    """What the head is given stays until the model returns: the decoder's outputs have it."""
+    head = next((op for op in some if any("v" in t.shape.split() for t in op.writes) and op.reads), None)
+    if head is not None:
+        yield ops.leave(head.reads[0])
 
 
 def for_last(some: tuple[Op, ...], keys: Iterable[str] = ()) -> tuple[Op, ...]:
@@ -552,26 +585,35 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
         among = (tokens, which, Tensor("minus infinity", "", "fp32"))
         return made("suppress", scores, y=y, scratch=among)
 
+    exponentials = Tensor("exponentials", "b v", "fp32")
     yield made("scores", logits, y="next token logits")
     yield from forgotten("logits")
     if now.beams:
-        sums = "log probabilities"
-        yield made("log_softmax", "next token logits", y=sums)
+        scores = "log probabilities"
+        yield made("log_softmax", "next token logits", y=scores)
         yield from forgotten("sums of log probabilities")
         if now.suppresses:
-            yield chosen_of(sums, f"{sums} left")
-            yield ops.leave(sums)
-            sums = f"{sums} left"
+            yield chosen_of(scores, f"{scores} left")
+            yield ops.leave(scores)
+            scores = f"{scores} left"
+        if now.samples:
+            given, scores = scores, "next token scores"
+            yield from _warped(given, scores)
+            yield ops.leave(given)
         yield ops.leave(logits)
-        yield made("accumulate", sums, y="sums of log probabilities")
-        yield ops.leave(sums)
-        yield Op("generate.order", ("sums of log probabilities",), (Tensor("order", "b", "int64"),), source=_GENERATE)
+        sums, beams = "sums of log probabilities", Tensor("scores of beams", "b", "fp32")
+        yield made("accumulate", scores, y=sums, scratch=(beams,))
+        yield ops.leave(scores)
+        if now.samples:
+            drawn = (Tensor("probabilities", "b v", "fp32"), exponentials)
+            yield Op("generate.multinomial", (sums,), scratch=drawn, source=_MULTINOMIAL)
+        yield Op("generate.order", (sums,), (Tensor("order", "b", "int64"),), source=_GENERATE)
         yield from forgotten("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
         for t in dict.fromkeys(cached):
             copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
             yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
-        yield ops.leave("next token logits", "sums of log probabilities", "order")
+        yield ops.leave("next token logits", sums, "order")
         return
     if now.samples:
         scores = "next token logits"
@@ -586,8 +628,8 @@ def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> I
             "generate.multinomial",
             ("next token probabilities",),
             (Tensor("next token", "b", "int64"),),
-            scratch=(Tensor("exponentials", "b v", "fp32"),),
-            source="torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial",
+            scratch=(exponentials,),
+            source=_MULTINOMIAL,
         )
         yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
         return

@@ -104,7 +104,7 @@ ENGINES = (
         (
             "audio, speculative decoding, offloaded caches, redundant experts and what DeepEP's kernels hold",
             "workspaces of attention backends, and what kernels of quantised weights repack, but for mxfp4",
-            "encoder-decoders, and DeepSeek V4's pools",
+            "encoder-decoders",
         ),
     ),
     Engine(

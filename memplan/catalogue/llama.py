@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention, cached, mask
+from memplan.catalogue.attention import Wiring, attention, mask, one_head, repeats_by_view
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -121,11 +121,9 @@ def llama_attention(
     back_q = "new" if rotary or qk_norm or backend in ("eager", "math") else "same"
     back_k = "new" if back_q == "new" or (grouped and backend == "efficient") else "same"
     k, v, repeated, heads = "k", "v", (), wiring
-    spread = backend == "efficient" and wiring.has_mask(sliding)
-    if grouped and m.num_key_value_heads == 1 and (spread or (backend == "eager" and not wiring.records)):
-        k, v, grouped = "k.all", "v.all", False  # one head is repeated without a copy
-        repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in "kv")
-        repeated, heads = cached(f"{name}.attention", wiring, repeated, sliding), wiring._replace(caching=False)
+    if grouped and m.num_key_value_heads == 1 and repeats_by_view(wiring, sliding):
+        k, v, grouped = "k.all", "v.all", False
+        repeated, heads = one_head(f"{name}.attention", wiring, sliding), wiring._replace(caching=False)
     turned = turn(name, q1, k1) if rotary else (ops.view(f"{name}.q", q1, "q", _Q), ops.view(f"{name}.k", k1, "k", _K))
 
     def projected(t: str, heads: str, width: str) -> tuple[Op, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring
+from memplan.catalogue.attention import Wiring, one_head, repeats_by_view
 from memplan.catalogue.gpt import dropped, drops, mlp, with_triangle
 from memplan.catalogue.llama import before, decoder_block, llama_attention, lm_head, masks, returned, runs
 from memplan.catalogue.phi3 import heads_first
@@ -149,7 +149,7 @@ def phi(m: ModelSpec, wiring: Wiring) -> Stack:
                 for op in norm(f"{name}.{t}_layernorm", f"{t}2", f"{t}1", shape, "d")
             ),
             *turned_parts(f"{name}.rope", m.rotary_width < m.head_dim),
-            *heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped),
+            *_attended(m, f"{name}.attention", wiring, grouped),
             ops.linear(f"{name}.dense", "o", "ao.whole", "h", "a d", "attention", bias=True),
             ops.leave("q", "k", "v", "o", "q1", "k1", "q.turned", "k.turned"),
             *dropped("resid_dropout", "ao.whole", "ao", "b s h", drop),
@@ -168,6 +168,13 @@ def phi(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
 
+def _attended(m: ModelSpec, name: str, wiring: Wiring, grouped: bool) -> tuple[Op, ...]:
+    if grouped and m.num_key_value_heads == 1 and repeats_by_view(wiring):
+        seen = wiring._replace(caching=False)
+        return (*one_head(name, wiring), *heads_first(name, "q", "k.all", "v.all", "o", seen, False))
+    return heads_first(name, "q", "k", "v", "o", wiring, grouped)
+
+
 def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
     """LayerNorm whose weight is one less than what it multiplies by: under autocast it computes in 16 bits."""
     name, grouped = "self_attn", m.num_key_value_heads != m.num_attention_heads
@@ -176,7 +183,7 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
         *_projections(name, ("q1", "k1", "v"), bias),
         *turned_parts(f"{name}.rope", m.rotary_width < m.head_dim, held=True),
         ops.leave("q1", "k1"),
-        *heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped),
+        *_attended(m, f"{name}.attention", wiring, grouped),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
         ops.leave("q", "k", "v", "o", "n1"),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention
+from memplan.catalogue.attention import Wiring, attention, one_head, repeats_by_view
 from memplan.catalogue.gemma import norm_and_rope
 from memplan.catalogue.llama import decoder_block, gated_mlp, llama_attention, mask_name, returned, runs
 from memplan.catalogue.mixed import after, before, local, normed_block, tables
@@ -59,12 +59,17 @@ def _attention(
 ) -> tuple[Op, ...]:
     """`projections` of x make `q0`, `k0` and `v`, not seen as heads yet."""
     grouped = m.num_key_value_heads != m.num_attention_heads
+    k, v, repeated, heads = "k", "v", (), wiring
+    if grouped and m.num_key_value_heads == 1 and repeats_by_view(wiring, sliding):
+        k, v, grouped = "k.all", "v.all", False
+        repeated, heads = one_head(f"{name}.attention", wiring, sliding), wiring._replace(caching=False)
     return (
         *projections,
         ops.view(f"{name}.q_heads", "q0", "q1", _Q, "new"),
         ops.view(f"{name}.k_heads", "k0", "k1", _K, "new"),
         *rope(name, "q1", "k1"),
-        *attention(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, sliding, mask_name(sliding)),
+        *repeated,
+        *attention(f"{name}.attention", "q", k, v, "o", heads, grouped, sliding, mask_name(sliding)),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", m.get("attention_bias", False)),
         ops.leave("q", "k", "v", "o", x),
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from memplan.catalogue.dealing import place, shares
 from memplan.errors import SpecError
 from memplan.ir import Op, Run, Stack, Tensor, operations
 
@@ -154,22 +155,11 @@ class Dealt(NamedTuple):
 
 
 def dealt(embeddings: int, layers: Sequence[int], after: Sequence[int], leaf: int, gpus: int, quantised: bool) -> Dealt:
-    """Deal the modules one after another, each of so many bytes, until a GPU has its share; the last takes the rest.
-
-    A share is the model's bytes by the number of GPUs, and a buffer of 1.25 times its largest layer or `leaf`, a module
-    without modules; nine tenths of that where bitsandbytes quantises. On the first GPU it leaves room for the largest
-    module to come. Source: transformers 5.24 integrations/accelerate.py get_balanced_memory, infer_auto_device_map;
-    quantizers/quantizer_bnb_4bit.py adjust_max_memory.
-    """
+    """How a device_map deals the modules of a model that trains, each of so many bytes; the last GPU takes the rest.
+    `leaf`: a module without modules, the largest; `quantised`: by bitsandbytes."""
     modules = [embeddings, *layers, *after]
-    share = (sum(modules) // gpus + int(1.25 * max(*layers, leaf))) * (9 if quantised else 10) // 10
-    on = [0] * len(modules)
-    gpu = used = 0
-    for i, size in enumerate(modules):
-        while gpu < gpus - 1 and used + size > share - (max(modules[i + 1 :], default=0) if gpu == 0 else 0):
-            gpu, used = gpu + 1, 0
-        on[i] = gpu
-        used += size
+    room = shares(modules, slice(1, 1 + len(layers)), leaf, gpus, "balanced", None, quantised)
+    on = place(modules, room, offloads=False)
     of_layers = on[1 : 1 + len(layers)]
     there = sorted(set(of_layers))
     counts = tuple(of_layers.count(gpu) for gpu in there)
@@ -200,7 +190,7 @@ def staged(
     runs: list[Run] = []
     for stage in stages:
         start = sum(layers[:stage])
-        runs += _between(stack, out, start, start + layers[stage])
+        runs += between(stack, out, start, start + layers[stage])
     stack = stack._replace(before=tuple(op for op in stack.before if op not in lasting_buffers(stack)))
     before = stack.before if received is None else _without_embeddings(stack, received)
     if sent is None:
@@ -227,10 +217,10 @@ def depth_of(stack: Stack, axes: Mapping[str, int]) -> int:
 def until(stack: Stack, axes: Mapping[str, int], layers: int) -> tuple[Stack, dict[str, int]]:
     """The stack's first layers, with what comes before them."""
     out = dict(axes)
-    return stack._replace(runs=tuple(_between(stack, out, 0, layers)), after=(), loss=()), out
+    return stack._replace(runs=tuple(between(stack, out, 0, layers)), after=(), loss=()), out
 
 
-def _between(stack: Stack, axes: dict[str, int], start: int, end: int) -> Iterator[Run]:
+def between(stack: Stack, axes: dict[str, int], start: int, end: int) -> Iterator[Run]:
     """The runs of the layers from `start` to `end`. How often each repeats is a new axis, which is put into `axes`."""
     at = 0
     for run in stack.runs:

@@ -8,7 +8,7 @@ itself: where transformers' `sdpa` would need no mask, Baichuan and Qwen still h
 from __future__ import annotations
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention, flash, mask
+from memplan.catalogue.attention import Wiring, attention, cached, flash, mask
 from memplan.catalogue.granite import scaled_branch
 from memplan.catalogue.llama import (
     decoder_block,
@@ -23,6 +23,7 @@ from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models import ModelSpec
 
 _Q, _K = "b s a d", "b s k d"
+_BAICHUAN = "modeling_baichuan.py"
 
 
 def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -39,7 +40,8 @@ def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
         *ops.rotate(f"{name}.rope_q", "q1", "q", _Q, "b s a rot2"),
         *ops.rotate(f"{name}.rope_k", "k1", "k", _K, "b s k rot2"),
         ops.leave("q1", "k1"),
-        *repeated_attention(f"{name}.attention", "q", "k", "v", "o", wiring, grouped),
+        *as_published(f"{name}.attention", wiring, ("k", "v"), "modeling_internlm2.py InternLM2SdpaAttention.forward"),
+        *repeated_attention(f"{name}.attention", "q", "k", "v", "o", wiring._replace(caching=False), grouped),
         ops.linear(f"{name}.wo", "o", "ao", "h", "a d", "attention", bias),
         ops.leave("qkv", "o", "n1", "cos", "sin"),
     )
@@ -59,6 +61,13 @@ def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
             _renamed(lm_head("n"), "lm_head.weight", "output.weight"),
         ),
     )
+
+
+def as_published(name: str, wiring: Wiring, tensors: tuple[str, ...], code: str) -> tuple[Op, ...]:
+    """The place of a cache that the code published with the weights has: it keeps the prompt's keys and values as they
+    are, with all they are views of, and joins them with every further token's. Read, and run nowhere here."""
+    source = f"assumed: read in the {code} published with the weights, not traced"
+    return tuple(op._replace(holds="cache", source=source) for op in cached(name, wiring, (), tensors=tensors))
 
 
 def repeated_attention(
@@ -92,6 +101,13 @@ def repeated_attention(
             return attention(name, q, k, v, y, wiring, grouped, sliding, mask)
 
 
+def _cached_and_repeated(
+    name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool, mask: str
+) -> tuple[Op, ...]:
+    kernel = repeated_attention(name, q, k, v, y, wiring._replace(caching=False), grouped, sliding, mask)
+    return (*as_published(name, wiring, (k, v), "modeling_minicpm.py MiniCPMSdpaAttention.forward"), *kernel)
+
+
 def minicpm(m: ModelSpec, wiring: Wiring) -> Stack:
     """Embeddings, branches and the last hidden states scaled; rotated in fp32, by tables every layer has for itself."""
     masks = mask(wiring, "embeds") if wiring.has_mask() else ()
@@ -104,7 +120,7 @@ def minicpm(m: ModelSpec, wiring: Wiring) -> Stack:
         bias=bias,
         out_bias=bias,
         turn=lambda name, q, k: _rope_in_fp32(name, q, k, m.max_position_embeddings or 2048, at_once=True),
-        attend=repeated_attention,
+        attend=_cached_and_repeated,
     )
     block = decoder_block(heads, gated_mlp("n2", "mo"), scaled_branch)
     return Stack(
@@ -177,13 +193,13 @@ def baichuan(m: ModelSpec, wiring: Wiring) -> Stack:
             inputs(wiring.padded),
             positions(),
             ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
-            *(_causal_mask() if longest else _alibi(wiring)),
+            *(_causal_mask() if longest else _alibi(m, wiring)),
         ),
         (Run((block,), "L"),),
         (
             *_half_norm("model.norm", "x", "n", "b s h", "h"),
             ops.leave("x", "embeds", "positions", "mask"),
-            *(_norm_head("n") if m.vocab_size == 125_696 else (lm_head("n"),)),
+            *(_norm_head("n", wiring) if m.vocab_size == 125_696 else (lm_head("n"),)),
         ),
     )
 
@@ -202,19 +218,25 @@ def _rotary_attention(wiring: Wiring, longest: int, name: str = "self_attn") -> 
         *_heads(name, "qk", "new"),
         *_heads(name, "v", "same"),
         *_rope_in_fp32(name, "q1", "k1", longest, at_once=False),
-        *_biased_attention(f"{name}.attention", "q", "k", "v1", "o", wiring, "b s s"),
+        *as_published(f"{name}.attention", wiring, ("k", "v1"), f"{_BAICHUAN}, 7B, Attention.forward"),
+        *_biased_attention(f"{name}.attention", "q", "k", "v1", "o", wiring._replace(caching=False), "b s s"),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention"),
         ops.leave("packed", "q", "k", "o", "n1", "cos", "sin"),
     )
 
 
 def _unrotated_attention(wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
-    """ALiBi: written out for `eager`; else with the biases as a mask, as xformers' and torch's attention take them."""
-    eager = wiring.backend == "eager"
+    """ALiBi: written out for `eager`, and where the model does not train; else with the biases as a mask, as xformers'
+    and torch's attention take them."""
+    eager = wiring.backend == "eager" or not wiring.records
     kernel = (
-        _alibi_attention(f"{name}.attention", "q1", "k1", "v1", "o")
+        _alibi_attention(f"{name}.attention", "q1", "k1", "v1", "o", wiring)
         if eager
         else _biased_attention(f"{name}.attention", "q1", "k1", "v1", "o", wiring, "b a s s")
+    )
+    kernel = (
+        *as_published(f"{name}.attention", wiring, ("k1", "v1"), f"{_BAICHUAN}, 13B, BaichuanAttention.forward"),
+        *kernel,
     )
     return (
         *_packed(name),
@@ -240,9 +262,15 @@ def _half_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ..
     return (cast, square, mean, eps, rsqrt, product, to_half, weight, left)
 
 
-def _norm_head(x: str) -> tuple[Op, ...]:
-    """NormHead: every row of the matrix divided by its length; both matrices are kept, and five are there backward."""
+def _norm_head(x: str, wiring: Wiring) -> tuple[Op, ...]:
+    """NormHead: every row of the matrix divided by its length; both matrices are kept, and five are there backward.
+
+    Where the model does not train, the first pass puts the divided rows in the matrix's place."""
     w = Weight("lm_head.weight", "v h", "lm_head", rows=1)
+    if not wiring.records:
+        made = (Tensor("normalised", "v h", f"={w.name}"), Tensor("lengths", "v"), Tensor("clamped", "v"))
+        once = Op("lm_head.normalize", (), scratch=made, weights=(w,), source=f"assumed: {_BAICHUAN} NormHead.forward")
+        return (*(() if wiring.decodes else (once,)), lm_head(x))
     parts = ("quotient", "negative gradient", "product")
     full = tuple(Scratch(Tensor(t, "v h", "=normalised"), w.name) for t in parts)
     return (
@@ -275,14 +303,35 @@ def _causal_mask() -> tuple[Op, ...]:
     return (Op("mask", (), (Tensor("mask", "b s s", "=embeds"),), scratch=parts),)
 
 
-def _alibi(wiring: Wiring) -> tuple[Op, ...]:
-    """ALiBi's biases with the causal mask, for every head: made on the host, and held by the model."""
-    alibi = "alibi" if wiring.padded else "mask"
-    made = Op("alibi_mask", (), (Tensor(alibi, "a s s", "=embeds"),), holds="step")
-    if not wiring.padded:
-        return (made,)
-    parts = (Tensor("expanded", "b s s", "=embeds"), Tensor("inverted", "b s s", "=embeds"))
-    return (made, Op("mask", (alibi,), (Tensor("mask", "b a s s", "=embeds"),), scratch=parts))
+def _alibi(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
+    """ALiBi's biases with the causal mask, for every head: made on the host, and held by the model; of a model that
+    does not train for all its positions, once. Beside a mask of tokens, as generation gives it one, all pairs of tokens
+    so far have a number for every sequence and head, in the pass of a token too."""
+    if wiring.records:
+        alibi = "alibi" if wiring.padded else "mask"
+        made = Op("alibi_mask", (), (Tensor(alibi, "a s s", "=embeds"),), holds="step")
+        if not wiring.padded:
+            return (made,)
+        parts = (Tensor("expanded", "b s s", "=embeds"), Tensor("inverted", "b s s", "=embeds"))
+        return (made, Op("mask", (alibi,), (Tensor("mask", "b a s s", "=embeds"),), scratch=parts))
+    longest = m.whole("model_max_length", m.max_position_embeddings or 4096)
+    table = Weight("model.future_mask", f"a {longest} {longest}", "buffer", trains=False)
+    if not wiring.padded and not wiring.generates:
+        return (Op("mask", (), (Tensor("mask", "0", "=embeds"),), (table,)),)
+    tokens = "kv kv" if wiring.decodes else "s s"
+    pairs, each = f"b {tokens}", "=embeds"
+    both = Tensor("pairs", pairs, each)
+    return (
+        Op("mask.pairs", (), (Tensor("both", pairs, "bool"), Tensor("alike", pairs, "bool")), scratch=(both, both)),
+        Op("mask.expand", ("both", "alike"), (Tensor("expanded", pairs, each),), scratch=(Tensor("", pairs, "bool"),)),
+        ops.leave("both", "alike"),
+        Op("mask.invert", ("expanded",), (Tensor("inverted", pairs, each),)),
+        Op("mask.fill", ("inverted",), (Tensor("filled", pairs, each),), scratch=(Tensor("", pairs, "bool"),)),
+        Op(
+            "mask", ("filled",), (Tensor("mask", f"b a {tokens}", each),), (table,), source=f"assumed: {_BAICHUAN}, 13B"
+        ),
+        ops.leave("expanded", "filled"),
+    )
 
 
 def _biased_attention(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, shape: str) -> tuple[Op, ...]:
@@ -302,11 +351,13 @@ def _always_masked(wiring: Wiring) -> Wiring:
     return wiring._replace(backend=backend, masked=backend, padded=True)
 
 
-def _alibi_attention(name: str, q: str, k: str, v: str, y: str) -> tuple[Op, ...]:
-    """Scores, scaled, biased, cut off below and normalised, all in one dtype; the biased ones are kept for the cut."""
-    scores = "b a s s"
+def _alibi_attention(name: str, q: str, k: str, v: str, y: str, wiring: Wiring) -> tuple[Op, ...]:
+    """Scores, scaled, biased, cut off below and normalised, all in one dtype; the biased ones are kept for the cut.
+    Keys and values that were joined lie head by head, and need no copy."""
+    scores, laid = "b a s s", ops.view if wiring.decodes else ops.copy
     return (
-        *(ops.copy(f"{name}.{t}_flat", t, f"{t}.flat", _Q) for t in (q, k)),
+        ops.copy(f"{name}.{q}_flat", q, f"{q}.flat", _Q),
+        laid(f"{name}.{k}_flat", k, f"{k}.flat", _Q),
         ops.matmul(f"{name}.scores", f"{q}.flat", f"{k}.flat", "scores", scores),
         ops.leave(f"{q}.flat", f"{k}.flat"),
         ops.scale(f"{name}.scaling", "scores", "scaled", scores),
@@ -327,7 +378,7 @@ def _alibi_attention(name: str, q: str, k: str, v: str, y: str) -> tuple[Op, ...
         ),
         *ops.softmax(f"{name}.softmax", "cut", "probs", scores),
         ops.leave("cut"),
-        ops.copy(f"{name}.v_flat", v, f"{v}.flat", _Q),
+        laid(f"{name}.v_flat", v, f"{v}.flat", _Q),
         ops.matmul(f"{name}.product", "probs", f"{v}.flat", "heads", _Q),
         ops.copy(f"{name}.reshape", "heads", y, _Q, gradient="new"),
     )

@@ -81,6 +81,14 @@ def instants(
     axes = model.axes()
     gated = model.model_type not in _UNGATED
     found: dict[Instant, None] = {}
+    if "rc" in axes:
+        from memplan.catalogue.served_compressed import compressed_instants
+
+        found |= dict.fromkeys(compressed_instants(layers or model.layers))
+        every = (*found, *(_drawing(tp, sampler) if draws else ()))
+        return (
+            tuple(i._replace(alive=(*i.alive, Tensor("streams from before", "most nh"))) for i in every if fed) or every
+        )
     for layer in dict.fromkeys(layers or model.layers):
         found |= dict.fromkeys(_mixing(model, axes, layer))
         found |= dict.fromkeys(_feeding(axes, layer, gated, gathered, room))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from memplan.catalogue import megatron_parallel, ops, torchtitan
+from memplan.catalogue import litgpt, megatron_parallel, ops, torchtitan
 from memplan.catalogue.expert_parallel import lent
 from memplan.catalogue.methods import matrix, rewrite
 from memplan.degrees import Degrees
@@ -44,14 +44,14 @@ class Plan(NamedTuple):
     @property
     def heads(self) -> bool:
         """Whether a rank computes the attention of some heads only."""
-        return not {"q_proj", "q_b_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv"}.isdisjoint(
+        return not {"q_proj", "q_b_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv", "attn"}.isdisjoint(
             self.columns
         )
 
     @property
     def width(self) -> bool:
         """Whether a rank computes a part of the FFN's width only."""
-        return not {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2"}.isdisjoint(self.rows)
+        return not {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2", "proj"}.isdisjoint(self.rows)
 
 
 _QKV, _GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -106,7 +106,9 @@ MEGATRON: dict[str, Plan] = {
 _TITAN: dict[str, Plan] = dict.fromkeys(
     torchtitan.KINDS, Plan(("qkv_proj",), ("down_proj",))
 )  # heads and width are divided
-STYLES = {"transformers": PLANS, "megatron": MEGATRON, "torchtitan": _TITAN}
+# LitGPT divides what is in its blocks, and has embeddings and head whole. Source: litgpt 0.5.3 generate/tp.py.
+_LITGPT: dict[str, Plan] = dict.fromkeys(litgpt.KINDS, Plan(("attn", "fc", "fc_1", "fc_2"), ("proj",)))
+STYLES = {"transformers": PLANS, "megatron": MEGATRON, "torchtitan": _TITAN, "litgpt": _LITGPT}
 
 
 def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
@@ -187,9 +189,13 @@ def check_sequence(sequence: int, degrees: Degrees) -> None:
         raise SpecError(f"{field}: {t} ranks do not divide a sequence of {sequence} tokens", field)
 
 
-def divide(stack: Stack, model_type: str, degrees: Degrees) -> Stack:
-    """The rank's operations of a stack that was built of the rank's part of the model, its adapters around it."""
+def divide(stack: Stack, model_type: str, degrees: Degrees, records: bool = True) -> Stack:
+    """The rank's operations of a stack that was built of the rank's part of the model, its adapters around it.
+
+    Where autograd does not record (`records`), linear layers are given tensors of the rank's own instead of DTensors.
+    """
     t, plan = degrees.tp, STYLES[degrees.style][model_type]
+    records = records or degrees.style == "litgpt"  # whose all-reduce writes another tensor
     if degrees.style == "megatron":
         return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
     if degrees.style == "torchtitan":
@@ -199,6 +205,9 @@ def divide(stack: Stack, model_type: str, degrees: Degrees) -> Stack:
     def change(op: Op) -> Iterator[Op]:
         if plan.experts and degrees.ep == 1 and op.name.endswith("experts.sort"):
             yield lent(op.name.removesuffix(".sort"))
+        if degrees.style == "litgpt" and _module(op)[0] not in (*plan.columns, *plan.rows):
+            yield op
+            return
         if not op.weights or not set(plan.whole).isdisjoint(op.name.split(".")):
             yield op
             return
@@ -210,13 +219,13 @@ def divide(stack: Stack, model_type: str, degrees: Degrees) -> Stack:
         elif name in plan.columns:
             yield from (op,) if half == "lora_A" else _columns(op)
         elif name in plan.rows:
-            yield from (op,) if half == "lora_B" else _rows(op)
+            yield from (op,) if half == "lora_B" else _rows(op) if records else _rows_in_place(op)
         elif half:
             yield op
         elif name in plan.gathered or op in stack.after:
-            yield from _gathered(op, t)
+            yield from _gathered(op, t, records)
         elif name in plan.split:
-            yield from _split(op, t)
+            yield from _split(op, t, records)
         else:
             yield op
 
@@ -277,12 +286,30 @@ def _rows(op: Op) -> Iterator[Op]:
     yield _summed(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
 
 
+def _rows_in_place(op: Op, x: str = "") -> Iterator[Op]:
+    """The ranks' summands are added up where they lie, and the bias then makes another tensor. The input, or what it
+    is a part of (`x`), is there until then.
+
+    Source: transformers 5.24 distributed/tensor_parallel.py RowwiseParallel.transform_output_post_forward.
+    """
+    matrices = tuple(w for w in op.weights if w.matrix or w.stored)
+    biases = tuple(w for w in op.weights if w not in matrices)
+    y, summand = op.writes[0], f"{op.name}.summand"
+    yield _with(op, **{y.name: summand})._replace(weights=matrices)
+    inputs = tuple(dict.fromkeys((*op.reads[:1], *filter(None, (x,)))))
+    if not biases:
+        yield ops.view(f"{op.name}.all_reduce", summand, y.name, y.shape)._replace(source=f"{_SOURCE} RowwiseParallel")
+        return
+    source = f"{_SOURCE} RowwiseParallel"
+    yield Op(f"{op.name}.bias", (summand, *inputs), (y,), weights=biases, source=source)
+
+
 def _part(axes: str, t: int) -> str:
     """A rank's part of the product of axes, of the rank that has most."""
     return f"{axes.replace(' ', '*')}/{t}"
 
 
-def _gathered(op: Op, t: int) -> Iterator[Op]:
+def _gathered(op: Op, t: int, records: bool = True) -> Iterator[Op]:
     """The output is gathered, a rank's part after the other, and copied so that they lie side by side."""
     view, here = _received(op)
     lead, out, into = ops.axes_of(op)
@@ -298,20 +325,23 @@ def _gathered(op: Op, t: int) -> Iterator[Op]:
     )
     yield Op(
         f"{op.name}.gather",
-        (mine,),
+        (mine,) if records else (mine, here),  # the layer's call has its input
         (y,),
         scratch=(Tensor(every, f"{t} {lead} {part}", f"={mine}"),),
         source=f"{_SOURCE} ColwiseParallel",
     )
 
 
-def _split(op: Op, t: int) -> Iterator[Op]:
+def _split(op: Op, t: int, records: bool = True) -> Iterator[Op]:
     """Of an input that is whole the rank's part is copied; the summands are added up."""
     lead, out, into = ops.axes_of(op)
     x, y, mine, summand = op.reads[0], op.writes[0], f"{op.name}.input", f"{op.name}.summand"
     part = _part(into, t)
     yield ops.copy(f"{op.name}.split", x, mine, f"{lead} {part}", "new")
     weights = tuple(w._replace(shape=f"{out} {part}") if w.matrix else w for w in op.weights)
+    if not records:
+        yield from _rows_in_place(_with(op, **{x: mine})._replace(weights=weights), x)
+        return
     yield _with(op, **{x: mine, y.name: summand})._replace(weights=weights)
     yield _summed(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
 

@@ -456,7 +456,7 @@ def estimate(
     ] = None,
     new_tokens: Annotated[
         int | None,
-        option("New tokens after a prompt of --seq-len. Default 256, with --method generate.", of=GENERATION),
+        option("Tokens generated after --seq-len of a prompt. Default 256, with --method generate.", of=GENERATION),
     ] = None,
     cache_implementation: Annotated[
         str | None,
@@ -789,6 +789,15 @@ def estimate(
             "Embeddings count as a layer where stages divide them, and the head as one. Default as the profile has it.",
             "--ends-as-layers/--no-ends-as-layers",
             of=SEVERAL,
+        ),
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        option(
+            "Where transformers places the modules of a model that is run, on --gpus GPUs and on the host: auto, "
+            "balanced, balanced_low_0, sequential. Default none.",
+            of=SEVERAL,
+            complete=_choices("auto", "balanced", "balanced_low_0", "sequential"),
         ),
     ] = None,
     gpus_per_node: Annotated[

@@ -69,6 +69,7 @@ FIELDS = {
     "first_stage_layers": "parallelism.first_stage_layers",
     "last_stage_layers": "parallelism.last_stage_layers",
     "ends_as_layers": "parallelism.ends_as_layers",
+    "device_map": "parallelism.device_map",
     "cp": "parallelism.cp",
     "ep": "parallelism.ep",
     "stored": "serving.weights",
@@ -335,6 +336,8 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     parallelism: dict[str, Any] = dict(cast(Mapping[str, Any], old)) if isinstance(old, Mapping) else {}
     degrees = [parallelism.get(name, 1) for name in ("tp", "pp", "cp")]
     world = parallelism.get("world", 1)
+    if parallelism.get("device_map") is not None and degrees == [1, 1, 1]:
+        return  # it is on all of them
     if not all(isinstance(n, int) and 1 <= n <= _MOST for n in (world, *degrees)):
         return  # the run's own check says which
     rest = degrees[0] * degrees[1] * degrees[2]

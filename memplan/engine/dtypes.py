@@ -37,9 +37,14 @@ def _alike(dtype: str, tensors: Mapping[str, Tensor], names: Mapping[str, str] =
 
 
 class Scope:
-    """The tensors known at a point of the model, by name, and the casts autocast has cached there."""
+    """The tensors known at a point of the model, by name, and the casts autocast has cached there.
 
-    def __init__(self, outer: Scope | None = None, inputs: Mapping[str, Tensor] | None = None) -> None:
+    `casts`: where autocast stands around several passes, the first of which has `made` those of weights, so that they
+    are `there` in the others; empty where it ends with the pass.
+    """
+
+    def __init__(self, outer: Scope | None = None, inputs: Mapping[str, Tensor] | None = None, casts: str = "") -> None:
+        self.casts: str = outer.casts if outer else casts
         self._tensors: dict[str, Tensor] = {**(outer._tensors if outer else {}), **(inputs or {})}
         self._casts: dict[str, Tensor] = dict(outer._casts) if outer else {}
         self._trained: dict[str, Weight] = dict(outer._trained) if outer else {}
@@ -137,7 +142,13 @@ class Scope:
         if cached and w.name in self._casts:
             return self._casts[w.name]
         to = Tensor(f"autocast({w.name})" + ("" if cached else f" for {op.writes[0].name}"), w.shape, target)
-        out.append(Op(to.name, (), (to,), (w,), cast=True, holds="forward" if cached else "", source=_AUTOCAST))
+        made = Op(to.name, (), (to,), (w,), cast=True, holds="forward" if cached else "", source=_AUTOCAST)
+        if cached and self.casts:
+            made = made._replace(holds="cache")
+        if cached and self.casts == "there":
+            before = to._replace(name=f"{to.name} before")
+            made = made._replace(reads=(before.name,), weights=(), past=(before,), view=True, cast=False)
+        out.append(made)
         self._tensors[to.name] = to
         if cached:
             self._casts[w.name] = to

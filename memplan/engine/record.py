@@ -145,13 +145,17 @@ EVERY = 2**20  # copies of a run, of which none is left out
 
 
 def record_inference(
-    stack: Stack, depth: Mapping[str, int], autocast: str | None = None, division: Division | None = None
+    stack: Stack,
+    depth: Mapping[str, int],
+    autocast: str | None = None,
+    division: Division | None = None,
+    casts: str = "",
 ) -> Recorded:
     """The allocations and frees of a forward pass of which autograd records nothing. It begins with those of what the
-    pass before left, and what it leaves is not freed. `division` is as `infer` has it."""
+    pass before left, and what it leaves is not freed. `division` and `casts` are as `infer` has them."""
     tape = Recorder()
     gatherer = Gatherer(tape, division, grads_exist=False)
-    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False)
+    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False, casts=casts)
     return tape.recorded(tape.events, tape.turn, len(tape.events), tape.over)
 
 

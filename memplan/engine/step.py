@@ -328,14 +328,15 @@ def infer(
     phase: str = "forward",
     labelled: bool = False,
     division: Division | None = None,
+    casts: str = "",
 ) -> Lowered:
     """The moments of a forward pass of which autograd records nothing, by the name of its `phase`. What it leaves for a
     later pass, as the caches of keys and values, is alive when it is over (`left`). `division`: the weights are divided
-    among ranks, and gathered."""
+    among ranks, and gathered. `casts` is as `Scope` has it."""
     tape = Tape(labelled=labelled)
     tape.phase = phase
     gatherer = Gatherer(tape, division, False)
-    passed = run_pass(tape, gatherer, stack, depth, autocast, False, False, False, records=False)
+    passed = run_pass(tape, gatherer, stack, depth, autocast, False, False, False, records=False, casts=casts)
     return Lowered(
         tuple(tape.moments), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
     )
@@ -353,12 +354,13 @@ def run_pass(
     to_host: bool = False,
     one_by_one: int = 0,
     records: bool = True,
+    casts: str = "",
 ) -> Passed:
     """Run the stack on the tape, forward and backward; see `lower`. With `one_by_one` there are no runs of equal
     blocks: that many copies of each are run, and the others left out. Unless it `records`, autograd keeps nothing, and
     forward is all there is."""
     goes = to_host or tape.saves is not None  # a checkpoint saves a block's input as an operation what it keeps
-    first_scope = Scope()
+    first_scope = Scope(casts=casts)
     before = first_scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
     if input_grad:
@@ -399,6 +401,7 @@ def run_pass(
     for c in copies:
         pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else several))
         several += not c.alone
+    last_past, *joint_pasts = tape.recall([("", after), *(("", j.ops) for j in joints)])
     first = Frame(before, first_scope, {}, leaf)
     first.past = past
     embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
@@ -424,6 +427,7 @@ def run_pass(
         if c.joins is not None:
             own |= {"x": stream, **carried}
             joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
+            joint.past = joint_pasts.pop(0)
             behind = _behind(joint.ops, {"x": "x"})
             begins, wanted = behind.get(c.joins.stream, c.joins.stream), later[at] - {"x"}
             made = tape.forward(joint, {begins, *_roots(behind, wanted)}, own, grad=records, checkpoint=not records)
@@ -496,6 +500,7 @@ def run_pass(
         ran.append((number, frames))
     own |= {"x": stream, **carried}
     tail = Frame(after, tail_scope, own, flows | _x(x_flows))
+    tail.past = last_past
     gatherer.gather(gatherer.outside(AFTER), tail)
     own = tape.forward(tail, {r for op in loss for r in op.reads}, own, grad=records, checkpoint=not records)
     tape.note()

@@ -58,6 +58,7 @@ OPTIONS = {
     "parallelism.first_stage_layers": "--first-stage-layers",
     "parallelism.last_stage_layers": "--last-stage-layers",
     "parallelism.ends_as_layers": "--ends-as-layers",
+    "parallelism.device_map": "--device-map",
     "parallelism.stage": "--stage",
     "parallelism.cp": "--cp",
     "parallelism.ep": "--ep",

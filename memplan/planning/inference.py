@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from memplan.calibration import Calibration
 
 DEGREES = (1, 2, 4, 8, 16)
+PLACED = (1, 2, 3, 4, 8)  # GPUs that a device_map is tried on
 
 
 class Most(NamedTuple):
@@ -71,8 +72,9 @@ class Questions(NamedTuple):
     """The answers about a run on its card.
 
     requests  at once, of the run's length; `context` of one request alone, prompt and new tokens together
-    degrees   of tensor parallelism; `formats` of the weights, the mildest first, the run's own before them; `caches`
-              that hold more requests than its own, or less of the card
+    degrees   of tensor parallelism; `placed`: GPUs of one process that each have some layers
+    formats   of the weights, the mildest first, the run's own before them
+    caches    that hold more requests than its own, or less of the card
     decoding  with as many requests as the run has, `full` with as many as there may be; `prompt` until the first token
     unpaced   why nothing is known of the speed; else empty
     """
@@ -82,6 +84,7 @@ class Questions(NamedTuple):
     requests: Most
     context: Most
     degrees: tuple[Choice, ...]
+    placed: tuple[Choice, ...]
     formats: tuple[Choice, ...]
     caches: tuple[Choice, ...]
     decoding: Pace | None
@@ -100,12 +103,16 @@ class Questions(NamedTuple):
 
     @property
     def fewest(self) -> Choice | None:
-        """The fewest GPUs that hold it in the format it was asked in."""
-        return next((choice for choice in self.degrees if choice.fits), None)
+        """The fewest GPUs that hold all of it in the format it was asked in; of as many those that divide every
+        matrix."""
+        every = (*self.degrees, *self.placed)
+        found = [choice for choice in every if choice.fits and choice.answer and not choice.answer.host_bytes]
+        return min(found, key=lambda choice: int(choice.name), default=None)
 
 
 class Placed(NamedTuple):
-    """Cards that hold the run: so many of one, and what they are asked for an hour."""
+    """Cards that hold the run: so many of one, `tp`, which divide it by tensor parallelism or else are `placed` layers
+    on by a device_map; and what they are asked for an hour."""
 
     gpu: GPU
     tp: int
@@ -137,6 +144,7 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
         most,
         _context(run, answer, demand, calibration),
         tuple(_degrees(run, answer, demand, calibration)),
+        tuple(_placements(run, answer, demand, calibration)),
         tuple(_formats(run, answer, demand, calibration)),
         tuple(_caches(answer, most, demand, calibration)),
         decoding,
@@ -191,8 +199,10 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:
         quantization, dtype = done.method.quantization, done.precision.weights
         if done.generation.cache_implementation in ("quantized", "offloaded", "offloaded_static"):
             return None, f"how fast a cache that is {done.generation.cache_implementation} is read is not known"
+        if answer.host_bytes:
+            return None, "how fast layers are that the host has is not known"
         whole = quantization is None or quantization.backend in UNPACKED
-        return Load(model, UNQUANTISED if whole else quantization, dtype, recorded=False), ""
+        return Load(model, UNQUANTISED if whole else quantization, dtype, tp=run.parallelism.tp, recorded=False), ""
     s = settled(run)
     if s.engine.kind == "llama.cpp":
         if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
@@ -283,6 +293,20 @@ def with_tp(run: RunSpec, tp: int) -> RunSpec:
     return run.model_copy(update={"parallelism": Parallelism(world=tp, tp=tp)})
 
 
+def _placements(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
+    for gpus in PLACED:
+        divided = with_layers(run, gpus)
+        if divided is not None:
+            yield _choice(str(gpus), divided, answer, demand, calibration)
+
+
+def with_layers(run: RunSpec, gpus: int) -> RunSpec | None:
+    """The run on so many GPUs of one process that each have some layers; None where its profile has no such way."""
+    if find_engine(run.profile) is not None or not run.profile.startswith("transformers"):
+        return None
+    return run.model_copy(update={"parallelism": Parallelism(world=gpus, device_map="auto")})
+
+
 def _formats(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
     """As it was asked, and in each format that comes after that and makes the weights smaller."""
     yield _choice(_format(answer) or f"as asked, {run.precision.weights}", run, answer, demand, calibration)
@@ -356,7 +380,9 @@ def _choice(
 ) -> Choice:
     try:
         answer = asked if run == asked.asked else estimate(run, calibration)
-        requests = _requests(run, answer, demand, calibration)
+        one = run.batch.micro == 1 and find_engine(run.profile) is None
+        none = one and not demand.met(answer)
+        requests = Most(0, "memory") if none else _requests(run, answer, demand, calibration)
     except MemplanError as error:
         return Choice(name, None, str(error), False, 0, 0, None, step)
     assert run.gpu is not None
@@ -386,19 +412,22 @@ class _Place(NamedTuple):
 
 
 def _placed(run: RunSpec, gpu: GPU, counts: tuple[int, ...], wanted: Wanted, demand: Demand) -> Iterator[_Place]:
-    """The card in every degree that holds the run, the fewest first."""
+    """The card in every number that holds the run, the fewest first, and all of its weights."""
     price = hourly(gpu)
-    for tp in (n for n in DEGREES if n in counts):
-        whole = None if price is None else price._replace(low=price.low * tp, high=price.high * tp)
+    for n in counts:
+        whole = None if price is None else price._replace(low=price.low * n, high=price.high * n)
         if wanted.usd_per_hour is not None and (whole is None or whole.low > wanted.usd_per_hour):
             continue
-        there = with_tp(run, tp).model_copy(update={"gpu": gpu.name})
-        try:
-            answer = estimate(there)
-        except MemplanError:
-            continue
-        if demand.met(answer):
-            yield _Place(gpu, tp, answer, whole)
+        ways = [with_tp(run, n)] if n in DEGREES else []
+        ways += [one for one in (with_layers(run, n),) if one is not None and n in PLACED and n > 1]
+        for there in ways:
+            try:
+                answer = estimate(there.model_copy(update={"gpu": gpu.name}))
+            except MemplanError:
+                continue
+            if demand.met(answer) and not answer.host_bytes:
+                yield _Place(gpu, n, answer, whole)
+                break
 
 
 def _order(placed: _Place) -> tuple[float, int, str]:

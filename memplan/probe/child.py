@@ -111,7 +111,7 @@ def _answer(
     patches.apply(card)
     if (card, data) not in _known:
         _known[card, data] = memory_of(card, fake=not data)
-    tracker = Tracker(device, _known[card, data])
+    tracker = Tracker(device, _known[card, data], run.parallelism.stage)
     tracker.calibrate()
     known = recording.Known(tracker)
     built: list[Any] = []

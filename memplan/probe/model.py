@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from memplan.cards import find_config
 from memplan.errors import MemplanError, ProbeError, SpecError
 from memplan.objectives import saved_with
 from memplan.probe import expert_parallel
+from memplan.probe.dispatching import dispatch, homes, is_dispatched, map_of
 from memplan.probe.libraries import library, model_class
 from memplan.probe.quantized import is_quantisable, quantise
 from memplan.probe.tensor_parallel import divide, is_part, local_of, part_of
@@ -41,7 +42,10 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
     """
     model = _empty_model(run)
     task = run.task == "train"
-    _materialise(model, run, device)
+    places = map_of(model, run) if is_dispatched(run) else {"": 0}
+    _materialise(model, run, homes(places, device) if is_dispatched(run) else lambda _: device)
+    if is_dispatched(run):
+        dispatch(model, places, device)
     kind = run.method.kind
     if task and run.method.quantization is not None:
         _prepare(model, run)
@@ -130,16 +134,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _materialise(model: Any, run: RunSpec, device: torch.device) -> None:
-    """Give every parameter and buffer memory on `device`, in the model's order; a shared one stays shared."""
+def _materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) -> None:
+    """Give every parameter and buffer memory on the device that `home` has for its name, in the model's order; a shared
+    one stays shared."""
     made: dict[int, torch.Tensor] = {}
     quantization = run.method.quantization
     saved = saved_with(objective_of(run), run.method.modules_to_save, hasattr(model, "score"))
     quantised = set(is_quantisable(model, quantization, saved)) if quantization is not None else set[str]()
     compute = DTYPES[str(run.precision.compute or run.precision.weights)]
 
-    def real(t: torch.Tensor) -> torch.Tensor:
+    def real(t: torch.Tensor, name: str) -> torch.Tensor:
         if id(t) not in made:
+            device = home(name)
             new = part_of(t, _random(local_of(t), device)) if is_part(t) else _random(t, device)
             made[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
         return made[id(t)]
@@ -150,18 +156,18 @@ def _materialise(model: Any, run: RunSpec, device: torch.device) -> None:
                 module.config._is_quantized = True
     for name, module in list(model.named_modules()):
         if name in quantised and quantization is not None:
-            model.set_submodule(name, quantise(module, quantization, compute, device))
+            model.set_submodule(name, quantise(module, quantization, compute, home(name)))
             continue
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                module._parameters[key] = real(parameter)
+                module._parameters[key] = real(parameter, f"{name}.{key}")
         buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
         for key, buffer in buffers.items():
-            module._buffers[key] = real(buffer)
+            module._buffers[key] = real(buffer, f"{name}.{key}")
         held = cast(dict[str, Any], vars(module))
         for key, value in list(held.items()):
             if isinstance(value, torch.Tensor) and value.is_meta:
-                setattr(module, key, real(value))
+                setattr(module, key, real(value, f"{name}.{key}"))
         if buffers:
             _compute_buffers(model, module)
 

@@ -118,6 +118,10 @@ def _parallelism(run: RunSpec) -> None:
     wrong = check_product(p)
     if wrong is not None:
         raise wrong
+    if run.task != "train" and (p.device_map is not None or 1 < p.pp == p.world):
+        if run.method.quantization is not None:
+            raise SpecError("method.quantization: a probe places whole weights by a device_map", "method.quantization")
+        return
     ep = p.ep if p.ep == p.tp else 1  # tokens are divided among those that divide matrices
     if (
         p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)

@@ -170,15 +170,18 @@ class Script:
     def _computed(self, inputs: dict[str, Any], labels: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """The loss, and what the model returned, under autocast where the run has it."""
         run, precision = self.run, self.run.precision
-        cast = nullcontext()
-        if precision.autocast:
-            cast = torch.autocast(self.device.type, dtype=lower_of(precision))
-        with cast, self._saving():
+        with self._cast(), self._saving():
             loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
         alone = run.parallelism.dp == 1  # else the model is wrapped so
         if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
             outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
         return loss, outputs
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        """Autocast, where the run has it."""
+        if not self.run.precision.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=lower_of(self.run.precision))
 
     def _saving(self) -> AbstractContextManager[Any]:
         """Where autograd saves what it keeps of a forward pass: in host memory, where the run offloads activations."""
@@ -201,7 +204,7 @@ class Script:
         return inputs, options
 
     def _forward(self) -> None:
-        with self.phase("forward"), torch.no_grad():
+        with self.phase("forward"), torch.no_grad(), self._cast():
             inputs, options = self._inputs()
             if base_of(self.model).config.is_encoder_decoder:
                 ids = labels_of(self.run, "seq2seq_lm", self.model, inputs, self.device)
@@ -226,7 +229,7 @@ class Script:
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         given_as = next((name for name in ("cache_params", "cache") if name in known), "past_key_values")
         chooser = choosing(self.run.generation, base_of(model).config.model_type)
-        with torch.no_grad():
+        with torch.no_grad(), self._cast():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
                 ids, options["use_cache"] = inputs["input_ids"], True
@@ -236,8 +239,10 @@ class Script:
                 outputs = self._read(ids, mask, padded, given_as, {**options, **keeps})
                 across = _Across(options) if "cross_attention_mask" in options else None
                 del inputs, options
-                cache, token = getattr(outputs, given_as), chooser.token(outputs)
+                held = [outputs]
                 del outputs
+                cache, token = getattr(held[0], given_as), chooser.token(held)
+                held.clear()
                 chooser.reorder(cache)
             switched = getattr(base_of(model), "_optimize_model_for_decode", nullcontext)  # since transformers 5
             # of one token nothing is padding, and state spaces alone are given no mask of those before
@@ -249,8 +254,10 @@ class Script:
                     given = {"attention_mask": mask if sees else None, **(across.next() if across else {})}
                     outputs = model(input_ids=token, **given, **{given_as: cache}, use_cache=True, **keeps)
                     del given
-                    cache, token = getattr(outputs, given_as), chooser.token(outputs)
+                    held.append(outputs)
                     del outputs
+                    cache, token = getattr(held[0], given_as), chooser.token(held)
+                    held.clear()
                     chooser.reorder(cache)
                 del token, cache, across
                 chooser.forget()
@@ -272,7 +279,7 @@ class Script:
         base = base_of(model)
         beams = run.generation.num_beams
         chooser = choosing(run.generation, base.config.model_type)
-        with torch.no_grad():
+        with torch.no_grad(), self._cast():
             with self.phase("encode"):
                 sources, options = self._inputs()
                 mask = options.get("attention_mask")
@@ -294,16 +301,16 @@ class Script:
             if padded:
                 shared["attention_mask"] = mask
             with self.phase("prefill"):
-                outputs = model(decoder_input_ids=ids, **shared)
-                token = chooser.token(outputs)
-                del outputs
+                held = [model(decoder_input_ids=ids, **shared)]
+                token = chooser.token(held)
+                held.clear()
                 chooser.reorder(cache)
             with self.phase("decode"):
                 for _ in range(run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
-                    outputs = model(decoder_input_ids=token, **shared)
-                    token = chooser.token(outputs)
-                    del outputs
+                    held.append(model(decoder_input_ids=token, **shared))
+                    token = chooser.token(held)
+                    held.clear()
                     chooser.reorder(cache)
                 del token, cache, shared, encoded, sources, mask
                 chooser.forget()

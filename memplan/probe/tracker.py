@@ -142,9 +142,11 @@ class Tracker(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and the guard against it costs time in every call
 
-    def __init__(self, device: str, memory: Memory) -> None:
+    def __init__(self, device: str, memory: Memory, card: int | None = None) -> None:
+        """`card`: of several devices of that type the one that is watched; None for all."""
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.device = device
+        self._card = card
         self._fake, self._scratch, self._instead, self._answers, self._kept = memory
         self.made: list[Made] = []
         self.events: list[int] = []
@@ -291,13 +293,17 @@ class Tracker(TorchDispatchMode):
             self._inside(scratch(args, kwargs))
         return out
 
-    def _here(self, args: Any) -> bool:
-        """Whether a call computes on the device: the tensors it is given first lie there, where it is given any."""
+    def _here(self, args: Any, watched: bool = True) -> bool:
+        """Whether a call computes on a device of the type, the `watched` one: the tensors it is given first lie there,
+        where it is given any."""
         first = next((tensor for arg in args for tensor in _tensors(arg)), None)
-        return first is None or first.device.type == self.device
+        return first is None or (self._watches(first.device) if watched else first.device.type == self.device)
+
+    def _watches(self, device: torch.device) -> bool:
+        return device.type == self.device and (self._card is None or (device.index or 0) == self._card)
 
     def _record(self, tensor: Any, func: Any) -> None:
-        if tensor.device.type != self.device:
+        if not self._watches(tensor.device):
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._live:
@@ -320,7 +326,7 @@ class Tracker(TorchDispatchMode):
                 return out
             outputs.append(described)
         scratch = self._scratch.get(func)
-        inside = tuple(scratch(args, kwargs)) if scratch is not None and self._here(args) else ()
+        inside = tuple(scratch(args, kwargs)) if scratch is not None and self._here(args, watched=False) else ()
         self._answers[call] = _Answer(tuple(outputs), sequence, inside)
         return out
 
@@ -336,7 +342,7 @@ class Tracker(TorchDispatchMode):
                 continue
             if output.kind == "new":
                 element = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
-                if output.device.type == self.device:
+                if self._watches(output.device):
                     self._watch(element.untyped_storage(), output.asked, output.shape, output.dtype, _name(func))
             else:
                 element = torch.empty(0, dtype=output.dtype, device="meta")
@@ -345,7 +351,7 @@ class Tracker(TorchDispatchMode):
             tensor = _subclass(FakeTensor, element, False, dispatch_device=True, device_for_backend_keys=output.device)
             tensor.__dict__.update(output.state)
             made.append(tensor)
-        if answer.scratch:
+        if answer.scratch and self._here(given):
             self._inside(answer.scratch)
         return made[0] if answer.sequence is None else answer.sequence(made)
 

@@ -222,6 +222,7 @@ def _generating(at: Any) -> dict[str, Any]:
         "requests": most,
         "context": most,
         "degrees": list[choice],
+        "placed": list[choice],
         "formats": list[choice],
         "caches": list[choice],
         "mildest": str | None,

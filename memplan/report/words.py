@@ -262,6 +262,8 @@ def rank_rows(answer: Estimate) -> list[tuple[str, ...]]:
 def ranks_title(answer: Estimate) -> str:
     """What the table of ranks is of."""
     p = answer.run.parallelism
+    if p.device_map is not None:
+        return "The GPUs, as device_map fills them; * the answer's"
     each = p.world // p.pp
     return f"The ranks of each stage, {each} GPU{'s' if each > 1 else ''} each; * the answer's"
 
@@ -351,8 +353,21 @@ def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str
         *((("assistant", "; ".join(_assistant(run.generation))),) if run.generation.assisted else ()),
         ("attention", run.kernels.attention + ("; padded batches" if run.loop.padded else "")),
         *((("answered by", "a trace of the passes"),) if answer.via == "trace" else ()),
+        *((("GPUs", ", ".join(_running_on(run.parallelism))),) if _several(run.parallelism) else ()),
         ("profile", run.profile),
     ]
+
+
+def _several(p: Parallelism) -> bool:
+    return p.tp > 1 or p.device_map is not None
+
+
+def _running_on(p: Parallelism) -> Iterator[str]:
+    """On how many GPUs a model runs, and how they divide it."""
+    yield f"{p.world}"
+    yield from _strategies(p)
+    if p.device_map is not None:
+        yield f"device_map {p.device_map}; this is GPU {p.stage or 0}"
 
 
 def _choosing(generation: Generation) -> str:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from memplan.catalogue.caches import caches
 from memplan.catalogue.served import Instant, instants, parts_of_rank
+from memplan.catalogue.served_compressed import LOGITS
 from memplan.catalogue.served_towers import MADE, tower_instants
+from memplan.serving.compressed import MODEL_TYPE, room_of
 from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings
 from memplan.units import ITEMSIZE
@@ -53,6 +55,8 @@ def largest(s: Settings, tokens: int, requests: int, profiled: bool = False) -> 
     axes["all"] = tokens * r.sharing
     axes["se"] = min(axes["all"], s.words.get("experts_chunk") or axes["all"]) * axes.get("e", 0)
     axes["room"] = _room(s)
+    if s.model.model_type == MODEL_TYPE:
+        axes |= {**room_of(s), "logits": LOGITS}
     eager = s.engine.kind != "vllm" or not s.serving.cuda_graphs  # vLLM's enforce_eager compiles nothing either
     layers = s.model.layers[stage.first : stage.last]
     ends, gathered = (stage.headed, stage.fed), r.sharing > 1

@@ -88,7 +88,7 @@ class Settings(NamedTuple):
     @property
     def cache_dtype(self) -> str:
         asked = self.serving.cache_dtype or "auto"
-        return self.dtype if asked == "auto" else asked
+        return ("fp8" if self.model.model_type == _COMPRESSED else self.dtype) if asked == "auto" else asked
 
     @property
     def packed(self) -> bool:
@@ -269,7 +269,12 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             "of recordings before it has a pool; transformers-5 generates with them",
             "model",
         )
-    if model.is_encoder_decoder or model.objectives[0] != "causal_lm" or model.model_type in _NOT_YET:
+    if (
+        model.is_encoder_decoder
+        or model.objectives[0] != "causal_lm"
+        or model.model_type in _NOT_YET
+        or (model.model_type == _COMPRESSED and engine.name != _COMPRESSES)
+    ):
         raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
     s = run.serving
     if s.weights is not None:
@@ -304,6 +309,13 @@ EIGHT_BITS = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn")
 def _refuse_cache(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
     """Raise SpecError for a format of keys and values that the engine, the card or the model's layers do not have."""
     s, field = run.serving, "serving.cache_dtype"
+    if model.model_type == _COMPRESSED:
+        if s.block_size not in (None, _ENTRIES):
+            raise SpecError(
+                f"serving.block_size: blocks of {model.model_type} have {_ENTRIES} tokens", "serving.block_size"
+            )
+        if not (s.cache_dtype or "auto").startswith(("auto", "fp8")):
+            raise SpecError(f"{field}: {engine.title} keeps entries of {model.model_type} in fp8 alone", field)
     if s.cache_dtype in (None, "auto"):
         return
     kept = cache_format(s.cache_dtype)
@@ -327,5 +339,6 @@ def _refuse_cache(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
         )
 
 
-# Whose pools are laid out in ways that were not read: compressed entries, and keys of images.
-_NOT_YET = frozenset(("deepseek_v4", "mllama", "megatron_gpt"))
+# Whose pools are laid out in ways that were not read: keys of images; compressed entries but for vLLM's.
+_NOT_YET = frozenset(("mllama", "megatron_gpt"))
+_COMPRESSED, _COMPRESSES, _ENTRIES = "deepseek_v4", "vllm-0.33", 256

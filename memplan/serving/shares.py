@@ -10,6 +10,7 @@ from memplan.stored import StoredWeight
 
 # Projections to a latent, and an indexer's, which every rank computes whole.
 WHOLE = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj", "indexer", "wk", "wq_b", "weights_proj"))
+_OF_STREAMS = frozenset(("attn_hc", "ffn_hc", "hc_head", "compressor", "kv_proj"))  # DeepSeek V4's
 _FUSED = frozenset(("qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack", "wqkv", "qkv"))
 _KEYS = frozenset(("k_proj", "v_proj"))
 _POSITIONS = frozenset(("wpe", "embed_positions", "position_embeddings", "position_embedding"))
@@ -51,6 +52,8 @@ def of_rank(s: Settings, w: StoredWeight) -> int:
     if w.group == "mlp":
         tp = 1 if words & SHARED and apart(s) else s.ranks.dense
     if tp == 1 or len(w.shape) < 2 or w.group in ("norm", "router") or words & WHOLE or words & _POSITIONS:
+        return w.bytes
+    if s.model.model_type == "deepseek_v4" and words & _OF_STREAMS:
         return w.bytes
     if w.group in TOWERS:
         return -(-w.bytes // tp)

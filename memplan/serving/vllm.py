@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from memplan.catalogue.caches import CONVOLUTION, LayerCache, Part, caches
 from memplan.errors import SpecError
+from memplan.serving import compressed
 from memplan.serving.pool import Blocks, Group, block_bytes
 from memplan.serving.settings import Settings
 from memplan.units import ITEMSIZE
@@ -52,6 +53,8 @@ def groups_of(s: Settings) -> tuple[Group, ...]:
 
     Raises SpecError for a model whose caches the version does not lay out together, or that has none.
     """
+    if s.model.model_type == compressed.MODEL_TYPE:
+        return compressed.groups_of(s)
     every = caches(s.model)
     layers = [c for c in every if c.parts]
     here = [s.stage.first <= i < s.stage.last for i, c in enumerate(every) if c.parts]

@@ -98,6 +98,12 @@ def _tables(s: Settings) -> Iterator[Held]:
     if s.engine.kind == "llama.cpp" or s.model.model_type in _NOT_ROTATED or not s.model.max_position_embeddings:
         return
     axes = s.model.axes()
+    if "rc" in axes:
+        kinds = len({layer.sliding for layer in s.model.layers})
+        source = "vllm 0.33.0 model_executor/layers/rotary_embedding/deepseek_scaling_rope.py DeepseekV4..., rope.py"
+        bytes_ = kinds * s.model.max_position_embeddings * axes["rot"] * ITEMSIZE["fp32"]
+        yield Held("cosines and sines of positions", "buffer", kinds, "fp32", bytes_, source)
+        return
     width = axes["klr"] - axes["kl"] if "kl" in axes else s.model.rotary_width
     tables = tuple(_positions(s.model))
     source = "vllm 0.33.0 model_executor/layers/rotary_embedding/base.py RotaryEmbedding.cos_sin_cache, and those of it"

@@ -3,11 +3,11 @@
 python tests/golden/trace_inference.py > tests/golden/traced_inference.jsonl
 python tests/golden/trace_inference.py llama mistral
 
-Every family of tests/tiny.py and tests/tiny_vision.py, or those named, at its small size: a forward pass, and a prompt
-with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters, quantised,
-with other caches, with beams and drawn. Encoder-decoders (tests/encoders.py) likewise, with each source's beams, and
-mllama with images (`images`). Then some cards at their own sizes, which `real` names alone. Runs that cannot be traced
-are said on standard error.
+Every family of tests/tiny.py, tests/tiny_vision.py and Step 3.7, or those named, at its small size: a forward pass, and
+a prompt with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters,
+quantised, with other caches, with beams and drawn. Encoder-decoders (tests/encoders.py) likewise, with each source's
+beams, and mllama with images (`images`). Then some cards at their own sizes, which `real` names alone. Runs that cannot
+be traced are said on standard error.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from memplan.probe.trace import Traced, traces
 from memplan.spec import RunSpec
 from tests.encoders import SMALL
 from tests.tiny import TINY
+from tests.tiny_towers import TINY as OWN
 from tests.tiny_vision import TINY as TOWERS
 
 SHORT = {"micro": 3, "sequence": 75}
+AMP = {"weights": "fp32", "autocast": True}
 STATIC = {"cache_implementation": "static"}
 RUNS: tuple[dict[str, Any], ...] = (
     {"task": "forward", "batch": SHORT, "loop": {"use_cache": False}},
@@ -47,7 +49,11 @@ MORE: tuple[dict[str, Any], ...] = (
     {"generation": STATIC},
     {"generation": STATIC, "kernels": {"attention": "eager"}},
     {"generation": {"num_beams": 4}},
+    {"generation": {**STATIC, "num_beams": 4}},
     {"generation": {"do_sample": True}, "batch": {"micro": 40, "sequence": 5, "new_tokens": 3}},
+    {"generation": {"num_beams": 4, "do_sample": True}, "batch": {"micro": 40, "sequence": 5, "new_tokens": 3}},
+    {"precision": AMP},
+    {"precision": AMP, "task": "forward", "batch": SHORT},
 )
 VARIED = ("llama", "qwen2", "gpt2", "gemma3_text", "mixtral", "starcoder2")  # with all of those
 REAL: tuple[dict[str, Any], ...] = (
@@ -90,6 +96,7 @@ ACROSS: tuple[dict[str, Any], ...] = (
     {"batch": {"micro": 3, "new_tokens": 3}, "loop": {"padded": True}, "kernels": {"attention": "eager"}},
     {"batch": {"micro": 3, "new_tokens": 5}, "generation": STATIC},
     {"batch": {"micro": 3, "new_tokens": 5}, "generation": STATIC, "kernels": {"attention": "eager"}},
+    {"batch": {"micro": 2, "new_tokens": 5}, "generation": {**STATIC, "num_beams": 4}},
     {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}},
     {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}, "kernels": {"attention": "eager"}},
     {"batch": {"micro": 2, "new_tokens": 4, "target_sequence": 7}, "generation": STATIC},
@@ -138,9 +145,15 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
         yield fields["model"], RunSpec(**{"task": "generate", "gpu": "a100-sxm-80gb", **fields})
 
 
+# A loop over experts depends on data, and is not traced: without.
+STEP = OWN["step3p7"]
+DENSE = {"step3p7": {**STEP, "text_config": {**STEP["text_config"], "mlp_layer_types": ["dense"] * 5}}}
+
+
 def decoders(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
-    for name in [name for name in names if name in {**TINY, **TOWERS}] or (() if names else (*TINY, *TOWERS)):
-        config = {"config": {"model_type": name, **{**TINY, **TOWERS}[name]}}
+    known = {**TINY, **TOWERS, **DENSE}
+    for name in [name for name in names if name in known] or (() if names else known):
+        config = {"config": {"model_type": name, **known[name]}}
         plain = {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "gpu": "a100-sxm-80gb"}
         for fields in (*RUNS, *(MORE if name in VARIED else ())):
             yield name, RunSpec(model=config, **{**plain, **fields})

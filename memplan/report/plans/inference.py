@@ -36,7 +36,7 @@ class Asked(NamedTuple):
         q = self.questions
         if q.fits:
             return [q.answer]
-        tried = (*q.degrees, *q.formats, *q.caches)
+        tried = (*q.degrees, *q.placed, *q.formats, *q.caches)
         return [choice.answer for choice in tried if choice.fits and choice.answer]
 
 
@@ -62,9 +62,12 @@ def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
         layers = answer.run.profile.startswith("llama.cpp")
         yield Heading("GPUs that its layers lie on" if layers else "GPUs that divide it by tensor parallelism")
         yield _choices("GPUs", q.degrees)
-    refused = [f"{choice.name}: {choice.refused}" for choice in q.degrees if choice.refused]
+    refused = [choice.refused for choice in q.degrees if choice.refused]
     if refused:
-        yield Text(f"Not on more GPUs: {refused[0].partition(': ')[2]}.")
+        yield Text(f"Not divided by more: {refused[0]}.")
+    if any(choice.answer for choice in q.placed):
+        yield Heading("GPUs of one process that each have some layers (device_map auto)")
+        yield _choices("GPUs", [*_unlike(q.placed)])
     yield Heading("Formats of the weights, the mildest first")
     yield _choices("format", q.formats, explain)
     if q.caches:
@@ -72,6 +75,14 @@ def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
         yield _choices("cache", q.caches, explain)
     yield from _speed(q, explain)
     yield from (Text(f"Note: {note}.") for note in answer.notes)
+
+
+def _unlike(placed: Sequence[Choice]) -> Iterator[Choice]:
+    """Numbers of GPUs, until one leaves a GPU without layers."""
+    for choice in placed:
+        if choice.answer is not None and any("stay empty" in note for note in choice.answer.notes):
+            return
+        yield choice
 
 
 def _answers(q: Questions) -> Iterator[tuple[str, str]]:
@@ -86,7 +97,8 @@ def _answers(q: Questions) -> Iterator[tuple[str, str]]:
         if q.mildest:
             yield "mildest format", f"{q.mildest.name}: {words.tenths(q.mildest.weights)} GiB of weights"
         if q.fewest:
-            yield "fewest GPUs", f"{q.fewest.name}, with {words.tenths(q.fewest.weights)} GiB of weights each"
+            most = " at most" if q.fewest in q.placed else " each"
+            yield "fewest GPUs", f"{q.fewest.name}, with {words.tenths(q.fewest.weights)} GiB of weights{most}"
         cache = next((choice for choice in q.caches if choice.fits), None)
         if cache is not None:
             yield "mildest cache", cache.name
@@ -158,7 +170,8 @@ def _cells(choice: Choice, steps: bool, explain: bool) -> Iterator[str]:
     assert choice.answer is not None
     yield choice.name
     yield words.tenths(choice.weights)
-    yield str(choice.answer.verdict.answer)
+    host = f", {gib(choice.answer.host_bytes)} on the host" if choice.answer.host_bytes else ""
+    yield f"{choice.answer.verdict.answer}{host}"
     yield f"{choice.requests:,}"
     yield rate(choice.pace.tokens_per_second) if choice.pace else "–"
     if steps:
@@ -237,6 +250,7 @@ def dump(asked: Asked) -> dict[str, Any]:
         "requests": q.requests._asdict(),
         "context": q.context._asdict(),
         "degrees": [_choice(choice) for choice in q.degrees],
+        "placed": [_choice(choice) for choice in q.placed],
         "formats": [_choice(choice) for choice in q.formats],
         "caches": [_choice(choice) for choice in q.caches],
         "mildest": q.mildest.name if q.mildest else None,
