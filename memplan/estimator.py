@@ -10,7 +10,7 @@ from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan import inference
-from memplan.answer import Bytes, Card, Estimate, Line, Parameters, Peak, Phase, Rank, Verdict
+from memplan.answer import Bytes, Card, Estimate, Host, HostPhase, Line, Parameters, Peak, Phase, Rank, Verdict
 from memplan.batches import check_batch
 from memplan.catalogue.engines import find_engine
 from memplan.catalogue.overhead import Communicator, cublas_workspace, cuda_context, nccl
@@ -92,6 +92,7 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
     model = decided.structure.graph.model
     note = check_batch(decided.batch, model)
     calibration = calibration_of(decided.gpu, calibration)
+    in_host = walked.host + walked.host_bytes
     parts = {**decided.parts, "objective": model.objective}
     placed = walked.decided.structure.graph.placed
     if placed is not None:
@@ -105,10 +106,11 @@ def _inferred(run: RunSpec, decided: Decided, calibration: Calibration | None) -
         Card(decided.gpu.name, decided.gpu.usable, run.parallelism.world) if decided.gpu else None,
         Peak(top.phase, top.where),
         tuple(phases),
-        walked.host,
+        in_host,
         (*decided.notes, *((note,) if note else ()), *((calibration.named(),) if calibration else ())),
         inference.Engine(walked, top.phase, expandable, calibration),
         calibration,
+        host=Host(1, (HostPhase("decode", in_host, in_host, 0),)) if walked.host_bytes else None,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.batches import axes_of_images, lengths
+from memplan.caching import decided_cache, kind_of, refuse_cache, stored_of
 from memplan.catalogue.attention import JOINED, large_tiles
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, NOT_YET, SUPPRESSES, Loaded, Pass, keeping
@@ -102,7 +103,8 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     pictures = axes_of_images(model, run)
     batch = lengths(run.batch, model, generates)
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
-    windowed = window is not None and batch.sequence >= window
+    read = min(run.generation.prefill_chunk_size or batch.sequence, batch.sequence)
+    windowed = window is not None and read >= window
     wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)
     wiring = in_words(wiring, words, attention)._replace(
         flattens=batch.micro * run.generation.num_beams == 1 and model.model_type in JOINED,
@@ -115,22 +117,23 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         last_only=generates and words["last_logits"] and not model.is_encoder_decoder,
         generates=generates,
     )
-    generation = run.generation.model_copy(
-        update={"cache_implementation": run.generation.cache_implementation or words["cache"]} if generates else {}
-    )
+    generation = decided_cache(run.generation, words, run.profile) if generates else run.generation
     if model.is_encoder_decoder and generation.cache_implementation == "legacy":
         raise SpecError(
             f"generation.cache_implementation: legacy is not supported yet for {model.name or model.model_type}; "
             "supported: dynamic, static",
             "generation.cache_implementation",
         )
+    if generates:
+        refuse_cache(run, generation, model, batch)
+    stored = stored_of(generation, model, batch)
     now = Pass(
         "prefill" if generates else "forward",
-        generation.cache_implementation or ("dynamic" if wiring.caching else ""),
+        kind_of(generation) or ("dynamic" if wiring.caching else ""),
         words["last_logits"] and not model.is_encoder_decoder,
         words["logits"] == "model" or (generates and words["wide_logits"]),
         wiring.has_mask(),
-        windowed and batch.sequence > (window or 0),
+        windowed and read > (window or 0),
         words["few_rows"],
         generation.num_beams > 1,
         generation.do_sample,
@@ -138,8 +141,10 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         generates and model.model_type in SUPPRESSES,
         around=generates and precision.autocast,
         loaded=Loaded(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
+        stored=stored,
         switches=generates and words["experts"] == "stacked",
     )
+    wiring = wiring._replace(handed_back=stored is not None)
     graph = Graph(
         model,
         recipe,
@@ -196,6 +201,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
         tuple(pictures),
         communicators(run.parallelism) if degrees.tp > 1 else (),
         beams=generation.num_beams,
+        part=generation.prefill_chunk_size or 0,
     )
     if generation == Generation():
         return done
@@ -233,6 +239,9 @@ def _degrees(
 def caches_all(graph: Graph) -> bool:
     """Whether as many layers leave something for the tokens to come as the table of caches has."""
     graph = graph._replace(placed=None)
+    now = graph.inference
+    if now is not None and now.cache.startswith("offloaded"):  # none is left on the card
+        graph = graph._replace(inference=now._replace(cache="static" if now.static else "dynamic"))
     if graph.model.is_encoder_decoder:
         graph = over_source(graph)
     stack, axes = built(graph)

@@ -14,6 +14,7 @@ from memplan.catalogue.decoding import Pass, evaluation, inference
 from memplan.catalogue.device_maps import Placed, axis_of, placed
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
+from memplan.catalogue.offloaded_caches import offloaded
 from memplan.catalogue.packed import unpacked, with_buffers
 from memplan.catalogue.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.catalogue.running import Step, bytes_at_once, chunk_of, goes, laying, quantising, unpacking
@@ -140,6 +141,8 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         if graph.inference.unpacks:
             stack = unpacked(stack, backend)
         stack = inference(stack, graph.inference)
+        if graph.inference.cache.startswith("offloaded"):
+            return offloaded(stack, axes, recipe.compute)
         return (stack, axes) if graph.placed is None else placed(stack, axes, graph.placed)
     stack = losses.attach(
         stack,

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Bytes, Line, Peak, Phase, Rank, Verdict
+from memplan.catalogue import offloaded_caches, quantized_caches
 from memplan.catalogue.dealing import HOST
 from memplan.catalogue.device_maps import Placed
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
@@ -37,17 +38,21 @@ from memplan.run_axes import axes_of, blocks_of_keys
 from memplan.segments import replay_loading
 from memplan.sizes import ONE_RUN
 from memplan.tensors import alive_lines, held_line
+from memplan.units import ITEMSIZE
 from memplan.usage import Usage, around
 
 if TYPE_CHECKING:
     from memplan.calibration import Calibration
+    from memplan.catalogue.decoding import Part
+    from memplan.catalogue.quantized_caches import Stored
     from memplan.resolve import Decided
 
 
 class Step(NamedTuple):
     """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`. A static cache has `room` for so many. `source` tokens were read by an
-    encoder, of so many `prompts`. `division`: its weights are divided among ranks.
+    layer with a window has `past_window`. A static cache has `room` for so many. Of a quantised one `quantized` are so
+    before the pass, and the rest of its `past` waits. `source` tokens were read by an encoder, of so many `prompts`.
+    `division`: its weights are divided among ranks.
 
     In assisted generation the last `cropped` of the past tokens are in the cache's tensors, but were cut off. The cache
     of a layer with a window has `grown` tokens after the pass, of which attention sees `window`. `rows` logits are
@@ -73,6 +78,20 @@ class Step(NamedTuple):
     assists: bool = False
     beside: tuple[Held, ...] = ()
     other: Step | None = None
+    quantized: int = 0
+
+    @property
+    def residual(self) -> int:
+        """Tokens of a quantised cache that were not quantised when the pass began."""
+        return self.past - self.quantized
+
+    @property
+    def residual_after(self) -> int:
+        """Those when it is over."""
+        now = self.graph.inference
+        if now is None or now.stored is None:
+            return 0
+        return now.stored.after(self.quantized, self.residual, self.fed)[1]
 
     @property
     def phase(self) -> str:
@@ -95,14 +114,14 @@ def steps_of(decided: Decided) -> tuple[Step, ...]:
 
         return assisted.steps_of(decided)
     many, now = MANY_ROWS.get(graph.inference.loaded.backend, 0), graph.inference
-    if many and batch.micro * decided.beams * batch.sequence >= many:
+    if many and batch.micro * decided.beams * min(decided.part or batch.sequence, batch.sequence) >= many:
         now = now._replace(unpacks=True)
         graph = graph._replace(inference=now)
     if not now.generates:
         return (Step(graph, batch.micro, batch.sequence),)
     if graph.model.is_encoder_decoder:
-        return (_encoding(decided), *_decoding(decided, over_source(graph)))
-    return _decoding(decided, graph)
+        return (_encoding(decided), *_read(over_source(graph), decided))
+    return _read(graph, decided)
 
 
 def _encoding(decided: Decided) -> Step:
@@ -124,50 +143,160 @@ def over_source(graph: Graph) -> Graph:
     return graph._replace(wiring=graph.wiring._replace(part="decoder"))
 
 
-def _decoding(decided: Decided, graph: Graph) -> tuple[Step, ...]:
-    """The passes of a decoder: the prompt's, and of those of a token the first and the last."""
-    batch, now = decided.batch, graph.inference
+def _read(graph: Graph, decided: Decided) -> tuple[Step, ...]:
+    """The passes of a decoder: those over its prompt, and those of a token that are walked."""
+    decoding = (_token(graph, past, decided) for past in _decoding(decided))
+    return (*_prompt(graph, decided), *decoding)
+
+
+def token_after(past: int, decided: Decided) -> Step:
+    """The pass that decodes the token after so many."""
+    graph = decided.structure.graph
+    return _token(over_source(graph) if graph.model.is_encoder_decoder else graph, past, decided)
+
+
+def _length(decided: Decided) -> int:
+    """The tokens of the decoder's prompt."""
+    batch = decided.batch
+    return (batch.target_sequence or 1) if decided.structure.graph.model.is_encoder_decoder else batch.sequence
+
+
+def _room(decided: Decided) -> int:
+    """The tokens that a cache of fixed size has room for: the last one is never fed to the model."""
+    return _length(decided) + decided.batch.new_tokens - 1
+
+
+def _source(graph: Graph, decided: Decided) -> tuple[int, int]:
+    """The tokens that an encoder has read, and of how many prompts."""
+    return (decided.batch.sequence if graph.wiring.part else 0, decided.batch.micro)
+
+
+def _prompt(graph: Graph, decided: Decided) -> Iterator[Step]:
+    """The passes that read the prompt: one, or of one that is read in parts the first two and those that are the last
+    of a whole part and of all. What waits in a quantised cache grows from part to part, so that there it is all since
+    tokens were last quantised."""
+    now, prompt, window = graph.inference, _length(decided), graph.model.sliding_window or 0
     assert now is not None
-    many = MANY_ROWS.get(now.loaded.backend, 0)
-    window, few_rows = graph.model.sliding_window or 0, now.few_rows
-    rows = batch.micro * decided.beams
+    rows, part = decided.batch.micro * decided.beams, min(decided.part or prompt, prompt)
+    if part == prompt:
+        if graph.wiring.part:  # one token sees all there are
+            alone = now.static and prompt == 1
+            graph = graph._replace(wiring=graph.wiring._replace(decodes=prompt == 1, static=now.static))
+            graph = graph._replace(inference=now._replace(room=now.room or alone))
+        seen = min(prompt, window or prompt)
+        yield Step(graph, rows, prompt, 0, 0, seen, _room(decided), *_source(graph, decided))
+        return
+    starts = list(range(0, prompt, part))
+    walked = {*starts[:2], *starts[-2:]}
+    if now.stored is not None and now.stored.grouped:
+        walked.update(starts[-1 - -(-now.stored.residual // part) :])
+    quantized = 0
+    for past in starts:
+        fed = min(part, prompt - past)
+        after = now.stored.after(quantized, past - quantized, fed)[0] if now.stored is not None else 0
+        if past in walked:
+            anew = now.stored is not None and now.stored.grouped and after != quantized
+            which: Part = "first" if not past else "last" if past + fed == prompt else "middle"
+            own = graph._replace(inference=now._replace(part=which, anew=anew and bool(past)))
+            if past:
+                masked = own.wiring.padded or own.wiring.backend != "flash_2"
+                longer = bool(window) and past + fed > window
+                wiring = own.wiring._replace(padded=masked, windowed=bool(window), handed_back=False, images=False)
+                inference = own.inference._replace(longer=longer) if own.inference else None
+                own = own._replace(wiring=wiring, inference=inference)
+            kept = min(past, window - 1) if window else past
+            if past and window and now.cache == "dynamic":  # the pass before left a view of all that it had
+                kept = min(past - part, window - 1) + part
+            seen = (min(past, window - 1) if window else past) + fed
+            yield Step(own, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
+        quantized = after
+
+
+def _token(graph: Graph, past: int, decided: Decided) -> Step:
+    """The pass of the graph that decodes the token after so many."""
+    prompt, rows, now = _length(decided), decided.batch.micro * decided.beams, graph.inference
+    assert now is not None
+    window, many = graph.model.sliding_window or 0, MANY_ROWS.get(now.loaded.backend, 0)
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
     crosses = bool(graph.wiring.part)
-    prompt = (batch.target_sequence or 1) if crosses else batch.sequence
-    last, room = prompt + batch.new_tokens - 2, prompt + batch.new_tokens - 1
-    read = (batch.sequence if crosses else 0, batch.micro)
-    static = now.cache == "static"
+    longer = bool(window) and past + 1 > window
+    static = now.static
+    wiring = graph.wiring._replace(
+        decodes=True,
+        images=False,
+        tower="",
+        windowed=bool(window) and past + 1 >= window,
+        crossed=crosses or looks_across(graph),
+        handed_back=False,
+    )
     if crosses:
-        wiring = graph.wiring._replace(decodes=prompt == 1, static=static)  # one token sees all there are
-        graph = graph._replace(wiring=wiring, inference=now._replace(room=now.room or (static and prompt == 1)))
-    found = [Step(graph, rows, prompt, 0, 0, windowed(prompt), room, *read)]
-    for past in dict.fromkeys((prompt, last)) if batch.new_tokens > 1 else ():
-        longer = bool(window) and past + 1 > window
-        wiring = graph.wiring._replace(
-            decodes=True,
-            images=False,
-            tower="",
-            windowed=bool(window) and past + 1 >= window,
-            crossed=crosses or looks_across(graph),
-        )
-        wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
-        recipe = graph.recipe
-        if rows <= few_rows:
-            recipe = recipe._replace(copies=False)
-        lingers = past == prompt and not (now.last_only or crosses)
-        unpacks = bool(many) and rows >= many
-        token = now._replace(phase="decode", longer=longer, lingers=lingers, first=past == prompt, unpacks=unpacks)
-        token = token._replace(batches=now.switches)
-        one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
-        # what the prompt's pass left of a window is a view of all of it
-        kept = prompt if past == prompt else windowed(past)
-        if decided.beams > 1 and window:  # but a copy in another order is of the window alone
-            kept = min(past, window - 1)
-        found.append(Step(one, rows, 1, past, kept, windowed(past + 1), room, *read))
-    return tuple(found)
+        wiring = wiring._replace(static=static)
+    wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
+    recipe = graph.recipe
+    if rows <= now.few_rows:
+        recipe = recipe._replace(copies=False)
+    lingers = past == prompt and not (now.last_only or crosses)
+    unpacks = bool(many) and rows >= many
+    token = now._replace(phase="decode", longer=longer, lingers=lingers, first=past == prompt, unpacks=unpacks)
+    token = token._replace(batches=now.switches)
+    if crosses:
+        token = token._replace(room=now.room or (static and prompt == 1))
+    quantized = 0
+    if now.stored is not None:
+        before, waiting = _of_prompt(decided, now.stored)
+        quantized = _quantized(before, waiting, past - prompt, now.stored)
+        anew = now.stored.after(quantized, past - quantized, 1)[0] != quantized
+        token = token._replace(anew=anew and now.stored.grouped)
+    one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
+    # what the prompt's pass left of a window is a view of all that it had
+    kept = _left_of_prompt(decided, window) if past == prompt else windowed(past)
+    if (decided.beams > 1 or now.cache == "offloaded") and window:  # but a copy of it is of the window alone
+        kept = min(past, window - 1)
+    return Step(
+        one, rows, 1, past, kept, windowed(past + 1), _room(decided), *_source(graph, decided), quantized=quantized
+    )
+
+
+def _left_of_prompt(decided: Decided, window: int) -> int:
+    """The tokens of what the last pass over the prompt had of a layer with a window."""
+    prompt = _length(decided)
+    before = (prompt - 1) // decided.part * decided.part if decided.part else 0
+    return (min(before, window - 1) if window else before) + prompt - before
+
+
+def _of_prompt(decided: Decided, stored: Stored | None) -> tuple[int, int]:
+    """How many tokens of the prompt a quantised cache has quantised when all are read, and how many wait."""
+    prompt = _length(decided)
+    part = min(decided.part or prompt, prompt)
+    quantized, waiting = 0, 0
+    if stored is None:
+        return quantized, waiting
+    for past in range(0, prompt, part):
+        quantized, waiting = stored.after(quantized, waiting, min(part, prompt - past))
+    return quantized, waiting
+
+
+def _decoding(decided: Decided) -> Iterable[int]:
+    """The tokens before each of the passes that decode and are walked: the first and the last. Of a quantised cache
+    also the last that quantises all anew, with the one before it, when most tokens wait."""
+    now, prompt, new = decided.structure.graph.inference, _length(decided), decided.batch.new_tokens - 1
+    if not new:
+        return ()
+    found = {prompt, prompt + new - 1}
+    if now is not None and now.stored is not None and now.stored.grouped:
+        _, waiting = _of_prompt(decided, now.stored)
+        anew = prompt - waiting + (waiting + new) // now.stored.residual * now.stored.residual - 1
+        found |= {past for past in (anew - 1, anew) if past >= prompt}
+    return sorted(found)
+
+
+def _quantized(quantized: int, waiting: int, tokens: int, stored: Stored) -> int:
+    """How many are quantised once so many `tokens` were added to the prompt, one after the other."""
+    more = waiting + tokens
+    return quantized + (more // stored.residual * stored.residual if stored.grouped else more)
 
 
 def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
@@ -177,6 +306,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         assert decided.assistant.drafts is not None
         decided = decided.assistant.drafts
     low, fixed = inferred(step.graph, division=step.division), built(step.graph)[1]
+    window = step.graph.model.sliding_window
     more = {
         "kv": step.past - step.cropped + step.fed,
         "past": step.past,
@@ -184,6 +314,12 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "past_window": step.past_window,
         "kv_static": step.room,
         "kv_window_static": min(step.room, step.graph.model.sliding_window or step.room),
+        "prompt": decided.batch.sequence,
+        offloaded_caches.KEPT: min(step.past + step.fed, max(1, window) - 1) if window else step.past + step.fed,
+        quantized_caches.QUANTIZED: step.quantized,
+        quantized_caches.RESIDUAL: step.residual,
+        quantized_caches.AFTER: step.residual_after,
+        quantized_caches.RANKED: int(step.phase == "decode"),
         "kv_window_grown": step.grown,
         "verified": step.rows,
         "verified_before": step.before,
@@ -283,6 +419,30 @@ class Walked(NamedTuple):
             where = low.moments[self.peaks[i].moment].where
             out.append(Phase(name, None, peak, f"assistant: {where}" if self.steps[i].assists else where))
         return out
+
+    @property
+    def host_bytes(self) -> int:
+        """The most that an offloaded cache has in host memory: what all layers keep but the first, which comes back
+        when the last is done. It is pinned, and torch rounds pinned memory up to a power of two.
+
+        Source: torch 2.13 ATen/core/CachingHostAllocator.h; aten/src/ATen/native/TensorConversions.cpp _to_copy pins
+        what it copies to the host without blocking.
+        """
+        last, graph = self.steps[-1], self.steps[-1].graph
+        now = graph.inference
+        if now is None or not now.cache.startswith("offloaded"):
+            return 0
+        from memplan.catalogue.caches import LayerCache, caches
+
+        width, tokens = ITEMSIZE[graph.recipe.compute], last.room if now.static else last.past + last.fed
+
+        def pinned(layer: LayerCache) -> int:
+            each = (last.batch * p.entries(tokens, layer.last, 0) * p.elements for p in layer.parts if p.per == "token")
+            return sum(1 << (n * width - 1).bit_length() for n in each if n)
+
+        layers = [layer for layer in caches(graph.model) if layer.token_elements]
+        sent = [pinned(layer) for layer in layers if not now.static or layer.window is None]
+        return sum(sent) - sent[0] if len(sent) > 1 else sum(sent)
 
     def left(self, step: Step, axes: Mapping[str, int]) -> list[tuple[str, int]]:
         """What a pass leaves for the next: names, and bytes of all tensors of that name."""
@@ -531,22 +691,28 @@ def replay(walked: Walked, expandable: bool) -> Replay:
         from memplan import assisted
 
         steps = assisted.steps_of(walked.decided, replayed=True)
-    elif len(steps) > 2:  # the prompt's, the first that decodes and the last
-        *early, last = steps
-        first = early[-1]
+    decoding = [step for step in steps if step.phase == "decode"]
+    if walked.decided.assistant is None and len(decoding) > 1:
+        first, last = decoding[0], decoding[-1]
         often = min(_MOST, max(_FEWEST, _growth(walked) // SMALL_REQUEST + 2))
         count = min(often, last.past - first.past + 1)
-        between = (first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1))
-        window = walked.decided.structure.graph.model.sliding_window or last.past + 1
-        some = (last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between)
-        steps = (*early, *some, last)
+        between = [first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1)]
+        now = last.graph.inference
+        if now is not None and now.stored is not None:  # some of them quantise all anew
+            pasts = sorted({*between, *(step.past for step in decoding)})
+            some = [token_after(past, walked.decided) for past in pasts]
+        else:
+            window = walked.decided.structure.graph.model.sliding_window or last.past + 1
+            some = [last._replace(past=n, past_window=min(n, window), window=min(n + 1, window)) for n in between]
+            some = [first, *some, last]
+        steps = (*(step for step in steps if step.phase != "decode"), *some)
     axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
     return Replay(walked.models, steps, axes, walked.workspace, expandable)
 
 
 def _growth(walked: Walked) -> int:
     """By how many bytes the largest tensor of a cache grows from the first pass that decodes to the last."""
-    *_, first, last = walked.steps
+    first, *_, last = (step for step in walked.steps if step.phase == "decode")
     low = inferred(last.graph)
     at_first = last._replace(past=first.past, past_window=first.past_window, window=first.window)
     then, now = (bytes_of(low, numbers_of(step, walked.decided)) for step in (at_first, last))
@@ -624,7 +790,10 @@ def replayed(
     return list(blocks.values())
 
 
-_TOKENS: dict[str, str] = dict.fromkeys(("s", "kv", "past", "kv_window", "past_window"), "kv")
+_TOKENS: dict[str, str] = {
+    **dict.fromkeys(("s", "kv", "past", "kv_window", "past_window", quantized_caches.QUANTIZED), "kv"),
+    quantized_caches.AFTER: quantized_caches.RESIDUAL,
+}
 
 
 @lru_cache(maxsize=1024)

@@ -47,6 +47,13 @@ def refuse(run: RunSpec) -> None:
             raise SpecError("generation: is of task generate", "generation")
     if run.task != "train" and run.also != Also():
         raise SpecError(f"also: is of training, and with task {run.task} nothing trains", "also")
+    if run.serving.cache_dtype is not None:
+        raise SpecError(
+            f"serving.cache_dtype: {run.profile} keeps keys and values in the model's dtype, unless its cache is "
+            "quantized: say generation.cache_implementation quantized, and cache_config.backend quanto, hqq or fp8; "
+            "engines that serve have a cache_dtype (vllm, sglang, tgi, llama.cpp: memplan profiles)",
+            "serving.cache_dtype",
+        )
     if run.serving != Serving():
         raise SpecError(f"serving: is of the engines that memplan profiles lists, not {run.profile}", "serving")
     if run.parallelism != _ONE_GPU:

@@ -109,7 +109,7 @@ class Decided(NamedTuple):
     `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
     `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
     null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt,
-    `assistant` what proposes tokens.
+    of which `part` tokens are read at once, 0 for all; `assistant` what proposes tokens.
     """
 
     structure: Structure
@@ -122,6 +122,7 @@ class Decided(NamedTuple):
     pictures: tuple[tuple[str, int], ...] = ()
     communicators: tuple[Communicator, ...] = ()
     beams: int = 1
+    part: int = 0
     assistant: Assistant | None = None
 
 

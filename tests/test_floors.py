@@ -35,6 +35,7 @@ FLOORS = (
             "tensors",
             "inference",
             "generation",
+            "caching",
             "assisted",
         ),
         *("serving", "also", "saving"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,30 @@ def test_generation_keeps_its_cache_and_the_last_token_s_logits(tracer: Tracer) 
     assert max(s.shape[0] for s in trace.storages if s.op == "mm" and s.shape[1:] == (vocabulary,)) == 2
     forward = tracer.trace(tiny("llama", task="forward"), steps=1)
     assert forward.phases[-1].left - forward.phases[0].left == 512  # nothing is kept but the ids
+
+
+def test_a_trace_has_the_caches_that_generate_makes(tracer: Tracer) -> None:
+    batch = {"micro": 2, "sequence": 64, "new_tokens": 3}
+
+    def traced(**generation: Any) -> Traced:
+        return tracer.trace(tiny("llama", task="generate", batch=batch, generation=generation), steps=1)
+
+    sizes = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    assert any(s.dtype == "float8_e4m3fn" and s.shape[2:3] == (65,) for s in traced(**sizes).storages)
+    plain, away, parts = traced(), traced(cache_implementation="offloaded"), traced(prefill_chunk_size=16)
+    assert away.phases[-1].peak < plain.phases[-1].peak
+    assert parts.phases[1].peak < plain.phases[1].peak
+    assert parts.phases[-1].peak == plain.phases[-1].peak
+
+
+def test_a_backend_that_is_not_installed_is_named(tracer: Tracer) -> None:
+    if find_spec("hqq") is not None:
+        pytest.skip("it is installed")
+    config = {"cache_implementation": "quantized", "cache_config": {"backend": "hqq"}}
+    run = tiny("llama", task="generate", batch={"sequence": 64, "new_tokens": 2}, generation=config)
+    with pytest.raises(ProbeError, match="hqq is in hqq, which is not installed; pip install hqq") as caught:
+        tracer.trace(run, steps=1)
+    assert caught.value.field == "generation.cache_config.backend"
 
 
 # --- what cannot be traced

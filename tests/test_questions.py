@@ -29,6 +29,7 @@ from memplan.planning.inference import (
     with_format,
     with_tp,
 )
+from memplan.planning.kept import others
 from memplan.planning.offers import Wanted, owned
 from memplan.planning.plan import plan
 from memplan.planning.reach import reach
@@ -104,6 +105,35 @@ def test_what_does_not_fit_has_the_mildest_format_and_the_fewest_gpus_that_do() 
     assert not any(choice.fits for choice in found.formats[: found.formats.index(found.mildest)])
     assert not any(choice.fits for choice in found.degrees[: found.degrees.index(found.fewest)])
     assert fits(with_format(run_of("llama-3.1-70b", gpu="h100"), found.mildest.name))
+
+
+def test_other_caches_are_those_of_the_engine_that_hold_more_requests() -> None:
+    (fp8,) = ASKED.caches
+    assert fp8.answer is not None
+    assert (fp8.name, fp8.answer.run.serving.cache_dtype) == ("fp8", "fp8")
+    assert fp8.requests > ASKED.requests.value
+
+
+def test_what_may_be_tried_is_what_the_engine_has_and_the_run_does_not_say_itself() -> None:
+    def names(*args: Any, **more: Any) -> list[str]:
+        return [step.format for step, _ in others(estimate(run_of(*args, **more)))]
+
+    every = ["a prompt in parts", "quantized, 4 bits", "offloaded"]
+    assert names("llama-3.2-1b", "transformers-5") == every
+    assert names("llama-3.2-1b", "transformers-5", batch={"sequence": 1000}) == every[1:]
+    assert names("llama-3.2-1b", "transformers-5", generation={"cache_implementation": "offloaded"}) == []
+    assert names("llama-3.2-1b", "transformers-4.51") == []
+    assert names("llama-3.2-1b", "llama.cpp-2026") == ["q8_0"]
+    assert names("llama-3.2-1b", serving={"cache_dtype": "fp8"}) == []
+
+
+@ALL
+def test_other_caches_of_transformers_hold_what_its_own_does_not() -> None:
+    found = questions(run_of(profile="transformers-5", batch={"sequence": 30000}))
+    assert [choice.name for choice in found.caches] == ["a prompt in parts", "quantized, 4 bits", "offloaded"]
+    assert not found.fits
+    assert all(choice.fits for choice in found.caches)
+    assert [choice.pace is None for choice in found.caches] == [False, True, True]
 
 
 def test_a_format_that_was_asked_for_starts_the_ladder() -> None:

@@ -61,10 +61,7 @@ def _bloom_attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention")
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", bias=True),
         *(ops.view(f"{name}.{t}_select", "qkv", f"{t}.view", _Q, gradient="new") for t in "qkv"),
         *cached(name, wiring, (), tensors=("k.view", "v.view")),
-        *(
-            (ops.view if wiring.caching and t != "q" else ops.copy)(f"{name}.{t}_flat", f"{t}.view", t, _Q)
-            for t in "qkv"
-        ),
+        *((ops.view if wiring.lays and t != "q" else ops.copy)(f"{name}.{t}_flat", f"{t}.view", t, _Q) for t in "qkv"),
         Op(
             f"{name}.baddbmm",
             ("alibi", "q", "k"),
@@ -165,10 +162,7 @@ def _mpt_attention(drop: bool, clipped: bool, wiring: Wiring, name: str = "attn"
         ops.split(f"{name}.chunk", "qkv", tuple(Tensor(f"{t}.part", _Q) for t in "qkv")),
         *(ops.view(f"{name}.{t}_heads", f"{t}.part", t, _Q, back[t]) for t in "qkv"),
         *cached(name, wiring, ()),
-        *(
-            (ops.view if wiring.caching and t == "k" else ops.copy)(f"{name}.{t}_flat", t, f"{t}.flat", _Q)
-            for t in "qk"
-        ),
+        *((ops.view if wiring.lays and t == "k" else ops.copy)(f"{name}.{t}_flat", t, f"{t}.flat", _Q) for t in "qk"),
         ops.matmul(f"{name}.scores", "q.flat", "k.flat", "scores", _SCORES),
         ops.scale(f"{name}.scaling", "scores", "scaled", _SCORES),
         Op(f"{name}.add_alibi", ("scaled", "alibi"), (Tensor("biased", _SCORES),), gradient="same"),
@@ -183,7 +177,7 @@ def _mpt_attention(drop: bool, clipped: bool, wiring: Wiring, name: str = "attn"
         *ops.softmax(f"{name}.softmax", "filled", "softmax", _SCORES),
         ops.cast(f"{name}.cast", "softmax", "probs.whole", _SCORES, "=v"),
         *dropped(f"{name}.attn_dropout", "probs.whole", "probs", _SCORES, drop),
-        (ops.view if wiring.caching else ops.copy)(f"{name}.v_flat", "v", "v.flat", _Q),
+        (ops.view if wiring.lays else ops.copy)(f"{name}.v_flat", "v", "v.flat", _Q),
         ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
         ops.view(f"{name}.permute", "heads", "permuted", _Q, gradient="new"),
         ops.copy(f"{name}.contiguous", "permuted", "o", _Q),

@@ -32,9 +32,10 @@ class Wiring(NamedTuple):
     uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask. drops: the config's
     attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
     what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
-    values are put beside those of earlier tokens, and lie head by head. decodes: there is one token a sequence, which
-    sees all before it; with `several` there are more, which come after those. last_only: the logits of a
-    sequence's last token are all that is asked for. generates: the pass is one of generation. part: of an
+    values are put beside those of earlier tokens, and lie head by head; but where they are handed_back as they came.
+    decodes: there is one token a sequence, which sees all before it; with `several` there are more, which come after
+    those. last_only: the logits of a sequence's last token are all that is asked for. generates: the pass is one of
+    generation. part: of an
     encoder-decoder the `encoder` alone runs, or the `decoder` over what the encoder has left; beams: several of each
     prompt read that; crossed: its keys and values are cached already; static: of its own there is room for all tokens,
     which one token sees through a mask.
@@ -66,6 +67,7 @@ class Wiring(NamedTuple):
     drops: bool = False
     records: bool = True
     caching: bool = False
+    handed_back: bool = False
     decodes: bool = False
     generates: bool = False
     several: bool = False
@@ -74,6 +76,11 @@ class Wiring(NamedTuple):
     beams: bool = False
     crossed: bool = False
     static: bool = False
+
+    @property
+    def lays(self) -> bool:
+        """Whether a cache hands on keys and values that lie head by head."""
+        return self.caching and not self.handed_back
 
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
@@ -208,7 +215,7 @@ def _attention(
             causal = wiring.causal and not wiring.decodes
             return _math(name, q, k, v, y, grouped, mask if masked else "", to, width, causal, wiring.drops)
         case "eager":
-            laid = wiring.caching
+            laid = wiring.lays
             return _eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
         case other:
             raise AssertionError(other)

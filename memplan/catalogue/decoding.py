@@ -8,6 +8,9 @@ the operations of the cache take that one's place, and what the kernel after it 
     kv_window, past_window  the same of a layer that keeps those of its window
     kv_static               those that a cache of fixed size has room for
     source                  those that an encoder has read, of which keys and values are made in the first pass alone
+    quantized, residual     those of a quantised cache that were quantised before this pass, and that were not
+
+What a quantised cache makes of them is in `memplan.catalogue.quantized_caches`.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from memplan.catalogue import ops
+from memplan.catalogue import offloaded_caches, ops, quantized_caches
 from memplan.catalogue.batched_experts import batched
+from memplan.catalogue.quantized_caches import Stored
 from memplan.ir import Block, Op, Run, Stack, Tensor, outside
 
-Cache = Literal["", "dynamic", "static", "legacy"]
+Cache = Literal["", "dynamic", "static", "legacy", "quantized", "offloaded", "offloaded_static"]
+Part = Literal["", "first", "middle", "last"]
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
@@ -67,6 +72,9 @@ class Pass(NamedTuple):
     around      autocast stands around all passes, and keeps its casts of weights from the first on
     unpacks     it has so many rows that the kernel of packed weights makes whole matrices
     loaded      how the weights came there
+    stored      how a quantised cache stores keys and values
+    anew        there are so many that were not quantised that all are, anew
+    part        of a prompt that is read in parts the `first`, a `middle` or the `last`; empty of one that is not
     made        the dtype that a static cache was made in before the prompt, where the prompt's pass casts it
     goes_on     there were passes before it, whatever its phase, and its tokens come after theirs
     verifies    it reads tokens that were proposed, and has logits of the token before them and of each of them: as many
@@ -97,6 +105,9 @@ class Pass(NamedTuple):
     around: bool = False
     unpacks: bool = False
     loaded: Loaded = Loaded()
+    stored: Stored | None = None
+    anew: bool = False
+    part: Part = ""
     made: str = ""
     goes_on: bool = False
     verifies: str = ""
@@ -125,11 +136,30 @@ class Pass(NamedTuple):
     def decodes(self) -> bool:
         return self.phase == "decode" or self.goes_on
 
+    @property
+    def extends(self) -> bool:
+        """Whether there are earlier tokens: it decodes, or goes on with a prompt."""
+        return self.decodes or self.part in ("middle", "last")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a token is chosen when it is over."""
+        return self.generates and self.part in ("", "last")
+
+    @property
+    def static(self) -> bool:
+        """Whether the cache has its whole room from the start."""
+        return self.cache in ("static", "offloaded_static")
+
+    def offloads(self, axis: str) -> bool:
+        """Whether what a layer keeps goes to the host: of a cache of fixed size not what a window keeps."""
+        return self.cache == "offloaded" or (self.cache == "offloaded_static" and axis == "kv")
+
     def keys(self, axis: str) -> str:
         """The tokens of keys that attention is given, by the axis that a cache of them has; empty where they are those
         of the pass itself."""
-        if self.cache != "static":
-            return axis if self.decodes else ""
+        if not self.static:
+            return axis if self.extends else ""
         windowed = axis == "kv_window" and self.longer and not self.decodes
         return f"{axis}_static" if self.decodes or (self.room and not windowed) else ""
 
@@ -148,13 +178,15 @@ def inference(stack: Stack, now: Pass) -> Stack:
         Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
     )
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
-    named = tuple(_named_before(now)) if now.decodes or now.verifies else ()
+    named = tuple(_named_before(now)) if now.extends or now.verifies else ()
     before = (*before, Op("generate.before", (), named, source=_GENERATE)) if named else before
     if now.lingers:
         prompt = Tensor("logits of the prompt", "b past v", "fp32" if now.wide else "=embeds")
         before = (*before, Op("generate.lingers", (), (prompt,), holds="step", source=_GENERATE))
     before = (*before, _looked_up(now)) if now.looks else before
     after = tuple(_wide((*_still(_head(stack.after, now)), *_last_hidden(stack.after)), now))
+    if now.extends and not now.decodes:
+        after = (*after, ops.leave(_OF_PART))
     kept = (t for run in runs for block in run.blocks for op in block.ops if op.holds == "cache" for t in op.writes)
     return Stack(before, runs, (*after, *_next_token(after, now, [t for t in kept if t.name in _REORDERED])))
 
@@ -212,7 +244,7 @@ def _given(stack: Stack) -> Stack:
 
 def _inputs(op: Op, now: Pass) -> Op:
     """Token ids, and in generation a mask of ones beside all of them; the model of a token alone is given that."""
-    tokens = "kv" if now.decodes else "s"
+    tokens = "kv" if now.decodes else "prompt" if now.part else "s"
     made = [t for t in op.writes if t.name != "labels"]
     if now.verifies or now.proposes:  # the rest is counted with what the loops have names for (`memplan.assisted`)
         return op._replace(writes=tuple(t for t in made if t.name != "attention_mask"), source=_GENERATE)
@@ -221,12 +253,17 @@ def _inputs(op: Op, now: Pass) -> Op:
     elif now.generates:
         made = [t for t in made if t.name != "attention_mask"]
         made.append(Tensor("attention_mask", f"b {tokens}", "int64"))
-        made += [Tensor("all ids", "b kv", "int64")] if now.decodes else []
+        made += [Tensor("all ids", f"b {tokens}", "int64")] if now.decodes else []
+        made = [t._replace(shape=f"b {tokens}") if t.name == "ids" and now.part else t for t in made]
     return op._replace(writes=tuple(made), source=_GENERATE if now.generates or now.encodes else op.source)
 
 
 def _named_before(now: Pass) -> Iterator[Tensor]:
-    """What the loop's names keep of the token before until they have another: its logits, and what was made of them."""
+    """What the loop's names keep of the token before until they have another: its logits, and what was made of them; of
+    the part of a prompt before, what the model made of its last token."""
+    if now.part:
+        yield Tensor(_OF_PART, "b v", "=embeds")
+        return
     if now.verifies:
         outputs = "verified_before" if now.last_only else "outputs_before"
         if now.follows:
@@ -246,6 +283,7 @@ def _named_before(now: Pass) -> Iterator[Tensor]:
 
 
 _BEFORE = " of the token before"
+_OF_PART = "logits of the part before"
 _BEFORE_ROUND = " of the round before"
 _FLOATS = ("logits in fp32", "copy of the logits")
 
@@ -283,12 +321,19 @@ def _cached(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
                 keyed |= set(op.reads)
                 continue
             tensors = [made[name] for name in op.reads]
-            if now.cache == "static":
-                yield from _written(op, tensors, now)
+            if now.static:
+                yield from _sent_back(_written(op, tensors, now), op.caches, now)
                 if now.longer and op.caches == "kv_window" and not now.decodes:  # they are handed back as they came
                     continue
+            elif now.stored is not None:
+                new = [(t, _named(t.name)) for t in tensors]
+                if not now.extends:  # they are handed back as they came
+                    yield from quantized_caches.prompt(op.name, new, _keyed, now.stored, now.beams)
+                    continue
+                yield from quantized_caches.tokens(op.name, new, _keyed, axis, now.stored, now.anew, now.beams)
             else:
-                yield from _update(op, tensors, now, [root.get(name, name) for name in op.reads], made)
+                roots = [root.get(name, name) for name in op.reads]
+                yield from _sent_back(_update(op, tensors, now, roots, made), op.caches, now)
             names |= {name: _named(name) for name in op.reads}
             keyed |= {_named(name) for name in op.reads}
             continue
@@ -310,10 +355,10 @@ def _crossed(op: Op, now: Pass) -> Iterator[Op]:
     if now.decodes:
         for t in caches:
             yield from _kept(f"{op.name}.{t.name}", t, now, source)
-        if now.cache == "static":
+        if now.static:
             yield from _kept(f"{op.name}.length", _LENGTH_ACROSS, now, source)
         return
-    if now.cache == "static":
+    if now.static:
         yield from _in_place(op, op.reads, caches, now, source)
     else:
         for name, t in zip(op.reads, caches, strict=True):
@@ -324,11 +369,21 @@ def _crossed(op: Op, now: Pass) -> Iterator[Op]:
 _LENGTH_ACROSS = Tensor("length of the cross cache", "", "int64")
 _REORDERED = (
     *("key cache", "value cache", "latent cache", "index key cache"),
+    *("key cache residual", "value cache residual"),
     *("cross key cache", "cross value cache"),
 )
 _OF_ALL = ("alibi", "ones")  # made before the blocks for all tokens so far
 _NAMES = {"kv.normed": "latent", "k.turned": "rotated key", "index.k": "index key"}
 _FIRST = {"k": "key", "k1": "key", "v": "value", "v0": "value", "v1": "value"}  # by what comes before a full stop
+
+
+def _sent_back(some: Iterable[Op], axis: str, now: Pass) -> Iterator[Op]:
+    """The operations of a layer's cache, told that what they make goes to the host, where it does; lengths do not."""
+    offloads = now.offloads(axis)
+    away = offloaded_caches.AWAY_WINDOW if axis == "kv_window" else offloaded_caches.AWAY
+    for op in some:
+        goes = offloads and op.holds == "cache" and not op.writes[0].name.startswith("length")
+        yield op._replace(holds=away) if goes else op
 
 
 def _named(name: str) -> str:
@@ -361,18 +416,18 @@ def _update(op: Op, tensors: list[Tensor], now: Pass, roots: list[str], made: Ma
         kept = t.shape
         if op.holds and now.first and roots[i] in made:
             kept = made[roots[i]].shape if roots[i] not in roots[:i] else "0"
-        shape = _keyed(t.shape, grown) if now.decodes else t.shape
-        past = (Tensor(before, _keyed(kept, op.caches.replace("kv", "past")), f"={t.name}"),) if now.decodes else ()
-        if op.holds and not now.decodes:
+        shape = _keyed(t.shape, grown) if now.extends else t.shape
+        past = (Tensor(before, _keyed(kept, op.caches.replace("kv", "past")), f"={t.name}"),) if now.extends else ()
+        if op.holds and not now.extends:
             yield Op(f"{op.name}.{what}s", (t.name,), (Tensor(new, shape),), view=True, holds="cache", source=source)
             continue
-        old += [before] if now.decodes else []
+        old += [before] if now.extends else []
         if past and now.cache == "legacy":  # the caller has all of them until the model returns
             alias = Tensor(f"{before}, the caller's", past[0].shape)
             yield Op(f"{op.name}.{what}s_before", (before, t.name), (alias,), past=past, view=True, holds="forward")
         yield Op(
             f"{op.name}.{what}s",
-            (*((before,) if now.decodes else ()), t.name),
+            (*((before,) if now.extends else ()), t.name),
             (Tensor(new, shape, f"={t.name}"),),
             past=past if now.cache != "legacy" else (),
             holds="cache",
@@ -412,7 +467,7 @@ def _kept(name: str, t: Tensor, now: Pass, source: str, reads: tuple[str, ...] =
         made = t._replace(name=f"{t.name} as it was made", dtype=now.made)
         yield Op(name, (made.name, *reads), (t,), past=(made,), holds="cache", source=f"{_LITGPT} KVCache.forward")
         return
-    if not now.decodes:
+    if not now.extends:
         yield Op(name, reads, (t,), holds="cache", source=source)
         return
     before = t._replace(name=f"{t.name} before")
@@ -507,7 +562,7 @@ def _wide(some: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 
 def _next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> Iterator[Op]:
     """The last token's logits, copied in fp32, and the token they say, are drawn for, or the sequences they rank."""
-    if not now.generates:
+    if not now.chooses:
         return
     logits = next(op for op in reversed(after) if op.writes).writes[0].name
     if now.verifies:

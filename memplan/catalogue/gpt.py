@@ -145,7 +145,7 @@ def _heads(m: ModelSpec, wiring: Wiring, wide: bool = False) -> tuple[Op, ...]:
     """Attention from q, k, v to o, with dropout of the probabilities."""
     name, drop = "attn.attention", drops(m, "attn_pdrop")
     if wiring.backend == "eager":
-        return cached(name, wiring, written_out(name, "q", "k", "v", "o", drop, wide, laid=wiring.caching))
+        return cached(name, wiring, written_out(name, "q", "k", "v", "o", drop, wide, laid=wiring.lays))
     return attention(name, "q", "k", "v", "o", wiring._replace(drops=drop), False)
 
 
@@ -269,9 +269,7 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
         else cached(
             name,
             wiring,
-            written_out(
-                name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"), laid=wiring.caching
-            ),
+            written_out(name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"), laid=wiring.lays),
         )
     )
     heads = (

@@ -43,6 +43,7 @@ WORDS = {
     "device_map": "for which module a GPU's share leaves room beside layers: largest (of those without modules), mean",
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, litgpt, or none",
     "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
+    "further_caches": "generate has quantised and offloaded caches, and reads prompts in chunks, as in 5.24",
     "forward_caches": "a forward pass keeps keys, values and states though it is asked not to",
     "last_logits": "generation asks the model for the last token's logits alone",
     "wide_logits": "the model's own code makes its logits fp32 though it has no labels, all of them",
@@ -157,6 +158,7 @@ PROFILES = (
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
             Row("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
+            Row("further_caches", True, "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
             Row(
                 "gptq-int4", "", "gptqmodel 7.7 utils/importer.py: Marlin comes before ExLlama, and has no such buffers"
             ),
@@ -250,6 +252,7 @@ PROFILES = (
             ),
             Row("runs_formats", False, "transformers 4.51 has other layers for them, which were not read"),
             Row("few_rows", 1, "bitsandbytes 0.45 autograd/_functions.py matmul_4bit"),
+            Row("further_caches", False, "transformers 4.51.3 cache_utils.py QuantizedCache: not read"),
             Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
             Row("device_map", "mean", "transformers 4.51.3 modeling_utils.py: accelerate's get_balanced_memory"),
             Row("tensor_parallel", "", "transformers 4.51.3 integrations/tensor_parallel.py: not read"),
@@ -637,6 +640,7 @@ PROFILES = (
             Row("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
             Row("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
             Row("cache", "static", "litgpt 0.5.3 generate/base.py main: set_kv_cache, for all tokens"),
+            Row("further_caches", False, "litgpt 0.5.3 model.py KVCache: none but that"),
             Row("last_logits", False, "litgpt 0.5.3 model.py GPT.forward"),
             Row("few_rows", 1, "bitsandbytes 0.42 autograd/_functions.py matmul_4bit"),
             Row("warms", "", "litgpt 0.5.3 generate/base.py main: init_module on the GPU, tensor by tensor"),

@@ -271,6 +271,7 @@ CACHE_DTYPES = (
     *("fp8_per_token_head", "int4_per_token_head", "nvfp4", "fp4_mx_block16", "mxfp8"),
     *("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"),
 )
+CACHES = ("dynamic", "static", "quantized", "offloaded", "offloaded_static", "legacy")
 SERVING = "Serving engines"
 TRAINING, BESIDE, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
@@ -460,10 +461,29 @@ def estimate(
     cache_implementation: Annotated[
         str | None,
         option(
-            "What keeps keys and values: dynamic, static, legacy. Default as the profile has it.",
+            f"What keeps keys and values: {', '.join(CACHES)}. Default as the profile has it.",
             of=GENERATION,
-            complete=_choices("dynamic", "static", "legacy"),
+            complete=_choices(*CACHES),
         ),
+    ] = None,
+    cache_backend: Annotated[
+        str | None,
+        option(
+            "Of a quantized cache: quanto (2 or 4 bits), hqq (1, 2, 3, 4, 8) or fp8. Default quanto.",
+            of=GENERATION,
+            complete=_choices("quanto", "hqq", "fp8"),
+        ),
+    ] = None,
+    cache_bits: Annotated[int | None, option("Its bits a number (nbits). Default 4.", of=GENERATION)] = None,
+    cache_group_size: Annotated[
+        int | None, option("Its numbers to a scale and a zero point (q_group_size). Default 64.", of=GENERATION)
+    ] = None,
+    cache_residual: Annotated[
+        int | None,
+        option("The newest tokens that it keeps as they are (residual_length), at most. Default 128.", of=GENERATION),
+    ] = None,
+    prefill_chunk_size: Annotated[
+        int | None, option("Tokens of the prompt that are read at once. Default all.", of=GENERATION)
     ] = None,
     num_beams: Annotated[
         int | None, option("Sequences that are ranked for each prompt. Default 1.", of=GENERATION)

@@ -7,6 +7,7 @@ the dtype a tensor already has disappear, and under autocast the casts that torc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from memplan.ir import Op, Tensor, Weight
 
@@ -25,6 +26,14 @@ def promote(dtypes: Iterable[str]) -> str:
     if not floating:
         return dtypes[0]
     return next(iter(floating)) if len(floating) == 1 else "fp32"
+
+
+def _alike(dtype: str, tensors: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The dtype that `=x` stands for; `=x/n` is one of those for every n elements."""
+    name, per = dtype[1:], ""
+    if name not in names and name not in tensors:
+        name, _, per = name.rpartition("/")
+    return f"{tensors[names.get(name, name)].dtype}{per and '/'}{per}"
 
 
 class Scope:
@@ -62,7 +71,7 @@ class Scope:
             tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
             if w.trains:
                 self._trained[w.name] = w
-        past = tuple(t._replace(dtype=tensors[t.dtype[1:]].dtype) if t.dtype.startswith("=") else t for t in op.past)
+        past = tuple(t._replace(dtype=_alike(t.dtype, tensors)) if t.dtype.startswith("=") else t for t in op.past)
         tensors.update((t.name, t) for t in past)
         if op.laid and autocast and tensors[op.reads[0]].dtype in FLOATING - {autocast}:
             tensors[op.writes[0].name] = tensors[op.reads[0]]
@@ -93,10 +102,7 @@ class Scope:
         def literal(t: Tensor) -> Tensor:
             name, shape, dtype = t
             if dtype.startswith("="):
-                of, per = dtype[1:], ""
-                if of not in new_name and of not in tensors:  # one for every n elements
-                    of, _, per = of.rpartition("/")
-                return Tensor(name, shape, f"{tensors[new_name.get(of, of)].dtype}{per and '/'}{per}")
+                return Tensor(name, shape, _alike(dtype, tensors, new_name))
             if autocast and op.autocast == "wide":
                 return Tensor(name, shape, "fp32")
             return t if dtype else Tensor(name, shape, promote(inputs))

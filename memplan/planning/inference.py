@@ -19,6 +19,7 @@ from memplan.errors import MemplanError, SpecError
 from memplan.estimator import estimate
 from memplan.gpus import GPU, find_gpu
 from memplan.planning.demand import FITS, Demand
+from memplan.planning.kept import others
 from memplan.planning.offers import ANY, Wanted, wanted_cards
 from memplan.planning.reach import reach
 from memplan.roofline import Load, Pace, decode, prefill
@@ -73,6 +74,7 @@ class Questions(NamedTuple):
     requests  at once, of the run's length; `context` of one request alone, prompt and new tokens together
     degrees   of tensor parallelism; `placed`: GPUs of one process that each have some layers
     formats   of the weights, the mildest first, the run's own before them
+    caches    that hold more requests than its own, or less of the card
     decoding  with as many requests as the run has, `full` with as many as there may be; `prompt` until the first token
     unpaced   why nothing is known of the speed; else empty
     """
@@ -84,6 +86,7 @@ class Questions(NamedTuple):
     degrees: tuple[Choice, ...]
     placed: tuple[Choice, ...]
     formats: tuple[Choice, ...]
+    caches: tuple[Choice, ...]
     decoding: Pace | None
     full: Pace | None
     prompt: Pace | None
@@ -143,6 +146,7 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
         tuple(_degrees(run, answer, demand, calibration)),
         tuple(_placements(run, answer, demand, calibration)),
         tuple(_formats(run, answer, demand, calibration)),
+        tuple(_caches(answer, most, demand, calibration)),
         decoding,
         full,
         prompt,
@@ -193,6 +197,8 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:
         if model.is_encoder_decoder:
             return None, "how fast an encoder and its decoder are is not known"
         quantization, dtype = done.method.quantization, done.precision.weights
+        if done.generation.cache_implementation in ("quantized", "offloaded", "offloaded_static"):
+            return None, f"how fast a cache that is {done.generation.cache_implementation} is read is not known"
         if answer.host_bytes:
             return None, "how fast layers are that the host has is not known"
         whole = quantization is None or quantization.backend in UNPACKED
@@ -308,6 +314,15 @@ def _formats(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
     yield _choice(_format(answer) or f"as asked, {run.precision.weights}", run, answer, demand, calibration)
     for step in _smaller(answer):
         yield _choice(step.format, with_format(run, step.format), answer, demand, calibration, step)
+
+
+def _caches(answer: Estimate, most: Most, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
+    """Each cache in place of the run's own that takes less: with it more requests fit, or the run leaves more free."""
+    for step, run in others(answer):
+        choice = _choice(step.format, run, answer, demand, calibration, step)
+        less = choice.answer is not None and choice.answer.bytes.used < answer.bytes.used
+        if choice.requests > most.value or (less and choice.requests == most.value):
+            yield choice
 
 
 def _smaller(answer: Estimate) -> Iterator[Step]:

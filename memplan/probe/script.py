@@ -236,7 +236,7 @@ class Script:
                 options |= self._cache(given_as)
                 mask = options.pop("attention_mask", None)
                 padded, mask = mask is not None, torch.ones_like(ids) if mask is None else mask
-                outputs = model(input_ids=ids, attention_mask=mask if padded else None, **options, **keeps)
+                outputs = self._read(ids, mask, padded, given_as, {**options, **keeps})
                 across = _Across(options) if "cross_attention_mask" in options else None
                 del inputs, options
                 held = [outputs]
@@ -315,23 +315,33 @@ class Script:
                 del token, cache, shared, encoded, sources, mask
                 chooser.forget()
 
+    def _read(self, ids: Any, mask: Any, padded: bool, given_as: str, options: dict[str, Any]) -> Any:
+        """What the model returns of a prompt, or of the last part of one that is read in parts; the name of what it
+        returned of a part stays until it has returned the next. With those after the first a mask of ones goes, too, at
+        which flash attention 2 looks to leave it out.
+
+        Source: transformers 5.24 generation/utils.py _prefill.
+        """
+        parts = torch.split(ids, self.run.generation.prefill_chunk_size or ids.shape[-1], dim=-1)
+        outputs, read = None, 0
+        looks = self.run.kernels.attention == "flash_attention_2"
+        for part in parts:
+            seen = mask[:, : read + part.shape[-1]] if padded or (read and not looks) else None
+            read += part.shape[-1]
+            outputs = self.model(input_ids=part, attention_mask=seen, **options)
+            options[given_as] = getattr(outputs, given_as)
+        return outputs
+
     def _cache(self, name: str) -> dict[str, Any]:
         """The cache that generation makes before the model is called, by the name the model has for it.
 
         Source: transformers 5.24 generation/utils.py _prepare_cache_for_generation.
         """
-        batch, config = self.run.batch, base_of(self.model).config.get_text_config(decoder=True)
-        if self.run.generation.cache_implementation != "static":
-            return {}
-        longest = batch.sequence + batch.new_tokens - 1
-        cache: Any = library("transformers").StaticCache(config=config, max_cache_len=longest)
-        if batch.images:  # of layers that attend to images, as Mllama's _prepare_static_cache has it
-            vision = base_of(self.model).config.vision_config
-            for layer in getattr(config, "cross_attention_layers", ()):
-                rows = (vision.image_size // vision.patch_size) ** 2 + 1
-                made: Any = library("transformers.cache_utils").StaticLayer
-                cache.layers[layer] = made(max_cache_len=batch.images * vision.max_num_tiles * rows)
-        return {name: cache}
+        from memplan.probe.caches import cache_of
+
+        config = base_of(self.model).config
+        made = cache_of(self.run, config.get_text_config(decoder=True), getattr(config, "vision_config", None))
+        return {} if made is None else {name: made}
 
     def _crossing_cache(self) -> Any:
         """The two caches of an encoder-decoder: of its own tokens, and of those that the encoder has read.

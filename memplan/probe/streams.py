@@ -35,6 +35,12 @@ class Stream:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device_index = 0
 
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
     def wait_stream(self, stream: Any) -> None:
         pass
 

@@ -34,7 +34,7 @@ _NEVER_KEPT = frozenset(
 _TWICE = -2
 
 # Tensors made of others, which know what to do with themselves.
-_WRAPPERS = frozenset(("DTensor", "AsyncCollectiveTensor"))
+_WRAPPERS = frozenset(("DTensor", "AsyncCollectiveTensor", "PackedTensor", "WeightQBitsTensor"))
 
 # FunctionsManual.cpp writes into the gradient it has just made, unless a tensor subclass is about.
 _IN_PLACE = {

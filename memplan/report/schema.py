@@ -224,6 +224,7 @@ def _generating(at: Any) -> dict[str, Any]:
         "degrees": list[choice],
         "placed": list[choice],
         "formats": list[choice],
+        "caches": list[choice],
         "mildest": str | None,
         "fewest": int | None,
         "decoding": pace | None,

@@ -379,6 +379,14 @@ def _choosing(generation: Generation) -> str:
 def _cache(generation: Generation) -> Iterator[str]:
     """What keeps keys and values."""
     yield generation.cache_implementation or "as the library has it"
+    config = generation.cache_config
+    if config is not None and config.backend == "fp8":
+        yield "fp8, with a scale for a layer's keys and one for its values"
+    elif config is not None:
+        yield f"{config.nbits} bits by {config.backend} in groups of {config.q_group_size}"
+        yield f"up to {config.residual_length} tokens as they are"
+    if generation.prefill_chunk_size is not None:
+        yield f"the prompt {generation.prefill_chunk_size:,} tokens at a time"
 
 
 def _assistant(generation: Generation) -> Iterator[str]:

@@ -36,7 +36,8 @@ class Asked(NamedTuple):
         q = self.questions
         if q.fits:
             return [q.answer]
-        return [choice.answer for choice in (*q.degrees, *q.placed, *q.formats) if choice.fits and choice.answer]
+        tried = (*q.degrees, *q.placed, *q.formats, *q.caches)
+        return [choice.answer for choice in tried if choice.fits and choice.answer]
 
 
 class Places(NamedTuple):
@@ -69,6 +70,9 @@ def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
         yield _choices("GPUs", [*_unlike(q.placed)])
     yield Heading("Formats of the weights, the mildest first")
     yield _choices("format", q.formats, explain)
+    if q.caches:
+        yield Heading("Other caches, the mildest first")
+        yield _choices("cache", q.caches, explain)
     yield from _speed(q, explain)
     yield from (Text(f"Note: {note}.") for note in answer.notes)
 
@@ -95,7 +99,10 @@ def _answers(q: Questions) -> Iterator[tuple[str, str]]:
         if q.fewest:
             most = " at most" if q.fewest in q.placed else " each"
             yield "fewest GPUs", f"{q.fewest.name}, with {words.tenths(q.fewest.weights)} GiB of weights{most}"
-        if not (q.mildest or q.fewest):
+        cache = next((choice for choice in q.caches if choice.fits), None)
+        if cache is not None:
+            yield "mildest cache", cache.name
+        if not (q.mildest or q.fewest or cache):
             yield "what would do", "no format and no number of these GPUs that was tried"
     if q.prompt is not None:
         yield "first token", f"after {_seconds(q.prompt.step)}, of {prompt:,} tokens read"
@@ -245,6 +252,7 @@ def dump(asked: Asked) -> dict[str, Any]:
         "degrees": [_choice(choice) for choice in q.degrees],
         "placed": [_choice(choice) for choice in q.placed],
         "formats": [_choice(choice) for choice in q.formats],
+        "caches": [_choice(choice) for choice in q.caches],
         "mildest": q.mildest.name if q.mildest else None,
         "fewest": int(q.fewest.name) if q.fewest else None,
         "decoding": _pace(q.decoding),
