@@ -30,6 +30,7 @@ TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a 
 _CACHE = "transformers 5.24 cache_utils.py"
 _LITGPT = "litgpt 0.5.3 generate/sequentially.py sequential, model.py"
 _GENERATE = "transformers 5.24 generation/utils.py GenerationMixin._sample"
+_MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
 
 
 # Families whose decoding was not read yet: Megatron's runs in an engine of its own.
