@@ -14,6 +14,7 @@ LEVERS = {
     *("optimizer_fused", "optimizer_8bit", "optimizer_paged", "optimizer_adafactor", "optimizer_sgd", "in_backward"),
     *("micro_batch", "sequence", "rank", "targets", "precision_pure", "method_lora", "method_qlora", "double_quant"),
     *("offload_activations", "offload_optimizer", "more_gpus", "expandable_segments"),
+    *("evaluation_batch", "evaluation_host", "evaluation_argmax"),
 }
 every_row = pytest.mark.parametrize("row", COSTS, ids=[row.lever for row in COSTS])
 

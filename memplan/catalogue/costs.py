@@ -247,7 +247,8 @@ COSTS = (
         "derived",
         "a step is as fast as before; the evaluation takes more passes for as many sequences",
         "none to the model; a loss that is averaged by batches weighs short ones otherwise",
-        "transformers 5.24 trainer.py Trainer.evaluation_loop: each batch's loss counts once for each of its sequences",
+        "transformers documentation, TrainingArguments: per_device_eval_batch_size; 5.24 trainer.py "
+        "Trainer.evaluation_loop: a batch's loss counts once for each of its sequences",
         0,
     ),
     Cost(
@@ -257,7 +258,7 @@ COSTS = (
         "derived",
         "a step is as fast as before; the evaluation waits for its logits to pass over the bus",
         "none: the same logits, in the host's memory, which must hold them all",
-        "transformers 5.24 training_args.py TrainingArguments.eval_accumulation_steps",
+        "transformers documentation, TrainingArguments: eval_accumulation_steps",
         0,
     ),
     Cost(
@@ -267,8 +268,8 @@ COSTS = (
         "derived",
         "a step is as fast as before",
         "none to the model; metrics see the likeliest token and no probabilities: accuracy can be had, perplexity not",
-        "transformers 5.24 trainer.py Trainer.__init__ preprocess_logits_for_metrics",
-        1,
+        "transformers documentation, Trainer: preprocess_logits_for_metrics",
+        0,
     ),
     Cost(
         "offload_activations",
