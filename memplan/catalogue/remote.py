@@ -65,8 +65,8 @@ def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def as_published(name: str, wiring: Wiring, tensors: tuple[str, ...], code: str) -> tuple[Op, ...]:
     """The place of a cache that the code published with the weights has: it keeps the prompt's keys and values as they
-    are, with all they are views of, and joins them with every further token's. Read, and run nowhere here."""
-    source = f"assumed: read in the {code} published with the weights, not traced"
+    are, with all they are views of, and joins them with every further token's."""
+    source = f"read, not traced: the {code} published with the weights"
     return tuple(op._replace(holds="cache", source=source) for op in cached(name, wiring, (), tensors=tensors))
 
 
@@ -198,7 +198,7 @@ def baichuan(m: ModelSpec, wiring: Wiring) -> Stack:
         (Run((block,), "L"),),
         (
             *_half_norm("model.norm", "x", "n", "b s h", "h"),
-            ops.leave("x", "embeds", "positions", "mask"),
+            ops.leave("x", "embeds", "positions", "mask", *(() if longest else _IN_FORWARD)),
             *(_norm_head("n", wiring) if m.vocab_size == 125_696 else (lm_head("n"),)),
         ),
     )
@@ -269,7 +269,8 @@ def _norm_head(x: str, wiring: Wiring) -> tuple[Op, ...]:
     w = Weight("lm_head.weight", "v h", "lm_head", rows=1)
     if not wiring.records:
         made = (Tensor("normalised", "v h", f"={w.name}"), Tensor("lengths", "v"), Tensor("clamped", "v"))
-        once = Op("lm_head.normalize", (), scratch=made, weights=(w,), source=f"assumed: {_BAICHUAN} NormHead.forward")
+        source = f"read, not traced: the {_BAICHUAN} published with the weights, NormHead.forward"
+        once = Op("lm_head.normalize", (), scratch=made, weights=(w,), source=source)
         return (*(() if wiring.decodes else (once,)), lm_head(x))
     parts = ("quotient", "negative gradient", "product")
     full = tuple(Scratch(Tensor(t, "v h", "=normalised"), w.name) for t in parts)
@@ -320,18 +321,26 @@ def _alibi(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         return (Op("mask", (), (Tensor("mask", "0", "=embeds"),), (table,)),)
     tokens = "kv kv" if wiring.decodes else "s s"
     pairs, each = f"b {tokens}", "=embeds"
-    both = Tensor("pairs", pairs, each)
+    source = f"read, not traced: the {_BAICHUAN} published with the weights, 13B, BaichuanModel.forward"
+
+    def made(name: str, *reads: str, dtype: str = "bool", scratch: tuple[Tensor, ...] = ()) -> Op:
+        return Op(f"mask.{name}", reads, (Tensor(name, pairs, dtype),), scratch=scratch, source=source)
+
     return (
-        Op("mask.pairs", (), (Tensor("both", pairs, "bool"), Tensor("alike", pairs, "bool")), scratch=(both, both)),
-        Op("mask.expand", ("both", "alike"), (Tensor("expanded", pairs, each),), scratch=(Tensor("", pairs, "bool"),)),
-        ops.leave("both", "alike"),
-        Op("mask.invert", ("expanded",), (Tensor("inverted", pairs, each),)),
-        Op("mask.fill", ("inverted",), (Tensor("filled", pairs, each),), scratch=(Tensor("", pairs, "bool"),)),
-        Op(
-            "mask", ("filled",), (Tensor("mask", f"b a {tokens}", each),), (table,), source=f"assumed: {_BAICHUAN}, 13B"
-        ),
-        ops.leave("expanded", "filled"),
+        made("product", dtype=each),
+        made("positive", "product"),
+        made("lower", "positive"),
+        made("difference", dtype=each),
+        made("equal", "difference"),
+        made("both", "lower", "equal"),
+        made("expanded", "both", dtype=each),
+        made("inverted", "expanded", dtype=each),
+        made("filled", "inverted", dtype=each, scratch=(Tensor("where", pairs, "bool"),)),
+        Op("mask", ("filled",), (Tensor("mask", f"b a {tokens}", each),), (table,), source=source),
     )
+
+
+_IN_FORWARD = ("expanded", "filled")  # names of the model's forward pass, which have them until it returns
 
 
 def _biased_attention(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, shape: str) -> tuple[Op, ...]:
