@@ -17,7 +17,7 @@ from memplan.models import ModelSpec
 
 _Q, _K = "b s a d", "b s k d"
 _SOURCE = "modeling_chatglm.py"
-_READ = f"read, not traced: the {_SOURCE} published with the weights"
+_READ = f"assumed: read in the {_SOURCE} published with the weights, not traced"
 
 
 def chatglm(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -85,7 +85,7 @@ def _after(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     first = Tensor("logits" if _batch_first(m) else "sequence_first", "b s v")
     together = Tensor("keys and values of all layers", "L 2 b s k d", "=embeds")
     copies = wiring.caching and not wiring.decodes
-    source = f"{_READ}, GLMTransformer.forward"
+    source = f"{_READ}: GLMTransformer.forward"
     joined = Op("transformer.encoder.presents", ("embeds",), scratch=(together,), source=source)
     return (
         *((joined,) if copies else ()),
@@ -143,7 +143,7 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tu
 def _cached(name: str, wiring: Wiring) -> tuple[Op, ...]:
     """The code joins keys and values of every further token with those before; of a prompt it copies both. (The first
     revisions of ChatGLM2 and 3 kept a prompt's as they were.)"""
-    source = f"{_READ}, SelfAttention.forward"
+    source = f"{_READ}: SelfAttention.forward"
     return tuple(op._replace(source=source) for op in cached(name, wiring, (), tensors=("k.rotated", "v0")))
 
 

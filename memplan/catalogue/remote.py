@@ -24,6 +24,7 @@ from memplan.models import ModelSpec
 
 _Q, _K = "b s a d", "b s k d"
 _BAICHUAN = "modeling_baichuan.py"
+_READ = f"assumed: read in the {_BAICHUAN} published with the weights, not traced"
 
 
 def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -66,7 +67,7 @@ def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
 def as_published(name: str, wiring: Wiring, tensors: tuple[str, ...], code: str) -> tuple[Op, ...]:
     """The place of a cache that the code published with the weights has: it keeps the prompt's keys and values as they
     are, with all they are views of, and joins them with every further token's."""
-    source = f"read, not traced: the {code} published with the weights"
+    source = f"assumed: read in the {code} published with the weights, not traced"
     return tuple(op._replace(holds="cache", source=source) for op in cached(name, wiring, (), tensors=tensors))
 
 
@@ -269,7 +270,7 @@ def _norm_head(x: str, wiring: Wiring) -> tuple[Op, ...]:
     w = Weight("lm_head.weight", "v h", "lm_head", rows=1)
     if not wiring.records:
         made = (Tensor("normalised", "v h", f"={w.name}"), Tensor("lengths", "v"), Tensor("clamped", "v"))
-        source = f"read, not traced: the {_BAICHUAN} published with the weights, NormHead.forward"
+        source = f"{_READ}: NormHead.forward"
         once = Op("lm_head.normalize", (), scratch=made, weights=(w,), source=source)
         return (*(() if wiring.decodes else (once,)), lm_head(x))
     parts = ("quotient", "negative gradient", "product")
@@ -321,7 +322,7 @@ def _alibi(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         return (Op("mask", (), (Tensor("mask", "0", "=embeds"),), (table,)),)
     tokens = "kv kv" if wiring.decodes else "s s"
     pairs, each = f"b {tokens}", "=embeds"
-    source = f"read, not traced: the {_BAICHUAN} published with the weights, 13B, BaichuanModel.forward"
+    source = f"{_READ}: 13B, BaichuanModel.forward"
 
     def made(name: str, *reads: str, dtype: str = "bool", scratch: tuple[Tensor, ...] = ()) -> Op:
         return Op(f"mask.{name}", reads, (Tensor(name, pairs, dtype),), scratch=scratch, source=source)
