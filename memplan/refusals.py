@@ -661,6 +661,9 @@ def refuse_parts_of_matrices(
             "parallelism.strategy",
         )
     if style not in ("megatron", "litgpt") and method.quantization is not None:
+        if method.kind == "full":  # nothing trains
+            field = "method.quantization.format"
+            raise _later(field, method.quantization.format, "weights in 16 or 32 bits with tensor parallelism")
         raise SpecError(
             f"method.kind: transformers 5.24 does not run {method.kind} on tensor-parallel ranks: it makes DTensors of "
             "bitsandbytes' weights, whose layers then fail in the first pass; full, freeze and lora run",

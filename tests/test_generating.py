@@ -207,6 +207,29 @@ def test_minicpm_keeps_what_generate_gives_it() -> None:
     assert before - now > 38 * layer  # of 40 layers
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "said"),
+    [
+        (
+            "minicpm-2b",
+            {"cache_implementation": "static"},
+            "minicpm-2b's weights has no cache of fixed size, and not static",
+        ),
+        ("chatglm3-6b", {"cache_implementation": "static"}, "returns tuples of its own, and not static"),
+        ("baichuan2-7b", {"cache_implementation": "dynamic"}, "returns tuples of its own, and not dynamic"),
+        ("internlm2-7b", {"prompt_lookup_num_tokens": 4}, "lookup.* is not supported yet with code that is published"),
+    ],
+)
+def test_code_published_with_weights_has_only_the_caches_it_has(name: str, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(MemplanError, match=said):
+        estimate(generating(name, generation=asked))
+
+
+def test_a_quantised_model_that_runs_is_refused_by_its_format_on_tensor_parallel_ranks() -> None:
+    with pytest.raises(MemplanError, match="'nf4' is not supported yet; supported: weights in 16"):
+        estimate(generating("llama-3.1-8b", method={"quantization": {}}, parallelism={"world": 2, "tp": 2}))
+
+
 @pytest.mark.parametrize(("vocabulary", "turned"), [(65024, True), (151552, False)])
 def test_the_first_glm_4_turns_nothing_sequence_first(vocabulary: int, turned: bool) -> None:
     config = {"model_type": "chatglm", "hidden_size": 256, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 64}
