@@ -189,17 +189,19 @@ def baichuan(m: ModelSpec, wiring: Wiring) -> Stack:
     longest = m.config.get("max_position_embeddings")
     attention_ops = _rotary_attention(wiring, longest) if longest else _unrotated_attention(wiring)
     block = decoder_block(attention_ops, gated_mlp("n2", "mo"), norm=_half_norm)
+    masks = _causal_mask() if longest else _alibi(m, wiring)
+    named = (t.name for op in masks for t in op.writes if t.name in _IN_FORWARD)
     return Stack(
         (
             inputs(wiring.padded),
             positions(),
             ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
-            *(_causal_mask() if longest else _alibi(m, wiring)),
+            *masks,
         ),
         (Run((block,), "L"),),
         (
             *_half_norm("model.norm", "x", "n", "b s h", "h"),
-            ops.leave("x", "embeds", "positions", "mask", *(() if longest else _IN_FORWARD)),
+            ops.leave("x", "embeds", "positions", *named),
             *(_norm_head("n", wiring) if m.vocab_size == 125_696 else (lm_head("n"),)),
         ),
     )
@@ -321,27 +323,27 @@ def _alibi(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     if not wiring.padded and not wiring.generates:
         return (Op("mask", (), (Tensor("mask", "0", "=embeds"),), (table,)),)
     tokens = "kv kv" if wiring.decodes else "s s"
-    pairs, each = f"b {tokens}", "=embeds"
+    each = "=embeds"
     source = f"{_READ}: 13B, BaichuanModel.forward"
 
-    def made(name: str, *reads: str, dtype: str = "bool", scratch: tuple[Tensor, ...] = ()) -> Op:
-        return Op(f"mask.{name}", reads, (Tensor(name, pairs, dtype),), scratch=scratch, source=source)
+    def pairs_of(name: str, *reads: str, dtype: str = "bool", scratch: tuple[Tensor, ...] = ()) -> Op:
+        return Op(f"mask.{name}", reads, (Tensor(name, f"b {tokens}", dtype),), scratch=scratch, source=source)
 
     return (
-        made("product", dtype=each),
-        made("positive", "product"),
-        made("lower", "positive"),
-        made("difference", dtype=each),
-        made("equal", "difference"),
-        made("both", "lower", "equal"),
-        made("expanded", "both", dtype=each),
-        made("inverted", "expanded", dtype=each),
-        made("filled", "inverted", dtype=each, scratch=(Tensor("where", pairs, "bool"),)),
+        pairs_of("product", dtype=each),
+        pairs_of("positive", "product"),
+        pairs_of("lower", "positive"),
+        pairs_of("difference", dtype=each),
+        pairs_of("equal", "difference"),
+        pairs_of("both", "lower", "equal"),
+        pairs_of("expanded", "both", dtype=each),
+        pairs_of("inverted", "expanded", dtype=each),
+        pairs_of("filled", "inverted", dtype=each, scratch=(Tensor("where", f"b {tokens}", "bool"),)),
         Op("mask", ("filled",), (Tensor("mask", f"b a {tokens}", each),), (table,), source=source),
     )
 
 
-_IN_FORWARD = ("expanded", "filled")  # names of the model's forward pass, which have them until it returns
+_IN_FORWARD = ("mask", "expanded", "filled")  # names of the model's forward pass, which have them until it returns
 
 
 def _biased_attention(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, shape: str) -> tuple[Op, ...]:
