@@ -15,7 +15,7 @@ from memplan.catalogue import caches
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.errors import MemplanError
 from memplan.gpus import find_gpu
-from memplan.graph import built, inferred
+from memplan.graph import built
 from memplan.inference import most_of, numbers_of, token_after, walk
 from memplan.resolve import NEW_TOKENS, decide
 from memplan.units import ITEMSIZE, rounded
@@ -492,5 +492,5 @@ def test_of_tokens_that_fill_windows_those_that_take_most_are_walked(prompt: int
     decided = decide(run)
     walked = walk(decided)
     every = (token_after(past, decided) for past in range(prompt, prompt + new - 1))
-    most = max(most_of(inferred(step.graph), numbers_of(step, decided)).bytes for step in every)
+    most = max(most_of(step.graph, numbers_of(step, decided)).bytes for step in every)
     assert max(p.bytes for step, p in zip(walked.steps, walked.peaks, strict=True) if step.phase == "decode") == most
