@@ -126,7 +126,7 @@ def entered(name: str, x: str, y: str, iterations: int) -> tuple[Op, ...]:
         times(f"{name}.weigh", x, f"{t}.pre", f"{t}.weighed", _STREAMS),
         *summed(f"{name}.collapse", f"{t}.weighed", f"{t}.one", "b s h"),
         ops.cast(f"{name}.to", f"{t}.one", y, "b s h", f"={x}"),
-        ops.leave(f"{t}.normed", f"{t}.mixes", f"{t}.pre", f"{t}.bases", f"{t}.scales"),
+        ops.leave(f"{t}.mixes", f"{t}.pre", f"{t}.bases", f"{t}.scales"),
         ops.view(f"{name}.comb", last, f"{t}.comb", "b s n2"),
     )
 
