@@ -20,7 +20,7 @@ from memplan.cards import find_model
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import Pass
 from memplan.engine.walk import size
-from memplan.errors import SpecError
+from memplan.errors import SpecError, about
 from memplan.graph import Graph, Held
 from memplan.inference import Step
 from memplan.models import ModelSpec
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TOKENS = (
     20  # proposed in a round where a run does not say: transformers 5.24 configuration_utils.py num_assistant_tokens
 )
+_MODEL = "generation.assistant_model"
 _CANDIDATES = "transformers 5.24 generation/candidate_generator.py"
 _ROUND = "transformers 5.24 generation/utils.py GenerationMixin._assisted_decoding"
 
@@ -84,11 +85,10 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: 
     _refuse(run, model, current)
     if not asked.assisted:
         return None
-    grows = asked.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient")
     if asked.prompt_lookup_num_tokens:
         return Assistant(asked.prompt_lookup_num_tokens, None, False, True)
     tokens = asked.num_assistant_tokens or TOKENS
-    if grows:
+    if asked.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient"):
         tokens = max(tokens, longest_draft(tokens, run.batch.new_tokens))
     from memplan.resolve import decide
 
@@ -97,16 +97,16 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: 
         own = model_of_first_layers(model, asked.assistant_early_exit)
         one = one.model_copy(update={"model": run.model})
     elif asked.assistant_model is not None:
-        own = find_model(asked.assistant_model)
+        with about(_MODEL):
+            own = find_model(asked.assistant_model)
         one = one.model_copy(update={"model": asked.assistant_model})
         _refuse_pair(model, own)
     try:
         drafts = decide(one, own)
     except SpecError as error:
-        raise SpecError(f"generation.assistant_model: {error}", "generation.assistant_model") from None
+        raise SpecError(f"{_MODEL}: {error}", _MODEL) from None
     if asked.assistant_early_exit:  # weights as the model's own
         graph = decided.structure.graph
-        assert graph.inference is not None
         first = drafts.structure.graph._replace(recipe=graph.recipe, wiring=graph.wiring, rank=graph.rank)
         drafts = drafts._replace(structure=drafts.structure._replace(graph=first))
     return Assistant(tokens, drafts, bool(asked.assistant_early_exit), False)
@@ -206,7 +206,7 @@ def _refuse_states(model: ModelSpec, field: str) -> None:
 
 
 def _refuse_pair(model: ModelSpec, assistant: ModelSpec) -> None:
-    field = "generation.assistant_model"
+    field = _MODEL
     if assistant.objective != "causal_lm":
         raise SpecError(f"{field}: {assistant.name or assistant.model_type} is no decoder that proposes tokens", field)
     _refuse_states(assistant, field)
