@@ -20,7 +20,7 @@ from memplan.cards import find_model
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import Pass
 from memplan.engine.walk import size
-from memplan.errors import SpecError, about
+from memplan.errors import ConfigError, SpecError, about
 from memplan.graph import Graph, Held
 from memplan.inference import Step
 from memplan.models import ModelSpec
@@ -94,7 +94,11 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: 
 
     one, own = _alone(run), None
     if asked.assistant_early_exit:
-        own = model_of_first_layers(model, asked.assistant_early_exit)
+        try:
+            own = model_of_first_layers(model, asked.assistant_early_exit)
+        except ConfigError as error:
+            field = "generation.assistant_early_exit"
+            raise SpecError(f"{field}: {asked.assistant_early_exit} layers are no model: {error}", field) from None
         one = one.model_copy(update={"model": run.model})
     elif asked.assistant_model is not None:
         with about(_MODEL):
@@ -127,7 +131,7 @@ def _alone(run: RunSpec) -> RunSpec:
 
 
 def model_of_first_layers(model: ModelSpec, layers: int) -> ModelSpec:
-    """The model with its first layers alone, and its head."""
+    """The model with its first layers alone, and its head. Raises ConfigError where those are no model."""
     config = dict(model.config)
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
         if isinstance(config.get(name), (list, tuple)):
@@ -190,10 +194,39 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
             field,
         )
     _refuse_states(model, field)
-    layers = asked.assistant_early_exit
-    if layers is not None and layers >= model.num_hidden_layers:
+    if asked.assistant_early_exit is not None:
+        _refuse_exit(model, asked.assistant_early_exit, field)
+
+
+# Families whose code does not end at `layers[: config.num_hidden_layers]`, which an early exit sets: all layers run,
+# and find no place in a cache of fewer.
+# Source: transformers 5.24 models/*/modeling_*.py; candidate_generator.py EarlyExitCandidateGenerator.get_candidates
+_RUN_ALL = frozenset(
+    (
+        *("bloom", "cohere2", "exaone4", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj"),
+        *("mpt", "nemotron", "opt", "stablelm"),
+    )
+)
+
+
+def _refuse_exit(model: ModelSpec, layers: int, field: str) -> None:
+    """Raise SpecError for models that transformers' early exit ends with an error for, and for no exit at all."""
+    name = model.name or model.model_type
+    if layers >= model.num_hidden_layers:
         raise SpecError(
             f"{field}: {layers} of {model.num_hidden_layers} layers are no early exit; say fewer than those", field
+        )
+    if model.model_type in _RUN_ALL:
+        raise SpecError(
+            f"{field}: transformers runs all layers of {name} over a cache of {layers}, and ends with an error; say "
+            "assistant_model",
+            field,
+        )
+    if model.config.get("text_config"):
+        raise SpecError(
+            f"{field}: transformers sets num_hidden_layers of the config around {name}'s text_config, which has none, "
+            "and ends with an error; say assistant_model",
+            field,
         )
 
 

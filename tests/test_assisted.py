@@ -238,7 +238,7 @@ def test_what_a_pass_finds_in_a_cache_is_what_the_one_before_left(prompt: int) -
         assert [step.past_window for step in some[1:]] == [step.grown for step in some[:-1]]
 
 
-@pytest.mark.parametrize("model", ["gemma-3-1b", "gpt-oss-20b", "qwen2-7b"])
+@pytest.mark.parametrize("model", ["gemma-3-1b", "glm-4.5-air", "smollm3-3b", "qwen2-7b"])
 def test_the_first_layers_are_those_of_the_model(model: str) -> None:
     whole = find_model(model)
     assert model_of_first_layers(whole, 3).layers == whole.layers[:3]
@@ -265,6 +265,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "generation.assistant_dtype",
     ),
     ({"generation": {"assistant_model": None, "assistant_early_exit": 32}}, "generation.assistant_early_exit"),
+    *(
+        (
+            {"model": name, "assistant": None}
+            | {"generation": {"assistant_early_exit": 3, "num_assistant_tokens": None}}
+            | {"batch": {"sequence": 8}},
+            "generation.assistant_early_exit",
+        )
+        for name in ("gpt2", "gemma-3-4b", "gemma-3n-e4b-text")
+    ),
     ({"profile": "transformers-4.51"}, "generation.assistant_model"),
     ({"task": "forward", "batch": {"new_tokens": 0}}, "generation"),
 ]
