@@ -20,7 +20,7 @@ from memplan.cards import find_model
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import Pass
 from memplan.engine.walk import size
-from memplan.errors import ConfigError, SpecError, about
+from memplan.errors import ConfigError, MemplanError, SpecError, about
 from memplan.graph import Graph, Held
 from memplan.inference import Step
 from memplan.models import ModelSpec
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 TOKENS = (
     20  # proposed in a round where a run does not say: transformers 5.24 configuration_utils.py num_assistant_tokens
 )
-_MODEL = "generation.assistant_model"
+_MODEL, _EXIT = "generation.assistant_model", "generation.assistant_early_exit"
 _CANDIDATES = "transformers 5.24 generation/candidate_generator.py"
 _ROUND = "transformers 5.24 generation/utils.py GenerationMixin._assisted_decoding"
 
@@ -94,11 +94,7 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: 
 
     one, own = _alone(run), None
     if asked.assistant_early_exit:
-        try:
-            own = model_of_first_layers(model, asked.assistant_early_exit)
-        except ConfigError as error:
-            field = "generation.assistant_early_exit"
-            raise SpecError(f"{field}: {asked.assistant_early_exit} layers are no model: {error}", field) from None
+        own = model_of_first_layers(model, asked.assistant_early_exit)
         one = one.model_copy(update={"model": run.model})
     elif asked.assistant_model is not None:
         with about(_MODEL):
@@ -107,8 +103,9 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: 
         _refuse_pair(model, own)
     try:
         drafts = decide(one, own)
-    except SpecError as error:
-        raise SpecError(f"{_MODEL}: {error}", _MODEL) from None
+    except MemplanError as error:
+        field = _EXIT if asked.assistant_early_exit else _MODEL
+        raise SpecError(f"{field}: {error}", field) from None
     if asked.assistant_early_exit:  # weights as the model's own
         graph = decided.structure.graph
         first = drafts.structure.graph._replace(recipe=graph.recipe, wiring=graph.wiring, rank=graph.rank)
@@ -131,12 +128,19 @@ def _alone(run: RunSpec) -> RunSpec:
 
 
 def model_of_first_layers(model: ModelSpec, layers: int) -> ModelSpec:
-    """The model with its first layers alone, and its head. Raises ConfigError where those are no model."""
-    config = dict(model.config)
-    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
-        if isinstance(config.get(name), (list, tuple)):
-            config[name] = tuple(config[name][:layers])
-    return ModelSpec({**config, "num_hidden_layers": layers}, model.name, model.card, model.checkpoint)
+    """The model with its first layers alone, and its head. Raises SpecError where a model of so many has others."""
+    config = {**model.config, "num_hidden_layers": layers}
+    try:
+        found = ModelSpec(config, model.name, model.card, model.checkpoint)
+    except ConfigError:
+        found = None
+    if found is None or found.layers != model.layers[:layers]:
+        raise SpecError(
+            f"{_EXIT}: is not supported yet for {model.name or model.model_type}, whose layers differ by how many of "
+            "them there are; assistant_model is",
+            _EXIT,
+        )
+    return found
 
 
 def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
