@@ -172,6 +172,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"profile": "sglang-0.5", "draft_model": "qwen2-0.5b"}, "serving.draft_model"),
     ({"profile": "sglang-0.5", "draft_model": "/no/such/config.json"}, "serving.draft_model"),
     ({"profile": "sglang-0.5", "speculative_method": "ngram", "draft_weights": "fp8"}, "serving.draft_weights"),
+    ({"profile": "sglang-0.5", "draft_model": "qwen2-0.5b", "draft_weights": "bogus"}, "serving.draft_weights"),
 ]
 
 

@@ -292,11 +292,14 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
     ):
         raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
     s = run.serving
-    if s.weights is not None:
+    for name in ("weights", "draft_weights"):
+        given = getattr(s, name)
+        if given is None:
+            continue
         try:
-            format_of(s.weights)
+            format_of(given)
         except UnknownNameError as e:
-            raise UnknownNameError("serving.weights", s.weights, e.nearest, ranked=True) from None
+            raise UnknownNameError(f"serving.{name}", given, e.nearest, ranked=True) from None
     for name in ("limit_images", "limit_videos"):
         if getattr(s, name) is not None and engine.kind != "vllm":
             raise SpecError(
