@@ -85,7 +85,7 @@ def test_a_rank_has_its_heads_of_the_cache_and_norms_whole() -> None:
         ({"parallelism": {"world": 2, "tp": 2, "ep": 2}}, "parallelism.ep"),
         ({"parallelism": {"world": 2, "pp": 2, "schedule": "gpipe"}}, "parallelism.schedule"),
         ({"parallelism": {"world": 2, "device_map": "auto", "stage": 2}}, "parallelism.stage"),
-        ({"parallelism": {"world": 2, "tp": 2}, "method": {"quantization": {}}}, "method.kind"),
+        ({"parallelism": {"world": 2, "tp": 2}, "method": {"quantization": {}}}, "method.quantization.format"),
         ({"parallelism": {"world": 2, "tp": 2}, "profile": "transformers-4.51"}, "parallelism.tp"),
         ({"parallelism": {"world": 2, "device_map": "auto"}, "task": "train", "batch": {}}, "parallelism.device_map"),
         ({"parallelism": {"world": 2, "device_map": "auto"}, "model": "gemma-4-e2b"}, "parallelism.device_map"),
