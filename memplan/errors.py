@@ -11,7 +11,7 @@ MemplanError                2
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 _LONGEST = 80  # letters of a wrong name that are repeated in the error about it
@@ -64,7 +64,7 @@ class UnknownNameError(MemplanError):
 
 
 @contextmanager
-def about(field: str) -> Iterator[None]:
+def about(field: str) -> Generator[None]:
     """Errors about `model` that are raised within are about the `field` that names the model there."""
     try:
         yield

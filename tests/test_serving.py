@@ -424,7 +424,7 @@ def test_adapters_take_slots_for_every_matrix() -> None:
 _SLOTS = {"lora_slots": 2, "lora_rank": 16}
 
 
-def adapters(model: str, profile: str, **degrees: int) -> int:
+def adapters(model: str, profile: str, **degrees: Any) -> int:
     """Bytes of two slots of rank 16 on a card."""
     s = settled(divided(model, profile, serving=_SLOTS, **degrees))
     return sum(h.bytes for h in held(s) if h.group == "adapter")
