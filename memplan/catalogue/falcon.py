@@ -172,7 +172,16 @@ def _by_group(name: str) -> tuple[Op, ...]:
 
 
 def _kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
-    return cached(name, wiring, _given_kernel(name, wiring._replace(caching=False), shared, kv, alibi, drop))
+    kernel = _given_kernel(name, wiring._replace(caching=False), shared, kv, alibi, drop)
+    return cached(name, wiring, _as_they_lie(name, kernel, wiring, shared))
+
+
+def _as_they_lie(name: str, kernel: tuple[Op, ...], wiring: Wiring, shared: bool) -> tuple[Op, ...]:
+    """The kernel without copies of what lies head by head: a token's heads, and k and v as a cache hands them on, but
+    those that all queries share."""
+    flat = {f"{name}.{what}" for what in ("q_flat", "contiguous", "reshape") if wiring.one}
+    flat |= {f"{name}.{t}_flat" for t in "kv" if wiring.lays and not shared}
+    return tuple(op._replace(view=True) if op.name in flat else op for op in kernel)
 
 
 def _given_kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
