@@ -194,9 +194,27 @@ def _given_kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool,
     else:
         always = wiring._replace(backend="efficient", masked="efficient", padded=True)
         kernel = attention(name, "q", "k", "v", "o", always, False)
+        kernel = _padding(name, kernel) if alibi else kernel
     if not alibi:
         return kernel
     return tuple(_given(op) if op.name in (f"{name}.mask", f"{name}.mask_float") else op for op in kernel)
+
+
+def _padding(name: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The memory-efficient kernel given biases: rows that are no multiple of 8 are padded in every layer, and kept so.
+
+    Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp preprocess_mask, pad_bias.
+    """
+    padded, given = "bias.padded", ("q.lowered", "k.lowered", "v.lowered")
+    pad = Op(f"{name}.pad_mask", ("mask",), (Tensor(padded, "b a s s_uneven8", "=mask"),))
+    made: list[Op] = []
+    for op in kernel:
+        if op.name == name:
+            keeps = (*op.keeps, *(Keep(padded, x) for x in given))
+            made += (pad, op._replace(reads=(*op.reads, padded), keeps=keeps, scratch=()))
+        else:
+            made.append(op)
+    return tuple(made)
 
 
 def _given(op: Op) -> Op:
