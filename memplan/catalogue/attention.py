@@ -572,12 +572,12 @@ def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
     """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager."""
     eager = wiring.backend == "eager"
     boolean = Tensor("causal", "b s s" if wiring.padded else "s s", "bool")
-    shape = "s s" if wiring.one_mask and not wiring.padded else "b s s"
+    shape = "s s" if (wiring.one_mask or not eager) and not wiring.padded else "b s s"
     return (
         Op(
             name,
             (),
-            (Tensor(name, shape if eager else "b s s", f"={x}" if eager else "bool"),),
+            (Tensor(name, shape, f"={x}" if eager else "bool"),),
             scratch=(boolean,) if eager else (Tensor("causal", "s s", "bool"),),
             source="transformers 5.24 masking_utils.py",
         ),
