@@ -154,6 +154,10 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
             batch = {**SOURCE[name], **fields["batch"]}
             shared = {"model": {"config": SMALL[name]}, "task": "generate", "gpu": "a100-sxm-80gb"}
             yield name, RunSpec(**{**shared, **fields, "batch": batch})
+    for padded in (False, True) if not names or "apart" in names else ():
+        shared = {"model": {"config": SMALL["whisper"]}, "task": "generate", "gpu": "a100-sxm-80gb"}
+        more = {"kernels": MATH, "loop": {"padded": padded}, "batch": {"micro": 3, "new_tokens": 4}}
+        yield "whisper", RunSpec(**shared, **more)
     for fields in SEEN if not names or "images" in names else ():
         config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
         yield "mllama", RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
