@@ -185,7 +185,7 @@ def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | N
     step = Step(graph, e.micro, found.batch.sequence, division=division)
     axes = numbers_of(step, found)
     low = inferred(graph, division=division)
-    moving, moment = most_of(low, axes)
+    moving, moment = most_of(graph, axes, division)
     standing += walked.program.passing["forward"]
     passes = ((step, tuple(axes.items())),)
     kept = _kept(e, graph, axes, run.parallelism.dp)
@@ -334,7 +334,7 @@ def _generated(
     for step in steps_of(prompted):
         axes = numbers_of(step, prompted)
         passes.append((step, tuple(axes.items())))
-        peaks.append(most_of(inferred(step.graph), axes))
+        peaks.append(most_of(step.graph, axes))
     top = max(range(len(peaks)), key=lambda i: peaks[i][0])
     moving, moment = peaks[top]
     where = f"{passes[top][0].phase}: {inferred(passes[top][0].graph).moments[moment].where}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.cards import find_model
 from memplan.catalogue.caches import caches as caches_of
-from memplan.catalogue.decoding import Pass
+from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, Pass
 from memplan.engine.walk import size
 from memplan.errors import SpecError
 from memplan.graph import Graph, Held
@@ -183,6 +183,8 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
         raise SpecError(
             f"batch.images: {run.batch.images} is not supported yet with an assistant; supported: 0", "batch.images"
         )
+    if model.model_type in CACHED_BY_ITS_CODE:
+        raise SpecError(f"{field}: is not supported yet with code that is published with the weights", field)
     if model.is_encoder_decoder:
         raise SpecError(
             f"{field}: an assistant is not supported yet for {model.name or model.model_type}, which decodes what an "

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memplan.catalogue.caches import LayerCache, caches
-from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, Cache
+from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, NO_STATIC_CACHE, RETURNS_TUPLES, Cache
 from memplan.catalogue.quantized_caches import AXES, NBITS, Stored
 from memplan.errors import SpecError
 from memplan.families.gemma import REUSED
@@ -119,6 +119,12 @@ def refuse_cache(run: RunSpec, generation: Generation, model: ModelSpec, batch: 
         for what, there in others:
             if there:
                 raise SpecError(f"{field}: is not supported yet with {what}; leave it out", field)
+    tuples = model.model_type in RETURNS_TUPLES and kind == "dynamic"
+    if tuples or (model.model_type in NO_STATIC_CACHE and kind == "static"):
+        what = "returns tuples of its own" if model.model_type in RETURNS_TUPLES else "has no cache of fixed size"
+        raise SpecError(
+            f"{_KIND}: the code published with {name}'s weights {what}, and not {kind}; leave it out", _KIND
+        )
     if generation.prefill_chunk_size is not None:
         parts = {part.per for layer in caches(model) for part in layer.parts}
         shares, states = any(layer.mixer == REUSED for layer in model.layers), parts != {"token"}

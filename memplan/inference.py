@@ -7,7 +7,7 @@ but those of a layer that keeps a window only, which are as long as the prompt u
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Bytes, Line, Peak, Phase, Rank, Verdict
@@ -20,7 +20,7 @@ from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemor
 from memplan.engine.lower import Moment
 from memplan.engine.record import FREED, Recorded
 from memplan.engine.step import Lowered
-from memplan.engine.walk import alive, size
+from memplan.engine.walk import ONE, Term, Variable, alive, chain, largest, prune, rows, size, values
 from memplan.graph import (
     Graph,
     Held,
@@ -305,7 +305,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         assert decided.assistant is not None
         assert decided.assistant.drafts is not None
         decided = decided.assistant.drafts
-    low, fixed = inferred(step.graph, division=step.division), built(step.graph)[1]
+    fixed = built(step.graph)[1]
     window = step.graph.model.sliding_window
     more = {
         "kv": step.past - step.cropped + step.fed,
@@ -340,10 +340,9 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         more[f"{name}1"] = more[name] + 1
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
         more[f"{name}_uneven8"] = more[f"{name}8"] if more[name] % 8 else 0
-    needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
     axes = axes_of(
         step.graph,
-        frozenset(needs - fixed.keys() - more.keys()),
+        contenders(step.graph, step.division).needs.difference(more),
         step.batch,
         step.fed,
         decided.half,
@@ -365,11 +364,38 @@ def live(low: Lowered, moment: Moment, axes: Mapping[str, int], sizes: list[int]
     return sum(sizes[key] * count for key, count in alive(moment, low.runs, axes).items())
 
 
-def most_of(low: Lowered, axes: Mapping[str, int]) -> Most:
+class Contenders(NamedTuple):
+    """The moments of a pass that can be its peak, over the sizes that the run decides; `products` bound them. `needs`
+    are the axes of its sizes that are not the model's."""
+
+    variables: tuple[Variable, ...]
+    products: tuple[Variable, ...]
+    terms: tuple[Term, ...]
+    needs: frozenset[str]
+
+
+_AT_LEAST_ONE = frozenset(("b", "s", "s1", "s8", "s32", "s128", "kv", "kv1", "kv8", "kv32", "kv128", "kv_static"))
+
+
+@lru_cache(maxsize=512)
+def contenders(graph: Graph, division: Division | None = None) -> Contenders:
+    """The moments of a pass that can be its peak: milliseconds, and then kept."""
+    low, own = inferred(graph, division=division), built(graph)[1]
+    fixed = {axis: n for axis, n in own.items() if axis not in _AT_LEAST_ONE}  # Whisper's `s` is its encoder's
+    fixed["kernel1"] = own.get("kernel", 0) + 1
+    sizes = [size(key[0], key[1], fixed) for key in low.sizes]
+    variables = tuple(sorted({variable for variable, _ in sizes}))
+    along = chain([v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)] or [ONE])  # others may be of no tokens
+    every = rows(low.moments, low.runs, fixed, sizes, variables)
+    terms = prune(((row, i) for i, row in enumerate(every)), variables, along)
+    needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
+    return Contenders(variables, tuple(map(Variable, along)), terms, needs.difference(fixed))
+
+
+def most_of(graph: Graph, axes: Mapping[str, int], division: Division | None = None) -> Most:
     """The most bytes alive at a moment of a pass."""
-    sizes = bytes_of(low, axes)
-    most = [live(low, moment, axes, sizes) for moment in low.moments]
-    return Most(max(most), most.index(max(most)))
+    found = contenders(graph, division)
+    return Most(*largest(found.terms, values(found.variables, axes), values(found.products, axes)))
 
 
 class Walked(NamedTuple):
@@ -531,7 +557,7 @@ def walk(decided: Decided, expandable: bool = False) -> Walked:
 
 def _with_beside(step: Step, numbers: dict[str, int], decided: Decided) -> Most:
     """The most of a pass, with what is there beside it."""
-    most = most_of(inferred(step.graph), numbers)
+    most = most_of(step.graph, numbers)
     return most._replace(bytes=most.bytes + beside_of(step, decided))
 
 
@@ -574,6 +600,7 @@ def loaded(graphs: tuple[Graph, ...], expandable: bool) -> tuple[int, int, int]:
     return resident, allocator.allocated - resident, allocator.peak_allocated
 
 
+@lru_cache(maxsize=512)
 def counted(graph: Graph) -> tuple[int, int, int]:
     """The parameters of the model, of which none train, and those that a token meets."""
     graph = graph._replace(placed=None)
@@ -672,7 +699,27 @@ def usage_of(walked: Walked, expandable: bool, calibration: Calibration | None) 
     beside = around(cuda_context(capability), calibration, nccl(decided.communicators))
     phases = walked.phases
     top = max(phase.peak for phase in phases)
-    return Usage(replay(walked, expandable), walked.parameters, phases[0].peak, top, decided.gpu, beside)
+    return Usage(Unreplayed(walked, expandable), walked.parameters, phases[0].peak, top, decided.gpu, beside)
+
+
+class Unreplayed:
+    """A run whose passes are listed when a replay is asked for: that takes longer than their peaks."""
+
+    def __init__(self, walked: Walked, expandable: bool) -> None:
+        self._of = walked, expandable
+
+    @cached_property
+    def _replay(self) -> Replay:
+        return replay(*self._of)
+
+    def reserved(self, capacity: int | None = None) -> int | None:
+        return self._replay.reserved(capacity)
+
+    def apart(self) -> int:
+        return 0
+
+    def beside(self) -> int:
+        return 0
 
 
 _FEWEST, _MOST = 8, 32  # passes that are replayed of those that decode
@@ -731,12 +778,6 @@ class Replay(NamedTuple):
 
     def reserved(self, capacity: int | None = None) -> int | None:
         return _reserved(self, capacity)
-
-    def apart(self) -> int:
-        return 0
-
-    def beside(self) -> int:
-        return 0
 
 
 @lru_cache(maxsize=1024)

@@ -24,6 +24,7 @@ AT_LEAST = {
     "s": "chunks",
     **dict.fromkeys(("s1", "s8", "s32", "s128", "s_conv", "s_chunks"), "s"),
     **dict.fromkeys(("t8", "t32", "t128"), "t"),
+    **dict.fromkeys(("kv1", "kv8", "kv32", "kv128"), "kv"),
 }
 
 

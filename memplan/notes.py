@@ -64,8 +64,8 @@ def kernel_notes(model: ModelSpec) -> Iterator[str]:
 def published_code_note(model_type: str) -> str:
     """Of a family whose cache is that of its own code."""
     return (
-        f"{model_type}: what it keeps from token to token was read in the code published with its weights, which "
-        "transformers 5 does not run: assumed, not traced"
+        f"{model_type}: what it keeps from token to token was read in the code published with its weights, and not "
+        "traced, as transformers 5 does not run that code"
     )
 
 

@@ -661,6 +661,9 @@ def refuse_parts_of_matrices(
             "parallelism.strategy",
         )
     if style not in ("megatron", "litgpt") and method.quantization is not None:
+        if method.kind == "full":  # nothing trains
+            field = "method.quantization.format"
+            raise _later(field, method.quantization.format, "weights in 16 or 32 bits with tensor parallelism")
         raise SpecError(
             f"method.kind: transformers 5.24 does not run {method.kind} on tensor-parallel ranks: it makes DTensors of "
             "bitsandbytes' weights, whose layers then fail in the first pass; full, freeze and lora run",
@@ -764,9 +767,8 @@ def _quantization(q: Quantization, storages: tuple[str, ...], runs: tuple[str, .
     if q.format in runs and q.format not in trained:
         return
     if q.format not in trained:
-        yield _later(
-            f"{field}.format", q.format, f"{', '.join((*trained, *runs))}; others by engines that serve a model"
-        )
+        there = "others where a model runs, as w4a16; GGUF types by engines that serve it"
+        yield _later(f"{field}.format", q.format, f"{', '.join((*trained, *runs))}; {there}")
     if q.block_size < (16 if q.format in _GROUPED else 32) and not (q.block_size == WHOLE and q.format in _WHOLE):
         size = "one scale a column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
         yield SpecError(f"{field}.block_size: {q.format} has no {size}", f"{field}.block_size")

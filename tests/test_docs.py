@@ -53,7 +53,7 @@ SHELL = [b for page in PAGES for b in blocks(page) if b.language == "sh"]
 COMMANDS = [b for b in SHELL if b.page == "README.md"] + sampled([b for b in SHELL if b.page != "README.md"])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sampled(PAGES, every=5), ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run_as_written(page: Path) -> None:
     options = doctest.NORMALIZE_WHITESPACE
     assert doctest.testfile(str(page), module_relative=False, encoding="utf-8", optionflags=options).failed == 0

@@ -15,6 +15,7 @@ from memplan.catalogue import caches
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.errors import MemplanError, UnsupportedModelError
 from memplan.gpus import find_gpu
+from memplan.graph import built
 from memplan.inference import walk
 from memplan.resolve import NEW_TOKENS, decide
 from memplan.units import ITEMSIZE, rounded
@@ -190,6 +191,51 @@ def test_alibis_of_baichuan_are_there_for_all_positions_and_pairs() -> None:
     lines = {line.what: line.bytes for line in walk(decide(run)).lines("decode")}
     assert lines["model.future_mask"] == heads * longest**2 * bf16
     assert lines["mask"] == rounded(2 * heads * 1001**2 * bf16)  # of a token's pass too
+    for name in ("expanded", "filled"):  # names of the forward pass, which have them through all layers
+        assert lines[name] == rounded(2 * 1001**2 * bf16)
+
+
+def test_minicpm_keeps_what_generate_gives_it() -> None:
+    """A DynamicCache, whose layers are joined one by one; a tuple, of which old and new are there together, before
+    transformers 4.42."""
+    tokens = {"sequence": 2048, "new_tokens": 25}
+    now, before = (
+        phase_peaks(estimate(generating("minicpm-2b", profile=profile, batch=tokens)))["decode"]
+        for profile in ("transformers-5", "transformers-4.38")
+    )
+    layer = 2 * 36 * 64 * 2048 * 2  # keys and values, heads, width, tokens, bytes of bf16
+    assert before - now > 38 * layer  # of 40 layers
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "said"),
+    [
+        (
+            "minicpm-2b",
+            {"cache_implementation": "static"},
+            "minicpm-2b's weights has no cache of fixed size, and not static",
+        ),
+        ("chatglm3-6b", {"cache_implementation": "static"}, "returns tuples of its own, and not static"),
+        ("baichuan2-7b", {"cache_implementation": "dynamic"}, "returns tuples of its own, and not dynamic"),
+        ("internlm2-7b", {"prompt_lookup_num_tokens": 4}, "lookup.* is not supported yet with code that is published"),
+    ],
+)
+def test_code_published_with_weights_has_only_the_caches_it_has(name: str, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(MemplanError, match=said):
+        estimate(generating(name, generation=asked))
+
+
+def test_a_quantised_model_that_runs_is_refused_by_its_format_on_tensor_parallel_ranks() -> None:
+    with pytest.raises(MemplanError, match="'nf4' is not supported yet; supported: weights in 16"):
+        estimate(generating("llama-3.1-8b", method={"quantization": {}}, parallelism={"world": 2, "tp": 2}))
+
+
+@pytest.mark.parametrize(("vocabulary", "turned"), [(65024, True), (151552, False)])
+def test_the_first_glm_4_turns_nothing_sequence_first(vocabulary: int, turned: bool) -> None:
+    config = {"model_type": "chatglm", "hidden_size": 256, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 64}
+    stack, _ = built(decide(generating({"config": {**config, "padded_vocab_size": vocabulary}})).structure.graph)
+    names = {op.name for op in (*stack.before, *stack.after)}
+    assert ("transformer.output_layer.transpose" in names) == turned == ("transformer.embedding.transpose" in names)
 
 
 def test_autocast_keeps_its_casts_from_the_prompt_on() -> None:

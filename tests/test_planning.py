@@ -133,6 +133,7 @@ def test_what_levers_save_adds_up_and_is_the_difference_of_two_estimates() -> No
     assert any(len(proposal.levers) > 1 for proposal in found.proposals)
 
 
+@ALL
 def test_the_mildest_of_a_kind_is_proposed_and_sequences_are_as_long_as_they_may_be() -> None:
     run = RunSpec(model="qwen2-7b", method="lora", gpu="3090", batch={"micro": 8})
     found = plan(run)
@@ -166,6 +167,7 @@ def test_headroom_that_no_card_can_leave_is_refused(headroom: int) -> None:
         plan(REFUSED, headroom=headroom)
 
 
+@ALL
 def test_where_nothing_fits_the_nearest_is_named_and_by_how_much_it_misses() -> None:
     found = memplan.plan(RunSpec(model="qwen2-72b", method="full", gpu="t4"))
     assert found.proposals == ()
@@ -200,6 +202,7 @@ def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
         assert pull(run, (lever,)) != run
 
 
+@ALL
 def test_an_evaluation_that_does_not_fit_is_made_smaller_before_training_is() -> None:
     evaluation = {"micro": 8, "kept_batches": 4}
     found = plan(RunSpec(model="qwen2-7b", method="qlora", gpu="3090", also={"evaluation": evaluation}))
@@ -273,6 +276,7 @@ def test_what_fits_beyond_the_first_that_does_not_is_found(
     assert _largest(tried, Demand(), looks, multiple) == most
 
 
+@ALL
 def test_reach_says_what_binds() -> None:
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4")
     for axis, value in (("batch", largest_batch(run)), ("sequence", largest_sequence(run))):
@@ -454,6 +458,7 @@ def test_several_cards_run_what_one_does_not() -> None:
 # --- advice ---
 
 
+@ALL
 def test_advice_takes_the_first_step_that_fits_and_hides_no_other() -> None:
     found = advise(RunSpec(model="qwen2-7b", gpu="3090"))
     assert [step.answer for step in found.steps] == ["no", "yes", "yes", "not needed"]

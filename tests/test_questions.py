@@ -136,6 +136,7 @@ def test_other_caches_of_transformers_hold_what_its_own_does_not() -> None:
     assert [choice.pace is None for choice in found.caches] == [False, True, True]
 
 
+@ALL
 def test_a_format_that_was_asked_for_starts_the_ladder() -> None:
     asked = run_of(profile="llama.cpp-2026", gpu="3060", method={"quantization": {"format": "Q5_K_M"}})
     names = [choice.name for choice in questions(asked).formats]
@@ -143,6 +144,7 @@ def test_a_format_that_was_asked_for_starts_the_ladder() -> None:
     assert names == ["Q5_K_M", *every[every.index("Q5_K_M") + 1 :]]
 
 
+@ALL
 def test_what_a_framework_cannot_divide_is_refused_by_name() -> None:
     found = questions(run_of("llama-3.2-1b", "transformers-4.51", "3060"))
     assert found.degrees[0].answer is not None

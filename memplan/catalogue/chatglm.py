@@ -1,4 +1,4 @@
-"""ChatGLM 2 and 3, and the first GLM-4: sequence first, one projection for q, k and v, heads rotated in part.
+"""ChatGLM 2 and 3: sequence first, one projection for q, k and v, heads rotated in part. The first GLM-4: batch first.
 
 transformers has no class for it. What is said here follows the code published beside the weights
 (`modeling_chatglm.py`), with transformers' own loss. It calls torch's attention whatever transformers is told to use;
@@ -17,6 +17,7 @@ from memplan.models import ModelSpec
 
 _Q, _K = "b s a d", "b s k d"
 _SOURCE = "modeling_chatglm.py"
+_READ = f"assumed: read in the {_SOURCE} published with the weights, not traced"
 
 
 def chatglm(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -36,7 +37,12 @@ def chatglm(m: ModelSpec, wiring: Wiring) -> Stack:
             ops.leave("ao", "n2", "mo"),
         ),
     )
-    return Stack(_before(m, wiring), runs(m, lambda _: block), _after(wiring))
+    return Stack(_before(m, wiring), runs(m, lambda _: block), _after(m, wiring))
+
+
+def _batch_first(m: ModelSpec) -> bool:
+    """Whether it is a GLM-4, whose code turns nothing sequence first: by its vocabulary, as the config has no word."""
+    return m.vocab_size == 151_552
 
 
 def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
@@ -45,11 +51,15 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     inv_freq = Weight(f"{name}.inv_freq", "rot2", "buffer", "fp32", False)
     angles, parts = Tensor("angles", f"{longest} rot2", "fp32"), ("cosines", "sines")
     product = Tensor("padded", "b s s", "fp32")
+    looked_up = "embeds" if _batch_first(m) else "batch_first"
     return (
         inputs(wiring.padded),
-        ops.embedding("transformer.embedding.word_embeddings", "ids", "batch_first", "v", "h"),
-        ops.copy("transformer.embedding.transpose", "batch_first", "embeds", "b s h"),
-        ops.leave("batch_first"),
+        ops.embedding("transformer.embedding.word_embeddings", "ids", looked_up, "v", "h"),
+        *(
+            (ops.copy("transformer.embedding.transpose", looked_up, "embeds", "b s h"), ops.leave(looked_up))
+            if looked_up != "embeds"
+            else ()
+        ),
         *(
             (
                 Op("mask.padded", (), (product,), scratch=(Tensor("ones", "b s s", "fp32"),)),
@@ -66,25 +76,27 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     )
 
 
-def _after(wiring: Wiring) -> tuple[Op, ...]:
-    """Logits are copied batch first. A prompt's keys and values are copied layer by layer into one tensor, at last with
-    all of them there."""
+def _after(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
+    """ChatGLM's logits are copied batch first. A prompt's keys and values are copied layer by layer into one tensor, at
+    last with all of them there."""
     head = lm_head("n")
     weight = head.weights[0]._replace(name="transformer.output_layer.weight")
     keeps = (Keep(weight.name, "n"), Keep("n", weight.name))
-    first = Tensor("sequence_first", "b s v")
+    first = Tensor("logits" if _batch_first(m) else "sequence_first", "b s v")
     together = Tensor("keys and values of all layers", "L 2 b s k d", "=embeds")
     copies = wiring.caching and not wiring.decodes
-    joined = Op(
-        "transformer.encoder.presents", ("embeds",), scratch=(together,), source=f"assumed: {_SOURCE} GLMTransformer"
-    )
+    source = f"{_READ}: GLMTransformer.forward"
+    joined = Op("transformer.encoder.presents", ("embeds",), scratch=(together,), source=source)
     return (
         *((joined,) if copies else ()),
         *half_norm("transformer.encoder.final_layernorm", "x", "n", "b s h", "h"),
         ops.leave("x", "embeds", "table", *(("mask",) if wiring.padded else ())),
         head._replace(name="transformer.output_layer", writes=(first,), weights=(weight,), keeps=keeps),
-        ops.copy("transformer.output_layer.transpose", "sequence_first", "logits", "b s v"),
-        ops.leave("sequence_first"),
+        *(
+            (ops.copy("transformer.output_layer.transpose", first.name, "logits", "b s v"), ops.leave(first.name))
+            if first.name != "logits"
+            else ()
+        ),
     )
 
 
@@ -102,7 +114,7 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tu
     qkv_bias = bias or m.get("add_qkv_bias", False)
     inverted = "inverted" if wiring.padded else "mask"
     backend = wiring.masked if wiring.padded else wiring.backend
-    heads = "o" if backend == "flash" else "o.heads"  # the other kernels write batch first
+    heads = "o" if backend == "flash" or _batch_first(m) else "o.heads"  # the other kernels write batch first
     alone = wiring._replace(caching=False)
     return (
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", qkv_bias),
@@ -129,8 +141,9 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tu
 
 
 def _cached(name: str, wiring: Wiring) -> tuple[Op, ...]:
-    """The code joins keys and values of every further token with those before; of a prompt it copies both."""
-    source = "assumed: read in the modeling_chatglm.py published with the weights, SelfAttention.forward, not traced"
+    """The code joins keys and values of every further token with those before; of a prompt it copies both. (The first
+    revisions of ChatGLM2 and 3 kept a prompt's as they were.)"""
+    source = f"{_READ}: SelfAttention.forward"
     return tuple(op._replace(source=source) for op in cached(name, wiring, (), tensors=("k.rotated", "v0")))
 
 

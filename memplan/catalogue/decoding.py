@@ -37,6 +37,10 @@ _MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
 NOT_YET = frozenset(("deepseek_v4", "megatron_gpt"))
 # Families whose code, published with their weights, keeps caches its own way.
 CACHED_BY_ITS_CODE = ("baichuan", "chatglm", "internlm2", "minicpm", "qwen")
+# Those of them that return tuples whatever they are given, and those that take no cache of fixed size: of modeling_*.py
+# InternLM2's alone says `_supports_static_cache`.
+RETURNS_TUPLES = ("baichuan", "chatglm", "qwen")
+NO_STATIC_CACHE = (*RETURNS_TUPLES, "minicpm")
 # Families whose generation config has tokens that are never chosen, and so a further row of scores without them.
 # Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_logit_processors.
 SUPPRESSES = frozenset(("whisper",))

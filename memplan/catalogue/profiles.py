@@ -176,7 +176,14 @@ PROFILES = (
                 "legacy",
                 "the modeling_*.py published with the weights: tuples, which generate has until the model returns",
                 "",
-                ("baichuan", "chatglm", "minicpm"),
+                ("baichuan", "chatglm"),
+            ),
+            Row(
+                "cache",
+                "dynamic",
+                "modeling_minicpm.py MiniCPMModel.forward: what it is given; transformers 4.42 generation/utils.py",
+                "",
+                ("minicpm",),
             ),
             Row("last_logits", False, "Qwen-7B's own modeling_qwen.py QWenLMHeadModel.forward", "", ("qwen",)),
             Row(

@@ -24,6 +24,7 @@ from memplan.models import ModelSpec
 
 _Q, _K = "b s a d", "b s k d"
 _BAICHUAN = "modeling_baichuan.py"
+_READ = f"assumed: read in the {_BAICHUAN} published with the weights, not traced"
 
 
 def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -65,7 +66,7 @@ def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def as_published(name: str, wiring: Wiring, tensors: tuple[str, ...], code: str) -> tuple[Op, ...]:
     """The place of a cache that the code published with the weights has: it keeps the prompt's keys and values as they
-    are, with all they are views of, and joins them with every further token's. Read, and run nowhere here."""
+    are, with all they are views of, and joins them with every further token's."""
     source = f"assumed: read in the {code} published with the weights, not traced"
     return tuple(op._replace(holds="cache", source=source) for op in cached(name, wiring, (), tensors=tensors))
 
@@ -188,17 +189,19 @@ def baichuan(m: ModelSpec, wiring: Wiring) -> Stack:
     longest = m.config.get("max_position_embeddings")
     attention_ops = _rotary_attention(wiring, longest) if longest else _unrotated_attention(wiring)
     block = decoder_block(attention_ops, gated_mlp("n2", "mo"), norm=_half_norm)
+    masks = _causal_mask() if longest else _alibi(m, wiring)
+    named = (t.name for op in masks for t in op.writes if t.name in _IN_FORWARD)
     return Stack(
         (
             inputs(wiring.padded),
             positions(),
             ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
-            *(_causal_mask() if longest else _alibi(m, wiring)),
+            *masks,
         ),
         (Run((block,), "L"),),
         (
             *_half_norm("model.norm", "x", "n", "b s h", "h"),
-            ops.leave("x", "embeds", "positions", "mask"),
+            ops.leave("x", "embeds", "positions", *named),
             *(_norm_head("n", wiring) if m.vocab_size == 125_696 else (lm_head("n"),)),
         ),
     )
@@ -269,7 +272,8 @@ def _norm_head(x: str, wiring: Wiring) -> tuple[Op, ...]:
     w = Weight("lm_head.weight", "v h", "lm_head", rows=1)
     if not wiring.records:
         made = (Tensor("normalised", "v h", f"={w.name}"), Tensor("lengths", "v"), Tensor("clamped", "v"))
-        once = Op("lm_head.normalize", (), scratch=made, weights=(w,), source=f"assumed: {_BAICHUAN} NormHead.forward")
+        source = f"{_READ}: NormHead.forward"
+        once = Op("lm_head.normalize", (), scratch=made, weights=(w,), source=source)
         return (*(() if wiring.decodes else (once,)), lm_head(x))
     parts = ("quotient", "negative gradient", "product")
     full = tuple(Scratch(Tensor(t, "v h", "=normalised"), w.name) for t in parts)
@@ -319,19 +323,27 @@ def _alibi(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     if not wiring.padded and not wiring.generates:
         return (Op("mask", (), (Tensor("mask", "0", "=embeds"),), (table,)),)
     tokens = "kv kv" if wiring.decodes else "s s"
-    pairs, each = f"b {tokens}", "=embeds"
-    both = Tensor("pairs", pairs, each)
+    each = "=embeds"
+    source = f"{_READ}: 13B, BaichuanModel.forward"
+
+    def pairs_of(name: str, *reads: str, dtype: str = "bool", scratch: tuple[Tensor, ...] = ()) -> Op:
+        return Op(f"mask.{name}", reads, (Tensor(name, f"b {tokens}", dtype),), scratch=scratch, source=source)
+
     return (
-        Op("mask.pairs", (), (Tensor("both", pairs, "bool"), Tensor("alike", pairs, "bool")), scratch=(both, both)),
-        Op("mask.expand", ("both", "alike"), (Tensor("expanded", pairs, each),), scratch=(Tensor("", pairs, "bool"),)),
-        ops.leave("both", "alike"),
-        Op("mask.invert", ("expanded",), (Tensor("inverted", pairs, each),)),
-        Op("mask.fill", ("inverted",), (Tensor("filled", pairs, each),), scratch=(Tensor("", pairs, "bool"),)),
-        Op(
-            "mask", ("filled",), (Tensor("mask", f"b a {tokens}", each),), (table,), source=f"assumed: {_BAICHUAN}, 13B"
-        ),
-        ops.leave("expanded", "filled"),
+        pairs_of("product", dtype=each),
+        pairs_of("positive", "product"),
+        pairs_of("lower", "positive"),
+        pairs_of("difference", dtype=each),
+        pairs_of("equal", "difference"),
+        pairs_of("both", "lower", "equal"),
+        pairs_of("expanded", "both", dtype=each),
+        pairs_of("inverted", "expanded", dtype=each),
+        pairs_of("filled", "inverted", dtype=each, scratch=(Tensor("where", f"b {tokens}", "bool"),)),
+        Op("mask", ("filled",), (Tensor("mask", f"b a {tokens}", each),), (table,), source=source),
     )
+
+
+_IN_FORWARD = ("mask", "expanded", "filled")  # names of the model's forward pass, which have them until it returns
 
 
 def _biased_attention(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, shape: str) -> tuple[Op, ...]:

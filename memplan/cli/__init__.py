@@ -330,8 +330,8 @@ def estimate(
     target_len: Annotated[
         int | None,
         option(
-            "Tokens for the decoder, where there is an encoder beside it. Default as many as the encoder reads, or as "
-            "it has positions for; to generate from, one, of Whisper four.",
+            "Tokens for the decoder beside an encoder. Default what the encoder reads, or its positions; to generate "
+            "from, 1, of Whisper 4.",
             of=TRAINING,
         ),
     ] = None,
@@ -413,18 +413,18 @@ def estimate(
     eval_batch_size: Annotated[
         int | None,
         option(
-            "Count an evaluation too, of so many sequences a GPU and pass (per_device_eval_batch_size). Default none; "
-            "8 with another of these.",
+            "Sequences a GPU and pass of an evaluation, counted too (per_device_eval_batch_size). Default none; 8 with "
+            "another of these.",
             of=BESIDE,
         ),
     ] = None,
     eval_seq_len: Annotated[
-        int | None, option("Tokens per sequence of it. Default those of training.", of=BESIDE)
+        int | None, option("Tokens per sequence of an evaluation. Default those of training.", of=BESIDE)
     ] = None,
     eval_keep_logits: Annotated[
         int | None,
         option(
-            "Batches whose logits are kept on the GPU, as they are for compute_metrics. Default 0: the loss alone.",
+            "Batches whose logits are kept on the GPU, as for compute_metrics. Default 0: the loss alone.",
             of=BESIDE,
         ),
     ] = None,
@@ -434,13 +434,13 @@ def estimate(
     eval_preprocess: Annotated[
         str | None,
         option(
-            "What of kept logits is kept: argmax, the likeliest tokens (preprocess_logits_for_metrics). Default all.",
+            "Kept of logits: argmax, the likeliest tokens (preprocess_logits_for_metrics). Default all.",
             of=BESIDE,
         ),
     ] = None,
     eval_generate: Annotated[
         int | None,
-        option("Tokens generated after each of its sequences (predict_with_generate). Default 0.", of=BESIDE),
+        option("Tokens generated after each sequence of an evaluation (predict_with_generate). Default 0.", of=BESIDE),
     ] = None,
     save: Annotated[
         bool | None, option("Count saving a checkpoint too. Default off.", "--save/--no-save", of=BESIDE)
@@ -448,8 +448,8 @@ def estimate(
     merge: Annotated[
         str | None,
         option(
-            "Count merging the adapters too: into the model as it was trained, or one reloaded whole on the GPU for "
-            "that. Default none.",
+            "Count merging the adapters too: into the model as it was trained, or one reloaded whole for that. Default "
+            "none.",
             of=BESIDE,
             complete=_choices("trained", "reloaded"),
         ),
@@ -469,21 +469,26 @@ def estimate(
     cache_backend: Annotated[
         str | None,
         option(
-            "Of a quantized cache: quanto (2 or 4 bits), hqq (1, 2, 3, 4, 8) or fp8. Default quanto.",
+            "What quantises a quantized cache: quanto (2 or 4 bits), hqq (1, 2, 3, 4, 8) or fp8. Default quanto.",
             of=GENERATION,
             complete=_choices("quanto", "hqq", "fp8"),
         ),
     ] = None,
-    cache_bits: Annotated[int | None, option("Its bits a number (nbits). Default 4.", of=GENERATION)] = None,
+    cache_bits: Annotated[
+        int | None, option("Bits a number of a quantized cache (nbits). Default 4.", of=GENERATION)
+    ] = None,
     cache_group_size: Annotated[
-        int | None, option("Its numbers to a scale and a zero point (q_group_size). Default 64.", of=GENERATION)
+        int | None, option("Numbers to a scale of a quantized cache (q_group_size). Default 64.", of=GENERATION)
     ] = None,
     cache_residual: Annotated[
         int | None,
-        option("The newest tokens that it keeps as they are (residual_length), at most. Default 128.", of=GENERATION),
+        option(
+            "Newest tokens that a quantized cache keeps as they are, at most (residual_length). Default 128.",
+            of=GENERATION,
+        ),
     ] = None,
     prefill_chunk_size: Annotated[
-        int | None, option("Tokens of the prompt that are read at once. Default all.", of=GENERATION)
+        int | None, option("Tokens of the prompt that are read in one pass. Default all.", of=GENERATION)
     ] = None,
     num_beams: Annotated[
         int | None, option("Sequences that are ranked for each prompt. Default 1.", of=GENERATION)
@@ -491,44 +496,48 @@ def estimate(
     do_sample: Annotated[
         bool | None,
         option(
-            "Tokens are drawn after temperature, top-k and top-p, not the likeliest taken. Default off.",
+            "Draw tokens after temperature, top-k and top-p, instead of taking the likeliest. Default off.",
             "--do-sample/--no-do-sample",
             of=GENERATION,
         ),
     ] = None,
     assistant_model: Annotated[
         str | None,
-        option("A smaller model that proposes tokens, which the model checks at once. Default none.", of=GENERATION),
+        option("Smaller model that proposes tokens, which the model checks at once. Default none.", of=GENERATION),
     ] = None,
     assistant_dtype: Annotated[
         str | None,
         option(
-            "What the assistant's weights are in: bf16, fp16, fp32. Default as the model's.",
+            "Dtype of the assistant's weights: bf16, fp16, fp32. Default the model's.",
             of=GENERATION,
             complete=_choices("bf16", "fp16", "fp32"),
         ),
     ] = None,
     assistant_quant_format: Annotated[
         str | None,
-        option("The format of the assistant's weights, as --quant-format. Default not quantised.", of=GENERATION),
+        option("Storage of the assistant's weights, as --quant-format has it. Default not quantised.", of=GENERATION),
     ] = None,
     num_assistant_tokens: Annotated[
-        int | None, option("Tokens proposed in a round. Default 20, with an assistant.", of=GENERATION)
+        int | None, option("Tokens that an assistant proposes in a round. Default 20.", of=GENERATION)
     ] = None,
     num_assistant_tokens_schedule: Annotated[
         str | None,
         option(
-            "How that changes: constant, heuristic, heuristic_transient. Default constant.",
+            "How their number changes by round: constant, heuristic, heuristic_transient. Default constant.",
             of=GENERATION,
             complete=_choices("constant", "heuristic", "heuristic_transient"),
         ),
     ] = None,
     prompt_lookup_num_tokens: Annotated[
         int | None,
-        option("Tokens proposed that followed the same words before, without an assistant. Default 0.", of=GENERATION),
+        option(
+            "Tokens proposed in a round without an assistant: what followed the same words before. Default 0.",
+            of=GENERATION,
+        ),
     ] = None,
     assistant_early_exit: Annotated[
-        int | None, option("Layers of the model that propose tokens, the first ones. Default none.", of=GENERATION)
+        int | None,
+        option("First layers of the model, which propose tokens instead of an assistant. Default none.", of=GENERATION),
     ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
     targets: Annotated[
@@ -541,9 +550,8 @@ def estimate(
     quant_format: Annotated[
         str | None,
         option(
-            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; to serve a model also "
-            "w4a16, fp8-channel, mxfp4, Q4_K_M and others. Default nf4; of a checkpoint that is stored quantised, its "
-            "own.",
+            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; to run a model also "
+            "w4a16, fp8-channel, mxfp4 and others. Default nf4; of a checkpoint that is stored quantised, its own.",
             of=ADAPTERS,
             complete=_complete_format,
         ),
@@ -675,7 +683,8 @@ def estimate(
     cache_dtype: Annotated[
         str | None,
         option(
-            f"What keys and values are stored in: {', '.join(CACHE_DTYPES)}. Default the model's dtype.",
+            "Storage of keys and values in an engine: fp8, nvfp4, q8_0 and others, as it has them. Default the model's "
+            "dtype.",
             of=SERVING,
             complete=_choices(*CACHE_DTYPES),
         ),
@@ -689,57 +698,62 @@ def estimate(
         option("Keep blocks of earlier requests. Default on.", "--prefix-caching/--no-prefix-caching", of=SERVING),
     ] = None,
     gpu_layers: Annotated[
-        int | None, option("Of llama.cpp: layers on the card, the head one more. Default all.", of=SERVING)
+        int | None, option("Layers on the card, the head one more (llama.cpp). Default all.", of=SERVING)
     ] = None,
     split_mode: Annotated[
         str | None,
         option(
-            "Of llama.cpp on several GPUs: layer lays whole layers on each, none all on one. Default layer.",
+            "How llama.cpp divides a model among GPUs: layer, some layers on each; none, all on one. Default layer.",
             of=SERVING,
             complete=_choices("layer", "none", "row", "tensor"),
         ),
     ] = None,
     tensor_split: Annotated[
         str | None,
-        option("Of llama.cpp: the GPUs' proportions of the layers, as 3,1. Default equal parts.", of=SERVING),
+        option("Proportions of the layers on llama.cpp's GPUs, as 3,1. Default equal parts.", of=SERVING),
     ] = None,
     main_gpu: Annotated[
-        int | None, option("Of llama.cpp with --split-mode none: the GPU that has all. Default 0.", of=SERVING)
+        int | None, option("GPU that has all layers with --split-mode none (llama.cpp). Default 0.", of=SERVING)
     ] = None,
     dp_attention: Annotated[
         bool | None,
         option(
-            "Of SGLang: attention is data parallel over --dp groups that share all else. Default off.",
+            "Attention is data parallel over --gpus, which divide all else (SGLang). Default off.",
             "--dp-attention/--no-dp-attention",
             of=SERVING,
         ),
     ] = None,
     limit_images: Annotated[
         int | None,
-        option("Images of a request at most (vLLM's limit_mm_per_prompt). Default any.", of=SERVING),
+        option("Images of a request, at most (vLLM's limit_mm_per_prompt). Default any.", of=SERVING),
     ] = None,
-    limit_videos: Annotated[int | None, option("Videos of a request at most. Default any.", of=SERVING)] = None,
-    lora_slots: Annotated[int | None, option("Adapters in one step at most. Default 0.", of=SERVING)] = None,
-    lora_rank: Annotated[int | None, option("The largest rank of them. Default 16.", of=SERVING)] = None,
+    limit_videos: Annotated[
+        int | None, option("Videos of a request, at most (the same). Default any.", of=SERVING)
+    ] = None,
+    lora_slots: Annotated[
+        int | None, option("Adapters in one step, at most (vLLM's max_loras). Default 0.", of=SERVING)
+    ] = None,
+    lora_rank: Annotated[int | None, option("Largest rank of those adapters. Default 16.", of=SERVING)] = None,
     lora_cpu_slots: Annotated[
         int | None, option("Adapters on the host (vLLM's max_cpu_loras). Default as many as slots.", of=SERVING)
     ] = None,
     speculative_method: Annotated[
         str | None,
         option(
-            "What proposes tokens: draft_model, eagle, eagle3, mtp, ngram. Default nothing, or a --draft-model.",
+            "What proposes tokens: draft_model, eagle, eagle3, mtp, ngram. Default nothing, or the --draft-model.",
             of=SERVING,
             complete=_choices("draft_model", "eagle", "eagle3", "mtp", "ngram"),
         ),
     ] = None,
     draft_model: Annotated[
-        str | None, option("A smaller model that proposes tokens, or EAGLE's head's config. Default none.", of=SERVING)
+        str | None,
+        option("Smaller model that proposes tokens, or the config of EAGLE's head. Default none.", of=SERVING),
     ] = None,
     draft_weights: Annotated[
-        str | None, option("What its weights are stored in. Default the model's dtype.", of=SERVING)
+        str | None, option("What the draft's weights are stored in. Default the model's dtype.", of=SERVING)
     ] = None,
     num_speculative_tokens: Annotated[
-        int | None, option("Tokens proposed in a step. Default as the engine has it.", of=SERVING)
+        int | None, option("Tokens proposed in a step. Default the engine's.", of=SERVING)
     ] = None,
     gpu: Annotated[
         list[str] | None,
@@ -811,15 +825,15 @@ def estimate(
     device_map: Annotated[
         str | None,
         option(
-            "Where transformers places the modules of a model that is run, on --gpus GPUs and on the host: auto, "
-            "balanced, balanced_low_0, sequential. Default none.",
+            "How transformers places a model that runs on --gpus and the host: auto, balanced, balanced_low_0, "
+            "sequential. Default none.",
             of=SEVERAL,
             complete=_choices("auto", "balanced", "balanced_low_0", "sequential"),
         ),
     ] = None,
     gpus_per_node: Annotated[
         int | None,
-        option("How many of the GPUs are in one machine, whose host memory they share. Default 8.", of=SEVERAL),
+        option("GPUs of one machine, which share its host memory. Default 8.", of=SEVERAL),
     ] = None,
     stage: Annotated[
         int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)
@@ -870,7 +884,7 @@ def estimate(
     output: Annotated[str | None, option("Write to this file. Default standard output.", of=OUTPUT)] = None,
     explain: Annotated[bool, option("Every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)] = False,
     ranks: Annotated[
-        bool, option("Every rank that differs: the stages of a pipeline. Default off.", "--ranks", of=OUTPUT)
+        bool, option("Every GPU that differs: stages of a pipeline or a device map. Default off.", "--ranks", of=OUTPUT)
     ] = False,
     strict: Annotated[
         bool,

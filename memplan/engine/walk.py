@@ -158,13 +158,17 @@ def _height(axis: str) -> int:
     return 1 + _height(AT_LEAST[axis]) if axis in AT_LEAST else 0
 
 
-def prune(candidates: Iterable[tuple[tuple[int, ...], int]], variables: Sequence[Variable]) -> tuple[Term, ...]:
+def prune(
+    candidates: Iterable[tuple[tuple[int, ...], int]],
+    variables: Sequence[Variable],
+    along: Sequence[tuple[str, ...]] | None = None,
+) -> tuple[Term, ...]:
     """The candidates, rows of moments, that no other is at least as large as for every run.
 
-    Along a chain of products what counts is the sum of coefficients from the largest down. A rounded size is its
-    product plus at most 511 bytes.
+    Along a chain of products what counts is the sum of coefficients from the largest down: the variables' own, or the
+    one to go `along`. A rounded size is its product plus at most 511 bytes.
     """
-    products = {axes: i for i, axes in enumerate(chain(variables))}
+    products = {axes: i for i, axes in enumerate(chain(variables) if along is None else along)}
     chained = [v.axes in products and v.per == 1 for v in variables]
     rounds = [i for i, v in enumerate(variables) if v.itemsize and chained[i]]
     others = [i for i, inside in enumerate(chained) if not inside]

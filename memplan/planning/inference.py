@@ -131,6 +131,7 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
     demand.check(find_gpu(run.gpu))
     answer = estimate(run, calibration)
     most = _requests(run, answer, demand, calibration)
+    asked = _Asked(answer, most)
     load, unpaced = load_of(answer)
     gpu, (tokens, new), micro = find_gpu(run.gpu), lengths(answer), run.batch.micro
     decoding = full = prompt = None
@@ -143,10 +144,10 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
         demand,
         most,
         _context(run, answer, demand, calibration),
-        tuple(_degrees(run, answer, demand, calibration)),
-        tuple(_placements(run, answer, demand, calibration)),
-        tuple(_formats(run, answer, demand, calibration)),
-        tuple(_caches(answer, most, demand, calibration)),
+        tuple(_degrees(run, asked, demand, calibration)),
+        tuple(_placements(run, asked, demand, calibration)),
+        tuple(_formats(run, asked, demand, calibration)),
+        tuple(_caches(asked, demand, calibration)),
         decoding,
         full,
         prompt,
@@ -168,7 +169,7 @@ def places(run: RunSpec, wanted: Wanted = ANY, most: int = 20, demand: Demand = 
         found += [placed] if placed else []
     cheapest = sorted(found, key=_order)[:most]
     return tuple(
-        Placed(gpu, tp, answer, _requests(answer.asked, answer, demand, None).value, _pace(answer, gpu), price)
+        Placed(gpu, tp, answer, _requests(answer.asked, answer, demand, None, False).value, _pace(answer, gpu), price)
         for gpu, tp, answer, price in cheapest
     )
 
@@ -229,8 +230,17 @@ def _check(run: RunSpec) -> None:
         raise SpecError(f"task: requests and tokens a second are of generate, not {run.task}", "task")
 
 
-def _requests(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Most:
-    """The most requests of the run's length at once."""
+class _Asked(NamedTuple):
+    """The run's own answer, and the most requests that it may have at once."""
+
+    answer: Estimate
+    most: Most
+
+
+def _requests(
+    run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None, looks: bool = True
+) -> Most:
+    """The most requests of the run's length at once; without `looks` as `reach` finds them then."""
     serving, engine = answer.serving, find_engine(run.profile)
     if serving is not None and engine is not None and engine.kind != "llama.cpp":  # whose pool is made for the run's
         held, most = _last(run, int(serving["requests"]), demand, calibration), int(serving["max_num_seqs"])
@@ -238,7 +248,7 @@ def _requests(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calib
     if run.generation.assisted:
         fits = demand.met(estimate(changed(run, "batch", micro=1), calibration))
         return Most(1, "assistant") if fits else Most(0, "memory")
-    found = reach(run, "batch", demand, calibration)
+    found = reach(run, "batch", demand, calibration, looks)
     return Most(int(found.value), found.binds)
 
 
@@ -281,10 +291,10 @@ def _met(run: RunSpec, demand: Demand, calibration: Calibration | None) -> bool:
         return False
 
 
-def _degrees(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
+def _degrees(run: RunSpec, asked: _Asked, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
     for tp in DEGREES:
         divided = with_tp(run, tp)
-        yield _choice(str(tp), divided, answer, demand, calibration)
+        yield _choice(str(tp), divided, asked, demand, calibration)
 
 
 def with_tp(run: RunSpec, tp: int) -> RunSpec:
@@ -295,11 +305,25 @@ def with_tp(run: RunSpec, tp: int) -> RunSpec:
     return run.model_copy(update={"parallelism": Parallelism(world=tp, tp=tp)})
 
 
-def _placements(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
+def _placements(run: RunSpec, asked: _Asked, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
+    """Of one GPU, where the run fits it, the run as it was asked; of more until there are some without layers."""
     for gpus in PLACED:
         divided = with_layers(run, gpus)
-        if divided is not None:
-            yield _choice(str(gpus), divided, answer, demand, calibration)
+        if divided is None:
+            continue
+        if gpus == 1 and demand.met(asked.answer):
+            divided = run
+        if _leaves_empty(divided, calibration):
+            return
+        yield _choice(str(gpus), divided, asked, demand, calibration)
+
+
+def _leaves_empty(run: RunSpec, calibration: Calibration | None) -> bool:
+    """Whether a device_map leaves a GPU without layers."""
+    try:
+        return any("stay empty" in note for note in estimate(run, calibration).notes)
+    except MemplanError:
+        return False
 
 
 def with_layers(run: RunSpec, gpus: int) -> RunSpec | None:
@@ -309,19 +333,20 @@ def with_layers(run: RunSpec, gpus: int) -> RunSpec | None:
     return run.model_copy(update={"parallelism": Parallelism(world=gpus, device_map="auto")})
 
 
-def _formats(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
+def _formats(run: RunSpec, asked: _Asked, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
     """As it was asked, and in each format that comes after that and makes the weights smaller."""
-    yield _choice(_format(answer) or f"as asked, {run.precision.weights}", run, answer, demand, calibration)
-    for step in _smaller(answer):
-        yield _choice(step.format, with_format(run, step.format), answer, demand, calibration, step)
+    yield _choice(_format(asked.answer) or f"as asked, {run.precision.weights}", run, asked, demand, calibration)
+    for step in _smaller(asked.answer):
+        yield _choice(step.format, with_format(run, step.format), asked, demand, calibration, step)
 
 
-def _caches(answer: Estimate, most: Most, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
+def _caches(asked: _Asked, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
     """Each cache in place of the run's own that takes less: with it more requests fit, or the run leaves more free."""
-    for step, run in others(answer):
-        choice = _choice(step.format, run, answer, demand, calibration, step)
-        less = choice.answer is not None and choice.answer.bytes.used < answer.bytes.used
-        if choice.requests > most.value or (less and choice.requests == most.value):
+    most = asked.most.value
+    for step, run in others(asked.answer):
+        choice = _choice(step.format, run, asked, demand, calibration, step)
+        less = choice.answer is not None and choice.answer.bytes.used < asked.answer.bytes.used
+        if choice.requests > most or (less and choice.requests == most):
             yield choice
 
 
@@ -375,16 +400,18 @@ def _format(answer: Estimate) -> str:
 def _choice(
     name: str,
     run: RunSpec,
-    asked: Estimate,
+    asked: _Asked,
     demand: Demand,
     calibration: Calibration | None,
     step: Step | None = None,
 ) -> Choice:
     try:
-        answer = asked if run == asked.asked else estimate(run, calibration)
+        same = run == asked.answer.asked
+        answer = asked.answer if same else estimate(run, calibration)
         one = run.batch.micro == 1 and find_engine(run.profile) is None
         none = one and not demand.met(answer)
-        requests = Most(0, "memory") if none else _requests(run, answer, demand, calibration)
+        requests = asked.most if same else _requests(run, answer, demand, calibration, False)
+        requests = Most(0, "memory") if none else requests
     except MemplanError as error:
         return Choice(name, None, str(error), False, 0, 0, None, step)
     assert run.gpu is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from memplan.answer import Band, Card, Estimate, Line, Parameters, Peak, Phase, Rank
@@ -51,6 +51,7 @@ def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
     )
 
 
+@lru_cache(maxsize=512)
 def parameters_of(model: ModelSpec) -> Parameters:
     """The model's parameters, of which none train."""
     from memplan.checkpoint import parameters

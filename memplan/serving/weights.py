@@ -45,6 +45,13 @@ class Held(NamedTuple):
 @lru_cache(maxsize=256)
 def held(s: Settings) -> tuple[Held, ...]:
     """What one card has of the weights, by group and dtype."""
+    own = _matrices(s._replace(context=0, prompt=0, batch=0))  # whatever the requests
+    return (*own, *_tables(s), *_adapters(s), *_runner(s), *held_of(s))
+
+
+@lru_cache(maxsize=256)
+def _matrices(s: Settings) -> tuple[Held, ...]:
+    """The model's own tensors."""
     found: dict[tuple[str, str, str, str], list[int]] = {}
     kernel = kernel_of(s)
     for w in stored_weights(s.model, s.quantization, s.dtype):
@@ -56,11 +63,10 @@ def held(s: Settings) -> tuple[Held, ...]:
         entry = found.setdefault((w.group, w.dtype, source, w.basis), [0, 0])
         entry[0] += 1
         entry[1] += bytes_
-    out = [
+    return tuple(
         Held(_NAMES.get(group, group), group, count, dtype, bytes_, source, basis)
         for (group, dtype, source, basis), (count, bytes_) in found.items()
-    ]
-    return (*out, *_tables(s), *_adapters(s), *_runner(s), *held_of(s))
+    )
 
 
 _NAMES = {"embedding": "embeddings", "norm": "norms", "lm_head": "head", "router": "routers"}

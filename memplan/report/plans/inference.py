@@ -67,7 +67,7 @@ def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
         yield Text(f"Not divided by more: {refused[0]}.")
     if any(choice.answer for choice in q.placed):
         yield Heading("GPUs of one process that each have some layers (device_map auto)")
-        yield _choices("GPUs", [*_unlike(q.placed)])
+        yield _choices("GPUs", q.placed)
     yield Heading("Formats of the weights, the mildest first")
     yield _choices("format", q.formats, explain)
     if q.caches:
@@ -75,14 +75,6 @@ def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
         yield _choices("cache", q.caches, explain)
     yield from _speed(q, explain)
     yield from (Text(f"Note: {note}.") for note in answer.notes)
-
-
-def _unlike(placed: Sequence[Choice]) -> Iterator[Choice]:
-    """Numbers of GPUs, until one leaves a GPU without layers."""
-    for choice in placed:
-        if choice.answer is not None and any("stay empty" in note for note in choice.answer.notes):
-            return
-        yield choice
 
 
 def _answers(q: Questions) -> Iterator[tuple[str, str]]:
