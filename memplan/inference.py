@@ -231,10 +231,10 @@ def _token(graph: Graph, past: int, decided: Decided) -> Step:
         windowed=bool(window) and past + 1 >= window,
         crossed=crosses or looks_across(graph),
         handed_back=False,
+        static=static,
     )
-    if crosses:
-        wiring = wiring._replace(static=static)
-    wiring = wiring._replace(padded=wiring.padded or (static and not crosses))  # which it sees through a mask
+    if static and not crosses and wiring.backend == "flash_2":  # a mask says which keys are there: they are gathered
+        wiring = wiring._replace(padded=True)
     recipe = graph.recipe
     if rows <= now.few_rows:
         recipe = recipe._replace(copies=False)
