@@ -33,7 +33,7 @@ from memplan.graph import (
     parameters_of,
     recorded_inference,
 )
-from memplan.inference import Step, load, most_of, numbers_of, replayed, steps_of
+from memplan.inference import Left, Step, load, most_of, numbers_of, replayed, steps_of
 from memplan.ir import Tensor
 from memplan.program import division_in_pass
 from memplan.refusals import refuse_also
@@ -107,11 +107,11 @@ class Aside(NamedTuple):
             allocator.free(block)
 
     def _replay_passes(self, allocator: Allocator) -> None:
-        left: list[tuple[tuple[str, ...], Block]] = []
+        left: list[Left] = []
         for step, axes in self.passes:
             left = replayed(recorded_inference(step.graph, step.division), dict(axes), allocator, left)
         while left:
-            allocator.free(left.pop()[1])
+            allocator.free(left.pop().block)
 
     def _replay_batches(self, allocator: Allocator) -> None:
         """Batches, of which predictions are kept; of more than a few the last one's pass stands for the rest."""

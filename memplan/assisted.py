@@ -237,7 +237,7 @@ def _refuse_exit(model: ModelSpec, layers: int, field: str) -> None:
 
 
 def _refuse_states(model: ModelSpec, field: str) -> None:
-    if any(part.per == "sequence" for layer in caches_of(model) for part in layer.parts):
+    if any(part.per in ("sequence", "rest") for layer in caches_of(model) for part in layer.parts):
         raise SpecError(
             f"{field}: {model.name or model.model_type} keeps states, which cannot be taken back to an earlier token",
             field,

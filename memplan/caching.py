@@ -101,6 +101,24 @@ def refuse_cache(run: RunSpec, generation: Generation, model: ModelSpec, batch: 
     fill in parts."""
     name, kind = model.name or model.model_type, kind_of(generation)
     newer = kind in ("quantized", "offloaded", "offloaded_static")
+    if any(layer.kind == "compressed" for layer in caches(model)):
+        if kind in ("static", "offloaded_static"):
+            raise SpecError(
+                f"{_KIND}: transformers' {kind} cache has no layers for the keys of {name} that stand for windows of "
+                "tokens, and ends with an error; dynamic has",
+                _KIND,
+            )
+        if kind != "dynamic":
+            raise SpecError(
+                f"{_KIND}: {kind} is not supported yet for {name}, whose keys stand for windows of tokens; dynamic is",
+                _KIND,
+            )
+        if generation.num_beams > 1:
+            raise SpecError(
+                f"generation.num_beams: {generation.num_beams} is not supported yet for {name}, whose keys stand for "
+                "windows of tokens; supported: 1",
+                "generation.num_beams",
+            )
     if newer or generation.prefill_chunk_size is not None:
         field = _KIND if newer else _CHUNKS
         if kind == "quantized" and model.is_encoder_decoder:

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Bytes, Line, Peak, Phase, Rank, Verdict
-from memplan.catalogue import offloaded_caches, quantized_caches
+from memplan.catalogue import compressed_tokens, offloaded_caches, quantized_caches
 from memplan.catalogue.dealing import HOST
 from memplan.catalogue.device_maps import Placed
 from memplan.catalogue.overhead import cublas_workspace, cuda_context, nccl
@@ -138,6 +138,11 @@ def looks_across(graph: Graph) -> bool:
     return graph.wiring.images and any(layer.mixer == "cross_attention" for layer in graph.model.layers)
 
 
+def compresses(graph: Graph) -> bool:
+    """Whether layers keep keys that stand for windows of tokens."""
+    return any(layer.mixer in ("sparse", "heavy") for layer in graph.model.layers)
+
+
 def over_source(graph: Graph) -> Graph:
     """An encoder-decoder's decoder alone, over what the encoder has left."""
     return graph._replace(wiring=graph.wiring._replace(part="decoder"))
@@ -235,6 +240,9 @@ def _token(graph: Graph, past: int, decided: Decided) -> Step:
     )
     if static and not crosses and wiring.backend == "flash_2":  # a mask says which keys are there: they are gathered
         wiring = wiring._replace(padded=True)
+    if compresses(graph):
+        begins, fills = compressed_tokens.first_and_last(graph.model.axes(), past)
+        wiring = wiring._replace(begins=begins, fills=fills)
     recipe = graph.recipe
     if rows <= now.few_rows:
         recipe = recipe._replace(copies=False)
@@ -281,7 +289,8 @@ def _of_prompt(decided: Decided, stored: Stored | None) -> tuple[int, int]:
 
 def _decoding(decided: Decided) -> Iterable[int]:
     """The tokens before each of the passes that decode and are walked: the first and the last. Of a quantised cache
-    also the last that quantises all anew, with the one before it, when most tokens wait."""
+    also the last that quantises all anew, with the one before it, when most tokens wait; where keys stand for windows
+    of tokens, also those that fill some."""
     now, prompt, new = decided.structure.graph.inference, _length(decided), decided.batch.new_tokens - 1
     if not new:
         return ()
@@ -290,6 +299,8 @@ def _decoding(decided: Decided) -> Iterable[int]:
         _, waiting = _of_prompt(decided, now.stored)
         anew = prompt - waiting + (waiting + new) // now.stored.residual * now.stored.residual - 1
         found |= {past for past in (anew - 1, anew) if past >= prompt}
+    if compresses(decided.structure.graph):
+        found |= compressed_tokens.turning_points(decided.structure.graph.model.axes(), prompt, prompt + new - 1)
     return sorted(found)
 
 
@@ -332,6 +343,9 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     }
     if step.graph.model.config.get("index_topk"):
         more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
+    if step.phase == "decode" and compresses(step.graph):
+        top = step.graph.model.whole("index_topk")
+        more |= compressed_tokens.axes_of_token(fixed, step.past, _length(decided), step.window, top)
     if "key_block" in fixed:
         static = step.graph.inference is not None and step.graph.inference.keys("kv") == "kv_static"
         more |= blocks_of_keys(fixed, step.room if static else more["kv"], ONE_RUN)
@@ -745,7 +759,8 @@ def replay(walked: Walked, expandable: bool) -> Replay:
         count = min(often, last.past - first.past + 1)
         between = [first.past + (last.past - first.past) * i // (count - 1) for i in range(1, count - 1)]
         now = last.graph.inference
-        if now is not None and now.stored is not None:  # some of them quantise all anew
+        anew = now is not None and now.stored is not None
+        if anew or compresses(last.graph):  # some of them quantise all anew, or fill a window
             pasts = sorted({*between, *(step.past for step in decoding)})
             some = [token_after(past, walked.decided) for past in pasts]
         else:
@@ -788,7 +803,7 @@ def _reserved(replay: Replay, capacity: int | None) -> int | None:
         for graph in replay.models:
             load(graph, allocator)
         allocator.alloc(replay.workspace)
-        left: dict[bool, list[tuple[tuple[str, ...], Block]]] = {False: [], True: []}  # the model's, the assistant's
+        left: dict[bool, list[Left]] = {False: [], True: []}  # the model's, the assistant's
         beside: dict[tuple[Held, int], Block] = {}
         for step, axes in zip(replay.steps, replay.axes, strict=True):
             there = {(h, i) for h in step.beside for i in range(h.copies)}
@@ -811,29 +826,37 @@ def load(graph: Graph, allocator: Allocator) -> None:
     replay_loading(loading(graph), allocator)
 
 
-def replayed(
-    recording: Recorded, axes: Mapping[str, int], allocator: Allocator, left: list[tuple[tuple[str, ...], Block]]
-) -> list[tuple[tuple[str, ...], Block]]:
+class Left(NamedTuple):
+    """A tensor that one pass leaves for the next: its size as axes and as bytes, and the block that it is in."""
+
+    key: tuple[str, ...]
+    bytes: int
+    block: Block
+
+
+def replayed(recording: Recorded, axes: Mapping[str, int], allocator: Allocator, left: Iterable[Left]) -> list[Left]:
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
     bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
-    blocks: dict[int, tuple[tuple[str, ...], Block]] = {}
+    blocks: dict[int, Left] = {}
     given = list(left)
     for number, event in recording.events:
         if event == FREED:
-            allocator.free(blocks.pop(number)[1])
+            allocator.free(blocks.pop(number).block)
             continue
         key = recording.sizes[event]
         if given:  # what was left comes first, as it is
-            at = next((i for i, (other, _) in enumerate(given) if _left(other) == _left(key)), 0)
-            blocks[number] = (key, given.pop(at)[1])
+            alike = [i for i, other in enumerate(given) if _left(other.key) == _left(key)]
+            as_large = (i for i in alike if given[i].bytes == bytes_[event])
+            blocks[number] = Left(key, bytes_[event], given.pop(next(as_large, alike[0] if alike else 0)).block)
         else:
-            blocks[number] = (key, allocator.alloc(bytes_[event]))
+            blocks[number] = Left(key, bytes_[event], allocator.alloc(bytes_[event]))
     return list(blocks.values())
 
 
 _TOKENS: dict[str, str] = {
     **dict.fromkeys(("s", "kv", "past", "kv_window", "past_window", quantized_caches.QUANTIZED), "kv"),
     quantized_caches.AFTER: quantized_caches.RESIDUAL,
+    **compressed_tokens.LEFT,
 }
 
 

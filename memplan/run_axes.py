@@ -278,10 +278,13 @@ def _compressed_keys(run: _Run) -> Mapping[str, Any]:
         "wc1": small + 1,
         "kc": s + small,
         "kc1": s + small + 1,
+        "kc_masked": run.by.choose(small > 0, s + small, 0),
+        "rc_kept": run.by.choose(small > 0, run.fixed["rc"], 0),
         "wh": large,
         "uh": large * run.fixed["rh"],
         "kh": s + large,
         "kh1": s + large + 1,
+        "kh_masked": run.by.choose(large > 0, s + large, 0),
         "tk": run.by.least(small, run.model.whole("index_topk")),
     }
 
@@ -333,7 +336,7 @@ _FURTHER: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("routed", "spread"), _experts),
     (("tokens_",), _dispatched),
     (("chosen_keys", "several"), _chosen_keys),
-    (("wc", "uc", "kc", "wh", "uh", "kh", "tk"), _compressed_keys),
+    (("wc", "uc", "kc", "rc_kept", "wh", "uh", "kh", "tk"), _compressed_keys),
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _seen),

@@ -13,10 +13,10 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.answer import phase_peaks
 from memplan.catalogue import caches
 from memplan.catalogue.overhead import cublas_workspace
-from memplan.errors import MemplanError, UnsupportedModelError
+from memplan.errors import MemplanError
 from memplan.gpus import find_gpu
 from memplan.graph import built
-from memplan.inference import walk
+from memplan.inference import most_of, numbers_of, token_after, walk
 from memplan.resolve import NEW_TOKENS, decide
 from memplan.units import ITEMSIZE, rounded
 from tests.encoders import SMALL
@@ -438,7 +438,59 @@ def test_what_is_of_training_is_refused_by_its_field(fields: dict[str, Any], fie
     assert "\n" not in str(caught.value)
 
 
-def test_a_family_whose_decoding_was_not_read_is_refused() -> None:
-    config = {"model_type": "deepseek_v4", **TINY["deepseek_v4"]}
-    with pytest.raises(UnsupportedModelError, match="generate is not supported yet for model_type deepseek_v4"):
-        estimate(generating({"config": config}))
+def windows_of_tokens(**fields: Any) -> RunSpec:
+    """DeepSeek V4's tiny model, whose windows have 4 and 128 tokens."""
+    return generating({"config": {"model_type": "deepseek_v4", **TINY["deepseek_v4"]}}, **fields)
+
+
+WITHOUT_WINDOWS: list[tuple[dict[str, Any], str, str]] = [
+    ({"cache_implementation": "static"}, "cache_implementation", "static cache has no layers for the keys"),
+    ({"cache_implementation": "offloaded"}, "cache_implementation", "offloaded is not supported yet"),
+    ({"cache_implementation": "quantized"}, "cache_implementation", "quantized is not supported yet"),
+    ({"num_beams": 2}, "num_beams", "2 is not supported yet"),
+    ({"prefill_chunk_size": 16}, "prefill_chunk_size", "is not supported yet"),
+    ({"prompt_lookup_num_tokens": 4}, "prompt_lookup_num_tokens", "keeps states"),
+]
+
+
+@pytest.mark.parametrize(("generation", "field", "said"), WITHOUT_WINDOWS, ids=str)
+def test_keys_of_windows_are_kept_in_a_dynamic_cache_alone(generation: dict[str, Any], field: str, said: str) -> None:
+    with pytest.raises(MemplanError, match=said) as caught:
+        estimate(windows_of_tokens(generation=generation))
+    assert caught.value.field == f"generation.{field}"
+
+
+def test_a_model_of_large_windows_alone_takes_no_token_back_either() -> None:
+    config = {"model_type": "deepseek_v4", **TINY["deepseek_v4"], "compress_ratios": [0, 128, 128, 0]}
+    with pytest.raises(MemplanError, match="keeps states"):
+        estimate(generating({"config": config}, generation={"prompt_lookup_num_tokens": 4}))
+
+
+def test_what_a_decoded_token_leaves_of_windows() -> None:
+    """After 99 tokens 24 small windows are full and no large one, so that 3 and 99 tokens wait."""
+    walked = walk(decide(windows_of_tokens(batch={"micro": 2, "sequence": 90, "new_tokens": 10})))
+    (last,) = (i for i, step in enumerate(walked.steps) if step.past == 98)
+    left = sum(n for what, n in walked.left(walked.steps[last], walked.axes[last]) if "length" not in what)
+    rows, bf16, fp32 = 2, 2, 4
+    small = sum(
+        rounded(rows * 24 * width * bf16)  # keys of windows
+        + 2 * rounded(rows * 3 * 2 * width * bf16)  # what waits, and its gates
+        + rounded(rows * 4 * width * bf16)  # the half that overlaps
+        + rounded(rows * 4 * width * fp32)  # its gates
+        for width in (32, 24)  # attention's and the indexer's
+    )
+    large = 2 * rounded(rows * 99 * 32 * bf16)
+    window = rounded(rows * 64 * 32 * bf16)  # with the oldest token, as what stays is a view; a plain layer has two
+    assert left == 5 * window + 2 * small + large
+
+
+@settings(laws, max_examples=examples(6))
+@given(prompt=st.integers(1, 300), new=st.integers(2, 150))
+def test_of_tokens_that_fill_windows_those_that_take_most_are_walked(prompt: int, new: int) -> None:
+    config = {"model_type": "deepseek_v4", **TINY["deepseek_v4"], "sliding_window": 8}
+    run = generating({"config": config}, batch={"micro": 2, "sequence": prompt, "new_tokens": new})
+    decided = decide(run)
+    walked = walk(decided)
+    every = (token_after(past, decided) for past in range(prompt, prompt + new - 1))
+    most = max(most_of(step.graph, numbers_of(step, decided)).bytes for step in every)
+    assert max(p.bytes for step, p in zip(walked.steps, walked.peaks, strict=True) if step.phase == "decode") == most

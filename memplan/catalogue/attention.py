@@ -38,7 +38,8 @@ class Wiring(NamedTuple):
     generation. part: of an
     encoder-decoder the `encoder` alone runs, or the `decoder` over what the encoder has left; beams: several of each
     prompt read that; crossed: its keys and values are cached already; static: of its own there is room for all tokens,
-    which one token sees through a mask.
+    which one token sees through a mask. begins, fills: where keys stand for windows of tokens, the kinds of windows
+    that the token is the first of, and the last of.
     """
 
     backend: str
@@ -76,6 +77,8 @@ class Wiring(NamedTuple):
     beams: bool = False
     crossed: bool = False
     static: bool = False
+    begins: tuple[str, ...] = ()
+    fills: tuple[str, ...] = ()
 
     @property
     def lays(self) -> bool:

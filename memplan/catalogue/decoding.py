@@ -34,7 +34,7 @@ _MULTINOMIAL = "torch 2.13 aten/src/ATen/native/Distributions.cpp multinomial"
 
 
 # Families whose decoding was not read yet: Megatron's runs in an engine of its own.
-NOT_YET = frozenset(("deepseek_v4", "megatron_gpt"))
+NOT_YET = frozenset(("megatron_gpt",))
 # Families whose code, published with their weights, keeps caches its own way.
 CACHED_BY_ITS_CODE = ("baichuan", "chatglm", "internlm2", "minicpm", "qwen")
 # Those of them that return tuples whatever they are given, and those that take no cache of fixed size: of modeling_*.py

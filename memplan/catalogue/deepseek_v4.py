@@ -7,147 +7,42 @@ width of each and `ogl` of all, `gd` what a group reads; `rc` and `rh` the token
 a little (and chosen from, by an indexer of `ih` heads `id` wide) and where much. Of the run: `wc` and `wh` the windows,
 `uc` and `uh` the tokens in them, `wc1` one more than the windows, `kc` and `kh` the keys with them, each with a sink
 `kc1`, `kh1` and `s1`; `tk` the windows that a query chooses; `several` the sequences of more than one, else 0.
+`kc_masked` and `kh_masked` are the keys where there is a window, else 0, and `rc_kept` so
+the tokens of one. What a token finds of the passes before it is in `memplan.catalogue.compressed_tokens`.
 Source: transformers 5.24 models/deepseek_v4/modeling_deepseek_v4.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from memplan.catalogue import experts, ops, routers
 from memplan.catalogue.attention import Wiring, mask
+from memplan.catalogue.compressed_keys import (
+    HEAVY,
+    PLAIN,
+    SOURCE,
+    SPARSE,
+    Windows,
+    compressed,
+    compressor,
+    norm,
+    plain_norm,
+    summed,
+    table,
+    times,
+    turned,
+)
+from memplan.catalogue.compressed_tokens import token_compressed, token_compressor
 from memplan.catalogue.latent import joined
-from memplan.catalogue.lightning import detached
+from memplan.catalogue.lightning import detached, lowered
 from memplan.catalogue.llama import inputs, lm_head, positions, runs
 from memplan.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
 
-_SOURCE = "transformers 5.24 models/deepseek_v4/modeling_deepseek_v4.py"
-_CACHE = f"{_SOURCE} DeepseekV4HCACache.update; transformers 5.24 cache_utils.py DynamicSlidingWindowLayer.update"
+_CACHE = f"{SOURCE} DeepseekV4HCACache.update; transformers 5.24 cache_utils.py DynamicSlidingWindowLayer.update"
 _STREAMS = "b s n h"
-
-
-class Windows(NamedTuple):
-    """How a layer compresses keys: the axes of its windows, of the tokens in them and in one, and of all keys."""
-
-    kind: str
-    number: str
-    tokens: str
-    rate: str
-    keys: str
-    with_sink: str
-
-
-PLAIN = Windows("", "", "", "", "s", "s1")
-SPARSE = Windows("sparse", "wc", "uc", "rc", "kc", "kc1")
-HEAVY = Windows("heavy", "wh", "uh", "rh", "kh", "kh1")
-
-
-# Norms, rotations, small products
-
-
-def times(name: str, x: str, factor: str, y: str, shape: str) -> Op:
-    """`x * factor` where the factor is spread over an axis: for its gradient the product with x is made whole."""
-    return Op(
-        name,
-        (x, factor),
-        (Tensor(y, shape),),
-        (),
-        (Keep(factor, x), Keep(x, factor)),
-        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), factor),),
-        source=f"{ops.DERIVATIVES}: mul.Tensor",
-    )
-
-
-def summed(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """A sum over an axis that `shape` no longer has: its gradient is spread by a view."""
-    return (
-        ops.view(f"{name}.rows", x, f"{y}.rows", shape),
-        Op(
-            name,
-            (f"{y}.rows",),
-            (Tensor(y, shape),),
-            gradient="same",
-            autocast="wide",
-            source=f"{ops.DERIVATIVES}: sum.dim_IntList",
-        ),
-    )
-
-
-def norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """The weight is fp32, and multiplied before the result is cast."""
-    *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, axis)
-    weight = Weight(f"{name}.weight", axis, "norm", "fp32")
-    return (
-        *(op._replace(unit="") for op in normalise),
-        ops.weigh(f"{name}.weight", f"{y}.n32", f"{y}.y32", shape, weight),
-        ops.cast(f"{name}.to", f"{y}.y32", y, shape, f"={x}"),
-        ops.leave(f"{y}.mean", f"{y}.n32"),
-    )
-
-
-def plain_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """No weight: x times the inverse of its root mean square, which is fp32 until it is cast."""
-    row = shape.rsplit(" ", 1)[0]
-    first, square, mean, eps, rsqrt, *_ = ops.rms_norm(name, x, y, shape, "h")
-    return (
-        *(op._replace(unit="") for op in (first, square, mean, eps, rsqrt)),
-        ops.cast(f"{name}.to", f"{y}.rstd", f"{y}.inverse", row, f"={x}"),
-        times(f"{name}.scale", x, f"{y}.inverse", y, shape),
-    )
-
-
-def table(kind: str, rows: str = "s", where: str = "model.rotary_emb", weighs: bool = True) -> tuple[Op, ...]:
-    """cos and sin of one kind of layers, half as wide as what they rotate."""
-    shape, angles = f"{rows} rot2", f"{kind}.angles"
-    names = (f"{k}_{n}" for k in ("main", "compress") for n in ("inv_freq", "original_inv_freq"))
-    buffers = tuple(Weight(f"{where}.{n}", "rot2", "buffer", "fp32", False) for n in names) if weighs else ()
-    made: list[Op] = [
-        Op(
-            f"rotary.{angles}",
-            (),
-            (Tensor(angles, shape, "fp32"),),
-            buffers,
-            scratch=(Tensor("positions", rows, "fp32"),),
-            gradient="none",
-            source=f"{_SOURCE} DeepseekV4RotaryEmbedding",
-        )
-    ]
-    for name in ("cos", "sin"):
-        wide = f"{kind}.{name}32"
-        made.append(
-            Op(f"rotary.{wide}", (angles,), (Tensor(wide, shape, "fp32"),), scratch=(Tensor(name, shape, "fp32"),))
-        )
-    for name in ("cos", "sin"):
-        made.append(ops.cast(f"rotary.{kind}.{name}", f"{kind}.{name}32", f"{kind}.{name}", shape, "=embeds"))
-    return (*made, ops.leave(angles, f"{kind}.cos32", f"{kind}.sin32"))
-
-
-def turned(
-    name: str, x: str, y: str, lead: str, kind: str, rows: str = "s", width: str = "d", sine: str = ""
-) -> tuple[Op, ...]:
-    """The end of every head rotated in fp32, pair by pair, and joined with the rest. What is sliced off has a gradient
-    as wide as a head; cos and sin are made as wide as what they rotate in every call."""
-    part, half, whole = f"{lead} rot", f"{lead} rot2", f"{lead} {width}"
-    cos, sin = f"{y}.cos", f"{y}.sin"
-    source = f"{_SOURCE} apply_rotary_pos_emb"
-    return (
-        Op(f"{name}.cos", (f"{kind}.cos",), (Tensor(cos, f"{rows} rot", f"={kind}.cos"),), gradient="none"),
-        Op(f"{name}.sin", (sine or f"{kind}.sin",), (Tensor(sin, f"{rows} rot", f"={kind}.sin"),), gradient="none"),
-        ops.view(f"{name}.rest", x, f"{y}.rest", whole, gradient="new"),
-        ops.view(f"{name}.end", x, f"{y}.end", part, gradient="new"),
-        ops.cast(f"{name}.float", f"{y}.end", f"{y}.end32", part, "fp32"),
-        Op(f"{name}.times_cos", (f"{y}.end32", cos), (Tensor(f"{y}.cosine", part),), (), (Keep(cos, f"{y}.end32"),)),
-        ops.rotate_half(f"{name}.rotate_half", f"{y}.end", f"{y}.half", part, half),
-        ops.cast(f"{name}.half_float", f"{y}.half", f"{y}.half32", part, "fp32"),
-        Op(f"{name}.times_sin", (f"{y}.half32", sin), (Tensor(f"{y}.sine", part),), (), (Keep(sin, f"{y}.half32"),)),
-        ops.add(f"{name}.add", f"{y}.cosine", f"{y}.sine", f"{y}.turned32", part),
-        ops.cast(f"{name}.to", f"{y}.turned32", f"{y}.turned", part, f"={x}")._replace(source=source),
-        *joined(f"{name}.cat", (f"{y}.rest", f"{y}.turned"), y, whole),
-        ops.leave(cos, sin, f"{y}.turned"),
-    )
 
 
 # Streams
@@ -252,114 +147,51 @@ def left(t: str, x: str, result: str, y: str, held: tuple[str, ...] = ()) -> tup
     )
 
 
-# Keys that stand for windows
+# Windows that a query sees
 
 
-def kept(name: str, x: str, y: str, shape: str) -> Op:
-    """A view that a cache keeps, with all that it is of."""
-    return Op(name, (x,), (Tensor(y, shape),), view=True, holds="cache", source=f"{_SOURCE} DeepseekV4HCACache")
+def _windows(name: str, x: str, y: str, w: Windows, width: str, where: str, wiring: Wiring) -> tuple[Op, ...]:
+    """The keys of all windows, of a pass over all tokens or of a token after others."""
+    if not wiring.decodes:
+        return compressor(name, x, y, w, width, where, wiring.caching)
+    return token_compressor(name, x, y, w, width, where, w.kind in wiring.begins, w.kind in wiring.fills)
 
 
-def compressor(name: str, x: str, y: str, w: Windows, width: str, where: str, caching: bool = False) -> tuple[Op, ...]:
-    """A key for every window: what its tokens make, weighed by a softmax over them and summed; `width` wide.
-
-    `sparse`: a window's key is made of its own tokens' second halves and the first halves of those before. A cache
-    (`caching`) keeps the keys, what tokens that do not fill a window yet made, as a view of what all of them did, and
-    of the last window the halves that the next one's key is made of too.
-    """
-    double = w.kind == "sparse"
-    c, out = f"{y}.c", f"2 {width}" if double else width
-    shape, raw = f"b {w.tokens} {out}", f"b {w.tokens} {out}"
-    keys = f"b {w.number} {width}"
-    bias = Weight(f"{name}.position_bias", f"{w.rate} {out}", "attention", "fp32")
-    kv, gate = f"{c}.kv.used", f"{c}.gate.biased"
-    buffers = tuple(kept(f"{name}.cache.{t}", f"{c}.{t}", f"{c}.{t} of a window", raw) for t in ("kv", "gate"))
-    halves = tuple(
-        Op(f"{name}.overlap.{t}", (t,), (Tensor(f"{t}.half", f"b {w.rate} {width}", f"={t}"),), holds="cache")
-        for t in (kv, gate)
-    )
-    laid = (*_overlapped(name, kv, f"{c}.kv.laid", w, width), *_overlapped(name, gate, f"{c}.gate.laid", w, width))
-    laid = (*halves, *laid) if caching else laid
-    if double:
-        kv, gate = f"{c}.kv.laid", f"{c}.gate.laid"
-    return (
-        ops.linear(f"{name}.kv_proj", x, f"{c}.kv", out, "h", "attention"),
-        ops.linear(f"{name}.gate_proj", x, f"{c}.gate", out, "h", "attention"),
-        *(buffers if caching else ()),
-        ops.view(f"{name}.kv_used", f"{c}.kv", f"{c}.kv.used", raw),
-        ops.view(f"{name}.gate_used", f"{c}.gate", f"{c}.gate.used", raw),
-        Op(f"{name}.bias", (f"{c}.gate.used",), (Tensor(f"{c}.gate.biased", raw),), (bias,), gradient="same"),
-        *(laid if double else ()),
-        *ops.softmax(f"{name}.softmax", gate, f"{c}.soft", shape, "fp32"),
-        ops.cast(f"{name}.weights", f"{c}.soft", f"{c}.weights", shape, f"={kv}"),
-        ops.mul(f"{name}.product", kv, f"{c}.weights", f"{c}.product", shape),
-        *summed(f"{name}.sum", f"{c}.product", f"{c}.sum", keys),
-        *norm(f"{name}.kv_norm", f"{c}.sum", f"{c}.normed", keys, width),
-        ops.leave(f"{c}.sum"),
-        Op(f"{name}.positions", (), (Tensor(f"{c}.positions", w.number, "int64"),), gradient="none"),
-        *table(c, f"b {w.number}", f"{where}.rotary_emb"),
-        *turned(f"{name}.rope", f"{c}.normed", y, f"b {w.number}", c, f"b {w.number}", width),
-        ops.leave(f"{c}.normed"),
-        *((kept(f"{name}.cache.keys", y, f"{y} cache", keys),) if caching else ()),
-    )
+def _made(y: str, w: Windows, wiring: Wiring) -> tuple[Op, ...]:
+    """The function that made the keys `y` returns."""
+    if not wiring.decodes:
+        return (compressed(y, w.kind == "sparse"),)
+    return token_compressed(y, w.kind == "sparse", w.kind in wiring.fills)
 
 
-def compressed(y: str, double: bool) -> Op:
-    """The function that made `y` returns, and what else it did is done."""
-    laid = ("kv.laid", "gate.laid") if double else ()
-    return ops.leave(*(f"{y}.c.{t}" for t in ("kv", "gate", "gate.biased", "positions", "cos", "sin", *laid)))
-
-
-def _overlapped(name: str, x: str, y: str, w: Windows, width: str) -> tuple[Op, ...]:
-    """Two halves copied into their places among zeros; see `memplan.catalogue.latent` for how such a copy goes back."""
-    half, whole = f"b {w.tokens} {width}", f"b {w.tokens} 2 {width}"
-    n = f"{name}.{y.rpartition('.c.')[2]}"
-    return (
-        ops.view(f"{n}.own", x, f"{y}.own", half, gradient="new"),
-        Op(
-            f"{n}.copy_own",
-            (f"{y}.own",),
-            (Tensor(f"{y}.begun", whole, f"={x}"),),
-            scratch_back=(Scratch(Tensor("gradient of the whole", whole, f"={x}")),),
-            gradient="own",
-        ),
-        ops.view(f"{n}.before", x, f"{y}.before", half, gradient="new"),
-        Op(
-            f"{n}.copy_before",
-            (f"{y}.begun", f"{y}.before"),
-            (Tensor(y, whole, f"={x}"),),
-            scratch_back=(Scratch(Tensor("zeros", half, f"={x}")),),
-            gradient="own",
-            view=True,
-        ),
-    )
-
-
-def indexer(name: str, x: str, latent: str, caching: bool = False) -> tuple[Op, ...]:
+def indexer(name: str, x: str, latent: str, wiring: Wiring) -> tuple[Op, ...]:
     """The windows a query chooses, `chosen`. Nothing of it gets a gradient, though autograd records it meanwhile."""
     i, w = "index", SPARSE
+    laid = ops.view if wiring.decodes else ops.copy  # one token's lie as the product needs them
     scores = f"b s ih {w.number}"
     operations = (
-        *compressor(name, x, f"{i}.keys", w, "id", name, caching),
+        *_windows(name, x, f"{i}.keys", w, "id", name, wiring),
         *table(f"{i}.q", where="", weighs=False),
         ops.linear(f"{name}.q_b_proj", latent, f"{i}.q0", "ih id", "ql", "attention"),
         *turned(f"{name}.rope_q", f"{i}.q0", f"{i}.query", "b s ih", f"{i}.q", width="id"),
         ops.leave(f"{i}.q0"),
         ops.cast(f"{name}.q_float", f"{i}.query", f"{i}.q32", "b s ih id", "fp32"),
         ops.cast(f"{name}.k_float", f"{i}.keys", f"{i}.k32", f"b {w.number} id", "fp32"),
+        lowered(f"{name}.q_lowered", f"{i}.q32", f"{i}.q.given", "b s ih id"),
+        lowered(f"{name}.k_lowered", f"{i}.k32", f"{i}.k.given", f"b {w.number} id"),
         # rows of several sequences, which lie head by head, are copied to lie one after another
-        ops.copy(f"{name}.q_flat", f"{i}.q32", f"{i}.q.flat", "b s ih id"),
-        ops.copy(f"{name}.k_expand", f"{i}.k32", f"{i}.k.every", f"several s id {w.number}"),
+        laid(f"{name}.q_flat", f"{i}.q.given", f"{i}.q.flat", "b s ih id"),
+        laid(f"{name}.k_expand", f"{i}.k.given", f"{i}.k.every", f"several s id {w.number}"),
         Op(
             f"{name}.products",
-            (f"{i}.q.flat", f"{i}.k32", f"{i}.k.every", f"{i}.q32"),
+            (f"{i}.q.flat", f"{i}.k.given", f"{i}.k.every", f"{i}.q.given"),
             (Tensor(f"{i}.products", scores),),
-            autocast="lower",
             product="matrix",
         ),
+        ops.leave(f"{i}.q32", f"{i}.k32"),
         ops.activation(f"{name}.relu", f"{i}.products", f"{i}.relu", scores),
-        ops.leave(f"{i}.products"),
         ops.scale(f"{name}.scale", f"{i}.relu", f"{i}.scores", scores),
+        ops.leave(f"{i}.products"),
         ops.linear(f"{name}.scorer.weights_proj", x, f"{i}.w0", "ih", "h", "attention"),
         ops.cast(f"{name}.scorer.float", f"{i}.w0", f"{i}.w32", "b s ih", "fp32"),
         ops.scale(f"{name}.scorer.scale", f"{i}.w32", f"{i}.w", "b s ih"),
@@ -384,19 +216,22 @@ def indexer(name: str, x: str, latent: str, caching: bool = False) -> tuple[Op, 
             scratch=(Tensor("invalid", "b s tk", "bool"), Tensor("none", "b s tk", "int64")),
         ),
         ops.leave(f"{i}.top", f"{i}.masked", f"{i}.future", f"{i}.keys", f"{i}.query", f"{i}.q.cos", f"{i}.q.sin"),
-        compressed(f"{i}.keys", double=True),
-        # what autograd has recorded goes with the function
-        ops.leave(
-            *(f"{i}.{t}" for t in ("relu", "scores", "w", "q.flat", "k32", "k.every")),
-            *(f"{i}.keys.c.{t}" for t in ("kv.laid", "soft", "weights", "normed.x32", "normed.n32")),
-        )._replace(recorded=True),
+        *_made(f"{i}.keys", w, wiring),
     )
-    return detached(*operations)
+    if wiring.decodes:
+        return detached(*operations)
+    recorded = ops.leave(  # what autograd has recorded goes with the function
+        *(f"{i}.{t}" for t in ("relu", "scores", "w", "q.flat", "k32", "k.every")),
+        *(f"{i}.keys.c.{t}" for t in ("kv.laid", "soft", "weights", "normed.x32", "normed.n32")),
+    )
+    return detached(*operations, recorded._replace(recorded=True))
 
 
-def _windows_mask(w: Windows) -> tuple[Op, ...]:
-    """Which windows a query sees, behind the mask of tokens."""
+def _windows_mask(w: Windows, decodes: bool) -> tuple[Op, ...]:
+    """Which windows a query sees, behind the mask of tokens: of a large one a token sees all before it."""
     shape = f"b s {w.number}"
+    if decodes and w.kind == "heavy":
+        return (Op("windows.mask", ("mask",), (Tensor("mask.all", f"b s {w.masked}", "=mask"),)),)
     if w.kind == "sparse":
         made = (
             Op(
@@ -425,7 +260,7 @@ def _windows_mask(w: Windows) -> tuple[Op, ...]:
     return detached(
         *made,
         ops.cast("windows.to", "windows", "windows.like", shape, "=mask"),
-        Op("windows.mask", ("mask", "windows.like"), (Tensor("mask.all", f"b s {w.keys}", "=mask"),)),
+        Op("windows.mask", ("mask", "windows.like"), (Tensor("mask.all", f"b s {w.masked}", "=mask"),)),
     )
 
 
@@ -441,10 +276,11 @@ def _product(name: str, x: str, heads: str, y: str, shape: str, w: Windows) -> t
     )
 
 
-def sink_attention(name: str, keys: str, y: str, given: str, w: Windows, drop: bool) -> tuple[Op, ...]:
+def sink_attention(name: str, keys: str, y: str, given: str, w: Windows, wiring: Wiring) -> tuple[Op, ...]:
     """Of one head of keys, which are values too, copied for every head of queries; sinks make the softmax fp32."""
     scores, every = f"b a s {w.keys}", f"b a s {w.with_sink}"
-    sinks = Weight("self_attn.sinks", "a", "attention", "fp32")
+    sinks, drop = Weight("self_attn.sinks", "a", "attention", "fp32"), wiring.drops
+    contiguous = ops.view if wiring.decodes else ops.copy
     return (
         *(ops.view(f"{name}.repeat_{t}", keys, f"{t}.heads", f"b {w.keys} a d", gradient="new") for t in "kv"),
         *_product(f"{name}.scores", "q", "k.heads", "scores", scores, w),
@@ -473,33 +309,60 @@ def sink_attention(name: str, keys: str, y: str, given: str, w: Windows, drop: b
         ops.cast(f"{name}.cast", "dropped" if drop else "kept", "probs", scores, "=v.heads"),
         ops.leave("masked"),
         *_product(f"{name}.product", "probs", "v.heads", "heads", "b s a d", w),
-        ops.copy(f"{name}.contiguous", "heads", y, "b s a d", gradient="new"),
+        contiguous(f"{name}.contiguous", "heads", y, "b s a d", gradient="new"),
         ops.leave("k.heads", "v.heads", "shifted", "softmax"),
     )
 
 
-def attention(x: str, y: str, w: Windows, drop: bool, caching: bool = False) -> tuple[Op, ...]:
-    n, g = "self_attn", "attention"
+def _window(name: str, turns: str, keeps: tuple[str, ...], wiring: Wiring) -> tuple[Op, ...]:
+    """A cache takes the keys of the pass's tokens, and `keeps` those of the window, joined with the ones before."""
+    length = Tensor("length of the window", "", "int64")
+    if not wiring.decodes:
+        return (
+            Op(f"{name}.window", (), (length,), holds="cache", source=_CACHE),
+            *(Op(name, (turns,), (Tensor(t, "b s d", f"={turns}"),), holds="cache", source=_CACHE) for t in keeps),
+            ops.leave(turns),
+        )
+    found = length._replace(name=f"{length.name} before")
+    before = [Tensor(f"{t} before", "b past_window d", f"={turns}") for t in keeps]
+    return (
+        Op(f"{name}.window", (found.name,), (length,), view=True, holds="cache", past=(found,), source=_CACHE),
+        *(
+            Op(
+                name,
+                (past.name, turns),
+                (Tensor(t, "b kv_window d", f"={turns}"),),
+                holds="cache",
+                past=(past,),
+                source=_CACHE,
+            )
+            for t, past in zip(keeps, before, strict=True)
+        ),
+        ops.leave(turns, *(past.name for past in before)),
+    )
+
+
+def attention(x: str, y: str, w: Windows, wiring: Wiring) -> tuple[Op, ...]:
+    n, g, caching = "self_attn", "attention", wiring.caching
     kind = "compress" if w.kind else "main"
     turns = "kv.turned" if caching else "kv"
+    w = w if w.kind or not wiring.decodes else w._replace(keys="kv_window", with_sink="kv_window1")
     keys, given = ("kv.all", "mask.all") if w.kind else ("kv", "mask")
-    both = (("kv",) if w.kind else ("kv", "values of the window")) if caching else ()  # a plain layer's are kept twice
-    cache = (
-        Op(f"{n}.cache.window", (), (Tensor("length of the window", "", "int64"),), holds="cache", source=_CACHE),
-        *(Op(f"{n}.cache", (turns,), (Tensor(t, "b s d", f"={turns}"),), holds="cache", source=_CACHE) for t in both),
-        ops.leave(turns),
-    )
+    keeps = ("kv",) if w.kind else ("kv", "values of the window")  # a plain layer's are kept twice
+    masked = _windows_mask(w, wiring.decodes) if w.kind else ()
+    seen = (t.name for op in masked for t in op.writes if t.name in ("mask.all", "windows"))
     more: tuple[Op, ...] = ()
     if w.kind:
         inner = f"{n}.compressor"
         more = (
-            *compressor(inner, x, "compressed", w, "d", inner, caching),
-            *(indexer(f"{inner}.indexer", x, "q.normed", caching) if w.kind == "sparse" else ()),
-            *_windows_mask(w),
-            compressed("compressed", w.kind == "sparse"),
+            *_windows(inner, x, "compressed", w, "d", inner, wiring),
+            *(indexer(f"{inner}.indexer", x, "q.normed", wiring) if w.kind == "sparse" else ()),
+            *masked,
+            *_made("compressed", w, wiring),
             *joined(f"{n}.kv_cat", ("kv", "compressed"), "kv.all", f"b {w.keys} d"),
             ops.leave("kv", "compressed"),
         )
+    flatten = ops.view if wiring.decodes and wiring.flattens else ops.copy
     low = Weight(f"{n}.o_a_proj.weight", "og ol gd", g, matrix=True, rows=2, viewed=True, several=True)
     return (
         ops.linear(f"{n}.q_a_proj", x, "q.low", "ql", "h", g),
@@ -516,13 +379,13 @@ def attention(x: str, y: str, w: Windows, drop: bool, caching: bool = False) -> 
         ops.leave("kv.low"),
         *turned(f"{n}.rope_kv", "kv.normed", turns, "b s", kind),
         ops.leave("kv.normed"),
-        *(cache if caching else ()),
+        *(_window(f"{n}.cache", turns, keeps, wiring) if caching else ()),
         *more,
-        *sink_attention(f"{n}.attention", keys, "o", given, w, drop),
+        *sink_attention(f"{n}.attention", keys, "o", given, w, wiring),
         Op(f"{n}.back", (f"{kind}.sin",), (Tensor("minus_sin", "s rot2", f"={kind}.sin"),), gradient="none"),
         *turned(f"{n}.rope_back", "o", "o.back", "b s a", kind, sine="minus_sin"),
         ops.leave("o", "minus_sin"),
-        ops.copy(f"{n}.group", "o.back", "o.grouped", "b s a d", gradient="new"),
+        (ops.view if wiring.decodes else ops.copy)(f"{n}.group", "o.back", "o.grouped", "b s a d", gradient="new"),
         Op(
             f"{n}.o_a_proj",
             ("o.grouped",),
@@ -535,10 +398,18 @@ def attention(x: str, y: str, w: Windows, drop: bool, caching: bool = False) -> 
             product="matrix",
             source=f"{ops.DERIVATIVES}: bmm",
         ),
-        ops.copy(f"{n}.flatten", "o.low.raw", "o.low", "b s ogl"),
+        flatten(f"{n}.flatten", "o.low.raw", "o.low", "b s ogl"),
         ops.leave("o.low.raw", "o.grouped"),
         ops.linear(f"{n}.o_b_proj", "o.low", y, "h", "ogl", g),
-        ops.leave("q", "q.normed", keys, "o.back", "o.low", x, *(("mask.all", "windows") if w.kind else ())),
+        ops.leave(
+            "q",
+            "q.normed",
+            keys,
+            "o.back",
+            "o.low",
+            x,
+            *seen,
+        ),
     )
 
 
@@ -641,7 +512,7 @@ def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
             (
                 *entered("attn_hc", "x", "c1", iterations),
                 *norm("input_layernorm", "c1", "n1", "b s h", "h"),
-                *attention("n1", "ao", _KINDS[layer.mixer], wiring.drops, wiring.caching),
+                *attention("n1", "ao", _KINDS[layer.mixer], wiring),
                 *left("attn_hc", "x", "ao", "x1"),
                 *entered("ffn_hc", "x1", "c2", iterations),
                 ops.leave("c1", "attn_hc.post", "attn_hc.comb"),
@@ -658,7 +529,10 @@ def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
         embedding,
         positions(),
         *(
-            op._replace(writes=tuple(t._replace(dtype="=tokens") if t.dtype == "=embeds" else t for t in op.writes))
+            op._replace(
+                name="window_mask",
+                writes=tuple(t._replace(dtype="=tokens") if t.dtype == "=embeds" else t for t in op.writes),
+            )
             for op in mask(eager, "embeds")
         ),
         ops.copy("model.streams", "tokens", "embeds", _STREAMS, gradient="new"),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from memplan.catalogue import experts, ops, routers
-from memplan.catalogue.deepseek_v4 import summed
+from memplan.catalogue.compressed_keys import summed
 from memplan.catalogue.experts import mixture
 from memplan.catalogue.llama import gated_mlp
 from memplan.catalogue.recurrent import exp

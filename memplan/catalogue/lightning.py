@@ -57,8 +57,8 @@ def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tupl
         *cached(n, wiring, (), tensors=(f"{i}.k",)),
         ops.cast(f"{n}.q_float", f"{i}.q", f"{i}.q32", _Q, "fp32"),
         ops.cast(f"{n}.k_float", f"{i}.k", f"{i}.k32", _K, "fp32"),
-        _lowered(f"{n}.q_lowered", f"{i}.q32", f"{i}.q.given", _Q),
-        _lowered(f"{n}.k_lowered", f"{i}.k32", f"{i}.k.given", _K),
+        lowered(f"{n}.q_lowered", f"{i}.q32", f"{i}.q.given", _Q),
+        lowered(f"{n}.k_lowered", f"{i}.k32", f"{i}.k.given", _K),
         (ops.view if wiring.decodes else ops.copy)(f"{n}.k_expand", f"{i}.k.given", f"{i}.k.every", "several s id s"),
         Op(
             f"{n}.products",
@@ -96,7 +96,7 @@ def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tupl
     )
 
 
-def _lowered(name: str, x: str, y: str, shape: str) -> Op:
+def lowered(name: str, x: str, y: str, shape: str) -> Op:
     """Autocast's cast of what a product is given, beside which its caller's stays."""
     return Op(name, (x,), (Tensor(y, shape),), cast=True, autocast="lower")
 

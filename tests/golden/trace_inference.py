@@ -55,6 +55,20 @@ MORE: tuple[dict[str, Any], ...] = (
     {"precision": AMP},
     {"precision": AMP, "task": "forward", "batch": SHORT},
 )
+# Of DeepSeek V4, whose windows have 4 and 128 tokens, and attention 64: prompts below, at and above those, and tokens
+# after them until some are full.
+WINDOWS: tuple[dict[str, Any], ...] = (
+    *(
+        {"batch": {"micro": 3, "sequence": sequence, "new_tokens": 2}}
+        for sequence in (2, 3, 4, 5, 63, 64, 65, 126, 127, 128, 129)
+    ),
+    {"batch": {"micro": 1, "sequence": 75, "new_tokens": 5}},
+    {"batch": {"micro": 2, "sequence": 2, "new_tokens": 9}},
+    {"batch": {"micro": 2, "sequence": 100, "new_tokens": 40}},
+    {"batch": {"micro": 40, "sequence": 5, "new_tokens": 5}, "generation": {"do_sample": True}},
+    {"precision": {"weights": "fp32"}},
+    {"precision": AMP, "task": "forward", "batch": SHORT},
+)
 VARIED = ("llama", "qwen2", "gpt2", "gemma3_text", "mixtral", "starcoder2")  # with all of those
 REAL: tuple[dict[str, Any], ...] = (
     {"model": "qwen2.5-0.5b", "batch": {"micro": 4, "sequence": 1024, "new_tokens": 8}},
@@ -175,7 +189,7 @@ def decoders(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
     for name in [name for name in names if name in known] or (() if names else known):
         config = {"config": {"model_type": name, **known[name]}}
         plain = {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "gpu": "a100-sxm-80gb"}
-        for fields in (*RUNS, *(MORE if name in VARIED else ())):
+        for fields in (*RUNS, *(MORE if name in VARIED else WINDOWS if name == "deepseek_v4" else ())):
             yield name, RunSpec(model=config, **{**plain, **fields})
     for name, more, fields in APART if not names or "apart" in names else ():
         config = {"config": {"model_type": name, **TINY[name], **more}}
