@@ -22,8 +22,8 @@ from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, Pass
 from memplan.engine.walk import size
 from memplan.errors import ConfigError, MemplanError, SpecError, about
 from memplan.graph import Graph, Held
-from memplan.inference import Step
 from memplan.models import ModelSpec
+from memplan.passes import Step
 from memplan.spec import Generation, Method, RunSpec
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from memplan.catalogue.quantized_caches import Stored
 from memplan.catalogue.quantized_caches import quantised as store
 from memplan.errors import MemplanError
 from memplan.graph import built
-from memplan.inference import steps_of, walk
+from memplan.inference import walk
+from memplan.passes import steps_of
 from memplan.resolve import decide
 from memplan.units import rounded
 from tests.sampling import examples, sampled
