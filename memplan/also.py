@@ -33,10 +33,11 @@ from memplan.graph import (
     parameters_of,
     recorded_inference,
 )
-from memplan.inference import Left, Step, load, most_of, numbers_of, replayed, steps_of
 from memplan.ir import Tensor
+from memplan.passes import Step, most_of, numbers_of, steps_of
 from memplan.program import division_in_pass
 from memplan.refusals import refuse_also
+from memplan.replays import Left, load, replayed
 from memplan.resolve import decide
 from memplan.saving import saved
 from memplan.spec import Also, Evaluation, Loop, RunSpec, changed

@@ -20,10 +20,10 @@ from memplan.cards import find_model
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, Pass
 from memplan.engine.walk import size
-from memplan.errors import SpecError
+from memplan.errors import ConfigError, MemplanError, SpecError, about
 from memplan.graph import Graph, Held
-from memplan.inference import Step
 from memplan.models import ModelSpec
+from memplan.passes import Step
 from memplan.spec import Generation, Method, RunSpec
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TOKENS = (
     20  # proposed in a round where a run does not say: transformers 5.24 configuration_utils.py num_assistant_tokens
 )
+_MODEL, _EXIT = "generation.assistant_model", "generation.assistant_early_exit"
 _CANDIDATES = "transformers 5.24 generation/candidate_generator.py"
 _ROUND = "transformers 5.24 generation/utils.py GenerationMixin._assisted_decoding"
 
@@ -84,11 +85,10 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: 
     _refuse(run, model, current)
     if not asked.assisted:
         return None
-    grows = asked.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient")
     if asked.prompt_lookup_num_tokens:
         return Assistant(asked.prompt_lookup_num_tokens, None, False, True)
     tokens = asked.num_assistant_tokens or TOKENS
-    if grows:
+    if asked.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient"):
         tokens = max(tokens, longest_draft(tokens, run.batch.new_tokens))
     from memplan.resolve import decide
 
@@ -97,16 +97,17 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: 
         own = model_of_first_layers(model, asked.assistant_early_exit)
         one = one.model_copy(update={"model": run.model})
     elif asked.assistant_model is not None:
-        own = find_model(asked.assistant_model)
+        with about(_MODEL):
+            own = find_model(asked.assistant_model)
         one = one.model_copy(update={"model": asked.assistant_model})
         _refuse_pair(model, own)
     try:
         drafts = decide(one, own)
-    except SpecError as error:
-        raise SpecError(f"generation.assistant_model: {error}", "generation.assistant_model") from None
+    except MemplanError as error:
+        field = _EXIT if asked.assistant_early_exit else _MODEL
+        raise SpecError(f"{field}: {error}", field) from None
     if asked.assistant_early_exit:  # weights as the model's own
         graph = decided.structure.graph
-        assert graph.inference is not None
         first = drafts.structure.graph._replace(recipe=graph.recipe, wiring=graph.wiring, rank=graph.rank)
         drafts = drafts._replace(structure=drafts.structure._replace(graph=first))
     return Assistant(tokens, drafts, bool(asked.assistant_early_exit), False)
@@ -127,12 +128,19 @@ def _alone(run: RunSpec) -> RunSpec:
 
 
 def model_of_first_layers(model: ModelSpec, layers: int) -> ModelSpec:
-    """The model with its first layers alone, and its head."""
-    config = dict(model.config)
-    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
-        if isinstance(config.get(name), (list, tuple)):
-            config[name] = tuple(config[name][:layers])
-    return ModelSpec({**config, "num_hidden_layers": layers}, model.name, model.card, model.checkpoint)
+    """The model with its first layers alone, and its head. Raises SpecError where a model of so many has others."""
+    config = {**model.config, "num_hidden_layers": layers}
+    try:
+        found = ModelSpec(config, model.name, model.card, model.checkpoint)
+    except ConfigError:
+        found = None
+    if found is None or found.layers != model.layers[:layers]:
+        raise SpecError(
+            f"{_EXIT}: is not supported yet for {model.name or model.model_type}, whose layers differ by how many of "
+            "them there are; assistant_model is",
+            _EXIT,
+        )
+    return found
 
 
 def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
@@ -192,10 +200,39 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
             field,
         )
     _refuse_states(model, field)
-    layers = asked.assistant_early_exit
-    if layers is not None and layers >= model.num_hidden_layers:
+    if asked.assistant_early_exit is not None:
+        _refuse_exit(model, asked.assistant_early_exit, field)
+
+
+# Families whose code does not end at `layers[: config.num_hidden_layers]`, which an early exit sets: all layers run,
+# and find no place in a cache of fewer.
+# Source: transformers 5.24 models/*/modeling_*.py; candidate_generator.py EarlyExitCandidateGenerator.get_candidates
+_RUN_ALL = frozenset(
+    (
+        *("bloom", "cohere2", "exaone4", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj"),
+        *("mpt", "nemotron", "opt", "stablelm"),
+    )
+)
+
+
+def _refuse_exit(model: ModelSpec, layers: int, field: str) -> None:
+    """Raise SpecError for models that transformers' early exit ends with an error for, and for no exit at all."""
+    name = model.name or model.model_type
+    if layers >= model.num_hidden_layers:
         raise SpecError(
             f"{field}: {layers} of {model.num_hidden_layers} layers are no early exit; say fewer than those", field
+        )
+    if model.model_type in _RUN_ALL:
+        raise SpecError(
+            f"{field}: transformers runs all layers of {name} over a cache of {layers}, and ends with an error; say "
+            "assistant_model",
+            field,
+        )
+    if model.config.get("text_config"):
+        raise SpecError(
+            f"{field}: transformers sets num_hidden_layers of the config around {name}'s text_config, which has none, "
+            "and ends with an error; say assistant_model",
+            field,
         )
 
 
@@ -208,7 +245,7 @@ def _refuse_states(model: ModelSpec, field: str) -> None:
 
 
 def _refuse_pair(model: ModelSpec, assistant: ModelSpec) -> None:
-    field = "generation.assistant_model"
+    field = _MODEL
     if assistant.objective != "causal_lm":
         raise SpecError(f"{field}: {assistant.name or assistant.model_type} is no decoder that proposes tokens", field)
     _refuse_states(assistant, field)

@@ -11,7 +11,8 @@ MemplanError                2
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 _LONGEST = 80  # letters of a wrong name that are repeated in the error about it
 
@@ -60,6 +61,17 @@ class UnknownNameError(MemplanError):
         super().__init__(f"{field}: unknown name {shown!r}{hint}", field)
         self.value = value
         self.nearest = tuple(near)
+
+
+@contextmanager
+def about(field: str) -> Generator[None]:
+    """Errors about `model` that are raised within are about the `field` that names the model there."""
+    try:
+        yield
+    except MemplanError as error:
+        if error.field == "model":
+            error.args, error.field = (f"{field}: {str(error).removeprefix('model: ')}",), field
+        raise
 
 
 class SpecError(MemplanError):

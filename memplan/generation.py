@@ -23,10 +23,10 @@ from memplan.degrees import WHOLE, Degrees, degrees_of
 from memplan.errors import SpecError, UnsupportedModelError
 from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
-from memplan.inference import looks_across, over_source
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
 from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, published_code_note
+from memplan.passes import looks_across, over_source
 from memplan.placing import placed_in_sequence, placed_on
 from memplan.prequantized import served
 from memplan.program import Structure

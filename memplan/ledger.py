@@ -14,7 +14,7 @@ from memplan.engine.lower import Moment as LoweredMoment
 from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, moment_bytes, size, values
 from memplan.graph import Held, built, parameters_of
-from memplan.inference import bytes_of, live
+from memplan.passes import bytes_of, live
 from memplan.program import (
     GATHERED,
     PHASES,

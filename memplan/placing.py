@@ -185,18 +185,14 @@ def _unique(some: Iterable[Op]) -> Iterable[Weight]:
 
 
 def _counted(w: Weight, graph: Graph, axes: Mapping[str, int]) -> int:
-    """Bytes of a weight as they are counted before it is loaded: of one that bitsandbytes quantises, its numbers."""
+    """Bytes of a weight as they are counted before it is loaded: of one that bitsandbytes quantises, its numbers. What
+    is stored packed is rounded up to 512 bytes a tensor."""
     if w.group == "adapter":
         return 0
     stored = w.stored[:1] if graph.recipe.quantization in _BITSANDBYTES else w.stored
     if stored:
-        return sum(elements_of(t.shape, t.dtype, axes) for t in stored)
+        return sum(size(t.shape, t.dtype, axes)[1] for t in stored)
     return elements(w, axes) * ITEMSIZE[w.dtype or graph.recipe.weights]
-
-
-def elements_of(shape: str, dtype: str, axes: Mapping[str, int]) -> int:
-    """Bytes of a stored tensor, as nearly as a multiple of 512 tells."""
-    return size(shape, dtype, axes)[1]
 
 
 def _leaves(stack: Stack, graph: Graph, axes: Mapping[str, int]) -> Iterator[int]:

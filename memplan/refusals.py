@@ -481,7 +481,8 @@ def _pipeline(p: Parallelism) -> Iterator[SpecError]:
     most = p.pp if p.device_map is None else p.world
     if p.stage is not None and p.stage >= most:
         stages = "0 is the only one" if most == 1 else f"they are 0 to {most - 1}"
-        yield SpecError(f"parallelism.stage: pp {most} has no stage {p.stage}; {stages}", "parallelism.stage")
+        what = f"pp {most}" if p.device_map is None else f"{p.device_map} on {most} GPUs"
+        yield SpecError(f"parallelism.stage: {what} has no stage {p.stage}; {stages}", "parallelism.stage")
     if p.pp > 1 and p.strategy in ("zero2", "zero3"):
         yield SpecError(
             f"parallelism.strategy: DeepSpeed runs pp {p.pp} stages under ZeRO 1 alone, and refuses {p.strategy}; say "

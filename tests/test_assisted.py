@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from benchmarks.accuracy import rows
 from memplan import RunSpec, estimate
 from memplan.answer import phase_peaks
-from memplan.assisted import TOKENS, longest_draft, round_of, steps_of
+from memplan.assisted import TOKENS, longest_draft, model_of_first_layers, round_of, steps_of
+from memplan.cards import find_model
 from memplan.cli import app
 from memplan.errors import MemplanError
 from memplan.inference import walk
@@ -208,6 +209,41 @@ def test_the_ledger_sums_to_the_peak_of_every_phase(fields: dict[str, Any]) -> N
     assert answer.bytes.allocated >= alone.bytes.allocated
 
 
+def test_a_static_cache_may_be_as_long_as_the_window() -> None:
+    static = {"cache_implementation": "static"}
+    decided = decide(assisted(3, "gemma-2-9b", "gemma-2-2b", generation=static, batch={"sequence": 4096 - 25 + 1}))
+    assert {step.room for step in steps_of(decided) if step.room} == {4096}
+
+
+def test_an_assistants_loop_names_special_tokens_while_it_proposes_and_the_models_always() -> None:
+    def counts(run: RunSpec) -> list[int]:
+        return [h.copies for step in steps_of(decide(run)) for h in step.beside if h.what == "special tokens"]
+
+    first = counts(assisted(2))[:3]  # two proposed, and read
+    assert first == [4 + 2, 4 + 2, 4]
+    looked = assisted(assistant=None, generation={"num_assistant_tokens": None, "prompt_lookup_num_tokens": 3})
+    assert set(counts(looked)) == {2}
+
+
+@pytest.mark.parametrize("prompt", [4094, 4095, 4096, 5000])
+def test_what_a_pass_finds_in_a_cache_is_what_the_one_before_left(prompt: int) -> None:
+    """In rounds that follow each other, about a window of 4,096 tokens; of both, one whose layers alternate."""
+    run = assisted(2, "gemma-2-9b", "gemma-2-2b", batch={"sequence": prompt, "new_tokens": 4})
+    decided = decide(run)
+    steps, own = steps_of(decided), decided.structure.graph.model
+    read = [step for step in steps if step.graph.model == own]
+    proposed = [step for step in steps if step.graph.model != own]
+    assert (len(read), len(proposed)) == (4, 2 + 2 + 1)
+    for some in (read[1:], proposed):
+        assert [step.past_window for step in some[1:]] == [step.grown for step in some[:-1]]
+
+
+@pytest.mark.parametrize("model", ["gemma-3-1b", "glm-4.5-air", "smollm3-3b", "qwen2-7b"])
+def test_the_first_layers_are_those_of_the_model(model: str) -> None:
+    whole = find_model(model)
+    assert model_of_first_layers(whole, 3).layers == whole.layers[:3]
+
+
 # --- what cannot be, and where it is said
 
 
@@ -217,18 +253,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"generation": {"cache_implementation": "legacy"}}, "generation.cache_implementation"),
     (
         {"model": "gemma-2-9b", "assistant": "gemma-2-2b", "generation": {"cache_implementation": "static"}}
-        | {"batch": {"sequence": 4090}},
+        | {"batch": {"sequence": 4073}},  # one more than the window of 4,096 has room for
         "generation.cache_implementation",
     ),
     ({"generation": {"prompt_lookup_num_tokens": 3}}, "generation.prompt_lookup_num_tokens"),
     ({"generation": {"assistant_model": None}}, "generation.num_assistant_tokens"),
     ({"generation": {"assistant_model": "qwen2-0.5b"}}, "generation.assistant_model"),
-    ({"generation": {"assistant_model": "no-such-model"}}, "model"),
+    ({"generation": {"assistant_model": "no-such-model"}}, "generation.assistant_model"),
     (
         {"generation": {"assistant_model": None, "num_assistant_tokens": None, "assistant_dtype": "bf16"}},
         "generation.assistant_dtype",
     ),
-    ({"generation": {"assistant_model": None, "assistant_early_exit": 99}}, "generation.assistant_early_exit"),
+    ({"generation": {"assistant_model": None, "assistant_early_exit": 32}}, "generation.assistant_early_exit"),
+    *(
+        (
+            {"model": name, "assistant": None}
+            | {"generation": {"assistant_early_exit": 3, "num_assistant_tokens": None}}
+            | {"batch": {"sequence": 8}},
+            "generation.assistant_early_exit",
+        )
+        for name in ("gpt2", "gemma-3-4b", "gemma-3n-e4b-text")
+    ),
     ({"profile": "transformers-4.51"}, "generation.assistant_model"),
     ({"task": "forward", "batch": {"new_tokens": 0}}, "generation"),
 ]

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from benchmarks.accuracy import rows
 from memplan import RunSpec, estimate
 from memplan.answer import phase_peaks
+from memplan.catalogue.quantized_caches import Stored
+from memplan.catalogue.quantized_caches import quantised as store
 from memplan.errors import MemplanError
+from memplan.graph import built
 from memplan.inference import walk
+from memplan.passes import steps_of
 from memplan.resolve import decide
 from memplan.units import rounded
 from tests.sampling import examples, sampled
@@ -119,6 +123,25 @@ def test_what_is_decided_is_in_the_answers_run() -> None:
     }
 
 
+def test_groups_may_be_of_several_beams() -> None:
+    config = {"backend": "hqq", "q_group_size": 256}
+    generation = {"cache_implementation": "quantized", "cache_config": config, "num_beams": 2}
+    decide(generating("qwen2.5-0.5b", batch={"sequence": 1, "new_tokens": 1}, generation=generation))
+
+
+@pytest.mark.parametrize(("bits", "shifted"), [(8, 0), (4, 1), (2, 2), (1, 2), (3, 2)])
+def test_parts_of_a_byte_are_shifted_and_all_but_the_first_joined(bits: int, shifted: int) -> None:
+    packs = [op for op in store("keys", "x", "b k s d", "x", Stored("hqq", bits)) if op.name == "keys.pack"]
+    assert [len(op.scratch) for op in packs] == [shifted]
+
+
+def test_groups_along_the_last_axis_are_a_copy_that_stays_until_its_numbers_are_cast() -> None:
+    found = list(store("keys", "x", "b k s d", "x", Stored("quanto", axis_key=-1)))
+    casts = [op.name for op in found].index("keys.cast")
+    assert "keys grouped again" in found[casts + 1].reads
+    assert not any("keys grouped again" in op.reads for op in found[casts + 2 :])
+
+
 # --- what lies on the host
 
 
@@ -156,6 +179,23 @@ def test_a_static_cache_keeps_windows_on_the_card() -> None:
     window, full = 2 * 256 * 2 * 512, 2 * 256 * 2 * 4096  # key and value, one head, of 512 tokens and of 4,096
     assert fixed.host_bytes == 3 * full  # 4 of 26 layers have all tokens
     assert grown.host_bytes == 4 * full + 21 * window
+
+
+def test_what_comes_while_a_layer_runs_is_the_next_ones() -> None:
+    """Layers with a window and without one follow each other, and the first follows the last, with the new token."""
+    kinds = ("sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
+    config = {**TINY["gemma3_text"], "model_type": "gemma3_text", "num_hidden_layers": 4, "layer_types": kinds}
+    generation = {"cache_implementation": "offloaded"}
+    batch = {"sequence": 100, "new_tokens": 4}
+    step = steps_of(decide(generating({"config": config}, batch=batch, generation=generation)))[-1]
+    stack, axes = built(step.graph)
+    layers = [block.ops for run in stack.runs for _ in range(axes[run.times]) for block in run.blocks]
+    coming = [[t.shape for op in ops if op.name == "cache.prefetch" for t in op.writes] for ops in layers]
+    found = [[t.shape for op in ops if op.name == "cache.fetched" for t in op.writes] for ops in layers]
+    (first,) = (op for op in stack.after if op.name == "cache.first")
+    assert coming == [*found[1:], [t.shape for t in first.writes]]
+    assert [len({*kinds}) for kinds in zip(*found, strict=True)] == [2, 2]
+    assert all("kept_window" in t.shape.split() for t in first.writes)
 
 
 def test_the_old_name_of_an_offloaded_static_cache_is_the_same() -> None:
@@ -232,6 +272,19 @@ REFUSED: dict[str, dict[str, Any]] = {
     f"{CONFIG}.axis_key: what hqq stores in 3 bits": {"config": {"backend": "hqq", "nbits": 3, "axis_key": 1}},
     f"{CONFIG}.nbits: fp8 has one scale": {"config": {"backend": "fp8", "nbits": 4}},
     f"{CONFIG}.q_group_size: 96 does not divide": {"config": {"q_group_size": 96}},
+    # along the last axis groups are of what shares a place in a head: two heads of 33 tokens, and of 64 and 16
+    f"{CONFIG}.q_group_size: 64 does not divide the 66 numbers": {
+        "config": {"axis_key": -1},
+        "batch": {"sequence": 33},
+    },
+    f"{CONFIG}.q_group_size: 64 does not divide the 160 numbers": {
+        "config": {"axis_key": -1, "residual_length": 16},
+        "batch": {"sequence": 64, "new_tokens": 20},
+    },
+    f"{CONFIG}.q_group_size: 256 does not divide 128 numbers": {
+        "config": {"backend": "hqq", "q_group_size": 256},
+        "batch": {"sequence": 1},
+    },
     f"{CONFIG}.q_group_size: 63 makes 63 rows of codes": {
         "config": {"backend": "hqq", "q_group_size": 63},
         "batch": {"sequence": 63},

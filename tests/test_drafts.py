@@ -8,9 +8,10 @@ import pytest
 
 from memplan import Estimate, RunSpec, estimate
 from memplan.errors import MemplanError
-from memplan.serving.draft import ahead_of, layers_of
+from memplan.serving.draft import TABLE, ahead_of, layers_of
 from memplan.serving.settings import settled
-from memplan.serving.weights import TABLE, held
+from memplan.serving.weights import held
+from memplan.spec import changed
 from memplan.units import MIB
 
 BF16 = 2
@@ -67,6 +68,13 @@ def test_an_eagle_head_shares_embeddings_and_head(profile: str) -> None:
     run = served(profile, speculative_method="eagle", draft_model={"config": HEAD}, num_speculative_tokens=3)
     copies = 2 * 128256 * 4096 if profile.startswith("sglang") else 0
     assert weights(run) - weights(served(profile)) == BF16 * (LAYER - NORM + 2 * 4096 * 4096 + copies)
+
+
+def test_sglangs_copies_of_embeddings_and_head_are_divided_by_ranks() -> None:
+    asked = {"speculative_method": "eagle", "draft_model": {"config": HEAD}, "num_speculative_tokens": 3}
+    two = settled(changed(served("sglang-0.5", **asked), "parallelism", world=2, tp=2))
+    (made,) = (h.bytes for h in held(two) if "made for the draft" in h.what)
+    assert made == 2 * 128256 * 4096 * BF16 // 2
 
 
 def test_vllm_lays_a_drafts_layers_in_the_same_blocks() -> None:
@@ -126,7 +134,29 @@ def test_layers_that_predict_ahead_are_as_the_last_one() -> None:
     more = sum(h.bytes for h in held(s) if h.group != TABLE) - sum(h.bytes for h in held(alone) if h.group != TABLE)
     experts = 256 * 3 * 7168 * 2048  # a byte each
     joined = (2 * 7168 * 7168 + 3 * 7168) * BF16
+    assert [h.bytes for h in held(s) if h.what.startswith("projections and norms")] == [joined]
     assert experts + joined < more < 1.05 * (experts + joined)
+
+
+def test_a_draft_model_is_given_one_token_more_of_every_request() -> None:
+    run = served("vllm-0.33", draft_model="llama-3.2-1b", num_speculative_tokens=4, max_num_seqs=64)
+    s = settled(changed(run, "serving", max_num_batched_tokens=4096))
+    made = {h.what: h.bytes for h in held(s)}
+    assert made["inputs of the draft model"] == (4096 + 64) * (4 + 8 + 8)  # ids, positions, where keys go
+    assert made["proposed tokens, and how sure they are"] == 64 * 4 * (8 + 4)
+
+
+def test_a_draft_models_experts_are_divided_by_their_width() -> None:
+    """Whatever the model's are: enable_expert_parallel is the model's alone."""
+    config = {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 3}
+    small = {"config": {**config, "num_experts_per_tok": 2}}
+    run = RunSpec(model=small, task="generate", profile="vllm-0.33", parallelism={"world": 2, "tp": 2, "ep": 2})
+    asked = {"draft_model": small, "num_speculative_tokens": 2}
+    both = settled(changed(run, "serving", **asked))
+    matrix = 64 * 128 * BF16
+    experts = {h.what: h.bytes for h in held(both) if h.group == "mlp"}
+    assert list(experts.values()) == [2 * 2 * 3 * matrix, 2 * 3 * 3 * matrix // 2]  # two of three; half of each
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -136,9 +166,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"profile": "vllm-0.33", "draft_model": "llama-3.2-1b"}, "serving.num_speculative_tokens"),
     ({"profile": "vllm-0.33", "num_speculative_tokens": 3}, "serving.num_speculative_tokens"),
     ({"profile": "vllm-0.33", "speculative_method": "eagle", "num_speculative_tokens": 3}, "serving.draft_model"),
-    ({"profile": "vllm-0.33", "speculative_method": "mtp"}, "serving.num_speculative_tokens"),
+    ({"profile": "vllm-0.33", "speculative_method": "ngram"}, "serving.num_speculative_tokens"),
+    ({"profile": "vllm-0.33", "speculative_method": "mtp"}, "serving.speculative_method"),
     ({"profile": "sglang-0.5", "speculative_method": "mtp"}, "serving.speculative_method"),
     ({"profile": "sglang-0.5", "draft_model": "qwen2-0.5b"}, "serving.draft_model"),
+    ({"profile": "sglang-0.5", "draft_model": "/no/such/config.json"}, "serving.draft_model"),
+    ({"profile": "sglang-0.5", "speculative_method": "ngram", "draft_weights": "fp8"}, "serving.draft_weights"),
+    ({"profile": "sglang-0.5", "draft_model": "qwen2-0.5b", "draft_weights": "bogus"}, "serving.draft_weights"),
 ]
 
 

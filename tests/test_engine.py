@@ -9,7 +9,7 @@ import pytest
 from memplan.catalogue.methods import reweigh
 from memplan.engine.dtypes import Scope, promote
 from memplan.engine.record import FREED, record
-from memplan.engine.step import Lowered, lower
+from memplan.engine.step import Lowered, infer, lower
 from memplan.engine.walk import Term, alive, largest
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 
@@ -252,6 +252,23 @@ def test_runs_with_operations_between_them_are_counted_as_if_every_copy_were_run
             live += alive_now[number]
         most = max(most, live)
     assert most == max(peak(short, phase, sizes) for phase in ("forward", "loss", "backward"))
+
+
+def test_what_a_pass_left_between_runs_is_there_for_the_next_pass() -> None:
+    """Before the blocks, between runs of them and behind them: alive from the start, and when the pass is over."""
+
+    def left(name: str, *reads: str) -> Op:
+        past, now = Tensor(f"{name} before", name, "fp32"), Tensor(name, name, "fp32")
+        return Op(name, (past.name, *reads), (now,), past=(past,), view=True, holds="cache")
+
+    embed = op("embed", "", "embeds")
+    blocks = (Block("layers", (op("f", "x", "y"),)),)
+    between = (left("b"), op("g", "x b", "stream"))
+    after = (left("c"), op("head", "x c", "logits"))
+    low = infer(Stack((embed, left("a")), (Run(blocks, "n"), Run(blocks, "n", between)), after, ()), AXES)
+    sizes = {"a": 1, "b": 10, "c": 100}
+    assert all(total(low, i, sizes) == 111 for i in range(len(low.moments)))
+    assert sum(sizes.get(low.sizes[key][0], 0) * n for key, n in alive(low.left, low.runs, AXES).items()) == 111
 
 
 def test_the_encoders_output_is_kept_once_for_all_blocks_that_read_it() -> None:

@@ -34,6 +34,8 @@ FLOORS = (
             "running",
             "tensors",
             "inference",
+            "passes",
+            "replays",
             "generation",
             "caching",
             "assisted",

@@ -16,7 +16,8 @@ from memplan.catalogue.overhead import cublas_workspace
 from memplan.errors import MemplanError
 from memplan.gpus import find_gpu
 from memplan.graph import built
-from memplan.inference import most_of, numbers_of, token_after, walk
+from memplan.inference import walk
+from memplan.passes import most_of, numbers_of, token_after
 from memplan.resolve import NEW_TOKENS, decide
 from memplan.units import ITEMSIZE, rounded
 from tests.encoders import SMALL

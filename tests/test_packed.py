@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.cards import load_card
-from memplan.catalogue.running import KERNELS, RUNS, Running, unpacking
+from memplan.catalogue.running import KERNELS, RUNS, Running, bytes_at_once, unpacking
 from memplan.catalogue.storage import KINDS, plain
 from memplan.errors import MemplanError
 from memplan.graph import built, loading, most_at_once, parameters_of
@@ -156,8 +156,9 @@ def test_a_row_of_each_choice_is_made_before_they_are_summed() -> None:
 
 def test_a_hopper_card_lays_experts_anew_while_they_are_loaded() -> None:
     """The last stack that is laid: its codes, those permuted, and words of eight times as many bytes."""
-    hopper, ampere = (decide(published(gpu=gpu)).structure.graph for gpu in ("h100", "a100-80gb"))
+    hopper, ampere, blackwell = (decide(published(gpu=gpu)).structure.graph for gpu in ("h100", "a100-80gb", "b200"))
     peaks = [most_at_once(loading(graph)) for graph in (hopper, ampere)]
+    assert most_at_once(loading(blackwell)) == peaks[1]
     resting = sum(h.bytes * h.copies for h in parameters_of(ampere))
     codes = EXPERTS * 2 * WIDTH * HIDDEN // 2
     assert peaks[1] - resting < codes // 100
@@ -171,6 +172,37 @@ def test_inputs_of_torchao_are_int8_and_products_int32() -> None:
     made = [t for op in operations(built(graph)[0]) if op.name.startswith("mlp.gate_proj") for t in op.writes]
     assert [t.dtype for t in made][2:] == [*4 * ["fp32"], "int8", "int8", "int32", "fp32", "=n2", "fp32", "=n2"]
     assert all(op.source.startswith("assumed") for op in operations(built(graph)[0]) if op.name == "mlp.gate_proj")
+    scales = {t.name: t.dtype for op in operations(built(graph)[0]) for t in op.writes if t.name.startswith("gate.")}
+    assert (scales["gate.scales"], scales["gate.points"]) == ("fp32", "int8")
+
+
+def test_optimised_inference_divides_its_inputs_in_fp32() -> None:
+    stored = compressed(FP8, ROWS, use_optimized_inference=True)
+    graph = decide(run_of(stored, gpu="h100")).structure.graph
+    ops_ = [op for op in operations(built(graph)[0]) if op.name.startswith("mlp.gate_proj")]
+    made = [(t.name.rpartition(".")[2], t.dtype) for op in ops_ for t in op.writes]
+    assert made[:3] == [("wide", "fp32"), ("scales", "fp32"), ("divided", "=" + ops_[0].writes[0].name)]
+    assert ("codes", "fp8") in made
+
+
+def test_experts_in_mxfp4_are_looked_up_a_gibibyte_of_weights_at_once() -> None:
+    """Two numbers a byte, and no more than 32,768 x 1,024 rows of 16 bytes."""
+    assert (bytes_at_once(32 * 100), bytes_at_once(2**40)) == (32 * 100 // 2, 32768 * 1024 * 16)
+    experts = Weight("experts.gate_up_proj", "E 2 m h", "mlp", "bf16", stacked=True)
+    steps = list(unpacking(experts, Running(plain("mxfp4"), "dequantised", at_once=True)))
+    made = {step.name: step.made.dtype for step in steps if step.made is not None}
+    assert made["exponents"] == made["wide exponents"] == "int32/32"  # one for 32 numbers
+    alive: list[str] = []
+    for step in steps:
+        alive = [*alive, step.name] if step.made is not None else [name for name in alive if name != step.name]
+    assert alive == ["weight"]
+
+
+def test_a_module_that_is_quantised_in_half_of_the_layers_is_counted_as_not() -> None:
+    stored = compressed(INT4)
+    stored["ignore"] = ["lm_head", "model.layers.0.mlp.down_proj"]
+    found = answer(stored, {**TINY, "num_hidden_layers": 2})
+    assert "down_proj is quantised in 1 of 2 layers: counted as not quantised" in found.notes
 
 
 def test_every_kernel_runs_a_format_and_every_format_of_storage_is_known() -> None:

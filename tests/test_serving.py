@@ -23,6 +23,7 @@ from memplan.planning.inference import with_tp
 from memplan.report.schema import answer_model
 from memplan.serving import budget, pool_tokens, requests, settled
 from memplan.serving.budget import card_for, layers_that_fit, pool_of
+from memplan.serving.compressed import room_of
 from memplan.serving.llama_cpp import compute_buffer
 from memplan.serving.parallel import Ranks, each
 from memplan.serving.passes import largest
@@ -30,9 +31,10 @@ from memplan.serving.pictures import seen
 from memplan.serving.pool import Blocks
 from memplan.serving.settings import Settings
 from memplan.serving.sglang import static_fraction
-from memplan.serving.shares import TOWERS
+from memplan.serving.shares import TOWERS, apart, heads_of, of_rank
 from memplan.serving.weights import held
 from memplan.spec import Parallelism, Serving, changed
+from memplan.stored import stored_weights
 from tests.sampling import examples
 
 GIB, MIB = 2**30, 2**20
@@ -347,6 +349,9 @@ def test_deepseek_v4_has_groups_of_unlike_pages() -> None:
     assert isinstance(pool, Blocks)
     assert [g.block for g in pool.groups] == [256, 64, 64, 4, 8]
     assert pool.block_bytes == 21 * (37_440 + 8_640) + 20 * 1_728
+    waits = -(-4 * 4 * 512 * 4 // 576) * 576  # four tokens' keys and gates of two entries in fp32, or eight's of one
+    own = -(-4 * 4 * 128 * 4 // 576) * 576
+    assert [g.page for g in pool.groups[1:]] == [22 * 37_440, 21 * 37_440, 21 * (waits + own), 20 * waits]
     one, before = pool._replace(in_flight=16_384), 22 * (37_440 + 8_640 + 1_728)
     assert round(one.of_request(30_000) * before / GIB, 2) == 6.66
     assert one.of_request(13_528) * before <= 5.445 * GIB < one.of_request(13_600) * before
@@ -364,6 +369,7 @@ def test_deepseek_v4_reserves_what_it_gathers() -> None:
     assert sizes["room for gathered keys"] == 40 * 2**20 // 4 * 132 + MIB
     assert sizes["padded q"] == sizes["output of padded heads"] == s.steps * 64 * 512 * 2
     assert sizes["streams"] == s.steps * 4 * 4096 * 2
+    assert room_of(settled(divided("deepseek-v4-flash", "vllm-0.33")))["qp"] == 64  # which it has
     (table,) = (h for h in held(s) if h.what.startswith("cosines"))
     assert table.bytes == 2 * 2**20 * 64 * 4
     for bad in ({"cache_dtype": "bf16"}, {"block_size": 16}):
@@ -418,7 +424,7 @@ def test_adapters_take_slots_for_every_matrix() -> None:
 _SLOTS = {"lora_slots": 2, "lora_rank": 16}
 
 
-def adapters(model: str, profile: str, **degrees: int) -> int:
+def adapters(model: str, profile: str, **degrees: Any) -> int:
     """Bytes of two slots of rank 16 on a card."""
     s = settled(divided(model, profile, serving=_SLOTS, **degrees))
     return sum(h.bytes for h in held(s) if h.group == "adapter")
@@ -434,6 +440,41 @@ def test_experts_have_an_adapter_each() -> None:
     assert adapters("qwen3-30b-a3b", "sglang-0.5") == 2 * 2 * 16 * 48 * (attention + experts)
     four = 48 * (attention + experts // 4 + h + e) + tables
     assert adapters("qwen3-30b-a3b", "vllm-0.33", dp=4, ep=4) == 2 * 2 * 16 * four
+
+
+def test_experts_of_gpt_oss_have_one_matrix_for_gates_and_ups() -> None:
+    h, m, e, q, kv = 2880, 2880, 32, 4096, 512
+    attention = (h + q) + 2 * (h + kv) + (q + h)
+    experts = e * (h + 2 * m + m + h)
+    assert adapters("gpt-oss-20b", "vllm-0.33") == 2 * 2 * 16 * 24 * (attention + experts + h + e)
+
+
+def test_a_rank_has_one_head_of_fewer_than_ranks_and_the_most_experts_that_any_has() -> None:
+    fused = settled(run_of("phi-4", "vllm-0.33", tp=20))  # 40 heads and 10 of keys, in one matrix
+    assert heads_of(fused, frozenset(("qkv_proj",)), 40 + 2 * 10, 20) == 40 // 20 + 2
+    s = settled(divided("qwen3-30b-a3b", "vllm-0.33", dp=3, ep=3))
+    experts = [w for w in stored_weights(s.model, s.quantization, s.dtype) if ".experts." in w.name]
+    assert sum(of_rank(s, w) for w in experts) == 48 * -(-128 // 3) * 3 * 2048 * 768 * 2
+    assert settled(divided("mixtral-8x7b", "vllm-0.33", dp=8, ep=8)).ranks.etp == 1  # one each
+
+
+def test_shared_experts_are_whole_where_groups_of_ranks_meet_at_experts() -> None:
+    assert not apart(settled(divided("deepseek-v2-lite", "vllm-0.33", tp=2, ep=2)))
+    assert apart(settled(divided("deepseek-v2-lite", "vllm-0.33", tp=2, dp=2, ep=4)))
+
+
+def test_frames_of_videos_come_in_pairs_and_what_a_tower_keeps_of_its_layers_counts() -> None:
+    """vLLM 0.11 shares 14 frames between two videos; Qwen3-VL adds features of three layers of its tower."""
+    limits = {"limit_images": 0, "limit_videos": 2}
+    two, one = (
+        seen(settled(run_of("qwen2.5-vl-7b", "vllm-0.11", serving={**limits, "limit_videos": n}))) for n in (2, 1)
+    )
+    assert one is not None
+    assert two is not None
+    assert (one.patches, two.patches) == (7 * 65_536, 4 * 65_536)
+    levels = seen(settled(run_of("qwen3-vl-8b", "vllm-0.33")))
+    assert levels is not None
+    assert levels.levels == 1 + 3
 
 
 def test_ranks_divide_matrices_and_copy_heads_that_are_too_few() -> None:
@@ -760,7 +801,7 @@ REFUSED = {
     "kernels: of training": {"kernels": {"attention": "eager"}},
     "method.kind: vllm-0.33 trains nothing": {"method": "lora"},
     "parallelism.tp: 3 does not divide 32": {"parallelism": {"world": 3, "tp": 3}},
-    "parallelism: vllm-0.33 is told dp": {"parallelism": {"world": 2, "cp": 2}},
+    "parallelism.cp: vllm-0.33 is told dp": {"parallelism": {"world": 2, "cp": 2}},
     "serving.cache_dtype: vllm-0.33 has no q8_0; its caches are auto, bf16": {"serving": {"cache_dtype": "q8_0"}},
     "serving.cache_dtype: vllm-0.11 has no nvfp4": {"profile": "vllm-0.11", "serving": {"cache_dtype": "nvfp4"}},
     "serving.cache_dtype: nvfp4 needs compute capability 10, and h100 has 9.0": {"serving": {"cache_dtype": "nvfp4"}},
@@ -788,6 +829,10 @@ REFUSED = {
         "model": "qwen3-30b-a3b",
         "parallelism": {"world": 4, "dp": 4, "ep": 2},
     },
+    "parallelism.ep: vLLM's --enable-expert-parallel divides experts over all tp x dp ranks: 1, not 2": {
+        "model": "qwen3-30b-a3b",
+        "parallelism": {"ep": 2},
+    },
     "parallelism.ep: 3 does not divide the 4": {
         "model": "qwen3-30b-a3b",
         "profile": "sglang-0.5",
@@ -801,6 +846,8 @@ REFUSED = {
     "serving.split_mode: is llama.cpp's": {"serving": {"split_mode": "layer"}},
     "serving.limit_images: is of vLLM's run": {"profile": "sglang-0.5", "serving": {"limit_images": 0}},
     "serving.lora_cpu_slots: is vLLM's": {"profile": "sglang-0.5", "serving": {"lora_cpu_slots": 3}},
+    "serving.lora_rank: is of slots": {"serving": {"lora_rank": 8}},
+    "serving.lora_cpu_slots: is of slots": {"serving": {"lora_cpu_slots": 3, "lora_slots": 0}},
     "serving.lora_cpu_slots: 1 is less than the 2": {"serving": {"lora_cpu_slots": 1, "lora_slots": 2}},
     "serving.dp_attention: is SGLang's": {"serving": {"dp_attention": True}},
     "serving.split_mode: row: llama.cpp of 2026 has no": {

@@ -15,12 +15,15 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.answer import phase_peaks
 from memplan.cards import find_model
 from memplan.catalogue.dealing import HOST, place, shares
+from memplan.catalogue.device_maps import Placed, placed
 from memplan.errors import SpecError
+from memplan.graph import built
 from memplan.planning.inference import questions
-from memplan.resolve import decide
+from memplan.resolve import Decided, decide
 from memplan.units import ITEMSIZE
 from tests.sampling import ALL, examples, sampled
 from tests.test_generating import without_workspace
+from tests.tiny import TINY
 
 DIVIDED: list[dict[str, Any]] = sampled(rows("traced_running_tp.jsonl"))
 MAPPED: list[dict[str, Any]] = sampled(rows("traced_running_map.jsonl"))
@@ -82,7 +85,7 @@ def test_a_rank_has_its_heads_of_the_cache_and_norms_whole() -> None:
         ({"parallelism": {"world": 2, "tp": 2, "ep": 2}}, "parallelism.ep"),
         ({"parallelism": {"world": 2, "pp": 2, "schedule": "gpipe"}}, "parallelism.schedule"),
         ({"parallelism": {"world": 2, "device_map": "auto", "stage": 2}}, "parallelism.stage"),
-        ({"parallelism": {"world": 2, "tp": 2}, "method": {"quantization": {}}}, "method.kind"),
+        ({"parallelism": {"world": 2, "tp": 2}, "method": {"quantization": {}}}, "method.quantization.format"),
         ({"parallelism": {"world": 2, "tp": 2}, "profile": "transformers-4.51"}, "parallelism.tp"),
         ({"parallelism": {"world": 2, "device_map": "auto"}, "task": "train", "batch": {}}, "parallelism.device_map"),
         ({"parallelism": {"world": 2, "device_map": "auto"}, "model": "gemma-4-e2b"}, "parallelism.device_map"),
@@ -171,9 +174,57 @@ def test_sequential_fills_one_gpu_after_the_other_and_low_zero_spares_the_first(
     assert place(modules, [90, 90, 90], True) == [0] * 8 + [1] * 4  # and room for one more on the first
     assert shares(modules, layers, 10, 3, "balanced", 90, False) == [52, 52, 90]  # 120 / 3 and 1.25 times 10
     assert shares(modules, layers, 10, 3, "balanced_low_0", 90, False) == [0, 72, 90]
+    assert shares(modules, layers, 10, 2, "balanced_low_0", 90, False) == [120 - 90, 90]
+    assert shares(modules, layers, 10, 3, "balanced", 90, True) == [46, 46, 81]  # of bitsandbytes nine tenths of it
     assert shares(modules, layers, 10, 1, "balanced", 90, False) == [81]
     assert place(modules, [81], True) == [0] * 7 + [HOST] * 5
     assert place(modules, [81], False) == [0] * 12
+
+
+def auto(model: Any, world: int, **fields: Any) -> Decided:
+    return decide(
+        RunSpec(model=model, task="generate", parallelism={"world": world, "device_map": "auto"}, **fields),
+    )
+
+
+def test_matrices_in_four_bits_are_dealt_by_half_a_byte_a_number() -> None:
+    layer = (4 * 4096 * 4096 + 3 * 4096 * 11008) // 2 + 2 * 4096 * 2
+    table = 32000 * 4096 * 2  # of the embeddings, and of the head, which is not quantised
+    share = ((2 * table + 32 * layer + 4096 * 2) // 4 + table * 5 // 4) * 9 // 10
+    first, each = (share - table - table) // layer, share // layer  # the first leaves room for the head
+    placed_ = auto("llama-2-7b", 4, method={"quantization": {"double_quant": False}}).structure.graph.placed
+    assert placed_ is not None
+    assert (
+        [placed_.layers.count(gpu) for gpu in range(4)] == [first, each, each, 32 - first - 2 * each] == [6, 11, 11, 4]
+    )
+
+
+def test_gpus_that_stay_empty_are_named() -> None:
+    few, many = (" ".join(auto("llama-3.1-8b", world).notes) for world in (2, 8))
+    assert "stay empty" not in few
+    assert "modules are on 6 GPUs, and 2 stay empty" in many
+
+
+def test_a_layer_on_the_host_has_its_buffers_on_the_gpu_and_the_same_columns() -> None:
+    run = RunSpec(model={"config": {"model_type": "glm4_moe", **TINY["glm4_moe"]}}, task="forward")
+    stack, axes = built(decide(run).structure.graph)
+    own = {w.name: w for run_ in stack.runs for block in run_.blocks for op in block.ops for w in op.weights}
+    ends = (("model.norm", 0), ("lm_head", 0))
+    there, _ = placed(stack, axes, Placed((("model.embed_tokens", 0),), 0, (HOST, HOST, HOST), ends))
+    found = [w for run_ in there.runs for block in run_.blocks for op in block.ops for w in op.weights]
+    assert {(w.group == "buffer", w.shape.split()[0]) for w in found} == {(True, "@0"), (False, "@host")}
+    assert all(w.shape.split()[w.rows :] == own[w.name].shape.split()[own[w.name].rows :] for w in found if w.rows)
+
+
+def test_a_mask_that_is_one_for_all_sequences_is_copied_for_each() -> None:
+    run = RunSpec(model={"config": {"model_type": "falcon", **TINY["falcon"]}}, task="forward")
+    stack, axes = built(decide(run).structure.graph)
+    layers = (*(0,) * (TINY["falcon"]["num_hidden_layers"] - 1), 1)
+    ends = (("transformer.ln_f", 1), ("lm_head", 1))
+    there, _ = placed(stack, axes, Placed((("transformer.word_embeddings", 0),), 0, layers, ends, 2))
+    made = {t.name: t.shape for run_ in there.runs for block in run_.blocks for op in block.ops for t in op.writes}
+    assert next(t.shape for op in there.before for t in op.writes if t.name == "mask") == "@0 s s"
+    assert made["mask here"] == "@1 b s s"
 
 
 @pytest.mark.torch

@@ -18,6 +18,8 @@ def bloom(m: ModelSpec, wiring: Wiring) -> Stack:
     """Embeddings are normed; q, k and v are copied head by head; GELU's derivative is written out by hand."""
     scratch = (Tensor("slopes over positions", "a s", "fp32"), Tensor("alibi in fp32", "b a s", "fp32"))
     made = (Tensor("alibi", "b a s", "=embeds"), *(() if wiring.padded else (Tensor("slopes", "a", "fp32"),)))
+    counted = (Tensor("tokens so far", "", "int64"),) if wiring.static and wiring.decodes else ()
+    made = (*made, *counted)
     before = (
         inputs(wiring.padded),
         ops.embedding("transformer.word_embeddings", "ids", "tokens", "v", "h"),
@@ -61,7 +63,12 @@ def _bloom_attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention")
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", bias=True),
         *(ops.view(f"{name}.{t}_select", "qkv", f"{t}.view", _Q, gradient="new") for t in "qkv"),
         *cached(name, wiring, (), tensors=("k.view", "v.view")),
-        *((ops.view if wiring.lays and t != "q" else ops.copy)(f"{name}.{t}_flat", f"{t}.view", t, _Q) for t in "qkv"),
+        *(
+            (ops.view if (wiring.one if t == "q" else wiring.lays) else ops.copy)(
+                f"{name}.{t}_flat", f"{t}.view", t, _Q
+            )
+            for t in "qkv"
+        ),
         Op(
             f"{name}.baddbmm",
             ("alibi", "q", "k"),
@@ -79,7 +86,7 @@ def _bloom_attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention")
         *dropped(f"{name}.attention_dropout", "probs.whole", "probs", _SCORES, drops(m, "attention_dropout")),
         _bmm(f"{name}.product", "probs", "v", "heads", _Q),
         ops.view(f"{name}.permute", "heads", "permuted", _Q, gradient="new"),
-        ops.copy(f"{name}.merge", "permuted", "o", _Q),
+        (ops.view if wiring.one else ops.copy)(f"{name}.merge", "permuted", "o", _Q),
         ops.linear(f"{name}.dense", "o", "ao", "h", "a d", "attention", bias=True),
     )
 

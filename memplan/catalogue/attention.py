@@ -85,6 +85,11 @@ class Wiring(NamedTuple):
         """Whether a cache hands on keys and values that lie head by head."""
         return self.caching and not self.handed_back
 
+    @property
+    def one(self) -> bool:
+        """Whether a sequence has one query, whose heads lie one after another as they are."""
+        return self.decodes and not self.several
+
     def has_mask(self, sliding: bool = False) -> bool:
         """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
         windows sdpa too."""
@@ -208,15 +213,11 @@ def _attention(
                 return _seen(wiring, (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped)))
             return _seen(wiring, (heads, flash(name, q, k, "v.heads", y, grouped)))
         case "efficient":
-            packed = (
-                wiring.decodes and not wiring.several and masked and not wiring.copies
-            )  # a group of heads' queries as rows of one
+            packed = wiring.one and masked and not wiring.copies  # a group of heads' queries as rows of one
             kernel = _efficient(name, q, k, v, y, grouped and not packed, mask if masked else "", width, wiring.records)
             return _seen(wiring, kernel)
         case "math":
-            to = f"={q}.low" if wiring.half_math else "fp32"
-            causal = wiring.causal and not wiring.decodes
-            return _math(name, q, k, v, y, grouped, mask if masked else "", to, width, causal, wiring.drops)
+            return _math(name, q, k, v, y, grouped, mask if masked else "", width, wiring)
         case "eager":
             laid = wiring.lays
             return _eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
@@ -496,28 +497,25 @@ def _masked_softmax(n: str, x: str, y: str, mask: str, like: str) -> tuple[Op, .
 
 
 def _math(
-    name: str,
-    q: str,
-    k: str,
-    v: str,
-    y: str,
-    grouped: bool,
-    mask: str,
-    to: str,
-    width: str,
-    causal: bool,
-    drop: bool,
+    name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str, wiring: Wiring
 ) -> tuple[Op, ...]:
-    """torch's reference: everything in `to`, under autocast too, the causal or given mask added in place.
+    """torch's reference: everything in fp32, under autocast too, the causal or given mask added in place. The mask and
+    what was made of it are there until the function returns.
 
-    Autocast casts what the function is given; with a mask k and v are repeated before it, without one inside.
+    Autocast casts what the function is given; with a mask k and v are repeated before it, without one inside. But one
+    query a sequence is handed over with those of its group's other heads, if there is a mask, and nothing is repeated.
+    A product of transposed heads needs them contiguous, as in `_eager`.
     """
     n, heads, few, scores = name, "b s a d", "b s k d", "b a s s"
+    to = f"={q}.low" if wiring.half_math else "fp32"
+    packed = bool(mask) and wiring.one and not wiring.copies
+    lies = grouped or wiring.lays or packed
     values = f"b s a {width}"
     if mask:
+        spread = {"k": few, "v": f"b s k {width}"} if packed else {"k": heads, "v": values}
         given = (
-            *_repeated(n, k, v, grouped, width),
-            *_lowered_heads(n, {q: heads, "k.heads": heads, "v.heads": values}),
+            *_repeated(n, k, v, grouped and not packed, width),
+            *_lowered_heads(n, {q: heads, "k.heads": spread["k"], "v.heads": spread["v"]}),
             Op(
                 f"{n}.mask",
                 (mask,),
@@ -525,16 +523,18 @@ def _math(
                 source=f"{_ATEN}/attention.cpp convert_boolean_attn_mask",
             ),
         )
-        k_low, v_low, spread = "k.heads.low", "v.heads.low", {"k": heads, "v": values}
+        k_low, v_low = "k.heads.low", "v.heads.low"
         made = (ops.cast(f"{n}.mask_float", "bias", "bias32", "b s s", to),)
     else:
+        spread = {"k": few, "v": f"b s k {width}"}
         given = (
             ops.view(f"{n}.v_view", v, "v.view", f"b s k {width}", gradient="new"),
             *_lowered_heads(n, {q: heads, k: few, "v.view": f"b s k {width}"}),
         )
-        k_low, v_low, spread = f"{k}.low", "v.view.low", {"k": few, "v": f"b s k {width}"}
+        k_low, v_low = f"{k}.low", "v.view.low"
         triangle = Op(f"{n}.causal", (), (Tensor("bias32", "s s", to),), scratch=(Tensor("ones", "s s", "bool"),))
-        made = (triangle,) if causal else ()
+        made = (triangle,) if wiring.causal and not wiring.decodes else ()
+    across = spread if packed else {"k": heads, "v": values}
     inside = (
         ops.cast(f"{n}.q_float", f"{q}.low", "q32", heads, to),
         ops.cast(f"{n}.k_float", k_low, "k32", spread["k"], to),
@@ -545,23 +545,25 @@ def _math(
             ops.copy(f"{n}.expand_{t}", f"{t}32", f"{t}.all", shape, gradient="new")
             if grouped and not mask
             else ops.view(f"{n}.expand_{t}", f"{t}32", f"{t}.all", shape)
-            for t, shape in (("k", heads), ("v", values))
+            for t, shape in across.items()
         ),
-        ops.scale(f"{n}.scale_k", "k.all", "k.scaled", heads),
-        ops.copy(f"{n}.q_flat", "q.scaled", "q.flat", heads),
-        ops.matmul(f"{n}.scores", "q.flat", "k.scaled", "scores", scores)._replace(autocast=""),
-        *ops.softmax(f"{n}.softmax", "scores", "probs.whole" if drop else "probs", scores, to),
-        *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", scores),) if drop else ()),
+        ops.scale(f"{n}.scale_k", "k.all", "k.scaled", across["k"]),
+        (ops.view if wiring.one else ops.copy)(f"{n}.q_flat", "q.scaled", "q.flat", heads),
+        (ops.view if lies else ops.copy)(f"{n}.k_flat", "k.scaled", "k.flat", across["k"]),
+        ops.matmul(f"{n}.scores", "q.flat", "k.flat", "scores", scores)._replace(autocast=""),
+        *ops.softmax(f"{n}.softmax", "scores", "probs.whole" if wiring.drops else "probs", scores, to),
+        *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", scores),) if wiring.drops else ()),
         ops.cast(f"{n}.second", "probs", "second", scores, f"={q}.low"),
-        (ops.view if grouped else ops.copy)(f"{n}.v_flat", "v.all", "v.flat", values),
+        (ops.view if lies else ops.copy)(f"{n}.v_flat", "v.all", "v.flat", across["v"]),
         ops.matmul(f"{n}.product", "probs", "v.flat", "heads32", values)._replace(autocast=""),
         ops.cast(f"{n}.cast", "heads32", "heads", values, f"={q}.low"),
     )
+    masks = (*(("bias",) if mask else ()), *(("bias32",) if made else ()))
     return (
         *given,
         *inside,
-        ops.leave("second", "q.scaled", "k.all", "v.all", f"{q}.low", k_low, v_low, *(("bias32",) if made else ())),
-        ops.copy(f"{n}.contiguous", "heads", y, values, gradient="new"),
+        ops.leave("second", "q.scaled", "k.all", "v.all", f"{q}.low", k_low, v_low, *masks),
+        (ops.view if wiring.one else ops.copy)(f"{n}.contiguous", "heads", y, values, gradient="new"),
     )
 
 
@@ -573,12 +575,12 @@ def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
     """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager."""
     eager = wiring.backend == "eager"
     boolean = Tensor("causal", "b s s" if wiring.padded else "s s", "bool")
-    shape = "s s" if wiring.one_mask and not wiring.padded else "b s s"
+    shape = "s s" if (wiring.one_mask or not eager) and not wiring.padded else "b s s"
     return (
         Op(
             name,
             (),
-            (Tensor(name, shape if eager else "b s s", f"={x}" if eager else "bool"),),
+            (Tensor(name, shape, f"={x}" if eager else "bool"),),
             scratch=(boolean,) if eager else (Tensor("causal", "s s", "bool"),),
             source="transformers 5.24 masking_utils.py",
         ),

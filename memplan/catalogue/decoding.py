@@ -448,7 +448,8 @@ def _written(op: Op, tensors: list[Tensor], now: Pass) -> Iterator[Op]:
     shapes = {t.name: _keyed(t.shape, f"{op.caches}_static") for t in tensors}
     kept = [Tensor(_named(t.name), shapes[t.name], f"={t.name}") for t in tensors]
     moves = now.decodes and now.longer and op.caches == "kv_window"
-    moved = tuple(Tensor(f"{t.name} moved", shapes[t.name], f"={t.name}") for t in tensors) if moves else ()
+    rolled = tuple(Tensor(f"{t.name} moved", shapes[t.name], f"={t.name}") for t in tensors)
+    moved = (*rolled, Tensor("place of the last", "", "int64")) if moves else ()
     yield from _in_place(op, tuple(t.name for t in tensors), kept, now, source, moved)
     yield ops.leave(*(t.name for t in tensors))
 

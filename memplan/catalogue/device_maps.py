@@ -200,7 +200,7 @@ class _Site:
             yield ops.leave(*given.values())
         if not returned and last and self._on[last] != 0:
             moved, _ = self._moved(last, 0, "return")
-            yield moved._replace(holds="forward")
+            yield moved
 
     def _reordered(self, op: Op) -> Iterator[Op]:
         """Every layer's cache is put in another order where it is."""

@@ -172,7 +172,16 @@ def _by_group(name: str) -> tuple[Op, ...]:
 
 
 def _kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
-    return cached(name, wiring, _given_kernel(name, wiring._replace(caching=False), shared, kv, alibi, drop))
+    kernel = _given_kernel(name, wiring._replace(caching=False), shared, kv, alibi, drop)
+    return cached(name, wiring, _as_they_lie(name, kernel, wiring, shared))
+
+
+def _as_they_lie(name: str, kernel: tuple[Op, ...], wiring: Wiring, shared: bool) -> tuple[Op, ...]:
+    """The kernel without copies of what lies head by head: a token's heads, and k and v as a cache hands them on, but
+    those that all queries share."""
+    flat = {f"{name}.{what}" for what in ("q_flat", "contiguous", "reshape") if wiring.one}
+    flat |= {f"{name}.{t}_flat" for t in "kv" if wiring.lays and not shared}
+    return tuple(op._replace(view=True) if op.name in flat else op for op in kernel)
 
 
 def _given_kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
@@ -185,9 +194,27 @@ def _given_kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool,
     else:
         always = wiring._replace(backend="efficient", masked="efficient", padded=True)
         kernel = attention(name, "q", "k", "v", "o", always, False)
+        kernel = _padding(name, kernel) if alibi else kernel
     if not alibi:
         return kernel
     return tuple(_given(op) if op.name in (f"{name}.mask", f"{name}.mask_float") else op for op in kernel)
+
+
+def _padding(name: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The memory-efficient kernel given biases: rows that are no multiple of 8 are padded in every layer, and kept so.
+
+    Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp preprocess_mask, pad_bias.
+    """
+    padded, given = "bias.padded", ("q.lowered", "k.lowered", "v.lowered")
+    pad = Op(f"{name}.pad_mask", ("mask",), (Tensor(padded, "b a s s_uneven8", "=mask"),))
+    made: list[Op] = []
+    for op in kernel:
+        if op.name == name:
+            keeps = (*op.keeps, *(Keep(padded, x) for x in given))
+            made += (pad, op._replace(reads=(*op.reads, padded), keeps=keeps, scratch=()))
+        else:
+            made.append(op)
+    return tuple(made)
 
 
 def _given(op: Op) -> Op:

@@ -196,14 +196,15 @@ def mask_name(sliding: bool) -> str:
 def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
     """The mask of the full or of the sliding layers, where one is made.
 
-    A window without padding needs one mask for the whole batch, and two booleans beside it while it is made.
+    Without padding sdpa needs one mask for the whole batch: of a window, and of all that a static cache has room for.
+    A window's has two booleans beside it while it is made.
     """
     name = mask_name(sliding)
     if not wiring.has_mask(sliding):
         return ()
     if wiring.backend == "eager" or wiring.padded:
         return mask(wiring, x, name)
-    parts = (Tensor("within the window", "s s", "bool"), Tensor("causal", "s s", "bool"))
+    parts = (Tensor("within the window", "s s", "bool"), Tensor("causal", "s s", "bool")) if sliding else ()
     return (Op(name, (), (Tensor(name, "s s", "bool"),), scratch=parts, source="transformers 5.24 masking_utils.py"),)
 
 

@@ -49,7 +49,7 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
     grouped = m.num_key_value_heads != m.num_attention_heads
     indexed = layer.mixer == INDEXED
     of = f"{name}.attention"
-    made = _masked(m, wiring._replace(caching=False), grouped, of) if indexed else _whole(wiring, grouped, of)
+    made = _masked(wiring._replace(caching=False), grouped, of) if indexed else _whole(wiring, grouped, of)
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention"),
         ops.view(f"{name}.q_heads", "q0", "qh", _Q),
@@ -75,7 +75,7 @@ def _whole(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
     return heads_first(name, "q", "k", "v", "o", wiring, grouped)
 
 
-def _masked(m: ModelSpec, wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
+def _masked(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
     """The mask is one of numbers for every head already: what reads it makes no other of it."""
     eager = wiring.backend == "eager"
     kernel = attention(name, "q", "k", "v", "o", wiring._replace(padded=True), grouped, False, "block_mask")

@@ -388,7 +388,8 @@ def product(op: Op, name: str, y: str, how: Running) -> Iterator[Op]:
             made = _quanto(op, name, y, promotes=True)
         case _:
             made = _alone(op, name, y, how.kernel == "quanto")
-    return (o._replace(source=how.source) if o.name.startswith(name) else o for o in made)
+    source = _QDQ if how.kernel == "decompressed" and how.layout.acts else how.source
+    return (o._replace(source=source) if o.name.startswith(name) else o for o in made)
 
 
 def _parts(op: Op) -> tuple[str, Tensor, str, Weight, tuple[Weight, ...]]:

@@ -144,10 +144,10 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: 
     n, wiring = f"{name}.attention", wiring._replace(caching=False)
     backend = wiring.masked if masked else wiring.backend
     if wiring.backend == "eager":
-        kernel = _eager(n, drop, masked)
+        kernel = _as_they_lie(n, eager(n, drop, ("mask",) if masked else ()))
     else:
         heads = attention(n, "q", "k", "v", "o", wiring, False)
-        kernel = laid_out_as("o", heads, backend == "flash")
+        kernel = laid_out_as("o", _as_they_lie(n, heads), backend == "flash")
     keyed = (
         ops.linear(f"{name}.k_proj", source, "k0", "a d", "h", "attention"),
         ops.copy(f"{name}.k_contiguous", "k0", "k", _Q),
@@ -169,12 +169,10 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: 
     )
 
 
-def _eager(name: str, drop: bool, masked: bool) -> tuple[Op, ...]:
-    """As BERT's, from heads that need no copy."""
+def _as_they_lie(name: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The kernel without copies of heads, which lie one after another."""
     copies = {f"{name}.{t}_flat" for t in "qkv"}
-    return tuple(
-        op._replace(view=True) if op.name in copies else op for op in eager(name, drop, ("mask",) if masked else ())
-    )
+    return tuple(op._replace(view=True) if op.name in copies else op for op in kernel)
 
 
 def _mlp(m: ModelSpec, x: str, y: str, width: str) -> tuple[Op, ...]:

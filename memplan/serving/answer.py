@@ -12,11 +12,12 @@ from memplan.engine.allocator import OutOfMemoryError
 from memplan.graph import active, elements
 from memplan.models import ModelSpec
 from memplan.serving.budget import Budget, budget, card_for, layers_that_fit
+from memplan.serving.draft import TABLE
 from memplan.serving.parallel import each
 from memplan.serving.passes import Step
 from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings, settled
-from memplan.serving.weights import TABLE, host_of_adapters, kernel_of
+from memplan.serving.weights import host_of_adapters, kernel_of
 from memplan.spec import RunSpec
 from memplan.usage import Around, Usage
 

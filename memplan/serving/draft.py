@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.cards import find_config, find_model
 from memplan.catalogue.caches import LayerCache, caches
-from memplan.errors import SpecError
+from memplan.errors import SpecError, about
 from memplan.models import ModelSpec
 from memplan.serving.stages import whole
-from memplan.spec import RunSpec
 from memplan.units import ITEMSIZE
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Draft(NamedTuple):
         return self.settings.model if self.settings else None
 
 
-def decide(run: RunSpec, s: Settings) -> Draft | None:
+def decide(s: Settings) -> Draft | None:
     """What proposes the run's tokens, None where nothing does. Raises SpecError for what the engine does not take."""
     asked, kind = s.serving, s.engine.kind
     method = asked.speculative_method or ("draft_model" if asked.draft_model is not None else None)
@@ -78,10 +77,12 @@ def decide(run: RunSpec, s: Settings) -> Draft | None:
         raise SpecError(f"{field}: is not supported yet beside {COMPRESSED}'s compressed caches", field)
     if s.ranks.pp > 1 or s.ranks.cards > 1:
         raise SpecError(f"{field}: {method} is not supported yet on several stages or cards of {s.engine.name}", field)
+    if asked.draft_weights is not None and not needs:
+        raise SpecError(f"serving.draft_weights: {method} has no model of its own", "serving.draft_weights")
+    model = _model(s, method) if method != "ngram" else None
     tokens = asked.num_speculative_tokens or _tokens(s, method)
-    if method == "ngram":
+    if model is None:
         return Draft(method, tokens, None)
-    model = _model(s, method)
     quantization = asked.draft_weights if method != "mtp" else s.quantization
     serving = asked.model_copy(update={"lora_slots": 0, "speculative_method": None, "draft_model": None})
     if kind == "llama.cpp":
@@ -132,7 +133,8 @@ def _model(s: Settings, method: str) -> ModelSpec:
         return s.model
     assert asked is not None
     if method == "draft_model":
-        found = find_model(asked)
+        with about("serving.draft_model"):
+            found = find_model(asked)
         if found.vocab_size != s.model.vocab_size and s.engine.kind != "llama.cpp":
             raise SpecError(
                 f"serving.draft_model: a vocabulary of {found.vocab_size}, where {s.model.name or s.model.model_type} "
@@ -140,7 +142,8 @@ def _model(s: Settings, method: str) -> ModelSpec:
                 "serving.draft_model",
             )
         return found
-    config = dict(find_config(asked))
+    with about("serving.draft_model"):
+        config = dict(find_config(asked))
     if config.get("model_type") != "llama":
         raise SpecError(
             f"serving.draft_model: heads of {method} are written like Llama's layers; this config is of "
@@ -193,7 +196,7 @@ def held_of(s: Settings) -> Iterator[Held]:
         yield from _copies(s, draft)
 
 
-TABLE = "table"  # as memplan.serving.weights has it
+TABLE = "table"  # the group of what a runner has for requests
 
 
 def _layers_that_predict(s: Settings) -> Iterator[Held]:
@@ -220,7 +223,7 @@ def _layers_that_predict(s: Settings) -> Iterator[Held]:
 def _head(own: Settings, method: str) -> Iterator[Held]:
     """A head's layers, with what they read beside each other: of EAGLE an embedding and hidden states through one
     matrix; of EAGLE 3 hidden states of three layers so, beside an embedding in the first layer's q, k and v."""
-    from memplan.serving.shares import layer_of, of_rank
+    from memplan.serving.shares import layer_of, of_rank, rows_of
     from memplan.serving.weights import Held
     from memplan.stored import stored_weights
 
@@ -244,26 +247,24 @@ def _head(own: Settings, method: str) -> Iterator[Held]:
         "projection and norms of the EAGLE 3 head", "mlp", 3, own.dtype, (3 * of_target * h + norms) * size, source
     )
     words = m.whole("draft_vocab_size", m.vocab_size)
-    rows = -(-words // _ROUNDED) * _ROUNDED
-    yield Held("head of the EAGLE 3 head", "lm_head", 1, own.dtype, rows * h * size // own.tp, source)
+    yield Held("head of the EAGLE 3 head", "lm_head", 1, own.dtype, rows_of(words) * h * size // own.tp, source)
     if words != m.vocab_size:
         yield Held("which tokens those are", "buffer", 1, "int64", 8 * words, source)
 
 
 _QKV = frozenset(("q_proj", "k_proj", "v_proj"))
-_ROUNDED = 64  # rows that a table of tokens is rounded up to
 _VLLM = "vllm 0.33.0"
 
 
 def _copies(s: Settings, draft: Draft) -> Iterator[Held]:
     """SGLang makes a head's embeddings and output projection before it knows that they are the model's, and lets them
     go when the pool has been made without their bytes."""
+    from memplan.serving.shares import rows_of
     from memplan.serving.weights import Held
 
     assert draft.settings is not None
     m = draft.settings.model
-    rows = -(-m.vocab_size // _ROUNDED) * _ROUNDED
-    bytes_ = rows * m.hidden_size * ITEMSIZE[s.dtype] // s.tp
+    bytes_ = rows_of(m.vocab_size) * m.hidden_size * ITEMSIZE[s.dtype] // s.tp
     source = "sglang 0.5.23 speculative/eagle_worker_v2.py alloc_memory_pool, init_lm_head; managers/scheduler.py"
     count = 1 if draft.method == "eagle3" else 2
     made = "embeddings" if count == 1 else "embeddings and head"

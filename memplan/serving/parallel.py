@@ -55,8 +55,10 @@ def ranks_of(run: RunSpec, engine: Engine, model: ModelSpec) -> Ranks:
     """Raises SpecError for what the engine does not divide so."""
     p, s = run.parallelism, run.serving
     usual = Parallelism(world=p.world, dp=p.dp, tp=p.tp, pp=p.pp, ep=p.ep, strategy=p.strategy)
-    if p != usual or p.strategy not in ("none", "ddp"):
-        raise SpecError(f"parallelism: {engine.name} is told dp, tp, pp and ep alone", "parallelism")
+    other = next((name for name in Parallelism.model_fields if getattr(p, name) != getattr(usual, name)), None)
+    if other is not None or p.strategy not in ("none", "ddp"):
+        field = f"parallelism.{other or 'strategy'}"
+        raise SpecError(f"{field}: {engine.name} is told dp, tp, pp and ep alone", field)
     if p.world != p.dp * p.tp * p.pp:
         raise SpecError(
             f"parallelism.world: {p.world} GPUs are not dp {p.dp} x tp {p.tp} x pp {p.pp}", "parallelism.world"
@@ -93,8 +95,8 @@ def _grouped(run: RunSpec, engine: Engine, model: ModelSpec) -> Ranks:
         raise SpecError(f"parallelism.ep: {model.model_type} models have no experts to divide", "parallelism.ep")
     if p.ep > 1 and engine.kind == "vllm" and p.ep != over:
         raise SpecError(
-            f"parallelism.ep: vLLM's --enable-expert-parallel divides experts over all tp x dp ranks: 1 or {over}, not "
-            f"{p.ep}",
+            f"parallelism.ep: vLLM's --enable-expert-parallel divides experts over all tp x dp ranks: "
+            f"{f'1 or {over}' if over > 1 else 1}, not {p.ep}",
             "parallelism.ep",
         )
     if over % p.ep:

@@ -153,7 +153,7 @@ def settled(run: RunSpec, model: ModelSpec | None = None) -> Settings:
         ranks,
         stages_of(engine, model, ranks, serving)[0],
     )
-    draft = decide(run, found)
+    draft = decide(found)
     return found if draft is None else _drafting(run, found._replace(draft=draft))
 
 
@@ -292,11 +292,14 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
     ):
         raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
     s = run.serving
-    if s.weights is not None:
+    for name in ("weights", "draft_weights"):
+        given = getattr(s, name)
+        if given is None:
+            continue
         try:
-            format_of(s.weights)
+            format_of(given)
         except UnknownNameError as e:
-            raise UnknownNameError("serving.weights", s.weights, e.nearest, ranked=True) from None
+            raise UnknownNameError(f"serving.{name}", given, e.nearest, ranked=True) from None
     for name in ("limit_images", "limit_videos"):
         if getattr(s, name) is not None and engine.kind != "vllm":
             raise SpecError(
@@ -308,6 +311,9 @@ def _refuse(run: RunSpec, engine: Engine, model: ModelSpec) -> None:
             raise SpecError(f"{field}: is vLLM's max_cpu_loras, and {engine.name} has no such", field)
         if s.lora_cpu_slots < slots:
             raise SpecError(f"{field}: {s.lora_cpu_slots} is less than the {slots} slots (serving.lora_slots)", field)
+    for name in ("lora_rank", "lora_cpu_slots"):
+        if getattr(s, name) is not None and not s.lora_slots:
+            raise SpecError(f"serving.{name}: is of slots for adapters; say lora_slots", f"serving.{name}")
     _refuse_cache(run, engine, model)
     if engine.kind != "llama.cpp":
         for name in ("gpu_layers", "flash_attention"):

@@ -14,7 +14,6 @@ _OF_STREAMS = frozenset(("attn_hc", "ffn_hc", "hc_head", "compressor", "kv_proj"
 _FUSED = frozenset(("qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack", "wqkv", "qkv"))
 _KEYS = frozenset(("k_proj", "v_proj"))
 _POSITIONS = frozenset(("wpe", "embed_positions", "position_embeddings", "position_embedding"))
-_ROUNDED = 64  # rows that a table of tokens is rounded up to
 TOWERS = ("vision", "projector", "audio")
 
 
@@ -39,6 +38,14 @@ def here(s: Settings, w: StoredWeight) -> bool:
     return stage.headed
 
 
+_ROUNDED = 64
+
+
+def rows_of(tokens: int) -> int:
+    """Rows that a table of so many tokens is padded to."""
+    return -(-tokens // _ROUNDED) * _ROUNDED
+
+
 def of_rank(s: Settings, w: StoredWeight) -> int:
     """Bytes of a tensor on one of the ranks."""
     words, tp = frozenset(w.name.split(".")), s.tp
@@ -46,7 +53,7 @@ def of_rank(s: Settings, w: StoredWeight) -> int:
         rows = w.shape[0]
         each = w.bytes // rows if w.bytes % rows == 0 else None
         if each is not None and rows == s.model.vocab_size:
-            return -(-rows // _ROUNDED) * _ROUNDED * each // (tp if w.group == "embedding" else s.ranks.dense)
+            return rows_of(rows) * each // (tp if w.group == "embedding" else s.ranks.dense)
     if "experts" in words:
         return _of_experts(s, w)
     if w.group == "mlp":

@@ -13,7 +13,7 @@ from memplan.catalogue.repacked import Kernel, mxfp4_kernel
 from memplan.models import ModelSpec
 from memplan.schemes import FIELD
 from memplan.serving.adapters import slot
-from memplan.serving.draft import held_of
+from memplan.serving.draft import TABLE, held_of
 from memplan.serving.pictures import VIDEOS, seen
 from memplan.serving.settings import Settings
 from memplan.serving.shares import here, of_rank
@@ -158,7 +158,6 @@ def _runner(s: Settings) -> Iterator[Held]:
         yield Held("tables of blocks", TABLE, 1, "int32", blocks, source)
 
 
-TABLE = "table"  # the group of what a runner has for requests
 _BIASES, _BAD_WORDS, _LOGPROBS = 3 * 1024 + 128, 1024 + 128 + 1, 128  # MAX_NUM_..., VLLM_MAX_NUM_BAD_WORDS and alike
 
 

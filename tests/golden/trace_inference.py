@@ -6,8 +6,8 @@ python tests/golden/trace_inference.py llama mistral
 Every family of tests/tiny.py, tests/tiny_vision.py and Step 3.7, or those named, at its small size: a forward pass, and
 a prompt with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters,
 quantised, with other caches, with beams and drawn. Encoder-decoders (tests/encoders.py) likewise, with each source's
-beams, and mllama with images (`images`). Then some cards at their own sizes, which `real` names alone. Runs that cannot
-be traced are said on standard error.
+beams, and mllama with images (`images`); what shows in few runs alone (`apart`). Then some cards at their own sizes,
+which `real` names alone. Runs that cannot be traced are said on standard error.
 """
 
 from __future__ import annotations
@@ -92,6 +92,22 @@ REAL: tuple[dict[str, Any], ...] = (
     },
 )
 
+MATH = {"attention": "sdpa_math"}
+FEW = {"micro": 3, "sequence": 75, "new_tokens": 3}
+MANY = {"micro": 64, "sequence": 40, "new_tokens": 80}
+ALIBI = {"alibi": True, "multi_query": False}
+APART: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # `apart` names them: what shows in them alone
+    *(
+        (name, {}, {"batch": FEW, "kernels": MATH, "loop": {"padded": padded}})
+        for name in ("llama", "gpt2", "gpt_bigcode", "falcon")
+        for padded in (False, True)
+    ),
+    *(("falcon", {"multi_query": False}, {"batch": FEW, "kernels": {"attention": a}}) for a in ("eager", "sdpa_math")),
+    *(("falcon", ALIBI, {"batch": FEW, "kernels": {"attention": a}}) for a in ("eager", "sdpa", "sdpa_math")),
+    *((name, {}, {"batch": MANY, "generation": STATIC}) for name in ("llama", "bloom", "deepseek_v32", "gemma3_text")),
+    ("gemma3_text", {}, {"batch": MANY, "generation": STATIC, "loop": {"padded": True}}),
+)
+
 
 OVER = ("t5", "flan-t5", "whisper")  # whose decoders read what an encoder has
 SOURCE: dict[str, dict[str, Any]] = {"t5": {"sequence": 75}, "flan-t5": {"sequence": 75}, "whisper": {}}
@@ -152,6 +168,10 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
             batch = {**SOURCE[name], **fields["batch"]}
             shared = {"model": {"config": SMALL[name]}, "task": "generate", "gpu": "a100-sxm-80gb"}
             yield name, RunSpec(**{**shared, **fields, "batch": batch})
+    for padded in (False, True) if not names or "apart" in names else ():
+        shared = {"model": {"config": SMALL["whisper"]}, "task": "generate", "gpu": "a100-sxm-80gb"}
+        more = {"kernels": MATH, "loop": {"padded": padded}, "batch": {"micro": 3, "new_tokens": 4}}
+        yield "whisper", RunSpec(**shared, **more)
     for fields in SEEN if not names or "images" in names else ():
         config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
         yield "mllama", RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
@@ -171,6 +191,9 @@ def decoders(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
         plain = {"task": "generate", "batch": {**SHORT, "new_tokens": 3}, "gpu": "a100-sxm-80gb"}
         for fields in (*RUNS, *(MORE if name in VARIED else WINDOWS if name == "deepseek_v4" else ())):
             yield name, RunSpec(model=config, **{**plain, **fields})
+    for name, more, fields in APART if not names or "apart" in names else ():
+        config = {"config": {"model_type": name, **TINY[name], **more}}
+        yield name, RunSpec(**{"model": config, "task": "generate", "gpu": "a100-sxm-80gb", **fields})
     for fields in () if names else REAL:
         yield fields["model"], RunSpec(**{"task": "generate", "gpu": "a100-sxm-80gb", **fields})
 
