@@ -75,6 +75,7 @@ def placed_on(graph: Graph, p: Parallelism, gpu: GPU | None, largest: bool) -> t
         ends,
         len(numbers) - 1,
         stays=stored in _BUFFERS,
+        embeds=max(on[-1], 0) if graph.model.model_type in _DROPS_LATE else None,
     )
     if p.stage is not None and p.stage >= found.cards:
         raise SpecError(
@@ -112,6 +113,9 @@ def placed_in_sequence(graph: Graph, p: Parallelism) -> tuple[Placed, tuple[str,
 
 
 _ROTARY = "rotary_emb"
+# Families whose dropout of the embeddings comes after the layers, where the last GPU has it.
+# Source: transformers 5.24 models/phi/modeling_phi.py PhiModel.
+_DROPS_LATE = frozenset(("phi",))
 
 
 def _check(graph: Graph, stack: Stack) -> None:

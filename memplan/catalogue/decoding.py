@@ -183,7 +183,9 @@ def inference(stack: Stack, now: Pass) -> Stack:
     )
     before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
     named = tuple(named_before(now)) if now.extends or now.verifies else ()
-    before = (*before, Op("generate.before", (), named, source=GENERATE)) if named else before
+    if named:  # there all the time: from when there is a dtype to name
+        at = next((i for i, op in enumerate(before, 1) if any(t.name == "embeds" for t in op.writes)), len(before))
+        before = (*before[:at], Op("generate.before", (), named, source=GENERATE), *before[at:])
     if now.lingers:
         prompt = Tensor("logits of the prompt", "b past v", "fp32" if now.wide else "=embeds")
         before = (*before, Op("generate.lingers", (), (prompt,), holds="step", source=GENERATE))

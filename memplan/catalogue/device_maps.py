@@ -31,6 +31,7 @@ class Placed(NamedTuple):
     cards           how many GPUs there are
     card            the one that is asked about, or the host
     stays           weights of modules on the host that are buffers, which stay on the first GPU
+    embeds          where a module without weights takes the embeddings to before the first layer; None where none does
     """
 
     before: tuple[tuple[str, int], ...]
@@ -40,6 +41,7 @@ class Placed(NamedTuple):
     cards: int = 1
     card: int = 0
     stays: bool = False
+    embeds: int | None = None
 
     @property
     def used(self) -> tuple[int, ...]:
@@ -115,10 +117,23 @@ class _Site:
                     moved, names[name] = self._moved(name, card, op.name, there=f"{name} for {op.name}, {tables}")
                     yield moved
                     given |= {name: names[name]} if turns else {}
-            yield self._put(self._renamed(op, names), card)
+            yield from self._embedded(self._put(self._renamed(op, names), card))
             if turns and given and any(t.name.startswith("sin") and "32" not in t.name for t in op.writes):
                 yield ops.leave(*given.values())
                 given, tables = {}, tables + 1
+
+    def _embedded(self, op: Op) -> Iterator[Op]:
+        """The operation, and after that of the embeddings their way to another GPU, by the same name."""
+        card = self._p.embeds
+        if card is None or not any(t.name == "embeds" for t in op.writes) or self._on["embeds"] == card:
+            yield op
+            return
+        first = "embeds of the first GPU"
+        yield op._replace(writes=tuple(t._replace(name=first) if t.name == "embeds" else t for t in op.writes))
+        self._on["embeds"] = card
+        moved = self._made["embeds"]._replace(dtype=f"={first}")
+        yield Op("embeds.copy", (first,), (self._at(moved, card),), source=_HOOKS)
+        yield ops.leave(first)
 
     def run(self, run: Run, place: int, moves: bool) -> Run:
         """A run of layers, whose inputs but the hidden states every layer is given anew."""
