@@ -52,7 +52,10 @@ def _mask(wiring: Wiring, alibi: bool) -> tuple[Op, ...]:
         )
     if wiring.backend == "eager" or wiring.padded:
         return mask(wiring, "embeds")
-    return (Op("mask", (), (Tensor("mask", "s s", "bool"),), source="transformers 5.24 masking_utils.py"),)
+    compared = (("sequences", "b"), ("heads", "1"), ("queries", "s"), ("keys", "s"))
+    numbers = tuple(Tensor(f"numbers of {what}", shape, "int64") for what, shape in compared)
+    source = "transformers 5.24 masking_utils.py sdpa_mask"
+    return (Op("mask", (), (Tensor("mask", "s s", "bool"),), scratch=numbers, source=source),)
 
 
 def _block(m: ModelSpec, wiring: Wiring) -> Block:
