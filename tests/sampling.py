@@ -1,6 +1,6 @@
 """How much is compared: everything where the libraries that trace are installed.
 
-Without them every sixty-fourth golden trace is, and of other lists and of drawn examples a few, so that the tests stay
+Without them every 128th golden trace is, and of other lists and of drawn examples a few, so that the tests stay
 short where torch is not.
 """
 
@@ -17,10 +17,10 @@ ALL = pytest.mark.skipif(not COMPLETE, reason="takes long, and is done where tor
 Row = TypeVar("Row")
 
 
-def sampled(rows: Sequence[Row], every: int = 64) -> list[Row]:
+def sampled(rows: Sequence[Row], every: int = 128) -> list[Row]:
     return list(rows if COMPLETE else rows[::every])
 
 
 def examples(most: int) -> int:
     """How many examples hypothesis draws."""
-    return most if COMPLETE else max(1, most // 6)
+    return most if COMPLETE else max(1, most // 12)

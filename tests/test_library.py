@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.catalogue.overhead import COVERAGE, SHOWN, cuda_context
 from memplan.gpus import all_gpus
-from tests.sampling import examples
+from tests.sampling import ALL, examples
 from tests.tiny import SMALLEST
 
 RUN = RunSpec(model="qwen2-7b", method="qlora", gpu="3090")
@@ -193,6 +193,7 @@ def test_runs_are_keys_of_a_dict() -> None:
     assert table[RunSpec(model="qwen2-7b", method={"kind": "qlora"}, gpu="3090")] == 1
 
 
+@ALL
 def test_threads_get_the_same_answers() -> None:
     grid = [
         RunSpec(model=model, method=method, batch={"micro": micro, "sequence": sequence}, gpu=gpu)

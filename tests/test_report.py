@@ -31,7 +31,7 @@ from memplan.report.text import table as text_table
 from memplan.report.words import assumptions, dtype, hundredths, moment, parts, shape, share, verdict
 from memplan.spec import changed
 from memplan.units import GIB
-from tests.sampling import examples
+from tests.sampling import ALL, examples
 
 
 def ask(**fields: Any) -> Estimate:
@@ -603,6 +603,7 @@ def test_the_formats_are_those_of_the_contract() -> None:
 # --- what would fit ---
 
 
+@ALL
 @settings(max_examples=examples(4), deadline=None)
 @given(
     model=st.sampled_from(["qwen2-0.5b", "llama-3.2-1b", "qwen2-7b"]),
@@ -635,6 +636,7 @@ def test_what_fits_depends_on_a_gpu() -> None:
         largest_batch(BARE.asked)
 
 
+@ALL
 def test_help_names_what_fits() -> None:
     line = help_line(REFUSED)
     assert "--method lora" in line
