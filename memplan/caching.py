@@ -11,7 +11,7 @@ from typing import Any
 
 from memplan.catalogue.caches import LayerCache, caches
 from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, NO_STATIC_CACHE, RETURNS_TUPLES, Cache
-from memplan.catalogue.quantized_caches import AXES, NBITS, Stored
+from memplan.catalogue.quantized_caches import AXES, NBITS, USUAL, Stored
 from memplan.errors import SpecError
 from memplan.families.gemma import REUSED
 from memplan.models import ModelSpec
@@ -55,16 +55,7 @@ def decided_cache(generation: Generation, words: Mapping[str, Any], profile: str
         raise SpecError(f"{_CHUNKS}: is not supported yet with profile {profile}; it is with transformers-5", _CHUNKS)
     if generation.cache_config is not None and kind != "quantized":
         raise SpecError(f"{_CONFIG}: is of a quantised cache, and {kind} is none; say {_KIND} quantized", _CONFIG)
-    config = (generation.cache_config or CacheConfig()) if kind == "quantized" else None
-    if config is not None and config.backend != "fp8":
-        config = CacheConfig(
-            backend=config.backend,
-            nbits=config.nbits or 4,
-            axis_key=config.axis_key or 0,
-            axis_value=config.axis_value or 0,
-            q_group_size=config.q_group_size or 64,
-            residual_length=config.residual_length or 128,
-        )
+    config = _complete(generation.cache_config or CacheConfig()) if kind == "quantized" else None
     return generation.model_copy(update={"cache_implementation": kind, "cache_config": config})
 
 
@@ -165,7 +156,15 @@ def refuse_cache(run: RunSpec, generation: Generation, model: ModelSpec, batch: 
         raise SpecError(f"{_KIND}: {kind} is not supported yet for {name}, whose layers share keys; dynamic is", _KIND)
 
 
-def _stored(c: CacheConfig) -> Stored:
+def _complete(config: CacheConfig) -> CacheConfig:
+    """The config with what it leaves open; of fp8, which has none of that, as it is."""
+    if config.backend == "fp8":
+        return config
+    return config.model_copy(update={name: n for name, n in USUAL.items() if getattr(config, name) is None})
+
+
+def _stored(config: CacheConfig) -> Stored:
+    c = _complete(config)
     if c.backend == "fp8":
         for name in ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length"):
             if getattr(c, name) is not None:
@@ -174,9 +173,8 @@ def _stored(c: CacheConfig) -> Stored:
                     f"{field}: fp8 has one scale for all of a layer's keys; quanto and hqq have {name}", field
                 )
         return Stored("fp8", 8)
-    how = Stored(
-        c.backend, c.nbits or 4, c.axis_key or 0, c.axis_value or 0, c.q_group_size or 64, c.residual_length or 128
-    )
+    said = {name: int(getattr(c, name)) for name in ("nbits", "axis_key", "axis_value")}
+    how = Stored(c.backend, **said, group=int(c.q_group_size or 0), residual=int(c.residual_length or 0))
     known: dict[str, tuple[int, ...]] = {
         "nbits": NBITS[c.backend],
         "axis_key": AXES[c.backend],

@@ -35,6 +35,8 @@ _BITS = "hqq 0.2.8 core/bitpack.py BitPack"
 # Which bits a number may have, and along which axes groups may lie.
 NBITS: Mapping[str, tuple[int, ...]] = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
 AXES: Mapping[str, tuple[int, ...]] = {"quanto": (0, -1), "hqq": (0, 1)}
+# What a run has that leaves it open. Source: transformers 5.24 cache_utils.py QuantizedCache.
+USUAL: Mapping[str, int] = {"nbits": 4, "axis_key": 0, "axis_value": 0, "q_group_size": 64, "residual_length": 128}
 
 
 class Stored(NamedTuple):
