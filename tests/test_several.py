@@ -291,6 +291,15 @@ def test_one_gpu_with_room_is_a_device_map_of_one(fields: dict[str, Any]) -> Non
 
 
 @ALL
+def test_a_run_that_fits_one_gpu_is_not_placed_on_it_and_gpus_that_stay_empty_are_left_out() -> None:
+    batch = {"sequence": 4000, "new_tokens": 4}
+    found = questions(RunSpec(model="qwen2-0.5b", task="generate", gpu="3090", batch=batch))
+    assert found.placed[0].answer is found.answer
+    assert found.placed[0].requests == found.requests.value
+    assert [choice.name for choice in found.placed] == ["1", "2"]  # its layers lie on two of three
+
+
+@ALL
 def test_the_questions_have_how_many_gpus_in_either_way() -> None:
     run = RunSpec(model="qwen2.5-14b", task="generate", gpu="3090", batch={"sequence": 4096, "new_tokens": 8})
     found = questions(run)

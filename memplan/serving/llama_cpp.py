@@ -130,7 +130,7 @@ def _computed(s: Settings) -> tuple[Layer, ...]:
     )
 
 
-_LEAST_COPIED = 32
+_LEAST_COPIED = 32  # tokens: ggml-cuda.cu ggml_backend_cuda_device_offload_op min_batch_size
 
 
 def _row(what: str, *shape: int, size: int = _F32) -> _Row:

@@ -38,7 +38,7 @@ def here(s: Settings, w: StoredWeight) -> bool:
     return stage.headed
 
 
-_ROUNDED = 64
+_ROUNDED = 64  # vllm 0.33.0 vocab_parallel_embedding.py DEFAULT_VOCAB_PADDING_SIZE
 
 
 def rows_of(tokens: int) -> int:
