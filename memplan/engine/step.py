@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -272,6 +272,17 @@ def _last_apart(copies: list[Copies], depth: Mapping[str, int]) -> list[Copies]:
     return [*rest, last._replace(after=1), last._replace(less=less, alone=True)]
 
 
+def _ends_apart(copies: Copies, depth: Mapping[str, int]) -> Iterator[Copies]:
+    """The first and the last copy by themselves, if their weights are gathered: on the way there the first one finds
+    what another unit's all-gather wrote, on the way back the last one what another unit's reduce-scatter read."""
+    count = copies.count(depth)
+    yield copies._replace(alone=True, after=0)
+    if count > 2:
+        yield copies._replace(less=copies.less + 1, after=copies.after + 1, joins=None)
+    if count > 1:
+        yield copies._replace(less=copies.less + count - 1, after=0, alone=True, joins=None)
+
+
 def _apart(copies: list[Copies], depth: Mapping[str, int], most: int) -> list[Copies]:
     """Every copy by itself, but of each run `most`: those in the middle are left out."""
     out: list[Copies] = []
@@ -367,7 +378,7 @@ def run_pass(
         before, leaf = _input_leaf(before)
     copies = _copies(stack, first_scope, _flowing(before, leaf), autocast, depth, input_grad, checkpoint and reentrant)
     if gatherer.divides:
-        copies = _last_apart(copies, depth)
+        copies = [part for c in copies for part in _ends_apart(c, depth)]
     if one_by_one:
         copies = _apart(copies, depth, one_by_one)
     last = copies[-1].scopes[-1]

@@ -1,0 +1,328 @@
+"""Ask every bundled model with every set of options, and hold each answer to the laws that hold for all of them.
+
+    python -m benchmarks.sweep                          # everything: hours of CPU
+    python -m benchmarks.sweep --share 64 --seed 3      # one pair of model and options in 64
+    python -m benchmarks.sweep --models gemma-3-4b --options "--fsdp"
+
+Prints each distinct failure with the command that shows it and how many pairs share it, then the totals; exits 1 if
+anything failed. `tests/test_every_model.py` asks a sample in each run of the suite.
+
+An answer fails if it
+
+    crashes   raises anything but a MemplanError of one printable line
+    negative  has a phase or line with bytes that are no integer or below zero, or a line that counts nothing
+    sum       has a ledger or categories that do not sum to `allocated`, or a peak that is not the largest phase
+    order     does not keep allocated <= reserved <= used, and used within its band
+    sharded   takes more on each of several GPUs than on one, by more than its named buffers
+    apart     takes under FSDP2 less than half of what it takes under FSDP1, or more than twice
+    slow      takes more than 5 seconds of CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+from typer.main import get_command
+
+from memplan import Estimate, MemplanError, RunSpec, estimate
+from memplan.cards import card_names
+from memplan.catalogue.engines import ENGINES
+from memplan.catalogue.profiles import PROFILES
+from memplan.cli import app, runs_of
+from memplan.cli.compare import command
+from tests.encoders import SMALL
+from tests.tiny import TINY as DECODERS
+from tests.tiny_vision import TINY as TOWERS
+
+CPU_SECONDS = 5.0
+GPU = "a100-sxm-80gb"
+
+METHODS = ("full", "freeze", "lora", "qlora", "dora", "qdora")
+_KERNELS = (
+    "--attention eager --no-gradient-checkpointing",
+    "--attention sdpa_math --no-gradient-checkpointing --padded",
+    "--attention flash_attention_2 --padded",
+    "--attention sdpa_efficient --reentrant",
+    "--loss chunked --hold-outputs",
+    "--loss fused --fused rope,rms_norm,swiglu",
+    "--loss chunked_lm_head --optimizer adafactor",
+    "--precision amp --trainer",
+    "--precision mixed --optimizer adamw_torch",
+    "--dtype fp16 --optimizer adamw_bnb_8bit",
+    "--dtype fp32 --batch-size 3 --seq-len 100",
+    "--grad-accum 3 --optimizer muon",
+    "--in-backward --optimizer sgd",
+    "--checkpointing offload",
+    "--offload optimizer",
+    "--offload activations --no-gradient-checkpointing",
+    "--method lora --precision amp --padded",
+    "--method lora --targets q_proj,v_proj --modules-to-save lm_head",
+    "--method lora --reentrant --lora-dropout 0.1 --batch-size 2",
+    "--method qlora --fused lora",
+    "--method qlora --quant-format int8 --kbit-preparation false",
+    "--method qlora --kbit-preparation trl --grad-accum 2",
+    "--images 1 --method lora --batch-size 2",
+    "--images 1 --frozen vision --no-gradient-checkpointing",
+    "--objective sequence_classification --padded",
+)
+_SIDE_TASKS = (
+    "--eval-batch-size 2 --eval-keep-logits 3",
+    "--method lora --save --merge trained",
+    "--method qlora --merge reloaded --eval-generate 8",
+)
+_PROFILES = tuple(
+    f"--profile {profile.name} --method {method}{padded}"
+    for profile in PROFILES
+    for method, padded in (("full", ""), ("lora", " --padded"), ("qlora", ""))
+)
+SHARDINGS = ("--fsdp full_shard", "--fsdp fsdp2", "--zero 1", "--zero 2", "--zero 3", "--zero 0")
+_SHARDED = (
+    *(f"--gpus {n} {how} --method {m}" for how in SHARDINGS for n, m in ((2, "full"), (4, "lora"))),
+    *(f"--gpus 8 {how} --precision amp --trainer --grad-accum 2" for how in SHARDINGS),
+    "--gpus 4 --fsdp fsdp2 --method lora --trainer",
+    "--gpus 2 --fsdp fsdp2 --method qlora --quant-storage bf16",
+    "--gpus 2 --fsdp full_shard --method qlora --quant-storage bf16",
+    "--gpus 4 --fsdp fsdp2 --no-gradient-checkpointing --images 1",
+    "--gpus 4 --fsdp fsdp2 --offload parameters",
+    "--gpus 4 --zero 3 --offload parameters",
+    "--gpus 4 --fsdp shard_grad_op",
+)
+_DIVIDED = (
+    "--gpus 2 --tp 2",
+    "--gpus 4 --tp 2 --fsdp fsdp2 --precision amp",
+    "--gpus 2 --cp 2 --fsdp fsdp2 --seq-len 4096",
+    "--gpus 2 --ep 2 --fsdp fsdp2",
+    "--gpus 2 --pp 2",
+    "--gpus 2 --pp 2 --profile megatron-core --grad-accum 4 --seq-len 512",
+    "--gpus 4 --pp 2 --tp 2 --profile megatron-core --grad-accum 4 --sequence-parallel",
+    "--gpus 2 --pp 2 --profile torchtitan --grad-accum 4",
+    "--gpus 4 --pp 2 --virtual-stages 2 --grad-accum 4 --profile torchtitan",
+    "--gpus 2 --pp 2 --schedule gpipe --grad-accum 2 --method lora",
+    "--gpus 2 --pp 2 --schedule device_map --method lora",
+)
+_INFERENCE = (
+    "--method forward --batch-size 2",
+    "--method forward --padded --attention eager",
+    "--method generate",
+    "--method generate --batch-size 4 --padded --num-beams 3",
+    "--method generate --dtype fp32 --do-sample --attention eager",
+    "--method generate --cache-implementation static",
+    "--method generate --cache-implementation quantized",
+    "--method generate --cache-implementation offloaded --prefill-chunk-size 512",
+    "--method generate --prompt-lookup-num-tokens 3",
+    "--method generate --quant-format nf4",
+    "--method generate --quant-format awq-int4",
+    "--method generate --quant-format fp8",
+    "--method generate --images 1",
+    "--method generate --gpus 2 --tp 2",
+    "--method generate --gpus 2 --device-map auto",
+    "--method generate --profile transformers-4.48",
+    "--method generate --profile litgpt-2024",
+    "--method forward --gpus 4 --fsdp fsdp2",
+)
+_SERVING = (
+    *(f"--method generate --profile {engine.name} --gpu {GPU}" for engine in ENGINES),
+    *(f"--method generate --profile {engine.name} --gpu {GPU} --gpus 2 --tp 2" for engine in ENGINES[:-1]),
+    f"--method generate --profile llama.cpp --gpu {GPU} --gpus 2 --stored Q4_K_M",
+    f"--method generate --profile vllm --gpu {GPU} --stored fp8 --cache-dtype fp8 --lora-slots 2",
+    f"--method generate --profile vllm --gpu {GPU} --stored w4a16 --max-model-len 4096 --speculative-method ngram",
+    f"--method generate --profile sglang --gpu {GPU} --max-model-len 4096 --gpus 2 --dp-attention",
+)
+OPTIONS: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        (
+            *(f"--method {method}" for method in METHODS),
+            *(f"--method {method} --gpu {GPU} --seq-len 512" for method in ("full", "lora", "qlora")),
+            *_KERNELS,
+            *_SIDE_TASKS,
+            *_PROFILES,
+            *_SHARDED,
+            *_DIVIDED,
+            *_INFERENCE,
+            *_SERVING,
+        )
+    )
+)
+
+# Families that no bundled card is of, small.
+FAMILIES: Mapping[str, Mapping[str, Any]] = {**DECODERS, **TOWERS, **SMALL}
+
+
+class Failure(NamedTuple):
+    """What is wrong with an answer: one word of the list above, where it shows, and the details."""
+
+    kind: str
+    where: str
+    detail: str = ""
+
+
+class Asked(NamedTuple):
+    """One pair of a model and options: what failed, why it was refused, if it was, and its seconds of CPU."""
+
+    model: str
+    options: str
+    failures: tuple[Failure, ...]
+    refused: str
+    seconds: float
+
+
+@cache
+def models() -> tuple[str, ...]:
+    """Every bundled card, then every family without one, by its model_type."""
+    from memplan.cards import load_card
+
+    names = tuple(card_names())
+    carded = {load_card(name).config["model_type"] for name in names}
+    return (*names, *(f"{name} (small)" for name in FAMILIES if name not in carded))
+
+
+@cache
+def _words() -> Any:
+    estimate_params = get_command(app).commands["estimate"].params  # type: ignore[attr-defined]
+    return command(estimate_params).words
+
+
+def run_of(model: str, options: str) -> RunSpec:
+    """The run that the command line `MODEL OPTIONS` asks for. Raises what the command would report."""
+    from memplan.cli import left_out
+
+    params: Mapping[str, Any] = _words().make_context("run", ["x", *options.split()]).params
+    given = {name: value for name, value in params.items() if not left_out(name, value)}
+    small, _, is_small = model.partition(" ")
+    found: Any = {"config": {"model_type": small, **FAMILIES[small]}} if is_small else model
+    return runs_of({**given, "model": "x"})[0].model_copy(
+        update={"model": RunSpec.model_validate({"model": found}).model}
+    )
+
+
+def ask(model: str, options: str) -> Asked:
+    """Answer one pair and hold the answer to every law."""
+    started = time.process_time()
+    failures: list[Failure] = []
+    refused = ""
+    try:
+        run = run_of(model, options)
+        answer = estimate(run)
+        failures += laws(answer)
+        failures += _beside_others(run, answer)
+    except MemplanError as error:
+        refused = str(error)
+        if not refused.isprintable():
+            failures.append(Failure("crashes", "message is not one printable line", repr(refused)))
+    except Exception as error:  # what this looks for
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__} in {frame.filename.rpartition('memplan/')[2]} {frame.name}"
+        failures.append(Failure("crashes", place, f"{error!r} at line {frame.lineno}"))
+    seconds = time.process_time() - started
+    if seconds > CPU_SECONDS:
+        failures.append(Failure("slow", f"over {CPU_SECONDS:.0f} s", f"{seconds:.1f} s"))
+    return Asked(model, options, tuple(failures), refused, seconds)
+
+
+def laws(answer: Estimate) -> Iterator[Failure]:
+    """What holds for every answer by itself."""
+    for phase in answer.phases:
+        if type(phase.peak) is not int or phase.peak < 0:
+            yield Failure("negative", f"phase {phase.phase}", str(phase))
+    for line in answer.ledger:
+        if type(line.bytes) is not int or line.bytes < 0 or line.count < 1:
+            yield Failure("negative", "ledger", f"{line.what}: {line.count} x, {line.bytes} bytes")
+            break
+    allocated = answer.bytes.allocated
+    if sum(line.bytes for line in answer.ledger) != allocated:
+        yield Failure("sum", "ledger", f"{sum(line.bytes for line in answer.ledger)} != {allocated}")
+    if sum(answer.categories.values()) != allocated:
+        yield Failure("sum", "categories", f"{sum(answer.categories.values())} != {allocated}")
+    if max(phase.peak for phase in answer.phases) != allocated:
+        yield Failure("sum", "peak", f"{answer.phases} != {allocated}")
+    bytes_, band = answer.bytes, answer.band
+    if not allocated <= bytes_.reserved <= bytes_.used:
+        yield Failure("order", "allocated <= reserved <= used", str(bytes_))
+    if not 0 <= band.low <= bytes_.used <= band.high:
+        yield Failure("order", "used within the band", f"{bytes_} {band}")
+
+
+# Lines that several GPUs add: what is gathered, joined, padded, sent and received, and buckets.
+_BUFFERS = re.compile(r"gather|reduce|bucket|padded|partition|receiv|sent|laid|norms|parts|flat|whole|joined|sub-group")
+
+
+def _beside_others(run: RunSpec, answer: Estimate) -> Iterator[Failure]:
+    """What holds between the answer and those of the same run on one GPU, and under FSDP1."""
+    p = run.parallelism
+    if p.strategy == "none" or p.dp != p.world or p.world == 1 or p.offload.parameters:
+        return
+    alone = _allocated(run.model_copy(update={"parallelism": type(p)()}))
+    buffers = sum(line.bytes for line in answer.ledger if _BUFFERS.search(line.what))
+    if alone is not None and answer.bytes.allocated > alone + buffers:
+        more = answer.bytes.allocated - alone - buffers
+        yield Failure("sharded", p.strategy, f"{answer.bytes.allocated} on each GPU, {alone} on one: {more} too many")
+    if p.strategy == "fsdp2":
+        flat = _allocated(run.model_copy(update={"parallelism": p.model_copy(update={"strategy": "fsdp"})}))
+        if flat is not None and not flat / 2 <= answer.bytes.allocated <= flat * 2:
+            yield Failure("apart", "fsdp2 and full_shard", f"{answer.bytes.allocated} and {flat}")
+
+
+def _allocated(run: RunSpec) -> int | None:
+    try:
+        return estimate(run).bytes.allocated
+    except MemplanError:
+        return None
+
+
+def pairs(share: int, seed: int, wanted: Sequence[str], options: str) -> list[tuple[str, str]]:
+    """One pair in `share`, drawn anew for each seed, of the models `wanted` (all, if none) and options with a word."""
+    chosen = [(m, o) for m in models() if not wanted or m in wanted for o in OPTIONS if options in o]
+    drawn = random.Random(seed)
+    return drawn.sample(chosen, -(-len(chosen) // share))
+
+
+def _asked(pair: tuple[str, str]) -> Asked:
+    return ask(*pair)
+
+
+def main(argv: Sequence[str] | None = None, show: Callable[[str], None] = print) -> int:
+    parser = argparse.ArgumentParser(description="Ask every bundled model with every set of options.")
+    parser.add_argument("--share", type=int, default=1, help="ask one pair in this many")
+    parser.add_argument("--seed", type=int, default=0, help="which of them")
+    parser.add_argument("--models", nargs="*", default=(), help="only these models")
+    parser.add_argument("--options", default="", help="only options that contain this")
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args(argv)
+    todo = sorted(pairs(given.share, given.seed, given.models, given.options))  # a model's structures stay warm
+    found: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], tuple[Asked, Failure]] = {}
+    refusals, slowest, count = 0, Asked("", "", (), "", 0.0), 0
+    with ProcessPoolExecutor(given.processes) as pool:
+        for asked in pool.map(_asked, todo, chunksize=16):
+            count += 1
+            refusals += bool(asked.refused)
+            slowest = max(slowest, asked, key=lambda a: a.seconds)
+            for failure in asked.failures:
+                key = failure[:2]
+                found[key] += 1
+                if key not in first:
+                    first[key] = asked, failure
+                    show(f"{failure.kind}: {failure.where}: memplan {asked.model} {asked.options}: {failure.detail}")
+    for (kind, where), n in found.most_common():
+        asked, _ = first[kind, where]
+        show(f"{n:6,} x {kind}: {where}, as in memplan {asked.model} {asked.options}")
+    show(
+        f"{count:,} pairs of {len(models())} models and {len(OPTIONS)} sets of options: {count - refusals:,} answered, "
+        f"{refusals:,} refused, {sum(found.values()):,} failures of {len(found)} kinds; slowest {slowest.seconds:.1f} "
+        f"s of CPU ({slowest.model} {slowest.options})"
+    )
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
