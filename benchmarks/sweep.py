@@ -35,16 +35,18 @@ from typing import Any, NamedTuple
 from typer.main import get_command
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
-from memplan.cards import card_names
+from memplan.cards import card_names, find_model, load_card
 from memplan.catalogue.engines import ENGINES
 from memplan.catalogue.profiles import PROFILES
-from memplan.cli import app, runs_of
+from memplan.cli import app, left_out, runs_of
 from memplan.cli.compare import command
+from memplan.resolve import NEW_TOKENS
 from tests.encoders import SMALL
 from tests.tiny import TINY as DECODERS
 from tests.tiny_vision import TINY as TOWERS
 
 CPU_SECONDS = 5.0
+DEFAULT_SEQUENCE = 2048
 GPU = "a100-sxm-80gb"
 
 METHODS = ("full", "freeze", "lora", "qlora", "dora", "qdora")
@@ -179,8 +181,6 @@ class Asked(NamedTuple):
 @cache
 def models() -> tuple[str, ...]:
     """Every bundled card, then every family without one, by its model_type."""
-    from memplan.cards import load_card
-
     names = tuple(card_names())
     carded = {load_card(name).config["model_type"] for name in names}
     return (*names, *(f"{name} (small)" for name in FAMILIES if name not in carded))
@@ -193,16 +193,21 @@ def _words() -> Any:
 
 
 def run_of(model: str, options: str) -> RunSpec:
-    """The run that the command line `MODEL OPTIONS` asks for. Raises what the command would report."""
-    from memplan.cli import left_out
+    """The run that the command line `MODEL OPTIONS` asks for. Raises what the command would report.
 
+    A model with fewer learned positions than the default sequence is asked for as many tokens as it has, less those it
+    generates.
+    """
+    small, _, is_small = model.partition(" ")
+    named: Any = {"config": {"model_type": small, **FAMILIES[small]}} if is_small else model
+    found = RunSpec.model_validate({"model": named}).model
     params: Mapping[str, Any] = _words().make_context("run", ["x", *options.split()]).params
     given = {name: value for name, value in params.items() if not left_out(name, value)}
-    small, _, is_small = model.partition(" ")
-    found: Any = {"config": {"model_type": small, **FAMILIES[small]}} if is_small else model
-    return runs_of({**given, "model": "x"})[0].model_copy(
-        update={"model": RunSpec.model_validate({"model": found}).model}
-    )
+    spec = find_model(found)
+    if spec.learned_positions and spec.only_sequence is None:
+        most = (spec.longest_sequence or DEFAULT_SEQUENCE) - (NEW_TOKENS if "generate" in options else 0)
+        given["seq_len"] = min(given.get("seq_len", DEFAULT_SEQUENCE), most)
+    return runs_of({**given, "model": "x"})[0].model_copy(update={"model": found})
 
 
 def ask(model: str, options: str) -> Asked:
@@ -253,7 +258,7 @@ def laws(answer: Estimate) -> Iterator[Failure]:
 
 
 # Lines that several GPUs add: what is gathered, joined, padded, sent and received, and buckets.
-_BUFFERS = re.compile(r"gather|reduce|bucket|padded|partition|receiv|sent|laid|norms|parts|flat|whole|joined|sub-group")
+_BUFFERS = re.compile(r"gather|reduce|bucket|padded|partition|receiv|sent|norms|parts|whole|broadcast|divided")
 
 
 def _beside_others(run: RunSpec, answer: Estimate) -> Iterator[Failure]:
@@ -266,7 +271,7 @@ def _beside_others(run: RunSpec, answer: Estimate) -> Iterator[Failure]:
     if alone is not None and answer.bytes.allocated > alone + buffers:
         more = answer.bytes.allocated - alone - buffers
         yield Failure("sharded", p.strategy, f"{answer.bytes.allocated} on each GPU, {alone} on one: {more} too many")
-    if p.strategy == "fsdp2":
+    if p.strategy == "fsdp2" and not run.loop.trainer:  # a Trainer does not divide adapters' models by block
         flat = _allocated(run.model_copy(update={"parallelism": p.model_copy(update={"strategy": "fsdp"})}))
         if flat is not None and not flat / 2 <= answer.bytes.allocated <= flat * 2:
             yield Failure("apart", "fsdp2 and full_shard", f"{answer.bytes.allocated} and {flat}")
@@ -279,8 +284,9 @@ def _allocated(run: RunSpec) -> int | None:
         return None
 
 
-def pairs(share: int, seed: int, wanted: Sequence[str], options: str) -> list[tuple[str, str]]:
-    """One pair in `share`, drawn anew for each seed, of the models `wanted` (all, if none) and options with a word."""
+def pairs(share: int = 1, seed: int | str = 0, wanted: Sequence[str] = (), options: str = "") -> list[tuple[str, str]]:
+    """One in `share` of the pairs of a model (one of `wanted`, if there are any) and a set of options that contains
+    `options`; each seed draws others."""
     chosen = [(m, o) for m in models() if not wanted or m in wanted for o in OPTIONS if options in o]
     drawn = random.Random(seed)
     return drawn.sample(chosen, -(-len(chosen) // share))

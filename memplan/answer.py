@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from memplan.catalogue.overhead import Overhead
+from memplan.errors import InternalError
 from memplan.spec import FrozenDict, RunSpec
 
 if TYPE_CHECKING:
@@ -246,7 +247,13 @@ class Estimate:
         serving: Mapping[str, Any] | None = None,
         host: Host | None = None,
     ) -> None:
-        """`parts` are the run's with every null filled in; `serving` is what a serving engine makes of its card."""
+        """`parts` are the run's with every null filled in; `serving` is what a serving engine makes of its card.
+
+        Raises InternalError if a phase has a peak that is no number of bytes.
+        """
+        for phase in phases:
+            if type(phase.peak) is not int or phase.peak < 0:
+                raise InternalError(f"{phase.phase} takes {phase.peak} bytes at {phase.where or 'its peak'}")
         vars(self).update(
             asked=asked,
             parameters=parameters,
@@ -306,8 +313,18 @@ class Estimate:
 
     @cached_property
     def ledger(self) -> tuple[Line, ...]:
-        """Every tensor alive at the peak, largest first. Sums to `bytes.allocated`."""
-        return tuple(self.details.lines())
+        """Every tensor alive at the peak, largest first. Sums to `bytes.allocated`.
+
+        Raises InternalError if it does not, or if a line counts less than nothing.
+        """
+        lines = tuple(self.details.lines())
+        for line in lines:
+            if line.bytes < 0 or line.count < 1:
+                raise InternalError(f"{line.count} × {line.what} take {line.bytes} bytes at the peak")
+        total = sum(line.bytes for line in lines)
+        if total != self.bytes.allocated:
+            raise InternalError(f"the tensors at the peak sum to {total} bytes, not {self.bytes.allocated}")
+        return lines
 
     @cached_property
     def timeline(self) -> tuple[Phase, ...]:

@@ -19,8 +19,8 @@ from memplan.catalogue.parallel import aligned, part, rows_of
 from memplan.engine.gather import REST
 from memplan.engine.walk import size
 from memplan.graph import Graph, built, in_order, parameters_of
-from memplan.ir import Weight
-from memplan.ranks import Ranks, kept_dtype, shape_in, units_of
+from memplan.ir import Weight, outside
+from memplan.ranks import Ranks, kept_dtype, shape_in, shared_tables, units_of
 
 Events = Iterator[tuple[int, int]]
 
@@ -41,16 +41,18 @@ def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> Events
 
 def _one_by_one(graph: Graph, ranks: Ranks, numbers: Iterator[int], together: bool) -> Events:
     """Every weight as it is sent: whole, cut into parts of which the last are copied to be padded, and the rank's own.
-    A head that is the embeddings is sent again."""
+    A weight with several names is sent once for each."""
     _, axes = built(graph)
     for w in in_order(graph):
         if w.group != "buffer":
             yield from _sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together)
-    for w in _tied(graph):
-        again = list(_sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together))
-        yield from again
-        if not ranks.offloads:  # and then tied
-            yield _part_of(again), 0
+    again: list[int] = []
+    for w in _named_again(graph):
+        sent = list(_sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together))
+        yield from sent
+        again += [] if ranks.offloads else [_part_of(sent)]
+    for number in again:  # all are tied at last
+        yield number, 0
 
 
 def _part_of(events: list[tuple[int, int]]) -> int:
@@ -77,12 +79,13 @@ def _sent(shape: tuple[int, ...], dtype: str, ranks: Ranks, numbers: Iterator[in
         yield own, 0
 
 
-def _tied(graph: Graph) -> list[Weight]:
-    """The weights that the model has by a second name: what is used before the blocks and after them."""
+def _named_again(graph: Graph) -> list[Weight]:
+    """The weight of every further name: a head that is the embeddings' table, and encoder and decoder that share it."""
     stack, _ = built(graph)
-    before = {w.name: w for op in stack.before for w in op.weights if w.group != "buffer"}
+    before = {w.name: w for ops in outside(stack)[:-1] for op in ops for w in op.weights if w.group != "buffer"}
     after = {w.name for op in (*stack.after, *stack.loss) for w in op.weights}
-    return [w for name, w in before.items() if name in after]
+    tied = [w for name, w in before.items() if name in after]
+    return [*tied, *shared_tables(graph), *shared_tables(graph)]
 
 
 def _unit_by_unit(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Events:
@@ -122,9 +125,9 @@ def _unit_by_unit(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Events:
 def _ordered(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int, list[Weight]]]:
     """Units in the order they are made: blocks, what is outside of them; or that, and then all blocks as one. With
     each, its place in the model and how many such there are."""
-    found = list(enumerate(units_of(graph, ranks.row.flat, ranks.wraps)))
+    found = list(enumerate(units_of(graph, ranks)))
     yield from ((i, copies, weights) for i, (unit, where, copies, weights) in found if where and unit != REST)
-    yield from ((i, copies, weights) for i, (_, where, copies, weights) in found if not where)
+    yield from ((i, copies, weights) for i, (unit, where, copies, weights) in found if not where and unit != REST)
     rest = [w for _, (unit, _, copies, weights) in found if unit == REST for _ in range(copies) for w in weights]
     if rest:
         yield next(i for i, (unit, *_) in found if unit == REST), 1, rest

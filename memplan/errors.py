@@ -7,6 +7,7 @@ MemplanError                2
     UnsupportedModelError   2   a family of models that memplan has no stack for yet
   ProbeError                2   a run or a machine that the probe cannot use: a library, a class or a GPU is missing
   FactsMissingError         3   the model's facts are not available (offline, gated)
+  InternalError             2   memplan contradicts itself: a bug, never an answer
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
+ISSUES = "https://github.com/memplan/memplan/issues"
 _LONGEST = 80  # letters of a wrong name that are repeated in the error about it
 
 
@@ -94,3 +96,13 @@ class FactsMissingError(MemplanError):
     """The model's facts are not here: not bundled, not cached, and the network was not asked."""
 
     exit_code = 3
+
+
+class InternalError(MemplanError):
+    """memplan contradicts itself: a tensor is freed that is not there, or bytes are negative. There is no answer then.
+
+    `what` names the tensor, and where it is.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"memplan contradicts itself: {what}; please report this run at {ISSUES}")

@@ -16,6 +16,7 @@ from memplan.catalogue.engines import find_engine
 from memplan.catalogue.overhead import Communicator, cublas_workspace, cuda_context, nccl
 from memplan.communicators import NODE
 from memplan.engine.walk import largest, values
+from memplan.errors import InternalError
 from memplan.gpus import GPU
 from memplan.host import on_host
 from memplan.program import PHASES, Program, host_bytes, host_notes, phase_peaks, program, step_where
@@ -224,6 +225,8 @@ def walk(run: RunSpec, decided: Decided) -> Walked:
     phases = [Phase("load", None, p.loading, "")]
     moments = [(False, -1)]
     for phase, step, bytes_ in phase_peaks(p, workspace, moving, held):
+        if bytes_ < p.parameters:
+            raise InternalError(f"{phase} takes {bytes_} bytes, less than the {p.parameters} of the weights")
         if phase == "step":
             phases.append(Phase(phase, step, bytes_, step_where(p, step)))
             moments.append((False, -1))

@@ -7,7 +7,7 @@ from typing import Any
 
 from memplan.batches import axes_of_images, lengths
 from memplan.caching import decided_cache, kind_of, refuse_cache, stored_of
-from memplan.catalogue.attention import JOINED, large_tiles
+from memplan.catalogue.attention import SINGLE, large_tiles
 from memplan.catalogue.caches import caches as caches_of
 from memplan.catalogue.decoding import CACHED_BY_ITS_CODE, NOT_YET, SUPPRESSES, Loaded, Pass, keeping
 from memplan.catalogue.expert_loops import AS_MODULES
@@ -107,7 +107,7 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     windowed = window is not None and read >= window
     wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)
     wiring = in_words(wiring, words, attention)._replace(
-        flattens=batch.micro * run.generation.num_beams == 1 and model.model_type in JOINED,
+        single=batch.micro * run.generation.num_beams == 1 and model.model_type in SINGLE,
         wide=seen == "fp32",
         images=bool(batch.images),
         uneven=dict(pictures).get("seen", 0) % 8 != 0,

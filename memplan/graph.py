@@ -486,32 +486,32 @@ def modules(model: ModelSpec) -> set[str]:
     }
 
 
-def _dims(w: Weight, axes: Mapping[str, int]) -> list[int]:
+def dims_of(w: Weight, axes: Mapping[str, int]) -> list[int]:
     return [int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in w.shape.split()]
 
 
 def elements(w: Weight, axes: Mapping[str, int]) -> int:
     """How many numbers a weight has."""
-    return prod(_dims(w, axes))
+    return prod(dims_of(w, axes))
 
 
 def active(w: Weight, axes: Mapping[str, int]) -> int:
     """How many of a weight's numbers a token uses."""
     if not w.chosen:
         return elements(w, axes)
-    every, *rest = _dims(w, axes)
+    every, *rest = dims_of(w, axes)
     return min(every, axes[w.chosen]) * prod(rest)
 
 
 def matrix_shape(w: Weight, axes: Mapping[str, int]) -> tuple[int, int]:
     """Rows and columns of a two-dimensional weight."""
-    dims = _dims(w, axes)
+    dims = dims_of(w, axes)
     return prod(dims[: w.rows]), prod(dims[w.rows :])
 
 
 def shape_of(w: Weight, axes: Mapping[str, int]) -> tuple[int, ...]:
     """A weight's shape as torch has it."""
-    dims = _dims(w, axes)
+    dims = dims_of(w, axes)
     if w.stacked:
         return dims[0], prod(dims[1 : w.rows]), prod(dims[w.rows :])
     return matrix_shape(w, axes) if w.rows else (prod(dims),)

@@ -301,13 +301,17 @@ class Unit(NamedTuple):
 class Division(NamedTuple):
     """How the weights of a stack are divided among ranks: its units by name.
 
-    A block's weights are a unit by the block's place in the stack (`memplan.engine.gather.unit_of`). Those outside of
-    blocks are the units `before` and `after`, or one, `root`, which is whole from the first operation to the last. What
-    is in the unit `rest` is whole as long, its gradients too; blocks in it are none of their own.
+    A block's weights are a unit by the block's place in the stack (`memplan.engine.gather.unit_of`). Weights outside of
+    blocks are in up to four units: `root` is gathered before everything else, `tied` before the first operation that
+    uses it, and both stay whole to the end of the pass; `before` goes when the operations before the blocks have run,
+    and is gathered again for their backward; `after` stays whole until its own backward is over. What is in the unit
+    `rest` is whole as long as `root`, its gradients too; blocks in it are no units of their own.
 
+    outside  the weights outside of blocks, by name, and the unit each is in
     lingers  what a collective wrote or read stays until the next of its kind is over
     asks     when a unit is asked for on the way back: at the `first` of the backward of the one after it, at its
              `last`, when that one's weights are `gone`, or `never` before its own
+    at_loss  the last block's unit is asked for when the loss's backward begins, not when the head's does
     ahead    on the way there a unit is asked for when the one before it begins; autograd then comes to the making of a
              unit's gradients only after the backward of the one before it
     keeps    weights stay whole from forward to backward
@@ -320,9 +324,11 @@ class Division(NamedTuple):
     """
 
     units: tuple[tuple[str, Unit], ...]
+    outside: tuple[tuple[str, str], ...]
     lingers: bool
     asks: str
     source: str
+    at_loss: bool = False
     sums: bool = False
     ahead: bool = False
     keeps: bool = False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from memplan.answer import Line, Phase
 from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.parallel import MEGATRON
 from memplan.catalogue.pipeline import ENGINES, Moment
 from memplan.catalogue.states import State
 from memplan.engine.lower import Moment as LoweredMoment
@@ -248,12 +249,9 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         yield held_line(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
     if phase.phase == "load":
         if p.loading > p.parameters:
-            yield _scratch(
-                "weights before they are converted, less what comes after",
-                p.loading - p.parameters,
-                "loading",
-                "derived",
-            )
+            what = _LOADED.get(structure.ranks.strategy, "weights before they are converted")
+            bytes_ = p.loading - p.parameters
+            yield _scratch(f"{what}, less what comes after", bytes_, "loading", "derived")
         return
     yield _workspaces(walked, decided, 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1)
     stepping = phase.phase == "step" and phase.where == "optimizer"
@@ -278,6 +276,13 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
                 yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
     for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
         yield held_line(held, axes, "between ranks")
+
+
+# What a rank has while it loads, in addition to what it keeps.
+_LOADED = {
+    "ddp": "weights as DDP broadcasts them",
+    **dict.fromkeys(("fsdp", "fsdp2", "zero1", "zero2", "zero3", MEGATRON), "weights before they are divided"),
+}
 
 
 def _workspaces(walked: Walked, decided: Decided, handles: int) -> Line:

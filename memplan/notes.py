@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from memplan.catalogue.kimi_k3 import of_its_own
+from memplan.catalogue.parallel import WRAPPED_TWICE
 from memplan.catalogue.pipeline import ENGINES
 from memplan.degrees import Degrees, replicas
 from memplan.errors import SpecError
@@ -14,6 +15,7 @@ from memplan.graph import Graph, built, elements, weights_of
 from memplan.ir import operations
 from memplan.models import ModelSpec
 from memplan.program import Pipe
+from memplan.ranks import Ranks, shared_tables
 from memplan.spec import Method, Parallelism, Precision
 
 
@@ -32,6 +34,26 @@ def gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
         yield f"no driver reading of {gpu.title}'s usable memory was found: a conservative rule stands in for it"
     if gpu.vendor != "NVIDIA":
         yield f"kernels are taken as on an NVIDIA card of compute capability 8.0, not measured on {gpu.vendor}"
+
+
+def wrapping_notes(graph: Graph, ranks: Ranks) -> Iterator[str]:
+    """What accelerate's own wrapping cannot do under FSDP2: it stops with an error, and the answer is of another.
+
+    Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model; torch 2.13 distributed/fsdp/_fully_shard.
+    """
+    if ranks.strategy != "fsdp2" or ranks.world == 1:
+        return
+    family = graph.model.model_type
+    if shared_tables(graph):
+        yield (
+            f"accelerate 1.15 cannot wrap {family} for fsdp2: torch refuses a table that modules of two groups share; "
+            "counted with all of them in one call of fully_shard"
+        )
+    if family in WRAPPED_TWICE and ranks.wraps:
+        yield (
+            f"accelerate 1.15 cannot wrap {family} for fsdp2: it wraps the embeddings and then the table inside them; "
+            "counted with the table alone as a unit, as a script of your own can wrap it"
+        )
 
 
 # Packages whose kernels transformers takes in place of its torch code, by what mixes tokens. Source: transformers 5.24

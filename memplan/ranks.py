@@ -11,13 +11,14 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from memplan.catalogue.parallel import STRATEGIES, Knobs, Strategy, aligned, part, rows_of
+from memplan.catalogue.methods import ADAPTERS
+from memplan.catalogue.parallel import STEMS, STRATEGIES, Knobs, Strategy, aligned, part, rows_of
 from memplan.catalogue.parameters import Parameter
 from memplan.catalogue.states import OptimizerMemory
-from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, unit_of
+from memplan.engine.gather import AFTER, BEFORE, OUTSIDE, REST, ROOT, TIED, unit_of
 from memplan.engine.walk import size
-from memplan.graph import Graph, Held, built, elements, optimized, parameters_of, shape_of
-from memplan.ir import Division, Op, Tensor, Unit, Weight, operations
+from memplan.graph import Graph, Held, built, dims_of, elements, optimized, parameters_of, shape_of
+from memplan.ir import Division, Op, Tensor, Unit, Weight, operations, outside
 from memplan.units import ITEMSIZE
 
 
@@ -118,7 +119,7 @@ def pieces(graph: Graph, ranks: Ranks) -> tuple[Piece, ...]:
     Source: peft 0.21 utils/other.py fsdp_auto_wrap_policy, which transformers' Trainer uses.
     """
     found: list[Piece] = []
-    for unit, where, copies, weights in units_of(graph, ranks.row.flat, ranks.wraps):
+    for unit, where, copies, weights in units_of(graph, ranks):
         together = [w for w in weights if graph.joined or w.group != "adapter"] if ranks.row.flat else []
         if together:
             found.append(_piece(graph, ranks, unit, where, copies, "flat parameter", together))
@@ -141,31 +142,83 @@ def _lent(graph: Graph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(op.lends for op in operations(built(graph)[0]) if op.lends))
 
 
-def units_of(graph: Graph, one_outside: bool, wraps: bool = True) -> Iterator[tuple[str, str, int, list[Weight]]]:
-    """The weights of every unit, with the unit's name, its block's and how many such there are.
+def units_of(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, str, int, list[Weight]]]:
+    """Yield every unit's name, the name of its block, how many such blocks there are, and its weights.
 
-    The weights outside of blocks are one unit where the head's are the embeddings', or are asked to be (`one_outside`).
+    FSDP1 lays all weights outside of blocks together. FSDP2 makes units of the embeddings' table, and of the last norm
+    and the head, or one of all three if they are tied; what else there is belongs to the root.
+    Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, torchtitan 0.3 models/llama3/parallelize.py.
     """
     stack, axes = built(graph)
-    between = tuple(op for run in stack.runs for op in run.before)
-    before, after = _weights((*stack.before, *between)), _weights((*stack.after, *stack.loss))
-    root = one_outside or bool(before.keys() & after.keys()) or bool(between)
-    after = {name: w for name, w in after.items() if name not in before}
-    if root:
-        yield ROOT, "", 1, [*before.values(), *after.values()]
-    else:
-        yield BEFORE, "", 1, [*before.values()]
+    found = _weights((*(op for ops in outside(stack) for op in ops), *stack.loss))
+    units: dict[str, list[Weight]] = {unit: [] for unit in OUTSIDE}
+    own = {} if ranks.row.flat else _outside_root(graph, ranks)
+    for name, w in found.items():
+        units[own.get(name, ROOT)].append(w)
+    for unit in (BEFORE, TIED, ROOT):
+        if units[unit]:
+            yield unit if ranks.wraps or unit != ROOT else REST, "", 1, units[unit]
     for i, run in enumerate(stack.runs):
         for j, block in enumerate(run.blocks):
             if axes[run.times]:
-                yield unit_of(i, j) if wraps else REST, block.name, axes[run.times], [*_weights(block.ops).values()]
-    if not root:
-        yield AFTER, "", 1, [*after.values()]
+                unit = unit_of(i, j) if ranks.wraps else REST
+                yield unit, block.name, axes[run.times], [*_weights(block.ops).values()]
+    if units[AFTER]:
+        yield AFTER, "", 1, units[AFTER]
 
 
-def is_one_outside(graph: Graph) -> bool:
-    """Whether the weights outside of blocks are one unit, as the head's are the embeddings'."""
-    return next(units_of(graph, one_outside=False))[0] == ROOT
+def _finds_norm(graph: Graph) -> bool:
+    """Whether the last norm is in the head's unit: accelerate looks for it among the children of the base model, where
+    there is none beside a tower or within an encoder or decoder, and peft has another module by the name `model`.
+
+    Source: accelerate 1.15 utils/fsdp_utils.py _find_final_norm; torchtitan wraps it by name.
+    """
+    stack, _ = built(graph)
+    norms = [w.name for op in stack.after for w in op.weights if w.group == "norm"]
+    groups = {w.group for ops in outside(stack) for op in ops for w in op.weights}
+    hidden = graph.recipe.kind in ADAPTERS and any(name.startswith("model.") for name in norms)
+    within = any(name.count(".") != 2 for name in norms) or not groups.isdisjoint(("vision", "projector", "audio"))
+    return graph.code == "torchtitan" or not (hidden or within)
+
+
+def _outside_root(graph: Graph, ranks: Ranks) -> dict[str, str]:
+    """The units of weights outside of blocks that are not the root's, by the weight's name."""
+    stack, _ = built(graph)
+    table, tied = _table(graph), ties_head(graph)
+    groups = ("norm", "lm_head") if ranks.alone or _finds_norm(graph) else ("lm_head",)
+    tail = [w.name for op in (*stack.after, *stack.loss) for w in op.weights if w.group in groups]
+    stem = STEMS.get(graph.model.model_type) if ranks.wraps else None
+    before = (w.name for ops in outside(stack)[:-1] for op in ops for w in op.weights)
+    return {
+        **{name: BEFORE for name in before if stem and name.startswith(stem)},
+        **dict.fromkeys(tail, TIED if tied else AFTER),
+        **dict.fromkeys(table, TIED if tied or shared_tables(graph) else BEFORE),
+    }
+
+
+def _table(graph: Graph) -> frozenset[str]:
+    """The weights of the input embeddings: the table that tokens are looked up in, or the projection of patches."""
+    embeddings = [
+        op.weights
+        for ops in outside(built(graph)[0])[:-1]
+        for op in ops
+        if any(w.group == "embedding" for w in op.weights)
+    ]
+    tables = [weights for weights in embeddings if weights[0].shape.startswith("v ")]
+    return frozenset(w.name for weights in (tables or embeddings)[:1] for w in weights)
+
+
+def ties_head(graph: Graph) -> bool:
+    """Whether the head's weight is the embeddings' table."""
+    stack, table = built(graph)[0], _table(graph)
+    return any(w.name in table for op in (*stack.after, *stack.loss) for w in op.weights)
+
+
+def shared_tables(graph: Graph) -> list[Weight]:
+    """The tables that both an encoder and a decoder look tokens up in."""
+    before, *between = outside(built(graph)[0])[:-1]
+    tables = {w.name: w for op in before for w in op.weights if w.group == "embedding"}
+    return [w for name, w in tables.items() if any(name == v.name for ops in between for op in ops for v in op.weights)]
 
 
 def _weights(ops: tuple[Op, ...]) -> dict[str, Weight]:
@@ -223,12 +276,12 @@ def shape_in(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...
     """A weight's axes as the library sees them; of a 4-bit one, of the column it is packed into."""
     if w.stored:
         return (-(-elements(w, axes) // (2 * ITEMSIZE[storage])), 1)
-    return shape_of(w, axes)
+    return shape_of(w, axes) if w.rows else tuple(dims_of(w, axes))
 
 
 def mixed(graph: Graph, ranks: Ranks) -> tuple[str, ...]:
     """The dtypes of a unit's weights that FSDP1 would lay together, where they are several: it cannot."""
-    for _, _, _, weights in units_of(graph, one_outside=True):
+    for _, _, _, weights in units_of(graph, ranks):
         found = {ranks.storage if w.stored else w.dtype for w in weights if w.group != "adapter"}
         if len(found) > 1:
             return tuple(sorted(found))
@@ -259,11 +312,14 @@ def division(graph: Graph, ranks: Ranks) -> Division | None:
     flat, keeps = ranks.row.flat, ranks.keeps
     waits = ranks.replicated and not flat  # in an AllReduceState of each unit
     leaves = ranks.offloads and not flat  # FSDP1 has them on the GPU too until backward is over
+    names = units_of(graph, ranks)
     return Division(
         units,
+        tuple((w.name, unit) for unit, where, _, weights in names if not where for w in weights),
         not flat,
         asks,
         ranks.row.source,
+        at_loss=flat or (ties_head(graph) and bool(shared_tables(graph))),
         ahead=ranks.ahead,
         keeps=keeps,
         waits=waits,

@@ -13,7 +13,7 @@ from memplan import zero
 from memplan.batches import axes_of_images, lengths
 from memplan.cards import find_model
 from memplan.catalogue import context_parallel, expert_parallel, megatron, tensor_parallel
-from memplan.catalogue.attention import JOINED, large_tiles
+from memplan.catalogue.attention import SINGLE, large_tiles
 from memplan.catalogue.expert_loops import AS_MODULES
 from memplan.catalogue.litgpt import KINDS
 from memplan.catalogue.losses import CHUNK, adds_in_place
@@ -37,11 +37,19 @@ from memplan.graph import (
 from memplan.ir import SavedTensors
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, norm_notes, pipeline_notes
+from memplan.notes import (
+    dtype_notes,
+    expert_notes,
+    gpu_notes,
+    kernel_notes,
+    norm_notes,
+    pipeline_notes,
+    wrapping_notes,
+)
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
-from memplan.ranks import ONE, Ranks, is_one_outside, mixed, uneven
+from memplan.ranks import ONE, Ranks, mixed, ties_head, uneven
 from memplan.recipes import check_head, check_time_steps, frozen_parts, recipe_of
 from memplan.refusals import (
     FSDP,
@@ -344,7 +352,7 @@ def _decide(
             str(kernels.attention),
         )._replace(
             caches=words["caches"],
-            flattens=single and model.model_type in JOINED,
+            single=single and model.model_type in SINGLE,
             wide=seen == "fp32",
             images=images,
             uneven=uneven,
@@ -407,7 +415,7 @@ def _decide(
         buffers=own,
         workspace=megatron.workspace(model, capability) if own else 0,
     )
-    notes += [*expert_notes(graph, capability), *norm_notes(graph)]
+    notes += [*expert_notes(graph, capability), *norm_notes(graph), *wrapping_notes(graph, ranks)]
     _check_trained(graph, ranks)
     if under_deepspeed and gpu is not None:
         knobs = ranks.knobs._replace(flattens=zero.flattens(graph, gpu.usable))
@@ -612,7 +620,14 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
             "there get no gradients; name others too",
             "method.targets",
         )
-    if ranks.world > 1 and any(w.idle and w.group != "adapter" for w in weights):
+    idle = next((w for w in weights if w.idle and w.group != "adapter"), None) if ranks.world > 1 else None
+    if idle is not None and idle.group not in ("vision", "projector", "audio"):
+        raise SpecError(
+            f"method.kind: {idle.name} of {graph.model.model_type} trains and never gets a gradient, which several "
+            "GPUs would wait for; say lora, or one GPU",
+            "method.kind",
+        )
+    if idle is not None:
         raise SpecError(
             "batch.images: without images the tower gets no gradients, which several GPUs would wait for; say images, "
             "or method.frozen vision and projector",
@@ -620,7 +635,7 @@ def _check_trained(graph: Graph, ranks: Ranks) -> None:
         )
     if ranks.world > 1 and ranks.row.flat and ranks.row.gathers:
         _check_flat(graph, ranks)
-    if ranks.alone and is_one_outside(graph):
+    if ranks.alone and ties_head(graph):
         raise SpecError(
             f"parallelism.ep: {graph.degrees.ep} is not supported yet with fsdp2 for a model whose head is its "
             "embeddings; supported: models that have a head of their own",

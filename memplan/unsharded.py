@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-from memplan.engine.gather import BEFORE, ROOT
+from memplan.engine.gather import AFTER, OUTSIDE
 from memplan.engine.walk import size
 from memplan.graph import Graph, Held
 from memplan.ir import Division, Tensor, Unit
@@ -53,12 +53,14 @@ def passing(graph: Graph, ranks: Ranks, later: bool) -> Division | None:
     ones of passes before (`later`)."""
     if all(ranks.reduces in ("", p.sent) for p in pieces(graph, ranks) if p.trains):
         return None
+    found = division(graph, ranks)
+    assert found is not None
     units: list[tuple[str, Unit]] = []
     for name, group in groupby(pieces(graph, ranks), key=lambda piece: piece.unit):
         own = [p for p in group if p.trains]
         summed = tuple(Tensor(f"{p.name}.grad, whole", str(p.made), ranks.reduces) for p in own)
         units.append((name, Unit((), parts=() if later else summed)))
-    return Division(tuple(units), False, "never", _STAGE)
+    return Division(tuple(units), found.outside, False, "never", _STAGE)
 
 
 def opening(graph: Graph, ranks: Ranks) -> Division | None:
@@ -141,7 +143,7 @@ def _order(by_unit: dict[str, list[Piece]]) -> Iterator[str]:
     def run_of(name: str) -> str:
         return name.partition(".")[0]
 
-    for _, group in groupby(sorted(by_unit, key=lambda name: name not in (BEFORE, ROOT)), key=run_of):
+    for _, group in groupby(sorted(by_unit, key=lambda name: name == AFTER or name not in OUTSIDE), key=run_of):
         names = [*group]
         for _ in range(by_unit[names[0]][0].copies):
             yield from names

@@ -88,6 +88,19 @@ def test_the_command_answers_as_the_library_does(memplan_: Memplan) -> None:
     assert json.loads(memplan_(*QLORA, "--json").out) == json.loads(answer.model_dump_json())
 
 
+def test_an_error_nobody_meant_is_one_line_that_asks_for_a_report(
+    memplan_: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(given: object) -> int:
+        raise KeyError("mask\n")
+
+    monkeypatch.setattr("memplan.cli._estimate", broken)
+    fails(memplan_(*QLORA), 2, "contradicts itself", "KeyError", "mask", "test_cli.py", "report this run at https://")
+    monkeypatch.setenv("MEMPLAN_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        COMMAND.main(list(QLORA))
+
+
 OPTIONS = {
     "--batch-size 3": ("batch.micro", 3),
     "--seq-len 512": ("batch.sequence", 512),

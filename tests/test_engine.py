@@ -8,9 +8,11 @@ import pytest
 
 from memplan.catalogue.methods import reweigh
 from memplan.engine.dtypes import Scope, promote
+from memplan.engine.lower import Tape
 from memplan.engine.record import FREED, record
 from memplan.engine.step import Lowered, infer, lower
 from memplan.engine.walk import Term, alive, largest
+from memplan.errors import InternalError
 from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 
 AXES = {"L": 4, "n": 1}
@@ -294,3 +296,30 @@ def test_the_largest_moment_may_be_less_than_what_is_counted_apart() -> None:
     terms = (Term((-7, 2), (-7, 2), 0, 3), Term((-5, 1), (-5, 1), 0, 4))
     assert largest(terms, (1, 1), (1, 1)) == (-5 + 1, 4)
     assert largest(terms, (1, 9), (1, 9)) == (-7 + 2 * 9, 3)
+
+
+def test_a_tensor_freed_twice_is_an_error_that_names_it() -> None:
+    tape = Tape(labelled=True)
+    storage = tape.alloc(Tensor("logits", "b s v", "fp32"), "activation")
+    tape.drop(storage)
+    with pytest.raises(InternalError, match=r"b s v fp32 logits.*once more than it is made.*report"):
+        tape.drop(storage)
+
+
+def test_copies_that_free_more_than_they_make_are_an_error() -> None:
+    """Every copy of a run would free a tensor that only the first of them was given."""
+    tape = Tape()
+    given = tape.alloc(Tensor("message", "m", "uint8"), "temp")
+    tape.enter_run(0, {})
+    tape.drop(given)
+    with pytest.raises(InternalError, match="m uint8"):
+        tape.leave_run()
+
+
+def test_a_block_that_narrows_its_input_is_counted_apart() -> None:
+    """The first copy is given all tokens, and the others one."""
+    ops = (op("f", "x", "y")._replace(writes=(Tensor("y", "one", "fp32"),)),)
+    low = infer(stack(ops, copies="L"), AXES)
+    # the last copy reads what the one before has made, and no copy has another's input
+    assert all(n >= 0 for m in low.moments for n in alive(m, low.runs, AXES).values())
+    assert peak(low, "forward", {"x": 100, "one": 1}) == 101

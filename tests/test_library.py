@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
+from memplan.answer import Line, Phase
 from memplan.catalogue.overhead import COVERAGE, SHOWN, cuda_context
+from memplan.errors import InternalError
 from memplan.gpus import all_gpus
 from tests.sampling import ALL, examples
 from tests.tiny import SMALLEST
@@ -312,3 +314,39 @@ def test_what_to_know_of_a_card_is_a_note(gpu: str, said: str) -> None:
     notes = estimate(RunSpec(model={"config": SMALLEST}, precision="fp16", gpu=gpu)).notes
     about = [note for note in notes if "taken as" in note or "driver reading" in note]
     assert any(note.startswith(said) for note in about) if said else about == []
+
+
+class _Details:
+    """What an answer would be explained with, if memplan had counted wrong."""
+
+    def __init__(self, *lines: Line) -> None:
+        self._lines = lines
+
+    def lines(self) -> tuple[Line, ...]:
+        return self._lines
+
+    moments = ranks = lines
+
+
+def _answer(phase: Phase, *lines: Line) -> Estimate:
+    a = estimate(RUN)
+    given = (a.asked, {}, a.parameters, a._usage, a.gpu, a.peak, (phase,), 0, ())
+    return Estimate(*given, _Details(*lines), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("peak", [-1, 1.5])
+def test_an_answer_has_no_phase_that_is_no_number_of_bytes(peak: Any) -> None:
+    with pytest.raises(InternalError, match=r"backward takes .* bytes at loss.*report"):
+        _answer(Phase("backward", 1, peak, "loss"))
+
+
+def test_a_ledger_has_no_line_that_counts_less_than_nothing() -> None:
+    line = Line("y1", "activation", "layers", "b h", (1, 2), "bf16", -2, -4, "", "")
+    with pytest.raises(InternalError, match="-2 × y1 take -4 bytes"):
+        _ = _answer(Phase("forward", None, 0, ""), line).ledger
+
+
+def test_a_ledger_that_does_not_sum_to_the_peak_is_an_error() -> None:
+    line = Line("y1", "activation", "layers", "b h", (1, 2), "bf16", 1, 4, "", "")
+    with pytest.raises(InternalError, match="sum to 4 bytes"):
+        _ = _answer(Phase("forward", None, 0, ""), line).ledger

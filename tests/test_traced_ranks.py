@@ -46,6 +46,19 @@ def test_a_rank_holds_what_the_trace_shows(case: dict[str, Any]) -> None:
             assert mine[int(step), "fwd"] == pytest.approx(peaks["fwd"], rel=0.04)
 
 
+UNEQUAL = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith("unequal-")]
+
+
+@pytest.mark.parametrize("case", sampled(UNEQUAL, 8), ids=label)
+def test_units_of_unequal_layers_are_traced_to_a_hundredth_of_a_percent(case: dict[str, Any]) -> None:
+    """Every phase under FSDP2, not the peak alone: towers, windows, and tables that several modules share."""
+    mine = without_workspaces(estimate(RunSpec(**case["run"])))
+    for step, peaks in case["steps"].items():
+        wanted = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}
+        found = {phase: mine[int(step), phase] for phase in wanted}
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
 @ALL
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
 def test_the_mean_error_of_a_strategy_is_below_a_hundredth(strategy: str) -> None:

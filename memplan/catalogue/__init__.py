@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from memplan.catalogue.attention import Wiring, flattened
+from memplan.catalogue.attention import JOINED, Wiring, flattened
 from memplan.ir import Stack
 from memplan.models import ModelSpec
 
@@ -86,7 +86,7 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
         from memplan.catalogue.routers import balanced
 
         stack = rewrite(stack, lambda op: (balanced(op),))
-    if not wiring.flattens:
+    if not wiring.single or model.model_type not in JOINED:
         return stack
     from memplan.catalogue.methods import rewrite
 

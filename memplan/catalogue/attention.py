@@ -24,9 +24,9 @@ class Wiring(NamedTuple):
     half_math: the plain product stays in the dtype of what it is given. whole_rotary: Phi-3 rotates whole heads, and
     joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model
     scales the embeddings, not their module. uncapped: torch's attention is taken where scores should be capped, and
-    does not cap them. flattens: heads of a single sequence are flattened without a copy, and what they are views of
-    stays whole. wide: what it is given is fp32. images: the batch has some. tower: the kernel of the attention in the
-    tower that sees them. causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
+    does not cap them. single: the batch is one sequence, which only families in SINGLE treat differently. wide: what
+    it is given is fp32. images: the batch has some. tower: the kernel of the attention in the tower that sees them.
+    causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
     checkpoints: blocks are checkpointed, as T5's code asks. by_name: they are given masks and positions by name.
     recomputes: what attention makes of q, k and v is made again on the way back.
     uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask. drops: the config's
@@ -56,7 +56,7 @@ class Wiring(NamedTuple):
     uncapped: bool = False
     one_mask: bool = False
     scales_apart: bool = False
-    flattens: bool = False
+    single: bool = False
     wide: bool = False
     images: bool = False
     tower: str = "flash"
@@ -122,6 +122,7 @@ JOINED = (
     *("bloom", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "kimi_k25"),
     *("deepseek_v4", "megatron_gpt", "minicpm3", "mpt", "phi3"),
 )
+SINGLE = (*JOINED, "t5")  # families that treat a single sequence differently
 
 
 def flattened(op: Op) -> Op:

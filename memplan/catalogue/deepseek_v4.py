@@ -362,7 +362,7 @@ def attention(x: str, y: str, w: Windows, wiring: Wiring) -> tuple[Op, ...]:
             *joined(f"{n}.kv_cat", ("kv", "compressed"), "kv.all", f"b {w.keys} d"),
             ops.leave("kv", "compressed"),
         )
-    flatten = ops.view if wiring.decodes and wiring.flattens else ops.copy
+    flatten = ops.view if wiring.decodes and wiring.single else ops.copy
     low = Weight(f"{n}.o_a_proj.weight", "og ol gd", g, matrix=True, rows=2, viewed=True, several=True)
     return (
         ops.linear(f"{n}.q_a_proj", x, "q.low", "ql", "h", g),

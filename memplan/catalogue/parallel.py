@@ -55,6 +55,13 @@ STRATEGIES = {
     )
 }
 
+# Modules outside of blocks that FSDP2 makes units of their own, by the start of their weights' names.
+# Source: transformers 5.24 models/siglip/modeling_siglip.py, gemma4/modeling_gemma4.py _no_split_modules.
+STEMS = {"gemma3": "vision_tower.embeddings.", "gemma4": "model.vision_tower.patch_embedder."}
+
+# Families whose _no_split_modules name the embeddings: accelerate 1.15 wraps them, and then the table inside them.
+WRAPPED_TWICE = ("bert", "roberta", "vit", "xlm-roberta")
+
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # of DeepSpeed's ZeRO
 
 # A rank's part of a weight has another shape than the weight, so only an optimizer that takes every number by itself

@@ -182,10 +182,11 @@ def _attention(
         padded = f"{rows} s_uneven{8 * (crosses and not masked) or ''}"  # the other of two, where there are two
         triangle = wiring.causal and not (masked or wiring.decodes)
         given = _added(n, bias, mask if masked else "", f"{rows} s", triangle, crosses)
+        each = not (wiring.single or wiring.padded)  # of several sequences, none of which has a mask of its own
         kernel = tuple(
             new
             for op in attention(n, "q", "k", "v", "o", plain, False)
-            for new in (given if op.name == f"{n}.mask" else (_with_bias(op, padded) if op.name == n else op,))
+            for new in (given if op.name == f"{n}.mask" else (_with_bias(op, padded, each) if op.name == n else (op,)))
         )
     projected = projections(name, x, plain, ("q", "k", "v"), bias=False)
     if wiring.crossed and crosses:
@@ -251,13 +252,18 @@ def _added(n: str, bias: str, mask: str, rows: str, triangle: bool, crosses: boo
     return (*made, lowered)
 
 
-def _with_bias(op: Op, padded: str) -> Op:
-    """The kernel, which makes the bias's gradient for every sequence, whose sum it is. `padded`: the shape of what it
-    is given to add, before or after it is padded."""
-    kept = tuple(k._replace(of="o.bias") for k in op.keeps if k.of == op.reads[0])
-    each = Scratch(Tensor("gradient of the bias", "b a s s8", "=o.bias"), "o.bias")
-    beside = (Tensor("bias, as it is padded", padded, "=o.bias"),)
-    return op._replace(keeps=(*op.keeps, *kept), scratch=beside, scratch_back=(*op.scratch_back, each))
+def _with_bias(op: Op, padded: str, each: bool) -> tuple[Op, ...]:
+    """The kernel with a bias that trains. `padded` is the shape of the bias before or after the kernel pads it.
+
+    If sequences share the bias (`each`), the kernel makes its gradient for each of them, and then they are summed.
+    """
+    bias = "o.bias.each" if each else "o.bias"
+    expand = (ops.view(f"{op.name}.expand_bias", "o.bias", bias, "b a s s8", gradient="new"),) if each else ()
+    reads = tuple(bias if name == "o.bias" else name for name in op.reads)
+    keeps = tuple(k._replace(what=bias) if k.what == "o.bias" else k for k in op.keeps)
+    kept = tuple(k._replace(of=bias) for k in keeps if k.of == op.reads[0])
+    scratch = (Tensor("bias, as it is padded", padded, "=o.bias"),)
+    return (*expand, op._replace(reads=reads, keeps=(*keeps, *kept), scratch=scratch))
 
 
 def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:

@@ -160,10 +160,27 @@ def answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
         from pydantic import ValidationError
 
         if not isinstance(error, ValidationError):
-            raise
+            return _fail(_unexpected(error), 2)
         from memplan.cli.failures import line_of
 
         return _fail(line_of(error, given), 2)
+    except Exception as error:
+        if isinstance(error, (UsageError, typer.Exit, typer.Abort)):
+            raise
+        return _fail(_unexpected(error), 2)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about an error memplan did not mean to raise. Raises it instead if MEMPLAN_TRACEBACK is set."""
+    from traceback import extract_tb
+
+    from memplan.errors import InternalError, printable
+
+    if os.environ.get("MEMPLAN_TRACEBACK"):
+        raise error
+    at = extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__} {printable(str(error), 80)}"
+    return str(InternalError(f"{what} in {at.filename.rpartition('memplan/')[2]}:{at.lineno} ({at.name})"))
 
 
 def show(text: str, format: str = "table", output: str | None = None) -> None:

@@ -7,13 +7,15 @@ rank receives its part of their sum.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import partial
 from typing import NamedTuple
 
 from memplan.engine.lower import CASTING, COMPUTING, GATHERING, LENT, REDUCING, Frame, Storage, Tape
 from memplan.ir import Division, Op, Unit
 
-BEFORE, AFTER, ROOT, REST = "before", "after", "root", "rest"
+BEFORE, AFTER, TIED, ROOT, REST = "before", "after", "tied", "root", "rest"
+OUTSIDE = (ROOT, BEFORE, TIED, AFTER)  # units of weights outside of blocks
 
 
 def unit_of(run: int, block: int) -> str:
@@ -39,8 +41,11 @@ class Gatherer:
     def __init__(self, tape: Tape, division: Division | None, grads_exist: bool) -> None:
         self._tape = tape
         self._units = dict(division.units) if division else {}
+        self._outside = dict(division.outside) if division else {}
+        self._nested_outside = {n: u for name in OUTSIDE if name in self._units for n, u in self._units[name].nested}
         self._lingers = division.lingers if division else False
         self._asks = division.asks if division else "never"
+        self.at_loss = division.at_loss if division else False
         self._keeps = division.keeps if division else False
         self._asks_ahead = division.ahead if division else False
         self._kept: dict[str, list[list[Storage]]] = {}  # whole until backward, by unit, of the last copy last
@@ -52,6 +57,7 @@ class Gatherer:
         self._modules: dict[str, Unit] = {}  # of the unit whose operations run
         self._inner: list[Storage] = []  # a module's weights, while they are whole
         self._outer: list[Storage] | None = None  # where gradients wait outside of the module
+        tape.reach = self.reach if self._outside else None
         tape.module = self._told if any(unit.modules for unit in self._units.values()) else None
         tape.hooks = division.hooks if division else False
         self._whole: dict[str, list[Storage]] = {}
@@ -72,29 +78,48 @@ class Gatherer:
         return bool(self._units)
 
     @property
-    def after_loss(self) -> bool:
-        """Whether the head's unit is asked for only when the loss's backward is over."""
-        return self._lingers
-
-    @property
     def handed(self) -> tuple[Storage, ...]:
         """What one block hands on to the next."""
         delayed = (*self._delayed.grads, *self._delayed.whole) if self._delayed else ()
         return (*self._ahead, *self._message, *self._sent, *delayed)
 
-    def following(self, name: str, outer: str) -> str:
-        """The unit before the head's: a block's by that name, or what is before the blocks where those are none."""
-        return name if name in self._units else outer
+    @property
+    def head(self) -> str:
+        """The unit that the head's weights are in."""
+        return next((name for name in (AFTER, TIED) if name in self._units), ROOT)
 
-    def outside(self, name: str) -> str:
-        """The unit that the weights before or after the blocks are in."""
-        return ROOT if ROOT in self._units else name
+    def named(self, unit: str, called: bool) -> str:
+        """The unit's name if it is gathered, which only the units of blocks that are `called` are; else nothing."""
+        return unit if called and unit in self._units else ""
+
+    def turn(self) -> None:
+        """Backward begins. Gradients of weights outside of blocks wait until those of their unit are all there."""
+        if not (self._sums and self._lingers):  # else each is added as it comes
+            self._tape.waiting_outside = {w: self._grads.setdefault(name, []) for w, name in self._outside.items()}
+
+    def is_reached(self, name: str, frame: Frame, leaf: Container[str]) -> bool:
+        """Whether backward comes to what the unit's operations made: they have gradients to make, or asked for one."""
+        own = [node for node in frame.nodes if any(self._outside.get(w.name) == name for w in node.op.weights)]
+        return any(node.targets or any(t.name in leaf for t in node.op.writes) for node in own)
+
+    def enter_outside(self) -> None:
+        """Operations outside of blocks follow, or their backward."""
+        self._tape.nested = self._nested_outside
+
+    def reach(self, frame: Frame, op: Op) -> None:
+        """Gather the units of an operation outside of blocks, on the way there."""
+        for name in dict.fromkeys(self._outside[w.name] for w in op.weights if w.name in self._outside):
+            self._gather(name, frame)
 
     def gather(self, name: str, frame: Frame, following: str = "") -> None:
         """A unit's weights are gathered, on the way there, and those of the `following` one may be asked for."""
         unit = self._units.get(name)
         self._tape.nested = dict(unit.nested) if unit else {}
         self._modules = dict(unit.modules) if unit else {}
+        self._gather(name, frame, following)
+
+    def _gather(self, name: str, frame: Frame, following: str = "") -> None:
+        unit = self._units.get(name)
         if unit is None or name in self._whole:
             return
         self._enter(frame, "all_gather")
@@ -108,12 +133,15 @@ class Gatherer:
         if self._asks_ahead and following in self._units and (following == name or following not in self._whole):
             self._ahead, self._asked = self._ask(self._units[following]), following
 
-    def leave(self, name: str) -> None:
-        """A unit's operations have run, on the way there."""
-        if self._keeps and name in self._whole:
+    def leave(self, name: str) -> str:
+        """A unit's operations have run, on the way there. Returns the unit's name, or nothing if none have."""
+        if name not in self._whole:
+            return ""
+        if self._keeps:
             self._kept.setdefault(name, []).append(self._whole.pop(name))
         else:
             self.release(name)
+        return name
 
     def release(self, name: str) -> None:
         """A unit's weights go."""
@@ -166,8 +194,9 @@ class Gatherer:
             self._tape.reaches_first = partial(self._ask_next, frame)
         elif self._asks == "first":
             self._prefetch()
-        adds = self._sums and self._lingers  # each as it comes; else all of a unit's, laid together
-        self._tape.waiting = None if adds else self._grads.setdefault(name, [])
+        if name not in OUTSIDE:
+            adds = self._sums and self._lingers  # each as it comes; else all of a unit's, laid together
+            self._tape.waiting = None if adds else self._grads.setdefault(name, [])
 
     def _told(self, event: str, module: str, frame: Frame) -> None:
         """A module that is a unit of its own begins or returns, or its backward begins or is over."""
@@ -209,9 +238,8 @@ class Gatherer:
         self._enter(frame, "reduce_scatter")
         if self._lingers:
             self._drop(whole)
+            self._drop(self._sent)
         if grads:
-            if self._lingers:
-                self._drop(self._sent)
             joined = self._tape.made(unit.joined, "temp", COMPUTING if self._lingers else LENT)
             joined += self._tape.made(unit.padded, "temp", REDUCING)
             laid = self._tape.made(unit.parts, "gradient") if unit.laid else []

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
+from memplan.errors import InternalError
 from memplan.ir import Op, SavedTensors, Tensor, Unit
 
 Counts = dict[int, int]  # size -> how many storages of it are alive
@@ -152,6 +153,8 @@ class Tape:
         self.nested: Mapping[str, Unit] = {}  # weights that are gathered for the operation that uses them
         self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
         self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
+        self.waiting_outside: Mapping[str, list[Storage]] = {}  # the same, by the name of a weight outside of blocks
+        self.reach: Callable[[Frame, Op], None] | None = None  # is told before an operation outside of blocks runs
         self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
         self.hooks = False  # a hook keeps what a recomputed block was given, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # those, and the run of whose copies each has one
@@ -180,8 +183,10 @@ class Tape:
 
     def drop(self, storage: Storage) -> None:
         storage.refs -= 1
-        if storage.refs:
+        if storage.refs > 0:
             return
+        if storage.refs < 0:
+            raise self._freed_twice(storage.size)
         if storage.shared and self._in_run is not None:
             self._deferred.append(storage)  # the run's last copy drops it
             return
@@ -196,6 +201,13 @@ class Tape:
             copies = dict(self._per_copy[storage.run])
             copies[storage.size] = copies.get(storage.size, 0) - 1
             self._per_copy[storage.run] = copies
+            if copies[storage.size] < 0:
+                raise self._freed_twice(storage.size)
+
+    def _freed_twice(self, size: int) -> InternalError:
+        shape, dtype, *labels = [*self.sizes][size]
+        name = " ".join(filter(None, (shape, dtype, *labels[3:4])))
+        return InternalError(f"a tensor ({name}) is freed once more than it is made, in {self.phase} at {self._where}")
 
     def of_copies(self, storage: Storage, run: int) -> None:
         """Every copy of the run has one like this storage, which was made outside of it."""
@@ -348,6 +360,9 @@ class Tape:
                 names[t.name] = mine[t.name] = frame.past[t.name]
             skipped = op.recorded and not keep
             if not skipped and not (cut and i == end - 1 and written.isdisjoint(node.pins)):
+                if self.reach is not None and op.writes and not frame.block:
+                    self.reach(frame, op)
+                    self.enter(frame, op)
                 self.computed(frame, op)
                 whole = self._gathered(op)
                 for t in op.writes:
@@ -641,8 +656,9 @@ class Tape:
         update = self._updates.get(f"{frame.block}.{name}" if frame.block else name)
         if update:
             self.drop(self.alloc(Tensor(f"update of {name}", str(update), "uint8"), "temp"))
-        if self.waiting is not None:
-            self.waiting.append(total)
+        waiting = self.waiting if frame.block else self.waiting_outside.get(name, self.waiting)
+        if waiting is not None:
+            waiting.append(total)
         elif self._grads_exist:
             self.drop(total)
 
@@ -689,10 +705,14 @@ class Tape:
                 if spends:
                     earlier = {**m.per_copy, run: old}
                     self.moments.append(Moment(m.phase, self._first_copy(m.where), m.counts, earlier))
+        less = next((key for key, n in new.items() if n < 0), None)
+        if less is not None:
+            raise self._freed_twice(less)
         self._per_copy[run] = new
         for storage in self._born:
-            if storage not in passed_on:
-                storage.run = run
+            storage.run = run
+        for storage in passed_on:  # there is one, whatever the run had of its kind
+            storage.run = None
         self._in_run = None
         for storage in self._deferred:
             storage.refs += 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
-from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, Gatherer, unit_of
+from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape, leaves
 from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor
 
@@ -88,9 +89,9 @@ def _copies(
     """Split off the copies that differ from those after them, from `embeds`; `flowing` has what gradients are asked of.
 
     The very first block, and the first after operations between runs, reads what the model may hold on to; a block may
-    hand on another dtype than it was given, or a gradient where none came in. The last copy is the first on the way
-    back: it makes the gradients of what all of its run read, to which the others add. With `leaf` embeddings between
-    runs ask for a gradient.
+    hand on another shape or dtype than it was given, or a gradient where none came in. The last copy is the first on
+    the way back: it makes the gradients of what all of its run read, to which the others add. With `leaf` embeddings
+    between runs ask for a gradient.
     """
     out: list[Copies] = []
     flowing = set(flowing)
@@ -110,7 +111,7 @@ def _copies(
             x, flows = scope["stream"]._replace(name="x"), joins.stream in flowing
             flowing -= {"x"}
         while less < depth[run.times]:
-            entered = (x.dtype, flows)
+            entered = (x.shape, x.dtype, flows)
             blocks: list[Block] = []
             scopes: list[Scope] = []
             for block in run.blocks:
@@ -127,7 +128,7 @@ def _copies(
             given = given or joins is not None
             works = not all(_hands_on(block) for block in blocks)
             shares = any(block.shares for block in run.blocks)
-            alone = (given and works) or joins is not None or shares or (x.dtype, flows) != entered
+            alone = (given and works) or joins is not None or shares or (x.shape, x.dtype, flows) != entered
             given = given and not works
             out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units, joins=joins))
             joins = None
@@ -156,6 +157,16 @@ def _materialise(
     names = [*(n for n in shared if n in asked), *(frame.scope[n].name for n in also if n in frame.scope)]
     for name in dict.fromkeys(n for n in names if n not in grads and frame.scope[n].dtype in FLOATING):
         grads[name] = tape.alloc(frame.scope[name], "temp", of="gradient of ")
+
+
+def _is_called(block: Block) -> bool:
+    """Whether the run calls the block: of a tower that it leaves out, only the weights are there."""
+    return any(op.writes and not op.view for op in block.ops)
+
+
+def _first(names: Iterable[str], default: str) -> str:
+    """The first of the names that is not empty."""
+    return next(filter(None, names), default)
 
 
 def _hands_on(block: Block) -> bool:
@@ -264,12 +275,12 @@ def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]
 
 
 def _last_apart(copies: list[Copies], depth: Mapping[str, int]) -> list[Copies]:
-    """The last copy by itself: on the way back it finds what the head left of its gathering, and leaves its own."""
+    """The last two copies by themselves: on the way back the first of them makes the gradients of what all copies read,
+    the second may add to those in new storages, and all others add in place."""
     *rest, last = copies
-    if last.count(depth) < 2:
-        return copies
-    less = depth[last.times] - 1
-    return [*rest, last._replace(after=1), last._replace(less=less, alone=True)]
+    apart = min(2, last.count(depth) - 1)
+    alone = (last._replace(less=depth[last.times] - i, alone=True) for i in range(apart, 0, -1))
+    return [*rest, last._replace(after=apart), *alone] if apart > 0 else copies
 
 
 def _ends_apart(copies: Copies, depth: Mapping[str, int]) -> Iterator[Copies]:
@@ -416,14 +427,16 @@ def run_pass(
     first = Frame(before, first_scope, {}, leaf)
     first.past = past
     embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
-    outer = gatherer.outside(BEFORE)
+    called = [tuple(map(gatherer.named, c.units, map(_is_called, c.blocks))) for c in copies]
+    from_here = [*accumulate(reversed(called), lambda later, units: _first(units, later), initial="")][::-1]
     gatherer.gather(REST, first)
-    gatherer.gather(outer, first, copies[0].units[0])
+    gatherer.gather(ROOT, first, from_here[0])
+    gatherer.enter_outside()
     behind = _behind(before)
     begins = behind.get(embeds, embeds)
     made = tape.forward(first, {begins, *_roots(behind, read)}, grad=records, checkpoint=not records)
-    if outer != ROOT:
-        gatherer.leave(outer)
+    opening = gatherer.leave(BEFORE)
+    before_here = [*accumulate(called, lambda earlier, units: _first(units[::-1], earlier), initial=opening)]
     flows = frozenset(first.flows)
     stream = made[begins]
     own = _handed(made, behind, read, stream)
@@ -439,6 +452,7 @@ def run_pass(
             own |= {"x": stream, **carried}
             joint = joined[at] = Frame(c.joins.ops, c.joins.scope, own, flows.union(_x(x_flows), c.joins.leaf))
             joint.past = joint_pasts.pop(0)
+            gatherer.enter_outside()
             behind = _behind(joint.ops, {"x": "x"})
             begins, wanted = behind.get(c.joins.stream, c.joins.stream), later[at] - {"x"}
             made = tape.forward(joint, {begins, *_roots(behind, wanted)}, own, grad=records, checkpoint=not records)
@@ -459,7 +473,7 @@ def run_pass(
             )
             tape.enter_run(number, firsts[number])
         tape.enter_copy(c.skipped)
-        later_unit = copies[at + 1].units[0] if at + 1 < len(copies) else ""
+        again_first = called[at] if c.count(depth) > 1 else ()
         entering = stream
         frames: list[Frame] = []
         for i, (block, inner, unit) in enumerate(zip(c.blocks, c.scopes, c.units, strict=True)):
@@ -477,8 +491,8 @@ def run_pass(
                 frame.checkpoint = [*([] if goes else [stream]), *given]
                 for storage in (*frame.checkpoint, *frame.named):
                     storage.refs += 1
-            within = i + 1 < period or c.count(depth) > 1
-            gatherer.gather(unit, frame, c.units[(i + 1) % period] if within else later_unit)
+            if called[at][i]:
+                gatherer.gather(unit, frame, _first((*called[at][i + 1 :], *again_first), from_here[at + 1]))
             behind = _behind(block.ops)
             y, shares = behind["y"], {name: behind[name] for name in block.shares}
             frame.past = pasts[at][i]
@@ -512,7 +526,7 @@ def run_pass(
     own |= {"x": stream, **carried}
     tail = Frame(after, tail_scope, own, flows | _x(x_flows))
     tail.past = last_past
-    gatherer.gather(gatherer.outside(AFTER), tail)
+    gatherer.enter_outside()
     own = tape.forward(tail, {r for op in loss for r in op.reads}, own, grad=records, checkpoint=not records)
     tape.note()
     if not records:
@@ -532,27 +546,25 @@ def run_pass(
 
     # backward
     tape.phase = "backward"
-    gatherer.remember(REST, None)
-    gatherer.remember(outer, None)
+    for unit in (REST, ROOT, TIED, BEFORE):
+        gatherer.remember(unit, None)
     for number, c in zip((number for number, _ in ran), copies, strict=True):
         for unit in c.units:
             gatherer.remember(unit, number)
-    if gatherer.outside(AFTER) != outer:
-        gatherer.remember(AFTER, None)
+    gatherer.remember(AFTER, None)
+    gatherer.turn()
     root = tape.alloc(tail_scope["loss"], "temp")
     root.refs += 1  # backward() holds the gradient it started from
     grads = {"loss": root}
-    head = gatherer.outside(AFTER)
     gatherer.backward(REST, tail, "")
-    following = gatherer.following(copies[-1].units[-1], outer)
-    if not gatherer.after_loss:
-        gatherer.backward(head, tail, following)
+    if gatherer.at_loss:
+        gatherer.backward(gatherer.head, tail, before_here[-1])
     tape.backward(criterion, grads)
-    if gatherer.after_loss:
-        gatherer.backward(head, tail, following)
+    if not gatherer.at_loss:
+        gatherer.backward(gatherer.head, tail, before_here[-1])
+    gatherer.enter_outside()
     tape.backward(tail, grads)
-    if head != ROOT:
-        gatherer.reduce(head, tail)
+    gatherer.reduce(AFTER, tail)
     if "x" in grads:
         grads["y"] = grads.pop("x")
     for i in reversed(range(len(ran))):
@@ -560,16 +572,15 @@ def run_pass(
         if number is not None:
             tape.enter_run(number, firsts[number])
         tape.enter_copy(copies[i].skipped)
-        units = copies[i].units
         several = (number is not None and copies[i].count(depth) > 1) or copies[i].skipped
-        earlier = units[-1] if several else copies[i - 1].units[-1] if i else outer
-        behind_each = zip(reversed(frames), units[::-1], (*units[-2::-1], earlier), copies[i].blocks[::-1], strict=True)
-        for frame, unit, following, block in behind_each:
+        again_last = called[i][::-1] if several else ()
+        for j in reversed(range(len(frames))):
+            frame, unit, block = frames[j], copies[i].units[j], copies[i].blocks[j]
             if checkpoint and reentrant and not block.lasting and "y" in grads:
                 _materialise(tape, frame, block, flows.intersection(shared), returned, grads)
-            used = any(node.targets for node in frame.nodes)
+            used = called[i][j] and any(node.targets for node in frame.nodes)
             if used:
-                gatherer.backward(unit, frame, following)
+                gatherer.backward(unit, frame, _first((*called[i][:j][::-1], *again_last), before_here[i]))
             tape.backward(frame, grads)
             if used:
                 gatherer.reduce(unit, frame)
@@ -582,17 +593,19 @@ def run_pass(
         if joins is not None:
             if "y" in grads:
                 grads[joins.stream] = grads.pop("y")
+            gatherer.enter_outside()
             tape.backward(joined[i], grads)
             if "x" in grads:
                 grads["y"] = grads.pop("x")
     tape.end_blocks()
     if "y" in grads:
         grads[embeds] = grads.pop("y")
-    if any(node.targets for node in first.nodes):
-        gatherer.backward(outer, first, "")
+    if gatherer.is_reached(BEFORE, first, leaf):
+        gatherer.backward(BEFORE, first, "")
+    gatherer.enter_outside()
     tape.backward(first, grads)
-    gatherer.reduce(outer, first)
-    gatherer.reduce(REST, first)
+    for unit in (ROOT, BEFORE, TIED, REST):  # in the order of the model's modules
+        gatherer.reduce(unit, first)
     gatherer.end(first)
     asked = {*leaf, *(name for joint in joints for name in joint.leaf)}
     asked.update(name for c in copies for block in c.blocks for op in block.ops for name in leaves(op))

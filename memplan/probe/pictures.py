@@ -117,7 +117,8 @@ def _has_no_data(t: torch.Tensor) -> bool:
 
 
 def _module(base: Any) -> Any:
-    return sys.modules[type(base).__module__]
+    """The file of transformers that the model is from: FSDP2 gives a divided model a class of its own."""
+    return next(sys.modules[k.__module__] for k in type(base).__mro__ if k.__module__.startswith("transformers."))
 
 
 def _outside(compute: Callable[[], Any]) -> Any:

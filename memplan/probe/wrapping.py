@@ -186,10 +186,11 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
             shard(module, **unit)
     table, head = _embeddings(model)
     tied = table is not None and head is not None and table.weight is head.weight
+    shared = _sharing(model, table, head)
     if not tied and table is not None and not isinstance(table, fsdp.FSDPModule):
-        shard(table, **unit)
+        shard([table, *shared], **unit)
     norm = library("accelerate.utils.fsdp_utils")._find_final_norm(model)
-    tail = (norm, table, head) if tied else (norm, head)
+    tail = (norm, table, *shared, head) if tied else (norm, head)
     own = [module for module in tail if module is not None and not isinstance(module, fsdp.FSDPModule)]
     if own:
         shard(own, **{**unit, "reshard_after_forward": False})
@@ -219,6 +220,13 @@ def _embeddings(model: Any) -> tuple[Any, Any]:
     """The model's input embeddings and its head, None where it has none."""
     none: Any = lambda: None  # noqa: E731
     return getattr(model, "get_input_embeddings", none)(), getattr(model, "get_output_embeddings", none)()
+
+
+def _sharing(model: Any, table: Any, head: Any) -> list[Any]:
+    """Further modules that look tokens up in the table, as T5's encoder and decoder do. accelerate 1.15 leaves them to
+    the root, which torch 2.13 refuses: it asks for all modules that share a parameter in one group."""
+    weight = getattr(table, "weight", None)
+    return [m for m in model.modules() if m not in (table, head) and getattr(m, "weight", None) is weight is not None]
 
 
 def _bottom_up(module: Any) -> Generator[Any]:

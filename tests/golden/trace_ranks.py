@@ -111,6 +111,31 @@ REAL: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama-3.1-8b", {"batch": {"sequence": 4096}, "method": {"kind": "lora"}}),
 )
 
+ON_TEXT = {"batch": {"sequence": 512}}
+WITH_IMAGE = {"batch": {"sequence": 600, "images": 1, "image_size": (448, 448)}}
+LANGUAGE = {"frozen": ("vision", "projector")}
+ONE_BY_ONE = {"cpu_ram_efficient_loading": False}  # accelerate 1.15 cannot send a model that has buffers in its state
+# Models whose layers differ or share weights: windows, towers, tables that a head, an encoder and a decoder share.
+UNEQUAL: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("gemma-3-4b", {**ON_TEXT, "method": "lora"}, {}),
+    ("gemma-3-4b", {**ON_TEXT, "method": {"kind": "full", **LANGUAGE}}, {}),
+    ("gemma-3-4b", {"batch": {"sequence": 600, "images": 1}}, {}),
+    ("ministral-3-3b", {**ON_TEXT, "method": "lora"}, {}),
+    ("ministral-3-3b", {**WITH_IMAGE, "method": {"kind": "full", **LANGUAGE}}, {}),
+    ("qwen2.5-vl-3b", {**ON_TEXT, "method": "lora"}, {}),
+    ("qwen2.5-vl-3b", WITH_IMAGE, {}),
+    ("t5-base", {**ON_TEXT, "method": "lora"}, {}),
+    ("t5-base", ON_TEXT, {}),
+    ("flan-t5-base", ON_TEXT, ONE_BY_ONE),
+    ("gemma-4-e2b", {**ON_TEXT, "method": "lora"}, ONE_BY_ONE),
+    ("gemma-3n-e4b", {**ON_TEXT, "method": "lora"}, {}),
+    ("gemma-3n-e4b", ON_TEXT, {}),
+    ("whisper-large-v3", {}, {}),
+    ("llama-3.2-11b-vision", {**ON_TEXT, "method": "lora"}, {}),
+    ("opt-1.3b", {**ON_TEXT, "method": "lora"}, {}),
+    ("gpt2", ON_TEXT, {}),
+)
+
 
 def draw() -> Iterator[tuple[str, dict[str, Any]]]:
     small = {"model": {"config": LLAMA}, "batch": {"micro": 2, "sequence": 64}}
@@ -178,6 +203,11 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:
     for model, run in REAL:
         for strategy in STRATEGIES:
             yield f"{model}-{strategy}", {"model": model, **run, **divided(strategy, 8)}
+    for model, run, knob in UNEQUAL:
+        for world in (2, 4):
+            fields = divided("fsdp2", world)
+            parallelism = {**fields["parallelism"], **knob}
+            yield f"unequal-{model}", {"model": model, **run, **fields, "parallelism": parallelism}
 
 
 def divided(strategy: str, world: int) -> dict[str, Any]:
