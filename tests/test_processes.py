@@ -1,0 +1,82 @@
+"""What a scheduler does with memplan: errors and answers cross processes, and a fork under busy threads answers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import pkgutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+
+import pytest
+
+import memplan
+from memplan import MemplanError, RunSpec, estimate
+from memplan.errors import UnknownNameError, about
+
+RUN = RunSpec(model="qwen2-0.5b", method="qlora", gpu="t4")
+
+
+def error_kinds() -> list[type[MemplanError]]:
+    """MemplanError and every subclass that a module of memplan defines."""
+    for module in pkgutil.walk_packages(memplan.__path__, "memplan."):
+        if not module.name.endswith("__main__"):
+            try:
+                import_module(module.name)
+            except ModuleNotFoundError as error:
+                if str(error.name).startswith("memplan"):  # the probe's modules need torch
+                    raise
+
+    def below(kind: type[MemplanError]) -> Iterator[type[MemplanError]]:
+        yield kind
+        for subclass in kind.__subclasses__():
+            yield from below(subclass)
+
+    return [kind for kind in below(MemplanError) if kind.__module__.startswith("memplan")]
+
+
+def example(kind: type[MemplanError]) -> MemplanError:
+    """An error of this kind. A subclass whose constructor takes other arguments needs a case of its own here."""
+    if kind is UnknownNameError:
+        return UnknownNameError("model", "lama-3.1-8b", ["llama-3.1-8b", "qwen2-7b"])
+    return kind("batch.micro: must be at least 1, not 0", "batch.micro")
+
+
+def test_every_error_is_copied_and_pickled_with_all_it_says() -> None:
+    kinds = error_kinds()
+    assert UnknownNameError in kinds
+    for kind in kinds:
+        error = example(kind)
+        error.add_note("in line 3")
+        pickled = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+        for again in (*pickled, copy.copy(error), copy.deepcopy(error)):
+            assert type(again) is kind
+            assert again.args == error.args
+            assert vars(again) == vars(error)
+            assert (str(again), again.field, again.exit_code) == (str(error), error.field, error.exit_code)
+
+
+def test_an_unknown_name_keeps_its_value_and_the_nearest() -> None:
+    again = pickle.loads(pickle.dumps(example(UnknownNameError)))
+    assert (again.value, again.nearest[0]) == ("lama-3.1-8b", "llama-3.1-8b")
+
+
+def test_a_pickled_error_keeps_the_field_it_was_renamed_to() -> None:
+    with pytest.raises(UnknownNameError) as caught, about("serving.draft_model"):
+        raise example(UnknownNameError)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.field == "serving.draft_model"
+    assert str(again) == str(caught.value)
+
+
+def test_a_mistyped_model_leaves_a_pool_of_processes_working() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        wrong = pool.submit(estimate, RUN.model_copy(update={"model": "lama-3.1-8b"}))
+        right = pool.submit(estimate, RUN)
+        with pytest.raises(UnknownNameError, match=r"^model: unknown name 'lama-3.1-8b'; did you mean llama-3.1-8b"):
+            wrong.result()
+        answer = right.result()
+    assert answer == estimate(RUN)
+    assert answer.model_dump() == estimate(RUN).model_dump()
