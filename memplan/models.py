@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, cast
 
+from memplan.cached_property import cached_property
 from memplan.config_classes import (
     BUILT_AS,
     CLASSIFIERS,

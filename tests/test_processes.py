@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
+from threading import Barrier, Thread
 
 import pytest
 
 import memplan
 from memplan import MemplanError, RunSpec, estimate
+from memplan.cached_property import cached_property
 from memplan.errors import UnknownNameError, about
 
 RUN = RunSpec(model="qwen2-0.5b", method="qlora", gpu="t4")
@@ -80,3 +85,74 @@ def test_a_mistyped_model_leaves_a_pool_of_processes_working() -> None:
         answer = right.result()
     assert answer == estimate(RUN)
     assert answer.model_dump() == estimate(RUN).model_dump()
+
+
+FORKS = """
+import os, signal, threading
+from memplan import RunSpec, estimate
+
+def used(vocab_size):
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "llama", "vocab_size": vocab_size, **sizes}
+    return estimate(RunSpec(model={"config": config}, method="lora", gpu="t4")).bytes.used
+
+def ask(first):
+    for vocab_size in range(first, 2**27, 3):
+        used(vocab_size)
+
+expected = used(1000)  # every module that an answer needs is imported from here on
+for first in range(2000, 2003):
+    threading.Thread(target=ask, args=(first,), daemon=True).start()
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that waits for ever ends by this signal
+        os._exit(used(1000) != expected or used(1001) <= 0)
+    status = os.waitpid(child, 0)[1]
+    print(status, flush=True)
+    if status:
+        break
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_among_busy_threads_answers() -> None:
+    ran = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["0"] * 4, ran.stdout + ran.stderr
+
+
+class Squared:
+    def __init__(self, side: int) -> None:
+        self.side, self.computed, self.both = side, 0, Barrier(2)
+
+    @cached_property
+    def area(self) -> int:
+        """The side squared."""
+        self.computed += 1
+        return self.side**2
+
+    @cached_property
+    def mark(self) -> object:
+        self.both.wait(60)
+        return object()
+
+
+def test_a_cached_property_is_computed_once_and_kept() -> None:
+    square = Squared(3)
+    assert (square.area, square.area, square.computed) == (9, 9, 1)
+    assert vars(square)["area"] == 9
+    assert isinstance(Squared.area, cached_property)
+    assert Squared.area.__doc__ == "The side squared."
+
+
+def test_threads_that_compute_a_cached_property_at_once_get_one_value() -> None:
+    square = Squared(3)
+    marks: list[object] = []
+    threads = [Thread(target=lambda: marks.append(square.mark)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(marks) == 2
+    assert marks[0] is marks[1] is square.mark
