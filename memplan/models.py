@@ -377,6 +377,10 @@ class ModelSpec:
     def _hash(self) -> int:
         return hash((self.name, self.config))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the hash, which is another one in another process."""
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
+
     def __repr__(self) -> str:
         return f"ModelSpec({self.name or self.model_type!r}, {self.num_hidden_layers} layers)"
 

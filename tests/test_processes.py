@@ -17,7 +17,7 @@ from threading import Barrier, Thread
 import pytest
 
 import memplan
-from memplan import MemplanError, RunSpec, estimate
+from memplan import MemplanError, RunSpec, estimate, load_card
 from memplan.cached_property import cached_property
 from memplan.errors import UnknownNameError, about
 
@@ -85,6 +85,14 @@ def test_a_mistyped_model_leaves_a_pool_of_processes_working() -> None:
         answer = right.result()
     assert answer == estimate(RUN)
     assert answer.model_dump() == estimate(RUN).model_dump()
+
+
+def test_a_model_from_another_process_is_found_among_equals() -> None:
+    code = "import pickle, memplan; card = memplan.load_card('gpt2'); hash(card); print(pickle.dumps(card).hex())"
+    for seed in ("1", "2"):  # of the hashes of strings
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert {load_card("gpt2"): "found"}[pickle.loads(bytes.fromhex(out.stdout))] == "found"
 
 
 FORKS = """
