@@ -79,8 +79,8 @@ class FrozenDict(dict[str, Any]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, dict) or not super().__eq__(cast(dict[str, Any], other)):
             return False
-        for value, equal in zip(self.values(), map(cast(dict[str, Any], other).__getitem__, self), strict=True):
-            if type(value) is not type(equal) or (type(value) is tuple and not _same_types(value, equal)):
+        for a, b in zip(self.values(), map(cast(dict[str, Any], other).__getitem__, self), strict=True):
+            if a is not b and (type(a) is not type(b) or (type(a) is tuple and not _same_types(a, b))):
                 return False
         return True
 
