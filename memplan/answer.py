@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from memplan.cached_property import cached_property
 from memplan.catalogue.overhead import Overhead
 from memplan.errors import InternalError
 from memplan.spec import FrozenDict, RunSpec

@@ -184,16 +184,36 @@ def write(calibration: Calibration, path: Path) -> None:
 
 
 def read(path: Path) -> Calibration:
-    """The profile in a file. Raises SpecError, which names the file and the field, where it holds none."""
-    shown = printable(str(path), _LONGEST)
+    """The profile in a file. Raises SpecError, which names the file and the field, if it cannot be read or holds
+    none."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(_MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
+        return _parsed(_bytes_of(path), path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
-        raise SpecError(f"calibration: {shown!r} cannot be read ({reason})", "calibration") from None
+        raise SpecError(f"calibration: {_shown(path)!r} cannot be read ({reason})", "calibration") from None
+
+
+def local(gpu: str) -> Calibration | None:
+    """This machine's profile of a card; None if there is none, or its folder may not be searched.
+
+    Raises OSError if its file cannot be read, SpecError if the file holds no profile.
+    """
+    path = file_of(gpu)
+    try:
+        is_there = path.is_file()
+    except OSError:
+        is_there = False
+    return _parsed(_bytes_of(path), path) if is_there else None
+
+
+def _bytes_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MOST_BYTES + 1)
+
+
+def _parsed(raw: bytes, path: Path) -> Calibration:
     if len(raw) > _MOST_BYTES:
-        raise SpecError(f"calibration: {shown} is larger than {_MOST_BYTES // 2**10} KiB", "calibration")
+        raise SpecError(f"calibration: {_shown(path)} is larger than {_MOST_BYTES // 2**10} KiB", "calibration")
     try:
         return Calibration.model_validate_json(raw)
     except ValidationError as error:
@@ -201,13 +221,11 @@ def read(path: Path) -> Calibration:
         where = ".".join(map(str, first["loc"])) or "it"
         message = str(first["msg"]).removeprefix("Value error, ")
         raise SpecError(
-            f"calibration: {shown}: {printable(where, 60)}: {message[:1].lower()}{message[1:]}; memplan calibrate "
-            "writes it anew",
+            f"calibration: {_shown(path)}: {printable(where, 60)}: {message[:1].lower()}{message[1:]}; memplan "
+            "calibrate writes it anew",
             "calibration",
         ) from None
 
 
-def local(gpu: str) -> Calibration | None:
-    """This machine's profile of a card; None where there is none. Raises SpecError where its file holds none."""
-    path = file_of(gpu)
-    return read(path) if path.is_file() else None
+def _shown(path: Path) -> str:
+    return printable(str(path), _LONGEST)

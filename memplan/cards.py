@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from memplan.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, printable
 from memplan.gguf_configs import config_of
 from memplan.headers import WEIGHTS, Checkpoint, read_checkpoint, read_gguf, refuse_pickle
 from memplan.models import ModelSpec
-from memplan.spec import InlineModel
+from memplan.spec import FrozenDict, InlineModel
 
 _HERE = Path(__file__).resolve().parent
 _MAX_CONFIG_BYTES = 2**24  # a config.json is a few kilobytes; anything far larger is not one
@@ -44,7 +44,7 @@ def find_model(model: str | InlineModel, online: bool = False) -> ModelSpec:
     ConfigError and UnsupportedModelError for a config that is no dense decoder's.
     """
     if isinstance(model, InlineModel):
-        return _inline(model)
+        return _inline(cast(FrozenDict, model.config))
     found = _found(model, online)
     return load_card(found) if isinstance(found, str) else ModelSpec(found.config, model, checkpoint=found.checkpoint)
 
@@ -178,8 +178,8 @@ def _card_config(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1024)
-def _inline(model: InlineModel) -> ModelSpec:
-    return ModelSpec(model.config, str(model.config.get("_name_or_path", "")))
+def _inline(config: FrozenDict) -> ModelSpec:
+    return ModelSpec(config, str(config.get("_name_or_path", "")))
 
 
 def _read_card(name: str) -> dict[str, Any]:

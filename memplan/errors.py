@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 ISSUES = "https://github.com/memplan/memplan/issues"
 _LONGEST = 80  # letters of a wrong name that are repeated in the error about it
@@ -51,6 +52,15 @@ class MemplanError(Exception):
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)
         self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and unpickle from `args` and the attributes: a subclass's constructor may take other arguments."""
+        return _restore, (type(self), self.args), vars(self)
+
+
+def _restore(kind: type[MemplanError], args: tuple[Any, ...]) -> MemplanError:
+    """The error with these `args` and without attributes, which unpickling sets next."""
+    return kind.__new__(kind, *args)
 
 
 class UnknownNameError(MemplanError):

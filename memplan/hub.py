@@ -169,6 +169,9 @@ def _why(error: BaseException) -> str:
         return f"could not be asked for: the Hub answered with status {status}"
     if "Timeout" in type(error).__name__ or isinstance(error, TimeoutError):
         return "could not be asked for: the Hub did not answer in time"
+    if isinstance(error, PermissionError):  # huggingface_hub's own files, in a home folder of another user
+        file = printable(str(error.filename), _LONGEST)
+        return f"could not be asked for: {file!r} cannot be used (permission denied); set HF_HOME to a folder of yours"
     reason = " ".join(str(error).split())
     return f"could not be asked for: no connection to the Hub ({printable(reason or type(error).__name__, _LONGEST)})"
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, cast
 
+from memplan.cached_property import cached_property
 from memplan.config_classes import (
     BUILT_AS,
     CLASSIFIERS,
@@ -375,6 +376,10 @@ class ModelSpec:
     @cached_property
     def _hash(self) -> int:
         return hash((self.name, self.config))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the hash, which is another one in another process."""
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     def __repr__(self) -> str:
         return f"ModelSpec({self.name or self.model_type!r}, {self.num_hidden_layers} layers)"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from memplan.cached_property import cached_property
 from memplan.catalogue import compressed_tokens, quantized_caches
 from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
 from memplan.engine.record import FREED, Recorded

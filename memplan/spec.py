@@ -56,6 +56,8 @@ ProfileName = Annotated[str, AfterValidator(_versioned)]
 
 def frozen(value: Any) -> Any:
     """Lists become tuples, mappings FrozenDicts, all the way down."""
+    if value is None or isinstance(value, (str, int, float)):  # first, as asking whether it is a Mapping is slow
+        return value
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value)
         return FrozenDict({str(k): frozen(v) for k, v in items.items()})
@@ -65,10 +67,25 @@ def frozen(value: Any) -> Any:
 
 
 class FrozenDict(dict[str, Any]):
-    """A mapping that cannot change and can be hashed, for the parts of a spec that are free-form JSON."""
+    """A mapping that cannot change and can be hashed, for the parts of a spec that are free-form JSON.
+
+    Equal only to a mapping whose values have the same types. Answers are cached by equality, and of the sizes 2, 2.0
+    and True one is answered and two are refused.
+    """
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, dict) or not super().__eq__(cast(dict[str, Any], other)):
+            return False
+        for a, b in zip(self.values(), map(cast(dict[str, Any], other).__getitem__, self), strict=True):
+            if a is not b and (type(a) is not type(b) or (type(a) is tuple and not _same_types(a, b))):
+                return False
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     def _refuse(self, *_: object, **__: object) -> Any:
         raise TypeError("a FrozenDict cannot be changed")
@@ -85,20 +102,28 @@ class FrozenDict(dict[str, Any]):
         return FrozenDict, (dict(self),)
 
 
+def _same_types(a: Any, b: Any) -> bool:
+    """Whether equal values have the same types, all the way down. Mappings inside have compared theirs already."""
+    return type(a) is type(b) and (not isinstance(a, tuple) or all(map(_same_types, cast(tuple[Any, ...], a), b)))
+
+
 def _json(value: dict[str, Any]) -> FrozenDict:
     """A frozen copy of what JSON can hold. Raises ValueError for anything else."""
 
     def check(inner: Any, depth: int) -> None:
         if depth > _DEEPEST:
             raise ValueError(f"is nested more than {_DEEPEST} deep")
-        if isinstance(inner, (Mapping, list, tuple)):
+        if inner is None or isinstance(inner, (str, int)):
+            return
+        if isinstance(inner, float):
+            if not isfinite(inner):
+                raise ValueError(f"holds {inner}, which JSON cannot")
+        elif isinstance(inner, (Mapping, list, tuple)):
             items = cast(Mapping[str, Any], inner).values() if isinstance(inner, Mapping) else cast(list[Any], inner)
             for item in items:
                 check(item, depth + 1)
-        elif inner is not None and not isinstance(inner, (str, int, float)):
+        else:
             raise ValueError(f"holds a {type(inner).__name__}, which JSON cannot")
-        elif isinstance(inner, float) and not isfinite(inner):
-            raise ValueError(f"holds {inner}, which JSON cannot")
 
     check(value, 0)
     return frozen(value)
@@ -250,7 +275,7 @@ class Method(Part, frozen=True):
     trainable_layers: Count = 2
     frozen: Names = ()
     quantization: Quantization | None = None
-    options: Json = Field(default_factory=FrozenDict)
+    options: Json = FrozenDict()
 
     @model_validator(mode="before")
     @classmethod

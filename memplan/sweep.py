@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache
 from itertools import pairwise
 from operator import index, mul
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from memplan.answer import ANSWERS
 from memplan.batches import check_batch
+from memplan.cached_property import cached_property
 from memplan.cards import find_model
 from memplan.catalogue.losses import CHUNK
 from memplan.engine.walk import values

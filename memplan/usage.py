@@ -6,10 +6,11 @@ microseconds. A verdict that is clear without one needs none.
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memplan.answer import Band
+from memplan.cached_property import cached_property
 from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, SHOWN_OF_RANKS, Overhead
 from memplan.engine.allocator import Allocator, OutOfMemoryError
 from memplan.gpus import GPU

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -124,6 +125,11 @@ def test_ci_runs_the_two_commands_of_the_readme() -> None:
         ["pip install . && memplan qwen2-7b --method qlora --gpu 3090"],
         ["pip install '.[test]' && pytest"],
     ]
+
+
+def test_every_runtime_dependency_has_a_lower_bound_that_ci_can_install() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert [d for d in project["dependencies"] if not re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", d)] == []
 
 
 def test_the_readme_fits_on_two_screens() -> None:

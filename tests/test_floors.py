@@ -13,7 +13,7 @@ PACKAGE = Path(memplan.__file__).parent
 
 # Lowest first. The catalogue and the engine are two wings of one floor: neither imports the other.
 FLOORS = (
-    {"errors", "units", "folders", "sizes"},
+    {"errors", "units", "folders", "sizes", "cached_property"},
     {"spec", "gpus", "gpu_table", "config_classes", "families", "objectives", "models", "layers", "cards", "degrees"}
     | {"calibration", "headers", "gguf_configs", "hub"},
     {"ir"},

@@ -953,12 +953,13 @@ def _estimate(given: Mapping[str, Any]) -> int:
 
 
 def own_profile(gpu: str | None, given: Mapping[str, Any]) -> "Calibration | None":
-    """This machine's own profile of a card, unless there is none or it is not wanted."""
+    """This machine's own profile of a card; None if it is not wanted, there is none, or it is left out with a
+    warning."""
     if gpu is None or given.get("calibration") is False:
         return None
-    from memplan.folders import calibrations
+    from memplan.folders import has_calibrations
 
-    if not calibrations().is_dir():
+    if not has_calibrations():
         return None
     from memplan.cli.calibrate import profile_of
 

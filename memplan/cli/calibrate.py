@@ -44,16 +44,21 @@ def calibrate(
 
 
 def profile_of(gpu: str) -> tuple[Calibration | None, str]:
-    """This machine's profile of a card, and what an answer says of it: that it rests on it, or why it does not.
+    """This machine's profile of a card, and a sentence for the answer: that it rests on the profile, or why not.
 
-    Raises SpecError where the card's file holds no profile.
+    Raises SpecError if the card's file holds no profile.
     """
     from memplan import __version__
-    from memplan.calibration import local
+    from memplan.calibration import file_of, local
+    from memplan.errors import printable
     from memplan.gpus import find_gpu
 
     name = find_gpu(gpu).name
-    profile = local(name)
+    try:
+        profile = local(name)
+    except OSError as error:
+        why = f"{printable(str(file_of(name)), _LONGEST)} cannot be read ({error.strerror})"
+        return None, f"this machine's profile of {name} is left out: {why}"
     if profile is None:
         return None, ""
     if profile.memplan != __version__:
@@ -62,6 +67,7 @@ def profile_of(gpu: str) -> tuple[Calibration | None, str]:
     return profile, profile.named()
 
 
+_LONGEST = 200  # letters of a path that a warning repeats
 _MOST = 2**50  # bytes: what is more is no card's
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.answer import Estimate, phase_peaks
+from memplan.cached_property import cached_property
 from memplan.catalogue.costs import Cost
 from memplan.errors import SpecError
 from memplan.estimator import estimate

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase, Rank
+from memplan.cached_property import cached_property
 from memplan.cards import Facts, facts_of, find_config
 from memplan.catalogue.methods import ADAPTERS
 from memplan.catalogue.overhead import cublas_workspace

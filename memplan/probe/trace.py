@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from threading import TIMEOUT_MAX, Timer
@@ -26,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import memplan.errors
 from memplan.answer import KINDS
+from memplan.cached_property import cached_property
 from memplan.catalogue.overhead import cublas_workspace
 from memplan.engine.allocator import Allocator, Block
 from memplan.errors import MemplanError, ProbeError

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from memplan.answer import Band, Card, Estimate, Line, Parameters, Peak, Phase, Rank
+from memplan.cached_property import cached_property
 from memplan.catalogue.overhead import Overhead
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.graph import active, elements
