@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, Gatherer, unit_of
-from memplan.engine.lower import Frame, Moment, Storage, Tape, leaves
+from memplan.engine.lower import Frame, Moment, Storage, Tape, add_to_each, leaves
 from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor
 
 
@@ -324,11 +324,12 @@ def lower(
     tape.saves = saves
     gatherer = Gatherer(tape, division, grads_exist)
     passed = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host)
-    held = passed.held.plus(passed.nodes)
+    (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
-    if lingers:
-        before = {"forward": held, "loss": passed.nodes}
-        moments = [m.plus(before[m.phase]) if m.phase in before else m for m in moments]
+    for phase, before in (("forward", held), ("loss", passed.nodes)) if lingers else ():
+        of_phase = [i for i, m in enumerate(moments) if m.phase == phase]
+        for i, moment in zip(of_phase, add_to_each([moments[i] for i in of_phase], before), strict=True):
+            moments[i] = moment
     return Lowered(tuple(moments), passed.kept, tape.snapshot(), held, tape.host, tuple(tape.sizes), passed.runs)
 
 
