@@ -109,6 +109,103 @@ def test_expandable_segments_grow_by_pages_and_leave_nothing_over() -> None:
     assert a.reserved == 80 * MIB
 
 
+class Plain:
+    """The allocator's rules as they are stated; a segment is a list of pieces: sizes, and whether they are free."""
+
+    def __init__(self, expandable: bool, capacity: int | None) -> None:
+        self.expandable, self.capacity = expandable, capacity
+        self.pools: dict[bool, list[list[list[int]]]] = {True: [], False: []}  # by whether the pool is the small one
+        self.peak = 0
+
+    @property
+    def reserved(self) -> int:
+        return sum(size for segments in self.pools.values() for pieces in segments for size, _ in pieces)
+
+    def alloc(self, asked: int) -> list[int]:
+        size = -(-asked // 512) * 512
+        is_small = size <= MIB
+        pieces, piece = self.fitting(is_small, size) or self.given(is_small, size)
+        rest = piece[0] - size
+        if rest > MIB or (rest and (is_small or self.expandable)):
+            pieces.insert(pieces.index(piece) + 1, [rest, True])
+            piece[0] = size
+        piece[1] = False
+        return piece
+
+    def fitting(self, is_small: bool, size: int) -> tuple[list[list[int]], list[int]] | None:
+        every = ((pieces, piece) for pieces in self.pools[is_small] for piece in pieces)
+        found = ((pieces, piece) for pieces, piece in every if piece[1] and piece[0] >= size)
+        return min(found, key=lambda one: one[1][0], default=None)  # the first of several
+
+    def given(self, is_small: bool, size: int) -> tuple[list[list[int]], list[int]]:
+        more = self.needed(is_small, size)
+        if self.capacity is not None and self.reserved + more > self.capacity:
+            self.release()
+            more = self.needed(is_small, size)
+            if self.reserved + more > self.capacity:
+                raise OutOfMemoryError
+        if not self.expandable or not self.pools[is_small]:
+            self.pools[is_small].append([])
+        pieces = self.pools[is_small][-1]
+        if not pieces or not pieces[-1][1]:
+            pieces.append([0, True])
+        pieces[-1][0] += more
+        self.peak = max(self.peak, self.reserved)
+        return pieces, pieces[-1]
+
+    def needed(self, is_small: bool, size: int) -> int:
+        if self.expandable:
+            pages = (2 if is_small else 20) * MIB
+            *_, (free, is_free) = self.pools[is_small][-1] if any(self.pools[is_small]) else [[0, True]]
+            return -(-(size - free * is_free) // pages) * pages
+        return 2 * MIB if is_small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+
+    def free(self, piece: list[int]) -> None:
+        piece[1] = True
+        for pieces in (pieces for pool in self.pools.values() for pieces in pool):
+            for i in reversed(range(1, len(pieces))):
+                if pieces[i][1] and pieces[i - 1][1]:
+                    pieces[i - 1][0] += pieces.pop(i)[0]
+
+    def release(self) -> None:
+        for is_small, pool in self.pools.items():
+            for pieces in list(pool):
+                if not self.expandable and len(pieces) == 1 and pieces[0][1]:
+                    pool.remove(pieces)
+                elif self.expandable and pieces and pieces[-1][1]:
+                    pieces[-1][0] %= (2 if is_small else 20) * MIB
+                    if not pieces[-1][0]:
+                        pieces.pop()
+
+
+@settings(laws, max_examples=examples(60))
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 64 * MIB) | st.integers(1, 2 * MIB)), max_size=60),
+    st.booleans(),
+    st.none() | st.integers(20, 400).map(MIB.__mul__),
+)
+def test_every_block_is_where_the_rules_put_it(
+    calls: list[tuple[bool, int]], expandable: bool, capacity: int | None
+) -> None:
+    allocator, plain = Allocator(expandable, capacity), Plain(expandable, capacity)
+    out: list[tuple[Any, list[int]]] = []
+    for frees, asked in calls:
+        if frees and out:
+            block, piece = out.pop(asked % len(out))
+            allocator.free(block)
+            plain.free(piece)
+            continue
+        try:
+            piece = plain.alloc(asked)
+        except OutOfMemoryError:
+            with pytest.raises(OutOfMemoryError):
+                allocator.alloc(asked)
+            return
+        out.append((allocator.alloc(asked), piece))
+        assert [block.size for block, _ in out] == [size for _, (size, _) in out]
+        assert (allocator.reserved, allocator.peak_reserved) == (plain.reserved, plain.peak)
+
+
 @laws
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 64 * MIB)), max_size=60), st.booleans())
 def test_what_is_handed_out_lies_in_what_is_reserved_and_all_of_it_comes_back(

@@ -187,9 +187,11 @@ class Allocator:
 
     def _grown(self, size: int, pool: Pool) -> Block:
         """The last block of the pool's segment, if it is free, with as many more pages as it needs."""
+        if self._is_full(self._needed(size, pool)):
+            self.release()  # the free end of the segment may go, too
         more = self._needed(size, pool)
         self._ask(more)
-        last = pool.last  # what was free may have been given back
+        last = pool.last
         if last is not None and last.free:
             pool.remove(last, last.size)
             last.free = False
