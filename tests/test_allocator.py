@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
 from memplan.engine.allocator import Allocator, OutOfMemoryError
-from memplan.engine.record import FREED, RUN, Recorded, record, unrolled
+from memplan.engine.record import FREED, RUN, Recorded, record, record_inference, unrolled
 from memplan.engine.walk import size
 from memplan.estimator import walk
 from memplan.graph import built
+from memplan.inference import walk as generate
 from memplan.program import PHASES, Structure, frees_gradients, updates_of
 from memplan.resolve import decide
 from memplan.segments import pass_of, segments
@@ -263,6 +264,19 @@ def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradi
     assert live == p.gradients
 
 
+def anonymous(made: Recorded) -> list[tuple[Any, list[int]]]:
+    """Storages by when they were made: what each is, and which are freed before the next one is made."""
+    order: dict[int, int] = {}
+    out: list[tuple[Any, list[int]]] = []
+    for number, key in made.events:
+        if key == FREED:
+            out[-1][1].append(order[number])
+        else:
+            order[number] = len(order)
+            out.append((made.sizes[key], []))
+    return [(what, sorted(freed)) for what, freed in out]
+
+
 @settings(laws, max_examples=examples(5))
 @given(runs())
 def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run: dict[str, Any]) -> None:
@@ -284,22 +298,29 @@ def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run:
             copies,
         )
 
-    def anonymous(made: Recorded) -> list[tuple[Any, list[int]]]:
-        """Storages by when they were made: what each is, and which are freed before the next one is made."""
-        order: dict[int, int] = {}
-        out: list[tuple[Any, list[int]]] = []
-        for number, key in made.events:
-            if key == FREED:
-                out[-1][1].append(order[number])
-            else:
-                order[number] = len(order)
-                out.append((made.sizes[key], []))
-        return [(what, sorted(freed)) for what, freed in out]
-
     few, every = sequence(RUN), sequence(10**6)
     assert anonymous(few) == anonymous(every)
     for part in ("forward", "loss", "backward", "end"):
         assert len([*unrolled(getattr(few, part))]) == len([*unrolled(getattr(every, part))])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"model": "qwen2-0.5b"},
+        {"model": "gemma-3-1b", "generation": {"cache_implementation": "static"}},
+        {"model": "t5-base"},
+        {"model": "granite-4.0-h-micro"},
+        {"model": "qwen1.5-moe-a2.7b", "profile": "transformers-4.48"},
+    ],
+)
+def test_copies_left_out_of_a_pass_of_inference_are_as_all_the_others(asked: dict[str, Any]) -> None:
+    run = RunSpec.model_validate({"task": "generate", **asked})
+    for graph in {step.graph for step in generate(decide(run)).steps}:
+        stack, axes = built(graph)
+        depth = {r.times: axes[r.times] for r in stack.runs}
+        few, every = (record_inference(stack, depth, copies=copies) for copies in (RUN, 10**6))
+        assert anonymous(few) == anonymous(every)
 
 
 @laws

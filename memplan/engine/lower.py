@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
 from memplan.ir import Op, SavedTensors, Tensor, Unit
 
+Way = Literal["past", "forward", "backward"]  # what the pass before left, and the two ways through the model
 Counts = dict[int, int]  # size -> how many storages of it are alive
 _FEW = 32  # sizes of which a moment says by itself how many are alive; of more it shares counts with the one before
 
@@ -690,8 +691,8 @@ class Tape:
 
     # copies of equal blocks, and runs of them
 
-    def enter_copy(self, skipped: int) -> None:
-        """What follows is one copy; `skipped` like it come after it and are left out."""
+    def enter_copy(self, number: int, way: Way, skipped: int) -> None:
+        """What follows is of one copy, by its number; `skipped` like it come after it and are left out."""
 
     def leave_copy(self) -> None:
         """The copy is done."""

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.gather import Gatherer
-from memplan.engine.lower import COMPUTING, Frame, Moment, Storage, Tape
+from memplan.engine.lower import COMPUTING, Frame, Moment, Storage, Tape, Way
 from memplan.engine.step import run_pass
 from memplan.ir import Division, Op, SavedTensors, Stack, Tensor
 
@@ -67,11 +67,13 @@ def unrolled(stretches: Iterable[Stretch]) -> Iterator[Event]:
 
 
 class _Copy(NamedTuple):
-    """One copy's part of a pass: the events from `start` to `end`."""
+    """What one copy does on one way: the events from `start` to `end`; `skipped` like it come after it."""
 
+    number: int
+    way: Way
+    skipped: int
     start: int
     end: int
-    skipped: int
 
 
 class Recorder(Tape):
@@ -95,7 +97,7 @@ class Recorder(Tape):
         self.over = 0  # where the pass is over
         self._numbers: dict[Storage, int] = {}
         self._kinds: dict[tuple[int, int], int] = {}  # a size and a stream
-        self._entered = (0, 0)
+        self._entered = _Copy(0, "forward", 0, 0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
         storage = super().alloc(tensor, kind, fresh, of)
@@ -153,12 +155,11 @@ class Recorder(Tape):
         self.over = len(self.events)
         return super().end_step(*gradients)
 
-    def enter_copy(self, skipped: int) -> None:
-        self._entered = (len(self.events), skipped)
+    def enter_copy(self, number: int, way: Way, skipped: int) -> None:
+        self._entered = _Copy(number, way, skipped, len(self.events), 0)
 
     def leave_copy(self) -> None:
-        start, skipped = self._entered
-        self.copies.append(_Copy(start, len(self.events), skipped))
+        self.copies.append(self._entered._replace(end=len(self.events)))
 
 
 def record(
@@ -182,10 +183,7 @@ def record(
     tape.saves = saves
     gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
     run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
-    return tape.recorded(*_Expansion(tape).parts)
-
-
-EVERY = 2**20  # copies of a run, of which none is left out
+    return tape.recorded(*_Expansion(tape, tape.turn, tape.outside[1], tape.over).parts)
 
 
 def record_inference(
@@ -194,49 +192,47 @@ def record_inference(
     autocast: str | None = None,
     division: Division | None = None,
     casts: str = "",
+    copies: int = RUN,
 ) -> Recorded:
     """The allocations and frees of a forward pass of which autograd records nothing. It begins with those of what the
     pass before left, and what it leaves is not freed. `division` and `casts` are as `infer` has them."""
     tape = Recorder()
     gatherer = Gatherer(tape, division, grads_exist=False)
-    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False, casts=casts)
-    recalled, events = tape.events[: tape.recalled], tape.events[tape.recalled :]
-    return tape.recorded((Stretch(tuple(recalled)), *stretches(events, tape)), (), (), ())
+    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=copies, records=False, casts=casts)
+    recalled, others = _Expansion(tape, tape.recalled).parts
+    return tape.recorded((*recalled, *others), (), (), ())
 
 
 class _Expansion:
-    """The events with those of the copies that were left out, in the four `parts` of `Recorded`.
+    """The events with those of the copies that were left out, in parts that begin at the `cuts`.
 
     A storage is known by the copy it was made in and its place there, so that it has a namesake in every equal copy. A
     copy left out makes and frees what the copy it is like does, with namesakes of its neighbours' storages.
     """
 
-    def __init__(self, tape: Recorder) -> None:
+    def __init__(self, tape: Recorder, *cuts: int) -> None:
         self.parts: list[list[Stretch]] = [[]]
         self._tape = tape
-        self._recorded = tape.events
-        self._cuts = deque((tape.turn, tape.outside[1], tape.over))  # where the next part of the pass begins
-        self._copies = tape.copies
-        self._made: list[list[int]] = []
-        self._born: dict[int, tuple[int, int]] = {}  # a storage's copy and place
-        for i, copy in enumerate(tape.copies):
-            self._made.append([n for n, size in tape.events[copy.start : copy.end] if size != FREED])
-            self._born.update((n, (i, place)) for place, n in enumerate(self._made[i]))
-        last = len(tape.copies) - 1
-        self._like = {i: copy.skipped for i, copy in enumerate(tape.copies) if copy.skipped}
+        self._cuts = deque(cuts)
+        self._made: dict[tuple[int, Way], list[int]] = {}
+        self._born: dict[int, tuple[_Copy, int]] = {}  # a storage's copy and place
+        for copy in tape.copies:
+            made = [number for number, size in tape.events[copy.start : copy.end] if size != FREED]
+            self._made[copy.number, copy.way] = made
+            self._born.update((number, (copy, place)) for place, number in enumerate(made))
         at = 0
-        for i, copy in enumerate(tape.copies):
+        for copy in tape.copies:
             self._add_run(at, copy.start, None)
-            if 2 * i > last and copy.skipped:  # on the way back they come first
-                self._add_left_out(i, last - i, range(copy.skipped, 0, -1))
-            self._add_run(copy.start, copy.end, i)
-            if 2 * i < last and copy.skipped:
-                self._add_left_out(i, i, range(1, copy.skipped + 1))
+            if copy.way == "backward":  # those left out come first
+                self._add_left_out(copy, range(copy.skipped, 0, -1))
+            self._add_run(copy.start, copy.end, copy)
+            if copy.way != "backward":
+                self._add_left_out(copy, range(1, copy.skipped + 1))
             at = copy.end
         self._add_run(at, len(tape.events), None)
         self.parts += ([] for _ in self._cuts)
 
-    def _add_run(self, start: int, end: int, copy: int | None) -> None:
+    def _add_run(self, start: int, end: int, copy: _Copy | None) -> None:
         """Events of a copy that is run, or between copies."""
         events: list[Event] = []
         for at in range(start, end):
@@ -245,41 +241,39 @@ class _Expansion:
                 self.parts.append([])
                 self._cuts.popleft()
                 events = []
-            number, size = self._recorded[at]
-            born, place = self._born.get(number, (None, 0))
-            if size != FREED or born is None or born == copy:
+            number, size = self._tape.events[at]
+            if size != FREED or number not in self._born:
                 events.append((number, size))
-            elif not (self._like.get(born) or (copy and self._like.get(copy))):
-                events.append((number, FREED))
             elif copy is None:  # each copy's goes
-                events += [(number + i * _STEP, FREED) for i in range(self._like.get(born, 0) + 1)]
+                born, _ = self._born[number]
+                events += [(number + i * _STEP, FREED) for i in range(born.skipped + 1)]
             else:
-                events.append((self._neighbours(number, born, place, copy), FREED))
+                events.append((self._freed_by(copy, number), FREED))
         self.parts[-1] += stretches(events, self._tape)
 
-    def _neighbours(self, number: int, born: int, place: int, copy: int) -> int:
-        """What a copy calls a storage that another one made: between neighbours lie the copies left out."""
-        last = len(self._copies) - 1
-        if self._like.get(born) and copy in (born + 1, last - born - 1) and 2 * born < last:
-            return number + self._like[born] * _STEP
-        if self._like.get(copy) and born == copy - 1 and 2 * born > last:
-            return self._made[copy][place] + _STEP
+    def _freed_by(self, copy: _Copy, number: int) -> int:
+        """What a copy that is run calls a storage that it frees: between it and its neighbours are those left out."""
+        born, place = self._born[number]
+        if born.way == "forward" and born.number == copy.number - 1:
+            return number + born.skipped * _STEP
+        if born.way == "backward" and born.number == copy.number + 1 and copy.skipped:
+            return self._made[copy.number, copy.way][place] + _STEP
         return number
 
-    def _add_left_out(self, copy: int, forward: int, order: Iterable[int]) -> None:
-        """The copies left out that are like one that is run, by their distance from it, in the `order` in which they
-        come; `forward` is that copy in the forward pass."""
-        start, end, skipped = self._copies[copy]
+    def _add_left_out(self, copy: _Copy, order: Iterable[int]) -> None:
+        """The copies left out that are like one that is run, by their distance from it, in the `order` they come in."""
+        if not copy.skipped:
+            return
         events: list[Event] = []
         farthest: list[Event] = []  # those of the last one, whose neighbour is run
-        for number, size in self._recorded[start:end]:
+        for number, size in self._tape.events[copy.start : copy.end]:
             born, place = self._born.get(number, (None, 0))
-            if size != FREED or born in (copy, forward):
+            if size != FREED or (born and born.number == copy.number):
                 like = at_end = number
-            elif born == forward - 1:
-                like = at_end = self._made[forward][place] - _STEP
-            elif born == copy - 1:  # a gradient, of the copy after
-                like, at_end = self._made[copy][place] + _STEP, number - skipped * _STEP
+            elif born and born.way == "forward" and born.number == copy.number - 1:
+                like = at_end = self._made[copy.number, "forward"][place] - _STEP
+            elif born and born.way == "backward" and born.number == copy.number + 1:
+                like, at_end = self._made[copy.number, copy.way][place] + _STEP, number - copy.skipped * _STEP
             else:
                 continue
             events.append((like, size))
@@ -287,7 +281,7 @@ class _Expansion:
         usual, last = stretches(events, self._tape), stretches(farthest, self._tape)
         for distance in order:
             shift = distance * _STEP
-            self.parts[-1] += (s._replace(shift=shift) for s in (last if distance == skipped else usual))
+            self.parts[-1] += (s._replace(shift=shift) for s in (last if distance == copy.skipped else usual))
 
 
 def stretches(events: Sequence[Event], tape: Recorder) -> list[Stretch]:

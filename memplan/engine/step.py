@@ -411,7 +411,9 @@ def run_pass(
     pasts: list[list[dict[str, Storage]]] = []
     several = 0
     for c in copies:
+        tape.enter_copy(len(pasts), "past", c.skipped)
         pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else several))
+        tape.leave_copy()
         several += not c.alone
     last_past, *joint_pasts = tape.recall([("", after), *(("", j.ops) for j in joints)])
     first = Frame(before, first_scope, {}, leaf)
@@ -459,7 +461,7 @@ def run_pass(
                 {f"{b.name}.{last_layer + i}.": f"{b.name}.{first_layer + i}." for i, b in enumerate(c.blocks)}
             )
             tape.enter_run(number, firsts[number])
-        tape.enter_copy(c.skipped)
+        tape.enter_copy(at, "forward", c.skipped)
         later_unit = copies[at + 1].units[0] if at + 1 < len(copies) else ""
         entering = stream
         frames: list[Frame] = []
@@ -560,7 +562,7 @@ def run_pass(
         number, frames = ran[i]
         if number is not None:
             tape.enter_run(number, firsts[number])
-        tape.enter_copy(copies[i].skipped)
+        tape.enter_copy(i, "backward", copies[i].skipped)
         units = copies[i].units
         several = (number is not None and copies[i].count(depth) > 1) or copies[i].skipped
         earlier = units[-1] if several else copies[i - 1].units[-1] if i else outer
