@@ -6,18 +6,21 @@ from itertools import accumulate
 from operator import ge, mul
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memplan import RunSpec
+from memplan import RunSpec, estimate
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
 from memplan.engine.record import FREED, Event, Recorded, Stretch, unrolled
 from memplan.engine.walk import ONE, Term, Variable, chain, largest, prune, rows, size, values, without_midpoints
+from memplan.errors import ConfigError
 from memplan.graph import built
 from memplan.program import PHASES, pass_of
 from memplan.resolve import decide
 from memplan.segments import pass_of as recording_of
 from memplan.segments import replay_stretches
+from tests.encoders import SMALL
 from tests.test_laws import laws
 from tests.tiny import TINY
 
@@ -66,6 +69,48 @@ def test_layers_left_out_are_recorded_once() -> None:
     few, many = (recording_of(decide(run).structure, later=False) for run in runs)
     assert stored(few) == stored(many)
     assert len([*unrolled(many.forward)]) > 8 * len([*unrolled(few.forward)])
+
+
+def test_moments_of_layers_that_differ_share_what_is_alive_in_the_others() -> None:
+    """Counts that moments hold: those of other layers are held once for many moments."""
+    held: list[int] = []
+    for n in (24, 48):
+        kinds = ["full_attention" if i * i % 7 < 3 else "sliding_attention" for i in range(n)]
+        config = {"model_type": "gemma3_text", **TINY["gemma3_text"], "num_hidden_layers": n, "layer_types": kinds}
+        low = pass_of(decide(RunSpec.model_validate({"model": {"config": config}})).structure)
+        shared = {id(counts): len(counts) for m in low.moments for counts in (m.shared, *m.per_copy.values())}
+        held.append(sum(shared.values()) + sum(len(m.changes) for m in low.moments))
+    assert held[1] < 3 * held[0]
+
+
+GEMMA = {"model_type": "gemma3_text", **TINY["gemma3_text"]}
+IN_NO_ORDER = ["full_attention" if i * i * i % 11 < 5 else "sliding_attention" for i in range(900)]
+MODULES = {"model_type": "qwen3_moe", **TINY["qwen3_moe"], "experts_implementation": "modules"}
+TOO_MANY: dict[str, tuple[dict[str, Any], str, str]] = {
+    "layers": ({"num_hidden_layers": 1_001}, "num_hidden_layers", "from 1 to 1,000, not 1001"),
+    "layers that differ": (
+        {"num_hidden_layers": 900, "layer_types": [kind for kind in IN_NO_ORDER for _ in range(2)][:900]},
+        "num_hidden_layers",
+        "of the 900 layers repeat no pattern before them, and at most 192",
+    ),
+    "experts in a layer": ({**MODULES, "num_experts": 513}, "num_experts", "513 in each of 2 layers"),
+    "experts in all": ({**MODULES, "num_experts": 500, "num_hidden_layers": 40}, "num_experts", "16,384 in all"),
+    "decoder layers": (
+        {"model_type": "t5", **SMALL["t5"], "num_decoder_layers": 2_000},
+        "num_decoder_layers",
+        "from 1 to 1,000",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "field", "text"), TOO_MANY.values(), ids=TOO_MANY)
+def test_more_than_can_be_estimated_one_by_one_is_refused_by_name(
+    config: dict[str, Any], field: str, text: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        estimate(RunSpec.model_validate({"model": {"config": {**GEMMA, **config}}, "batch": {"sequence": 64}}))
+    assert refused.value.field == field
+    assert text in str(refused.value)
 
 
 # Loops, replayed
