@@ -15,8 +15,8 @@ K = TypeVar("K", bound=Hashable)
 
 _LONGEST = 16  # no pattern of layers in use is longer
 _WIDEST = 2**21  # a larger width is a mistake
-MOST_LAYERS = 1_000  # of one stack; no model in use has 200
-MOST_DIFFERENT = 192  # layers that are estimated one by one, which takes some 20 ms each; no model in use has 100
+MOST_LAYERS = 1_000  # no model in use has 200
+MOST_DIFFERENT = 192  # layers outside of any repetition, at some 20 ms each; no model in use has 100
 
 
 class Layer(NamedTuple):

@@ -323,7 +323,7 @@ def replay_stretches(
     allocator: Allocator,
     blocks: dict[int, Block],
 ) -> None:
-    """Replay a part of a pass; `bytes_` and `streams` are those of its sizes, `blocks` what is alive of it."""
+    """Replay a part of a pass. `bytes_` and `streams` have an entry for each of its sizes; `blocks` are those alive."""
     alloc, free = allocator.alloc, allocator.free
     for events, shift in _iterations(part, allocator):
         for number, key in events:
@@ -334,8 +334,11 @@ def replay_stretches(
 
 
 def _iterations(part: Iterable[Stretch], allocator: Allocator) -> Iterator[tuple[tuple[Event, ...], int]]:
-    """The events to replay, and what to add to their numbers: of a loop that frees what it allocates, the iterations
-    up to the first that needs nothing of the driver. That one leaves the allocator as it was: all others are alike."""
+    """The events to replay, and the shift of their numbers.
+
+    Events that are repeated free all they allocate. Once they ask the driver for nothing, they leave the allocator as
+    they found it, and repeating them would change nothing.
+    """
     for events, shift, times in part:
         for _ in range(times):
             requests = allocator.requests

@@ -16,15 +16,15 @@ from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 from memplan.models import ModelSpec
 
 AS_MODULES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # also counted as versions before transformers 5 have them
-MOST_EXPERTS = 512  # of a layer, if they are modules: each of their operations is walked by itself
-MOST_MODULES = 16_384  # experts that are modules, in all layers; no model in use has more than 12,032
+MOST_EXPERTS = 512  # in a layer, if they are walked one by one; no model in use has more than 160
+MOST_MODULES = 16_384  # in all layers; no model in use has more than 12,032
 ROWS = "routed"
 OF_A_GROUP = "spread"  # how many rows a group of experts has
 Expert = Callable[[str, str], tuple[Op, ...]]  # by its name: what makes `t.out` of `t.in`
 
 
-def count(m: ModelSpec) -> int:
-    """How many experts a layer has, each of which is walked by itself. Raises ConfigError if that takes too long."""
+def experts_of(m: ModelSpec) -> int:
+    """The number of experts in a layer, which are walked one by one. Raises ConfigError if they are too many."""
     every, layers = m.axes()["E"], sum(layer.ffn == "experts" for layer in m.layers) or m.num_hidden_layers
     if every > MOST_EXPERTS or every * layers > MOST_MODULES:
         raise ConfigError(

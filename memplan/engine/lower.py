@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 from memplan.engine.dtypes import FLOATING, Scope
 from memplan.ir import Op, SavedTensors, Tensor, Unit
 
-Way = Literal["past", "forward", "backward"]  # what the pass before left, and the two ways through the model
+Way = Literal["past", "forward", "backward"]  # past: what a copy finds of the pass before
 Counts = dict[int, int]  # size -> how many storages of it are alive
-_FEW = 32  # sizes of which a moment says by itself how many are alive; of more it shares counts with the one before
+_MOST_CHANGES = 32  # that a moment has by itself, before the counts are shared again
 
 # The streams that a process allocates on, each with pools of its own: the one it computes on, and those that FSDP and
 # DeepSpeed gather weights on, cast a rank's part on before that, and reduce gradients on. What is LENT was allocated on
@@ -25,10 +25,11 @@ COMPUTING, GATHERING, CASTING, REDUCING, LENT = range(5)
 
 
 class Moment(NamedTuple):
-    """What is alive at one point of a pass, in two parts.
+    """How many storages of each size are alive at one point of a pass.
 
-    shared    storages alive in the copies that are run, as many moments have them; `changes` come on top
-    per_copy  what each copy of a run beyond the first adds, which moments share too
+    shared    in the copies that are run: counts that many moments have in common
+    changes   to be added to those
+    per_copy  added by each copy of a run beyond the first; many moments have these in common, too
     """
 
     phase: str
@@ -49,7 +50,7 @@ class Moment(NamedTuple):
 
 
 def add_to_each(moments: Iterable[Moment], other: Moment) -> Iterator[Moment]:
-    """Each of the moments with what is alive at another one added."""
+    """Add what is alive at another moment to each of the moments."""
     before: Moment | None = None
     shared: Counts = {}
     per_copy: Mapping[int, Counts] = {}
@@ -257,7 +258,7 @@ class Tape:
         """Write the moment down, if memory rose since the last one."""
         if self._rising:
             self._rising = False
-            if len(self._changes) > _FEW:
+            if len(self._changes) > _MOST_CHANGES:
                 self._base, self._changes = dict(self._counts), {}
             changes = dict(self._changes)
             self.moments.append(Moment(self.phase, self._peak_where, self._base, changes, self._per_copy))
@@ -692,7 +693,7 @@ class Tape:
     # copies of equal blocks, and runs of them
 
     def enter_copy(self, number: int, way: Way, skipped: int) -> None:
-        """What follows is of one copy, by its number; `skipped` like it come after it and are left out."""
+        """One copy's part begins; `number` is its place among those that are run. `skipped` after it are left out."""
 
     def leave_copy(self) -> None:
         """The copy is done."""

@@ -1,7 +1,7 @@
 """Recording: a pass as the sequence of its allocations and frees, for the allocator's model. Structure only.
 
 Of a run of equal blocks three copies are run: those at its ends and one between them. All others are like that one, so
-its events are repeated for them.
+its events stand for theirs, too. In the same way one iteration stands for a loop over experts that keep nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Event = tuple[int, int]
 
 
 class Stretch(NamedTuple):
-    """Events in a row: the number of a storage, and the index of its size or FREED.
+    """Consecutive events: the number of a storage, and the index of its size or FREED.
 
     shift  added to every number: equal copies have the same events, and storages of their own
-    times  how often the events come, more than once only if they free all that they allocate
+    times  how often the events are repeated: only events that free all they allocate are
     """
 
     events: tuple[Event, ...]
@@ -67,7 +67,7 @@ def unrolled(stretches: Iterable[Stretch]) -> Iterator[Event]:
 
 
 class _Copy(NamedTuple):
-    """What one copy does on one way: the events from `start` to `end`; `skipped` like it come after it."""
+    """A copy's part of a pass: the events from `start` to `end`. `skipped` equal copies after it are left out."""
 
     number: int
     way: Way
@@ -204,7 +204,7 @@ def record_inference(
 
 
 class _Expansion:
-    """The events with those of the copies that were left out, in parts that begin at the `cuts`.
+    """The events of all copies, also of those that were left out, in parts that begin at the `cuts`.
 
     A storage is known by the copy it was made in and its place there, so that it has a namesake in every equal copy. A
     copy left out makes and frees what the copy it is like does, with namesakes of its neighbours' storages.
@@ -233,7 +233,7 @@ class _Expansion:
         self.parts += ([] for _ in self._cuts)
 
     def _add_run(self, start: int, end: int, copy: _Copy | None) -> None:
-        """Events of a copy that is run, or between copies."""
+        """Add the events of a copy that was run, or those between copies."""
         events: list[Event] = []
         for at in range(start, end):
             while self._cuts and at == self._cuts[0]:
@@ -252,7 +252,7 @@ class _Expansion:
         self.parts[-1] += stretches(events, self._tape)
 
     def _freed_by(self, copy: _Copy, number: int) -> int:
-        """What a copy that is run calls a storage that it frees: between it and its neighbours are those left out."""
+        """The number of a storage that a copy frees. Its neighbour may be a copy that was left out."""
         born, place = self._born[number]
         if born.way == "forward" and born.number == copy.number - 1:
             return number + born.skipped * _STEP
@@ -261,11 +261,11 @@ class _Expansion:
         return number
 
     def _add_left_out(self, copy: _Copy, order: Iterable[int]) -> None:
-        """The copies left out that are like one that is run, by their distance from it, in the `order` they come in."""
+        """Add the copies left out that are like this one; the `order` has their distances from it."""
         if not copy.skipped:
             return
         events: list[Event] = []
-        farthest: list[Event] = []  # those of the last one, whose neighbour is run
+        farthest: list[Event] = []  # of the copy whose other neighbour was run
         for number, size in self._tape.events[copy.start : copy.end]:
             born, place = self._born.get(number, (None, 0))
             if size != FREED or (born and born.number == copy.number):
@@ -285,7 +285,7 @@ class _Expansion:
 
 
 def stretches(events: Sequence[Event], tape: Recorder) -> list[Stretch]:
-    """The events as stretches, of which one stands for all iterations of a loop, such as one over experts."""
+    """The events as stretches. Iterations that free all they allocate, such as those over experts, become one."""
     out: list[Stretch] = []
     following = _next_with_the_same_alive(events)
     at = start = 0
@@ -303,9 +303,9 @@ def stretches(events: Sequence[Event], tape: Recorder) -> list[Stretch]:
 
 
 def _next_with_the_same_alive(events: Sequence[Event]) -> list[int]:
-    """For each place between events, the next one at which the same storages are alive, or itself if there is none.
+    """For each place between events, the next one at which the same storages are alive; itself if there is none.
 
-    The storages alive are known by the exclusive or of their hashes: an event adds or removes its own.
+    The exclusive or of their hashes stands for the storages alive: every event adds or removes its own.
     """
     alive: list[int] = [0]
     for number, _ in events:
@@ -319,7 +319,7 @@ def _next_with_the_same_alive(events: Sequence[Event]) -> list[int]:
 
 
 def _repeats(events: Sequence[Event], following: Sequence[int], at: int, length: int) -> bool:
-    """Whether the next `length` events come once more after those, with other storages."""
+    """Whether the `length` events are followed by the same ones, of other storages."""
     end = at + length
     if following[end] - end != length:
         return False

@@ -125,21 +125,21 @@ def rows(
 
     shared: Mapping[int, int] = {}
     further: Mapping[int, Mapping[int, int]] = {}  # what copies beyond the first add
-    of_both = [0] * len(variables)  # the row of those two, which many moments have in common
+    common = [0] * len(variables)  # the row of those two
     out: list[tuple[int, ...]] = []
     for moment in moments:
         if moment.shared is not shared:
-            add(shared, of_both, -1)
+            add(shared, common, -1)
             shared = moment.shared
-            add(shared, of_both)
+            add(shared, common)
         if moment.per_copy is not further:
             for run in {*further, *moment.per_copy}:
                 old, new = further.get(run, {}), moment.per_copy.get(run, {})
                 if new is not old:
-                    add(old, of_both, -copies[run])
-                    add(new, of_both, copies[run])
+                    add(old, common, -copies[run])
+                    add(new, common, copies[run])
             further = moment.per_copy
-        row = list(of_both)
+        row = list(common)
         add(moment.changes, row)
         out.append(tuple(row))
     return out
@@ -175,7 +175,7 @@ def prune(
 ) -> tuple[Term, ...]:
     """Return the candidates, rows of moments, that can be the largest for some run.
 
-    Left out is a candidate that another one is at least as large as for every run, and one midway between two others.
+    Leaves out every candidate that is never larger than a certain other one, or that lies midway between two others.
     Along a chain of products what counts is the sum of coefficients from the largest down: the variables' own, or the
     one to go `along`. A rounded size is its product plus at most 511 bytes.
     """
@@ -212,16 +212,16 @@ def prune(
 
 
 def without_midpoints(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Leave out rows that lie midway between an earlier and a later one: for no run are they larger than both.
+    """Leave out rows that lie midway between an earlier and a later one: no run makes them larger than both.
 
-    A loop over experts makes hundreds: each iteration adds the same to the one before it. How many moments an
-    iteration has shows in the steps from one row to the next, which repeat after that many.
+    A loop over experts makes hundreds of them, since each iteration adds the same. The steps from one row to the next
+    repeat after as many rows as an iteration has.
 
     >>> without_midpoints([(0, 9), (1, 7), (2, 8), (3, 6), (4, 7), (5, 5)])
     [(0, 9), (1, 7), (2, 8), (4, 7), (5, 5)]
     """
     out = [*rows[:1]]
-    last: dict[tuple[int, ...], int] = {}  # where a step was seen last
+    last: dict[tuple[int, ...], int] = {}  # the row that a step led to last
     period = 0
     for i in range(1, len(rows)):
         step = tuple(map(sub, rows[i], rows[i - 1]))
