@@ -21,7 +21,7 @@ from memplan.catalogue.running import Step, bytes_at_once, chunk_of, goes, layin
 from memplan.catalogue.storage import parts_of
 from memplan.catalogue.tables import own_tables
 from memplan.degrees import WHOLE, Degrees
-from memplan.engine.record import Recorded, record, record_inference
+from memplan.engine.record import Recorded, Stretch, record, record_inference
 from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stream_of
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
@@ -253,17 +253,16 @@ def first_alike(graph: Graph) -> Graph:
 def lowered(
     graph: Graph,
     grads_exist: bool = False,
-    labelled: bool = False,
     updates: tuple[tuple[str, int], ...] = (),
     follows: bool = False,
     division: Division | None = None,
 ) -> Lowered:
-    """The graph's moments. `grads_exist`: no gradient is left behind that was not there, because all are there already,
-    or each is used up as it comes, by an update that takes `updates` bytes beside it. `labelled` counts every tensor by
-    its name, for explanations. `follows`: another pass has been before, and the loop may still have names for it.
-    `division`: the weights are divided among ranks."""
+    """The graph's moments, with every tensor counted by its name. `grads_exist`: no gradient is left behind that was
+    not there, because all are there already, or each is used up as it comes, by an update that takes `updates` bytes
+    beside it. `follows`: another pass has been before, and the loop may still have names for it. `division`: the
+    weights are divided among ranks."""
     return _lowered(
-        first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, labelled, updates, graph.lingers and follows, division
+        first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, updates, graph.lingers and follows, division
     )
 
 
@@ -271,7 +270,6 @@ def lowered(
 def _lowered(
     graph: Graph,
     grads_exist: bool,
-    labelled: bool,
     updates: tuple[tuple[str, int], ...],
     lingers: bool,
     division: Division | None,
@@ -282,7 +280,7 @@ def _lowered(
         depth,
         **_ways(graph),
         grads_exist=grads_exist,
-        labelled=labelled,
+        labelled=True,
         updates=dict(updates),
         lingers=lingers,
         division=division,
@@ -342,8 +340,9 @@ def _recorded_on_card(graph: Graph, division: Division | None) -> Recorded:
     recording = _recorded_inference(_of_any_card(graph), division)
     here = axis_of(graph.placed.card)
     there = {key for key, size_ in enumerate(recording.sizes) if size_[0].split()[:1] != [here]}
-    gone = {number for number, key in recording.events if key in there}
-    return recording._replace(events=tuple(event for event in recording.events if event[0] not in gone))
+    events = tuple(recording.events)
+    gone = {number for number, key in events if key in there}
+    return recording._replace(forward=(Stretch(tuple(event for event in events if event[0] not in gone)),))
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,8 @@ K = TypeVar("K", bound=Hashable)
 
 _LONGEST = 16  # no pattern of layers in use is longer
 _WIDEST = 2**21  # a larger width is a mistake
+MOST_LAYERS = 1_000  # no model in use has 200
+MOST_DIFFERENT = 192  # layers outside of any repetition, at some 20 ms each; no model in use has 100
 
 
 class Layer(NamedTuple):
@@ -49,8 +51,18 @@ def as_json(value: object) -> str:
 
 
 def runs_of(layers: Sequence[Layer]) -> tuple[Repeated, ...]:
-    """The layers as runs, from the front, each as long as it can be: one run `L`, or `L1`, `L2` and so on."""
+    """The layers as runs, from the front, each as long as it can be: one run `L`, or `L1`, `L2` and so on.
+
+    Raises ConfigError if they hardly repeat.
+    """
     patterns = repetitions(layers)
+    different = sum(len(pattern) for pattern, _ in patterns)
+    if different > MOST_DIFFERENT:
+        raise ConfigError(
+            f"config: num_hidden_layers: {different:,} of the {len(layers):,} layers repeat no pattern before them, "
+            f"and at most {MOST_DIFFERENT} such layers can be estimated",
+            "num_hidden_layers",
+        )
     if len(patterns) == 1 and len(patterns[0][0]) == 1:
         return (Repeated(patterns[0][0], "L", patterns[0][1]),)
     return tuple(Repeated(pattern, f"L{i}", count) for i, (pattern, count) in enumerate(patterns, 1))

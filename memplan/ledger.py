@@ -68,7 +68,7 @@ def lines(walked: Walked, decided: Decided) -> list[Line]:
         elif holds:
             out += _between(structure, None, axes)
     elif index >= 0 or holds:
-        low = pass_of(structure, structure.accumulates if holds else later, labelled=True)
+        low = pass_of(structure, structure.accumulates if holds else later)
         out += _alive(structure, low, low.held if holds else low.moments[index], walked)
     return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
 
@@ -119,9 +119,9 @@ def _flown(walked: Walked, flown: Flown) -> Iterator[Line]:
     beside = flown.beside
     total = sum(beside.others) + 1
     for i, structure in enumerate(chunks_of(walked.program.structure)):
-        low = pass_of(structure, i == beside.chunk and beside.graded[i], labelled=True)
+        low = pass_of(structure, i == beside.chunk and beside.graded[i])
         if flown.opens:
-            low = pass_of(structure, labelled=True, opens=True)
+            low = pass_of(structure, opens=True)
         if i == beside.chunk and flown.moment not in (REDUCED, GATHERED):
             yield from _alive(structure, low, low.moments[flown.moment] if flown.moment >= 0 else low.kept, walked)
         if beside.others[i]:

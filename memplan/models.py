@@ -26,12 +26,12 @@ from memplan.config_classes import (
 from memplan.errors import ConfigError, UnsupportedModelError
 from memplan.families import ONE_KERNEL, WRITTEN_OUT, Family, family
 from memplan.headers import Checkpoint
-from memplan.layers import Layer, Repeated, as_json, layers_of, runs_of
+from memplan.layers import MOST_LAYERS, Layer, Repeated, as_json, layers_of, runs_of
 from memplan.objectives import objective_of, trained_for
 from memplan.spec import FrozenDict, frozen
 
 # The largest value taken for a size: beyond any model that exists, and small enough to be a mistake above it.
-_LIMITS = {"num_hidden_layers": 10_000, "vocab_size": 2**27, "max_position_embeddings": 2**40}
+_LIMITS = {"num_hidden_layers": MOST_LAYERS, "vocab_size": 2**27, "max_position_embeddings": 2**40}
 _LIMIT = 2**21
 
 

@@ -150,10 +150,10 @@ class Program(NamedTuple):
 PHASES = ("forward", "loss", "backward")
 
 
-def pass_of(structure: Structure, later: bool = False, labelled: bool = False, opens: bool = False) -> Lowered:
+def pass_of(structure: Structure, later: bool = False, opens: bool = False) -> Lowered:
     """The moments of the first forward and backward pass of a step, or of a `later` one; where weights stay whole, of
     the one that gathers them, if it `opens` the step."""
-    return _lowered(structure.graph, _opening(structure) if opens else _way(structure, later), labelled)
+    return _lowered(structure.graph, _opening(structure) if opens else _way(structure, later))
 
 
 class _Way(NamedTuple):
@@ -180,8 +180,8 @@ def _opening(structure: Structure) -> _Way:
     return _way(structure, later=False)._replace(division=found)
 
 
-def _lowered(graph: Graph, way: _Way, labelled: bool = False) -> Lowered:
-    return lowered(graph, way.grads_exist, labelled, way.updates, way.follows, way.division)
+def _lowered(graph: Graph, way: _Way) -> Lowered:
+    return lowered(graph, way.grads_exist, way.updates, way.follows, way.division)
 
 
 def division_of(structure: Structure) -> Division | None:
@@ -301,14 +301,14 @@ def returned(structure: Structure) -> Tensor | None:
         return None
     last = structure.graph._replace(degrees=d._replace(stage=d.pp - 1))
     made = {t.name for op in built(last)[0].after for t in op.writes if "v" in t.shape.split()}
-    found = [key for key in lowered(last, labelled=True).sizes if key[2] == "activation" and key[5] in made]
+    found = [key for key in lowered(last).sizes if key[2] == "activation" and key[5] in made]
     return Tensor("logits", *found[-1][:2]) if found else None
 
 
 def _logits(graph: Graph) -> Tensor | None:
     """What the last stage's model returns, where that has logits."""
     low = lowered(graph)
-    held = (low.sizes[key] for key, n in low.held.counts.items() if n)
+    held = (low.sizes[key] for key, n in sorted(low.held.counts.items()) if n)
     return next((Tensor("logits", key[0], key[1]) for key in held if "v" in key[0].split()), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from memplan.cached_property import cached_property
 from memplan.catalogue import compressed_tokens, quantized_caches
 from memplan.engine.allocator import SMALL_REQUEST, Allocator, Block, OutOfMemoryError
-from memplan.engine.record import FREED, Recorded
+from memplan.engine.lower import COMPUTING
+from memplan.engine.record import FREED, Recorded, unrolled
 from memplan.engine.walk import alive, size
 from memplan.graph import (
     Graph,
@@ -20,7 +22,7 @@ from memplan.graph import (
     recorded_inference,
 )
 from memplan.passes import Step, bytes_of, compresses, numbers_of, token_after
-from memplan.segments import replay_loading
+from memplan.segments import replay_loading, replay_stretches
 
 if TYPE_CHECKING:
     from memplan.inference import Walked
@@ -147,20 +149,23 @@ class Left(NamedTuple):
 def replayed(recording: Recorded, axes: Mapping[str, int], allocator: Allocator, left: Iterable[Left]) -> list[Left]:
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
     bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
-    blocks: dict[int, Left] = {}
+    blocks: dict[int, Block] = {}
     given = list(left)
-    for number, event in recording.events:
-        if event == FREED:
-            allocator.free(blocks.pop(number).block)
-            continue
-        key = recording.sizes[event]
-        if given:  # what was left comes first, as it is
-            alike = [i for i, other in enumerate(given) if _left(other.key) == _left(key)]
-            as_large = (i for i in alike if given[i].bytes == bytes_[event])
-            blocks[number] = Left(key, bytes_[event], given.pop(next(as_large, alike[0] if alike else 0)).block)
-        else:
-            blocks[number] = Left(key, bytes_[event], allocator.alloc(bytes_[event]))
-    return list(blocks.values())
+    stretches = deque(recording.forward)
+    while given and stretches:  # what was left comes first, as it is
+        for number, event in unrolled((stretches.popleft(),)):
+            if event == FREED:
+                allocator.free(blocks.pop(number))
+            elif given:
+                key = _left(recording.sizes[event])
+                alike = [i for i, other in enumerate(given) if _left(other.key) == key]
+                as_large = (i for i in alike if given[i].bytes == bytes_[event])
+                blocks[number] = given.pop(next(as_large, alike[0] if alike else 0)).block
+            else:
+                blocks[number] = allocator.alloc(bytes_[event])
+    replay_stretches(stretches, bytes_, [COMPUTING] * len(bytes_), allocator, blocks)
+    keys = {number + shift: key for events, shift, _ in recording.forward for number, key in events if key != FREED}
+    return [Left(recording.sizes[keys[number]], bytes_[keys[number]], block) for number, block in blocks.items()]
 
 
 _TOKENS: dict[str, str] = {

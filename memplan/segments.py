@@ -9,7 +9,7 @@ first would hardly leave it other segments.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial, reduce
 from itertools import islice
 from typing import Literal
@@ -19,7 +19,7 @@ from memplan.catalogue.overhead import COPIES_AGAIN
 from memplan.catalogue.pipeline import enough, passes
 from memplan.engine.allocator import Allocator, Block
 from memplan.engine.lower import COMPUTING, GATHERING, LENT, REDUCING
-from memplan.engine.record import FREED, Recorded
+from memplan.engine.record import FREED, Event, Recorded, Stretch
 from memplan.engine.walk import size
 from memplan.fetching import Gathering
 from memplan.graph import EMPTIED, built, recorded
@@ -155,24 +155,20 @@ class _Flight:
         recording = pass_of(self._structure, later=False)
         for handle in islice(handles, 1):
             self._allocator.alloc(handle)
-        self._replay(recording, 0, recording.turn)
+        self._replay(recording.forward, recording)
 
     def backward(self, later: bool, handles: Iterator[int]) -> list[Block]:
         """Returns the gradients it leaves."""
         recording = pass_of(self._structure, later)
-        self._replay(recording, recording.turn, recording.head)
+        self._replay(recording.loss, recording)
         for handle in islice(handles, 1):
             self._allocator.alloc(handle)
-        self._replay(recording, recording.head, len(recording.events))
+        self._replay((*recording.backward, *recording.end), recording)
         return list(self._blocks.values())
 
-    def _replay(self, recording: Recorded, start: int, end: int) -> None:
-        sizes = [_bytes(key[0], key[1], self._axes) for key in recording.sizes]
-        for number, key in recording.events[start:end]:
-            if key == FREED:
-                self._allocator.free(self._blocks.pop(number))
-            else:
-                self._blocks[number] = self._allocator.alloc(sizes[key], recording.streams[key] % LENT)
+    def _replay(self, part: Sequence[Stretch], recording: Recorded) -> None:
+        bytes_ = [_bytes(key[0], key[1], self._axes) for key in recording.sizes]
+        replay_stretches(part, bytes_, [stream % LENT for stream in recording.streams], self._allocator, self._blocks)
 
 
 def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]) -> list[Block]:
@@ -303,27 +299,52 @@ def _pass(
     """
     bytes_ = [_bytes(key[0], key[1], axes) for key in recording.sizes]
     blocks: dict[int, Block] = {}
-    alloc, free = allocator.alloc, allocator.free
     ahead = _Ahead(allocator, recording, bytes_, blocks) if any(recording.streams) else None
-    for start, end in ((0, recording.head), (recording.head, recording.over)):
-        if start:
+    for part, is_backward in (((*recording.forward, *recording.loss), False), (recording.backward, True)):
+        if is_backward:
             reduce_by()
         for handle in islice(handles, 1):
-            alloc(handle)
-        events = recording.events[start:end]
+            allocator.alloc(handle)
         if ahead is not None:
-            ahead.replay(events)
+            ahead.replay(part)
         else:  # the same, of one stream
-            for number, key in events:
-                if key == FREED:
-                    free(blocks.pop(number))
-                else:
-                    blocks[number] = alloc(bytes_[key])
+            replay_stretches(part, bytes_, recording.streams, allocator, blocks)
         _free(waiting, allocator)
     if ahead is not None:
         ahead.end()
-    held = [blocks.pop(number) for number, _ in recording.events[recording.over :]]
+    held = [blocks.pop(number + shift) for events, shift, _ in recording.end for number, _ in events]
     return list(blocks.values()), held
+
+
+def replay_stretches(
+    part: Iterable[Stretch],
+    bytes_: Sequence[int],
+    streams: Sequence[int],
+    allocator: Allocator,
+    blocks: dict[int, Block],
+) -> None:
+    """Replay a part of a pass. `bytes_` and `streams` have an entry for each of its sizes; `blocks` are those alive."""
+    alloc, free = allocator.alloc, allocator.free
+    for events, shift in _iterations(part, allocator):
+        for number, key in events:
+            if key == FREED:
+                free(blocks.pop(number + shift))
+            else:
+                blocks[number + shift] = alloc(bytes_[key], streams[key])
+
+
+def _iterations(part: Iterable[Stretch], allocator: Allocator) -> Iterator[tuple[tuple[Event, ...], int]]:
+    """The events to replay, and the shift of their numbers.
+
+    Events that are repeated free all they allocate. Once they ask the driver for nothing, they leave the allocator as
+    they found it, and repeating them would change nothing.
+    """
+    for events, shift, times in part:
+        for _ in range(times):
+            requests = allocator.requests
+            yield events, shift
+            if allocator.requests == requests:
+                break
 
 
 class _Ahead:
@@ -345,7 +366,11 @@ class _Ahead:
         self._weights: deque[tuple[Block, list[Block]]] = deque()  # each with the gradients let go of before it
         self._gradients: list[Block] = []
 
-    def replay(self, events: Iterable[tuple[int, int]]) -> None:
+    def replay(self, part: Iterable[Stretch]) -> None:
+        for events, shift in _iterations(part, self._allocator):
+            self._replay((number + shift, key) for number, key in events)
+
+    def _replay(self, events: Iterable[Event]) -> None:
         alloc, free = self._allocator.alloc, self._allocator.free
         streams, bytes_, blocks = self._streams, self._bytes, self._blocks
         for number, key in events:

@@ -109,7 +109,7 @@ def test_the_ledger_sums_to_the_peak_and_the_categories_too(run: dict[str, Any])
 @given(runs())
 def test_everything_allocated_in_a_step_is_freed_but_gradients(run: dict[str, Any]) -> None:
     structure = decide(RunSpec(**run)).structure
-    low = pass_of(structure, labelled=True)
+    low = pass_of(structure)
     for key, count in alive(low.left, low.runs, built(structure.graph)[1]).items():
         kind, name = low.sizes[key][2], low.sizes[key][5]
         assert count == 0 or kind == "gradient" or name == "head_gradient", (name, count)
@@ -166,7 +166,7 @@ def test_checkpointing_never_raises_kept_bytes(run: dict[str, Any]) -> None:
     def kept(checkpointing: str) -> int:
         spec = RunSpec(**{**run, "kernels": {**run["kernels"], "checkpointing": checkpointing}})
         structure = decide(spec).structure
-        low, axes = pass_of(structure, labelled=True), built(structure.graph)[1]
+        low, axes = pass_of(structure), built(structure.graph)[1]
         p = program(structure)
         numbers = run_axes(p, run["batch"]["micro"], run["batch"]["sequence"], True, True, ONE_RUN)
         total = 0

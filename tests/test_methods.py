@@ -264,7 +264,7 @@ def test_flash_attention_2_is_given_half_precision_where_norms_hand_on_fp32() ->
         kernels={"attention": "flash_attention_2", "checkpointing": "none"},
         gpu="a100-80gb",
     )
-    low = pass_of(decide(run).structure, labelled=True)
+    low = pass_of(decide(run).structure)
     kept = {low.sizes[key][5]: low.sizes[key][1] for key, n in low.kept.counts.items() if n}
     assert {name: kept[name] for name in ("q.target", "k.target", "v.heads.target")} == dict.fromkeys(
         ("q.target", "k.target", "v.heads.target"), "bf16"
@@ -328,7 +328,7 @@ def test_every_weight_that_trains_is_left_with_a_gradient() -> None:
             _, axes = built(structure.graph)
             all_of_them = sum(h.bytes * h.copies for h in gradients_of(structure))
             for later in (False, True):  # a later micro-batch adds to those that are there
-                low = pass_of(structure, later, labelled=True)
+                low = pass_of(structure, later)
                 left = sum(
                     size(low.sizes[key][0], low.sizes[key][1], axes)[1] * n
                     for key, n in alive(low.left, low.runs, axes).items()

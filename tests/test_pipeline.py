@@ -189,7 +189,7 @@ def test_interleaved_1f1b_is_torchs_order(stages: int, chunks: int, microbatches
 
 def kept_of_layers(graph: Any, times: int) -> int:
     """Bytes that so many forward passes keep of their layers, of 512 tokens: with no axes left open."""
-    low, axes = lowered(graph, labelled=True), {**built(graph)[1], "b": 1, "s": 512}
+    low, axes = lowered(graph), {**built(graph)[1], "b": 1, "s": 512}
     counts = alive(low.kept, low.runs, axes)
     return times * sum(
         n * size(*low.sizes[key][:2], axes)[1] for key, n in counts.items() if low.sizes[key][3] == "model.layers"

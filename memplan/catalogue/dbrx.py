@@ -90,7 +90,7 @@ def _ffn(m: ModelSpec) -> tuple[Op, ...]:
         routers.top_k(f"{name}.topk", "router.probs", top),
         ops.leave("router.probs"),
         *(routers.divided(f"{name}.normalise", top, routers.SCORES, "norm") if normalised else ()),
-        *expert_loops.loop(x, "mo", "ffn.experts", [expert_loops.in_rows("ffn.experts")] * m.axes()["E"]),
+        *expert_loops.loop(x, "mo", "ffn.experts", [expert_loops.in_rows("ffn.experts")] * expert_loops.experts_of(m)),
         ops.leave(*routers.HELD, "n2"),
     )
 

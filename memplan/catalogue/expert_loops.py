@@ -11,12 +11,28 @@ from functools import partial
 from memplan.catalogue import ops
 from memplan.catalogue.experts import moved, stack, weighed
 from memplan.catalogue.routers import CHOSEN, PAIRS, SCORES
+from memplan.errors import ConfigError
 from memplan.ir import Keep, Op, Scratch, Tensor, Weight
+from memplan.models import ModelSpec
 
 AS_MODULES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # also counted as versions before transformers 5 have them
+MOST_EXPERTS = 512  # in a layer, if they are walked one by one; no model in use has more than 160
+MOST_MODULES = 16_384  # in all layers; no model in use has more than 12,032
 ROWS = "routed"
 OF_A_GROUP = "spread"  # how many rows a group of experts has
 Expert = Callable[[str, str], tuple[Op, ...]]  # by its name: what makes `t.out` of `t.in`
+
+
+def experts_of(m: ModelSpec) -> int:
+    """The number of experts in a layer, which are walked one by one. Raises ConfigError if they are too many."""
+    every, layers = m.axes()["E"], sum(layer.ffn == "experts" for layer in m.layers) or m.num_hidden_layers
+    if every > MOST_EXPERTS or every * layers > MOST_MODULES:
+        raise ConfigError(
+            f"config: num_experts: {every:,} in each of {layers:,} layers are modules of their own, of which at most "
+            f"{MOST_EXPERTS:,} in a layer and {MOST_MODULES:,} in all can be estimated",
+            "num_experts",
+        )
+    return every
 
 
 def loop(x: str, y: str, name: str, experts: Sequence[Expert], each: str = ROWS, hit: bool = True) -> tuple[Op, ...]:

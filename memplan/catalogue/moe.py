@@ -51,7 +51,7 @@ def _modules(
     sizes, (gate, up, down) = m.axes(), roles
     return (
         *routers.softmax_router(f"{name}.gate", X, normalise, stands_for=(), module=True),
-        *expert_loops.added(X, y, sizes["E"], sizes["e"], f"{name}.experts", (gate, up, down)),
+        *expert_loops.added(X, y, expert_loops.experts_of(m), sizes["e"], f"{name}.experts", (gate, up, down)),
         *((ops.leave(*routers.HELD, X),) if y == Y else ()),
     )
 
@@ -260,7 +260,7 @@ def deepseek(m: ModelSpec, wiring: Wiring) -> Stack:
     ffn = either(
         (
             *routed,
-            *expert_loops.modules(X, "routed", sizes["E"], sizes["e"]),
+            *expert_loops.modules(X, "routed", expert_loops.experts_of(m), sizes["e"]),
             *gated_mlp(X, "shared", "mlp.shared_experts", width="fs"),
             ops.add("mlp.add", "routed", "shared", Y, "b s h"),
             ops.leave("routed", "shared", routers.SCORES, routers.CHOSEN, X),

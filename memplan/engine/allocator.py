@@ -18,7 +18,6 @@ release_cached_blocks, try_allocate_expandable_block; BlockComparatorSize, by wh
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from typing import Any
 
 from memplan.units import MIB
 
@@ -33,33 +32,54 @@ class OutOfMemoryError(Exception):
     """A request that the capacity does not hold, even with every wholly free segment given back."""
 
 
-class Segment:
-    """What the driver gave: its size, its pool, and how many blocks of it are handed out."""
+class Pool:
+    """The free blocks of a pool by size, and the end of its last segment.
 
-    __slots__ = ("blocks", "last", "pool", "size")
+    of_size  the free blocks of one size with their addresses, by which they are sorted
+    sizes    the keys of `of_size`, sorted
+    end      the address where the last segment ends
+    last     the last block of a segment that grows
+    """
 
-    def __init__(self, size: int, pool: int) -> None:
-        self.size = size
-        self.pool = pool
-        self.blocks = 0
-        self.last: Block | None = None  # of a segment that grows
+    __slots__ = ("end", "is_small", "last", "of_size", "sizes")
+
+    def __init__(self, is_small: bool) -> None:
+        self.is_small = is_small
+        self.of_size: dict[int, list[tuple[int, Block]]] = {}
+        self.sizes: list[int] = []
+        self.end = 0
+        self.last: Block | None = None
+
+    def add(self, block: Block, size: int) -> None:
+        """List a free block, of that size."""
+        found = self.of_size.get(size)
+        if found is None:
+            self.of_size[size] = [(block.start, block)]
+            insort(self.sizes, size)
+        else:
+            insort(found, (block.start, block))
+
+    def remove(self, block: Block, size: int) -> None:
+        """Take a free block of that size off the list."""
+        found = self.of_size[size]
+        if len(found) > 1:
+            del found[bisect_left(found, (block.start,))]
+        else:
+            del self.of_size[size], self.sizes[bisect_left(self.sizes, size)]
 
 
 class Block:
     """A piece of a segment, free or handed out, and its neighbours there."""
 
-    __slots__ = ("after", "before", "free", "segment", "size", "start")
+    __slots__ = ("after", "before", "free", "pool", "size", "start")
 
-    def __init__(self, start: int, size: int, segment: Segment) -> None:
+    def __init__(self, start: int, size: int, pool: Pool) -> None:
         self.start = start
         self.size = size
-        self.segment = segment
+        self.pool = pool
         self.free = False
         self.before: Block | None = None
         self.after: Block | None = None
-
-
-Free = tuple[Any, ...]  # a block that is free, after its size and address, by which they are sorted
 
 
 class Allocator:
@@ -67,6 +87,7 @@ class Allocator:
 
     allocated   in blocks handed out, as torch.cuda.memory_allocated counts
     reserved    in segments
+    requests    how often the driver was asked for memory
 
     `expandable`: as with `expandable_segments:True`. `capacity`: what the driver has for it; None is without end.
     `streams`: how many the process allocates on; the first is the one it computes on.
@@ -75,41 +96,40 @@ class Allocator:
     def __init__(self, expandable: bool = False, capacity: int | None = None, streams: int = 1) -> None:
         self.expandable = expandable
         self.capacity = capacity
-        self.allocated = self.reserved = 0
+        self.allocated = self.reserved = self.requests = 0
         self.peak_allocated = self.peak_reserved = 0
-        pools = 2 * streams  # of each stream the large one and the small
-        self._free: list[list[Free]] = [[] for _ in range(pools)]  # by size and then by address
-        self._next = [pool << 60 for pool in range(pools)]  # an address for the next segment of each
-        self._growing: list[Segment | None] = [None] * pools
+        self._pools = [Pool(is_small) for _ in range(streams) for is_small in (False, True)]
 
     def alloc(self, size: int, stream: int = 0) -> Block:
-        """Hand out a block of at least `size` bytes. Raises OutOfMemoryError where the capacity does not hold it."""
-        size = -(-size // 512) * 512  # as rounded() does, without a call for every event of a replay
+        """Hand out a block of at least `size` bytes. Raises OutOfMemoryError if the capacity does not hold it."""
+        size = (size + 511) & -512  # as rounded() does, without a call for every event of a replay
+        is_small = size <= SMALL_REQUEST
+        pool = self._pools[2 * stream + is_small]
         if not size:
-            return Block(-1, 0, Segment(0, 1))  # no memory, and in no pool
-        small = size <= SMALL_REQUEST
-        pool = 2 * stream + small
-        free = self._free[pool]
-        i = bisect_left(free, (size, -1))
-        if i < len(free):
-            block: Block = free.pop(i)[2]
+            return Block(-1, 0, pool)
+        i = bisect_left(pool.sizes, size)
+        if i < len(pool.sizes):
+            whole = pool.sizes[i]
+            found = pool.of_size[whole]
+            _, block = found.pop(0)
+            if not found:
+                del pool.of_size[whole], pool.sizes[i]
             block.free = False
         else:
             block = self._grown(size, pool) if self.expandable else self._reserve(size, pool)
-        rest = block.size - size
-        if rest > SMALL_REQUEST or (rest and (small or self.expandable)):
-            start = block.start + size
-            other = Block(start, rest, block.segment)
+            whole = block.size
+        rest = whole - size
+        if rest > SMALL_REQUEST or (rest and (is_small or self.expandable)):
+            other = Block(block.start + size, rest, pool)
             other.before, other.after, other.free = block, block.after, True
             if block.after is None:
-                block.segment.last = other
+                pool.last = other
             else:
                 block.after.before = other
             block.after = other
-            block.size = size
-            insort(free, (rest, start, other))
-        block.segment.blocks += 1
-        self.allocated += block.size
+            block.size = whole = size
+            pool.add(other, rest)
+        self.allocated += whole
         if self.allocated > self.peak_allocated:  # noqa: PLR1730 (max is a call, for every event of a replay)
             self.peak_allocated = self.allocated
         return block
@@ -120,106 +140,109 @@ class Allocator:
         if not size:
             return
         self.allocated -= size
-        segment, after, before = block.segment, block.after, block.before
-        segment.blocks -= 1
-        free = self._free[segment.pool]
+        pool, after, before = block.pool, block.after, block.before
         if after is not None and after.free:
-            del free[bisect_left(free, (after.size, after.start))]
+            pool.remove(after, after.size)
             block.size = size = size + after.size
             after = block.after = after.after
             if after is None:
-                segment.last = block
+                pool.last = block
             else:
                 after.before = block
         if before is not None and before.free:
-            del free[bisect_left(free, (before.size, before.start))]
+            pool.remove(before, before.size)
             before.size = size = size + before.size
             before.after = after
             if after is None:
-                segment.last = before
+                pool.last = before
             else:
                 after.before = before
             block = before
         block.free = True
-        insort(free, (size, block.start, block))
+        pool.add(block, size)
 
     def release(self) -> None:
         """Give what is wholly free back to the driver, as a full card or torch.cuda.empty_cache() does."""
-        for free in self._free:
-            for _, _, block in list(free):
-                if self.expandable:
-                    self._unmap(block)
-                elif not block.segment.blocks:
-                    self._take(block)
-                    self.reserved -= block.segment.size
+        for pool in self._pools:
+            if self.expandable:
+                self._unmap(pool)
+                continue
+            for block in [block for found in pool.of_size.values() for _, block in found]:
+                if block.before is None and block.after is None:
+                    pool.remove(block, block.size)
+                    self.reserved -= block.size
 
-    def _take(self, block: Block) -> None:
-        block.free = False
-        free = self._free[block.segment.pool]
-        del free[bisect_left(free, (block.size, block.start))]
-
-    def _reserve(self, size: int, pool: int) -> Block:
+    def _reserve(self, size: int, pool: Pool) -> Block:
         """A block that is a new segment."""
-        if pool & 1:
+        if pool.is_small:
             whole = SMALL_SEGMENT
         elif size < OWN_SEGMENT:
             whole = LARGE_SEGMENT
         else:
             whole = -(-size // OWN_SEGMENT_STEP) * OWN_SEGMENT_STEP
         self._ask(whole)
-        start = self._next[pool]
-        self._next[pool] = start + whole
-        return Block(start, whole, Segment(whole, pool))
+        start = pool.end
+        pool.end = start + whole
+        return Block(start, whole, pool)
 
-    def _grown(self, size: int, pool: int) -> Block:
+    def _grown(self, size: int, pool: Pool) -> Block:
         """The last block of the pool's segment, if it is free, with as many more pages as it needs."""
-        pages = SMALL_SEGMENT if pool & 1 else LARGE_SEGMENT
-        segment = self._growing[pool] or Segment(0, pool)
-        last = segment.last
-        whole = last.size if last is not None and last.free else 0
-        more = -(-(size - whole) // pages) * pages
+        if self._is_full(self._needed(size, pool)):
+            self.release()  # the free end of the segment may go, too
+        more = self._needed(size, pool)
         self._ask(more)
-        last = segment.last  # what was free may have been given back
+        last = pool.last
         if last is not None and last.free:
-            self._take(last)
+            pool.remove(last, last.size)
+            last.free = False
             last.size += more
             block = last
         else:
-            block = Block(self._next[pool], more, segment)
+            block = Block(pool.end, more, pool)
             block.before = last
             if last is not None:
                 last.after = block
-        self._growing[pool] = segment
-        segment.last = block
-        self._next[pool] = block.start + block.size
-        segment.size += more
+        pool.last = block
+        pool.end = block.start + block.size
         return block
 
-    def _unmap(self, block: Block) -> None:
+    def _needed(self, size: int, pool: Pool) -> int:
+        """The bytes in pages that a growing segment needs to end with a free block of `size`."""
+        free = pool.last.size if pool.last is not None and pool.last.free else 0
+        return -(-(size - free) // _pages(pool)) * _pages(pool)
+
+    def _is_full(self, more: int) -> bool:
+        """Whether the driver does not have `more` bytes."""
+        return self.capacity is not None and self.reserved + more > self.capacity
+
+    def _unmap(self, pool: Pool) -> None:
         """Whole free pages at the end of a growing segment go; those within it are not modelled, and stay."""
-        segment = block.segment
-        pages = SMALL_SEGMENT if segment.pool & 1 else LARGE_SEGMENT
-        less = block.size // pages * pages
-        if block is not segment.last or not less:
+        block = pool.last
+        less = block.size // _pages(pool) * _pages(pool) if block is not None and block.free else 0
+        if block is None or not less:
             return
-        self._take(block)
-        self._next[segment.pool] -= less
+        pool.remove(block, block.size)
+        pool.end -= less
         self.reserved -= less
-        segment.size -= less
         block.size -= less
         if block.size:
-            block.free = True
-            insort(self._free[segment.pool], (block.size, block.start, block))
+            pool.add(block, block.size)
         else:
-            segment.last = block.before
+            pool.last = block.before
             if block.before is not None:
                 block.before.after = None
 
     def _ask(self, more: int) -> None:
         """Have the driver give `more`, once everything free has gone back if need be."""
-        if self.capacity is not None and self.reserved + more > self.capacity:
+        if self._is_full(more):
             self.release()
-            if self.reserved + more > self.capacity:
+            if self._is_full(more):
                 raise OutOfMemoryError(f"{more} bytes more than {self.reserved} of {self.capacity}")
+        self.requests += 1
         self.reserved += more
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+
+def _pages(pool: Pool) -> int:
+    """The bytes that a segment grows by."""
+    return SMALL_SEGMENT if pool.is_small else LARGE_SEGMENT

@@ -7,15 +7,17 @@ whenever memory is about to fall. A repeated block is run once: what its further
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
 from memplan.errors import InternalError
 from memplan.ir import Op, SavedTensors, Tensor, Unit
 
+Way = Literal["past", "forward", "backward"]  # past: what a copy finds of the pass before
 Counts = dict[int, int]  # size -> how many storages of it are alive
+_MOST_CHANGES = 32  # that a moment has by itself, before the counts are shared again
 
 # The streams that a process allocates on, each with pools of its own: the one it computes on, and those that FSDP and
 # DeepSpeed gather weights on, cast a rank's part on before that, and reduce gradients on. What is LENT was allocated on
@@ -24,26 +26,54 @@ COMPUTING, GATHERING, CASTING, REDUCING, LENT = range(5)
 
 
 class Moment(NamedTuple):
-    """What is alive at one point: `counts`, and per run what each copy of its blocks beyond the first adds."""
+    """How many storages of each size are alive at one point of a pass.
+
+    shared    in the copies that are run: counts that many moments have in common
+    changes   to be added to those
+    per_copy  added by each copy of a run beyond the first; many moments have these in common, too
+    """
 
     phase: str
     where: str
-    counts: Counts
-    per_copy: dict[int, Counts]
+    shared: Counts
+    changes: Counts
+    per_copy: Mapping[int, Counts]
+
+    @property
+    def counts(self) -> Counts:
+        """How many storages of each size are alive in the copies that are run."""
+        return _total(self.shared, self.changes)
 
     def less(self, other: Moment) -> Moment:
         """What is alive here and not at the other moment."""
-        return self.plus(other, -1)
+        per_copy = {run: _negative(counts) for run, counts in other.per_copy.items()}
+        return next(add_to_each((self,), other._replace(shared=_negative(other.counts), changes={}, per_copy=per_copy)))
 
-    def plus(self, other: Moment, sign: int = 1) -> Moment:
-        """This moment with what is alive at the other."""
 
-        def total(a: Counts, b: Counts) -> Counts:
-            return {key: a.get(key, 0) + sign * b.get(key, 0) for key in {*a, *b}}
+def add_to_each(moments: Iterable[Moment], other: Moment) -> Iterator[Moment]:
+    """Add what is alive at another moment to each of the moments."""
+    before: Moment | None = None
+    shared: Counts = {}
+    per_copy: Mapping[int, Counts] = {}
+    for moment in moments:
+        if before is None or moment.shared is not before.shared:
+            shared = _total(moment.shared, other.counts)
+        if before is None or moment.per_copy is not before.per_copy:
+            runs = {*moment.per_copy, *other.per_copy}
+            per_copy = {run: _total(moment.per_copy.get(run, {}), other.per_copy.get(run, {})) for run in runs}
+        before = moment
+        yield moment._replace(shared=shared, per_copy=per_copy)
 
-        runs = {*self.per_copy, *other.per_copy}
-        per_copy = {run: total(self.per_copy.get(run, {}), other.per_copy.get(run, {})) for run in runs}
-        return self._replace(counts=total(self.counts, other.counts), per_copy=per_copy)
+
+def _total(a: Counts, b: Counts) -> Counts:
+    out = dict(a)
+    for size, n in b.items():
+        out[size] = out.get(size, 0) + n
+    return out
+
+
+def _negative(counts: Counts) -> Counts:
+    return {size: -n for size, n in counts.items()}
 
 
 def leaves(op: Op) -> tuple[str, ...]:
@@ -137,7 +167,9 @@ class Tape:
         self._updates = updates
         self._grads_exist = grads_exist
         self._counts: Counts = {}
-        self._per_copy: dict[int, Counts] = {}
+        self._base: Counts = {}  # the counts some time ago, which the moments since share
+        self._changes: Counts = {}  # how the counts differ from those
+        self._per_copy: Mapping[int, Counts] = {}  # never changed in place, since moments share it
         self._rising = False
         self._where = ""
         self._block = ""
@@ -145,7 +177,7 @@ class Tape:
         self._in_run: int | None = None
         self._born: set[Storage] = set()  # storages alive that were born in the current run
         self._held: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
-        self.host = Moment("forward", "", {}, {})  # what is in host memory when forward is done
+        self.host = Moment("forward", "", {}, {}, {})  # what is in host memory when forward is done
         self.saves: SavedTensors | None = None  # how what is kept in forward goes there, if it does
         self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
         self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
@@ -167,7 +199,7 @@ class Tape:
         if self._labelled:
             key = (*key, kind, self._block, self._op.name, of + tensor.name, self._op.source)
         storage = Storage(self.sizes.setdefault(key, len(self.sizes)), fresh)
-        self._counts[storage.size] = self._counts.get(storage.size, 0) + 1
+        self._count(storage.size, 1)
         self._rising = True
         self._peak_where = self._where
         if self._in_run is not None:
@@ -191,17 +223,11 @@ class Tape:
             self._deferred.append(storage)  # the run's last copy drops it
             return
         self.note()
-        left = self._counts.get(storage.size, 0) - 1
-        if left:
-            self._counts[storage.size] = left
-        else:  # moments are many, and each has a copy
-            self._counts.pop(storage.size, None)
+        self._count(storage.size, -1)
         self._born.discard(storage)
         if storage.run is not None and storage.run != self._in_run:
-            copies = dict(self._per_copy[storage.run])
-            copies[storage.size] = copies.get(storage.size, 0) - 1
-            self._per_copy[storage.run] = copies
-            if copies[storage.size] < 0:
+            self._count_in_copies(storage.run, storage.size, -1)
+            if self._per_copy[storage.run][storage.size] < 0:
                 raise self._freed_twice(storage.size)
 
     def _freed_twice(self, size: int) -> InternalError:
@@ -209,12 +235,22 @@ class Tape:
         name = " ".join(filter(None, (shape, dtype, *labels[3:4])))
         return InternalError(f"a tensor ({name}) is freed once more than it is made, in {self.phase} at {self._where}")
 
+    def _count(self, size: int, n: int) -> None:
+        left = self._counts.get(size, 0) + n
+        if left:
+            self._counts[size] = left
+        else:
+            self._counts.pop(size, None)
+        self._changes[size] = self._changes.get(size, 0) + n
+
+    def _count_in_copies(self, run: int, size: int, n: int) -> None:
+        copies = self._per_copy.get(run, {})
+        self._per_copy = {**self._per_copy, run: {**copies, size: copies.get(size, 0) + n}}
+
     def of_copies(self, storage: Storage, run: int) -> None:
         """Every copy of the run has one like this storage, which was made outside of it."""
         storage.run = run
-        copies = dict(self._per_copy.get(run, {}))
-        copies[storage.size] = copies.get(storage.size, 0) + 1
-        self._per_copy[run] = copies
+        self._count_in_copies(run, storage.size, 1)
 
     def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
         """What the pass before left for each of the blocks, named and with their operations; in a run, for each of its
@@ -234,11 +270,14 @@ class Tape:
         """Write the moment down, if memory rose since the last one."""
         if self._rising:
             self._rising = False
-            self.moments.append(Moment(self.phase, self._peak_where, dict(self._counts), dict(self._per_copy)))
+            if len(self._changes) > _MOST_CHANGES:
+                self._base, self._changes = dict(self._counts), {}
+            changes = dict(self._changes)
+            self.moments.append(Moment(self.phase, self._peak_where, self._base, changes, self._per_copy))
 
     def snapshot(self) -> Moment:
         """What is alive now."""
-        return Moment(self.phase, self._where, dict(self._counts), dict(self._per_copy))
+        return Moment(self.phase, self._where, dict(self._counts), {}, self._per_copy)
 
     def enter(self, frame: Frame, op: Op) -> None:
         """What follows is the operation's."""
@@ -282,9 +321,12 @@ class Tape:
     def _put_away(self, tensor: Tensor) -> None:
         """A copy of `tensor` is in host memory from here on; in a run, one for each of its copies."""
         key = self.sizes.setdefault((tensor.shape, tensor.dtype), len(self.sizes))
-        per_copy = [] if self._in_run is None else [self.host.per_copy.setdefault(self._in_run, {})]
-        for counts in (self.host.counts, *per_copy):
-            counts[key] = counts.get(key, 0) + 1
+        counts, per_copy = self.host.shared, self.host.per_copy
+        counts[key] = counts.get(key, 0) + 1
+        if self._in_run is not None:
+            copies = per_copy.get(self._in_run, {})
+            own = {**copies, key: copies.get(key, 0) + 1}
+            self.host = self.host._replace(per_copy={**per_copy, self._in_run: own})
 
     def _save_away(self, frame: Frame, node: Node) -> Container[str]:
         """What the node keeps in host memory from here on: nothing of what is computed again in backward, and of
@@ -410,6 +452,8 @@ class Tape:
     def _gathered(self, op: Op) -> list[Storage]:
         """The weights of an operation that are gathered for it."""
         found: list[Storage] = []
+        if not self.nested:
+            return found
         for unit in (self.nested[w.name] for w in op.weights if w.name in self.nested):
             cast = self.made(unit.cast, "temp", CASTING)
             found += self.made(unit.whole, "parameter", GATHERING)
@@ -664,8 +708,8 @@ class Tape:
 
     # copies of equal blocks, and runs of them
 
-    def enter_copy(self, skipped: int) -> None:
-        """What follows is one copy; `skipped` like it come after it and are left out."""
+    def enter_copy(self, number: int, way: Way, skipped: int) -> None:
+        """One copy's part begins; `number` is its place among those that are run. `skipped` after it are left out."""
 
     def leave_copy(self) -> None:
         """The copy is done."""
@@ -693,22 +737,30 @@ class Tape:
         old, before, now = self._per_copy.get(run, {}), self._before, self._counts
         new = {k: old.get(k, 0) + now.get(k, 0) - before.get(k, 0) for k in sorted({*old, *before, *now})}
         new = {k: n for k, n in new.items() if n}
-        spends = any(new.get(k, 0) < n for k, n in old.items())  # of what the pass before left: the first one may peak
+        keys, less = list(self.sizes), Counter[tuple[str, ...]]()  # by shape and dtype, whatever it is called
+        for counts, sign in ((old, 1), (new, -1)) if old else ():
+            for k, n in counts.items():
+                less[keys[k][:2]] += sign * n
+        spends = any(less[keys[k][:2]] > 0 for k in old)  # what the pass before left: the first copy may peak
         renamed = self._renamed(new, passed_on)
+        shared: Mapping[int, Counts] | None = None
+        with_new = with_old = self._per_copy
         for i in range(self._first_moment, len(self.moments)):
             m = self.moments[i]
-            counts, per_copy = self._as_last(m.counts, renamed), {**m.per_copy, run: new}
+            if m.per_copy is not shared:
+                shared = m.per_copy
+                with_new, with_old = {**shared, run: new}, {**shared, run: old}
+            last = m._replace(changes=self._as_last(m, renamed), per_copy=with_new)
             if self.phase == "backward":
-                self.moments.append(Moment(m.phase, self._first_copy(m.where), counts, per_copy))
+                self.moments.append(last._replace(where=self._first_copy(m.where)))
             else:  # each copy leaves more alive, so the last one peaks
-                self.moments[i] = Moment(m.phase, m.where, counts, per_copy)
+                self.moments[i] = last
                 if spends:
-                    earlier = {**m.per_copy, run: old}
-                    self.moments.append(Moment(m.phase, self._first_copy(m.where), m.counts, earlier))
-        less = next((key for key, n in new.items() if n < 0), None)
-        if less is not None:
-            raise self._freed_twice(less)
-        self._per_copy[run] = new
+                    self.moments.append(m._replace(where=self._first_copy(m.where), per_copy=with_old))
+        negative = next((key for key, n in new.items() if n < 0), None)
+        if negative is not None:
+            raise self._freed_twice(negative)
+        self._per_copy = {**self._per_copy, run: new}
         for storage in self._born:
             storage.run = run
         for storage in passed_on:  # there is one, whatever the run had of its kind
@@ -733,13 +785,13 @@ class Tape:
                 left[storage.size] = left.get(storage.size, 0) - 1
         return out
 
-    def _as_last(self, counts: Counts, renamed: Mapping[int, int]) -> Counts:
-        """What is alive in the run's one copy, as the last of several has it."""
+    def _as_last(self, moment: Moment, renamed: Mapping[int, int]) -> Counts:
+        """What the last of several copies has on top of what moments share, given what the run's one copy has."""
         if not renamed:
-            return counts
-        out = dict(counts)
+            return moment.changes
+        out = dict(moment.changes)
         for handed, name in renamed.items():
-            alive = out.get(handed, 0) - self._counts.get(handed, 0)
+            alive = moment.shared.get(handed, 0) + out.get(handed, 0) - self._counts.get(handed, 0)
             out[handed] = out.get(handed, 0) - alive
             out[name] = out.get(name, 0) + alive
         return out

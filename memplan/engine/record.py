@@ -1,44 +1,79 @@
 """Recording: a pass as the sequence of its allocations and frees, for the allocator's model. Structure only.
 
 Of a run of equal blocks three copies are run: those at its ends and one between them. All others are like that one, so
-its events are repeated for them.
+its events stand for theirs, too. In the same way one iteration stands for a loop over experts that keep nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.engine.gather import Gatherer
-from memplan.engine.lower import Frame, Moment, Storage, Tape
+from memplan.engine.lower import COMPUTING, Frame, Moment, Storage, Tape, Way
 from memplan.engine.step import run_pass
-from memplan.ir import Division, SavedTensors, Stack, Tensor
+from memplan.ir import Division, Op, SavedTensors, Stack, Tensor
 
 FREED = -1
-_LEFT_OUT = 1 << 40  # storages of copies left out: the same in passes that differ in what they make on the way back
 RUN = 3  # copies of a run that are run: its first, its last, and the one between that all others are like
+_STEP = 1 << 32  # between the numbers of a storage and of its namesake in the next copy that is left out
+
+Event = tuple[int, int]
+
+
+class Stretch(NamedTuple):
+    """Consecutive events: the number of a storage, and the index of its size or FREED.
+
+    shift  added to every number: equal copies have the same events, and storages of their own
+    times  how often the events are repeated: only events that free all they allocate are
+    """
+
+    events: tuple[Event, ...]
+    shift: int = 0
+    times: int = 1
 
 
 class Recorded(NamedTuple):
-    """A pass: `events` are a storage's number, and its size's index in `sizes` or FREED; `streams` are those that each
-    of the `sizes` is allocated on. Forward is done at the event `turn`, backward comes to the head at `head`; from
-    `over` on, what the script and the graph's nodes held goes."""
+    """The allocations and frees of a pass.
 
-    events: tuple[tuple[int, int], ...]
+    forward   the forward pass, with the loss
+    loss      the backward of the loss
+    backward  the backward pass, from the head on
+    end       frees of what the script and the graph's nodes held
+    sizes     shape and dtype
+    streams   the stream that each of the sizes is allocated on
+    """
+
+    forward: tuple[Stretch, ...]
+    loss: tuple[Stretch, ...]
+    backward: tuple[Stretch, ...]
+    end: tuple[Stretch, ...]
     sizes: tuple[tuple[str, ...], ...]
     streams: tuple[int, ...]
-    turn: int
-    head: int
-    over: int
+
+    @property
+    def events(self) -> Iterator[Event]:
+        """Every event, in order."""
+        return unrolled((*self.forward, *self.loss, *self.backward, *self.end))
+
+
+def unrolled(stretches: Iterable[Stretch]) -> Iterator[Event]:
+    """Every event of the stretches, in order."""
+    for events, shift, times in stretches:
+        for _ in range(times):
+            yield from ((number + shift, key) for number, key in events)
 
 
 class _Copy(NamedTuple):
-    """One copy's part of a pass: the events from `start` to `end`."""
+    """A copy's part of a pass: the events from `start` to `end`. `skipped` equal copies after it are left out."""
 
+    number: int
+    way: Way
+    skipped: int
     start: int
     end: int
-    skipped: int
 
 
 class Recorder(Tape):
@@ -57,11 +92,12 @@ class Recorder(Tape):
         self.events: list[tuple[int, int]] = []
         self.copies: list[_Copy] = []
         self.outside: list[int] = []  # where backward comes to the loss, the head, and what is before the blocks
+        self.recalled = 0  # where all that the pass before left is there
         self.turn = 0  # where forward is done
         self.over = 0  # where the pass is over
         self._numbers: dict[Storage, int] = {}
         self._kinds: dict[tuple[int, int], int] = {}  # a size and a stream
-        self._entered = (0, 0)
+        self._entered = _Copy(0, "forward", 0, 0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
         storage = super().alloc(tensor, kind, fresh, of)
@@ -70,16 +106,27 @@ class Recorder(Tape):
         self.events.append((self._numbers[storage], key))
         return storage
 
-    def recorded(self, events: list[tuple[int, int]], turn: int, head: int, over: int) -> Recorded:
-        """The pass with those events."""
+    def recorded(self, *parts: Sequence[Stretch]) -> Recorded:
+        """The pass as its four parts, see `Recorded`."""
         keys = list(self.sizes)
         sizes, streams = zip(*((keys[size], stream) for size, stream in self._kinds), strict=True)
-        return Recorded(tuple(events), sizes, streams, turn, head, over)
+        forward, loss, backward, end = map(tuple, parts)
+        return Recorded(forward, loss, backward, end, sizes, streams)
+
+    def computes(self, events: Iterable[Event]) -> bool:
+        """Whether all that the events allocate is on the stream that computes."""
+        streams = [stream for _, stream in self._kinds]
+        return all(size == FREED or streams[size] == COMPUTING for _, size in events)
 
     def drop(self, storage: Storage) -> None:
         super().drop(storage)
         if not storage.refs:
             self.events.append((self._numbers[storage], FREED))
+
+    def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
+        found = super().recall(blocks, run)
+        self.recalled = len(self.events)
+        return found
 
     def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
         before, self._lasting = self._lasting, []
@@ -108,12 +155,11 @@ class Recorder(Tape):
         self.over = len(self.events)
         return super().end_step(*gradients)
 
-    def enter_copy(self, skipped: int) -> None:
-        self._entered = (len(self.events), skipped)
+    def enter_copy(self, number: int, way: Way, skipped: int) -> None:
+        self._entered = _Copy(number, way, skipped, len(self.events), 0)
 
     def leave_copy(self) -> None:
-        start, skipped = self._entered
-        self.copies.append(_Copy(start, len(self.events), skipped))
+        self.copies.append(self._entered._replace(end=len(self.events)))
 
 
 def record(
@@ -137,11 +183,7 @@ def record(
     tape.saves = saves
     gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
     run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
-    every = _Expansion(tape)
-    return tape.recorded(every.events, every.turn, every.head, every.over)
-
-
-EVERY = 2**20  # copies of a run, of which none is left out
+    return tape.recorded(*_Expansion(tape, tape.turn, tape.outside[1], tape.over).parts)
 
 
 def record_inference(
@@ -150,103 +192,144 @@ def record_inference(
     autocast: str | None = None,
     division: Division | None = None,
     casts: str = "",
+    copies: int = RUN,
 ) -> Recorded:
     """The allocations and frees of a forward pass of which autograd records nothing. It begins with those of what the
     pass before left, and what it leaves is not freed. `division` and `casts` are as `infer` has them."""
     tape = Recorder()
     gatherer = Gatherer(tape, division, grads_exist=False)
-    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=EVERY, records=False, casts=casts)
-    return tape.recorded(tape.events, tape.turn, len(tape.events), tape.over)
+    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=copies, records=False, casts=casts)
+    recalled, others = _Expansion(tape, tape.recalled).parts
+    return tape.recorded((*recalled, *others), (), (), ())
 
 
 class _Expansion:
-    """The events with those of the copies that were left out.
+    """The events of all copies, also of those that were left out, in parts that begin at the `cuts`.
 
-    A storage is known by the part it was made in and its place there, so that it has a namesake in every equal part. A
+    A storage is known by the copy it was made in and its place there, so that it has a namesake in every equal copy. A
     copy left out makes and frees what the copy it is like does, with namesakes of its neighbours' storages.
     """
 
-    def __init__(self, tape: Recorder) -> None:
-        self.events: list[tuple[int, int]] = []
-        self.turn = self.head = self.over = 0
-        self._turn = tape.turn
-        self._over = tape.over
-        self._recorded = tape.events
-        self._head = tape.outside[1]
-        self._parts = tape.copies
-        self._made: list[list[int]] = []
-        self._born: dict[int, tuple[int, int]] = {}  # a storage's part and place
-        for i, part in enumerate(tape.copies):
-            within = tape.events[part.start : part.end]
-            self._made.append([n for n, size in within if size != FREED])
-            self._born.update((n, (i, place)) for place, n in enumerate(self._made[i]))
-        self._instances: dict[tuple[int, int], int] = {}
-        self._fresh = _LEFT_OUT
-        last = len(tape.copies) - 1
-        self._like = {i: part.skipped for i, part in enumerate(tape.copies) if part.skipped}
+    def __init__(self, tape: Recorder, *cuts: int) -> None:
+        self.parts: list[list[Stretch]] = [[]]
+        self._tape = tape
+        self._cuts = deque(cuts)
+        self._made: dict[tuple[int, Way], list[int]] = {}
+        self._born: dict[int, tuple[_Copy, int]] = {}  # a storage's copy and place
+        for copy in tape.copies:
+            made = [number for number, size in tape.events[copy.start : copy.end] if size != FREED]
+            self._made[copy.number, copy.way] = made
+            self._born.update((number, (copy, place)) for place, number in enumerate(made))
         at = 0
-        for i, part in enumerate(tape.copies):
-            self._whole(at, part.start, None)
-            if 2 * i > last and part.skipped:  # on the way back they come first
-                for j in range(part.skipped, 0, -1):
-                    self._left_out(i, last - i, j)
-            self._whole(part.start, part.end, i)
-            if 2 * i < last and part.skipped:
-                for j in range(1, part.skipped + 1):
-                    self._left_out(i, i, j)
-            at = part.end
-        self._whole(at, len(tape.events), None)
-        self.over = self.over or len(self.events)
+        for copy in tape.copies:
+            self._add_run(at, copy.start, None)
+            if copy.way == "backward":  # those left out come first
+                self._add_left_out(copy, range(copy.skipped, 0, -1))
+            self._add_run(copy.start, copy.end, copy)
+            if copy.way != "backward":
+                self._add_left_out(copy, range(1, copy.skipped + 1))
+            at = copy.end
+        self._add_run(at, len(tape.events), None)
+        self.parts += ([] for _ in self._cuts)
 
-    def _instance(self, number: int, copy: int) -> int:
-        """The storage of the `copy`th copy left out that is like `number`, which is that of copy 0."""
-        if not copy:
-            return number
-        if (number, copy) not in self._instances:
-            self._instances[number, copy] = self._fresh
-            self._fresh += 1
-        return self._instances[number, copy]
-
-    def _whole(self, start: int, end: int, part: int | None) -> None:
-        """Events of a part that is run, or between parts."""
+    def _add_run(self, start: int, end: int, copy: _Copy | None) -> None:
+        """Add the events of a copy that was run, or those between copies."""
+        events: list[Event] = []
         for at in range(start, end):
-            number, size = self._recorded[at]
-            if at == self._turn:
-                self.turn = len(self.events)
-            if at == self._head:
-                self.head = len(self.events)
-            if at == self._over:
-                self.over = len(self.events)
-            if size != FREED:
-                self.events.append((number, size))
-                continue
-            born, place = self._born.get(number, (None, 0))
-            if born is None or born == part or not (self._like.get(born) or (part and self._like.get(part))):
-                self.events.append((number, FREED))
-            elif part is None:  # each copy's goes
-                every = range(self._like.get(born, 0) + 1)
-                self.events += [(self._instance(number, j), FREED) for j in every]
+            while self._cuts and at == self._cuts[0]:
+                self.parts[-1] += stretches(events, self._tape)
+                self.parts.append([])
+                self._cuts.popleft()
+                events = []
+            number, size = self._tape.events[at]
+            if size != FREED or number not in self._born:
+                events.append((number, size))
+            elif copy is None:  # each copy's goes
+                born, _ = self._born[number]
+                events += [(number + i * _STEP, FREED) for i in range(born.skipped + 1)]
             else:
-                self.events.append((self._neighbours(number, born, place, part), FREED))
+                events.append((self._freed_by(copy, number), FREED))
+        self.parts[-1] += stretches(events, self._tape)
 
-    def _neighbours(self, number: int, born: int, place: int, part: int) -> int:
-        """What a part calls a storage that another one made: between neighbours lie the copies left out."""
-        last = len(self._parts) - 1
-        if self._like.get(born) and part in (born + 1, last - born - 1) and 2 * born < last:
-            return self._instance(number, self._like[born])
-        if self._like.get(part) and born == part - 1 and 2 * born > last:
-            return self._instance(self._made[part][place], 1)
+    def _freed_by(self, copy: _Copy, number: int) -> int:
+        """The number of a storage that a copy frees. Its neighbour may be a copy that was left out."""
+        born, place = self._born[number]
+        if born.way == "forward" and born.number == copy.number - 1:
+            return number + born.skipped * _STEP
+        if born.way == "backward" and born.number == copy.number + 1 and copy.skipped:
+            return self._made[copy.number, copy.way][place] + _STEP
         return number
 
-    def _left_out(self, part: int, forward: int, copy: int) -> None:
-        """The `copy`th copy left out in a part: copy 0 is run, and `forward` is its part of the forward pass."""
-        start, end, skipped = self._parts[part]
-        for number, size in self._recorded[start:end]:
+    def _add_left_out(self, copy: _Copy, order: Iterable[int]) -> None:
+        """Add the copies left out that are like this one; the `order` has their distances from it."""
+        if not copy.skipped:
+            return
+        events: list[Event] = []
+        farthest: list[Event] = []  # of the copy whose other neighbour was run
+        for number, size in self._tape.events[copy.start : copy.end]:
             born, place = self._born.get(number, (None, 0))
-            if size != FREED or born in (part, forward):
-                self.events.append((self._instance(number, copy), size))
-            elif born is not None and born == forward - 1:
-                self.events.append((self._instance(self._made[forward][place], copy - 1), FREED))
-            elif born is not None and born == part - 1:  # a gradient, of the copy after
-                after = number if copy == skipped else self._instance(self._made[part][place], copy + 1)
-                self.events.append((after, FREED))
+            if size != FREED or (born and born.number == copy.number):
+                like = at_end = number
+            elif born and born.way == "forward" and born.number == copy.number - 1:
+                like = at_end = self._made[copy.number, "forward"][place] - _STEP
+            elif born and born.way == "backward" and born.number == copy.number + 1:
+                like, at_end = self._made[copy.number, copy.way][place] + _STEP, number - copy.skipped * _STEP
+            else:
+                continue
+            events.append((like, size))
+            farthest.append((at_end, size))
+        usual, last = stretches(events, self._tape), stretches(farthest, self._tape)
+        for distance in order:
+            shift = distance * _STEP
+            self.parts[-1] += (s._replace(shift=shift) for s in (last if distance == copy.skipped else usual))
+
+
+def stretches(events: Sequence[Event], tape: Recorder) -> list[Stretch]:
+    """The events as stretches. Iterations that free all they allocate, such as those over experts, become one."""
+    out: list[Stretch] = []
+    following = _next_with_the_same_alive(events)
+    at = start = 0
+    while at < len(events):
+        length, times = following[at] - at, 1
+        while length and _repeats(events, following, at + (times - 1) * length, length):
+            times += 1
+        body = tuple(events[at : at + length]) if times > 1 else ()
+        if body and tape.computes(body) and _frees_what_it_allocates(body):
+            out += [Stretch(tuple(events[start:at])), Stretch(body, times=times)]
+            start = at = at + times * length
+        else:
+            at += 1
+    return [stretch for stretch in (*out, Stretch(tuple(events[start:]))) if stretch.events]
+
+
+def _next_with_the_same_alive(events: Sequence[Event]) -> list[int]:
+    """For each place between events, the next one at which the same storages are alive; itself if there is none.
+
+    The exclusive or of their hashes stands for the storages alive: every event adds or removes its own.
+    """
+    alive: list[int] = [0]
+    for number, _ in events:
+        alive.append(alive[-1] ^ hash((number,)))
+    following = list(range(len(alive)))
+    seen: dict[int, int] = {}
+    for at in reversed(range(len(alive))):
+        following[at] = seen.get(alive[at], at)
+        seen[alive[at]] = at
+    return following
+
+
+def _repeats(events: Sequence[Event], following: Sequence[int], at: int, length: int) -> bool:
+    """Whether the `length` events are followed by the same ones, of other storages."""
+    end = at + length
+    if following[end] - end != length:
+        return False
+    later = events[end][0] - events[at][0]
+    return all(
+        number + later == other and size == its
+        for (number, size), (other, its) in zip(events[at:end], events[end : end + length], strict=True)
+    )
+
+
+def _frees_what_it_allocates(events: Iterable[Event]) -> bool:
+    freed = {number for number, size in events if size == FREED}
+    return freed == {number for number, size in events if size != FREED}

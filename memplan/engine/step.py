@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from memplan.engine.dtypes import FLOATING, Scope
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer, unit_of
-from memplan.engine.lower import Frame, Moment, Storage, Tape, leaves
+from memplan.engine.lower import Frame, Moment, Storage, Tape, add_to_each, leaves
 from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor
 
 
@@ -335,11 +335,12 @@ def lower(
     tape.saves = saves
     gatherer = Gatherer(tape, division, grads_exist)
     passed = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host)
-    held = passed.held.plus(passed.nodes)
+    (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
-    if lingers:
-        before = {"forward": held, "loss": passed.nodes}
-        moments = [m.plus(before[m.phase]) if m.phase in before else m for m in moments]
+    for phase, before in (("forward", held), ("loss", passed.nodes)) if lingers else ():
+        of_phase = [i for i, m in enumerate(moments) if m.phase == phase]
+        for i, moment in zip(of_phase, add_to_each([moments[i] for i in of_phase], before), strict=True):
+            moments[i] = moment
     return Lowered(tuple(moments), passed.kept, tape.snapshot(), held, tape.host, tuple(tape.sizes), passed.runs)
 
 
@@ -421,7 +422,9 @@ def run_pass(
     pasts: list[list[dict[str, Storage]]] = []
     several = 0
     for c in copies:
+        tape.enter_copy(len(pasts), "past", c.skipped)
         pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else several))
+        tape.leave_copy()
         several += not c.alone
     last_past, *joint_pasts = tape.recall([("", after), *(("", j.ops) for j in joints)])
     first = Frame(before, first_scope, {}, leaf)
@@ -472,7 +475,7 @@ def run_pass(
                 {f"{b.name}.{last_layer + i}.": f"{b.name}.{first_layer + i}." for i, b in enumerate(c.blocks)}
             )
             tape.enter_run(number, firsts[number])
-        tape.enter_copy(c.skipped)
+        tape.enter_copy(at, "forward", c.skipped)
         again_first = called[at] if c.count(depth) > 1 else ()
         entering = stream
         frames: list[Frame] = []
@@ -571,7 +574,7 @@ def run_pass(
         number, frames = ran[i]
         if number is not None:
             tape.enter_run(number, firsts[number])
-        tape.enter_copy(copies[i].skipped)
+        tape.enter_copy(i, "backward", copies[i].skipped)
         several = (number is not None and copies[i].count(depth) > 1) or copies[i].skipped
         again_last = called[i][::-1] if several else ()
         for j in reversed(range(len(frames))):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import prod
-from operator import ge, mul
+from operator import ge, mul, sub
 from typing import Any, NamedTuple
 
 from memplan.engine.lower import Moment
@@ -117,20 +117,30 @@ def rows(
     index = {v: i for i, v in enumerate(variables)}
     place = [(index[v], n) for v, n in sizes]
     copies = [axes[axis] - counted for axis, counted in runs]
-    further: Mapping[int, Mapping[int, int]] = {}  # what copies beyond the first add, which many moments share
-    added = none = [0] * len(variables)
+
+    def add(counts: Mapping[int, int], row: list[int], times: int = 1) -> None:
+        for key, count in counts.items():
+            i, n = place[key]
+            row[i] += n * count * times
+
+    shared: Mapping[int, int] = {}
+    further: Mapping[int, Mapping[int, int]] = {}  # what copies beyond the first add
+    common = [0] * len(variables)  # the row of those two
     out: list[tuple[int, ...]] = []
     for moment in moments:
-        if moment.per_copy != further:
-            further, added = moment.per_copy, list(none)
-            for run, counts in further.items():
-                for key, count in counts.items():
-                    i, n = place[key]
-                    added[i] += n * count * copies[run]
-        row = list(added)
-        for key, count in moment.counts.items():
-            i, n = place[key]
-            row[i] += n * count
+        if moment.shared is not shared:
+            add(shared, common, -1)
+            shared = moment.shared
+            add(shared, common)
+        if moment.per_copy is not further:
+            for run in {*further, *moment.per_copy}:
+                old, new = further.get(run, {}), moment.per_copy.get(run, {})
+                if new is not old:
+                    add(old, common, -copies[run])
+                    add(new, common, copies[run])
+            further = moment.per_copy
+        row = list(common)
+        add(moment.changes, row)
         out.append(tuple(row))
     return out
 
@@ -163,8 +173,9 @@ def prune(
     variables: Sequence[Variable],
     along: Sequence[tuple[str, ...]] | None = None,
 ) -> tuple[Term, ...]:
-    """The candidates, rows of moments, that no other is at least as large as for every run.
+    """Return the candidates, rows of moments, that can be the largest for some run.
 
+    Leaves out every candidate that is never larger than a certain other one, or that lies midway between two others.
     Along a chain of products what counts is the sum of coefficients from the largest down: the variables' own, or the
     one to go `along`. A rounded size is its product plus at most 511 bytes.
     """
@@ -173,38 +184,67 @@ def prune(
     rounds = [i for i, v in enumerate(variables) if v.itemsize and chained[i]]
     others = [i for i, inside in enumerate(chained) if not inside]
     multiples = [(i, products[v.axes], v.factor * (v.itemsize or 1)) for i, v in enumerate(variables) if chained[i]]
-    found: dict[tuple[int, ...], _Candidate] = {}
+    first: dict[tuple[int, ...], int] = {}
     for row, moment in candidates:
-        if row in found:
-            continue
+        first.setdefault(row, moment)
+    found: list[_Candidate] = []
+    for row in without_midpoints(list(first)):
         linear = [0] * len(products)
         for i, product, multiple in multiples:
             linear[product] += row[i] * multiple
         rounding, apart = [row[i] for i in rounds], [row[i] for i in others]
         slack = None if any(apart) else 511 * sum(rounding)
-        term = Term(row, tuple(linear), slack, moment)
-        found[row] = _Candidate([*accumulate(linear)], sum(apart), apart, rounding, term)
+        term = Term(row, tuple(linear), slack, first[row])
+        sums = [*accumulate(linear)]
+        found.append(_Candidate(sums, sums[-1], sum(apart), apart, rounding, term))
+    found.sort(key=_sums, reverse=True)
     kept: list[Term] = []
     larger: list[_Candidate] = []  # those kept, the one last found larger first: it often is again
-    for one in sorted(found.values(), key=_sums, reverse=True):
-        sums, whole, apart, rounding, _ = one
-        for at, (other_sums, other_whole, other_apart, other_rounding, _) in enumerate(larger):
-            if other_whole >= whole and all(map(ge, other_apart, apart)) and all(map(ge, other_sums, sums)):
-                slack = 511 * sum(n - m for n, m in zip(rounding, other_rounding, strict=True) if n > m)
-                if other_sums[-1] >= sums[-1] + slack:
-                    larger.insert(0, larger.pop(at))
-                    break
+    for one in found:
+        for at, other in enumerate(larger):
+            if _always_at_least(other, one):
+                larger.insert(0, larger.pop(at))
+                break
         else:
             kept.append(one.term)
             larger.append(one)
     return tuple(kept)
 
 
+def without_midpoints(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Leave out rows that lie midway between an earlier and a later one: no run makes them larger than both.
+
+    A loop over experts makes hundreds of them, since each iteration adds the same. The steps from one row to the next
+    repeat after as many rows as an iteration has.
+
+    >>> without_midpoints([(0, 9), (1, 7), (2, 8), (3, 6), (4, 7), (5, 5)])
+    [(0, 9), (1, 7), (2, 8), (4, 7), (5, 5)]
+    """
+    out = [*rows[:1]]
+    last: dict[tuple[int, ...], int] = {}  # the row that a step led to last
+    period = 0
+    for i in range(1, len(rows)):
+        step = tuple(map(sub, rows[i], rows[i - 1]))
+        for length in (period, i - last.get(step, i)):
+            if length and i + length < len(rows) and _midway(rows[i - length], rows[i], rows[i + length]):
+                period = length
+                break
+        else:
+            out.append(rows[i])
+        last[step] = i
+    return out
+
+
+def _midway(before: tuple[int, ...], row: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    return all(2 * n == low + high for low, n, high in zip(before, row, after, strict=True))
+
+
 class _Candidate(NamedTuple):
-    """A term, the sums of its coefficients along the chain, those of variables outside it (`whole`: all together), and
-    those of variables that are rounded."""
+    """A term, the sums of its coefficients along the chain and their `total`, those of variables outside it (`whole`:
+    all together), and those of variables that are rounded."""
 
     sums: list[int]
+    total: int
     whole: int
     apart: list[int]
     rounding: list[int]
@@ -213,6 +253,16 @@ class _Candidate(NamedTuple):
 
 def _sums(candidate: _Candidate) -> list[int]:
     return candidate.sums
+
+
+def _always_at_least(large: _Candidate, small: _Candidate) -> bool:
+    """Whether one is at least as large as the other for every run. Numbers are compared before lists: most differ."""
+    if large.total < small.total or large.whole < small.whole:
+        return False
+    if not all(map(ge, large.apart, small.apart)) or not all(map(ge, large.sums, small.sums)):
+        return False
+    slack = 511 * sum(n - m for n, m in zip(small.rounding, large.rounding, strict=True) if n > m)
+    return large.total >= small.total + slack
 
 
 def _at_most(small: tuple[str, ...], large: tuple[str, ...]) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.errors import ConfigError, UnsupportedModelError
 from memplan.families import WRITTEN_OUT, Family
-from memplan.layers import as_json
+from memplan.layers import MOST_LAYERS, as_json
 
 if TYPE_CHECKING:
     from memplan.models import ModelSpec
@@ -130,7 +130,7 @@ def _whisper(m: ModelSpec) -> Mapping[str, int]:
         "s": _frames(m),
         "frames": 2 * _frames(m),
         "mel": m.whole("num_mel_bins", 80),
-        "D": m.whole("decoder_layers", 4),
+        "D": m.whole("decoder_layers", 4, most=MOST_LAYERS),
         "fd": m.whole("decoder_ffn_dim", 1536),
     }
 
@@ -151,7 +151,7 @@ def _any_target(m: ModelSpec) -> None:
 
 
 def _t5(m: ModelSpec) -> Mapping[str, int]:
-    decoders = m.whole("num_decoder_layers", m.num_hidden_layers)
+    decoders = m.whole("num_decoder_layers", m.num_hidden_layers, most=MOST_LAYERS)
     feeds = m.get("feed_forward_proj", "relu")
     if not isinstance(feeds, str) or feeds.removeprefix("gated-") not in WRITTEN_OUT:
         raise UnsupportedModelError(

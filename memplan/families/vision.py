@@ -16,11 +16,12 @@ from memplan.errors import ConfigError
 from memplan.families import Family
 from memplan.families.moe import sized, stepped
 from memplan.families.ssm import FAMILIES as SSM
-from memplan.layers import Layer, as_json, layers_of
+from memplan.layers import MOST_LAYERS, Layer, as_json, layers_of
 from memplan.models import ModelSpec
 
 _VISION = "vision_config"
 _MOST = 2**21
+_COUNTS_LAYERS = ("depth", "num_hidden_layers", "num_global_layers")
 
 _QWEN3 = {
     "depth": 27,
@@ -117,9 +118,10 @@ def size(m: ModelSpec, key: str, default: int = 0, *others: str) -> int:
         return default or cast(int, _DEFAULTS[m.model_type][key])
     sides: tuple[Any, ...] = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
     side = sides[0] if len(set(sides)) == 1 else None  # a square one
-    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= _MOST:
+    most = MOST_LAYERS if key in _COUNTS_LAYERS else _MOST
+    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= most:
         said = as_json(cast(Any, value))
-        raise ConfigError(f"config: {_VISION}.{name} must be a whole number from 1 to {_MOST:,}, not {said}", name)
+        raise ConfigError(f"config: {_VISION}.{name} must be a whole number from 1 to {most:,}, not {said}", name)
     return side
 
 

@@ -291,7 +291,7 @@ def _most_estimated(walked: Walked, decided: Decided, index: int) -> Mapping[int
     most = Counter[int]()
     if moment < 0:
         return most
-    low = pass_of(decided.structure, later, labelled=True)
+    low = pass_of(decided.structure, later)
     axes = {**built(decided.structure.graph)[1], **walked.axes}
     sizes = [size(key[0], key[1], axes)[1] for key in low.sizes]
     stays = Counter[int]()
