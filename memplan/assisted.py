@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TOKENS = (
     20  # proposed in a round where a run does not say: transformers 5.24 configuration_utils.py num_assistant_tokens
 )
+MOST_PROPOSED = 16_384  # in a round: the logits of each are an allocation of its own to replay
 _MODEL, _EXIT = "generation.assistant_model", "generation.assistant_early_exit"
 _CANDIDATES = "transformers 5.24 generation/candidate_generator.py"
 _ROUND = "transformers 5.24 generation/utils.py GenerationMixin._assisted_decoding"
@@ -90,6 +91,15 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, current: 
     tokens = asked.num_assistant_tokens or TOKENS
     if asked.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient"):
         tokens = max(tokens, longest_draft(tokens, run.batch.new_tokens))
+    proposed = min(tokens, run.batch.new_tokens - 1)
+    if proposed > MOST_PROPOSED:
+        grows = asked.num_assistant_tokens is None or tokens > asked.num_assistant_tokens
+        field = f"generation.num_assistant_tokens{'_schedule' if grows else ''}"
+        raise SpecError(
+            f"{field}: {proposed:,} tokens are proposed in a round of batch.new_tokens {run.batch.new_tokens:,}, and "
+            f"at most {MOST_PROPOSED:,} are counted; say {'constant' if grows else 'fewer'}",
+            field,
+        )
     from memplan.resolve import decide
 
     one, own = _alone(run), None

@@ -6,7 +6,7 @@ QuantoQuantizedLayer, HQQQuantizedLayer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from memplan.catalogue.caches import LayerCache, caches
@@ -20,6 +20,7 @@ from memplan.spec import Batch, CacheConfig, Generation, RunSpec
 _KIND = "generation.cache_implementation"
 _CONFIG = "generation.cache_config"
 _CHUNKS = "generation.prefill_chunk_size"
+WAITING_PARTS = 4096  # of a prompt, while a quantised cache keeps the newest tokens as they are: each pass differs
 
 # transformers' word for the layer of each kind of cache that it does not quantise.
 _TYPES = {
@@ -84,6 +85,13 @@ def stored_of(generation: Generation, model: ModelSpec, batch: Batch) -> Stored 
             if wrong:
                 field = f"{_CONFIG}.q_group_size"
                 raise SpecError(f"{field}: {how.group} {wrong}, of the {part.name} of {tokens:,} tokens", field)
+    waiting, part = min(how.residual, batch.sequence) if how.grouped else 0, generation.prefill_chunk_size
+    if part is not None and waiting > WAITING_PARTS * part:
+        raise SpecError(
+            f"{_CHUNKS}: {part:,} reads {waiting:,} tokens in {-(-waiting // part):,} passes before all are quantised, "
+            f"and at most {WAITING_PARTS:,} are counted; say {-(-waiting // WAITING_PARTS):,} or more",
+            _CHUNKS,
+        )
     return how
 
 
@@ -198,10 +206,12 @@ def _indexed(layer: LayerCache) -> bool:
     return any(part.name == "index keys" for part in layer.parts)
 
 
-def _stored_at(how: Stored, batch: Batch) -> Iterator[int]:
-    """How many tokens there are whenever all of them are quantised."""
-    if how.grouped:
-        yield from range(batch.sequence, batch.sequence + max(1, batch.new_tokens), how.residual)
+def _stored_at(how: Stored, batch: Batch) -> range:
+    """How many tokens there are the first two times that all of them are quantised: groups that come out even then do
+    so every time, as each time has as many tokens more than the one before."""
+    if not how.grouped:
+        return range(0)
+    return range(batch.sequence, batch.sequence + max(1, batch.new_tokens), how.residual)[:2]
 
 
 def _unfilled(how: Stored, what: str, rows: int, elements: int, heads: int, tokens: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 from memplan.catalogue import build, context_parallel, expert_parallel, losses, megatron, pipeline, tensor_parallel
 from memplan.catalogue.attention import Wiring
 from memplan.catalogue.decoding import Pass, evaluation, inference
-from memplan.catalogue.device_maps import Placed, axis_of, placed
+from memplan.catalogue.device_maps import Placed, axes_of, axis_of, placed
 from memplan.catalogue.fused import fuse, fusible
 from memplan.catalogue.methods import Recipe, apply, freeze, matrix, rewrite
 from memplan.catalogue.offloaded_caches import offloaded
@@ -95,6 +95,9 @@ def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
     if graph.degrees.pp > 1:
         return _stage(graph)
+    if graph.placed is not None and graph.placed.card:  # the same operations, of another GPU's tensors
+        stack, axes = built(_of_any_card(graph))
+        return stack, {**axes, **axes_of(graph.placed)}
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
     if graph.inference is not None:
         model = undropped(model)

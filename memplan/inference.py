@@ -6,6 +6,7 @@ Nothing trains. `memplan.passes` has the passes, `memplan.replays` what torch re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -272,11 +273,16 @@ class Engine(NamedTuple):
         placed = decided.structure.graph.placed
         if placed is None or placed.cards == 1:
             return
+        alike: dict[tuple[int, ...], tuple[Walked, Usage]] = {}
         for one in every_card(decided):
-            card, walked = _placed(one).card, walk(one, self.expandable)
-            usage = usage_of(walked, self.expandable, self.calibration)
+            kinds = layers_alone(one)
+            if kinds not in alike:
+                walked = walk(one, self.expandable)
+                alike[kinds] = walked, usage_of(walked, self.expandable, self.calibration)
+            walked, usage = alike[kinds] if kinds else alike.pop(kinds)
             top = max(walked.phases, key=lambda phase: phase.peak)
-            graph = one.structure.graph
+            graph, card = walked.decided.structure.graph, _placed(one).card
+            further = placed.layers.index(card) - placed.layers.index(_placed(walked.decided).card) if kinds else 0
             _, axes = built(graph)
             own = (pair for pair in graph_weights(graph) if pair[0].group not in ("adapter", "buffer"))
             yield Rank(
@@ -285,9 +291,28 @@ class Engine(NamedTuple):
                 sum(elements(w, axes) * n for w, n, _ in own),
                 1,
                 Bytes(usage),
-                Peak(top.phase, top.where),
+                Peak(top.phase, layers_on(top.where, further)),
                 Verdict(usage, decided.gpu.usable if decided.gpu else None),
             )
+
+
+def layers_on(where: str, further: int) -> str:
+    """The same place so many layers further on."""
+    return _LAYER.sub(lambda found: str(int(found[0]) + further), where, count=1)
+
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def layers_alone(decided: Decided) -> tuple[int, ...]:
+    """The kinds of the layers on a GPU that has nothing else: GPUs with equal ones hold the same. Empty for others."""
+    graph, placed = decided.structure.graph, _placed(decided)
+    ends = {0, placed.rotary, placed.embeds, *(card for _, card in (*placed.before, *placed.after))}
+    if placed.card in ends:
+        return ()
+    stack, axes = built(graph._replace(placed=None))
+    kinds = [id(block) for run in stack.runs for _ in range(axes[run.times]) for block in run.blocks]
+    return tuple(kind for kind, card in zip(kinds, placed.layers, strict=True) if card == placed.card)
 
 
 def every_card(decided: Decided) -> Iterator[Decided]:

@@ -176,30 +176,28 @@ def _prompt(graph: Graph, decided: Decided) -> Iterator[Step]:
         seen = min(prompt, window or prompt)
         yield Step(graph, rows, prompt, 0, 0, seen, _room(decided), *_source(graph, decided))
         return
-    starts = list(range(0, prompt, part))
+    starts = range(0, prompt, part)
     walked = {*starts[:2], *starts[-2:]}
     if now.stored is not None and now.stored.grouped:
         walked.update(starts[-1 - -(-now.stored.residual // part) :])
-    quantized = 0
-    for past in starts:
+    for past in sorted(walked):
         fed = min(part, prompt - past)
+        quantized = now.stored.quantized_of(past // part, part) if now.stored is not None else 0
         after = now.stored.after(quantized, past - quantized, fed)[0] if now.stored is not None else 0
-        if past in walked:
-            anew = now.stored is not None and now.stored.grouped and after != quantized
-            which: Part = "first" if not past else "last" if past + fed == prompt else "middle"
-            own = graph._replace(inference=now._replace(part=which, anew=anew and bool(past)))
-            if past:
-                masked = own.wiring.padded or own.wiring.backend != "flash_2"
-                longer = bool(window) and past + fed > window
-                wiring = own.wiring._replace(padded=masked, windowed=bool(window), handed_back=False, images=False)
-                inference = own.inference._replace(longer=longer) if own.inference else None
-                own = own._replace(wiring=wiring, inference=inference)
-            kept = min(past, window - 1) if window else past
-            if past and window and now.cache == "dynamic":  # the pass before left a view of all that it had
-                kept = min(past - part, window - 1) + part
-            seen = (min(past, window - 1) if window else past) + fed
-            yield Step(own, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
-        quantized = after
+        anew = now.stored is not None and now.stored.grouped and after != quantized
+        which: Part = "first" if not past else "last" if past + fed == prompt else "middle"
+        own = graph._replace(inference=now._replace(part=which, anew=anew and bool(past)))
+        if past:
+            masked = own.wiring.padded or own.wiring.backend != "flash_2"
+            longer = bool(window) and past + fed > window
+            wiring = own.wiring._replace(padded=masked, windowed=bool(window), handed_back=False, images=False)
+            inference = own.inference._replace(longer=longer) if own.inference else None
+            own = own._replace(wiring=wiring, inference=inference)
+        kept = min(past, window - 1) if window else past
+        if past and window and now.cache == "dynamic":  # the pass before left a view of all that it had
+            kept = min(past - part, window - 1) + part
+        seen = (min(past, window - 1) if window else past) + fed
+        yield Step(own, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
 
 
 def _token(graph: Graph, past: int, decided: Decided) -> Step:
@@ -264,12 +262,11 @@ def _of_prompt(decided: Decided, stored: Stored | None) -> tuple[int, int]:
     """How many tokens of the prompt a quantised cache has quantised when all are read, and how many wait."""
     prompt = _length(decided)
     part = min(decided.part or prompt, prompt)
-    quantized, waiting = 0, 0
     if stored is None:
-        return quantized, waiting
-    for past in range(0, prompt, part):
-        quantized, waiting = stored.after(quantized, waiting, min(part, prompt - past))
-    return quantized, waiting
+        return 0, 0
+    last = (prompt - 1) // part * part
+    quantized = stored.quantized_of(last // part, part)
+    return stored.after(quantized, last - quantized, prompt - last)
 
 
 def _decoding(decided: Decided) -> Iterable[int]:

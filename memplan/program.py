@@ -631,7 +631,7 @@ def openings_of(structure: Structure) -> tuple[pipeline.Moment, ...]:
         return ()
     d, pipe = structure.graph.degrees, structure.pipe
     first: dict[int, pipeline.Moment] = {}
-    for one in pipeline.passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches):
+    for one in pipeline.distinct_passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches):
         first.setdefault(one.chunk, one)
         if len(first) == d.virtual_stages:
             break

@@ -97,6 +97,7 @@ def refuse_also(run: RunSpec, graph: Graph) -> None:
             raise _later("also.merging.model", f"trained on {run.parallelism.world} GPUs", "reloaded on one")
 
 
+KEPT_BATCHES = 32_768  # whose logits are on the GPU at once: each is an allocation of its own to replay
 _WHOLE_WEIGHTS = ("ddp", "zero1", "zero2")  # strategies whose ranks have all weights, and generate each by itself
 
 
@@ -114,6 +115,14 @@ def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
     if e.batch_metrics and (e.accumulation is not None or not e.concatenates):
         name = f"also.evaluation.{'accumulation' if e.accumulation is not None else 'concatenates'}"
         yield SpecError(f"{name}: with batch_metrics nothing is kept of a batch", name)
+    kept = 0 if e.batch_metrics else min(e.kept_batches, e.accumulation or e.kept_batches)
+    if kept > KEPT_BATCHES:
+        name = f"also.evaluation.{'kept_batches' if e.accumulation is None else 'accumulation'}"
+        yield SpecError(
+            f"{name}: keeps the logits of {kept:,} batches on the GPU at once, and at most {KEPT_BATCHES:,} are "
+            "counted; say a smaller also.evaluation.accumulation (--eval-accumulation-steps)",
+            name,
+        )
     if e.new_tokens and e.kept_batches:
         name = "also.evaluation.kept_batches"
         yield SpecError(f"{name}: with new_tokens it is tokens that are kept, and no logits; leave it out", name)

@@ -49,6 +49,7 @@ class Unreplayed:
 
 
 _FEWEST, _MOST = 8, 32  # passes that are replayed of those that decode
+PREFILL_EVENTS = 400_000  # allocations and frees that are replayed of the passes that read a prompt
 
 
 def replay(walked: Walked, expandable: bool) -> Replay:
@@ -64,6 +65,10 @@ def replay(walked: Walked, expandable: bool) -> Replay:
         from memplan import assisted
 
         steps = assisted.steps_of(walked.decided, replayed=True)
+    reading = [step for step in steps if step.phase == "prefill"]
+    if len(reading) > 2 * _FEWEST and walked.decided.assistant is None:
+        kept = {id(step) for step in _spread(reading)}
+        steps = tuple(step for step in steps if step.phase != "prefill" or id(step) in kept)
     decoding = [step for step in steps if step.phase == "decode"]
     if walked.decided.assistant is None and len(decoding) > 1:
         first, last = decoding[0], decoding[-1]
@@ -82,6 +87,16 @@ def replay(walked: Walked, expandable: bool) -> Replay:
         steps = (*(step for step in steps if step.phase != "decode"), *some)
     axes = tuple(tuple(numbers_of(step, walked.decided).items()) for step in steps)
     return Replay(walked.models, steps, axes, walked.workspace, expandable)
+
+
+def _spread(reading: list[Step]) -> list[Step]:
+    """The passes that read a prompt; if replaying all takes long, the first and the last, and some between."""
+    events = sum(recorded_inference(step.graph).length for step in reading)
+    count = max(_FEWEST, PREFILL_EVENTS * len(reading) // events)
+    first, between, last = reading[:2], reading[2:-2], reading[-2:]
+    if count >= len(between):
+        return reading
+    return [*first, *(between[i * len(between) // count] for i in range(count)), *last]
 
 
 def _growth(walked: Walked) -> int:
@@ -150,22 +165,48 @@ def replayed(recording: Recorded, axes: Mapping[str, int], allocator: Allocator,
     """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
     bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
     blocks: dict[int, Block] = {}
-    given = list(left)
+    given = _Given(left)
     stretches = deque(recording.forward)
-    while given and stretches:  # what was left comes first, as it is
+    while given.remaining and stretches:  # what was left comes first, as it is
         for number, event in unrolled((stretches.popleft(),)):
             if event == FREED:
                 allocator.free(blocks.pop(number))
-            elif given:
-                key = _left(recording.sizes[event])
-                alike = [i for i, other in enumerate(given) if _left(other.key) == key]
-                as_large = (i for i in alike if given[i].bytes == bytes_[event])
-                blocks[number] = given.pop(next(as_large, alike[0] if alike else 0)).block
+            elif given.remaining:
+                blocks[number] = given.take(recording.sizes[event], bytes_[event])
             else:
                 blocks[number] = allocator.alloc(bytes_[event])
     replay_stretches(stretches, bytes_, [COMPUTING] * len(bytes_), allocator, blocks)
     keys = {number + shift: key for events, shift, _ in recording.forward for number, key in events if key != FREED}
     return [Left(recording.sizes[keys[number]], bytes_[keys[number]], block) for number, block in blocks.items()]
+
+
+class _Given:
+    """What a pass begins with, each to be taken once: the first that is alike and as large, else the first that is
+    alike, else the first."""
+
+    def __init__(self, left: Iterable[Left]) -> None:
+        self._left = list(left)
+        self._taken: set[int] = set()
+        self._queues: dict[object, deque[int]] = {}
+        for i, one in enumerate(self._left):
+            alike = _left(one.key)
+            for kind in ((alike, one.bytes), alike, None):
+                self._queues.setdefault(kind, deque()).append(i)
+
+    @property
+    def remaining(self) -> int:
+        return len(self._left) - len(self._taken)
+
+    def take(self, key: tuple[str, ...], bytes_: int) -> Block:
+        alike = _left(key)
+        for kind in ((alike, bytes_), alike, None):
+            queue = self._queues.get(kind, ())
+            while queue:
+                i = queue.popleft()
+                if i not in self._taken:
+                    self._taken.add(i)
+                    return self._left[i].block
+        raise IndexError("nothing is left to take")
 
 
 _TOKENS: dict[str, str] = {

@@ -48,6 +48,8 @@ NOTHING = Gathering((), 0, 0)
 IN_FLIGHT = 2  # _max_num_inflight_all_gathers
 FEW_RANKS = 64  # of more the parts of a weight are replayed as one tensor: they are thousands, and gone at once
 FEW = 16  # states are few where so many times their bytes are fewer than the weights'
+GPIPE_EVENTS = 500_000  # allocations and frees of a step of GPipe that are replayed, on all stages together
+MICROBATCHES = 32_768  # of a step of another schedule, whose microbatches add buffers alone, on all stages together
 
 
 def pass_of(structure: Structure, later: bool) -> Recorded:
@@ -185,7 +187,8 @@ def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, ha
     throughout = reduce(lambda a, b: a & b, between.values())
 
     def made(tensors: Counter[Tensor]) -> list[Block]:
-        return [allocator.alloc(_bytes(t.shape, t.dtype, numbers)) for t in tensors.elements()]
+        sizes = {t: _bytes(t.shape, t.dtype, numbers) for t in tensors}
+        return [allocator.alloc(sizes[t]) for t in tensors.elements()]
 
     if stays_whole(structure):  # what an all-gather wrote is there until the next one's has been copied
         found = division_of(structure)
@@ -215,6 +218,19 @@ def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, ha
     parts = [allocator.alloc(h.bytes, REDUCING) for h in gradients_of(structure) for _ in range(h.copies)]
     _free(joined, allocator)
     return parts
+
+
+def replayed_microbatches(structure: Structure) -> int:
+    """How many microbatches of a pipeline's step are replayed at most, an even number of rounds through the stages; of
+    GPipe, whose microbatches are all in flight at once, by how many allocations each makes."""
+    d, pipe = structure.graph.degrees, structure.pipe
+    if pipe.schedule == "gpipe":
+        events = pass_of(chunks_of(structure)[0], later=False).length
+        return max(2, GPIPE_EVENTS // (d.pp * events))
+    if d.virtual_stages > 1 and pipe.microbatches % d.pp:  # they are fewer than pp x pp
+        return pipe.microbatches
+    rounds = MICROBATCHES // (d.pp * d.virtual_stages) // d.pp
+    return max(6, rounds // 2 * 2) * d.pp
 
 
 def largest_message(structure: Structure) -> tuple[Tensor, ...]:

@@ -28,6 +28,8 @@ LATER_METHODS = frozenset(
 _MOST = 2**40  # no batch, sequence or rank is larger: absurd input must not become an absurd answer
 Count = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 Natural = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
+GPUs = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # more than any cluster has
+Rank = Annotated[int, Field(ge=0, lt=2**20, strict=True)]  # one of them, counted from 0
 Pixels = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -489,19 +491,19 @@ class Parallelism(Part, frozen=True):
     in every step.
     """
 
-    world: Count = 1
-    dp: Count = 1
-    tp: Count = 1
-    pp: Count = 1
-    cp: Count = 1
+    world: GPUs = 1
+    dp: GPUs = 1
+    tp: GPUs = 1
+    pp: GPUs = 1
+    cp: GPUs = 1
     context: Literal["ring", "ulysses"] = "ring"
-    ep: Count = 1
-    etp: Count | None = None
+    ep: GPUs = 1
+    etp: GPUs | None = None
     expert_imbalance: Annotated[Number, Field(ge=1, le=2**20)] = 1.0
-    virtual_stages: Count = 1
+    virtual_stages: GPUs = 1
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
-    shard_group: Count | None = None
+    shard_group: GPUs | None = None
     reshard_after_forward: Flag | None = None
     forward_prefetch: Flag = False
     backward_prefetch: Literal["pre", "post", "none"] = "pre"
@@ -510,8 +512,8 @@ class Parallelism(Part, frozen=True):
     static_graph: Flag = False
     offload: Offload = Offload()
     zero: Zero = Zero()
-    gpus_per_node: Count | None = None
-    stage: Natural | None = None
+    gpus_per_node: GPUs | None = None
+    stage: Rank | None = None
     schedule: Literal["1f1b", "gpipe", "device_map"] | None = None
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
@@ -556,7 +558,7 @@ class Generation(Part, frozen=True):
     In rounds of assisted generation `num_assistant_tokens` are proposed, which the model reads at once, and one more is
     its own: by `assistant_model`, whose weights are in `assistant_dtype` (the model's own, where that is None) and may
     be quantised by `assistant_quantization`; by the model's first `assistant_early_exit` layers; or, without another
-    pass, `prompt_lookup_num_tokens` of what came before (prompt lookup).
+    pass, `prompt_lookup_num_tokens` of what came before (prompt lookup). A round proposes at most 16,384.
     """
 
     cache_implementation: (
@@ -585,7 +587,7 @@ class Evaluation(Part, frozen=True):
     (`per_device_eval_batch_size`) of `sequence` tokens each, as long as those of training where that is None.
 
     kept_batches   of so many batches the logits are kept on the GPU, as they are for `compute_metrics`, unless
-                   `prediction_loss_only`; 0 for none
+                   `prediction_loss_only`; 0 for none. At most 32,768 are there at once: see `accumulation`
     accumulation   after so many batches they go to the host (`eval_accumulation_steps`)
     concatenates   those of a further batch are joined with those before (`eval_do_concat_batches`); else a list is kept
     preprocess     `preprocess_logits_for_metrics` keeps the likeliest token alone
@@ -698,7 +700,7 @@ class Serving(Part, frozen=True):
     max_model_len: Count | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
-    memory_utilization: Annotated[Number, Field(gt=0, le=1)] | None = None
+    memory_utilization: Annotated[Number, Field(ge=0.001, le=1)] | None = None
     block_size: Count | None = None
     cache_dtype: CacheDtype | None = None
     cuda_graphs: Flag | None = None
@@ -708,7 +710,7 @@ class Serving(Part, frozen=True):
     flash_attention: Flag | None = None
     split_mode: Literal["layer", "none", "row", "tensor"] | None = None
     tensor_split: tuple[Annotated[Number, Field(ge=0, le=2**40)], ...] | None = None
-    main_gpu: Natural | None = None
+    main_gpu: Rank | None = None
     dp_attention: Flag | None = None
     limit_images: Natural | None = None
     limit_videos: Natural | None = None

@@ -109,6 +109,12 @@ def _check(p: Parallelism, engine: Engine, schedule: str, microbatches: int) -> 
             f"parallelism.schedule: {engine.title} has no {schedule}; it has {', '.join(engine.schedules)}",
             "parallelism.schedule",
         )
+    if p.virtual_stages > 1 and not engine.interleaves:
+        raise SpecError(
+            f"parallelism.virtual_stages: {engine.title} runs one chunk of layers on each GPU, not {p.virtual_stages}; "
+            "schedule 1f1b interleaves several",
+            "parallelism.virtual_stages",
+        )
     if p.strategy == "fsdp2" and p.dp * p.cp > 1 and not engine.buffers:
         raise SpecError(
             f"parallelism.strategy: {engine.title} do not run fsdp2 in pp {p.pp} stages; torch.distributed.pipelining "

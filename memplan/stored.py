@@ -16,7 +16,7 @@ from memplan.catalogue.gguf import SOURCE as QUANTIZE
 from memplan.catalogue.storage import KINDS, Layout, parts_of, plain
 from memplan.checkpoint import compared, owners, parameters
 from memplan.engine.walk import shared
-from memplan.errors import UnknownNameError, UnsupportedModelError
+from memplan.errors import SpecError, UnknownNameError, UnsupportedModelError
 from memplan.gguf import file_type_of, gguf_file
 from memplan.gguf_configs import loaded
 from memplan.headers import StoredTensor
@@ -132,6 +132,7 @@ def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) 
     mxfp4, the experts alone, as it was published."""
     if isinstance(quantization, Quantization):
         q = quantization
+        _refuse_blocks(q)
         group = q.block_size if "block_size" in q.model_fields_set else None  # else the format's own
         layout, skip = plain(q.format, group, dtype, q.double_quant), q.skip
     else:
@@ -144,6 +145,16 @@ def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) 
         return whole(name, w) if w.stacked else None
 
     return of
+
+
+_SMALLEST_BLOCK = {"nf4": 32, "fp4": 32}  # bitsandbytes 0.50 functional.py quantize_4bit
+
+
+def _refuse_blocks(q: Quantization) -> None:
+    """Raise SpecError for blocks that bitsandbytes does not make, -1 among them."""
+    least, field = _SMALLEST_BLOCK.get(q.format, q.block_size), "method.quantization.block_size"
+    if q.block_size < least:
+        raise SpecError(f"{field}: {q.format} has no blocks of {q.block_size}; say {least} to 4,096", field)
 
 
 def _as_published(model: ModelSpec, dtype: str) -> LayoutOf:

@@ -15,7 +15,7 @@ from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, SHOWN_OF_RANKS, 
 from memplan.engine.allocator import Allocator, OutOfMemoryError
 from memplan.gpus import GPU
 from memplan.program import Program, Structure, program
-from memplan.segments import cached_logits, segments, streams_apart
+from memplan.segments import cached_logits, replayed_microbatches, segments, streams_apart
 from memplan.sizes import ONE_RUN, Arithmetic, Size
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ class Replay(NamedTuple):
 @lru_cache(maxsize=1024)
 def reserved(replay: Replay, capacity: int | None = None) -> int | None:
     """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
+    short, more = shortened(replay)
+    if short is not replay:
+        found = reserved(short, None if capacity is None else capacity - more)
+        return None if found is None else found + more
     p = program(replay.structure)
     after = [aside.replay for aside in replay.asides if aside.alone is None]
     apart = [Allocator(replay.expandable, capacity) for aside in replay.asides if aside.alone is not None]
@@ -72,6 +76,24 @@ def reserved(replay: Replay, capacity: int | None = None) -> int | None:
         return max(most, *(allocator.peak_reserved for allocator in apart), 0)
     except OutOfMemoryError:
         return None
+
+
+@lru_cache(maxsize=1024)
+def shortened(replay: Replay) -> tuple[Replay, int]:
+    """A replay with as many microbatches of a pipeline as are replayed, and the bytes that the others add to its peak,
+    as the second half of those replayed did."""
+    structure = replay.structure
+    pipe = structure.pipe
+    few = replayed_microbatches(structure) if pipe.engine else pipe.microbatches
+    if pipe.microbatches <= few:
+        return replay, 0
+
+    def with_microbatches(count: int) -> Replay:
+        return replay._replace(structure=structure._replace(pipe=pipe._replace(microbatches=count)))
+
+    short, half = with_microbatches(few), with_microbatches(few // 2)
+    growth = (reserved(short) or 0) - (reserved(half) or 0)
+    return short, max(0, growth) * (pipe.microbatches - few) // (few - few // 2)
 
 
 class Around(NamedTuple):

@@ -13,7 +13,7 @@ partitioned_param_coordinator.py, comm/coalesced_collectives.py, swap_tensor/.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -89,10 +89,6 @@ def _reduced(graph: Graph, ranks: Ranks) -> _Reduced:
         laid = [i for rank in range(min(world, len(sizes))) for i in range(rank, len(sizes), world)]
     starts = dict(zip(laid, (0, *accumulate(sizes[i] for i in laid)), strict=False))
     own = partition(graph, ranks)
-    owned: dict[int, int] = {}
-    for i, start in starts.items():
-        for rank in range(start // own, (start + sizes[i] - 1) // own + 1):
-            owned[rank] = owned.get(rank, 0) + sizes[i]
     flushes = _fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket)
     found: list[tuple[int, int]] = []
     for flush in flushes:
@@ -104,12 +100,22 @@ def _reduced(graph: Graph, ranks: Ranks) -> _Reduced:
         else:
             copied = _copied(((starts[i], sizes[i]) for i in flush), own, knobs.reduce_bucket)
         found.append((waits, copied))
-    return _most_reduced(max(owned.values()), found)
+    return _most_reduced(_most_owned(starts, sizes, own), found)
 
 
 def _most_reduced(owned: int, each: list[tuple[int, int]]) -> _Reduced:
     """Of what waits and is copied each time that a bucket is reduced."""
     return _Reduced(owned, max(map(sum, each)), max(waits for waits, _ in each), max(copied for _, copied in each))
+
+
+def _most_owned(starts: Mapping[int, int], sizes: Sequence[int], own: int) -> int:
+    """The numbers of all weights that a partition of `own` numbers has any of, of the rank with most."""
+    owned: dict[int, int] = {}
+    for i, start in starts.items():  # a rank between the first and the last that have some of a weight has no other
+        first, last = start // own, (start + sizes[i] - 1) // own
+        for rank in {first, min(first + 1, last), last}:
+            owned[rank] = owned.get(rank, 0) + sizes[i]
+    return max(owned.values())
 
 
 def _fills(order: Iterable[int], sizes: tuple[int, ...], bucket: int) -> list[list[int]]:
@@ -137,23 +143,28 @@ def _scattered(flush: list[int], sizes: tuple[int, ...], ranks: Ranks) -> tuple[
 def _copied(weights: Iterable[tuple[int, int]], own: int, bucket: int) -> int:
     """What a filled bucket is copied into to be reduced, at stages 1 and 2: slices of one rank after the other, as many
     as make a bucket. One slice alone is reduced where it is."""
-    slices: list[list[int]] = []
+    slices: list[list[int]] = []  # a rank, the numbers of its slice, and how many ranks from it on have as many
     for start, numbers in weights:
         at, end = start, start + numbers
         while at < end:
-            rank = at // own
-            until = min(end, (rank + 1) * own)
+            rank, ranks = at // own, 1 if at % own else max(1, (end - at) // own)
+            until = min(end, (rank + ranks) * own)
             if slices and slices[-1][0] == rank:
                 slices[-1][1] += until - at
             else:
-                slices.append([rank, until - at])
+                slices.append([rank, (until - at) // ranks, ranks])
             at = until
     most = held = count = 0
-    for _, numbers in slices:
-        held, count = held + numbers, count + 1
-        most = max(most, held if count > 1 else 0)
-        if held > bucket:
-            held = count = 0
+    for _, numbers, times in slices:
+        left = times
+        while left:
+            added = min(left, (bucket - held) // numbers + 1)  # until the bucket is full
+            held, count, left = held + added * numbers, count + added, left - added
+            most = max(most, held if count > 1 else 0)
+            if held > bucket:
+                held = count = 0
+                full = bucket // numbers + 1  # every further bucket of equal slices is as this one
+                left = min(left, full + left % full)
     return most
 
 

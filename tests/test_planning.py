@@ -482,3 +482,19 @@ def test_where_no_method_does_the_least_other_change_is_looked_for() -> None:
     assert found.best == last.options[0]
     assert any(choice.run.gpu != "t4" for choice in last.options)  # a rented card
     assert any(choice.run.model != "qwen2-72b" for choice in last.options)
+
+
+def test_a_pipeline_is_planned_though_levers_change_which_stage_is_the_worst() -> None:
+    run = RunSpec(
+        model="llama-3.2-1b",
+        profile="torchtitan",
+        gpu="a100-80gb",
+        batch={"micro": 8, "sequence": 65536, "accumulation": 2},
+        parallelism={"world": 2, "pp": 2},
+    )
+    found = plan(run)
+    proposal = found.nearest or found.proposals[0]
+    before, after = phase_peaks(found.answer), phase_peaks(proposal.answer)
+    assert before.keys() != after.keys()  # the first stage has no loss
+    for effect in proposal.effects:
+        assert effect.phases.keys() <= phase_peaks(effect.before).keys()

@@ -359,7 +359,7 @@ class Moment(NamedTuple):
 @lru_cache(maxsize=1024)
 def moments(schedule: str, stages: int, stage: int, chunks: int, microbatches: int) -> tuple[Moment, ...]:
     """Every pass of a rank that differs from others in what is there beside it, but for those with less."""
-    found = dict.fromkeys(passes(schedule, stages, stage, chunks, microbatches))
+    found = dict.fromkeys(distinct_passes(schedule, stages, stage, chunks, microbatches))
     kept: list[Moment] = []
     for one in sorted(found, key=lambda m: (m.graded, m.others), reverse=True):
         if not any(_covers(other, one) for other in kept):
@@ -380,6 +380,23 @@ def passes(schedule: str, stages: int, stage: int, chunks: int, microbatches: in
             left[chunk] -= 1
         else:
             flying[chunk] += 1
+
+
+def distinct_passes(schedule: str, stages: int, stage: int, chunks: int, microbatches: int) -> Iterator[Moment]:
+    """The passes of a step, in order, without those that only repeat others, however many microbatches there are.
+
+    1F1B repeats itself once the pipeline is full. In GPipe every microbatch adds one in flight until the first backward
+    pass: the first, the last and the one next to it stand for all.
+    """
+    if schedule != "gpipe":
+        few = enough(schedule, stages, stage, chunks, microbatches)
+        yield from passes(schedule, stages, stage, chunks, few)
+        return
+    few = min(3, microbatches)
+    for one in passes(schedule, stages, stage, chunks, few):
+        (others,) = one.others
+        full = others == 2 or (one.backward and others == 1)
+        yield one._replace(others=(others + microbatches - few,)) if full else one
 
 
 def _covers(more: Moment, one: Moment) -> bool:
@@ -503,10 +520,11 @@ def reductions(schedule: str, stages: int, stage: int, chunks: int, microbatches
     Source: torch 2.13 distributed/pipelining/schedules.py _add_reduce_grad, Schedule1F1B._step_microbatches.
     """
     found: list[Reduced] = []
-    back = [0] * chunks
-    for one in passes(schedule, stages, stage, chunks, microbatches):
-        back[one.chunk] += one.backward
-        if one.backward and back[one.chunk] == microbatches:
+    every = [*distinct_passes(schedule, stages, stage, chunks, microbatches)]
+    left = Counter(one.chunk for one in every if one.backward)
+    for one in every:
+        left[one.chunk] -= one.backward
+        if one.backward and not left[one.chunk]:
             graded = tuple(there or i == one.chunk for i, there in enumerate(one.graded))
             found.append(Reduced(one.chunk, one._replace(graded=graded, first=False)))
     return tuple(found)

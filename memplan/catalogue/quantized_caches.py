@@ -65,6 +65,13 @@ class Stored(NamedTuple):
             return every, 0
         return quantized, residual + fed
 
+    def quantized_of(self, parts: int, part: int) -> int:
+        """How many tokens are quantised once so many `parts` of a prompt were read, each of `part` tokens."""
+        if not self.grouped or not parts:
+            return parts * part
+        until = -(-self.residual // part)  # parts that wait until all are quantised anew
+        return (1 + (parts - 1) // until * until) * part
+
 
 def stored(what: str, shape: str, like: str, how: Stored) -> tuple[Tensor, ...]:
     """The tensors that hold `what` of that shape, which has been in the dtype of `like`, in the order they are made in:

@@ -86,7 +86,7 @@ def _what(error: Any, tried: Sequence[Any], names: list[str]) -> str:
     for name, words in bounds.items():
         if name in context:
             bound = context[name]
-            return f"must be {words} {bound if isinstance(bound, int) else int(bound):,}, not {value}"
+            return f"must be {words} {int(bound) if bound == int(bound) else bound:,}, not {value}"
     choices = list(_choices(tried))
     if any(e["type"] == "tuple_type" for e in tried):
         return f"must be {' or '.join([*choices, 'a list of names'])}, not {value}"

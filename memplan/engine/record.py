@@ -58,6 +58,11 @@ class Recorded(NamedTuple):
         """Every event, in order."""
         return unrolled((*self.forward, *self.loss, *self.backward, *self.end))
 
+    @property
+    def length(self) -> int:
+        """How many events it has; those that are repeated count once, as a replay seldom takes them twice."""
+        return sum(len(s.events) for s in (*self.forward, *self.loss, *self.backward, *self.end))
+
 
 def unrolled(stretches: Iterable[Stretch]) -> Iterator[Event]:
     """Every event of the stretches, in order."""

@@ -52,7 +52,7 @@ class Effect(NamedTuple):
     @property
     def phases(self) -> dict[str, int]:
         before, after = (phase_peaks(answer) for answer in (self.before, self.after))
-        return {phase: n - after[phase] for phase, n in before.items() if n != after[phase]}
+        return {phase: n - after.get(phase, 0) for phase, n in before.items() if n != after.get(phase, 0)}
 
     @property
     def time(self) -> Time | None:

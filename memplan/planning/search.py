@@ -127,11 +127,11 @@ def _forecast(trials: Trials, levers: Iterable[Lever]) -> Callable[[Set], bool]:
     peaks = phase_peaks(base)
     most = (base.gpu.usable - trials.demand.headroom) * _SLACK // 100
     answers = {lever: trials.answer((lever,)) for lever in levers}
-    saved = {
-        lever: {phase: peaks[phase] - peak for phase, peak in phase_peaks(answer).items()}
-        for lever, answer in answers.items()
-        if answer is not None
-    }
+    saved: dict[Lever, dict[str, int]] = {}
+    for lever, answer in answers.items():
+        if answer is not None:  # of a pipeline another stage may be the worst, which has other phases
+            after = phase_peaks(answer)
+            saved[lever] = {phase: peak - after.get(phase, 0) for phase, peak in peaks.items()}
 
     def likely(pulled: Set) -> bool:
         return all(peak - sum(saved[lever][phase] for lever in pulled) <= most for phase, peak in peaks.items())

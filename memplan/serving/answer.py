@@ -14,7 +14,6 @@ from memplan.graph import active, elements
 from memplan.models import ModelSpec
 from memplan.serving.budget import Budget, budget, card_for, layers_that_fit
 from memplan.serving.draft import TABLE
-from memplan.serving.parallel import each
 from memplan.serving.passes import Step
 from memplan.serving.pictures import seen
 from memplan.serving.settings import Settings, settled
@@ -138,7 +137,8 @@ def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
         )
     if s.ranks.pp > 1 or s.ranks.cards > 1:
         name = "stage" if s.ranks.pp > 1 else "card"
-        yield f"the figures are of {name} {s.stage.number + 1} of {len(each(s))}, the fullest: {s.stage.text}"
+        cards = max(s.ranks.pp, s.ranks.cards)
+        yield f"the figures are of {name} {s.stage.number + 1} of {cards:,}, the fullest: {s.stage.text}"
     found = seen(s)
     if found is not None and b.step.where.startswith("encoder"):
         yield (

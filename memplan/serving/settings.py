@@ -206,6 +206,13 @@ def _filled(
             graphs = s.cuda_graphs is not False
             total = gpu.usable if gpu else 80 * GIB
             share = static_fraction(total, chunk, requests, ranks, _latent(model), graphs)
+            if share <= 0:
+                field = "serving.max_num_batched_tokens"
+                raise SpecError(
+                    f"{field}: a step of {chunk:,} tokens leaves SGLang nothing of {total / GIB:.1f} GiB for weights "
+                    "and a pool; say fewer, or memory_utilization",
+                    field,
+                )
             fields["memory_utilization"] = share * seeing(model)
     if engine.kind == "llama.cpp":
         fields["max_num_seqs"] = s.max_num_seqs or run.batch.micro

@@ -50,9 +50,8 @@ def seeing(model: ModelSpec) -> float:
 def prefill_graphs(tokens: int) -> int:
     """How many steps of a prompt's tokens are recorded. Source: arg_groups/cuda_graph_hook.py
     generate_prefill_cuda_graph_batch_sizes."""
-    sizes = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
-    sizes += [*range(1280, 4097, 256), *range(4608, tokens + 1, 512)]
-    return sum(size <= tokens for size in sizes)
+    sizes = ((4, 32, 4), (48, 256, 16), (288, 512, 32), (576, 1024, 64), (1280, 4096, 256), (4608, tokens, 512))
+    return sum(len(range(first, min(last, tokens) + 1, step)) for first, last, step in sizes)
 
 
 def pool(s: Settings, available: int) -> Tokens:

@@ -61,19 +61,24 @@ def pipeline(layers: int, stages: int, extra: str) -> tuple[Stage, ...]:
 
 def by_card(layers: int, offloaded: int, cards: int, split: Sequence[float]) -> tuple[Stage, ...]:
     """llama.cpp's: of the layers and the head behind them the last `offloaded`, in the proportions of `split`, equal
-    parts without one. The table of tokens stays with the host."""
-    parts = [Fraction(p) for p in split] or [Fraction(1)] * cards
-    parts += [Fraction(0)] * (cards - len(parts))
-    points = [done / sum(parts) for done in accumulate(parts)]
+    parts without one. The table of tokens stays with the host. Of cards with no layers the first alone is listed, and
+    the first after others that have some."""
     start, count = max(layers + 1 - offloaded, 0), min(offloaded, layers + 1)
-    of = {
-        i: next(card for card, end in enumerate(points) if end > Fraction(i - start, count))
-        for i in range(start, layers + 1)
-    }
+    parts = [Fraction(p) for p in split]
+    total = sum(parts)
+    points = [done / total for done in accumulate(parts)]
+
+    def card_of(i: int) -> int:
+        if not points:
+            return (i - start) * cards // count
+        return next(card for card, end in enumerate(points) if end > Fraction(i - start, count))
+
+    of = {i: card_of(i) for i in range(start, layers + 1)}
+    least = min(of.values(), default=cards)
+    without = next((card for card in range(least, cards) if card not in of.values()), 0)
     found: list[Stage] = []
-    for card in range(cards):
+    for card in sorted({0, without, *of.values()}):
         mine = [i for i, there in of.items() if there == card and i < layers]
         first, last = (mine[0], mine[-1] + 1) if mine else (layers, layers)
-        fed = any(there < card for there in of.values())
-        found.append(Stage(card, first, last, False, of.get(layers) == card, fed))
+        found.append(Stage(card, first, last, False, of.get(layers) == card, card > least))
     return tuple(found)
