@@ -138,11 +138,20 @@ def attention(
     wiring: Wiring,
     grouped: bool,
     sliding: bool = False,
-    mask: str = "mask",
+    mask: str = "",
     width: str = "d",
 ) -> tuple[Op, ...]:
-    """The attention of one layer, with the copies of k and v its kernel needs. `width` is that of a head's values."""
-    return cached(name, wiring, _attention(name, q, k, v, y, wiring, grouped, sliding, mask, width), sliding, (k, v))
+    """The attention of one layer, with the copies of k and v its kernel needs. `width` is that of a head's values.
+
+    Where the kernel is given a mask, it is the one the model makes for the layer's kind, unless `mask` names another.
+    """
+    kernel = _attention(name, q, k, v, y, wiring, grouped, sliding, mask or mask_name(sliding), width)
+    return cached(name, wiring, kernel, sliding, (k, v))
+
+
+def mask_name(sliding: bool) -> str:
+    """The name of the mask that the model makes for layers with a window, or for those without."""
+    return "window_mask" if sliding else "mask"
 
 
 def cached(
@@ -334,18 +343,18 @@ def _copied(name: str, q: str, k: str, v: str, grouped: bool, every: bool) -> tu
 
     Source: transformers 4.48 integrations/sdpa_attention.py sdpa_attention_forward.
     """
-    same = ops.copy if every else ops.view
+    same, given = ops.copy if every else ops.view, {k: "k.given", v: "v.given"}
     return (
         *(
             op
             for t in (k, v)
             for op in (
                 ops.view(f"{name}.{t}_view", t, f"{t}.view", "b s k d", gradient="new"),
-                ops.copy(f"{name}.repeat_{t}", f"{t}.view", f"{t[0]}.given", "b s a d", gradient="new"),
+                ops.copy(f"{name}.repeat_{t}", f"{t}.view", given[t], "b s a d", gradient="new"),
             )
             if grouped
         ),
-        *(same(f"{name}.{t}_given", t, f"{t[0]}.given", "b s k d") for t in (k, v) if not grouped),
+        *(same(f"{name}.{t}_given", t, given[t], "b s k d") for t in (k, v) if not grouped),
         *((ops.copy(f"{name}.{q}_given", q, f"{q}.given", "b s a d"),) if every else ()),
     )
 

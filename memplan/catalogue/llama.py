@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention, mask, one_head, repeats_by_view
+from memplan.catalogue.attention import Wiring, attention, mask, mask_name, one_head, repeats_by_view
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -187,10 +187,6 @@ def lm_head(x: str, tied_to: str = "", bias: bool = False) -> Op:
     tied = Weight(tied_to, "v h", "embedding", matrix=True, rows=1)
     keeps = tuple(k._replace(what=k.what.replace(own, tied_to), of=k.of.replace(own, tied_to)) for k in op.keeps)
     return op._replace(weights=(tied, *op.weights[1:]), keeps=keeps)
-
-
-def mask_name(sliding: bool) -> str:
-    return "window_mask" if sliding else "mask"
 
 
 def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
