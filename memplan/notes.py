@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from memplan.catalogue.kimi_k3 import of_its_own
 from memplan.catalogue.pipeline import ENGINES
+from memplan.catalogue.profiles import find_profile
 from memplan.degrees import Degrees, replicas
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
@@ -67,6 +68,12 @@ def published_code_note(model_type: str) -> str:
         f"{model_type}: what it keeps from token to token was read in the code published with its weights, and not "
         "traced, as transformers 5 does not run that code"
     )
+
+
+def unmasked_note(profile: str) -> str:
+    """Of padded batches whose padding the model is not told."""
+    title = find_profile(profile).title
+    return f"loop.padded changes nothing: {title} gives the model no attention mask for padding"
 
 
 def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:

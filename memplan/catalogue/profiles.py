@@ -24,6 +24,7 @@ WORDS = {
     "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
     "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
     "frozen_inputs": "under checkpointing the embeddings' output asks for a gradient also where they are frozen",
+    "masks_padding": "in training the model is given an attention mask if batches are padded",
     "triangles": "every layer holds a causal mask for all positions, used or not",
     "no_sdpa": "the version has no sdpa for the family, and takes eager attention",
     "no_checkpoints": "the family's code has no checkpointing, and takes no notice of being asked",
@@ -129,6 +130,7 @@ PROFILES = (
             Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
             Row("code", "transformers", "transformers 5.24"),
             Row("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
+            Row("masks_padding", True, "transformers 5.24 data/data_collator.py DataCollatorWithPadding, and alike"),
             Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
             Row("rotary_tables", "", "transformers 5.24 models/llama/modeling_llama.py LlamaRotaryEmbedding"),
             Row("no_sdpa", False, "transformers 5.24: families without one are written so in the catalogue"),
@@ -527,6 +529,11 @@ PROFILES = (
             Row("kernels.loss", "fused", "unsloth 2025.1.5 models/llama.py fused_linear_cross_entropy"),
             Row("saved_tensors", "", "unsloth 2025.1.5: none but its checkpoints'"),
             Row(
+                "masks_padding",
+                False,
+                "unsloth 2025.1.5 models/llama.py LlamaModel_fast_forward: attention_mask = None while it trains",
+            ),
+            Row(
                 "kernels.fused",
                 ("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
                 "unsloth 2025.1.5 kernels/",
@@ -550,6 +557,7 @@ PROFILES = (
             Row("kernels.loss", "chunked", "torchtune 0.6.1 modules/loss/ce_chunked_output_loss.py"),
             Row("kernels.reentrant", False, "torchtune 0.6.1 training/activations.py"),
             Row("saved_tensors", "", "torchtune 0.6.1 training/_activation_offloading.py OffloadActivations"),
+            Row("masks_padding", False, "torchtune 0.6.1 data/_collate.py padded_collate_sft: tokens and labels"),
             Row("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
             Row("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
             Row("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
@@ -582,6 +590,12 @@ PROFILES = (
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
             Row("saved_tensors", "", "torchtitan 0.3.0: none"),
+            Row(
+                "masks_padding",
+                False,
+                "torchtitan 0.3.0 hf_datasets/text_datasets.py: packed samples, filled up with tokens; "
+                "models/common/attention.py ScaledDotProductAttention.forward takes no mask",
+            ),
             Row("fsdp_casts", True, "torchtitan 0.3.0 distributed/fsdp.py apply_fsdp_to_decoder"),
             Row("fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"),
             Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
@@ -638,6 +652,7 @@ PROFILES = (
         (
             Row("code", "litgpt", "litgpt 0.5.3 model.py"),
             Row("saved_tensors", "", "litgpt 0.5.3: none"),
+            Row("masks_padding", False, "litgpt 0.5.3 data/base.py _sft_collate_fn: ids and labels alone"),
             Row("tensor_parallel", "litgpt", "litgpt 0.5.3 generate/tp.py: of generation alone"),
             Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
             Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),
