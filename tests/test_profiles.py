@@ -320,6 +320,19 @@ def test_lora_in_one_function_keeps_the_input_once() -> None:
     assert kept({}, **run) == 512 * (norms + attention + mlp) + stored_random_state
 
 
+def test_a_function_of_lora_is_of_one_module() -> None:
+    """A mixture's experts stay as they are; the expert that all share is a gated MLP of its own width."""
+    config = {"model_type": "qwen2_moe", **TINY["qwen2_moe"]}
+    run = RunSpec(model={"config": config}, method="qlora", profile="transformers-4.51", kernels={"fused": ["lora"]})
+    stack, _ = built(decide(run).structure.graph)
+    ops = {op.name: op for op in stack.runs[0].blocks[0].ops}
+    joined = {name for name in ops if name.endswith((".lora_qkv", ".lora_mlp"))}
+    assert joined == {"self_attn.lora_qkv", "mlp.shared_expert.lora_mlp"}
+    shared = ops["mlp.shared_expert.lora_mlp"]
+    assert {t.name: t.shape for t in shared.writes if t.name in ("gate", "up")} == {"gate": "b s fs", "up": "b s fs"}
+    assert {"mlp.experts.0.gate_proj.lora_A", "mlp.experts.0.product"} <= ops.keys()
+
+
 def test_a_fused_kernel_that_finds_nothing_is_noted() -> None:
     answer = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, kernels={"fused": ["rope", "cross_entropy"]}))
     assert answer.run.kernels.fused == ("cross_entropy",)
