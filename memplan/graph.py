@@ -552,7 +552,8 @@ EMPTIED = -1  # in place of a storage's number: torch's allocator gives back wha
 
 
 def most_at_once(events: Iterable[tuple[int, int]]) -> int:
-    """The most bytes alive at once of what is made and freed, see `loading`."""
+    """The most bytes alive at once of what is made and freed, see `loading`. A tensor without elements takes none, and
+    reads as one that is freed before it was made."""
     alive: dict[int, int] = {}
     live = most = 0
     for number, bytes_ in events:
@@ -561,7 +562,7 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
             live += bytes_
             most = max(most, live)
         elif number != EMPTIED:
-            live -= alive.pop(number)
+            live -= alive.pop(number, 0)
     return most
 
 
