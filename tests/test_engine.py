@@ -11,7 +11,7 @@ from memplan.engine.dtypes import Scope, promote
 from memplan.engine.record import FREED, record
 from memplan.engine.step import Lowered, infer, lower
 from memplan.engine.walk import Term, alive, largest
-from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Unwritten, Weight, unwritten
 
 AXES = {"L": 4, "n": 1}
 
@@ -294,3 +294,32 @@ def test_the_largest_moment_may_be_less_than_what_is_counted_apart() -> None:
     terms = (Term((-7, 2), (-7, 2), 0, 3), Term((-5, 1), (-5, 1), 0, 4))
     assert largest(terms, (1, 1), (1, 1)) == (-5 + 1, 4)
     assert largest(terms, (1, 9), (1, 9)) == (-7 + 2 * 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "name"),
+    [
+        (op("mul", "x mask", "y"), "mask"),
+        (op("mul", "x", "y", Keep("mask", "x")), "mask"),
+        (op("mul", "x", "y", Keep("x", "scores")), "scores"),
+        (op("mul", "x", "y", captures=("cos",)), "cos"),
+        (op("mul", "x", "z"), "y"),
+        (Op("mul", ("x",), (Tensor("y", "x", "=q"),)), "q"),
+        (Op("mul", ("x",), (Tensor("y", "x", "=q/64"),)), "q"),
+        (op("mul", "x", "y", scratch_back=(Scratch(Tensor("product", "x", "=q")),)), "q"),
+    ],
+)
+def test_a_name_that_nothing_writes_is_found(bad: Op, name: str) -> None:
+    assert [missing.name for missing in unwritten(stack([bad]))] == [name]
+    assert not list(unwritten(stack([op("mul", "x", "y")])))
+
+
+def test_a_block_knows_what_earlier_blocks_share_until_it_is_replaced() -> None:
+    share = Block("layers", (op("first", "x", "y keys"),), shares=("keys",))
+    replace = Block("layers", (op("second", "x keys", "y new"),), shares=("new",), replaces=("keys",))
+    late = Block("layers", (op("third", "x keys", "y"),))
+    whole = stack([op("mul", "x", "y")])
+    runs = tuple(Run((block,), "n") for block in (share, replace, late))
+    assert list(unwritten(whole._replace(runs=runs))) == [Unwritten("layers", "third", "keys")]
+    assert list(unwritten(whole._replace(runs=runs[::2]))) == []
+    assert list(unwritten(whole._replace(runs=runs[1:2]))) == [Unwritten("layers", "second", "keys")]
