@@ -60,6 +60,7 @@ def in_words(wiring: Wiring, words: Mapping[str, Any], attention: str) -> Wiring
         uncapped=words["uncapped"],
         one_mask=words["one_mask"],
         scales_apart=words["scales_apart"],
+        float_masks=words["float_masks"],
     )
 
 

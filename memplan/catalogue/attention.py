@@ -18,28 +18,27 @@ class Wiring(NamedTuple):
     """Which attention kernel runs where. `backend` without a mask, `masked` with one.
 
     padded: a 2-D mask with zeros comes with the batch. windowed: the sequence is longer than the sliding window.
-    target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k
-    and v repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
-    every layer though it trains. triangles: every layer holds a causal mask for all positions, used or not.
-    half_math: the plain product stays in the dtype of what it is given. whole_rotary: Phi-3 rotates whole heads, and
-    joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model
-    scales the embeddings, not their module. uncapped: torch's attention is taken where scores should be capped, and
-    does not cap them. flattens: heads of a single sequence are flattened without a copy, and what they are views of
-    stays whole. wide: what it is given is fp32. images: the batch has some. tower: the kernel of the attention in the
-    tower that sees them. causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
-    checkpoints: blocks are checkpointed, as T5's code asks. by_name: they are given masks and positions by name.
-    recomputes: what attention makes of q, k and v is made again on the way back.
-    uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask. drops: the config's
-    attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
-    what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
-    values are put beside those of earlier tokens, and lie head by head; but where they are handed_back as they came.
-    decodes: there is one token a sequence, which sees all before it; with `several` there are more, which come after
-    those. last_only: the logits of a sequence's last token are all that is asked for. generates: the pass is one of
-    generation. part: of an
-    encoder-decoder the `encoder` alone runs, or the `decoder` over what the encoder has left; beams: several of each
-    prompt read that; crossed: its keys and values are cached already; static: of its own there is room for all tokens,
-    which one token sees through a mask. begins, fills: where keys stand for windows of tokens, the kinds of windows
-    that the token is the first of, and the last of.
+    target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k and v repeated
+    for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of every layer
+    though it trains. triangles: every layer holds a causal mask for all positions, used or not. half_math: the plain
+    product stays in the dtype of what it is given. whole_rotary: Phi-3 rotates whole heads, and joins nothing.
+    one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model scales the
+    embeddings, not their module. float_masks: masks of torch's attention are of numbers, as eager's. uncapped: torch's
+    attention is taken where scores should be capped, and does not cap them. flattens: heads of a single sequence are
+    flattened without a copy, and what they are views of stays whole. wide: what it is given is fp32. images: the batch
+    has some. tower: the kernel of the attention in the tower that sees them. causal: no token sees those after it; an
+    encoder's do, and there is a mask for padding only. checkpoints: blocks are checkpointed, as T5's code asks.
+    by_name: they are given masks and positions by name. recomputes: what attention makes of q, k and v is made again on
+    the way back. uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask.
+    drops: the config's attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and
+    kernels hand it what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`).
+    caching: keys and values are put beside those of earlier tokens, and lie head by head; but where they are
+    handed_back as they came. decodes: there is one token a sequence, which sees all before it; with `several` there are
+    more, which come after those. last_only: the logits of a sequence's last token are all that is asked for. generates:
+    the pass is one of generation. part: of an encoder-decoder the `encoder` alone runs, or the `decoder` over what the
+    encoder has left; beams: several of each prompt read that; crossed: its keys and values are cached already; static:
+    of its own there is room for all tokens, which one token sees through a mask. begins, fills: where keys stand for
+    windows of tokens, the kinds of windows that the token is the first of, and the last of.
     """
 
     backend: str
@@ -56,6 +55,7 @@ class Wiring(NamedTuple):
     uncapped: bool = False
     one_mask: bool = False
     scales_apart: bool = False
+    float_masks: bool = False
     flattens: bool = False
     wide: bool = False
     images: bool = False
@@ -198,6 +198,7 @@ def _attention(
     width: str,
 ) -> tuple[Op, ...]:
     masked = wiring.has_mask(sliding)
+    floats = wiring.float_masks and mask == mask_name(sliding)  # a mask of another name is made by the family's code
     backend = wiring.masked if masked else wiring.backend
     if wiring.copies and backend != "eager":
         plain = wiring._replace(copies="")
@@ -224,9 +225,13 @@ def _attention(
         case "efficient":
             packed = wiring.one and masked and not wiring.copies  # a group of heads' queries as rows of one
             kernel = _efficient(name, q, k, v, y, grouped and not packed, mask if masked else "", width, wiring.records)
+            if masked and floats:
+                kernel = _with_float_mask(name, y, mask, kernel)
             return _seen(wiring, kernel)
         case "math":
-            return _math(name, q, k, v, y, grouped, mask if masked else "", width, wiring)
+            kernel = _math(name, q, k, v, y, grouped, mask if masked else "", width, wiring)
+            given = _lowered(f"{name}.mask", mask, "bias", "b s s")
+            return tuple(given if floats and op.name == f"{name}.mask" else op for op in kernel)
         case "eager":
             laid = wiring.lays
             return _eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
@@ -433,6 +438,29 @@ def _efficient(
     )
 
 
+def _with_float_mask(name: str, y: str, mask: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The memory-efficient kernel given a mask of numbers. It is kept as it is, or as autocast casts it in every layer;
+    where its rows are no multiple of 8, a padded copy of it is, made in every layer.
+
+    Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp preprocess_mask, pad_bias.
+    """
+    seen, given, padded, bias = f"{y}.mask.even", f"{y}.mask", f"{y}.mask.padded", f"{y}.bias"
+    made: list[Op] = []
+    for op in kernel:
+        if op.name == f"{name}.mask":
+            made.append(ops.view(op.name, mask, seen, "b s s_even"))  # which is all that autocast casts to be kept
+            made.append(_lowered(op.name, seen, given, "b s s_even"))
+            made.append(Op(f"{name}.pad_mask", (mask,), (Tensor(padded, "b s s_uneven8", f"={given}"),)))
+        elif bias in op.reads:
+            of = tuple(dict.fromkeys(k.of for k in op.keeps))
+            keeps = (*(k for k in op.keeps if k.what != bias), *(Keep(what, x) for x in of for what in (given, padded)))
+            reads = (*(r for r in op.reads if r != bias), given, padded)
+            made.append(op._replace(reads=reads, keeps=keeps, scratch=()))
+        else:
+            made.append(op)
+    return tuple(made)
+
+
 def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tuple[Op, ...]:
     """Attention from q to k and v of images (`b seen k d`) with a mask of numbers, `b s seen`: the memory-efficient
     kernel. A mask whose rows are no multiple of 8 is padded in every layer.
@@ -581,17 +609,25 @@ def _lowered_heads(name: str, shapes: dict[str, str]) -> tuple[Op, ...]:
 
 
 def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
-    """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager."""
-    eager = wiring.backend == "eager"
+    """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager and before transformers 4.53.
+
+    Of those that sdpa was given then, rows that see nothing are made to see everything, in a copy.
+    """
+    numbers = wiring.backend == "eager" or wiring.float_masks
     boolean = Tensor("causal", "b s s" if wiring.padded else "s s", "bool")
-    shape = "s s" if (wiring.one_mask or not eager) and not wiring.padded else "b s s"
+    shape = "s s" if (wiring.one_mask or not numbers or wiring.backend != "eager") and not wiring.padded else "b s s"
+    scratch = (boolean,) if numbers else (Tensor("causal", "s s", "bool"),)
+    if wiring.float_masks and wiring.backend != "eager":
+        scratch = (Tensor("mask before rows are unmasked", "b s s", f"={x}"), Tensor("hidden", "b s s", "bool"))
     return (
         Op(
             name,
             (),
-            (Tensor(name, shape, f"={x}" if eager else "bool"),),
-            scratch=(boolean,) if eager else (Tensor("causal", "s s", "bool"),),
-            source="transformers 5.24 masking_utils.py",
+            (Tensor(name, shape, f"={x}" if numbers else "bool"),),
+            scratch=scratch,
+            source="transformers 4.51 modeling_attn_mask_utils.py _unmask_unattended"
+            if wiring.float_masks
+            else "transformers 5.24 masking_utils.py",
         ),
     )
 

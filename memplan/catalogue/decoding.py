@@ -26,7 +26,7 @@ from memplan.ir import Block, Op, Run, Stack, Tensor, outside
 
 Cache = Literal["", "dynamic", "static", "legacy", "quantized", "offloaded", "offloaded_static"]
 Part = Literal["", "first", "middle", "last"]
-TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
+TOKENS = ("s", "s1", "s8", "s32", "s128", "s_even", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
 _LITGPT = "litgpt 0.5.3 generate/sequentially.py sequential, model.py"

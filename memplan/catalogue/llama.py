@@ -201,7 +201,8 @@ def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
     if wiring.backend == "eager" or wiring.padded:
         return mask(wiring, x, name)
     parts = (Tensor("within the window", "s s", "bool"), Tensor("causal", "s s", "bool")) if sliding else ()
-    return (Op(name, (), (Tensor(name, "s s", "bool"),), scratch=parts, source="transformers 5.24 masking_utils.py"),)
+    dtype = f"={x}" if wiring.float_masks else "bool"
+    return (Op(name, (), (Tensor(name, "s s", dtype),), scratch=parts, source="transformers 5.24 masking_utils.py"),)
 
 
 def before(

@@ -31,6 +31,7 @@ WORDS = {
     "whole_rotary": "Phi-3 rotates whole heads and joins nothing",
     "uncapped": "sdpa is taken where scores are to be capped, and does not cap them",
     "one_mask": "eager's causal mask is one for the whole batch, unless there is padding",
+    "float_masks": "torch's attention is given masks of numbers in the model's dtype, as eager attention",
     "scales_apart": "Gemma's model scales the embeddings, not their module",
     "rotary_tables": "rotary tables that every layer keeps: gathered, computed anew, or none (catalogue/tables.py)",
     "half_math": "torch's plain attention stays in the dtype of what it is given",
@@ -100,6 +101,26 @@ _OWN_LOSS = (
     Row("logits", "model", "transformers 4.48.1 models/gptj/modeling_gptj.py", "", _OWN_CAST),
 )
 
+# Families whose masks transformers made once and in the model's dtype until 4.52, whatever the attention.
+_FLOAT_MASKS = (
+    *("cohere", "dbrx", "deepseek_v3", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
+    *(
+        "granitemoe",
+        "llama",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "phimoe",
+    ),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2"),
+)
+
 _BEFORE_2_5 = "torch before 2.5 attention.cpp, as intel-extension-for-pytorch 2.1 copied it: it casts nothing to fp32"
 
 PROFILES = (
@@ -145,6 +166,7 @@ PROFILES = (
             Row("whole_rotary", False, "transformers 5.24 models/phi3/modeling_phi3.py apply_rotary_pos_emb"),
             Row("uncapped", False, "transformers 5.24 models/gemma2/modeling_gemma2.py: no sdpa"),
             Row("one_mask", False, "transformers 5.24 masking_utils.py eager_mask"),
+            Row("float_masks", False, "transformers 5.24 masking_utils.py sdpa_mask"),
             Row("scales_apart", False, "transformers 5.24 models/gemma/modeling_gemma.py GemmaTextScaledWordEmbedding"),
             Row("half_math", False, "torch 2.13 aten/src/ATen/native/transformers/attention.cpp"),
             Row("frozen_inputs", True, "transformers 5.24 modeling_utils.py _activation_checkpointing_enable"),
@@ -295,6 +317,13 @@ PROFILES = (
             Row("one_mask", True, "transformers 4.51.3 models/llama/modeling_llama.py: expanded, and copied if padded"),
             Row(
                 "one_mask", False, "transformers 4.51.3 models/bloom/modeling_bloom.py: its own, copied", "", ("bloom",)
+            ),
+            Row(
+                "float_masks",
+                True,
+                "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel._update_causal_mask, and alike",
+                "",
+                _FLOAT_MASKS,
             ),
             Row(
                 "scales_apart",
