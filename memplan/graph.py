@@ -564,8 +564,8 @@ EMPTIED = -1  # in place of a storage's number: torch's allocator gives back wha
 
 
 def most_at_once(events: Iterable[tuple[int, int]]) -> int:
-    """The most bytes alive at once of what is made and freed, see `loading`. A tensor without elements takes none, and
-    reads as one that is freed before it was made."""
+    """The most bytes alive at once of what is made and freed, see `loading`. A tensor without elements allocates
+    nothing: its event looks like a free of a storage that is not alive, and is ignored."""
     alive: dict[int, int] = {}
     live = most = 0
     for number, bytes_ in events:

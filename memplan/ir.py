@@ -285,7 +285,7 @@ def unwritten(stack: Stack) -> Iterator[Unwritten]:
 
 
 def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_on: str) -> Iterator[Unwritten]:
-    """Of one list, which is to write what is `handed_on`. What it writes is added to the names `known`."""
+    """The unwritten names of one list, which must write what is `handed_on`. What it writes is added to `known`."""
     known.update(w.name for op in operations for w in op.weights)
     for op in operations:
         known.update(t.name for t in op.past)

@@ -286,7 +286,7 @@ class ModelSpec:
         share = scaling.get("partial_rotary_factor", share)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(f"config: {key} must be above 0 and at most 1, not {as_json(cast(Any, share))}", key)
-        width = int(self.head_dim * share)  # of which there is a frequency for every two numbers, and for one left over
+        width = int(self.head_dim * share)  # a frequency for each pair of dimensions, and for one left over
         return min(width + width % 2, self.head_dim)
 
     @cached_property

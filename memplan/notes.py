@@ -70,8 +70,14 @@ def published_code_note(model_type: str) -> str:
     )
 
 
+def unknown_note(model: ModelSpec, profile: str) -> str:
+    """The note on a family that the profile's framework does not have at its version."""
+    title = find_profile(profile).title
+    return f"{title} has no {model.model_type}: its layers are counted as transformers 5.24 writes them"
+
+
 def unmasked_note(profile: str) -> str:
-    """Of padded batches whose padding the model is not told."""
+    """The note on padded batches that come without an attention mask."""
     title = find_profile(profile).title
     return f"loop.padded changes nothing: {title} gives the model no attention mask for padding"
 

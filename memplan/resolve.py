@@ -37,7 +37,16 @@ from memplan.graph import (
 from memplan.ir import SavedTensors
 from memplan.kernels import as_the_version_has, dtype_of_attention, fused_kernels, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec, with_objective
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, norm_notes, pipeline_notes, unmasked_note
+from memplan.notes import (
+    dtype_notes,
+    expert_notes,
+    gpu_notes,
+    kernel_notes,
+    norm_notes,
+    pipeline_notes,
+    unknown_note,
+    unmasked_note,
+)
 from memplan.objectives import saved_with
 from memplan.prequantized import trained
 from memplan.program import Structure
@@ -335,6 +344,8 @@ def _decide(
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
     notes += more
     seen = dtype_of_attention(model, recipe)
+    if not words["has_family"]:
+        notes.append(unknown_note(model, profile))
     padded = loop.padded and bool(words["masks_padding"])
     if loop.padded and not padded:
         notes.append(unmasked_note(profile))

@@ -337,7 +337,8 @@ def test_a_fused_kernel_that_finds_nothing_is_noted() -> None:
     answer = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, kernels={"fused": ["rope", "cross_entropy"]}))
     assert answer.run.kernels.fused == ("cross_entropy",)
     assert any("rope finds nothing to do" in note for note in answer.notes)
-    assert not estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, profile="unsloth-2025")).notes
+    profiled = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, profile="unsloth-2025"))
+    assert not any("finds nothing to do" in note for note in profiled.notes)
 
 
 def test_litgpt_keeps_what_its_code_says() -> None:
@@ -360,6 +361,26 @@ def test_litgpt_keeps_what_its_code_says() -> None:
 def test_litgpt_has_no_other_families_than_its_own() -> None:
     with pytest.raises(MemplanError, match="litgpt-2024 has no qwen2"):
         estimate(RunSpec(model="qwen2-0.5b", profile="litgpt-2024"))
+
+
+@pytest.mark.parametrize(
+    ("profile", "known", "unknown"),
+    [
+        ("transformers-4.35", "llama", "mixtral"),
+        ("transformers-4.45", "phi3", "glm"),
+        ("transformers-4.48", "olmo2", "qwen3"),
+        ("llamafactory", "gemma3_text", "gemma3n_text"),
+        ("axolotl", "gemma3n_text", "gemma4_text"),
+        ("unsloth", "gemma2", "phi3"),
+    ],
+)
+def test_a_family_that_came_after_the_version_is_noted(profile: str, known: str, unknown: str) -> None:
+    def notes(family: str) -> str:
+        run = RunSpec(model={"config": {"model_type": family, **TINY[family]}}, profile=profile, batch={"sequence": 64})
+        return " ".join(estimate(run).notes)
+
+    assert f"has no {unknown}: its layers are counted as transformers 5.24 writes them" in notes(unknown)
+    assert "its layers are counted" not in notes(known)
 
 
 @pytest.mark.parametrize("profile", ["litgpt", "torchtitan", "torchtune", "unsloth"])

@@ -439,8 +439,8 @@ def _efficient(
 
 
 def _with_float_mask(name: str, y: str, mask: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
-    """The memory-efficient kernel given a mask of numbers. It is kept as it is, or as autocast casts it in every layer;
-    where its rows are no multiple of 8, a padded copy of it is, made in every layer.
+    """The memory-efficient kernel given a mask of numbers, which it keeps. Under autocast every layer casts the mask
+    and keeps the cast; if its rows are no multiple of 8, every layer pads it and keeps the padded copy.
 
     Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp preprocess_mask, pad_bias.
     """
@@ -611,7 +611,7 @@ def _lowered_heads(name: str, shapes: dict[str, str]) -> tuple[Op, ...]:
 def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
     """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager and before transformers 4.53.
 
-    Of those that sdpa was given then, rows that see nothing are made to see everything, in a copy.
+    Before 4.53 the mask for sdpa was copied once, so that rows that see nothing see everything.
     """
     numbers = wiring.backend == "eager" or wiring.float_masks
     boolean = Tensor("causal", "b s s" if wiring.padded else "s s", "bool")

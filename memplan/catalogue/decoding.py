@@ -249,8 +249,8 @@ def _given(stack: Stack) -> Stack:
 
 
 def _given_mask(op: Op, now: Pass) -> Op:
-    """With an assistant the loops have names for the mask, and it is counted with those (`memplan.assisted`): what
-    reads it reads the ids, which are of its dtype and stay as long."""
+    """In assisted generation the loops hold the mask, and `memplan.assisted` counts it: an operation that reads it
+    reads the ids instead, which have its dtype and live as long."""
     if not (now.verifies or now.proposes):
         return op
     return op._replace(reads=tuple("ids" if name == "attention_mask" else name for name in op.reads))

@@ -73,7 +73,7 @@ def attach(
 
 
 def _begins_head(op: Op) -> bool:
-    """Whether it is the head's first operation: a cast of the hidden states for it, or one that makes its logits."""
+    """Whether this is the head's first operation: a cast of its input, or the one that makes logits."""
     return bool(op.writes) and ("n" in op.reads or any("v" in t.shape.split() for t in op.writes))
 
 

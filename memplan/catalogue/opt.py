@@ -42,8 +42,8 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
 
 
 def _reads_mask(wiring: Wiring) -> bool:
-    """Whether there is a mask of padding to count positions from. Of several tokens after those of a cache there is
-    none: their attention has a mask without it."""
+    """Whether positions are counted from a padding mask. A pass over several tokens after those of a cache is given
+    none, though its attention has a mask."""
     return wiring.padded and not wiring.several
 
 
