@@ -25,7 +25,15 @@ from memplan.gpus import find_gpu
 from memplan.graph import Graph, built, tower_dtype
 from memplan.kernels import as_the_version_has, dtype_of_attention, in_words, kernel_of_tower, wiring_of
 from memplan.models import ModelSpec
-from memplan.notes import dtype_notes, expert_notes, gpu_notes, kernel_notes, published_code_note
+from memplan.notes import (
+    dtype_notes,
+    expert_notes,
+    gpu_notes,
+    kernel_notes,
+    published_code_note,
+    unknown_note,
+    unmasked_note,
+)
 from memplan.passes import looks_across, over_source
 from memplan.placing import placed_in_sequence, placed_on
 from memplan.prequantized import served
@@ -105,7 +113,12 @@ def decide_inference(run: RunSpec, model: ModelSpec) -> Decided:
     window, seen = model.sliding_window, dtype_of_attention(model, recipe)
     read = min(run.generation.prefill_chunk_size or batch.sequence, batch.sequence)
     windowed = window is not None and read >= window
-    wiring = wiring_of(model, attention, seen, recipe, capability, run.loop.padded, windowed)
+    if not words["has_family"]:
+        notes.append(unknown_note(model, run.profile))
+    padded = run.loop.padded and words["code"] != "litgpt"  # which has a mask of its cache alone
+    if run.loop.padded and not padded:
+        notes.append(unmasked_note(run.profile))
+    wiring = wiring_of(model, attention, seen, recipe, capability, padded, windowed)
     wiring = in_words(wiring, words, attention)._replace(
         single=batch.micro * run.generation.num_beams == 1 and model.model_type in SINGLE,
         wide=seen == "fp32",

@@ -26,7 +26,7 @@ from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stre
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.errors import SpecError
-from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations
+from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations, unwritten
 from memplan.models import ModelSpec
 from memplan.units import ITEMSIZE
 
@@ -92,7 +92,19 @@ _ANY_RANK = 0  # of a graph whose structure is asked for: adapters of every rank
 
 @lru_cache(maxsize=128)
 def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
-    """The model's operations as the method trains them, with the loss; and the axes with the model's numbers."""
+    """The model's operations as the method trains them, with the loss; and the axes with the model's numbers.
+
+    Raises AssertionError if an operation uses a tensor that nothing before it writes, a mistake in the catalogue.
+    """
+    stack, axes = _built(graph)
+    missing = next(unwritten(stack), None)
+    if missing is not None:
+        where, operation, name = missing
+        raise AssertionError(f"{graph.model.model_type}, {where}: nothing writes {name!r}, which {operation!r} uses")
+    return stack, axes
+
+
+def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.degrees.pp > 1:
         return _stage(graph)
     if graph.placed is not None and graph.placed.card:  # the same operations, of another GPU's tensors
@@ -554,7 +566,8 @@ EMPTIED = -1  # in place of a storage's number: torch's allocator gives back wha
 
 
 def most_at_once(events: Iterable[tuple[int, int]]) -> int:
-    """The most bytes alive at once of what is made and freed, see `loading`."""
+    """The most bytes alive at once of what is made and freed, see `loading`. A tensor without elements allocates
+    nothing: its event looks like a free of a storage that is not alive, and is ignored."""
     alive: dict[int, int] = {}
     live = most = 0
     for number, bytes_ in events:
@@ -563,7 +576,7 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
             live += bytes_
             most = max(most, live)
         elif number != EMPTIED:
-            live -= alive.pop(number)
+            live -= alive.pop(number, 0)
     return most
 
 

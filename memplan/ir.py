@@ -254,6 +254,58 @@ def operations(stack: Stack) -> Iterator[Op]:
     yield from stack.loss
 
 
+class Unwritten(NamedTuple):
+    """A name that an operation of a stack uses, and that nothing before it writes: `where` is the operation's list."""
+
+    where: str
+    operation: str
+    name: str
+
+
+def unwritten(stack: Stack) -> Iterator[Unwritten]:
+    """The names that operations read, keep or take a dtype from without a writer: none of a stack that can be run.
+
+    An operation knows what its own list wrote before it, what was written outside of blocks, and what earlier blocks
+    share; those after the blocks also know what the last block wrote.
+    """
+    known = set[str]()
+    yield from _unwritten("before", stack.before, known, "embeds")
+    last = set[str]()
+    for run in stack.runs:
+        if run.before:
+            known = known | {"x"}
+            yield from _unwritten(f"before {run.times}", run.before, known, "stream")
+        for block in run.blocks:
+            last = known | {"x"}
+            yield from _unwritten(block.name, block.ops, last, "y", *block.shares)
+            known = known.union(block.shares).difference(block.replaces)
+    known = known | last | {"x"}
+    yield from _unwritten("after", stack.after, known)
+    yield from _unwritten("loss", stack.loss, known, *(("loss",) if stack.loss else ()))
+
+
+def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_on: str) -> Iterator[Unwritten]:
+    """The unwritten names of one list, which must write what is `handed_on`. What it writes is added to `known`."""
+    known.update(w.name for op in operations for w in op.weights)
+    for op in operations:
+        known.update(t.name for t in op.past)
+        yield from (Unwritten(where, op.name, name) for name in op.reads if name not in known)
+        known.update(t.name for t in (*op.writes, *op.wraps))
+        yield from (Unwritten(where, op.name, name) for name in _named(op) if name not in known)
+    yield from (Unwritten(where, "", name) for name in handed_on if name not in known)
+
+
+def _named(op: Op) -> Iterator[str]:
+    """The names that an operation keeps, captures, or takes a dtype from."""
+    yield from op.captures
+    for keep in op.keeps:
+        yield keep.what
+        yield keep.of
+    for tensor in (*op.past, *op.writes, *op.wraps, *op.scratch, *(s.tensor for s in op.scratch_back)):
+        if tensor.dtype.startswith("="):
+            yield tensor.dtype[1:].partition("/")[0]
+
+
 class SavedTensors(NamedTuple):
     """What operations keep for backward is kept in host memory: a copy for every operation that keeps it, made when
     the operation runs. It comes back as a copy when the operation's backward begins, and that goes when it is over.

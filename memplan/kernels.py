@@ -8,6 +8,7 @@ from typing import Any
 from memplan.catalogue import megatron
 from memplan.catalogue.attention import NO_FLASH_2, Wiring
 from memplan.catalogue.methods import Recipe
+from memplan.catalogue.profiles import find_profile
 from memplan.errors import SpecError
 from memplan.graph import (
     attention_dtype,
@@ -21,8 +22,17 @@ from memplan.spec import Kernels, Method
 def as_the_version_has(
     model: ModelSpec, kernels: Kernels, profile: str, words: Mapping[str, Any]
 ) -> tuple[str, bool, list[str]]:
-    """The attention and whether blocks are checkpointed, as the version has them for the model, and what it lacks."""
+    """The attention and whether blocks are checkpointed, as the version has them for the model, and what it lacks.
+
+    Raises SpecError for an attention that the framework's own model does not have.
+    """
     attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in ("none", "selective"), list[str]()
+    if attention == "eager" and words["code"] in ("litgpt", "torchtitan"):
+        raise SpecError(
+            f"kernels.attention: {find_profile(profile).title} has no eager attention to choose; supported: sdpa, "
+            "sdpa_efficient, sdpa_math",
+            "kernels.attention",
+        )
     if words["no_sdpa"] and attention == "sdpa":
         attention = "eager"
         notes.append(f"{profile} has no sdpa for {model.model_type}: eager attention is counted")
@@ -50,6 +60,7 @@ def in_words(wiring: Wiring, words: Mapping[str, Any], attention: str) -> Wiring
         uncapped=words["uncapped"],
         one_mask=words["one_mask"],
         scales_apart=words["scales_apart"],
+        float_masks=words["float_masks"],
     )
 
 

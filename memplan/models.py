@@ -33,6 +33,7 @@ from memplan.spec import FrozenDict, frozen
 # The largest value taken for a size: beyond any model that exists, and small enough to be a mistake above it.
 _LIMITS = {"num_hidden_layers": MOST_LAYERS, "vocab_size": 2**27, "max_position_embeddings": 2**40}
 _LIMIT = 2**21
+_NESTED = ("rope_parameters", "rope_scaling", "quantization_config")  # keys that are mappings in transformers' classes
 
 
 def _dense(model_type: str) -> Family:
@@ -52,7 +53,7 @@ def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"config: {key} must be a config of its own, not {as_json(value)}", key)
+        raise ConfigError(f"config: {key} must be a mapping, not {as_json(value)}", key)
     return cast(Mapping[str, Any], value)
 
 
@@ -89,6 +90,8 @@ class ModelSpec:
         unread = {"mlp_bias": False} if model_type in NO_MLP_BIAS else {}
         self.config: FrozenDict = frozen({**self._defaults, **config, **renamed, **unread})
         self._given = frozenset(config)
+        for key in _NESTED:
+            self.part(key)
         sizes = {name: self._size(name) for name in NAMES if name != "hidden_act"}
         tables = ("max_position_embeddings",) if self.model_type in POSITION_TABLES else ()
         ffn = ("intermediate_size",) if any(name in self._defaults for name in self._names["intermediate_size"]) else ()
@@ -280,12 +283,12 @@ class ModelSpec:
         if key is None:
             return self.head_dim
         share: Any = self.get(key, self._defaults[key])
-        scaling: Any = self.config.get("rope_scaling") or self.config.get("rope_parameters")
-        if isinstance(scaling, Mapping):
-            share = scaling.get("partial_rotary_factor", share)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        scaling = self.part("rope_scaling") or self.part("rope_parameters")
+        share = scaling.get("partial_rotary_factor", share)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(f"config: {key} must be above 0 and at most 1, not {as_json(cast(Any, share))}", key)
-        return int(self.head_dim * share)
+        width = int(self.head_dim * share)  # a frequency for each pair of dimensions, and for one left over
+        return min(width + width % 2, self.head_dim)
 
     @cached_property
     def head_widths(self) -> tuple[int, int]:
@@ -304,7 +307,7 @@ class ModelSpec:
         `L1`, `L2` and so on count the repetitions of its runs; a width of some layers is named by it (`k8`, `f512`).
         """
         d, a, k = self.head_dim, self.num_attention_heads, self.num_key_value_heads
-        p = int(self.get("word_embed_proj_dim", self.hidden_size))
+        p = self.whole("word_embed_proj_dim", self.hidden_size)
         return {
             **{run.times: run.number for run in self.runs},
             **{f"k{layer.k}": layer.k for layer in set(self.layers)},

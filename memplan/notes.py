@@ -8,6 +8,7 @@ from typing import Any, cast
 from memplan.catalogue.kimi_k3 import of_its_own
 from memplan.catalogue.parallel import WRAPPED_TWICE
 from memplan.catalogue.pipeline import ENGINES
+from memplan.catalogue.profiles import find_profile
 from memplan.degrees import Degrees, replicas
 from memplan.errors import SpecError
 from memplan.gpus import GPU, ambiguous_with
@@ -89,6 +90,18 @@ def published_code_note(model_type: str) -> str:
         f"{model_type}: what it keeps from token to token was read in the code published with its weights, and not "
         "traced, as transformers 5 does not run that code"
     )
+
+
+def unknown_note(model: ModelSpec, profile: str) -> str:
+    """The note on a family that the profile's framework does not have at its version."""
+    title = find_profile(profile).title
+    return f"{title} has no {model.model_type}: its layers are counted as transformers 5.24 writes them"
+
+
+def unmasked_note(profile: str) -> str:
+    """The note on padded batches that come without an attention mask."""
+    title = find_profile(profile).title
+    return f"loop.padded changes nothing: {title} gives the model no attention mask for padding"
 
 
 def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:

@@ -334,6 +334,7 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
     for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
         more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
         more[f"{name}1"] = more[name] + 1
+        more[f"{name}_even"] = 0 if more[name] % 8 else more[name]
         more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
         more[f"{name}_uneven8"] = more[f"{name}8"] if more[name] % 8 else 0
     axes = axes_of(

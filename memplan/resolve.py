@@ -44,6 +44,8 @@ from memplan.notes import (
     kernel_notes,
     norm_notes,
     pipeline_notes,
+    unknown_note,
+    unmasked_note,
     wrapping_notes,
 )
 from memplan.objectives import saved_with
@@ -343,11 +345,16 @@ def _decide(
     attention, checkpoints, more = as_the_version_has(model, kernels, profile, words)
     notes += more
     seen = dtype_of_attention(model, recipe)
+    if not words["has_family"]:
+        notes.append(unknown_note(model, profile))
+    padded = loop.padded and bool(words["masks_padding"])
+    if loop.padded and not padded:
+        notes.append(unmasked_note(profile))
     graph = Graph(
         model,
         recipe,
         in_words(
-            wiring_of(model, attention, seen, recipe, capability, loop.padded, windowed),
+            wiring_of(model, attention, seen, recipe, capability, padded, windowed),
             words,
             str(kernels.attention),
         )._replace(

@@ -87,6 +87,7 @@ def axes_of(
         "s": s,
         "s1": s + 1,
         "s8": -(-s // 8) * 8,
+        "s_even": by.choose(s % 8 == 0, s, 0),
         "s_uneven": by.choose(s % 8 == 0, 0, s),
         "s_uneven8": by.choose(s % 8 == 0, 0, -(-s // 8) * 8),
         "s32": -(-s // 32) * 32,

@@ -248,7 +248,7 @@ def replay_loading(events: Iterable[tuple[int, int]], allocator: Allocator) -> N
             blocks[number] = allocator.alloc(bytes_)
         elif number == EMPTIED:
             allocator.release()
-        else:
+        elif number in blocks:  # a tensor without elements has no block
             allocator.free(blocks.pop(number))
 
 

@@ -23,7 +23,7 @@ from memplan.ir import outside
 from memplan.models import ModelSpec
 from memplan.stored import format_of
 from tests.sampling import sampled
-from tests.tiny import TINY
+from tests.tiny import SMALLEST, TINY
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "parameters.json").read_text("utf-8"))
 KINDS = ("embedding", "attention", "mixer", "mlp", "router", "norm", "vision", "audio", "lm_head", "head")
@@ -584,7 +584,8 @@ def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(model_type: 
                 assert model.sliding_window == getattr(settings, width), config
         if turns_part(model_type) and "partial_rotary_factor" in settings.rope_parameters:
             share = settings.rope_parameters["partial_rotary_factor"]
-            assert model.rotary_width == int(model.head_dim * share), config
+            width = int(model.head_dim * share)
+            assert model.rotary_width == min(width + width % 2, model.head_dim), config
         compared += 1
     assert compared >= 5
 
@@ -650,7 +651,7 @@ def test_a_probability_of_dropout_is_a_number_from_0_to_1(bad: Any) -> None:
         model = ModelSpec({"model_type": model_type, **TINY[model_type], **changed})
         with pytest.raises(ConfigError, match=r"drop.* must be a number from 0 to 1, not"):
             build(model, Wiring("flash", "efficient"))
-    with pytest.raises(ConfigError, match="attn_config must be a config of its own, not 5"):
+    with pytest.raises(ConfigError, match="attn_config must be a mapping, not 5"):
         build(ModelSpec({"model_type": "mpt", **TINY["mpt"], "attn_config": 5}), Wiring("flash", "efficient"))
 
 
@@ -662,6 +663,33 @@ def test_experts_are_counted_by_the_name_that_transformers_writes_too(model_type
     part = config.get("text_config", config)
     part["num_local_experts"] = part.pop("num_experts")
     assert ModelSpec(config).axes()["E"] == 8
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters", "quantization_config"])
+@pytest.mark.parametrize("bad", [4.0, [1, 2], "linear"])
+def test_what_transformers_takes_a_mapping_for_is_no_number_list_or_text(key: str, bad: Any) -> None:
+    with pytest.raises(ConfigError, match=f"config: {key} must be a mapping, not ") as caught:
+        ModelSpec({**SMALLEST, key: bad})
+    assert caught.value.field == key
+
+
+@pytest.mark.parametrize("bad", [0.25, 64.0, 0, "64"])
+def test_opts_embeddings_are_a_whole_number_wide(bad: Any) -> None:
+    with pytest.raises(ConfigError, match="word_embed_proj_dim must be a whole number"):
+        ModelSpec({"model_type": "opt", **TINY["opt"], "word_embed_proj_dim": bad}).axes()
+
+
+@pytest.mark.parametrize(("head_dim", "rotated"), [(2, 2), (6, 4), (7, 4), (12, 6), (24, 12)])
+def test_an_odd_share_of_a_head_is_rotated_in_pairs(head_dim: int, rotated: int) -> None:
+    """As many frequencies as `arange(0, width, 2)` has numbers, each for two dimensions."""
+    assert ModelSpec({"model_type": "glm4", **TINY["glm4"], "head_dim": head_dim}).rotary_width == rotated
+
+
+@pytest.mark.parametrize("shared", [5, 6, 48])
+def test_some_layer_makes_the_keys_that_gemmas_last_layers_share(shared: int) -> None:
+    config = {"model_type": "gemma3n_text", **TINY["gemma3n_text"]}
+    with pytest.raises(ConfigError, match=f"num_kv_shared_layers {shared} leaves no layer that makes keys"):
+        ModelSpec({**config, "num_kv_shared_layers": shared})
 
 
 def test_a_window_of_0_is_none_as_transformers_writes_it() -> None:

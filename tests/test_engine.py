@@ -13,7 +13,7 @@ from memplan.engine.record import FREED, record
 from memplan.engine.step import Lowered, infer, lower
 from memplan.engine.walk import Term, alive, largest
 from memplan.errors import InternalError
-from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Unwritten, Weight, unwritten
 
 AXES = {"L": 4, "n": 1}
 
@@ -323,3 +323,32 @@ def test_a_block_that_narrows_its_input_is_counted_apart() -> None:
     # the last copy reads what the one before has made, and no copy has another's input
     assert all(n >= 0 for m in low.moments for n in alive(m, low.runs, AXES).values())
     assert peak(low, "forward", {"x": 100, "one": 1}) == 101
+
+
+@pytest.mark.parametrize(
+    ("bad", "name"),
+    [
+        (op("mul", "x mask", "y"), "mask"),
+        (op("mul", "x", "y", Keep("mask", "x")), "mask"),
+        (op("mul", "x", "y", Keep("x", "scores")), "scores"),
+        (op("mul", "x", "y", captures=("cos",)), "cos"),
+        (op("mul", "x", "z"), "y"),
+        (Op("mul", ("x",), (Tensor("y", "x", "=q"),)), "q"),
+        (Op("mul", ("x",), (Tensor("y", "x", "=q/64"),)), "q"),
+        (op("mul", "x", "y", scratch_back=(Scratch(Tensor("product", "x", "=q")),)), "q"),
+    ],
+)
+def test_a_name_that_nothing_writes_is_found(bad: Op, name: str) -> None:
+    assert [missing.name for missing in unwritten(stack([bad]))] == [name]
+    assert not list(unwritten(stack([op("mul", "x", "y")])))
+
+
+def test_a_block_knows_what_earlier_blocks_share_until_it_is_replaced() -> None:
+    share = Block("layers", (op("first", "x", "y keys"),), shares=("keys",))
+    replace = Block("layers", (op("second", "x keys", "y new"),), shares=("new",), replaces=("keys",))
+    late = Block("layers", (op("third", "x keys", "y"),))
+    whole = stack([op("mul", "x", "y")])
+    runs = tuple(Run((block,), "n") for block in (share, replace, late))
+    assert list(unwritten(whole._replace(runs=runs))) == [Unwritten("layers", "third", "keys")]
+    assert list(unwritten(whole._replace(runs=runs[::2]))) == []
+    assert list(unwritten(whole._replace(runs=runs[1:2]))) == [Unwritten("layers", "second", "keys")]

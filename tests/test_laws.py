@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import mul
 from typing import Any
 
@@ -9,21 +10,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.sweep import FAMILIES, run_of
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue import build
 from memplan.catalogue.attention import Wiring
+from memplan.catalogue.profiles import PROFILES
 from memplan.catalogue.states import optimizer_names, takes_foreach
 from memplan.engine.walk import alive, largest, moment_bytes, rows, size, values
+from memplan.errors import MemplanError
 from memplan.families.pictures import PICTURES
 from memplan.graph import built
-from memplan.ir import operations
+from memplan.ir import Stack, operations, unwritten
 from memplan.models import ModelSpec
+from memplan.passes import steps_of
 from memplan.program import PHASES, pass_of, program
 from memplan.resolve import decide
 from memplan.run_axes import run_axes
 from memplan.sizes import ONE_RUN
+from memplan.stages import every_stage
 from tests.encoders import SMALL as ENCODERS
-from tests.sampling import examples, sampled
+from tests.sampling import COMPLETE, examples, sampled
 from tests.tiny import TINY as DECODERS
 from tests.tiny_vision import TINY as TOWERS
 
@@ -40,6 +46,7 @@ KERNELS = st.fixed_dictionaries(
     }
 )
 PRECISION = st.sampled_from(["pure", "amp", "mixed", "fp16", "fp32"])
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "sdpa_math", "sdpa_efficient")
 
 
 @st.composite
@@ -91,6 +98,71 @@ def test_no_tensor_has_a_weights_name(name: str) -> None:
         made = tuple(operations(build(ModelSpec(config), wiring)))
         weights = {w.name for op in made for w in op.weights}
         assert weights.isdisjoint(t.name for op in made for t in op.writes)
+
+
+# What decides which masks, positions and tables a stack makes, and which operations of it read them.
+WIRINGS = (
+    *(f"--attention {a} --padded --no-gradient-checkpointing" for a in ATTENTION),
+    *(f"--attention {a} --method lora --reentrant --seq-len 96" for a in ATTENTION),
+    *(f"--profile {p.name} --padded" for p in PROFILES),
+    *(f"--profile {p.name} --attention eager --method lora --seq-len 96" for p in PROFILES),
+    *(f"--profile {p.name} --method qlora --loss chunked --attention sdpa_efficient" for p in PROFILES),
+    "--loss fused --fused rope,rms_norm,swiglu --padded",
+    "--method qlora --fused lora,rope,swiglu --lora-dropout 0.1",
+    "--method qdora --loss chunked --precision amp",
+    "--gpus 2 --pp 2 --padded",
+    "--gpus 2 --pp 2 --schedule gpipe --grad-accum 2 --method lora --attention eager",
+    "--gpus 3 --pp 3 --profile megatron-core --grad-accum 3 --seq-len 96",
+    "--gpus 3 --pp 3 --profile torchtitan --grad-accum 3 --attention sdpa_math --padded",
+    "--gpus 2 --tp 2 --padded",
+    "--gpus 2 --cp 2 --fsdp fsdp2",
+    "--gpus 2 --ep 2 --fsdp fsdp2 --padded",
+    "--images 1 --attention sdpa_efficient --padded",
+    "--objective sequence_classification --attention eager --padded",
+    "--method forward --attention sdpa_math --padded",
+    *(f"--method generate --attention {a} --padded --seq-len 60 --new-tokens 9" for a in ATTENTION),
+    *(
+        f"--method generate --seq-len 60 --new-tokens 9 {how}"
+        for how in (
+            "--cache-implementation static --attention eager",
+            "--cache-implementation quantized --padded",
+            "--cache-implementation offloaded --prefill-chunk-size 16",
+            "--prompt-lookup-num-tokens 3",
+            "--prompt-lookup-num-tokens 3 --padded --attention eager",
+            "--num-beams 2 --do-sample --batch-size 2",
+            "--profile transformers-4.48 --padded",
+            "--profile transformers-4.38",
+            "--profile litgpt --padded",
+            "--gpus 2 --device-map auto",
+            "--images 1",
+        )
+    ),
+)
+
+
+def stacks_of(family: str, options: str) -> Iterator[Stack]:
+    """The stacks of a run of the family's small config: of every stage of a pipeline, of every pass of generation; none
+    of a run that is refused."""
+    try:
+        decided = decide(run_of(f"{family} (small)", options))
+        graphs = (
+            [step.graph for step in steps_of(decided)]
+            if decided.structure.graph.inference
+            else [stage.graph for stage in every_stage(decided.structure)]
+        )
+        for graph in graphs:
+            yield built(graph)[0]
+    except MemplanError:
+        return
+
+
+@pytest.mark.parametrize("family", sampled(list(FAMILIES), 8))
+def test_every_read_of_a_stack_has_a_writer(family: str) -> None:
+    """For every family a share of the ways it can be run, so that all are asked of some."""
+    place, share = list(FAMILIES).index(family), 4 if COMPLETE else 24
+    for options in WIRINGS[place % share :: share]:
+        for stack in stacks_of(family, options):
+            assert not list(unwritten(stack)), options
 
 
 @laws

@@ -47,6 +47,15 @@ def test_parts_told_as_one_take_what_they_take_one_by_one(world: int) -> None:
     assert most_at_once(together) == most_at_once(each)
 
 
+def test_a_buffer_without_elements_takes_no_storage() -> None:
+    """A head of one dimension, of which half is rotated: no frequency is left."""
+    assert most_at_once([(0, 0), (1, 512), (2, 0), (1, 0), (3, 256)]) == 512
+    model = {"config": {"model_type": "glm4", **TINY["glm4"], "head_dim": 1}}
+    run = RunSpec.model_validate({"model": model, "parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}})
+    assert any(bytes_ == 0 for _, bytes_ in loading_of(decide(run).structure))
+    assert estimate(run).bytes.reserved > 0
+
+
 # in host memory
 
 PARAMETERS = 494_032_768  # of qwen2-0.5b, which is stored in bf16

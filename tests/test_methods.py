@@ -367,3 +367,14 @@ def test_adapted_embeddings_run_in_every_precision(model: str, checkpointing: st
     facts = answer.run.method.rank, answer.parameters.trainable
     assert facts[1] % facts[0] == 0
     assert facts[1] > 0
+
+
+def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:
+    """LitGPT quantises the head too, and a head in chunks casts and keeps the chunk it is given."""
+    config = {"model_type": "llama", **TINY["llama"]}
+    run = RunSpec(model={"config": config}, profile="litgpt", method="qlora", kernels={"loss": "chunked"})
+    stack, _ = built(decide(run).structure.graph)
+    heads = [op for op in stack.loss if op.name == "lm_head"]
+    assert [op.captures for op in heads] == [op.reads for op in heads] == [(f"logits.in{i}",) for i in range(8)]
+    casts = {op.reads: op.writes[0].shape for op in stack.loss if op.name == "lm_head.cast"}
+    assert casts == {(f"n{i}",): "b lc h" for i in range(8)}

@@ -22,6 +22,7 @@ from memplan.resolve import decide
 from memplan.speed import work
 from memplan.stages import every_stage, parameters_of
 from tests.sampling import examples
+from tests.tiny import TINY
 
 laws = settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -487,6 +488,21 @@ def test_a_stage_holds_what_torchs_schedule_holds(case: dict[str, Any]) -> None:
     counters = 512 * sum(p.copies for p in trained_parameters(structure))  # AdamW's, which are on the host
     for name, beside in (("passes 1", 0), ("passes 2", counters), ("step 2", counters)):
         assert mine[name] + beside == pytest.approx(case["peaks"][name], rel=0.01), name
+
+
+@pytest.mark.parametrize(("schedule", "model", "given"), [("1f1b", "gpt2", 0), ("device_map", "jamba", 1)])
+def test_later_stages_have_positions_only_if_one_process_moves_them(schedule: str, model: str, given: int) -> None:
+    """Embeddings alone look them up, and layers are given them and do not read them."""
+    config = {"model_type": model, **TINY[model], "tie_word_embeddings": False}
+    parallelism = {"world": 2, "pp": 2, "schedule": schedule, "first_stage_layers": None if given else 2}
+    batch = {"sequence": 64, "accumulation": 1 if given else 2}
+    structure = decide(RunSpec(model={"config": config}, batch=batch, parallelism=parallelism)).structure
+    first, last = (built(stage.graph)[0] for stage in every_stage(structure))
+    for stack, expected in ((first, 1), (last, given)):
+        made = [t.name for op in stack.before for t in op.writes]
+        assert made.count("positions") == expected
+        named = {name for op in stack.runs[0].blocks[0].ops for name in op.reads}
+        assert ("positions" in named) == bool(expected)
 
 
 def test_the_traces_are_of_every_schedule_and_stage() -> None:

@@ -15,12 +15,13 @@ from memplan.catalogue.engines import engine_names
 from memplan.catalogue.profiles import PROFILES, WHEN, WORDS, Profile, Row, decided, find_profile
 from memplan.cli import app
 from memplan.engine.walk import alive, size
-from memplan.errors import MemplanError, UnknownNameError
+from memplan.errors import MemplanError, SpecError, UnknownNameError
 from memplan.graph import built, lowered
 from memplan.resolve import completed, decide
 from memplan.spec import NEWEST
 from memplan.units import rounded
 from tests.sampling import sampled
+from tests.tiny import TINY
 
 NAMES = [profile.name for profile in PROFILES]
 PARTS = ("kernels", "optimizer", "method", "quantization")
@@ -319,11 +320,25 @@ def test_lora_in_one_function_keeps_the_input_once() -> None:
     assert kept({}, **run) == 512 * (norms + attention + mlp) + stored_random_state
 
 
+def test_a_function_of_lora_is_of_one_module() -> None:
+    """A mixture's experts stay as they are; the expert that all share is a gated MLP of its own width."""
+    config = {"model_type": "qwen2_moe", **TINY["qwen2_moe"]}
+    run = RunSpec(model={"config": config}, method="qlora", profile="transformers-4.51", kernels={"fused": ["lora"]})
+    stack, _ = built(decide(run).structure.graph)
+    ops = {op.name: op for op in stack.runs[0].blocks[0].ops}
+    joined = {name for name in ops if name.endswith((".lora_qkv", ".lora_mlp"))}
+    assert joined == {"self_attn.lora_qkv", "mlp.shared_expert.lora_mlp"}
+    shared = ops["mlp.shared_expert.lora_mlp"]
+    assert {t.name: t.shape for t in shared.writes if t.name in ("gate", "up")} == {"gate": "b s fs", "up": "b s fs"}
+    assert {"mlp.experts.0.gate_proj.lora_A", "mlp.experts.0.product"} <= ops.keys()
+
+
 def test_a_fused_kernel_that_finds_nothing_is_noted() -> None:
     answer = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, kernels={"fused": ["rope", "cross_entropy"]}))
     assert answer.run.kernels.fused == ("cross_entropy",)
     assert any("rope finds nothing to do" in note for note in answer.notes)
-    assert not estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, profile="unsloth-2025")).notes
+    profiled = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, profile="unsloth-2025"))
+    assert not any("finds nothing to do" in note for note in profiled.notes)
 
 
 def test_litgpt_keeps_what_its_code_says() -> None:
@@ -346,6 +361,71 @@ def test_litgpt_keeps_what_its_code_says() -> None:
 def test_litgpt_has_no_other_families_than_its_own() -> None:
     with pytest.raises(MemplanError, match="litgpt-2024 has no qwen2"):
         estimate(RunSpec(model="qwen2-0.5b", profile="litgpt-2024"))
+
+
+@pytest.mark.parametrize(
+    ("profile", "known", "unknown"),
+    [
+        ("transformers-4.35", "llama", "mixtral"),
+        ("transformers-4.45", "phi3", "glm"),
+        ("transformers-4.48", "olmo2", "qwen3"),
+        ("llamafactory", "gemma3_text", "gemma3n_text"),
+        ("axolotl", "gemma3n_text", "gemma4_text"),
+        ("unsloth", "gemma2", "phi3"),
+    ],
+)
+def test_a_family_that_came_after_the_version_is_noted(profile: str, known: str, unknown: str) -> None:
+    def notes(family: str) -> str:
+        run = RunSpec(model={"config": {"model_type": family, **TINY[family]}}, profile=profile, batch={"sequence": 64})
+        return " ".join(estimate(run).notes)
+
+    assert f"has no {unknown}: its layers are counted as transformers 5.24 writes them" in notes(unknown)
+    assert "its layers are counted" not in notes(known)
+
+
+@pytest.mark.parametrize("profile", ["litgpt", "torchtitan", "torchtune", "unsloth"])
+def test_padding_adds_nothing_where_the_model_gets_no_mask(profile: str) -> None:
+    def answer(padded: bool) -> Estimate:
+        return estimate(RunSpec(model=model(), method="full", profile=profile, loop={"padded": padded}))
+
+    assert answer(True).phases == answer(False).phases
+    assert any("gives the model no attention mask for padding" in note for note in answer(True).notes)
+    assert not any("mask" in note for note in answer(False).notes)
+
+
+def test_padding_adds_masks_where_the_model_gets_one() -> None:
+    runs = (RunSpec(model=model(), profile="transformers-4.51", loop={"padded": p}) for p in (True, False))
+    padded, plain = map(estimate, runs)
+    assert padded.bytes.allocated > plain.bytes.allocated
+    assert not padded.notes
+
+
+@pytest.mark.parametrize("profile", ["litgpt", "torchtitan"])
+def test_a_model_that_calls_torchs_attention_has_no_eager_one(profile: str) -> None:
+    with pytest.raises(SpecError, match="has no eager attention to choose; supported: sdpa, ") as caught:
+        estimate(RunSpec(model=model(), profile=profile, kernels={"attention": "eager"}))
+    assert caught.value.field == "kernels.attention"
+
+
+@pytest.mark.parametrize("profile", ["transformers-4.48", "transformers-4.51", "transformers-5"])
+def test_phi3s_layers_read_the_mask_of_their_window(profile: str) -> None:
+    """Whether whole heads are rotated, as until 4.48, or a part that is joined with the rest."""
+    config = {"model_type": "phi3", **TINY["phi3"], "sliding_window": 32}
+    run = RunSpec(model={"config": config}, profile=profile, loop={"padded": True})
+    stack, _ = built(decide(run).structure.graph)
+    assert any(op.reads == ("window_mask",) for op in stack.runs[0].blocks[0].ops)
+
+
+def test_older_versions_repeat_the_keys_that_layers_share_too() -> None:
+    config = {"model_type": "gemma4_text", **TINY["gemma4_text"]}
+    run = RunSpec(model={"config": config}, profile="transformers-4.51", batch={"sequence": 16})
+    stack, _ = built(decide(run).structure.graph)
+    repeats = (op for run in stack.runs for block in run.blocks for op in block.ops if ".repeat_" in op.name)
+    shared = {(op.reads[0], op.writes[0].name) for op in repeats if not op.reads[0].startswith(("k.", "v."))}
+    assert shared == {
+        *(("keys.view", "k.given"), ("values.view", "v.given")),
+        *(("local_keys.view", "k.given"), ("local_values.view", "v.given")),
+    }
 
 
 def test_gptq_stores_half_a_byte_a_weight_and_numbers_a_group() -> None:

@@ -101,6 +101,21 @@ def test_an_image_of_gemma_3_is_as_many_tokens_as_its_config_says() -> None:
     assert (picture.patches, picture.tokens, axes_of(spec, 2, picture)["merged"]) == (8 * 8, 16, 2 * 16)
 
 
+@pytest.mark.parametrize("fields", [{"batch": {"images": 1}}, {"task": "generate", "profile": "vllm", "gpu": "h100"}])
+def test_fewer_patches_than_gemma_3_makes_tokens_of_are_refused(fields: dict[str, Any]) -> None:
+    """As many as its config class fills in are fewer: torch averages no windows without a side."""
+    config = {"model_type": "gemma3", **TINY["gemma3"], "vision_config": {}, "mm_tokens_per_image": 256}
+    with pytest.raises(ConfigError, match=r"vision_config\.image_size: 14 x 14 patches cannot be ") as caught:
+        estimate(RunSpec(model={"config": config}, **fields))
+    assert caught.value.field == "image_size"
+
+
+def test_a_block_that_qwen3_hands_on_twice_is_refused() -> None:
+    tower = {**TINY["qwen3_vl"]["vision_config"], "deepstack_visual_indexes": [1, 1]}
+    with pytest.raises(ConfigError, match=r"deepstack_visual_indexes names a layer twice: \[1, 1\]"):
+        estimate(RunSpec(model={"config": {"model_type": "qwen3_vl", **TINY["qwen3_vl"], "vision_config": tower}}))
+
+
 def test_a_window_of_qwen2_5_vl_is_as_large_as_its_config_says() -> None:
     tower = {**TINY["qwen2_5_vl"]["vision_config"], "window_size": 56}
     spec = ModelSpec({"model_type": "qwen2_5_vl", **TINY["qwen2_5_vl"], "vision_config": tower})

@@ -18,28 +18,28 @@ class Wiring(NamedTuple):
     """Which attention kernel runs where. `backend` without a mask, `masked` with one.
 
     padded: a 2-D mask with zeros comes with the batch. windowed: the sequence is longer than the sliding window.
-    target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k
-    and v repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
+    target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k and v
+    repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
     every layer though it trains. triangles: every layer holds a causal mask for all positions, used or not.
-    half_math: the plain product stays in the dtype of what it is given. whole_rotary: Phi-3 rotates whole heads, and
-    joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's model
-    scales the embeddings, not their module. uncapped: torch's attention is taken where scores should be capped, and
-    does not cap them. single: the batch is one sequence, which only families in SINGLE treat differently. wide: what
-    it is given is fp32. images: the batch has some. tower: the kernel of the attention in the tower that sees them.
-    causal: no token sees those after it; an encoder's do, and there is a mask for padding only.
-    checkpoints: blocks are checkpointed, as T5's code asks. by_name: they are given masks and positions by name.
-    recomputes: what attention makes of q, k and v is made again on the way back.
-    uneven: what tokens see of images is no multiple of 8 rows, to which the kernel pads their mask. drops: the config's
-    attention_dropout is above 0; the fused kernels have it inside them. records: autograd does, and kernels hand it
-    what it asks for. tables: every layer keeps rotary tables of its own (`memplan.catalogue.tables`). caching: keys and
-    values are put beside those of earlier tokens, and lie head by head; but where they are handed_back as they came.
-    decodes: there is one token a sequence, which sees all before it; with `several` there are more, which come after
-    those. last_only: the logits of a sequence's last token are all that is asked for. generates: the pass is one of
-    generation. part: of an
-    encoder-decoder the `encoder` alone runs, or the `decoder` over what the encoder has left; beams: several of each
-    prompt read that; crossed: its keys and values are cached already; static: of its own there is room for all tokens,
-    which one token sees through a mask. begins, fills: where keys stand for windows of tokens, the kinds of windows
-    that the token is the first of, and the last of.
+    half_math: the plain product stays in the dtype of what it is given. whole_rotary: Phi-3 rotates whole heads,
+    and joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's
+    model scales the embeddings, not their module. float_masks: masks of torch's attention are of numbers, as
+    eager's. uncapped: torch's attention is taken where scores should be capped, and does not cap them. single: the
+    batch is one sequence, which only families in SINGLE treat differently. wide: what it is given is fp32. images:
+    the batch has some. tower: the kernel of the attention in the tower that sees them. causal: no token sees those
+    after it; an encoder's do, and there is a mask for padding only. checkpoints: blocks are checkpointed, as T5's
+    code asks. by_name: they are given masks and positions by name. recomputes: what attention makes of q, k and v
+    is made again on the way back. uneven: what tokens see of images is no multiple of 8 rows, to which the kernel
+    pads their mask. drops: the config's attention_dropout is above 0; the fused kernels have it inside them.
+    records: autograd does, and kernels hand it what it asks for. tables: every layer keeps rotary tables of its own
+    (`memplan.catalogue.tables`). caching: keys and values are put beside those of earlier tokens, and lie head by
+    head; but where they are handed_back as they came. decodes: there is one token a sequence, which sees all before
+    it; with `several` there are more, which come after those. last_only: the logits of a sequence's last token are
+    all that is asked for. generates: the pass is one of generation. part: of an encoder-decoder the `encoder` alone
+    runs, or the `decoder` over what the encoder has left; beams: several of each prompt read that; crossed: its
+    keys and values are cached already; static: of its own there is room for all tokens, which one token sees
+    through a mask. begins, fills: where keys stand for windows of tokens, the kinds of windows that the token is
+    the first of, and the last of.
     """
 
     backend: str
@@ -56,6 +56,7 @@ class Wiring(NamedTuple):
     uncapped: bool = False
     one_mask: bool = False
     scales_apart: bool = False
+    float_masks: bool = False
     single: bool = False
     wide: bool = False
     images: bool = False
@@ -139,11 +140,20 @@ def attention(
     wiring: Wiring,
     grouped: bool,
     sliding: bool = False,
-    mask: str = "mask",
+    mask: str = "",
     width: str = "d",
 ) -> tuple[Op, ...]:
-    """The attention of one layer, with the copies of k and v its kernel needs. `width` is that of a head's values."""
-    return cached(name, wiring, _attention(name, q, k, v, y, wiring, grouped, sliding, mask, width), sliding, (k, v))
+    """The attention of one layer, with the copies of k and v its kernel needs. `width` is that of a head's values.
+
+    Where the kernel is given a mask, it is the one the model makes for the layer's kind, unless `mask` names another.
+    """
+    kernel = _attention(name, q, k, v, y, wiring, grouped, sliding, mask or mask_name(sliding), width)
+    return cached(name, wiring, kernel, sliding, (k, v))
+
+
+def mask_name(sliding: bool) -> str:
+    """The name of the mask that the model makes for layers with a window, or for those without."""
+    return "window_mask" if sliding else "mask"
 
 
 def cached(
@@ -190,6 +200,7 @@ def _attention(
     width: str,
 ) -> tuple[Op, ...]:
     masked = wiring.has_mask(sliding)
+    floats = wiring.float_masks and mask == mask_name(sliding)  # a mask of another name is made by the family's code
     backend = wiring.masked if masked else wiring.backend
     if wiring.copies and backend != "eager":
         plain = wiring._replace(copies="")
@@ -216,9 +227,13 @@ def _attention(
         case "efficient":
             packed = wiring.one and masked and not wiring.copies  # a group of heads' queries as rows of one
             kernel = _efficient(name, q, k, v, y, grouped and not packed, mask if masked else "", width, wiring.records)
+            if masked and floats:
+                kernel = _with_float_mask(name, y, mask, kernel)
             return _seen(wiring, kernel)
         case "math":
-            return _math(name, q, k, v, y, grouped, mask if masked else "", width, wiring)
+            kernel = _math(name, q, k, v, y, grouped, mask if masked else "", width, wiring)
+            given = _lowered(f"{name}.mask", mask, "bias", "b s s")
+            return tuple(given if floats and op.name == f"{name}.mask" else op for op in kernel)
         case "eager":
             laid = wiring.lays
             return _eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
@@ -335,18 +350,18 @@ def _copied(name: str, q: str, k: str, v: str, grouped: bool, every: bool) -> tu
 
     Source: transformers 4.48 integrations/sdpa_attention.py sdpa_attention_forward.
     """
-    same = ops.copy if every else ops.view
+    same, given = ops.copy if every else ops.view, {k: "k.given", v: "v.given"}
     return (
         *(
             op
             for t in (k, v)
             for op in (
                 ops.view(f"{name}.{t}_view", t, f"{t}.view", "b s k d", gradient="new"),
-                ops.copy(f"{name}.repeat_{t}", f"{t}.view", f"{t[0]}.given", "b s a d", gradient="new"),
+                ops.copy(f"{name}.repeat_{t}", f"{t}.view", given[t], "b s a d", gradient="new"),
             )
             if grouped
         ),
-        *(same(f"{name}.{t}_given", t, f"{t[0]}.given", "b s k d") for t in (k, v) if not grouped),
+        *(same(f"{name}.{t}_given", t, given[t], "b s k d") for t in (k, v) if not grouped),
         *((ops.copy(f"{name}.{q}_given", q, f"{q}.given", "b s a d"),) if every else ()),
     )
 
@@ -423,6 +438,29 @@ def _efficient(
         ),
         ops.leave("k.heads", "v.heads"),
     )
+
+
+def _with_float_mask(name: str, y: str, mask: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The memory-efficient kernel given a mask of numbers, which it keeps. Under autocast every layer casts the mask
+    and keeps the cast; if its rows are no multiple of 8, every layer pads it and keeps the padded copy.
+
+    Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp preprocess_mask, pad_bias.
+    """
+    seen, given, padded, bias = f"{y}.mask.even", f"{y}.mask", f"{y}.mask.padded", f"{y}.bias"
+    made: list[Op] = []
+    for op in kernel:
+        if op.name == f"{name}.mask":
+            made.append(ops.view(op.name, mask, seen, "b s s_even"))  # which is all that autocast casts to be kept
+            made.append(_lowered(op.name, seen, given, "b s s_even"))
+            made.append(Op(f"{name}.pad_mask", (mask,), (Tensor(padded, "b s s_uneven8", f"={given}"),)))
+        elif bias in op.reads:
+            of = tuple(dict.fromkeys(k.of for k in op.keeps))
+            keeps = (*(k for k in op.keeps if k.what != bias), *(Keep(what, x) for x in of for what in (given, padded)))
+            reads = (*(r for r in op.reads if r != bias), given, padded)
+            made.append(op._replace(reads=reads, keeps=keeps, scratch=()))
+        else:
+            made.append(op)
+    return tuple(made)
 
 
 def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tuple[Op, ...]:
@@ -573,17 +611,25 @@ def _lowered_heads(name: str, shapes: dict[str, str]) -> tuple[Op, ...]:
 
 
 def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
-    """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager."""
-    eager = wiring.backend == "eager"
+    """The 4-D mask the model makes once: boolean for sdpa, of the model's dtype for eager and before transformers 4.53.
+
+    Before 4.53 the mask for sdpa was copied once, so that rows that see nothing see everything.
+    """
+    numbers = wiring.backend == "eager" or wiring.float_masks
     boolean = Tensor("causal", "b s s" if wiring.padded else "s s", "bool")
-    shape = "s s" if (wiring.one_mask or not eager) and not wiring.padded else "b s s"
+    shape = "s s" if (wiring.one_mask or not numbers or wiring.backend != "eager") and not wiring.padded else "b s s"
+    scratch = (boolean,) if numbers else (Tensor("causal", "s s", "bool"),)
+    if wiring.float_masks and wiring.backend != "eager":
+        scratch = (Tensor("mask before rows are unmasked", "b s s", f"={x}"), Tensor("hidden", "b s s", "bool"))
     return (
         Op(
             name,
             (),
-            (Tensor(name, shape, f"={x}" if eager else "bool"),),
-            scratch=(boolean,) if eager else (Tensor("causal", "s s", "bool"),),
-            source="transformers 5.24 masking_utils.py",
+            (Tensor(name, shape, f"={x}" if numbers else "bool"),),
+            scratch=scratch,
+            source="transformers 4.51 modeling_attn_mask_utils.py _unmask_unattended"
+            if wiring.float_masks
+            else "transformers 5.24 masking_utils.py",
         ),
     )
 

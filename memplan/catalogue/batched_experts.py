@@ -32,7 +32,7 @@ def batched(some: Sequence[Op]) -> Iterator[Op]:
     biases: list[Op] = []  # selected after the matrices
     folded: dict[str, Tensor] = {}  # matrices that adapters were added to
     for given in some:
-        op = given._replace(reads=tuple(name for name in given.reads if name not in _SORTED))
+        op = given._replace(reads=tuple(name for name in given.reads if name not in _SORTED), keeps=())
         folded |= {t.name: t for t in op.writes if op.product == "fold"}
         seen = next((t for t in op.writes if t.name in _VIEWS), None)
         if seen is not None:
@@ -53,7 +53,7 @@ def batched(some: Sequence[Op]) -> Iterator[Op]:
                 yield ops.leave(before)
             yield from biases
             biases = []
-            yield op._replace(reads=(*op.reads, selected), keeps=(), product="matrix", source=_SOURCE)
+            yield op._replace(reads=(*op.reads, selected), product="matrix", source=_SOURCE)
         elif op.writes or op.reads:
             returns = not op.writes and "experts.rows" in op.reads
             yield op._replace(reads=(*op.reads, selected)) if returns and selected else op

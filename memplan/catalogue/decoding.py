@@ -26,7 +26,7 @@ from memplan.ir import Block, Op, Run, Stack, Tensor, outside
 
 Cache = Literal["", "dynamic", "static", "legacy", "quantized", "offloaded", "offloaded_static"]
 Part = Literal["", "first", "middle", "last"]
-TOKENS = ("s", "s1", "s8", "s32", "s128", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
+TOKENS = ("s", "s1", "s8", "s32", "s128", "s_even", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
 
 _CACHE = "transformers 5.24 cache_utils.py"
 _LITGPT = "litgpt 0.5.3 generate/sequentially.py sequential, model.py"
@@ -181,7 +181,7 @@ def inference(stack: Stack, now: Pass) -> Stack:
     runs = tuple(
         Run(tuple(map(changed, run.blocks)), run.times, tuple(_still(_masked(run.before, now)))) for run in stack.runs
     )
-    before = tuple(_inputs(op, now) if op.name == "inputs" else op for op in _still(_masked(stack.before, now)))
+    before = tuple(_given_mask(_inputs(op, now), now) for op in _still(_masked(stack.before, now)))
     named = tuple(named_before(now)) if now.extends or now.verifies else ()
     if named:  # there all the time: from when there is a dtype to name
         at = next((i for i, op in enumerate(before, 1) if any(t.name == "embeds" for t in op.writes)), len(before))
@@ -248,8 +248,18 @@ def _given(stack: Stack) -> Stack:
     return stack._replace(before=tuple(op for op in before if op != ids), runs=tuple(runs))
 
 
+def _given_mask(op: Op, now: Pass) -> Op:
+    """In assisted generation the loops hold the mask, and `memplan.assisted` counts it: an operation that reads it
+    reads the ids instead, which have its dtype and live as long."""
+    if not (now.verifies or now.proposes):
+        return op
+    return op._replace(reads=tuple("ids" if name == "attention_mask" else name for name in op.reads))
+
+
 def _inputs(op: Op, now: Pass) -> Op:
     """Token ids, and in generation a mask of ones beside all of them; the model of a token alone is given that."""
+    if op.name != "inputs":
+        return op
     tokens = "kv" if now.decodes else "prompt" if now.part else "s"
     made = [t for t in op.writes if t.name != "labels"]
     if now.verifies or now.proposes:  # the rest is counted with what the loops have names for (`memplan.assisted`)

@@ -8,7 +8,7 @@ Source: unsloth 2025.1 kernels/fast_lora.py, kernels/utils.py matmul_lora; fms-a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from memplan.catalogue import ops
@@ -17,10 +17,11 @@ from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 
 _SOURCE = "unsloth 2025.1 kernels/fast_lora.py"
 _QKV, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+_SWIGLU = "swiglu"
 
 
 class Layer(NamedTuple):
-    """A frozen linear layer and its adapter: `out` and `into` are the axes of its matrix."""
+    """A frozen linear layer and its adapter: `out` and `into` are the axes of its matrix, `lead` those of its rows."""
 
     op: Op
     base: Weight
@@ -28,6 +29,7 @@ class Layer(NamedTuple):
     b: Weight
     out: str
     into: str
+    lead: str
 
 
 def fuse_lora(
@@ -37,32 +39,41 @@ def fuse_lora(
 
     `compute` is the dtype products come in.
     """
-    layers = {op.name.rpartition(".")[2]: _layer(op, dtype) for op in operations if takes(op)}
-    joined = all(name in layers for name in _QKV)
-    gated = all(name in layers for name in _MLP) and any(op.unit.startswith("swiglu") for op in operations)
+    modules: dict[str, dict[str, Layer]] = {}  # the adapted layers of each module
+    for op in operations:
+        if takes(op) and op.reads:
+            module, _, role = op.name.rpartition(".")
+            modules.setdefault(module, {})[role] = _layer(op, dtype)
+    units = {op.unit for op in operations}
     out: list[Op] = []
     for op in operations:
-        name = op.name.rpartition(".")[2]
-        if name in _QKV and joined:
-            if name == _QKV[0]:
+        module, _, role = op.name.rpartition(".")
+        layers = modules.get(module, {})
+        gated = _of_one_input(layers, _MLP[:-1]) and _MLP[-1] in layers and f"{_SWIGLU} {module}" in units
+        if role in _QKV and _of_one_input(layers, _QKV):
+            if role == _QKV[0]:
                 out += _together([layers[n] for n in _QKV], compute, dropout)
-        elif name == "o_proj" and name in layers:
-            out += _alone(layers[name], compute, dropout)
-        elif gated and (name in _MLP or op.unit.startswith("swiglu")):
-            if name == _MLP[-1]:
+        elif role == "o_proj" and role in layers:
+            out += _alone(layers[role], compute, dropout)
+        elif gated and (role in _MLP or op.unit == f"{_SWIGLU} {module}"):
+            if role == _MLP[-1]:
                 out += _gated([layers[n] for n in _MLP], compute, dropout)
         else:
             out.append(op)
     return tuple(out)
 
 
+def _of_one_input(layers: Mapping[str, Layer], roles: Sequence[str]) -> bool:
+    """Whether a module has all of those layers, and they read the same tensor, as one function of it does."""
+    return all(role in layers for role in roles) and len({layers[role].op.reads for role in roles}) == 1
+
+
 def _layer(op: Op, dtype: str) -> Layer:
     base = next(w for w in op.weights if w.matrix)
-    out = op.writes[0].shape.removeprefix("b s ")
-    into = base.shape.removeprefix(f"{out} ")
+    lead, out, into = ops.axes_of(op)
     a = Weight(f"{op.name}.lora_A.weight", f"r {into}", "adapter", dtype, matrix=True, rows=1)
     b = Weight(f"{op.name}.lora_B.weight", f"{out} r", "adapter", dtype, matrix=True, rows=len(out.split()))
-    return Layer(op, base, a, b, out, into)
+    return Layer(op, base, a, b, out, into, lead)
 
 
 def _whole(layer: Layer, compute: str) -> tuple[Tensor, ...]:
@@ -100,7 +111,7 @@ def _back(x: str, shape: str, masked: bool, layers: list[Layer], compute: str) -
 
 
 def _dropped(layer: Layer) -> Tensor:
-    return Tensor(f"{layer.op.writes[0].name}.dropped", f"b s {layer.into}")
+    return Tensor(f"{layer.op.writes[0].name}.dropped", f"{layer.lead} {layer.into}")
 
 
 def _together(layers: list[Layer], compute: str, dropout: bool) -> Iterator[Op]:
@@ -109,7 +120,7 @@ def _together(layers: list[Layer], compute: str, dropout: bool) -> Iterator[Op]:
     dropped = tuple(_dropped(layer)._replace(dtype=f"={x}") for layer in layers) if dropout else ()
     kept = (x, *(t.name for t in dropped))
     targets = (x, *(w.name for layer in layers for w in (layer.a, layer.b)))
-    shape = f"b s {layers[0].into}"
+    shape = f"{layers[0].lead} {layers[0].into}"
     yield from _forward(layers, x, compute)
     yield Op(
         f"{layers[0].op.name.rpartition('.')[0]}.lora_qkv",
@@ -135,7 +146,7 @@ def _alone(layer: Layer, compute: str, dropout: bool) -> Iterator[Op]:
         _weights([layer]),
         _keeps((x, layer.a.name, layer.b.name), (x, *(t.name for t in dropped))),
         scratch=(Tensor("product", y.shape, compute),),
-        scratch_back=_back(x, f"b s {layer.into}", dropout, [layer], compute),
+        scratch_back=_back(x, f"{layer.lead} {layer.into}", dropout, [layer], compute),
         gradient="view",
         product="matrix",
         source=_SOURCE,
@@ -146,7 +157,8 @@ def _gated(layers: list[Layer], compute: str, dropout: bool) -> Iterator[Op]:
     """A gated MLP keeps its input, the gate and what it multiplies; their product is made again in backward."""
     x, y = layers[0].op.reads[0], layers[-1].op.writes[0]
     dropped = tuple(_dropped(layer)._replace(dtype=f"={x}") for layer in layers) if dropout else ()
-    inner = tuple(Tensor(name, "b s f", compute) for name in ("gate", "up"))
+    wide = layers[0].op.writes[0].shape
+    inner = tuple(Tensor(name, wide, compute) for name in ("gate", "up"))
     kept = (x, *(t.name for t in (*inner, *dropped)))
     targets = (x, *(w.name for layer in layers for w in (layer.a, layer.b)))
     yield from _forward(layers, x, compute)
@@ -156,10 +168,10 @@ def _gated(layers: list[Layer], compute: str, dropout: bool) -> Iterator[Op]:
         (y._replace(dtype=compute), *inner, *dropped),
         _weights(layers),
         _keeps(targets, kept, x),
-        scratch=(Tensor("product", "b s f", compute), Tensor("product of an adapter", "b s f", compute)),
+        scratch=(Tensor("product", wide, compute), Tensor("product of an adapter", wide, compute)),
         scratch_back=(
-            Scratch(Tensor("gradient of product", "b s f", compute)),
-            *_back(x, f"b s {layers[0].into}", dropout, layers, compute),
+            Scratch(Tensor("gradient of product", wide, compute)),
+            *_back(x, f"{layers[0].lead} {layers[0].into}", dropout, layers, compute),
         ),
         product="matrix",
         source=_SOURCE,

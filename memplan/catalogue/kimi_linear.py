@@ -376,11 +376,12 @@ def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
     """KimiLinearRMSNormGated: all in fp32, normalised, weighed, and times the sigmoid of the gate."""
     shape, f = _GIVEN, "fp32"
     *normed, cast, weighed, _ = ops.rms_norm(name, x, f"{y}.weighed", shape, "ldk")
+    uncast = {cast.writes[0].name: cast.reads[0]}
     return (
         *normed,
         weighed._replace(
             reads=cast.reads,
-            keeps=tuple(k._replace(what=cast.reads[0]) if k.what == cast.writes[0].name else k for k in weighed.keeps),
+            keeps=tuple(Keep(uncast.get(k.what, k.what), uncast.get(k.of, k.of)) for k in weighed.keeps),
         ),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
         routers.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from memplan.catalogue import ops
-from memplan.catalogue.attention import Wiring, attention, mask, one_head, repeats_by_view
+from memplan.catalogue.attention import Wiring, attention, mask, mask_name, one_head, repeats_by_view
 from memplan.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.layers import Layer
 from memplan.models import ModelSpec
@@ -189,10 +189,6 @@ def lm_head(x: str, tied_to: str = "", bias: bool = False) -> Op:
     return op._replace(weights=(tied, *op.weights[1:]), keeps=keeps)
 
 
-def mask_name(sliding: bool) -> str:
-    return "window_mask" if sliding else "mask"
-
-
 def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
     """The mask of the full or of the sliding layers, where one is made.
 
@@ -205,7 +201,8 @@ def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
     if wiring.backend == "eager" or wiring.padded:
         return mask(wiring, x, name)
     parts = (Tensor("within the window", "s s", "bool"), Tensor("causal", "s s", "bool")) if sliding else ()
-    return (Op(name, (), (Tensor(name, "s s", "bool"),), scratch=parts, source="transformers 5.24 masking_utils.py"),)
+    dtype = f"={x}" if wiring.float_masks else "bool"
+    return (Op(name, (), (Tensor(name, "s s", dtype),), scratch=parts, source="transformers 5.24 masking_utils.py"),)
 
 
 def before(

@@ -39,7 +39,7 @@ def attach(
     """
     if stack.loss:
         return _own(stack, hold_outputs, converts)
-    start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
+    start = next(i for i, op in enumerate(stack.after) if _begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
     let_go = {op for op in head if op.name == "return" and "n" in op.reads}  # the frame of the loss has no name for it
     head = tuple(op for op in head if op not in let_go)
@@ -70,6 +70,11 @@ def attach(
             return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place, logits != "padded", single))
         case other:
             raise AssertionError(other)
+
+
+def _begins_head(op: Op) -> bool:
+    """Whether this is the head's first operation: a cast of its input, or the one that makes logits."""
+    return bool(op.writes) and ("n" in op.reads or any("v" in t.shape.split() for t in op.writes))
 
 
 def _own(stack: Stack, hold_outputs: bool, converts: bool) -> Stack:
@@ -279,18 +284,14 @@ def _chunk_of(op: Op, i: int | str, rows: str = "lc") -> Op:
     def rename(name: str) -> str:
         return name if any(name == w.name for w in op.weights) else f"{name}{i}"
 
-    def tensor(t: Tensor) -> Tensor:
-        dtype = f"={rename(t.dtype[1:])}" if t.dtype.startswith("=") else t.dtype
-        return Tensor(rename(t.name), t.shape.replace("b s ", f"b {rows} ", 1), dtype)
+    def rows_of(t: Tensor) -> Tensor:
+        return t._replace(shape=t.shape.replace("b s ", f"b {rows} ", 1))
 
-    return op._replace(
-        reads=tuple(map(rename, op.reads)),
-        writes=tuple(map(tensor, op.writes)),
-        keeps=tuple(k._replace(what=rename(k.what), of=rename(k.of)) for k in op.keeps),
-        scratch=tuple(map(tensor, op.scratch)),
-        scratch_back=tuple(
-            s._replace(tensor=tensor(s.tensor), of=rename(s.of) if s.of else "") for s in op.scratch_back
-        ),
+    chunk = ops.renamed(op, rename)
+    return chunk._replace(
+        writes=tuple(map(rows_of, chunk.writes)),
+        scratch=tuple(map(rows_of, chunk.scratch)),
+        scratch_back=tuple(s._replace(tensor=rows_of(s.tensor)) for s in chunk.scratch_back),
     )
 
 

@@ -77,18 +77,17 @@ def _whole(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
 
 def _masked(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
     """The mask is one of numbers for every head already: what reads it makes no other of it."""
-    eager = wiring.backend == "eager"
     kernel = attention(name, "q", "k", "v", "o", wiring._replace(padded=True), grouped, False, "block_mask")
-    given = ops.view(f"{name}.mask", "block_mask", "o.bias", "b a s s")
-    flat = (f"{name}.q_flat", f"{name}.k_flat")
-    return tuple(
-        given
-        if op.name == f"{name}.mask"
-        else ops.view(op.name, op.reads[0], op.writes[0].name, _Q)
-        if eager and op.name in flat
-        else op
-        for op in kernel
-    )
+    flat = (f"{name}.q_flat", f"{name}.k_flat") if wiring.backend in ("eager", "math") else ()
+
+    def as_given(op: Op) -> Op:
+        if op.name == f"{name}.mask":
+            return ops.view(op.name, "block_mask", op.writes[0].name, "b a s s")
+        if op.name == f"{name}.mask_float":
+            return op._replace(writes=(op.writes[0]._replace(shape="b a s s"),))
+        return ops.view(op.name, op.reads[0], op.writes[0].name, op.writes[0].shape) if op.name in flat else op
+
+    return tuple(map(as_given, kernel))
 
 
 def _still(*operations: Op) -> tuple[Op, ...]:

@@ -27,18 +27,7 @@ def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]
     def new(name: str) -> str:
         return names.get(name, name)
 
-    def dtype(written: str) -> str:
-        return f"={new(written[1:])}" if written.startswith("=") else written
-
-    return tuple(
-        op._replace(
-            reads=tuple(map(new, op.reads)),
-            writes=tuple(t._replace(name=new(t.name), dtype=dtype(t.dtype)) for t in op.writes),
-            keeps=tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps),
-            scratch=tuple(t._replace(dtype=dtype(t.dtype)) for t in op.scratch),
-        )
-        for op in operations
-    )
+    return tuple(ops.renamed(op, new) for op in operations)
 
 
 def local(block: Block) -> Block:

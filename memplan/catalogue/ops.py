@@ -5,7 +5,7 @@ Names that start with the operation's own name are its inner tensors. `x` is wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from memplan.ir import Keep, Op, Scratch, Tensor, Weight
 
@@ -162,6 +162,25 @@ def with_axes(operations: tuple[Op, ...], axes: Mapping[str, str]) -> tuple[Op, 
             scratch_back=tuple(s._replace(tensor=tensor(s.tensor)) for s in op.scratch_back),
         )
         for op in operations
+    )
+
+
+def renamed(op: Op, new: Callable[[str], str]) -> Op:
+    """The operation with other names for its tensors, wherever it uses them."""
+
+    def tensor(t: Tensor) -> Tensor:
+        like, slash, per = t.dtype[1:].partition("/")
+        return t._replace(name=new(t.name), dtype=f"={new(like)}{slash}{per}" if t.dtype.startswith("=") else t.dtype)
+
+    return op._replace(
+        reads=tuple(map(new, op.reads)),
+        writes=tuple(map(tensor, op.writes)),
+        keeps=tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps),
+        captures=tuple(map(new, op.captures)),
+        wraps=tuple(map(tensor, op.wraps)),
+        past=tuple(map(tensor, op.past)),
+        scratch=tuple(map(tensor, op.scratch)),
+        scratch_back=tuple(s._replace(tensor=tensor(s.tensor), of=new(s.of) if s.of else "") for s in op.scratch_back),
     )
 
 

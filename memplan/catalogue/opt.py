@@ -15,19 +15,19 @@ _Q, _NAME = "b s a d", "model.decoder"
 def opt(m: ModelSpec, wiring: Wiring) -> Stack:
     """`p` is the width of the embeddings and of the head; where it is not h, two projections lead in and out."""
     made = ("wide" if _projected(m) else "tokens", "places", "positions", *(op.name for op in masks(wiring, "tokens")))
-    held = made if wiring.padded else (*made, "position_mask")
+    held = made if _reads_mask(wiring) else (*made, "position_mask")
     return Stack(_before(m, wiring), (Run((_block(m, wiring),), "L"),), _after(m, held))
 
 
 def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     """Positions are counted from the mask, in fp32 where there is none; what is added stays to the model's end. A token
     alone has the last of all so far."""
-    mask = "attention_mask" if wiring.padded else "position_mask"
+    mask = "attention_mask" if _reads_mask(wiring) else "position_mask"
     every = "b kv" if wiring.decodes else "b s"
     return (
         inputs(wiring.padded),
         _narrow(ops.embedding(f"{_NAME}.embed_tokens", "ids", "tokens", "v", "p")),
-        *(() if wiring.padded else (Op("position_mask", (), (Tensor(mask, every, "fp32"),)),)),
+        *(() if _reads_mask(wiring) else (Op("position_mask", (), (Tensor(mask, every, "fp32"),)),)),
         Op("positions.cumsum", (mask,), (Tensor("counted", every),)),
         Op("positions.product", ("counted",), (Tensor("product", every),)),
         Op("positions.minus_one", ("product",), (Tensor("less", every),)),
@@ -39,6 +39,12 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         *((_projection("project_in", "tokens", "wide", "h", "p"),) if _projected(m) else ()),
         ops.add("add_positions", "wide" if _projected(m) else "tokens", "places", "embeds", "b s h"),
     )
+
+
+def _reads_mask(wiring: Wiring) -> bool:
+    """Whether positions are counted from a padding mask. A pass over several tokens after those of a cache is given
+    none, though its attention has a mask."""
+    return wiring.padded and not wiring.several
 
 
 def _narrow(op: Op) -> Op:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue import ops
 from memplan.catalogue.attention import Wiring, attention
-from memplan.catalogue.llama import after, before, decoder_block, mask_name, returned, rope
+from memplan.catalogue.llama import after, before, decoder_block, returned, rope
 from memplan.ir import Op, Run, Stack, Tensor
 from memplan.models import ModelSpec
 
@@ -80,21 +80,21 @@ def heads_first(
 ) -> tuple[Op, ...]:
     """Attention where q and k lie in memory head by head.
 
-    Flash attention then gives its output that way too, and it is copied; eager attention has no need to copy q and k.
+    Flash attention then gives its output that way too, and it is copied; attention that is written out, eager or
+    torch's plain one, has no need to copy q and k.
     """
-    masked = mask_name(sliding)
     match wiring.masked if wiring.has_mask(sliding) else wiring.backend:
         case "flash" | "flash_2":
             kernel = attention(name, q, k, v, f"{y}.heads", wiring, grouped, sliding)
             return (*kernel, ops.copy(f"{name}.contiguous", f"{y}.heads", y, _Q))
-        case "eager":
+        case "eager" | "math":
             flat = (f"{name}.q_flat", f"{name}.k_flat")
             return tuple(
-                ops.view(op.name, op.reads[0], op.writes[0].name, _Q) if op.name in flat else op
-                for op in attention(name, q, k, v, y, wiring, grouped, sliding, masked)
+                ops.view(op.name, op.reads[0], op.writes[0].name, op.writes[0].shape) if op.name in flat else op
+                for op in attention(name, q, k, v, y, wiring, grouped, sliding)
             )
         case _:
-            return attention(name, q, k, v, y, wiring, grouped, sliding, masked)
+            return attention(name, q, k, v, y, wiring, grouped, sliding)
 
 
 def _mlp(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:

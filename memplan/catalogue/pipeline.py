@@ -191,14 +191,20 @@ def staged(
     for stage in stages:
         start = sum(layers[:stage])
         runs += between(stack, out, start, start + layers[stage])
+    made = _written(stack.before)
     stack = stack._replace(before=tuple(op for op in stack.before if op not in lasting_buffers(stack)))
-    before = stack.before if received is None else _without_embeddings(stack, received)
-    if sent is None:
-        if received is not None:
-            known = {t.name for op in before for t in op.writes}
-            stack = stack._replace(after=tuple(_known(op, stack, known) for op in stack.after))
-        return stack._replace(before=before, runs=tuple(runs)), out
-    return stack._replace(before=before, runs=tuple(runs), **_handing_on(stack, before, sent, keeps, moves)), out
+    before = stack.before if received is None else _without_embeddings(stack, received, moves)
+    gone = made - _written(before)
+    runs = [r._replace(blocks=tuple(b._replace(ops=_without(b.ops, gone)) for b in r.blocks)) for r in runs]
+    stack = stack._replace(before=before, runs=tuple(runs), after=_without(stack.after, gone))
+    if sent is not None:
+        stack = stack._replace(**_handing_on(stack, sent, keeps, moves))
+    return stack, out
+
+
+def _written(some: tuple[Op, ...]) -> set[str]:
+    """The names of what operations write."""
+    return {t.name for op in some for t in op.writes}
 
 
 def lasting_buffers(stack: Stack) -> tuple[Op, ...]:
@@ -254,9 +260,13 @@ def _embedded(stack: Stack) -> set[str]:
     return (made & wanted) | {"embeds"}
 
 
-def _without_embeddings(stack: Stack, received: Tensor) -> tuple[Op, ...]:
+def _without_embeddings(stack: Stack, received: Tensor, moves: bool) -> tuple[Op, ...]:
     """What a stage but the first does before its layers: it receives hidden states, and makes for itself what all
-    layers read besides them (masks, positions, rotary tables). The script gives it no token ids."""
+    layers read besides them (masks, positions, rotary tables). The script gives it no token ids.
+
+    One process that `moves` tensors between GPUs also has there what its layers are given and do not read, such as the
+    positions of a model whose embeddings alone look them up.
+    """
     embedded = _embedded(stack)
 
     def renamed(name: str) -> str:
@@ -270,6 +280,7 @@ def _without_embeddings(stack: Stack, received: Tensor) -> tuple[Op, ...]:
 
     inside = [op for run in stack.runs for block in run.blocks for op in block.ops]
     wanted = {renamed(r) for op in (*inside, *stack.after, *stack.loss) if not _leaves(op) for r in op.reads}
+    wanted.update(r for op in inside if moves and _leaves(op) for r in op.reads)
     read = {r for op in operations(stack) for r in op.reads}
     kept: list[Op] = []
     for op in reversed(stack.before):
@@ -299,19 +310,15 @@ def _leaves(op: Op) -> bool:
     return not op.writes and not op.weights
 
 
-def _known(op: Op, stack: Stack, known: set[str]) -> Op:
-    """An operation after the layers without the names of what a stage but the first does not have."""
-    gone = {t.name for other in stack.before for t in other.writes} - known
-    return op._replace(reads=tuple(r for r in op.reads if r not in gone)) if _leaves(op) else op
+def _without(some: tuple[Op, ...], gone: set[str]) -> tuple[Op, ...]:
+    """The operations, of which those that let go of names leave out what this stage does not make."""
+    return tuple(op._replace(reads=tuple(r for r in op.reads if r not in gone)) if _leaves(op) else op for op in some)
 
 
-def _handing_on(
-    stack: Stack, before: tuple[Op, ...], sent: Tensor, keeps: bool, moves: bool
-) -> dict[str, tuple[Op, ...]]:
+def _handing_on(stack: Stack, sent: Tensor, keeps: bool, moves: bool) -> dict[str, tuple[Op, ...]]:
     """What a stage but the last does after its layers. What it made is named as the loss is: its gradient comes
     from the next stage, and stays until the backward pass is over, unless autograd itself moves it."""
-    known = {t.name for op in before for t in op.writes}
-    read = {r for op in stack.after if _leaves(op) for r in op.reads} & known
+    read = {r for op in stack.after if _leaves(op) for r in op.reads} & _written(stack.before)
     send = Op(
         "send",
         ("x",),

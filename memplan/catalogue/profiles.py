@@ -24,12 +24,15 @@ WORDS = {
     "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
     "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
     "frozen_inputs": "under checkpointing the embeddings' output asks for a gradient also where they are frozen",
+    "has_family": "the framework has the model's family at that version",
+    "masks_padding": "in training the model is given an attention mask if batches are padded",
     "triangles": "every layer holds a causal mask for all positions, used or not",
     "no_sdpa": "the version has no sdpa for the family, and takes eager attention",
     "no_checkpoints": "the family's code has no checkpointing, and takes no notice of being asked",
     "whole_rotary": "Phi-3 rotates whole heads and joins nothing",
     "uncapped": "sdpa is taken where scores are to be capped, and does not cap them",
     "one_mask": "eager's causal mask is one for the whole batch, unless there is padding",
+    "float_masks": "torch's attention is given masks of numbers in the model's dtype, as eager attention",
     "scales_apart": "Gemma's model scales the embeddings, not their module",
     "rotary_tables": "rotary tables that every layer keeps: gathered, computed anew, or none (catalogue/tables.py)",
     "half_math": "torch's plain attention stays in the dtype of what it is given",
@@ -99,6 +102,61 @@ _OWN_LOSS = (
     Row("logits", "model", "transformers 4.48.1 models/gptj/modeling_gptj.py", "", _OWN_CAST),
 )
 
+# Families that transformers has had since a version, by the last version that was read before it.
+# Source: models/auto/configuration_auto.py of each, and model_type in models/*/configuration_*.py.
+_SINCE = {
+    "4.55.2": (
+        *("deepseek_v32", "deepseek_v4", "gemma4", "gemma4_text", "glm4_moe_lite", "glm_moe_dsa"),
+        *("hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "kimi_k25", "kimi_linear"),
+        *("mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral"),
+        *("ministral3", "nemotron_h", "olmo3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
+        *("qwen3_5_text", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "seed_oss", "step3p7"),
+    ),
+    "4.51.3": (
+        *("deepseek_v2", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma3n_text", "glm4_moe"),
+        *("gpt_oss", "granitemoehybrid", "smollm3"),
+    ),
+    "4.48.1": (
+        *("deepseek_v3", "gemma3", "gemma3_text", "glm4", "llama4", "llama4_text", "mistral3"),
+        *("qwen2_5_vl", "qwen3", "qwen3_moe"),
+    ),
+    "4.46.3": (*("cohere2", "olmo2"),),
+    "4.45.2": (*("glm", "phimoe"),),
+    "4.38.2": (
+        *("cohere", "dbrx", "falcon_mamba", "gemma2", "granite", "granitemoe", "jamba", "mamba"),
+        *("mamba2", "mllama", "nemotron", "olmo", "olmoe", "phi3", "qwen2_moe", "qwen2_vl"),
+        *("starcoder2",),
+    ),
+    "4.35.2": (*("gemma", "mixtral", "phi", "qwen2", "stablelm"),),
+}
+
+
+def _since(version: str, *more: str) -> Row:
+    """The row that says which families a version does not have."""
+    missing = tuple(name for later in (version, *more) for name in _SINCE[later])
+    return Row("has_family", False, f"transformers {version} models/auto/configuration_auto.py", "", missing)
+
+
+# Families whose masks transformers made once and in the model's dtype until 4.52, whatever the attention.
+_FLOAT_MASKS = (
+    *("cohere", "dbrx", "deepseek_v3", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
+    *(
+        "granitemoe",
+        "llama",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "phimoe",
+    ),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2"),
+)
+
 _BEFORE_2_5 = "torch before 2.5 attention.cpp, as intel-extension-for-pytorch 2.1 copied it: it casts nothing to fp32"
 
 PROFILES = (
@@ -129,6 +187,12 @@ PROFILES = (
             Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
             Row("code", "transformers", "transformers 5.24"),
             Row("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
+            Row(
+                "has_family",
+                True,
+                "transformers 5.24 models/auto/configuration_auto.py, or the code beside the weights",
+            ),
+            Row("masks_padding", True, "transformers 5.24 data/data_collator.py DataCollatorWithPadding, and alike"),
             Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
             Row("rotary_tables", "", "transformers 5.24 models/llama/modeling_llama.py LlamaRotaryEmbedding"),
             Row("no_sdpa", False, "transformers 5.24: families without one are written so in the catalogue"),
@@ -143,6 +207,7 @@ PROFILES = (
             Row("whole_rotary", False, "transformers 5.24 models/phi3/modeling_phi3.py apply_rotary_pos_emb"),
             Row("uncapped", False, "transformers 5.24 models/gemma2/modeling_gemma2.py: no sdpa"),
             Row("one_mask", False, "transformers 5.24 masking_utils.py eager_mask"),
+            Row("float_masks", False, "transformers 5.24 masking_utils.py sdpa_mask"),
             Row("scales_apart", False, "transformers 5.24 models/gemma/modeling_gemma.py GemmaTextScaledWordEmbedding"),
             Row("half_math", False, "torch 2.13 aten/src/ATen/native/transformers/attention.cpp"),
             Row("frozen_inputs", True, "transformers 5.24 modeling_utils.py _activation_checkpointing_enable"),
@@ -241,6 +306,7 @@ PROFILES = (
         "transformers 4.51.3, peft 0.15.2",
         "transformers-5",
         (
+            _since("4.51.3", "4.55.2"),
             Row(
                 "optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"
             ),
@@ -295,6 +361,13 @@ PROFILES = (
                 "one_mask", False, "transformers 4.51.3 models/bloom/modeling_bloom.py: its own, copied", "", ("bloom",)
             ),
             Row(
+                "float_masks",
+                True,
+                "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel._update_causal_mask, and alike",
+                "",
+                _FLOAT_MASKS,
+            ),
+            Row(
                 "scales_apart",
                 True,
                 "transformers 4.51.3 models/gemma/modeling_gemma.py normalizer",
@@ -317,6 +390,7 @@ PROFILES = (
         "transformers 4.48.1, peft 0.13.2",
         "transformers-4.51",
         (
+            _since("4.48.1"),
             Row("warms", "", "transformers 4.48.1 modeling_utils.py _load_state_dict_into_meta_model: one by one"),
             Row(
                 "gptq-int4",
@@ -343,6 +417,7 @@ PROFILES = (
         "transformers 4.46.3, peft 0.13.2",
         "transformers-4.48",
         (
+            _since("4.46.3"),
             Row(
                 "no_checkpoints",
                 False,
@@ -373,6 +448,7 @@ PROFILES = (
         "transformers 4.45.2, peft 0.13.2",
         "transformers-4.46",
         (
+            _since("4.45.2"),
             Row("no_sdpa", True, "transformers 4.45.2 models/opt/modeling_opt.py OPT_ATTENTION_CLASSES", "", ("opt",)),
             Row("logits", "model", "transformers 4.45.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"),
             *_OWN_LOSS,
@@ -385,6 +461,7 @@ PROFILES = (
         "transformers 4.38.2, peft 0.9.0",
         "transformers-4.45",
         (
+            _since("4.38.2"),
             Row("method.adapter_dtype", "weights", "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer"),
             Row(
                 "method.adapter_dtype",
@@ -428,6 +505,7 @@ PROFILES = (
         "transformers 4.35.2, peft 0.6.2",
         "transformers-4.38",
         (
+            _since("4.35.2"),
             Row(
                 "no_sdpa",
                 True,
@@ -479,6 +557,7 @@ PROFILES = (
         "axolotl 0.12.2, which pins transformers 4.55.2, peft 0.17.0, bitsandbytes 0.47.0",
         "transformers-5",
         (
+            _since("4.55.2"),
             Row("kernels.reentrant", True, "axolotl 0.12.2 utils/config/__init__.py normalize_config"),
             Row("tensor_parallel", "", "axolotl 0.12.2, with transformers 4.55: not read"),
             Row(
@@ -523,9 +602,22 @@ PROFILES = (
         "unsloth 2025.1.5 with transformers 4.48",
         "transformers-4.48",
         (
+            Row("has_family", False, "unsloth 2025.1.5 models/loader.py FastLanguageModel.from_pretrained"),
+            Row(
+                "has_family",
+                True,
+                "unsloth 2025.1.5 models/loader.py FastLanguageModel.from_pretrained",
+                "",
+                ("cohere", "gemma", "gemma2", "granite", "llama", "mistral", "qwen2"),
+            ),
             Row("logits", "padded", "unsloth 2025.1.5 models/llama.py CausalLM_fast_forward"),
             Row("kernels.loss", "fused", "unsloth 2025.1.5 models/llama.py fused_linear_cross_entropy"),
             Row("saved_tensors", "", "unsloth 2025.1.5: none but its checkpoints'"),
+            Row(
+                "masks_padding",
+                False,
+                "unsloth 2025.1.5 models/llama.py LlamaModel_fast_forward: attention_mask = None while it trains",
+            ),
             Row(
                 "kernels.fused",
                 ("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
@@ -550,6 +642,7 @@ PROFILES = (
             Row("kernels.loss", "chunked", "torchtune 0.6.1 modules/loss/ce_chunked_output_loss.py"),
             Row("kernels.reentrant", False, "torchtune 0.6.1 training/activations.py"),
             Row("saved_tensors", "", "torchtune 0.6.1 training/_activation_offloading.py OffloadActivations"),
+            Row("masks_padding", False, "torchtune 0.6.1 data/_collate.py padded_collate_sft: tokens and labels"),
             Row("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
             Row("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
             Row("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
@@ -582,6 +675,12 @@ PROFILES = (
         (
             Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
             Row("saved_tensors", "", "torchtitan 0.3.0: none"),
+            Row(
+                "masks_padding",
+                False,
+                "torchtitan 0.3.0 hf_datasets/text_datasets.py: packed samples, filled up with tokens; "
+                "models/common/attention.py ScaledDotProductAttention.forward takes no mask",
+            ),
             Row("fsdp_casts", True, "torchtitan 0.3.0 distributed/fsdp.py apply_fsdp_to_decoder"),
             Row("fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"),
             Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
@@ -638,6 +737,7 @@ PROFILES = (
         (
             Row("code", "litgpt", "litgpt 0.5.3 model.py"),
             Row("saved_tensors", "", "litgpt 0.5.3: none"),
+            Row("masks_padding", False, "litgpt 0.5.3 data/base.py _sft_collate_fn: ids and labels alone"),
             Row("tensor_parallel", "litgpt", "litgpt 0.5.3 generate/tp.py: of generation alone"),
             Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
             Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),

@@ -25,7 +25,7 @@ def _sharing(m: ModelSpec, sliding: Sequence[bool], reused: int) -> list[str]:
 
     Source: transformers 5.24 models/gemma4/configuration_gemma4.py kv_sharing_modes.
     """
-    first = m.num_hidden_layers - reused
+    first = max(0, m.num_hidden_layers - reused)
     makers = sliding[:first]
     if set(makers) != set(sliding):
         raise ConfigError(

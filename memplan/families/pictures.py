@@ -63,9 +63,19 @@ def _qwen(least: int, most: int, m: ModelSpec, height: int, width: int) -> Pictu
 
 
 def _gemma3(m: ModelSpec, height: int, width: int) -> Picture:
-    """Every image is resized to the tower's. Source: transformers 5.24 models/gemma3/image_processing_gemma3.py."""
+    """Every image is resized to the tower's, whose patches are averaged to `mm_tokens_per_image` tokens.
+
+    Source: transformers 5.24 models/gemma3/image_processing_gemma3.py, modeling_gemma3.py Gemma3MultiModalProjector.
+    Raises ConfigError where there are fewer patches than tokens.
+    """
     side, tokens = rows(m), m.whole("mm_tokens_per_image", 256)
-    return Picture(side, side, tokens, side // round(sqrt(tokens)))
+    merge = side // round(sqrt(tokens))
+    if not merge:
+        raise ConfigError(
+            f"config: {_VISION}.image_size: {side} x {side} patches cannot be averaged to mm_tokens_per_image {tokens}",
+            "image_size",
+        )
+    return Picture(side, side, tokens, merge)
 
 
 def _mistral3(m: ModelSpec, height: int, width: int) -> Picture:

@@ -196,8 +196,14 @@ def qwen2_5_vl(m: ModelSpec) -> dict[str, int]:
 
 
 def deepstack(m: ModelSpec) -> tuple[int, ...]:
-    """The blocks of Qwen3's tower whose output goes to the language model, too. Qwen3.5's has none."""
-    found = () if m.model_type.startswith("qwen3_5") else places(m, "deepstack_visual_indexes")
+    """The blocks of Qwen3's tower whose output goes to the language model, too. Qwen3.5's has none.
+
+    Raises ConfigError for a list that names a block twice.
+    """
+    key = "deepstack_visual_indexes"
+    found = () if m.model_type.startswith("qwen3_5") else places(m, key)
+    if len(set(found)) < len(found):
+        raise ConfigError(f"config: {_VISION}.{key} names a layer twice: {as_json(cast(Any, found))}", key)
     return tuple(i for i in found if i < size(m, "depth"))
 
 

@@ -97,6 +97,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "mistral, beyond its window": small("mistral", "gemma2", batch=LONG),
     "phi3": small("phi3", "phi3"),
     "gpt2": small("gpt2", "gpt2"),
+    "opt": small("opt", "opt"),
+    "opt, prompt lookup": small("opt", wide=True, generation={"prompt_lookup_num_tokens": 3}),
+    "opt, prompt lookup, padded": small(
+        "opt", wide=True, generation={"prompt_lookup_num_tokens": 3}, loop={"padded": True}
+    ),
     "bloom": {**small("bloom", "bloom"), "within": 1e-2},
     "gpt_neox": small("gpt_neox", "gpt_neox"),
     "cohere2": small("cohere2", "cohere2"),

@@ -5,7 +5,7 @@ python tests/golden/trace_decoders.py --layers 4 gpt-oss-20b >> tests/golden/tra
 
 A name is a model_type of tests/tiny.py, a config of tests/tiny_towers.py, or a card, of which `--layers` takes the
 first few. Each is traced with full, LoRA and QLoRA, with and without checkpointing, and small ones with eager attention
-and in fp32.
+and in fp32; those whose masks are of numbers of their own (`MASKED`) with torch's plain attention too, padded and not.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.golden.trace_runs import write
 from tests.tiny_towers import TINY
 
 SMALL = ("lm_head", "prediction_coefs", "correction_coefs")  # what Gemma 3n cannot have quantised
+MASKED = ("minimax_m3_vl_text",)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # but Llama 4's router
 
 
@@ -43,7 +44,10 @@ def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, Ru
         config = TINY[name] if name in TINY else config_of(name, layers)
         plain = product(("full", "lora", "qlora"), ("none", "full"), ("sdpa",), ("bf16",))
         more = (("full", "none", "eager", "bf16"), ("lora", "full", "sdpa", "fp32"), ("full", "none", "sdpa", "amp"))
-        for kind, checkpointing, attention, precision in (*plain, *(() if layers else more)):
+        masked = (("full", "none", "sdpa_math", "bf16", False), ("lora", "full", "sdpa_math", "bf16", True))
+        every = [(*asked, False) for asked in (*plain, *(() if layers else more))]
+        every += masked if name in MASKED else ()
+        for kind, checkpointing, attention, precision, padded in every:
             yield (
                 f"{name}-{kind}",
                 RunSpec(
@@ -52,6 +56,7 @@ def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, Ru
                     batch={"micro": 1 if layers else 2, "sequence": sequence},
                     precision=precision,
                     kernels={"checkpointing": checkpointing, "attention": attention},
+                    loop={"padded": padded},
                     gpu="a100-sxm-80gb",
                 ),
             )

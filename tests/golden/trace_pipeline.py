@@ -1,8 +1,9 @@
-"""Trains stages of small Llamas with torch.distributed.pipelining, on the CPU, and writes their peaks.
+"""Trains stages of small Llamas and a GPT-2 with torch.distributed.pipelining, on the CPU, and writes their peaks.
 
 python tests/golden/trace_pipeline.py > tests/golden/traced_pipeline.jsonl
+python tests/golden/trace_pipeline.py gpt2 >> tests/golden/traced_pipeline.jsonl
 
-With an argument only the stages that FSDP2 divides are traced.
+With the argument gpt2 only GPT-2's stages are traced, with another one only the stages that FSDP2 divides.
 
 The schedules are torch's own, with a process group that sends nothing: a stage receives what lies in its buffers. Each
 stage is told the shapes of what it receives. tests/test_pipeline.py compares with the lines. Takes a few minutes.
@@ -126,6 +127,24 @@ class Stage(nn.Module):
         return self.lm_head(self.norm(x))
 
 
+class LearnedStage(nn.Module):
+    """Some of GPT-2's layers: positions are looked up before the first, and no other stage has any."""
+
+    def __init__(self, model: Any, start: int, end: int, first: bool, last: bool) -> None:
+        super().__init__()
+        body = model.transformer
+        self.wte, self.wpe = (body.wte, body.wpe) if first else (None, None)
+        self.layers = body.h[start:end]
+        self.norm, self.lm_head = (body.ln_f, model.lm_head) if last else (None, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.wte is not None and self.wpe is not None:
+            x = self.wte(x) + self.wpe(torch.arange(x.shape[1]).unsqueeze(0))
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.norm is None or self.lm_head is None else self.lm_head(self.norm(x))
+
+
 class TitanStage(nn.Module):
     """Some of torchtitan's layers."""
 
@@ -181,7 +200,8 @@ def peaks(asked: dict[str, Any]) -> dict[str, int]:
             start, first, last = sum(layers[:index]), index == 0, index == p * chunks - 1
             ends = (start, start + layers[index], first, last)
             titan = asked.get("reduces")
-            module = TitanStage(asked["config"], *ends, tokens) if titan else Stage(whole, *ends)
+            kind = LearnedStage if config.model_type == "gpt2" else Stage
+            module = TitanStage(asked["config"], *ends, tokens) if titan else kind(whole, *ends)
             if titan and asked["checkpoint"]:
                 module.layers = nn.ModuleList([checkpoint_wrapper(layer, early_stop=False) for layer in module.layers])
             if each > 1:
@@ -260,6 +280,17 @@ def cases() -> Iterator[dict[str, Any]]:
                     "config": _config(layers),
                 }
     yield from _divided()
+    yield from _learned()
+
+
+def _learned() -> Iterator[dict[str, Any]]:
+    """Every stage of a GPT-2 that drops nothing and has a head of its own."""
+    layers = (3, 4, 3, 2)
+    config = {"model_type": "gpt2", "n_embd": 128, "n_layer": sum(layers), "n_head": 4, "vocab_size": 1000}
+    config |= {"n_positions": 512, "tie_word_embeddings": False, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    for stage in range(4):
+        plain = {"stages": 4, "chunks": 1, "stage": stage, "schedule": "1f1b", "layers": layers}
+        yield {**plain, "microbatches": 4, "tokens": 256, "checkpoint": stage % 2 == 0, "config": config}
 
 
 def _config(layers: tuple[int, ...]) -> dict[str, Any]:
@@ -306,10 +337,13 @@ def _divided() -> Iterator[dict[str, Any]]:
 
 if __name__ == "__main__":
     made = {"about": "torch 2.13 distributed/pipelining with layers of transformers 5.24, fp32, AdamW, on the CPU"}
-    sys.stdout.write(json.dumps(made) + "\n")
+    if len(sys.argv) == 1:
+        sys.stdout.write(json.dumps(made) + "\n")
     torch.set_num_threads(1)
     trace_titan.leave_out()
     trace_titan.norms_of_one_kernel()
-    for case in cases() if len(sys.argv) == 1 else [c for c in _divided() if sys.argv[1] in ("sharded", c["reduces"])]:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    some = _learned() if wanted == "gpt2" else [c for c in _divided() if wanted in ("sharded", c["reduces"])]
+    for case in some if wanted else cases():
         sys.stdout.write(json.dumps({**case, "peaks": peaks(case)}) + "\n")
         sys.stdout.flush()
