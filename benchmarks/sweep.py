@@ -205,8 +205,9 @@ def run_of(model: str, options: str) -> RunSpec:
     given = {name: value for name, value in params.items() if not left_out(name, value)}
     spec = find_model(found)
     if spec.learned_positions and spec.only_sequence is None:
-        most = (spec.longest_sequence or DEFAULT_SEQUENCE) - (NEW_TOKENS if "generate" in options else 0)
-        given["seq_len"] = min(given.get("seq_len", DEFAULT_SEQUENCE), most)
+        new = given.get("new_tokens", NEW_TOKENS) if "generate" in options else 0
+        most = (spec.longest_sequence or DEFAULT_SEQUENCE) - new
+        given["seq_len"] = max(1, min(given.get("seq_len", DEFAULT_SEQUENCE), most))
     return runs_of({**given, "model": "x"})[0].model_copy(update={"model": found})
 
 
@@ -230,7 +231,7 @@ def ask(model: str, options: str) -> Asked:
         failures.append(Failure("crashes", place, f"{error!r} at line {frame.lineno}"))
     seconds = time.process_time() - started
     if seconds > CPU_SECONDS:
-        failures.append(Failure("slow", f"over {CPU_SECONDS:.0f} s", f"{seconds:.1f} s"))
+        failures.append(Failure("slow", f"over {CPU_SECONDS:.0f} s for {model}", f"{seconds:.1f} s"))
     return Asked(model, options, tuple(failures), refused, seconds)
 
 

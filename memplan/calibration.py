@@ -222,7 +222,7 @@ def _parsed(raw: bytes, path: Path) -> Calibration:
         message = str(first["msg"]).removeprefix("Value error, ")
         raise SpecError(
             f"calibration: {_shown(path)}: {printable(where, 60)}: {message[:1].lower()}{message[1:]}; memplan "
-            "calibrate writes it anew",
+            "calibrate writes a new one",
             "calibration",
         ) from None
 

@@ -25,7 +25,7 @@ from memplan.engine.record import Recorded, Stretch, record, record_inference
 from memplan.engine.step import Lowered, infer, lower, made_by, read_dtype, stream_of
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
-from memplan.errors import SpecError
+from memplan.errors import InternalError, SpecError
 from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations, unwritten
 from memplan.models import ModelSpec
 from memplan.units import ITEMSIZE
@@ -94,13 +94,13 @@ _ANY_RANK = 0  # of a graph whose structure is asked for: adapters of every rank
 def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """The model's operations as the method trains them, with the loss; and the axes with the model's numbers.
 
-    Raises AssertionError if an operation uses a tensor that nothing before it writes, a mistake in the catalogue.
+    Raises InternalError if an operation uses a tensor that nothing before it writes, a mistake in the catalogue.
     """
     stack, axes = _built(graph)
     missing = next(unwritten(stack), None)
     if missing is not None:
         where, operation, name = missing
-        raise AssertionError(f"{graph.model.model_type}, {where}: nothing writes {name!r}, which {operation!r} uses")
+        raise InternalError(f"in {graph.model.model_type} {where}, {operation} uses {name}, which nothing writes")
     return stack, axes
 
 

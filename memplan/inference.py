@@ -297,7 +297,7 @@ class Engine(NamedTuple):
 
 
 def layers_on(where: str, further: int) -> str:
-    """The same place so many layers further on."""
+    """The same place, that many layers further on."""
     return _LAYER.sub(lambda found: str(int(found[0]) + further), where, count=1)
 
 

@@ -273,10 +273,11 @@ def kept_dtype(w: Weight, ranks: Ranks) -> str:
 
 
 def shape_in(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...]:
-    """A weight's axes as the library sees them; of a 4-bit one, of the column it is packed into."""
+    """A weight's shape as the library sees it; of a 4-bit one, the shape of the column it is packed into."""
     if w.stored:
         return (-(-elements(w, axes) // (2 * ITEMSIZE[storage])), 1)
-    return shape_of(w, axes) if w.rows else tuple(dims_of(w, axes))
+    is_vector = w.name.endswith(("bias", "norms.weight")) and not w.name.endswith("position_bias")
+    return shape_of(w, axes) if w.rows or is_vector else tuple(dims_of(w, axes))  # of a convolution and a table all
 
 
 def mixed(graph: Graph, ranks: Ranks) -> tuple[str, ...]:

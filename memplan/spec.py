@@ -277,7 +277,7 @@ class Method(Part, frozen=True):
     trainable_layers: Count = 2
     frozen: Names = ()
     quantization: Quantization | None = None
-    options: Json = FrozenDict()
+    options: Json = Field(default_factory=FrozenDict)
 
     @model_validator(mode="before")
     @classmethod

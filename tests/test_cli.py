@@ -650,15 +650,6 @@ def test_4_unsupported_and_strict(memplan_: Memplan, monkeypatch: pytest.MonkeyP
     assert memplan_("qwen2-7b", "--gpu", "3090", "--strict").code == 4
 
 
-def test_what_is_no_mistake_of_the_user_is_not_hidden(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def estimate(run: RunSpec, calibration: object, model: object = None) -> None:
-        raise ValueError("a bug")
-
-    monkeypatch.setattr("memplan.estimator.estimate", estimate)
-    with pytest.raises(ValueError, match="a bug"):
-        COMMAND.main([*QLORA])
-
-
 def test_an_interrupt_is_quiet(memplan_: Memplan, monkeypatch: pytest.MonkeyPatch) -> None:
     def estimate(run: RunSpec, calibration: object, model: object = None) -> None:
         raise KeyboardInterrupt

@@ -256,7 +256,7 @@ def test_a_number_at_a_limit_is_answered(fields: dict[str, Any]) -> None:
     check(estimate(RunSpec(**{"model": MODEL, "batch": {"sequence": 64}, **fields})))
 
 
-# --- closed forms, beside the loops they replace
+# --- closed forms, next to the loops they replace
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "device_map"])

@@ -445,7 +445,7 @@ def test_every_strategy_divides_the_layers_of_every_family_that_checkpoints() ->
     structure = decide(RunSpec(**divided({"model": "gemma-3-1b"}, "fsdp2", 2))).structure
     found = division_of(structure)
     assert found is not None
-    assert {name for name, _ in found.units} >= {"root", "0.0"}
+    assert {name for name, _ in found.units} >= {"tied", "0.0"}
 
 
 MEASURED: list[dict[str, Any]] = rows("ranks.jsonl")

@@ -19,7 +19,7 @@ import pytest
 import memplan
 from memplan import MemplanError, RunSpec, estimate, load_card
 from memplan.cached_property import cached_property
-from memplan.errors import UnknownNameError, about
+from memplan.errors import InternalError, UnknownNameError, about
 
 RUN = RunSpec(model="qwen2-0.5b", method="qlora", gpu="t4")
 
@@ -46,6 +46,8 @@ def example(kind: type[MemplanError]) -> MemplanError:
     """An error of this kind. A subclass whose constructor takes other arguments needs a case of its own here."""
     if kind is UnknownNameError:
         return UnknownNameError("model", "lama-3.1-8b", ["llama-3.1-8b", "qwen2-7b"])
+    if kind is InternalError:
+        return InternalError("logits are freed twice")
     return kind("batch.micro: must be at least 1, not 0", "batch.micro")
 
 

@@ -140,21 +140,8 @@ def _since(version: str, *more: str) -> Row:
 # Families whose masks transformers made once and in the model's dtype until 4.52, whatever the attention.
 _FLOAT_MASKS = (
     *("cohere", "dbrx", "deepseek_v3", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
-    *(
-        "granitemoe",
-        "llama",
-        "mistral",
-        "mixtral",
-        "nemotron",
-        "olmo",
-        "olmo2",
-        "olmoe",
-        "opt",
-        "phi",
-        "phi3",
-        "phimoe",
-    ),
-    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2"),
+    *("granitemoe", "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmoe", "opt", "phi", "phi3"),
+    *("phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2"),
 )
 
 _BEFORE_2_5 = "torch before 2.5 attention.cpp, as intel-extension-for-pytorch 2.1 copied it: it casts nothing to fp32"
@@ -190,7 +177,7 @@ PROFILES = (
             Row(
                 "has_family",
                 True,
-                "transformers 5.24 models/auto/configuration_auto.py, or the code beside the weights",
+                "transformers 5.24 models/auto/configuration_auto.py, or the code next to the weights",
             ),
             Row("masks_padding", True, "transformers 5.24 data/data_collator.py DataCollatorWithPadding, and alike"),
             Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),

@@ -69,7 +69,7 @@ class Stored(NamedTuple):
         """How many tokens are quantised once so many `parts` of a prompt were read, each of `part` tokens."""
         if not self.grouped or not parts:
             return parts * part
-        until = -(-self.residual // part)  # parts that wait until all are quantised anew
+        until = -(-self.residual // part)  # parts that wait until all are quantised again
         return (1 + (parts - 1) // until * until) * part
 
 

@@ -2,7 +2,7 @@
 
 python tests/golden/trace_versions.py transformers-4.51 >> tests/golden/traced_versions.jsonl
 
-The Python that runs it has that version of transformers beside torch 2.13 and peft: padded batches, and sequences
+The Python that runs it has that version of transformers next to torch 2.13 and peft: padded batches, and sequences
 beyond a window without padding. Where rows are no multiple of 8 the kernel pads every layer's mask.
 """
 
