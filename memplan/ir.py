@@ -291,11 +291,11 @@ def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_
         known.update(t.name for t in op.past)
         yield from (Unwritten(where, op.name, name) for name in op.reads if name not in known)
         known.update(t.name for t in (*op.writes, *op.wraps))
-        yield from (Unwritten(where, op.name, name) for name in _named(op) if name not in known)
+        yield from (Unwritten(where, op.name, name) for name in named(op) if name not in known)
     yield from (Unwritten(where, "", name) for name in handed_on if name not in known)
 
 
-def _named(op: Op) -> Iterator[str]:
+def named(op: Op) -> Iterator[str]:
     """The names that an operation keeps, captures, or takes a dtype from."""
     yield from op.captures
     for keep in op.keeps:

@@ -278,8 +278,9 @@ def decoder_block(
 
 
 def runs(m: ModelSpec, block: Callable[[Layer], Block]) -> tuple[Run, ...]:
-    """The model's layers, as its config repeats them."""
-    return tuple(Run(tuple(block(layer) for layer in run.pattern), run.times) for run in m.runs)
+    """The model's layers, as its config repeats them. Equal layers are one block."""
+    blocks = {layer: block(layer) for layer in dict.fromkeys(layer for run in m.runs for layer in run.pattern)}
+    return tuple(Run(tuple(map(blocks.__getitem__, run.pattern)), run.times) for run in m.runs)
 
 
 def llama(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from memplan.ir import Op, Tensor, Weight
+from memplan.ir import Op, Tensor, Weight, named
 
 FLOATING = frozenset(("fp32", "bf16", "fp16"))
 _AUTOCAST = "torch 2.13 aten/src/ATen/autocast_mode.cpp cached_cast"
@@ -54,6 +54,25 @@ class Scope:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def beyond(self, outer: Scope) -> Scope:
+        """What this scope has and the one around it has not, or has another of."""
+        own = Scope(casts=self.casts)
+        own._tensors = {name: t for name, t in self._tensors.items() if outer._tensors.get(name) is not t}
+        own._casts = {name: t for name, t in self._casts.items() if outer._casts.get(name) is not t}
+        own._trained = {name: w for name, w in self._trained.items() if outer._trained.get(name) is not w}
+        return own
+
+    def with_(self, own: Scope) -> Scope:
+        """A scope within this one that has the other's own."""
+        inner = Scope(self, own._tensors)
+        inner._casts |= own._casts
+        inner._trained |= own._trained
+        return inner
+
+    def seen(self, names: Iterable[str]) -> tuple[object, ...]:
+        """All that resolving operations that use these names depends on."""
+        return tuple((self._tensors.get(name), self._casts.get(name), self._trained.get(name)) for name in names)
 
     def resolve(self, ops: Iterable[Op], autocast: str | None) -> tuple[Op, ...]:
         """`ops` with literal dtypes, in the order torch runs them; `autocast` is the compute dtype, or None."""
@@ -153,3 +172,26 @@ class Scope:
         if cached:
             self._casts[w.name] = to
         return to
+
+
+class Blocks:
+    """The blocks of one pass with literal dtypes. Blocks of the same operations that are given the same tensors, as a
+    model of many layers has them, are resolved once."""
+
+    def __init__(self, autocast: str | None) -> None:
+        self._autocast = autocast
+        self._names: dict[int, tuple[str, ...]] = {}
+        self._resolved: dict[object, tuple[tuple[Op, ...], Scope]] = {}
+
+    def resolve(self, ops: tuple[Op, ...], outer: Scope, x: Tensor) -> tuple[tuple[Op, ...], Scope]:
+        """The operations of a block that is given `x` in the `outer` scope, and their own scope."""
+        names = self._names.get(id(ops))
+        if names is None:
+            used = (name for op in ops for name in (*op.reads, *named(op), *(w.name for w in op.weights)))
+            names = self._names[id(ops)] = tuple(dict.fromkeys(used))
+        key = id(ops), x, outer.seen(names)
+        if key not in self._resolved:
+            inner = Scope(outer, {"x": x})
+            self._resolved[key] = inner.resolve(ops, self._autocast), inner.beyond(outer)
+        resolved, own = self._resolved[key]
+        return resolved, outer.with_(own)

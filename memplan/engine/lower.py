@@ -84,12 +84,13 @@ def leaves(op: Op) -> tuple[str, ...]:
 class Storage:
     """One storage alive: its size, who refers to it, and whether autograd may add into it in place."""
 
-    __slots__ = ("fresh", "refs", "run", "shared", "size")
+    __slots__ = ("fresh", "number", "refs", "run", "shared", "size")
 
     def __init__(self, size: int, fresh: bool) -> None:
         self.size = size
         self.refs = 1
         self.fresh = fresh
+        self.number = -1  # where events are recorded, its place among all
         self.shared = False  # by the copies of a run: made outside of it
         self.run: int | None = None  # the run whose every copy holds one like it
 
@@ -190,6 +191,7 @@ class Tape:
         self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
         self.hooks = False  # a hook keeps what a recomputed block was given, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # those, and the run of whose copies each has one
+        self._lives: dict[tuple[int, bool], tuple[Sequence[Op], list[tuple[str, ...]]]] = {}  # see _last_uses
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
 
     # storages
@@ -382,26 +384,18 @@ class Tape:
         What is held to the end of the forward pass or of the step is added to `holds`.
         """
         ops, names = frame.ops, frame.names
-        root: dict[str, str] = {}
-        last: dict[str, int] = {}
-        for i, op in enumerate(ops):
-            for r in () if op.recorded and not keep else op.reads:
-                last[root.get(r, r)] = i
-            if op.view:
-                root[op.writes[0].name] = root.get(op.reads[0], op.reads[0])
-                for t in op.writes[1:]:
-                    root[t.name] = root[op.writes[0].name]
+        ends = self._last_uses(ops, keep)
         cut = end < len(ops)
         mine = dict(owned)  # Python's references
         for i, op in enumerate(ops[:end]):
-            self._tell("begins", op.lends, frame)
+            if op.lends:
+                self._tell("begins", op.lends, frame)
             self.enter(frame, op)
             node = frame.nodes[i]
-            written = {t.name for t in op.writes}
             for t in op.past:
                 names[t.name] = mine[t.name] = frame.past[t.name]
             skipped = op.recorded and not keep
-            if not skipped and not (cut and i == end - 1 and written.isdisjoint(node.pins)):
+            if not skipped and not (cut and i == end - 1 and all(t.name not in node.pins for t in op.writes)):
                 if self.reach is not None and op.writes and not frame.block:
                     self.reach(frame, op)
                     self.enter(frame, op)
@@ -414,7 +408,7 @@ class Tape:
                         names[t.name] = mine[t.name] = self.alloc(t, "activation")
                 for scratch in [*(self.alloc(t, "temp") for t in op.scratch), *whole]:
                     self.drop(scratch)
-            if keep:
+            if keep and node.pins:
                 away = self._save_away(frame, node)
                 for what in node.pins:
                     storage = frame.storage(what)
@@ -432,21 +426,43 @@ class Tape:
                 for name in op.captures:
                     frame[name].refs += 1
                     holds["nodes"].append(frame[name])
-            if keep or not frame.reentrant:
+            if op.asks and (keep or not frame.reentrant):
                 for name in leaves(op):  # the node that accumulates its gradient refers to it
                     names[name].refs += 1
                     holds["nodes"].append(names[name])
-            past = (t.name for t in op.past)
-            for name in dict.fromkeys(root.get(n, n) for n in (*written, *op.reads, *past)):
-                if last.get(name, i) == i and name not in exported and name in mine:
+            for name in ends[i]:
+                if name not in exported and name in mine:
                     self.drop(mine.pop(name))
-            self._tell("returns", op.returns, frame)
+            if op.returns:
+                self._tell("returns", op.returns, frame)
         for name in [n for n in mine if n not in exported]:
             self.drop(mine.pop(name))
         return mine
 
+    def _last_uses(self, ops: Sequence[Op], keep: bool) -> list[tuple[str, ...]]:
+        """For each operation the names of tensors that none after it reads: those it writes, reads, or finds of the
+        pass before. A view stands for what it is a view of. Copies of a layer have the same operations."""
+        known = self._lives.get((id(ops), keep))
+        if known is not None:
+            return known[1]
+        root: dict[str, str] = {}
+        last: dict[str, int] = {}
+        for i, op in enumerate(ops):
+            for r in () if op.recorded and not keep else op.reads:
+                last[root.get(r, r)] = i
+            if op.view:
+                root[op.writes[0].name] = root.get(op.reads[0], op.reads[0])
+                for t in op.writes[1:]:
+                    root[t.name] = root[op.writes[0].name]
+        found: list[tuple[str, ...]] = []
+        for i, op in enumerate(ops):
+            used = (*(t.name for t in op.writes), *op.reads, *(t.name for t in op.past))
+            found.append(tuple(n for n in dict.fromkeys(root.get(n, n) for n in used) if last.get(n, i) == i))
+        self._lives[id(ops), keep] = ops, found
+        return found
+
     def _tell(self, event: str, module: str, frame: Frame) -> None:
-        if module and self.module is not None:
+        if self.module is not None:
             self.module(event, module, frame)
 
     def _gathered(self, op: Op) -> list[Storage]:
@@ -488,14 +504,16 @@ class Tape:
             return
         savers = [i for i, node in enumerate(frame.nodes) if node.pins]
         gathers = (i for i, op in enumerate(frame.ops) if any(w.name in self.nested for w in op.weights))
-        first = next(gathers, None)
+        first = next(gathers, None) if self.nested else None
         self._lent = {op.lends: [] for op in frame.ops if op.lends}
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
-            self._tell("differentiated", node.op.returns, frame)
-            for name, storage in self._lent.pop(node.op.lends, ()):
-                self._weight_gradient(frame, name, storage)
-            self._tell("reduced", node.op.lends, frame)
+            if node.op.returns:
+                self._tell("differentiated", node.op.returns, frame)
+            if node.op.lends:
+                for name, storage in self._lent.pop(node.op.lends, ()):
+                    self._weight_gradient(frame, name, storage)
+                self._tell("reduced", node.op.lends, frame)
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
@@ -587,29 +605,29 @@ class Tape:
     def _backward(self, frame: Frame, node: Node, grads: dict[str, Storage]) -> None:
         op = node.op
         incoming = [(t, grads.pop(t.name)) for t in op.writes if t.name in grads]
-        made: list[tuple[str, Storage]] = []
-        whole: list[Storage] = []
-        if incoming:
-            whole = self._gathered(op)
-            self.differentiated(frame, node, tuple(t for t, _ in incoming))
-            node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
-            node.kept += node.fetched.values()
-            scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in node.targets)]
-            early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
-            beside = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
-            for storage in early:
-                self.drop(storage)
-            raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
-            for storage in beside:
-                self.drop(storage)
-            if frame.recomputed or node.fetched:  # what was unpacked goes when the function returns, before the casts
-                self._release(node)
-            made = [
-                (target, self._own_dtype(frame, node, target, storage) if wide else storage)
-                for target, (storage, wide) in zip(node.targets, raw, strict=True)
-            ]
-            for _, storage in incoming:
-                self.drop(storage)
+        if not incoming:
+            self._release(node)
+            return
+        whole = self._gathered(op)
+        self.differentiated(frame, node, tuple(t for t, _ in incoming))
+        node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
+        node.kept += node.fetched.values()
+        scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in node.targets)]
+        early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
+        beside = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
+        for storage in early:
+            self.drop(storage)
+        raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
+        for storage in beside:
+            self.drop(storage)
+        if frame.recomputed or node.fetched:  # what was unpacked goes when the function returns, before the casts
+            self._release(node)
+        made = [
+            (target, self._own_dtype(frame, node, target, storage) if wide else storage)
+            for target, (storage, wide) in zip(node.targets, raw, strict=True)
+        ]
+        for _, storage in incoming:
+            self.drop(storage)
         self._release(node)
         weights, wrapped = {w.name for w in op.weights}, {t.name for t in op.wraps}
         for target, storage in made:

@@ -100,15 +100,16 @@ class Recorder(Tape):
         self.recalled = 0  # where all that the pass before left is there
         self.turn = 0  # where forward is done
         self.over = 0  # where the pass is over
-        self._numbers: dict[Storage, int] = {}
+        self._storages = 0
         self._kinds: dict[tuple[int, int], int] = {}  # a size and a stream
         self._entered = _Copy(0, "forward", 0, 0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
         storage = super().alloc(tensor, kind, fresh, of)
-        self._numbers[storage] = len(self._numbers)
+        storage.number = self._storages
+        self._storages += 1
         key = self._kinds.setdefault((storage.size, self.stream), len(self._kinds))
-        self.events.append((self._numbers[storage], key))
+        self.events.append((storage.number, key))
         return storage
 
     def recorded(self, *parts: Sequence[Stretch]) -> Recorded:
@@ -126,7 +127,7 @@ class Recorder(Tape):
     def drop(self, storage: Storage) -> None:
         super().drop(storage)
         if not storage.refs:
-            self.events.append((self._numbers[storage], FREED))
+            self.events.append((storage.number, FREED))
 
     def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
         found = super().recall(blocks, run)

@@ -8,7 +8,7 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
-from memplan.engine.dtypes import FLOATING, Scope
+from memplan.engine.dtypes import FLOATING, Blocks, Scope
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape, add_to_each, leaves
 from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor
@@ -96,6 +96,7 @@ def _copies(
     out: list[Copies] = []
     flowing = set(flowing)
     x, flows = scope["embeds"]._replace(name="x"), scope["embeds"].name in flowing
+    resolved = Blocks(autocast)
     given = True  # no block has made anything of what the first one was given
     for number, run in enumerate(stack.runs):
         units = tuple(unit_of(number, i) for i in range(len(run.blocks)))
@@ -115,8 +116,7 @@ def _copies(
             blocks: list[Block] = []
             scopes: list[Scope] = []
             for block in run.blocks:
-                inner = Scope(scope, {"x": x})
-                ops = inner.resolve(block.ops, autocast)
+                ops, inner = resolved.resolve(block.ops, scope, x)
                 made = _flowing(ops, flowing | _x(flows))
                 flows = "y" in made
                 x = inner["y"]._replace(name="x")
