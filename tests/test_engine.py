@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from memplan.catalogue.methods import reweigh
-from memplan.engine.dtypes import Scope, promote
+from memplan.engine.dtypes import Blocks, Scope, promote
 from memplan.engine.lower import Tape
 from memplan.engine.record import FREED, record
 from memplan.engine.step import Lowered, infer, lower
@@ -352,3 +352,19 @@ def test_a_block_knows_what_earlier_blocks_share_until_it_is_replaced() -> None:
     assert list(unwritten(whole._replace(runs=runs))) == [Unwritten("layers", "third", "keys")]
     assert list(unwritten(whole._replace(runs=runs[::2]))) == []
     assert list(unwritten(whole._replace(runs=runs[1:2]))) == [Unwritten("layers", "second", "keys")]
+
+
+def test_blocks_of_the_same_operations_are_resolved_once_for_the_same_tensors() -> None:
+    """A model of many layers has them as one block; layers that are given another dtype or mask are others."""
+    ops = (Op("mul", ("x", "mask"), (Tensor("y", "b s"),)),)
+    blocks, x = Blocks(None), Tensor("x", "b s", "bf16")
+
+    def resolved(mask: str, given: Tensor = x) -> tuple[tuple[Op, ...], Scope]:
+        return blocks.resolve(ops, Scope(inputs={"mask": Tensor("mask", "s s", mask), "other": x}), given)
+
+    first, scope = resolved("bf16")
+    assert resolved("bf16")[0] is first
+    assert first[0].writes[0].dtype == scope["y"].dtype == "bf16"
+    assert resolved("fp32")[1]["y"].dtype == "fp32"
+    assert resolved("bf16", x._replace(dtype="fp32"))[1]["y"].dtype == "fp32"
+    assert resolved("bf16")[1]["other"] == x
