@@ -111,9 +111,8 @@ def _most_reduced(owned: int, each: list[tuple[int, int]]) -> _Reduced:
 def _most_owned(starts: Mapping[int, int], sizes: Sequence[int], own: int) -> int:
     """The numbers of all weights that a partition of `own` numbers has any of, of the rank with most."""
     owned: dict[int, int] = {}
-    for i, start in starts.items():  # a rank between the first and the last that have some of a weight has no other
-        first, last = start // own, (start + sizes[i] - 1) // own
-        for rank in {first, min(first + 1, last), last}:
+    for i, start in starts.items():  # ranks between the first and the last that have some of a weight have no other
+        for rank in {start // own, (start + sizes[i] - 1) // own}:
             owned[rank] = owned.get(rank, 0) + sizes[i]
     return max(owned.values())
 

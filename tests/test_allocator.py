@@ -110,6 +110,21 @@ def test_expandable_segments_grow_by_pages_and_leave_nothing_over() -> None:
     assert a.reserved == 80 * MIB
 
 
+@pytest.mark.parametrize(("capacity", "lives"), [(61, False), (62, True)])
+def test_a_full_card_takes_the_free_end_of_a_growing_segment_which_is_not_counted_on(
+    capacity: int, lives: bool
+) -> None:
+    a = Allocator(expandable=True, capacity=capacity * MIB)
+    a.free(a.alloc(30 * MIB))  # two pages of 20, both free
+    a.alloc(MIB)  # a page of 2 in the small pool
+    if lives:  # the two pages go back, and three come
+        assert a.alloc(45 * MIB).size == 45 * MIB
+        assert a.reserved == 62 * MIB
+    else:
+        with pytest.raises(OutOfMemoryError):
+            a.alloc(45 * MIB)
+
+
 class Plain:
     """The allocator's rules as they are stated; a segment is a list of pieces: sizes, and whether they are free."""
 

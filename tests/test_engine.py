@@ -354,6 +354,15 @@ def test_a_block_knows_what_earlier_blocks_share_until_it_is_replaced() -> None:
     assert list(unwritten(whole._replace(runs=runs[1:2]))) == [Unwritten("layers", "second", "keys")]
 
 
+def test_a_tensor_lives_until_an_operation_that_only_a_recomputation_runs() -> None:
+    """An autograd function runs it to save what backward needs: not in the forward pass of a checkpointed block."""
+    record_states = Op("record", ("a",), (Tensor("states", "states", "fp32"),), recorded=True)
+    ops = (op("f", "x", "a", Keep("x", "x")), op("g", "a", "b"), record_states, op("h", "b", "y", Keep("b", "b")))
+    low = lower(stack(ops), AXES, checkpoint=True)
+    assert peak(low, "forward", {"a": 100, "states": 10}) == 100
+    assert peak(low, "backward", {"a": 100, "states": 10}) == 110
+
+
 def test_blocks_of_the_same_operations_are_resolved_once_for_the_same_tensors() -> None:
     """A model of many layers has them as one block; layers that are given another dtype or mask are others."""
     ops = (Op("mul", ("x", "mask"), (Tensor("y", "b s"),)),)

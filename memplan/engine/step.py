@@ -226,9 +226,11 @@ def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:
 
 
 def _behind(ops: Iterable[Op], given: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """The storages behind the names that the operations make or are `given`, of views what they are views of."""
+    """The storages behind the names that the operations make, find of the pass before or are `given`; of views what
+    they are views of."""
     behind = dict(given)
     for op in ops:
+        behind.update((t.name, t.name) for t in op.past)
         for t in op.writes:
             behind[t.name] = behind[op.reads[0]] if op.view and op.reads[0] in behind else t.name
     return behind

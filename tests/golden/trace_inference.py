@@ -95,6 +95,7 @@ REAL: tuple[dict[str, Any], ...] = (
 MATH = {"attention": "sdpa_math"}
 FEW = {"micro": 3, "sequence": 75, "new_tokens": 3}
 MANY = {"micro": 64, "sequence": 40, "new_tokens": 80}
+UNSHARED = {"num_kv_shared_layers": 0, "use_double_wide_mlp": False}
 ALIBI = {"alibi": True, "multi_query": False}
 APART: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # `apart` names them: what shows in them alone
     *(
@@ -106,6 +107,10 @@ APART: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # `apart` nam
     *(("falcon", ALIBI, {"batch": FEW, "kernels": {"attention": a}}) for a in ("eager", "sdpa", "sdpa_math")),
     *((name, {}, {"batch": MANY, "generation": STATIC}) for name in ("llama", "bloom", "deepseek_v32", "gemma3_text")),
     ("gemma3_text", {}, {"batch": MANY, "generation": STATIC, "loop": {"padded": True}}),
+    *(
+        ("gemma4_text", {**UNSHARED, "attention_k_eq_v": eq}, {"batch": FEW, "generation": STATIC})
+        for eq in (False, True)
+    ),
 )
 
 
