@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class Unreplayed:
     """A run whose passes are listed when a replay is asked for: that takes longer than their peaks."""
 
+    is_long = False  # the passes of long ones are thinned
+
     def __init__(self, walked: Walked, expandable: bool) -> None:
         self._of = walked, expandable
 

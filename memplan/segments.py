@@ -49,6 +49,7 @@ IN_FLIGHT = 2  # _max_num_inflight_all_gathers
 FEW_RANKS = 64  # of more the parts of a weight are replayed as one tensor: they are thousands, and gone at once
 FEW = 16  # states are few where so many times their bytes are fewer than the weights'
 GPIPE_EVENTS = 500_000  # allocations and frees of a step of GPipe that are replayed, on all stages together
+LONG_PASS = 100_000  # events, of which a replay takes half a second; dense models have a tenth of that
 MICROBATCHES = 32_768  # of a step of another schedule, whose microbatches add buffers alone, on all stages together
 
 

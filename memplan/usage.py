@@ -14,8 +14,8 @@ from memplan.cached_property import cached_property
 from memplan.catalogue.overhead import COVERAGE, LIVING, SHOWN, SHOWN_OF_RANKS, Overhead
 from memplan.engine.allocator import Allocator, OutOfMemoryError
 from memplan.gpus import GPU
-from memplan.program import Program, Structure, program
-from memplan.segments import cached_logits, replayed_microbatches, segments, streams_apart
+from memplan.program import Program, Structure, chunks_of, program
+from memplan.segments import LONG_PASS, cached_logits, pass_of, replayed_microbatches, segments, streams_apart
 from memplan.sizes import ONE_RUN, Arithmetic, Size
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ class Allocations(Protocol):
 
     def reserved(self, capacity: int | None = None) -> int | None:
         """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
+        ...
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a replay takes seconds: then there is none for a full card."""
         ...
 
     def apart(self) -> int:
@@ -51,6 +56,10 @@ class Replay(NamedTuple):
 
     def reserved(self, capacity: int | None = None) -> int | None:
         return reserved(self, capacity)
+
+    @property
+    def is_long(self) -> bool:
+        return sum(pass_of(chunk, later=False).length for chunk in chunks_of(self.structure)) > LONG_PASS
 
     def apart(self) -> int:
         return streams_apart(self.structure)
@@ -166,7 +175,8 @@ class Usage:
     """What a run takes of a card, in bytes.
 
     With room torch holds on to every segment. On a full card it gives back what is wholly free before it fails, so a
-    run may live in less than it would show elsewhere.
+    run may live in less than it would show elsewhere. A run with a long replay is replayed with room alone: it is tight
+    on a card that holds its tensors and has less room than that.
     """
 
     def __init__(
@@ -221,7 +231,15 @@ class Usage:
 
     @cached_property
     def _possible(self) -> bool:
-        return self._gpu is not None and self._lives_in(room(self._gpu.usable, self._beside).possible)
+        if self._gpu is None:
+            return False
+        capacity = room(self._gpu.usable, self._beside).possible
+        return capacity >= self.allocated and (self._replay.is_long or self._lives_in(capacity))
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a replay of the run takes seconds."""
+        return self._replay.is_long
 
     @cached_property
     def used(self) -> int:
@@ -239,7 +257,7 @@ class Usage:
         capacity = self._gpu.usable - self._beside.context
         if self._roomy <= capacity:
             return self._roomy
-        return max(self._replay.reserved(capacity) or capacity, self.allocated)
+        return max((not self._replay.is_long and self._replay.reserved(capacity)) or capacity, self.allocated)
 
     @property
     def band(self) -> Band:
@@ -268,6 +286,8 @@ class Usage:
         return max(found, self.allocated) + self._replay.beside()
 
     def _lives_in(self, capacity: int) -> bool:
+        if self._replay.is_long:
+            return self._roomy <= capacity
         return capacity >= self.allocated and self._replay.reserved(capacity) is not None
 
     def _shown(self, segments: int, error: int, more: int = 0) -> int:

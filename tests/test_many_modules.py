@@ -15,16 +15,19 @@ from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
 from memplan.engine.record import FREED, Event, Recorded, Stretch, unrolled
 from memplan.engine.walk import ONE, Term, Variable, chain, largest, prune, rows, size, values, without_midpoints
 from memplan.errors import ConfigError
+from memplan.estimator import around_of
+from memplan.gpus import find_gpu
 from memplan.graph import built
 from memplan.program import PHASES, pass_of
 from memplan.resolve import decide
 from memplan.segments import pass_of as recording_of
 from memplan.segments import replay_stretches
+from memplan.usage import Usage
 from tests.encoders import SMALL
 from tests.test_laws import laws
 from tests.tiny import TINY
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 def mixture(experts: int) -> RunSpec:
@@ -227,3 +230,36 @@ def test_pruning_keeps_the_first_of_the_largest_moments(
     products = values([Variable(axes) for axes in chain(VARIABLES)], {"b": b, "s": s, "x": x})
     most = max(totals.values())
     assert largest(terms, numbers, products) == (most, next(i for i, total in totals.items() if total == most))
+
+
+class Long:
+    """Allocations of which a replay takes long: 20 GiB are reserved on a card with room."""
+
+    is_long = True
+
+    def reserved(self, capacity: int | None = None) -> int | None:
+        assert capacity is None, "a full card is not replayed"
+        return 20 * GIB
+
+    def apart(self) -> int:
+        return 10 * GIB
+
+    def beside(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("card", "tensors", "answer"), [("3090", 10, "fits"), ("t4", 10, "tight"), ("t4", 15, "does not fit")]
+)
+def test_a_long_replay_is_run_with_room_alone_and_a_card_below_that_is_tight(
+    card: str, tensors: int, answer: str
+) -> None:
+    gpu = find_gpu(card)
+    usage = Usage(Long(), 8 * GIB, 8 * GIB, tensors * GIB, gpu, around_of(gpu, (), None))
+    assert usage.answer == answer
+    assert usage.reserved == (gpu.usable - around_of(gpu, (), None).context if answer == "tight" else 20 * GIB)
+
+
+def test_adapters_on_thousands_of_experts_are_long_and_a_dense_model_is_not() -> None:
+    assert not estimate(RunSpec(model="qwen2-7b", method="lora")).is_long
+    assert estimate(RunSpec(model="deepseek-moe-16b", method="lora")).is_long

@@ -171,6 +171,8 @@ def _left_out(run: RunSpec, traced: Traced) -> Iterator[str]:
 class Details:
     """A trace as an answer shows it, with a `workspace` of cuBLAS's (bytes) for every thread that multiplies."""
 
+    is_long = False
+
     def __init__(self, traced: Traced, workspace: int, expandable: bool) -> None:
         self.traced = traced
         self._workspace = workspace

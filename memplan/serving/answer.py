@@ -206,6 +206,8 @@ def _divided(s: Settings) -> bool:
 class _Nothing:
     """No allocations to replay: an engine's share of its card is arithmetic."""
 
+    is_long = False
+
     def reserved(self, capacity: int | None = None) -> int | None:
         raise OutOfMemoryError
 
