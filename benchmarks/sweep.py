@@ -161,7 +161,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {**DECODERS, **TOWERS, **SMALL}
 
 
 class Failure(NamedTuple):
-    """What is wrong with an answer: one word of the list above, where it shows, and the details."""
+    """A law that an answer breaks: one word of the list above, where it shows, and the details."""
 
     kind: str
     where: str
@@ -236,7 +236,7 @@ def ask(model: str, options: str) -> Asked:
 
 
 def laws(answer: Estimate) -> Iterator[Failure]:
-    """What holds for every answer by itself."""
+    """The laws that one answer breaks by itself."""
     for phase in answer.phases:
         if type(phase.peak) is not int or phase.peak < 0:
             yield Failure("negative", f"phase {phase.phase}", str(phase))
@@ -263,7 +263,7 @@ _BUFFERS = re.compile(r"gather|reduce|bucket|padded|partition|receiv|sent|norms|
 
 
 def _beside_others(run: RunSpec, answer: Estimate) -> Iterator[Failure]:
-    """What holds between the answer and those of the same run on one GPU, and under FSDP1."""
+    """The laws that an answer breaks next to those of the same run on one GPU, and under FSDP1."""
     p = run.parallelism
     if p.strategy == "none" or p.dp != p.world or p.world == 1 or p.offload.parameters:
         return

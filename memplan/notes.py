@@ -38,7 +38,8 @@ def gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
 
 
 def wrapping_notes(graph: Graph, ranks: Ranks) -> Iterator[str]:
-    """What accelerate's own wrapping cannot do under FSDP2: it stops with an error, and the answer is of another.
+    """The notes on models that accelerate cannot wrap under FSDP2: it stops with an error, and the answer is of units
+    that torch takes.
 
     Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model; torch 2.13 distributed/fsdp/_fully_shard.
     """

@@ -169,7 +169,7 @@ def units_of(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, str, int, list[W
 
 def _finds_norm(graph: Graph) -> bool:
     """Whether the last norm is in the head's unit: accelerate looks for it among the children of the base model, where
-    there is none beside a tower or within an encoder or decoder, and peft has another module by the name `model`.
+    there is none next to a tower or within an encoder or decoder, and peft has another module by the name `model`.
 
     Source: accelerate 1.15 utils/fsdp_utils.py _find_final_norm; torchtitan wraps it by name.
     """

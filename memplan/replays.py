@@ -183,8 +183,8 @@ def replayed(recording: Recorded, axes: Mapping[str, int], allocator: Allocator,
 
 
 class _Given:
-    """What a pass begins with, each to be taken once: the first that is alike and as large, else the first that is
-    alike, else the first."""
+    """The tensors a pass begins with, each to be taken once: the first that is alike and as large, else the first
+    that is alike, else the first."""
 
     def __init__(self, left: Iterable[Left]) -> None:
         self._left = list(left)

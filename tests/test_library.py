@@ -317,7 +317,7 @@ def test_what_to_know_of_a_card_is_a_note(gpu: str, said: str) -> None:
 
 
 class _Details:
-    """What an answer would be explained with, if memplan had counted wrong."""
+    """The details of an answer that memplan has counted wrong."""
 
     def __init__(self, *lines: Line) -> None:
         self._lines = lines

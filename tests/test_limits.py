@@ -357,7 +357,7 @@ def test_a_quantised_cache_after_some_parts_is_as_part_after_part_leaves_it(
 
 
 def refused(run: Mapping[str, Any], new_tokens: int) -> str:
-    """What is wrong with the groups of a quantised cache that new tokens come to, if anything."""
+    """The first fault of the groups of a quantised cache as new tokens come, if there is one."""
     config = CacheConfig(backend="hqq", residual_length=run["residual"], q_group_size=run["group"], nbits=run["bits"])
     batch = Batch(sequence=run["sequence"], new_tokens=new_tokens)
     try:

@@ -1,4 +1,4 @@
-"""What a scheduler does with memplan: errors and answers cross processes, and a fork under busy threads answers."""
+"""A scheduler's use of memplan: errors and answers cross processes, and a fork under busy threads answers."""
 
 from __future__ import annotations
 

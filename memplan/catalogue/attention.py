@@ -32,7 +32,7 @@ class Wiring(NamedTuple):
     is made again on the way back. uneven: what tokens see of images is no multiple of 8 rows, to which the kernel
     pads their mask. drops: the config's attention_dropout is above 0; the fused kernels have it inside them.
     records: autograd does, and kernels hand it what it asks for. tables: every layer keeps rotary tables of its own
-    (`memplan.catalogue.tables`). caching: keys and values are put beside those of earlier tokens, and lie head by
+    (`memplan.catalogue.tables`). caching: keys and values join those of earlier tokens, and lie head by
     head; but where they are handed_back as they came. decodes: there is one token a sequence, which sees all before
     it; with `several` there are more, which come after those. last_only: the logits of a sequence's last token are
     all that is asked for. generates: the pass is one of generation. part: of an encoder-decoder the `encoder` alone

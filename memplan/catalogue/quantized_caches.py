@@ -66,7 +66,7 @@ class Stored(NamedTuple):
         return quantized, residual + fed
 
     def quantized_of(self, parts: int, part: int) -> int:
-        """How many tokens are quantised once so many `parts` of a prompt were read, each of `part` tokens."""
+        """How many tokens are quantised once this many `parts` of a prompt were read, each of `part` tokens."""
         if not self.grouped or not parts:
             return parts * part
         until = -(-self.residual // part)  # parts that wait until all are quantised again

@@ -56,7 +56,7 @@ class Scope:
         return name in self._tensors
 
     def beyond(self, outer: Scope) -> Scope:
-        """What this scope has and the one around it has not, or has another of."""
+        """The tensors, casts and trained weights of this scope that the one around it has not, or has others of."""
         own = Scope(casts=self.casts)
         own._tensors = {name: t for name, t in self._tensors.items() if outer._tensors.get(name) is not t}
         own._casts = {name: t for name, t in self._casts.items() if outer._casts.get(name) is not t}

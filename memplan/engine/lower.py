@@ -804,7 +804,7 @@ class Tape:
         return out
 
     def _as_last(self, moment: Moment, renamed: Mapping[int, int]) -> Counts:
-        """What the last of several copies has on top of what moments share, given what the run's one copy has."""
+        """The changes of a moment of the last of several copies, given that of the run's one copy."""
         if not renamed:
             return moment.changes
         out = dict(moment.changes)
