@@ -292,11 +292,6 @@ class Estimate:
         return self._usage.fits
 
     @property
-    def is_long(self) -> bool:
-        """Whether a replay of torch's allocator takes seconds, as of experts by the thousand that are modules."""
-        return self._usage.is_long
-
-    @property
     def least(self) -> int:
         """No card with fewer usable bytes holds the run."""
         return self._usage.least

@@ -236,11 +236,6 @@ class Usage:
         capacity = room(self._gpu.usable, self._beside).possible
         return capacity >= self.allocated and (self._replay.is_long or self._lives_in(capacity))
 
-    @property
-    def is_long(self) -> bool:
-        """Whether a replay of the run takes seconds."""
-        return self._replay.is_long
-
     @cached_property
     def used(self) -> int:
         """What the card shows for the process; for a run that does not fit, what a card with room would show."""

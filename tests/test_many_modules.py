@@ -20,8 +20,8 @@ from memplan.gpus import find_gpu
 from memplan.graph import built
 from memplan.program import PHASES, pass_of
 from memplan.resolve import decide
+from memplan.segments import LONG_PASS, replay_stretches
 from memplan.segments import pass_of as recording_of
-from memplan.segments import replay_stretches
 from memplan.usage import Usage
 from tests.encoders import SMALL
 from tests.test_laws import laws
@@ -261,5 +261,8 @@ def test_a_long_replay_is_run_with_room_alone_and_a_card_below_that_is_tight(
 
 
 def test_adapters_on_thousands_of_experts_are_long_and_a_dense_model_is_not() -> None:
-    assert not estimate(RunSpec(model="qwen2-7b", method="lora")).is_long
-    assert estimate(RunSpec(model="deepseek-moe-16b", method="lora")).is_long
+    dense, mixture = (
+        recording_of(decide(RunSpec(model=model, method="lora")).structure, later=False).length
+        for model in ("qwen2-7b", "deepseek-moe-16b")
+    )
+    assert 5 * dense < LONG_PASS < mixture

@@ -12,15 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from memplan import MemplanError, ModelSpec, RunSpec, estimate
 from memplan.spec import FrozenDict, frozen
+from tests.tiny import SMALLEST as LLAMA
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-}
 QWEN2_MOE = {**LLAMA, "model_type": "qwen2_moe", "num_experts": 4, "moe_intermediate_size": 32}
 GEMMA3 = {"model_type": "gemma3", "text_config": {**LLAMA, "model_type": "gemma3_text"}, "vision_config": {}}
 QUANTIZED = {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}

@@ -113,6 +113,8 @@ def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int
     low = _last(holds, 0)
     if multiple > 1 and low:  # halving among round values alone may end elsewhere
         low = max(low, multiple * _last(lambda n: holds(multiple * n), low // multiple))
+        if low < _MOST and holds(low + 1):
+            low = _last(holds, low)
     if not low or low >= _MOST or not looks:
         return low
     end = _last(may, low)  # allocated bytes rule out everything beyond
@@ -225,12 +227,8 @@ class Holding(NamedTuple):
 
 
 def holding(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:
-    """Every catalogued GPU that holds the run, or of one vendor every one, least memory first. Asked as needed.
-
-    A run with a long replay is not replayed for each: it is tight on the GPUs that bounds leave open.
-    """
-    anywhere = estimate(run.model_copy(update={"gpu": None}))
-    weights = anywhere.phases[0].peak  # loaded on any card
+    """Every catalogued GPU that holds the run, or of one vendor every one, least memory first. Asked as needed."""
+    weights = estimate(run.model_copy(update={"gpu": None})).phases[0].peak  # loaded on any card
     cards = sorted(all_gpus(), key=lambda gpu: (gpu.usable, gpu.name))
     largest = {gpu.compute_capability: gpu for gpu in cards}  # cards of one kind run the same kernels
 
@@ -245,13 +243,9 @@ def holding(run: RunSpec, vendor: str = "", calibration: Calibration | None = No
         kind = on(largest[gpu.compute_capability])
         if kind is None or gpu.usable < weights or vendor not in ("", gpu.vendor):
             continue
-        is_long = anywhere.is_long
-        if calibration is None and kind.told(gpu.usable, replayed=not is_long):  # one tells of all cards of a kind
+        if calibration is None and kind.told(gpu.usable, replayed=True):  # one replay tells of all cards of a kind
             yield Holding(gpu, "fits")
             continue
         answer = on(gpu)
-        if answer is not None and is_long:
-            if answer.least <= gpu.usable:
-                yield Holding(gpu, "tight")
-        elif answer is not None and answer.verdict.answer in ("fits", "tight"):
+        if answer is not None and answer.verdict.answer in ("fits", "tight"):
             yield Holding(gpu, str(answer.verdict.answer))
