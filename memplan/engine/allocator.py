@@ -35,35 +35,41 @@ class OutOfMemoryError(Exception):
 class Pool:
     """The free blocks of a pool by size, and the end of its last segment.
 
-    of_size  the free blocks of one size with their addresses, by which they are sorted
+    of_size  the addresses of the free blocks of one size, sorted
     sizes    the keys of `of_size`, sorted
+    free     the free blocks by address
     end      the address where the last segment ends
     last     the last block of a segment that grows
     """
 
-    __slots__ = ("end", "is_small", "last", "of_size", "sizes")
+    __slots__ = ("end", "free", "is_small", "last", "of_size", "sizes")
 
     def __init__(self, is_small: bool) -> None:
         self.is_small = is_small
-        self.of_size: dict[int, list[tuple[int, Block]]] = {}
+        self.of_size: dict[int, list[int]] = {}
+        self.free: dict[int, Block] = {}
         self.sizes: list[int] = []
         self.end = 0
         self.last: Block | None = None
 
     def add(self, block: Block, size: int) -> None:
         """List a free block, of that size."""
-        found = self.of_size.get(size)
-        if found is None:
-            self.of_size[size] = [(block.start, block)]
+        start = block.start
+        self.free[start] = block
+        starts = self.of_size.get(size)
+        if starts is None:
+            self.of_size[size] = [start]
             insort(self.sizes, size)
         else:
-            insort(found, (block.start, block))
+            insort(starts, start)
 
     def remove(self, block: Block, size: int) -> None:
         """Take a free block of that size off the list."""
-        found = self.of_size[size]
-        if len(found) > 1:
-            del found[bisect_left(found, (block.start,))]
+        start = block.start
+        del self.free[start]
+        starts = self.of_size[size]
+        if len(starts) > 1:
+            del starts[bisect_left(starts, start)]
         else:
             del self.of_size[size], self.sizes[bisect_left(self.sizes, size)]
 
@@ -110,9 +116,9 @@ class Allocator:
         i = bisect_left(pool.sizes, size)
         if i < len(pool.sizes):
             whole = pool.sizes[i]
-            found = pool.of_size[whole]
-            _, block = found.pop(0)
-            if not found:
+            starts = pool.of_size[whole]
+            block = pool.free.pop(starts.pop(0))
+            if not starts:
                 del pool.of_size[whole], pool.sizes[i]
             block.free = False
         else:
@@ -167,7 +173,7 @@ class Allocator:
             if self.expandable:
                 self._unmap(pool)
                 continue
-            for block in [block for found in pool.of_size.values() for _, block in found]:
+            for block in list(pool.free.values()):
                 if block.before is None and block.after is None:
                     pool.remove(block, block.size)
                     self.reserved -= block.size
