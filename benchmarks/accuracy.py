@@ -28,8 +28,8 @@ from benchmarks.golden import (
     verdicts,
 )
 from memplan import Estimate, RunSpec, estimate, find_gpu
-from memplan.cards import load_card
-from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.hardware.overhead import cublas_workspace
+from memplan.models.cards import load_card
 
 FAMILIES = ("traced_families.jsonl", "traced_decoders.jsonl", "traced_encoders.jsonl", "traced_vision.jsonl")
 TRACED = {"forward": "fwd", "loss": "fwd", "backward": "bwd", "step": "opt"}
@@ -549,7 +549,7 @@ BANDS = """
 
 Against what `nvidia-smi` showed (A100), or what reserved and context add up to (T4). The band is the shortest range
 with 94 of 100 of these runs in it; leaving a configuration's runs out of what sets it, it still holds 93 of 100 of
-them (tests/test_band.py):
+them (tests/estimate/test_band.py):
 """
 
 OTHERS = """

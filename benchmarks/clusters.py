@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from memplan import RunSpec
-from memplan.gpus import find_gpu
+from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.planning.cluster import Found, cluster_of, search
 
 LONG = {"sequence": 8192}

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from memplan.cards import load_card
+from memplan.models.cards import load_card
 
 HERE = Path(__file__).resolve().parent
 QUESTION = ["qwen2-7b", "--method", "qlora", "--gpu", "3090"]

@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
-from memplan.answer import phase_peaks
+from memplan.estimate.answer import phase_peaks
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 OTHER_TOOLS = Path(__file__).resolve().parent / "other_tools.jsonl"

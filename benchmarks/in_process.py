@@ -19,16 +19,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memplan import RunSpec, estimate
-from memplan.cards import load_card
+from memplan.core.arithmetic import ONE_RUN
 from memplan.engine.walk import largest, values
-from memplan.estimator import Numbers, walk
+from memplan.estimate.usage import reserved
+from memplan.estimate.walk import Numbers, walk
+from memplan.models.cards import load_card
 from memplan.planning.offers import offers
 from memplan.planning.plan import plan
-from memplan.program import PHASES
-from memplan.resolve import decide
-from memplan.run_axes import run_axes
-from memplan.sizes import ONE_RUN
-from memplan.usage import reserved
+from memplan.program.axes import run_axes
+from memplan.program.training.program import PHASES
+from memplan.resolve.decide import decide
 
 METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora"},

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memplan import RunSpec, estimate, find_gpu, load_card
-from memplan.catalogue.caches import bytes_of, caches
-from memplan.errors import MemplanError
-from memplan.roofline import Load, decode
-from memplan.stored import stored_weights
+from memplan.catalogue.inference.caches import bytes_of, caches
+from memplan.core.errors import MemplanError
+from memplan.planning.roofline import Load, decode
+from memplan.program.stored.weights import stored_weights
 
 RECORD = Path(__file__).with_suffix(".jsonl")
 GIB = 2**30

@@ -556,7 +556,7 @@ def in_short(run: Mapping[str, Any]) -> str:
 def severity(asked: Mapping[str, Any], run: Mapping[str, Any]) -> int:
     """How far the result of a proposal differs, by memplan's rows of what each change costs. A smaller micro-batch
     counts as made up for by accumulation; adapters with other ranks or targets as a change only beside adapters."""
-    from memplan.catalogue.costs import cost_of
+    from memplan.catalogue.profiles.costs import cost_of
 
     was, now = asked["method"], run["method"]
     keys: list[str] = []
@@ -631,7 +631,7 @@ def largest() -> Iterator[str]:
     """The largest micro-batch of the run as asked, by memplan and by fitcheck-llm; the other tells none."""
     from memplan import RunSpec, estimate
     from memplan.planning.reach import reach
-    from memplan.spec import changed
+    from memplan.spec.run import changed
 
     yield "| question | memplan's batch | its longest sequence | by | its batch | of that memplan says, GiB free |"
     yield "|---|---|---|---|---|---|"

@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.accuracy import percent, rows
 from memplan import RunSpec
-from memplan.errors import MemplanError
-from memplan.probe.trace import Traced, traces
+from memplan.core.errors import MemplanError
+from memplan.probe.run.trace import Traced, traces
 
 PHASES = {"fwd": ("forward", "loss"), "bwd": ("backward",), "clip": ("clip",), "opt": ("step",)}
 

@@ -4,8 +4,8 @@
 
 Each line of `tests/golden/speeds.jsonl` is a run on one card, or on so many `cards` that each updates a part of the
 weights: where it was published, the tokens a second of one card, and the run as a RunSpec, or the id of one in
-`published.jsonl`. `gives` says which rates of `memplan.catalogue.rates` were read from it, a card's or the host's
-(launch): those runs say how wide the rows are, the others whether they hold. `cause` says why a run is missed.
+`published.jsonl`. `gives` says which rates of `memplan.catalogue.hardware.rates` were read from it, a card's or the
+host's (launch): those runs say how wide the rows are, the others whether they hold. `cause` says why a run is missed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.golden import GOLDEN, rows
 from memplan import RunSpec, find_gpu
-from memplan.gpus import GPU
-from memplan.speed import Pace, Shares, Work, busy, limits, pace, shares, work
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.planning.step_time import Pace, Shares, Work, busy, limits, pace, shares, work
 
 
 class Timed(NamedTuple):

@@ -5,7 +5,7 @@
     python -m benchmarks.sweep --models gemma-3-4b --options "--fsdp"
 
 Prints each distinct failure with the command that shows it and how many pairs share it, then the totals; exits 1 if
-anything failed. `tests/test_every_model.py` asks a sample in each run of the suite.
+anything failed. `tests/estimate/test_every_model.py` asks a sample in each run of the suite.
 
 An answer fails if it
 
@@ -35,12 +35,13 @@ from typing import Any, NamedTuple
 from typer.main import get_command
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
-from memplan.cards import card_names, find_model, load_card
-from memplan.catalogue.engines import ENGINES
-from memplan.catalogue.profiles import PROFILES
-from memplan.cli import app, left_out, runs_of
+from memplan.catalogue.profiles.engines import ENGINES
+from memplan.catalogue.profiles.profiles import PROFILES
+from memplan.cli import app
 from memplan.cli.compare import command
-from memplan.resolve import NEW_TOKENS
+from memplan.cli.runs import left_out, runs_of
+from memplan.models.cards import card_names, find_model, load_card
+from memplan.resolve.defaults import NEW_TOKENS
 from tests.encoders import SMALL
 from tests.tiny import TINY as DECODERS
 from tests.tiny_vision import TINY as TOWERS

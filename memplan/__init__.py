@@ -10,53 +10,59 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from memplan.core.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from memplan.answer import Estimate as Estimate
-    from memplan.answer import Verdict as Verdict
-    from memplan.cards import card_names as card_names
-    from memplan.cards import find_model as find_model
-    from memplan.cards import load_card as load_card
-    from memplan.comparison import Comparison as Comparison
-    from memplan.comparison import compare as compare
-    from memplan.errors import MemplanError as MemplanError
-    from memplan.gpus import GPU as GPU
-    from memplan.gpus import all_gpus as all_gpus
-    from memplan.gpus import find_gpu as find_gpu
-    from memplan.models import ModelSpec as ModelSpec
+    from memplan.catalogue.hardware.gpu import GPU as GPU
+    from memplan.catalogue.hardware.gpus import all_gpus as all_gpus
+    from memplan.catalogue.hardware.gpus import find_gpu as find_gpu
+    from memplan.core.errors import MemplanError as MemplanError
+    from memplan.estimate.answer import Estimate as Estimate
+    from memplan.estimate.answer import Verdict as Verdict
+    from memplan.models.cards import card_names as card_names
+    from memplan.models.cards import find_model as find_model
+    from memplan.models.cards import load_card as load_card
+    from memplan.models.model import ModelSpec as ModelSpec
+    from memplan.planning.comparison import Comparison as Comparison
+    from memplan.planning.comparison import compare as compare
     from memplan.planning.inference import Questions as Questions
     from memplan.planning.inference import questions as questions
     from memplan.planning.plan import Plan as Plan
     from memplan.planning.plan import plan as plan
-    from memplan.spec import RunSpec as RunSpec
-    from memplan.sweep import Grid as Grid
-    from memplan.sweep import grid as grid
-    from memplan.via import estimate as estimate
-
-__version__ = "0.1.0"
+    from memplan.planning.sweep import Grid as Grid
+    from memplan.planning.sweep import grid as grid
+    from memplan.probe.route import estimate as estimate
+    from memplan.spec.run import RunSpec as RunSpec
 
 # Each public name and the module it is in: a module is imported when a name of it is first used.
 _NAMES = {
-    "Estimate": "answer",
-    "Verdict": "answer",
-    "card_names": "cards",
-    "find_model": "cards",
-    "load_card": "cards",
-    "Comparison": "comparison",
-    "compare": "comparison",
-    "MemplanError": "errors",
-    "estimate": "via",
-    "GPU": "gpus",
-    "find_gpu": "gpus",
-    "all_gpus": "gpus",
-    "ModelSpec": "models",
+    "Estimate": "estimate.answer",
+    "Verdict": "estimate.answer",
+    "card_names": "models.cards",
+    "find_model": "models.cards",
+    "load_card": "models.cards",
+    "Comparison": "planning.comparison",
+    "compare": "planning.comparison",
+    "MemplanError": "core.errors",
+    "estimate": "probe.route",
+    "GPU": "catalogue.hardware.gpu",
+    "find_gpu": "catalogue.hardware.gpus",
+    "all_gpus": "catalogue.hardware.gpus",
+    "ModelSpec": "models.model",
     "Questions": "planning.inference",
     "questions": "planning.inference",
     "Plan": "planning.plan",
     "plan": "planning.plan",
-    "RunSpec": "spec",
-    "Grid": "sweep",
-    "grid": "sweep",
+    "RunSpec": "spec.run",
+    "Grid": "planning.sweep",
+    "grid": "planning.sweep",
 }
+
+
+# Importing a room makes it an attribute of the package. `memplan.estimate` is a function, so the room of that name is
+# imported now, and its attribute removed.
+import_module("memplan.estimate")
+del globals()["estimate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from memplan import ModelSpec
-from memplan.checkpoint import built_tensors
-from memplan.headers import BITS, GGML_TYPES
+from memplan.models.headers import BITS, GGML_TYPES
+from memplan.program.stored.checkpoint import built_tensors
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -12,7 +12,8 @@ import sys
 from typing import Any
 
 from memplan import RunSpec
-from memplan.probe import child, fake_device
+from memplan.probe.fake import fake_device
+from memplan.probe.run import child
 
 fake_device.load()
 

@@ -1,95 +1,216 @@
-"""The floors of the package: a file imports only from lower ones, and answering needs nothing heavy and no network."""
+"""The house: which rooms there are, who may import whom, how large a file or function may be, what is imported late."""
 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import memplan
 
 PACKAGE = Path(memplan.__file__).parent
+ROOT = PACKAGE.parent
 
-# Lowest first. The catalogue and the engine are two wings of one floor: neither imports the other.
+# Lowest first. A room imports from lower floors only; rooms of one floor do not know each other.
 FLOORS = (
-    {"errors", "units", "folders", "sizes", "cached_property"},
-    {"spec", "gpus", "gpu_table", "config_classes", "families", "objectives", "models", "layers", "cards", "degrees"}
-    | {"calibration", "headers", "gguf_configs", "hub"},
-    {"ir"},
-    {"catalogue", "engine"},
-    {
-        *("communicators", "graph", "ranks", "dividing", "fetching", "megatron", "zero", "unsharded", "program"),
-        *("stages", "placing", "run_axes", "segments", "usage", "host"),
-        *("refusals", "resolve", "batches", "kernels", "notes", "recipes", "prequantized", "checkpoint", "new_card"),
-        *(
-            "answer",
-            "estimator",
-            "ledger",
-            "roofline",
-            "speed",
-            "stored",
-            "gguf",
-            "schemes",
-            "running",
-            "tensors",
-            "inference",
-            "passes",
-            "replays",
-            "generation",
-            "caching",
-            "assisted",
-        ),
-        *("serving", "also", "saving"),
-    },
-    {"sweep", "comparison", "planning"},
-    {"frameworks"},
-    {"report", "cli", "probe", "via"},
-    {"__main__"},
+    {"core"},
+    {"engine", "models"},
+    {"spec", "catalogue"},
+    {"program", "frameworks"},
+    {"resolve"},
+    {"estimate"},
+    {"planning", "probe"},
+    {"report"},
+    {"cli"},
 )
-FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FACE = {"__init__.py", "__main__.py", "py.typed"}  # beside the rooms
+TOP_LEVEL = {
+    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"),
+    *("benchmarks", "docs", "memplan", "model_cards", "tests"),
+}
+
+LONGEST_FUNCTION, LONGEST_FILE = 100, 600
+BUDGET = 79_644  # lines of the package; it only falls
+LONG_FUNCTIONS = {  # each with what takes its place
+    "cli.estimate.estimate": "a row per option",
+    "engine.step.run_pass": "a phase per function",
+    "resolve.inference.decide_inference": "one pipeline of small steps for training and inference",
+    "resolve.training.decide_training": "one pipeline of small steps for training and inference",
+}
+LONG_FILES = {
+    "catalogue.hardware.gpu_table": "a data file",
+    "catalogue.profiles.profiles": "a data file",
+    "cli.estimate": "a row per option",
+    "engine.lower": "a phase per function",
+    "engine.step": "a phase per function",
+    "program.training.program": "one protocol for all kinds of sharding",
+    "resolve.refusals": "a row per refusal",
+    "resolve.training": "one pipeline of small steps for training and inference",
+}
+# Rooms, or modules, that import others of memplan inside functions, each with its reason: what is not imported at
+# start-up. Every such import counts as an import.
+LATE = {
+    "__init__": "a public name is imported when it is used",
+    "cli": "a command imports only what it runs",
+    "report": "a format imports only what it prints",
+    "probe": "torch is imported in the process of a trace, and a trace only if one is asked for",
+    "catalogue": "a family's module is imported for a model of that family",
+    "models.cards": "the Hub is asked for an id without a card",
+    "resolve.batches": "towers are of vision-language models",
+    "resolve.kernels": "towers are of vision-language models",
+    "resolve.method": "towers are of vision-language models",
+    "resolve.decide": "a training run needs nothing of inference",
+    "resolve.serving": "an engine's module is imported for a run of that engine",
+    "program.serving.budget": "an engine's module is imported for a run of that engine",
+    "program.serving.engine_step": "an engine's module is imported for a run of that engine",
+    "program.inference.steps": "assisted generation is imported for a run that uses it",
+    "estimate.inference": "assisted generation is imported for a run that uses it",
+    "estimate.estimate": "serving and side tasks are imported for a run that has them",
+    "estimate.serving": "a quantised checkpoint is read for a run that has one",
+    "estimate.training": "the ledger is made when it is asked for",
+}
+
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "huggingface_hub")
-# What a dense model needs nothing of.
-OTHERS = ("memplan.families.vision", "memplan.families.ssm", "memplan.catalogue.vision", "memplan.hub", "memplan.sweep")
+# Modules that a dense model needs nothing of.
+OTHERS = (
+    "memplan.models.configs.vision",
+    "memplan.models.configs.ssm",
+    "memplan.catalogue.vision.vision",
+    "memplan.models.hub",
+    "memplan.planning.sweep",
+)
 
 
-def imported(path: Path) -> set[str]:
-    """The rooms of memplan that a file imports, also inside functions."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+def _name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text("utf-8"))
+
+
+def imports(name: str) -> Iterator[tuple[ast.stmt, str]]:
+    """Every import of a module of memplan, also inside functions and for type checkers only, and the module's name."""
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "memplan":
-            parts = node.module.split(".")
-            found.update([parts[1]] if len(parts) > 1 else [alias.name for alias in node.names])
+            for alias in node.names:
+                for module in (f"{node.module}.{alias.name}", node.module):
+                    target = module.removeprefix("memplan").lstrip(".") or "__init__"
+                    if target in FILES:
+                        yield node, target
+                        break
         elif isinstance(node, ast.Import):
-            found.update(a.name.split(".")[1] for a in node.names if a.name.startswith("memplan."))
-    return found - {"__version__"}
+            yield from ((node, a.name.removeprefix("memplan.")) for a in node.names if a.name.startswith("memplan."))
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+ARROWS = {name: {module for _, module in imports(name)} - {name} for name in FILES}
 
 
-FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "__init__.py" or p.parent != PACKAGE]
+def room(name: str) -> str:
+    return name.partition(".")[0]
 
 
-def test_every_file_has_a_floor() -> None:
-    assert {room_of(p) for p in FILES} == set(FLOOR)
+def folder(name: str) -> str:
+    """The sub-folder of a room that a module is in; empty for a file of the room itself."""
+    inside = FILES[name].relative_to(PACKAGE).parent.parts
+    return ".".join(inside) if len(inside) > 1 else ""
 
 
-def test_a_file_imports_only_from_lower_floors_or_its_own_room() -> None:
-    wrong = []
-    for path in FILES:
-        room = room_of(path)
-        for other in imported(path):
-            same_floor = FLOOR[other] == FLOOR[room] and {room, other} != {"catalogue", "engine"}
-            if not (other == room or FLOOR[other] < FLOOR[room] or same_floor):
-                wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
+def circles(arrows: Mapping[str, set[str]]) -> list[str]:
+    """One circle of each group of nodes that reach each other, as a path."""
+    found: list[str] = []
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> None:
+        if node in path:
+            found.append(" -> ".join([*path[path.index(node) :], node]))
+        elif node not in done:
+            for other in sorted(arrows.get(node, ())):
+                visit(other, [*path, node])
+            done.add(node)
+
+    for node in sorted(arrows):
+        visit(node, [])
+    return found
+
+
+def test_the_package_holds_its_rooms_and_no_loose_file() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"} == FACE | set(FLOOR)
+
+
+def test_the_top_level_holds_what_belongs_there() -> None:
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text("utf-8").split()]
+    names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert {name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)} == TOP_LEVEL
+
+
+def test_a_room_imports_only_from_lower_floors() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in ARROWS.items()
+        if room(name) in FLOOR
+        for other in others
+        if room(other) != room(name) and FLOOR.get(room(other), len(FLOORS)) >= FLOOR[room(name)]
+    ]
     assert wrong == []
+
+
+def test_no_two_files_import_each_other_however_indirectly() -> None:
+    assert circles({name: others for name, others in ARROWS.items() if name != "__init__"}) == []
+
+
+def test_no_two_sub_folders_of_a_room_import_each_other() -> None:
+    between: dict[str, set[str]] = {}
+    for name, others in ARROWS.items():
+        for other in others:
+            if folder(name) and folder(other) and folder(name) != folder(other) and room(name) == room(other):
+                between.setdefault(folder(name), set()).add(folder(other))
+    assert between
+    assert circles(between) == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b -> c -> b"]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def _late(name: str) -> bool:
+    """Whether a module imports another of memplan anywhere but at its top."""
+    return any(node not in tree(name).body for node, _ in imports(name))
+
+
+def test_only_the_listed_modules_import_others_late() -> None:
+    late = {name for name in FILES if _late(name)}
+    assert {name for name in late if name not in LATE and room(name) not in LATE} == set()
+    assert {entry for entry in LATE if not any(name == entry or room(name) == entry for name in late)} == set()
+
+
+def test_functions_and_files_are_short() -> None:
+    functions = {
+        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for name in FILES
+        for node in ast.walk(tree(name))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    files = {name: len(path.read_text("utf-8").splitlines()) for name, path in FILES.items()}
+    assert {name for name, lines in functions.items() if lines > LONGEST_FUNCTION} == set(LONG_FUNCTIONS)
+    assert {name for name, lines in files.items() if lines > LONGEST_FILE} == set(LONG_FILES)
+    assert sum(files.values()) <= BUDGET
 
 
 def test_the_engine_knows_no_model_and_no_method() -> None:
     words = ("llama", "lora", "adam", "qwen", "gpt")
-    text = "".join(p.read_text("utf-8").lower() for p in (PACKAGE / "engine").glob("*.py"))
+    text = "".join(path.read_text("utf-8").lower() for path in (PACKAGE / "engine").glob("*.py"))
     assert [word for word in words if word in text] == []
 
 
@@ -122,3 +243,8 @@ print(answer.verdict.answer, *(m for m in {HEAVY!r} + ("rich", "typer", "yaml", 
 def test_importing_the_library_needs_pydantic_and_the_standard_library_only() -> None:
     code = "import sys; from memplan import RunSpec, estimate; print(*sys.modules)"
     assert {"rich", "typer", "yaml", *HEAVY}.isdisjoint(fresh(code).split())
+
+
+def test_the_function_estimate_is_not_hidden_by_the_room_of_its_name() -> None:
+    code = "import memplan.estimate.answer; from memplan import plan, estimate; print(callable(memplan.estimate))"
+    assert fresh(code) == "True"

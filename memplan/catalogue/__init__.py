@@ -1,4 +1,4 @@
-"""What each kernel, method and optimizer keeps in memory, as data in the language of `memplan.ir`.
+"""What each kernel, method and optimizer keeps in memory, as data in the language of `memplan.core.ir`.
 
 One module per family of models; each has `BUILDERS`, a function per model_type that returns the model's stack.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from memplan.catalogue.attention import JOINED, Wiring, flattened
-from memplan.ir import Stack
-from memplan.models import ModelSpec
+from memplan.catalogue.attention.attention import JOINED, flattened
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Stack
+from memplan.models.model import ModelSpec
 
 # Which module builds which model_type: only the one asked for is imported.
 _MODULES = {
@@ -24,16 +25,16 @@ _MODULES = {
         "gpt": "gpt2 gpt_bigcode gpt_neo gptj",
         "neox": "gpt_neox phi nemotron starcoder2",
         "opt": "opt",
-        "alibi": "bloom mpt",
+        "bloom_mpt": "bloom mpt",
         "falcon": "falcon",
-        "remote": "baichuan internlm2 minicpm qwen",
+        "published_code": "baichuan internlm2 minicpm qwen",
         "gemma": "gemma gemma2 gemma3_text",
         "cohere": "cohere cohere2",
         "olmo": "olmo olmo2 olmo3 exaone4",
         "glm": "glm glm4",
         "chatglm": "chatglm",
         "stablelm": "stablelm",
-        "latent": "minicpm3",
+        "minicpm3": "minicpm3",
         "deepseek": "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa",
         "moe": "deepseek ernie4_5_moe glm4_moe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe",
         "kimi": "kimi_k25 kimi_k3",
@@ -45,7 +46,7 @@ _MODULES = {
         "mistral3": "mistral3",
         "mllama": "mllama",
         "dbrx": "dbrx",
-        "delta": "qwen3_5_moe_text qwen3_5_text qwen3_next",
+        "qwen3_next": "qwen3_5_moe_text qwen3_5_text qwen3_next",
         "mamba": "falcon_mamba jamba mamba",
         "ssm": "granitemoehybrid mamba2 nemotron_h",
         "gemma3n": "gemma3n_text",
@@ -55,7 +56,7 @@ _MODULES = {
         "minimax_m3": "minimax_m3_vl_text",
         "step3p7": "step3p7",
         "megatron": "megatron_gpt",
-        "sinks": "gpt_oss mimo_v2_flash",
+        "gpt_oss": "gpt_oss mimo_v2_flash",
         "bert": "bert roberta xlm-roberta",
         "t5": "t5",
         "whisper": "whisper",
@@ -71,23 +72,23 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
     `code`: whose, transformers', litgpt's or torchtitan's.
     """
     if code == "torchtitan":
-        return import_module("memplan.catalogue.torchtitan").build(model, wiring)
+        return import_module("memplan.catalogue.families.torchtitan").build(model, wiring)
     if code == "litgpt":
-        return import_module("memplan.catalogue.litgpt").build(model, wiring)
+        return import_module("memplan.catalogue.families.litgpt").build(model, wiring)
     wiring = wiring._replace(drops=model.probability("attention_dropout") > 0)
-    module = import_module(f"memplan.catalogue.{_MODULES[model.model_type]}")
+    module = import_module(f"memplan.catalogue.families.{_MODULES[model.model_type]}")
     stack: Stack = module.BUILDERS[model.model_type](model, wiring)
     if model.objective == "sequence_classification" and model.objectives[0] == "causal_lm":
-        from memplan.catalogue.heads import classifying
+        from memplan.catalogue.decoder.task_heads import classifying
 
         stack = classifying(model, stack)
     if model.get("output_router_logits", False):
-        from memplan.catalogue.methods import rewrite
-        from memplan.catalogue.routers import balanced
+        from memplan.catalogue.experts.routers import balanced
+        from memplan.catalogue.kernels.rewriting import rewrite
 
         stack = rewrite(stack, lambda op: (balanced(op),))
     if not wiring.single or model.model_type not in JOINED:
         return stack
-    from memplan.catalogue.methods import rewrite
+    from memplan.catalogue.kernels.rewriting import rewrite
 
     return rewrite(stack, lambda op: (flattened(op),))

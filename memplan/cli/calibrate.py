@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 import typer
 from typer.main import get_command
 
-from memplan.cli import answered, show
+from memplan.cli.answering import answered, show
 
 if TYPE_CHECKING:
-    from memplan.calibration import Calibration, Measurement
-    from memplan.spec import RunSpec
+    from memplan.estimate.calibration import Calibration, Measurement
+    from memplan.spec.run import RunSpec
 
 
 def command(_: Sequence[Any]) -> Any:
@@ -43,31 +43,6 @@ def calibrate(
     return answered(lambda: _calibrate(lines, output), () if output is None else ("output",))
 
 
-def profile_of(gpu: str) -> tuple[Calibration | None, str]:
-    """This machine's profile of a card, and a sentence for the answer: that it rests on the profile, or why not.
-
-    Raises SpecError if the card's file holds no profile.
-    """
-    from memplan import __version__
-    from memplan.calibration import file_of, local
-    from memplan.errors import printable
-    from memplan.gpus import find_gpu
-
-    name = find_gpu(gpu).name
-    try:
-        profile = local(name)
-    except OSError as error:
-        why = f"{printable(str(file_of(name)), _LONGEST)} cannot be read ({error.strerror})"
-        return None, f"this machine's profile of {name} is left out: {why}"
-    if profile is None:
-        return None, ""
-    if profile.memplan != __version__:
-        why = f"is of estimates by memplan {profile.memplan}; memplan calibrate makes it anew"
-        return None, f"this machine's profile of {name} is left out: it {why}"
-    return profile, profile.named()
-
-
-_LONGEST = 200  # letters of a path that a warning repeats
 _MOST = 2**50  # bytes: what is more is no card's
 
 
@@ -83,9 +58,9 @@ class Line(NamedTuple):
 
 
 def _calibrate(files: Sequence[str], output: str | None) -> int:
-    from memplan.calibration import calibrated, file_of, write
-    from memplan.errors import SpecError
-    from memplan.probe.rows import read
+    from memplan.core.errors import SpecError
+    from memplan.estimate.calibration import calibrated, file_of, write
+    from memplan.probe.run.rows import read
 
     found: list[Line] = []
     left_out: dict[str, int] = {}
@@ -120,9 +95,9 @@ def _calibrate(files: Sequence[str], output: str | None) -> int:
 
 def _line(run: RunSpec, line: Mapping[str, Any]) -> Line | str:
     """What of a line a profile is made of, or why it is of no use for one."""
-    from memplan.calibration import Measurement
-    from memplan.errors import MemplanError
-    from memplan.estimator import estimate
+    from memplan.core.errors import MemplanError
+    from memplan.estimate.calibration import Measurement
+    from memplan.estimate.estimate import estimate
 
     context: object = line.get("context")
     last = cast(Mapping[str, object], context).get("last") if isinstance(context, Mapping) else None
@@ -149,15 +124,15 @@ def _latest_machine(lines: Sequence[Line]) -> list[Line]:
 
 
 def _origin(lines: Sequence[Line]) -> Any:
-    from memplan import __version__
-    from memplan.calibration import Origin
+    from memplan.core.version import __version__
+    from memplan.estimate.calibration import Origin
 
     one = lines[0]
     return Origin(one.gpu, one.driver, one.allocator, one.stack, __version__, max(line.date for line in lines))
 
 
 def _said(profile: Calibration, older: int, path: Path) -> list[str]:
-    from memplan.units import gib
+    from memplan.core.units import gib
 
     context, reserved, used = profile.context, profile.reserved_error, profile.used_error
     lines = [

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from memplan.cli import answered, complete_model, show
+from memplan.cli.answering import answered, show
+from memplan.cli.options import complete_model
 
 
 def command(_: Sequence[Any]) -> Any:
@@ -59,12 +60,12 @@ def new(
 def _new(name: str, online: bool, revision: str | None, hf_id: str | None, out: str | None) -> int:
     import re
 
-    from memplan.cards import Facts, facts_of
-    from memplan.cli import revised
-    from memplan.errors import SpecError, printable
-    from memplan.models import ModelSpec
-    from memplan.new_card import ID, card, id_in
-    from memplan.new_card import Facts as Said
+    from memplan.cli.runs import revised
+    from memplan.core.errors import SpecError, printable
+    from memplan.models.cards import Facts, facts_of
+    from memplan.models.model import ModelSpec
+    from memplan.report.model_card import ID, card, id_in
+    from memplan.report.model_card import Facts as Said
 
     if revision is not None:
         name = revised(name, revision)

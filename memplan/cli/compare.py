@@ -11,26 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
-from memplan.cli import (
-    APART,
-    LATER,
-    Grouped,
-    UsageError,
-    answered,
-    complete_model,
-    exit_code,
-    format_of,
-    left_out,
-    own_profile,
-    runs_of,
-    show,
-    usage,
-)
+from memplan.cli import APART, LATER
+from memplan.cli.answering import UsageError, answered, show, usage
+from memplan.cli.options import Grouped, complete_model
+from memplan.cli.own_profile import own_profile
+from memplan.cli.runs import exit_code, format_of, left_out, runs_of
 
 if TYPE_CHECKING:
-    from memplan.answer import Estimate
-    from memplan.calibration import Calibration
-    from memplan.spec import RunSpec
+    from memplan.estimate.answer import Estimate
+    from memplan.estimate.calibration import Calibration
+    from memplan.spec.run import RunSpec
 
 _WHOLE = ("format", "json", "output", "strict")  # of the comparison, not of one of its runs
 _NONE = ("explain", "online", "revision", "spec")  # of `estimate` alone
@@ -82,8 +72,8 @@ def compare(
 
 
 def _compare(given: Mapping[str, Any], words: Any) -> int:
-    from memplan.comparison import compared
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
+    from memplan.planning.comparison import compared
     from memplan.report.comparison import FORMATS, render
     from memplan.report.text import Screen, screen
 
@@ -114,11 +104,11 @@ def _answers(
     """The answers of one run, one for each card. What is wrong with it is one line that says which run it is."""
     from pydantic import ValidationError
 
-    from memplan.cli.failures import line_of
     from memplan.cli.request import over
-    from memplan.errors import FactsMissingError, MemplanError, SpecError
-    from memplan.estimator import estimate
-    from memplan.via import estimates
+    from memplan.core.errors import FactsMissingError, MemplanError, SpecError
+    from memplan.estimate.estimate import estimate
+    from memplan.probe.route import estimates
+    from memplan.spec.failures import line_of
 
     given = dict(shared)
     try:
@@ -138,7 +128,7 @@ def _answers(
 
 def _given(text: str, words: Any) -> dict[str, Any]:
     """What one run says of itself: a model or a file, and options. Raises SpecError or typer's error about usage."""
-    from memplan.errors import SpecError, printable
+    from memplan.core.errors import SpecError, printable
 
     typed = _typed(text)
     if not typed:
@@ -161,7 +151,7 @@ def _given(text: str, words: Any) -> dict[str, Any]:
 
 def _typed(text: str) -> list[str]:
     """The words of one run. A file's name may have spaces, and a path's backslashes are no quotes."""
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
 
     if text.lower().endswith(_FILES) and Path(text).is_file():
         return [text]
@@ -173,7 +163,7 @@ def _typed(text: str) -> list[str]:
 
 def _is_file_of_run(name: str) -> bool:
     """Whether it names a run's file, and not a model's config.json. Raises what says why a file cannot be read."""
-    from memplan.cli.spec_file import read_spec
+    from memplan.spec.file import read_spec
 
     if not name.lower().endswith(_FILES):
         return False

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
-from memplan.cli import Grouped, answered, complete_gpu, format_of, left_out, option, own_profile, runs_of, show
+from memplan.cli.answering import answered, show
+from memplan.cli.options import Grouped, complete_gpu, option
+from memplan.cli.own_profile import own_profile
+from memplan.cli.runs import format_of, left_out, runs_of
 
 if TYPE_CHECKING:
-    from memplan.answer import Estimate
-    from memplan.calibration import Calibration
-    from memplan.planning.demand import Demand
+    from memplan.estimate.answer import Estimate
+    from memplan.estimate.calibration import Calibration
+    from memplan.estimate.demand import Demand
     from memplan.planning.offers import Offers, Owned, Wanted
     from memplan.report.plans import Planned
-    from memplan.spec import RunSpec
+    from memplan.spec.run import RunSpec
 
 # Of `estimate` alone, or with a meaning of their own here.
 _NONE = ("explain", "online", "revision", "via", "cache")
@@ -159,10 +162,10 @@ def plan(
 
 
 def _plan(given: Mapping[str, Any]) -> int:
-    from memplan.errors import SpecError, UnsupportedModelError
+    from memplan.core.errors import SpecError, UnsupportedModelError
+    from memplan.probe.route import without_a_trace
     from memplan.report.plans import render
     from memplan.report.text import Screen, screen
-    from memplan.via import without_a_trace
 
     mode = _mode(given)
     divides = _DIVIDING if mode == "nodes" else ()
@@ -191,7 +194,7 @@ def _plan(given: Mapping[str, Any]) -> int:
 
 def _check_task(run: RunSpec, mode: str, given: Mapping[str, Any]) -> None:
     """Raise SpecError where the mode, or one of its options, is of another task than the run's."""
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
 
     if run.task == "train":
         return
@@ -206,7 +209,7 @@ def _check_task(run: RunSpec, mode: str, given: Mapping[str, Any]) -> None:
 
 def _mode(given: Mapping[str, Any]) -> str:
     """The one that is typed; empty where none is."""
-    from memplan.errors import SpecError, UnknownNameError
+    from memplan.core.errors import SpecError, UnknownNameError
 
     first, *others = [mode for mode in _MODES if mode in given] or [""]
     if others:
@@ -217,7 +220,7 @@ def _mode(given: Mapping[str, Any]) -> str:
 
 
 def _format(given: Mapping[str, Any], mode: str) -> str:
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
     from memplan.report.plans import FORMATS, IN_ROWS
 
     format = format_of(given)
@@ -230,11 +233,11 @@ def _format(given: Mapping[str, Any], mode: str) -> str:
 
 def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
     """What counts as fitting. Raises SpecError where the mode or that asks for what the run cannot have."""
-    from memplan.catalogue.methods import ADAPTERS
-    from memplan.errors import SpecError
-    from memplan.gpus import find_gpu
-    from memplan.planning.demand import Demand
-    from memplan.units import size_of
+    from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.catalogue.methods.methods import ADAPTERS
+    from memplan.core.errors import SpecError
+    from memplan.core.units import size_of
+    from memplan.estimate.demand import Demand
 
     demand = Demand("tight" in given, size_of(given["headroom"], "headroom") if "headroom" in given else 0)
     if mode == "buy":
@@ -251,7 +254,7 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
 
 
 def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) -> Planned:
-    from memplan.estimator import estimate
+    from memplan.estimate.estimate import estimate
 
     own = own_profile(run.gpu, given)
     if run.task == "generate" and mode in ("levers", "buy"):
@@ -284,7 +287,7 @@ def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) 
 
 
 def _generating(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibration | None) -> Planned:
-    from memplan.estimator import estimate
+    from memplan.estimate.estimate import estimate
     from memplan.planning.inference import places, questions
     from memplan.report.plans.inference import Asked, Places
 
@@ -295,7 +298,7 @@ def _generating(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any
 
 
 def _most_of(given: Mapping[str, Any]) -> int:
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
 
     most: int = given.get("most", 20)
     if most < 1:
@@ -304,7 +307,7 @@ def _most_of(given: Mapping[str, Any]) -> int:
 
 
 def _levers(run: RunSpec, demand: Demand, own: Calibration | None) -> Planned:
-    from memplan.catalogue.methods import ADAPTERS
+    from memplan.catalogue.methods.methods import ADAPTERS
     from memplan.planning.plan import plan
     from memplan.planning.reach import reach
     from memplan.report.plans.levers import Levers
@@ -315,10 +318,10 @@ def _levers(run: RunSpec, demand: Demand, own: Calibration | None) -> Planned:
 
 
 def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, Any]) -> Planned:
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
+    from memplan.core.units import amount_of
     from memplan.planning.offers import offers
     from memplan.report.plans.offers import Bought
-    from memplan.units import amount_of
 
     most = given.get("most", 20)
     tokens = amount_of(given["tokens"], "tokens") if "tokens" in given else None
@@ -330,9 +333,9 @@ def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, 
 
 
 def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibration | None) -> Planned:
+    from memplan.catalogue.hardware.gpus import find_gpu
     from memplan.cli.request import strategy_of
-    from memplan.errors import SpecError
-    from memplan.gpus import find_gpu
+    from memplan.core.errors import SpecError
     from memplan.planning.cluster import DEGREES, Pinned, cluster_of, search
     from memplan.report.plans.cluster import Divided
 
@@ -363,9 +366,9 @@ def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibr
 
 def _emitted(planned: Planned, given: Mapping[str, Any]) -> int:
     """The fastest grid's file, alone; where nothing fits there is none."""
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
     from memplan.frameworks.emit import emit
-    from memplan.frameworks.written import Nodes
+    from memplan.frameworks.whole_file import Nodes
     from memplan.report.plans.cluster import Divided
 
     assert isinstance(planned, Divided)
@@ -380,7 +383,7 @@ def _emitted(planned: Planned, given: Mapping[str, Any]) -> int:
 
 def _nearest(run: RunSpec, found: Offers) -> Estimate | None:
     """The run on what comes nearest, where nothing is offered."""
-    from memplan.estimator import estimate
+    from memplan.estimate.estimate import estimate
     from memplan.planning.levers import spread, with_fields
 
     miss = found.nearest
@@ -391,10 +394,10 @@ def _nearest(run: RunSpec, found: Offers) -> Estimate | None:
 
 
 def _wanted(given: Mapping[str, Any]) -> Wanted:
-    from memplan.errors import SpecError
-    from memplan.gpus import all_gpus
+    from memplan.catalogue.hardware.gpus import all_gpus
+    from memplan.core.errors import SpecError
+    from memplan.core.units import gib, size_of
     from memplan.planning.offers import ANY, COUNTS
-    from memplan.units import gib, size_of
 
     if "have" in given and "count" in given:
         raise SpecError("count: --count and --have exclude each other", "count")
@@ -423,7 +426,7 @@ _MOST = 4096  # of one card
 
 
 def _owned(text: str) -> tuple[Owned, ...]:
-    from memplan.errors import UnknownNameError
+    from memplan.core.errors import UnknownNameError
     from memplan.planning.offers import owned
 
     try:
@@ -434,7 +437,7 @@ def _owned(text: str) -> tuple[Owned, ...]:
 
 def _named(field: str, word: str, choices: Sequence[str]) -> str:
     """The choice that is meant, whatever its case and spaces; `datacenter` too."""
-    from memplan.errors import UnknownNameError
+    from memplan.core.errors import UnknownNameError
 
     meant = "".join(word.lower().split()).replace("-", "").replace("datacenter", "datacentre")
     for choice in choices:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from typer.main import get_command
 
-from memplan.cli import Grouped, answered, left_out, option, runs_of, show
+from memplan.cli.answering import answered, show
+from memplan.cli.options import Grouped, option
+from memplan.cli.runs import left_out, runs_of
 
 if TYPE_CHECKING:
-    from memplan.answer import Estimate
-    from memplan.gpus import GPU
-    from memplan.probe.process import Here
+    from memplan.catalogue.hardware.gpu import GPU
+    from memplan.estimate.answer import Estimate
+    from memplan.probe.run.process import Here
     from memplan.report.text import Screen
-    from memplan.spec import RunSpec
+    from memplan.spec.run import RunSpec
 
 PROBE = "Probe"
 MODES = ("trace", "cuda", "gradients")
@@ -104,7 +106,7 @@ def probe(
 
 
 def _probe(given: Mapping[str, Any]) -> int:
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
 
     modes = [mode for mode in MODES if mode in given]
     if len(modes) > 1:
@@ -130,7 +132,7 @@ def _probe(given: Mapping[str, Any]) -> int:
 
 
 def _one(given: Mapping[str, Any]) -> RunSpec:
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
 
     runs = runs_of(given)
     if len(runs) > 1:
@@ -150,8 +152,8 @@ def _json(value: object) -> str:
 
 def _estimated(run: RunSpec) -> tuple[Estimate | None, str]:
     """The estimate, or why there is none: a probe also runs what memplan has no stack for."""
-    from memplan.errors import FactsMissingError, MemplanError, UnknownNameError
-    from memplan.estimator import estimate
+    from memplan.core.errors import FactsMissingError, MemplanError, UnknownNameError
+    from memplan.estimate.estimate import estimate
 
     try:
         return estimate(run), ""
@@ -166,10 +168,10 @@ def _estimated(run: RunSpec) -> tuple[Estimate | None, str]:
 
 def _machine(asked: str | None) -> tuple[Here, GPU | None]:
     """This machine and its card's row. Raises MemplanError where there is no GPU, or another than was asked for."""
-    from memplan.errors import SpecError, UnknownNameError
-    from memplan.gpus import find_gpu
+    from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.core.errors import SpecError, UnknownNameError
     from memplan.probe.libraries import require
-    from memplan.probe.process import here
+    from memplan.probe.run.process import here
 
     require()
     machine = here()
@@ -183,10 +185,10 @@ def _machine(asked: str | None) -> tuple[Here, GPU | None]:
 
 
 def _measured(given: Mapping[str, Any]) -> int:
-    from memplan.errors import MemplanError
-    from memplan.probe.process import RESULTS, measure
-    from memplan.probe.rows import row as line_of
-    from memplan.report import probed
+    from memplan.core.errors import MemplanError
+    from memplan.probe.run.process import RESULTS, measure
+    from memplan.probe.run.rows import row as line_of
+    from memplan.report import measurement as probed
 
     run = _one(given)
     machine, row = _machine(run.gpu)
@@ -208,9 +210,9 @@ def _measured(given: Mapping[str, Any]) -> int:
 
 def _on(run: RunSpec, row: GPU | None) -> RunSpec:
     """The run on a card; one of a config.json on this machine says the config itself, so that its line stands alone."""
-    from memplan.cards import find_config, find_model
-    from memplan.errors import UnsupportedModelError
-    from memplan.spec import InlineModel
+    from memplan.core.errors import UnsupportedModelError
+    from memplan.models.cards import find_config, find_model
+    from memplan.spec.generation import InlineModel
 
     update: dict[str, Any] = {"gpu": row.name if row else None}
     if isinstance(run.model, str):
@@ -237,7 +239,7 @@ def _short(answer: Estimate | None) -> dict[str, Any] | None:
 
 def _tell(line: str) -> None:
     """One line to the user while the work goes on."""
-    from memplan.errors import printable
+    from memplan.core.errors import printable
 
     if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison] (where it was closed)
         sys.stderr.write(f"memplan: {printable(line)}\n")
@@ -248,7 +250,7 @@ def _tell(line: str) -> None:
 
 
 def _suite(given: Mapping[str, Any], mode: str) -> int:
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
 
     if mode == "gradients":
         raise SpecError("suite: --gradients is of one model; leave out --suite", "suite")
@@ -273,8 +275,8 @@ def _suite(given: Mapping[str, Any], mode: str) -> int:
 
 def _row(asked: Sequence[str], needed: bool) -> GPU | None:
     """The card asked for, or where a suite is to be chosen for one, the card that is here."""
-    from memplan.errors import MemplanError, SpecError
-    from memplan.gpus import find_gpu
+    from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.core.errors import MemplanError, SpecError
 
     if asked:
         return find_gpu(asked[0])
@@ -291,21 +293,22 @@ def _row(asked: Sequence[str], needed: bool) -> GPU | None:
 
 def _runs(suite: str, row: GPU | None) -> list[RunSpec]:
     """The suite's runs, on the card where there is one."""
-    from memplan.probe.suite import default_suite, read_suite
+    from memplan.planning.reach import largest_batch
+    from memplan.probe.run.suite import default_suite, read_suite
 
     if suite == "default" and row is not None:
-        return default_suite(row)
+        return default_suite(row, largest_batch)
     runs = read_suite(suite)
     return runs if row is None else list(dict.fromkeys(_on(run, row) for run in runs))
 
 
 def _planned(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
     """Print what would be run. The output that it would go to is only read."""
-    from memplan.gpus import find_gpu
-    from memplan.probe.process import RESULTS
-    from memplan.probe.rows import done
-    from memplan.probe.suite import as_json, plan
-    from memplan.report import probed
+    from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.probe.run.process import RESULTS
+    from memplan.probe.run.rows import done
+    from memplan.probe.run.suite import as_json, plan
+    from memplan.report import measurement as probed
     from memplan.report.text import screen
 
     gpu = find_gpu(runs[0].gpu) if runs[0].gpu else None
@@ -324,9 +327,9 @@ def _planned(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
 
 
 def _measured_suite(runs: Sequence[RunSpec], machine: Here, given: Mapping[str, Any]) -> int:
-    from memplan.probe.process import RESULTS, here, measure
-    from memplan.probe.rows import row as line_of
-    from memplan.report import probed
+    from memplan.probe.run.process import RESULTS, here, measure
+    from memplan.probe.run.rows import row as line_of
+    from memplan.report import measurement as probed
 
     def results(left: Sequence[RunSpec]) -> Iterator[Result]:
         for number, run in enumerate(left, 1):
@@ -355,7 +358,7 @@ def _each(
     results: Callable[[Sequence[RunSpec]], Iterator[Result]],
 ) -> int:
     """Run those that the output has none of the `outcomes` of, and write each line as the run ends. 1 if one failed."""
-    from memplan.probe.rows import append, done
+    from memplan.probe.run.rows import append, done
 
     output = Path(given["output"]) if "output" in given else None
     there = done(output, outcomes) if output is not None else set[Any]()
@@ -379,8 +382,8 @@ def _each(
 
 def _traced(given: Mapping[str, Any]) -> int:
     from memplan.probe.libraries import require
-    from memplan.probe.trace import trace
-    from memplan.report import traced as report
+    from memplan.probe.run.trace import trace
+    from memplan.report import trace as report
 
     require()
     run = _one(given)
@@ -395,8 +398,8 @@ def _traced(given: Mapping[str, Any]) -> int:
 
 
 def _traced_suite(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
-    from memplan.probe.trace import traces
-    from memplan.report import traced as report
+    from memplan.probe.run.trace import traces
+    from memplan.report import trace as report
 
     def results(left: Sequence[RunSpec]) -> Iterator[Result]:
         for number, (run, traced) in enumerate(zip(left, traces(left, given["steps"]), strict=True), 1):
@@ -411,9 +414,9 @@ def _traced_suite(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
 
 
 def _gradients(given: Mapping[str, Any]) -> int:
-    from memplan.errors import SpecError
+    from memplan.core.errors import SpecError
     from memplan.probe.gradients import as_json, compare
-    from memplan.report import probed
+    from memplan.report import measurement as probed
 
     asked = given if "method" in given or "spec" in given else {**given, "method": "lora"}
     if not {"dtype", "precision", "spec"} & set(given):

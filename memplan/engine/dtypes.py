@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from memplan.ir import Op, Tensor, Weight, named
+from memplan.core.ir import Op, Tensor, Weight, named
 
 FLOATING = frozenset(("fp32", "bf16", "fp16"))
 _AUTOCAST = "torch 2.13 aten/src/ATen/autocast_mode.cpp cached_cast"

@@ -11,8 +11,8 @@ from collections.abc import Container
 from functools import partial
 from typing import NamedTuple
 
+from memplan.core.ir import Division, Op, Unit
 from memplan.engine.lower import CASTING, COMPUTING, GATHERING, LENT, REDUCING, Frame, Storage, Tape
-from memplan.ir import Division, Op, Unit
 
 BEFORE, AFTER, TIED, ROOT, REST = "before", "after", "tied", "root", "rest"
 OUTSIDE = (ROOT, BEFORE, TIED, AFTER)  # units of weights outside of blocks

@@ -11,9 +11,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from memplan.core.errors import InternalError
+from memplan.core.ir import Op, SavedTensors, Tensor, Unit
 from memplan.engine.dtypes import FLOATING, Scope
-from memplan.errors import InternalError
-from memplan.ir import Op, SavedTensors, Tensor, Unit
 
 Way = Literal["past", "forward", "backward"]  # past: what a copy finds of the pass before
 Counts = dict[int, int]  # size -> how many storages of it are alive

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+from memplan.core.ir import Division, Op, SavedTensors, Stack, Tensor
 from memplan.engine.gather import Gatherer
 from memplan.engine.lower import COMPUTING, Frame, Moment, Storage, Tape, Way
 from memplan.engine.step import run_pass
-from memplan.ir import Division, Op, SavedTensors, Stack, Tensor
 
 FREED = -1
 RUN = 3  # copies of a run that are run: its first, its last, and the one between that all others are like

@@ -8,10 +8,10 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
+from memplan.core.ir import Block, Division, Op, SavedTensors, Stack, Tensor
 from memplan.engine.dtypes import FLOATING, Blocks, Scope
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape, add_to_each, leaves
-from memplan.ir import Block, Division, Op, SavedTensors, Stack, Tensor
 
 
 class Joint(NamedTuple):
@@ -29,8 +29,9 @@ class Joint(NamedTuple):
 class Copies(NamedTuple):
     """Equal blocks with literal dtypes: as many as the axis `times` says, `less` those split off before and `after`.
 
-    `units` are the names of what their weights are gathered in, see `memplan.ir.Division`. `skipped` is for recording,
-    where every copy stands for itself: how many like it are left out after it. `joins` is what runs before them.
+    `units` are the names of what their weights are gathered in, see `memplan.core.ir.Division`. `skipped` is for
+    recording, where every copy stands for itself: how many like it are left out after it. `joins` is what runs before
+    them.
     """
 
     blocks: tuple[Block, ...]

@@ -13,10 +13,10 @@ from math import prod
 from operator import ge, mul, sub
 from typing import Any, NamedTuple
 
+from memplan.core.arithmetic import Size
+from memplan.core.ir import AT_LEAST
+from memplan.core.units import ITEMSIZE, rounded
 from memplan.engine.lower import Moment
-from memplan.ir import AT_LEAST
-from memplan.sizes import Size
-from memplan.units import ITEMSIZE, rounded
 
 
 class Variable(NamedTuple):

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from memplan.core.ir import Op, SavedTensors, Stack, Tensor
 from memplan.engine.gather import Gatherer
 from memplan.engine.lower import Frame, Node, Storage, Tape
 from memplan.engine.step import run_pass
-from memplan.ir import Op, SavedTensors, Stack, Tensor
 
 
 class Call(NamedTuple):

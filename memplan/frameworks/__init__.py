@@ -6,11 +6,11 @@ One table of keys per framework, in its own file, each with the version it was r
 from __future__ import annotations
 
 from memplan.frameworks.axolotl import AXOLOTL
+from memplan.frameworks.change_table import Framework, Lines, read_off
 from memplan.frameworks.command import options, own_lines
 from memplan.frameworks.llamafactory import LLAMAFACTORY
-from memplan.frameworks.table import Framework, Lines, read_off
 from memplan.frameworks.trl import TRL
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 
 __all__ = ["FRAMEWORKS", "Framework", "Lines", "lines", "options"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.frameworks import words
-from memplan.frameworks.table import Value
-from memplan.frameworks.written import Nodes, Said, Written, constant, nested, of_run, where, yaml_lines
-from memplan.spec import RunSpec, Zero
+from memplan.frameworks import shared_keys as words
+from memplan.frameworks.change_table import Value
+from memplan.frameworks.whole_file import Nodes, Said, Written, constant, nested, of_run, where, yaml_lines
+from memplan.spec.parallelism import Zero
+from memplan.spec.run import RunSpec
 
 
 def _kind(run: RunSpec) -> str:

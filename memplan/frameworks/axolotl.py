@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from memplan.frameworks import words
-from memplan.frameworks.table import Framework, Key, Remark, Value, is_
-from memplan.frameworks.words import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, RESHARD, of_adapters
-from memplan.spec import RunSpec
+from memplan.frameworks import shared_keys as words
+from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_
+from memplan.frameworks.shared_keys import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, RESHARD, of_adapters
+from memplan.spec.run import RunSpec
 
 _KERNELS = {
     "liger_rope": "rope",

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple, cast
 
-from memplan.catalogue.methods import ADAPTERS
-from memplan.errors import SpecError
-from memplan.frameworks.table import Lines, differing, value_of
-from memplan.spec import Method, Offload, Optimizer, Parallelism, Precision, RunSpec, precision_of
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.core.errors import SpecError
+from memplan.frameworks.change_table import Lines, differing, value_of
+from memplan.spec.parallelism import Offload, Parallelism
+from memplan.spec.run import RunSpec
+from memplan.spec.training import Method, Optimizer, Precision, precision_of
 
 # The option that sets a field to any value it may have, but for those in `_sayable`.
 OPTIONS = {

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from memplan.errors import SpecError, printable
+from memplan.core.errors import SpecError, printable
+from memplan.spec.file import read_spec
 
-# Keys of zero_optimization that are fields of `memplan.spec.Zero`; of several the name without stage3_ is another's.
+# Keys of zero_optimization that are fields of `memplan.spec.parallelism.Zero`; of several the name without stage3_ is
+# another's.
 _SIZES = {
     "reduce_bucket_size": "reduce_bucket_size",
     "allgather_bucket_size": "allgather_bucket_size",
@@ -198,3 +200,12 @@ def _mapping(value: object, key: str) -> Mapping[str, Any]:
 
 def _refused(key: str, why: str) -> SpecError:
     return SpecError(f"deepspeed: {key}: {why}", "parallelism.zero")
+
+
+def read_deepspeed(name: str) -> dict[str, dict[str, Any]]:
+    """The parts of a run in a DeepSpeed config. Raises SpecError or ConfigError, in one line."""
+    try:
+        config = read_spec(name)
+    except SpecError as error:
+        raise SpecError(f"deepspeed{str(error).removeprefix('spec')}", "parallelism.zero") from None
+    return read(config)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from memplan.frameworks import words
-from memplan.frameworks.table import Value
-from memplan.frameworks.written import Nodes, Said, Written, nested, of_run, sequences, where
-from memplan.spec import RunSpec
+from memplan.frameworks import shared_keys as words
+from memplan.frameworks.change_table import Value
+from memplan.frameworks.whole_file import Nodes, Said, Written, nested, of_run, sequences, where
+from memplan.spec.run import RunSpec
 
 
 def _stage_3(run: RunSpec) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.catalogue.parallel import STRATEGIES
-from memplan.errors import UnknownNameError
+from memplan.catalogue.parallelism.sharding import STRATEGIES
+from memplan.core.errors import UnknownNameError
 from memplan.frameworks.accelerate import ACCELERATE
+from memplan.frameworks.change_table import Value
 from memplan.frameworks.deepspeed_json import DEEPSPEED
 from memplan.frameworks.megatron import MEGATRON
-from memplan.frameworks.table import Value
 from memplan.frameworks.torchtitan import TORCHTITAN
-from memplan.frameworks.written import Nodes, Written, command, head_node, torchrun, written
-from memplan.spec import RunSpec
+from memplan.frameworks.whole_file import Nodes, Written, command, head_node, torchrun, written
+from memplan.spec.run import RunSpec
 
 
 def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes: Nodes) -> str:

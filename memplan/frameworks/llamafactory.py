@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.frameworks import words
-from memplan.frameworks.table import Framework, Key, Remark, Value, is_
-from memplan.frameworks.words import FORMAT, HOST, KIND, PARALLEL, PRECISION, of_4_bits, of_adapters
-from memplan.spec import RunSpec
+from memplan.frameworks import shared_keys as words
+from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_
+from memplan.frameworks.shared_keys import FORMAT, HOST, KIND, PARALLEL, PRECISION, of_4_bits, of_adapters
+from memplan.spec.run import RunSpec
 
 _LIGER = {"rope", "rms_norm", "swiglu"}  # with the fused loss, all at once
 

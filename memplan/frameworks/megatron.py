@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.cards import find_model
-from memplan.frameworks.table import Value
-from memplan.frameworks.written import (
+from memplan.frameworks.change_table import Value
+from memplan.frameworks.whole_file import (
     Nodes,
     Said,
     Written,
@@ -18,8 +17,9 @@ from memplan.frameworks.written import (
     torchrun,
     where,
 )
-from memplan.models import ModelSpec
-from memplan.spec import RunSpec
+from memplan.models.cards import find_model
+from memplan.models.model import ModelSpec
+from memplan.spec.run import RunSpec
 
 # What a family is in Megatron's words, beside its sizes.
 _LLAMA = ("--swiglu", "--normalization RMSNorm", "--position-embedding-type rope", "--disable-bias-linear")

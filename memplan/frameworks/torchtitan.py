@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.frameworks import words
-from memplan.frameworks.table import Value
-from memplan.frameworks.written import (
+from memplan.frameworks import shared_keys as words
+from memplan.frameworks.change_table import Value
+from memplan.frameworks.whole_file import (
     Nodes,
     Said,
     Written,
@@ -18,7 +18,7 @@ from memplan.frameworks.written import (
     torchrun,
     where,
 )
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 
 # Functions of torchtitan's registry, by the model's id. Source: torchtitan 0.3.0 models/*/config_registry.py.
 _CONFIGS = {

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from memplan.frameworks import words
-from memplan.frameworks.table import Framework, Key, Remark, Value
-from memplan.frameworks.words import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, RESHARD, of_4_bits, of_adapters
-from memplan.spec import RunSpec
+from memplan.frameworks import shared_keys as words
+from memplan.frameworks.change_table import Framework, Key, Remark, Value
+from memplan.frameworks.shared_keys import (
+    DTYPES,
+    FORMAT,
+    HOST,
+    KIND,
+    PARALLEL,
+    PRECISION,
+    RESHARD,
+    of_4_bits,
+    of_adapters,
+)
+from memplan.spec.run import RunSpec
 
 
 def _dtype(run: RunSpec) -> Value:

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
-from memplan.catalogue.costs import cost_of
-from memplan.errors import MemplanError, SpecError
-from memplan.estimator import estimate
-from memplan.planning.demand import FITS, Demand
+from memplan.catalogue.profiles.costs import cost_of
+from memplan.core.errors import MemplanError, SpecError
+from memplan.core.units import gib
+from memplan.estimate.answer import Estimate
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.demand import FITS, Demand
+from memplan.estimate.estimate import estimate
 from memplan.planning.levers import ATTENTION, FIRST, sequence_of, spread, with_fields
 from memplan.planning.offers import Offer, Wanted, offers
 from memplan.planning.plan import Time, time_between
 from memplan.planning.reach import largest_sequence, smaller_models
-from memplan.spec import Method, RunSpec, changed
-from memplan.units import gib
-
-if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+from memplan.spec.run import RunSpec, changed
+from memplan.spec.training import Method
 
 RANKS = (256, 128, 64, 32, 16, 8)
 _MODELS = 12  # smaller models that are tried

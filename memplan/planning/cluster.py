@@ -10,24 +10,23 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from math import gcd, prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
-from memplan.cards import find_model
-from memplan.catalogue.links import inside, network
-from memplan.catalogue.megatron import KIND
-from memplan.catalogue.parallel import STAGES, STRATEGIES
-from memplan.errors import MemplanError, SpecError
-from memplan.estimator import estimate
-from memplan.gpus import GPU
-from memplan.models import ModelSpec
-from memplan.planning.demand import FITS, Demand
+from memplan.catalogue.families.megatron import KIND
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.links import inside, network
+from memplan.catalogue.parallelism.sharding import STAGES, STRATEGIES
+from memplan.core.errors import MemplanError, SpecError
+from memplan.estimate.answer import Estimate
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.demand import FITS, Demand
+from memplan.estimate.estimate import estimate
+from memplan.models.cards import find_model
+from memplan.models.model import ModelSpec
 from memplan.planning.levers import spread, with_fields
 from memplan.planning.traffic import Cluster, Facts, Grid, Step, facts, least, step
-from memplan.spec import Offload, Parallelism, RunSpec
-
-if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+from memplan.spec.parallelism import Offload, Parallelism
+from memplan.spec.run import RunSpec
 
 MOST_GPUS = 65_536
 DEGREES = ("tp", "pp", "cp", "ep")

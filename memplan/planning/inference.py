@@ -1,36 +1,38 @@
 """The questions of those who run a model: does it fit, how many requests at once, how long a context, on how many GPUs,
 in which format, how fast, and on which cards.
 
-Every answer was estimated as it stands, but for the speed, which is a range (`memplan.roofline`).
+Every answer was estimated as it stands, but for the speed, which is a range (`memplan.planning.roofline`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from memplan.answer import Estimate
-from memplan.cards import find_model
-from memplan.catalogue import token_rates
-from memplan.catalogue.engines import find_engine
-from memplan.catalogue.running import UNPACKED
-from memplan.catalogue.weight_formats import Step, formats
-from memplan.errors import MemplanError, SpecError
-from memplan.estimator import estimate
-from memplan.gpus import GPU, find_gpu
-from memplan.planning.demand import FITS, Demand
-from memplan.planning.kept import others
+from memplan.catalogue.hardware import token_rates
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.catalogue.profiles.engines import find_engine
+from memplan.catalogue.quantization.inference_formats import UNPACKED
+from memplan.catalogue.quantization.weight_formats import Step, formats
+from memplan.core.errors import MemplanError, SpecError
+from memplan.estimate.answer import Estimate
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.demand import FITS, Demand
+from memplan.estimate.estimate import estimate
+from memplan.models.cards import find_model
+from memplan.planning.cache_choices import others
 from memplan.planning.offers import ANY, Wanted, wanted_cards
 from memplan.planning.reach import reach
-from memplan.roofline import Load, Pace, decode, prefill
-from memplan.serving.settings import Settings, settled
-from memplan.serving.shares import of_rank
-from memplan.spec import Parallelism, Quantization, RunSpec, changed
-from memplan.speed import Hourly, hourly
-from memplan.stored import UNQUANTISED, StoredWeight, stored_weights
-
-if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+from memplan.planning.roofline import Load, Pace, decode, prefill
+from memplan.planning.step_time import Hourly, hourly
+from memplan.program.serving.rank_share import of_rank
+from memplan.program.serving.settings import Settings
+from memplan.program.stored.weights import UNQUANTISED, StoredWeight, stored_weights
+from memplan.resolve.serving import settled
+from memplan.spec.formats import Quantization
+from memplan.spec.parallelism import Parallelism
+from memplan.spec.run import RunSpec, changed
 
 DEGREES = (1, 2, 4, 8, 16)
 PLACED = (1, 2, 3, 4, 8)  # GPUs that a device_map is tried on

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
-from memplan.errors import MemplanError
-from memplan.estimator import estimate
+from memplan.core.errors import MemplanError
+from memplan.estimate.answer import Estimate
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.estimate import estimate
 from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.plan import Effect
-from memplan.spec import Method, Parallelism, RunSpec
-
-if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+from memplan.spec.parallelism import Parallelism
+from memplan.spec.run import RunSpec
+from memplan.spec.training import Method
 
 # What a script without a thought for memory has: fp32 weights under autocast, a list-wise AdamW, nothing recomputed.
 PLAIN: dict[str, Any] = {

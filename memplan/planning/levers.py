@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from memplan.cards import find_config
-from memplan.catalogue.costs import Cost, cost_of
-from memplan.catalogue.methods import ADAPTERS
-from memplan.catalogue.parallel import STRATEGIES as ROWS
-from memplan.spec import Method, Offload, Precision, Quantization, RunSpec, changed
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
+from memplan.catalogue.profiles.costs import Cost, cost_of
+from memplan.models.cards import find_config
+from memplan.spec.formats import Quantization
+from memplan.spec.parallelism import Offload
+from memplan.spec.run import RunSpec, changed
+from memplan.spec.training import Method, Precision
 
 Fields = tuple[tuple[str, Any], ...]  # paths of a run's fields, and what they are set to
 
@@ -23,7 +26,7 @@ _BOUGHT = 4  # above every severity
 class Lever(NamedTuple):
     """One change.
 
-    keys     of its rows in `memplan.catalogue.costs`
+    keys     of its rows in `memplan.catalogue.profiles.costs`
     title    in words
     group    what it changes: of one group a run takes one lever
     fields   what it sets
@@ -40,7 +43,7 @@ class Lever(NamedTuple):
 
     @property
     def severity(self) -> int:
-        """How far the result differs, 0 to 3: see `memplan.catalogue.costs`."""
+        """How far the result differs, 0 to 3: see `memplan.catalogue.profiles.costs`."""
         return max(cost.severity for cost in self.costs)
 
     @property

@@ -11,20 +11,19 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from math import inf
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
-from memplan.answer import Estimate
-from memplan.catalogue.costs import cost_of
-from memplan.errors import MemplanError, SpecError
-from memplan.estimator import estimate
-from memplan.gpus import GPU, Market, all_gpus, find_gpu
-from memplan.planning.demand import FITS, Demand
+from memplan.catalogue.hardware.gpu import GPU, Market
+from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
+from memplan.catalogue.profiles.costs import cost_of
+from memplan.core.errors import MemplanError, SpecError
+from memplan.estimate.answer import Estimate
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.demand import FITS, Demand
+from memplan.estimate.estimate import estimate
 from memplan.planning.levers import STRATEGIES, spread, with_fields
-from memplan.spec import RunSpec
-from memplan.speed import Cost, Hourly, Pace, Range, Work, cost, hourly, pace, work
-
-if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+from memplan.planning.step_time import Cost, Hourly, Pace, Range, Work, cost, hourly, pace, work
+from memplan.spec.run import RunSpec
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
 _ALONE = "none"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from memplan.answer import Estimate, phase_peaks
-from memplan.cached_property import cached_property
-from memplan.catalogue.costs import Cost
-from memplan.errors import SpecError
-from memplan.estimator import estimate
-from memplan.gpus import find_gpu
-from memplan.planning.demand import Demand
+from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.catalogue.profiles.costs import Cost
+from memplan.core.cached_property import cached_property
+from memplan.core.errors import SpecError
+from memplan.estimate.answer import Estimate, phase_peaks
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.demand import Demand
+from memplan.estimate.estimate import estimate
 from memplan.planning.levers import Lever, levers_of
 from memplan.planning.search import Set, Trials, cheapest, strongest
-from memplan.spec import RunSpec
-from memplan.speed import ratio, work
-
-if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+from memplan.planning.step_time import ratio, work
+from memplan.spec.run import RunSpec
 
 SEVERITIES = ("the same result", "hardly seen", "seen in some tasks", "another result")
 

@@ -3,34 +3,30 @@ batch and sequence, and the GPUs that hold it.
 
 Answers are found by asking `estimate` again, with the machine's own profile where there is one. What is allocated only
 grows with batch, sequence and rank, so bisection finds where it ends; what torch reserves beyond may jump by a block,
-so that values beyond are looked at too, up to where the tensors alone are too many.
-"""
+so that values beyond are looked at too, up to where the tensors alone are too many."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from memplan.answer import Estimate
-from memplan.cards import card_names, find_model, load_card
-from memplan.catalogue.methods import ADAPTERS
-from memplan.errors import MemplanError, SpecError, UnknownNameError
-from memplan.estimator import estimate
-from memplan.gpus import GPU, all_gpus
-from memplan.planning.demand import FITS, Demand
-from memplan.spec import RunSpec, changed
-from memplan.sweep import FIELDS, Grid, grid
-from memplan.units import ITEMSIZE
-
-if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.gpus import all_gpus
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.core.errors import MemplanError, SpecError, UnknownNameError
+from memplan.core.units import ITEMSIZE
+from memplan.estimate.answer import Estimate, Holding
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.demand import FITS, Demand
+from memplan.estimate.estimate import estimate
+from memplan.models.cards import card_names, find_model, load_card
+from memplan.planning.sweep import FIELDS, Grid, grid
+from memplan.spec.run import RunSpec, changed
 
 AXES = (*FIELDS, "model")
 _MOST = 2**32  # nothing beyond is looked for: without it a run that takes no memory would have no end
 _LOOKS = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1)}
-# Values looked at beyond the first that does not fit, for what is reserved may jump up and down again: so many at most,
-# and where there are more, multiples of so many.
 
 
 class Reach(NamedTuple):
@@ -217,13 +213,6 @@ def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | Non
 
 
 _SHORTEST = 128  # tokens: what only fits with shorter sequences is not worth a row
-
-
-class Holding(NamedTuple):
-    """A GPU that holds the run, and how: fits or tight."""
-
-    gpu: GPU
-    answer: str
 
 
 def holding(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:

@@ -11,17 +11,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
-from memplan.answer import Estimate, phase_peaks
-from memplan.errors import MemplanError
-from memplan.estimator import estimate
-from memplan.planning.demand import Demand
+from memplan.core.errors import MemplanError
+from memplan.estimate.answer import Estimate, phase_peaks
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.demand import Demand
+from memplan.estimate.estimate import estimate
 from memplan.planning.levers import Lever, levers_of, pull, sequence_of
-from memplan.spec import RunSpec
-
-if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+from memplan.spec.run import RunSpec
 
 Set = tuple[Lever, ...]
 _SETS = 600  # sets of one tier that are thought of

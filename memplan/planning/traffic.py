@@ -1,7 +1,7 @@
 """What the GPUs of a cluster send each other in a step, over which links, and how long a step takes with that.
 
-Bytes are counted as rings send them; seconds rest on the rows of `memplan.catalogue.links` and `.rates`. Ranks are
-numbered as torchtitan's mesh has them: the ranks of a tensor-parallel group lie next to each other, then those of a
+Bytes are counted as rings send them; seconds rest on the rows of `memplan.catalogue.hardware.links` and `.rates`. Ranks
+are numbered as torchtitan's mesh has them: the ranks of a tensor-parallel group lie next to each other, then those of a
 context-parallel one, then the replicas, and pipeline stages are furthest apart.
 """
 
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from memplan.cards import find_model
-from memplan.catalogue.links import SHOWN, Link
-from memplan.catalogue.parallel import BUCKET, STRATEGIES, Knobs
-from memplan.estimator import Estimate
-from memplan.gpus import GPU
-from memplan.models import ModelSpec
-from memplan.program import Program, program
-from memplan.resolve import decide
-from memplan.spec import RunSpec
-from memplan.speed import Product, Range, Work, pace, work
-from memplan.units import ITEMSIZE
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.links import SHOWN, Link
+from memplan.catalogue.parallelism.sharding import BUCKET, STRATEGIES, Knobs
+from memplan.core.units import ITEMSIZE
+from memplan.estimate.answer import Estimate
+from memplan.models.cards import find_model
+from memplan.models.model import ModelSpec
+from memplan.planning.step_time import Product, Range, Work, pace, work
+from memplan.program.training.program import Program, program
+from memplan.resolve.decide import decide
+from memplan.spec.run import RunSpec
 
 _DEEPSPEED = Knobs()
 

@@ -14,28 +14,30 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
-from memplan.answer import Card, Estimate, Line, Parameters, Peak, Phase, Rank
-from memplan.cached_property import cached_property
-from memplan.cards import Facts, facts_of, find_config
-from memplan.catalogue.methods import ADAPTERS
-from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
+from memplan.catalogue.hardware.overhead import cublas_workspace
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.core.cached_property import cached_property
+from memplan.core.errors import UnsupportedModelError, printable
 from memplan.engine.allocator import OutOfMemoryError
-from memplan.errors import UnsupportedModelError, printable
-from memplan.estimator import around_of, calibration_of
-from memplan.gguf_configs import parameters_in
-from memplan.gpus import GPU, all_gpus, find_gpu
-from memplan.headers import Checkpoint
-from memplan.notes import checkpoint_notes, dtype_notes, gpu_notes
-from memplan.planning.reach import Holding
-from memplan.probe import cache, limits
+from memplan.estimate.answer import Card, Estimate, Holding, Line, Parameters, Peak, Phase, Rank
+from memplan.estimate.calibration import calibration_of
+from memplan.estimate.usage import Usage, around_of
+from memplan.models.cards import Facts, facts_of, find_config
+from memplan.models.gguf import parameters_in
+from memplan.models.headers import Checkpoint
+from memplan.probe import limits
 from memplan.probe.refusals import refuse_several, settled
-from memplan.probe.trace import Storage, Traced, TracedPhase, Tracer, read, replayed
-from memplan.resolve import completed, objective_of
-from memplan.spec import InlineModel, RunSpec
-from memplan.usage import Usage
+from memplan.probe.run import cache
+from memplan.probe.run.trace import Storage, Traced, TracedPhase, Tracer, read, replayed
+from memplan.resolve.decide import completed, objective_of
+from memplan.resolve.notes import checkpoint_notes, dtype_notes, gpu_notes
+from memplan.spec.generation import InlineModel
+from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
-    from memplan.calibration import Calibration
+    from memplan.estimate.calibration import Calibration
 
 A100 = (8, 0)  # whose kernels are taken where no card is named, or one of another vendor
 
@@ -258,7 +260,7 @@ class Details:
         path = re.sub(r"\.base_layer(?=\.weight|\.bias)|\.default(?=\.|$)", "", path)
         return f"{before} of {path}" if before else path
 
-    # Torch's segments: as `memplan.usage.Allocations`
+    # Torch's segments: as `memplan.estimate.usage.Allocations`
 
     def reserved(self, capacity: int | None = None) -> int | None:
         if capacity not in self._reserved:
@@ -275,7 +277,7 @@ class Details:
     def beside(self) -> int:
         return 0
 
-    # The ledger and the timeline: as `memplan.answer.Details`
+    # The ledger and the timeline: as `memplan.estimate.answer.Details`
 
     def lines(self) -> Iterator[Line]:
         """Tensors alive at the peak, those of equal layers together, largest first."""

@@ -11,18 +11,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-from memplan import inference, ledger
-from memplan.also import asides
-from memplan.answer import Estimate
-from memplan.answer import Line as Estimated
-from memplan.catalogue.overhead import cublas_workspace
+from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.engine.walk import alive, size
-from memplan.estimator import Walked, walk
-from memplan.graph import built
-from memplan.probe.trace import Storage, Traced, TracedPhase
-from memplan.program import pass_of
-from memplan.resolve import Decided, decide
-from memplan.spec import RunSpec
+from memplan.estimate import inference, ledger
+from memplan.estimate.answer import Estimate
+from memplan.estimate.answer import Line as Estimated
+from memplan.estimate.side_tasks import asides
+from memplan.estimate.walk import Walked, walk
+from memplan.probe.run.trace import Storage, Traced, TracedPhase
+from memplan.program.graph import built
+from memplan.program.run import Decided
+from memplan.program.training.program import pass_of
+from memplan.resolve.decide import decide
+from memplan.spec.run import RunSpec
 
 Verdict = Literal["lacks", "too many", "lives too long", "goes too early"]
 
@@ -131,7 +132,7 @@ def _each(traced: Traced, answer: Estimate) -> Iterator[_Pair]:
 
 
 def _capability(answer: Estimate) -> tuple[int, int] | None:
-    from memplan.gpus import find_gpu
+    from memplan.catalogue.hardware.gpus import find_gpu
 
     return find_gpu(answer.gpu.name).compute_capability if answer.gpu else None
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from memplan.graph import adaptable
 from memplan.probe.libraries import library, require
-from memplan.resolve import decide
-from memplan.spec import RunSpec
+from memplan.program.stack_facts import adaptable
+from memplan.resolve.decide import decide
+from memplan.spec.run import RunSpec
 
 TOKENS = 16
 PEFT_ALPHA = 8.0  # peft 0.21 LoraConfig.lora_alpha

@@ -10,7 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from memplan.errors import ProbeError, nearest
+from memplan.core.errors import ProbeError, nearest
 
 NAMES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 QUIET = {

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
-from memplan.errors import ConfigError, printable
-from memplan.units import GIB
+from memplan.core.errors import ConfigError, printable
+from memplan.core.units import GIB
 
 
 class Limits(NamedTuple):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from memplan.cards import find_config, find_model
-from memplan.catalogue.methods import ADAPTERS
-from memplan.catalogue.optimizers import OPTIMIZERS
-from memplan.degrees import check_product
-from memplan.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest
-from memplan.gpus import find_gpu
-from memplan.prequantized import trained
-from memplan.refusals import refuse_on_host
-from memplan.resolve import filled
-from memplan.spec import Parallelism, RunSpec
+from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
+from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest
+from memplan.models.cards import find_config, find_model
+from memplan.resolve.decide import filled
+from memplan.resolve.parallelism import check_product
+from memplan.resolve.quantized_checkpoint import trained
+from memplan.resolve.refusals import refuse_on_host
+from memplan.spec.parallelism import Parallelism
+from memplan.spec.run import RunSpec
 
-# What `memplan.probe.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
+# What `memplan.probe.script.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 BITSANDBYTES = {
     "adamw_bnb_8bit": ("AdamW", 8, False),

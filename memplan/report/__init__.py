@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memplan.answer import Estimate
+    from memplan.estimate.answer import Estimate
     from memplan.report.text import Screen
 
 FORMATS = ("table", "json", "markdown", "csv", "html")

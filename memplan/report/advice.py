@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from memplan.answer import Estimate
-from memplan.gpus import GPU
-from memplan.planning.reach import Holding, holding, largest_batch, largest_sequence
-from memplan.report.words import tenths
-from memplan.units import GIB
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.core.units import GIB
+from memplan.estimate.answer import Estimate, Holding
+from memplan.planning.reach import holding, largest_batch, largest_sequence
+from memplan.report.wording import tenths
 
 
 def help_line(answer: Estimate) -> str:

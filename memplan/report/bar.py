@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from memplan.answer import Estimate
+from memplan.estimate.answer import Estimate
 from memplan.report.text import Screen
-from memplan.report.words import parts, tenths
+from memplan.report.wording import parts, tenths
 
 # Each part's letter, shown where there is no colour, and its colour.
 MARKS = {

@@ -6,9 +6,10 @@ import csv
 from collections.abc import Iterator, Sequence
 from io import StringIO
 
-from memplan.answer import Estimate
-from memplan.comparison import Comparison
-from memplan.report import differences, words
+from memplan.estimate.answer import Estimate
+from memplan.planning.comparison import Comparison
+from memplan.report import differences
+from memplan.report import wording as words
 from memplan.report.csv import facts
 from memplan.report.differences import NUMBER, Group, Heading, Row, Told, signed, together
 from memplan.report.markdown import plain

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Sequence
 from io import StringIO
 
-from memplan.answer import Estimate, Line
-from memplan.report.words import CATEGORIES, PhaseRow, model, notes, peak_phase, phase_rows
+from memplan.estimate.answer import Estimate, Line
+from memplan.report.wording import CATEGORIES, PhaseRow, model, notes, peak_phase, phase_rows
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from memplan.answer import Estimate
-from memplan.catalogue.methods import ADAPTERS
-from memplan.comparison import Change, Comparison, tensors
-from memplan.errors import printable
-from memplan.report import words
-from memplan.units import GIB, decimal, gib
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.core.errors import printable
+from memplan.core.units import GIB, decimal, gib
+from memplan.estimate.answer import Estimate
+from memplan.planning.comparison import Change, Comparison, tensors
+from memplan.report import assumptions as assumptions_
+from memplan.report import wording as words
 
 # What fields are called at the head of a column. Those in `_BARE` say by their value alone what they are.
 _TITLES = {
@@ -288,7 +289,7 @@ def _assumptions(answers: Sequence[Estimate]) -> Iterator[tuple[str, list[str], 
 
     Where a run would be left with none, no part counts as one of all.
     """
-    texts = [dict(words.assumptions(answer)) for answer in answers]
+    texts = [dict(assumptions_.assumptions(answer)) for answer in answers]
     for label in dict.fromkeys(label for of in texts for label in of):
         parts = [of.get(label, "none").split("; ") for of in texts]
         alike = [part for part in parts[0] if all(part in of for of in parts)]

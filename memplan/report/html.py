@@ -8,9 +8,10 @@ from html import escape
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-from memplan.answer import Estimate, Phase
-from memplan.report import words
-from memplan.units import GIB
+from memplan.core.units import GIB
+from memplan.estimate.answer import Estimate, Phase
+from memplan.report import assumptions as assumptions_
+from memplan.report import wording as words
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2330; --soft: #667085; --line: #d5d9e2; --page: #ffffff;
@@ -57,7 +58,7 @@ def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[s
         yield "<h2>By phase</h2>"
         yield _phases(answer)
         if answer.serving is not None:
-            from memplan.report.served import pool
+            from memplan.report.serving import pool
 
             yield "<h2>Keys and values</h2>"
             yield _table(("", ""), pool(answer))
@@ -75,7 +76,7 @@ def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[s
             yield _ledger(answer)
         yield "</section>"
     yield "<h2>Assumed</h2>"
-    yield _table(("", ""), words.assumptions(answers[0]))
+    yield _table(("", ""), assumptions_.assumptions(answers[0]))
     notes = words.notes(answers)
     if notes:
         yield "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"

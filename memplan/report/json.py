@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from memplan.answer import Estimate
+from memplan.estimate.answer import Estimate
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:

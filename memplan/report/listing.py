@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
-from memplan.cards import card_names, load_card
-from memplan.catalogue import engines
-from memplan.catalogue.engines import ENGINES, Engine
-from memplan.catalogue.profiles import PROFILES, WHEN, Profile, Row
-from memplan.errors import UnknownNameError
-from memplan.gpus import GPU, all_gpus, find_gpu
-from memplan.models import ModelSpec
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
+from memplan.catalogue.profiles import engines
+from memplan.catalogue.profiles.engines import ENGINES, Engine
+from memplan.catalogue.profiles.profiles import PROFILES, WHEN, Profile, Row
+from memplan.core.errors import UnknownNameError
+from memplan.core.units import GIB
+from memplan.models.cards import card_names, load_card
+from memplan.models.model import ModelSpec
 from memplan.report.text import Column, Screen, screen, table
-from memplan.units import GIB
 
 
 def models(text: str, as_json: bool) -> str:

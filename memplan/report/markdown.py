@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from memplan.answer import Estimate
-from memplan.report import words
+from memplan.estimate.answer import Estimate
+from memplan.report import assumptions as assumptions_
+from memplan.report import wording as words
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
@@ -46,7 +47,7 @@ def _lines(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[
         yield ""
         yield from _phases(answer)
         if answer.serving is not None:
-            from memplan.report.served import pool
+            from memplan.report.serving import pool
 
             yield ""
             yield from table(("keys and values", ""), pool(answer), "ll")
@@ -61,7 +62,7 @@ def _lines(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[
             yield from table(words.RANKS, words.rank_rows(answer), "rrrrrll")
     yield from _advice(answers)
     yield ""
-    yield from table(("assumed", ""), words.assumptions(first), "ll")
+    yield from table(("assumed", ""), assumptions_.assumptions(first), "ll")
     notes = words.notes(answers)
     if notes:
         yield ""

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
-from memplan.answer import (
+from memplan.catalogue.hardware.overhead import Overhead
+from memplan.catalogue.hardware.token_rates import Span
+from memplan.estimate.answer import (
     ANSWERS,
     BASES,
     KINDS,
     VIAS,
-    Band,
     Bytes,
     Card,
     Host,
@@ -25,20 +26,20 @@ from memplan.answer import (
     Rank,
     Verdict,
 )
-from memplan.catalogue.overhead import Overhead
-from memplan.catalogue.token_rates import Span
-from memplan.comparison import Comparison, Difference
+from memplan.estimate.demand import Demand
+from memplan.estimate.serving import FACTS as SERVING_FACTS
+from memplan.estimate.usage import Band
 from memplan.frameworks import FRAMEWORKS
 from memplan.planning.cluster import Refused, Together
-from memplan.planning.demand import Demand
+from memplan.planning.comparison import Comparison, Difference
 from memplan.planning.inference import Most
 from memplan.planning.offers import Miss
 from memplan.planning.plan import SEVERITIES, Time
 from memplan.planning.reach import AXES
-from memplan.roofline import Seconds
-from memplan.serving import FACTS as SERVING_FACTS
-from memplan.spec import PRECISIONS, MethodKind, RunSpec
-from memplan.speed import Hourly, Range
+from memplan.planning.roofline import Seconds
+from memplan.planning.step_time import Hourly, Range
+from memplan.spec.run import RunSpec
+from memplan.spec.training import PRECISIONS, MethodKind
 
 
 class _Schema(GenerateJsonSchema):
@@ -48,7 +49,7 @@ class _Schema(GenerateJsonSchema):
 
 _TEXTS = ("engine", "read", "cache_dtype")
 _SHARES = ("concurrency", "longest_concurrency")
-# What `memplan.serving.facts` says; bytes, tokens and requests are whole numbers.
+# What `memplan.estimate.serving.facts` says; bytes, tokens and requests are whole numbers.
 SERVING: dict[str, Any] = {name: str if name in _TEXTS else float if name in _SHARES else int for name in SERVING_FACTS}
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -72,7 +73,7 @@ def answer_schema() -> dict[str, Any]:
 
 
 def answer_model() -> type[BaseModel]:
-    """A model that reads an answer back from its JSON. Its fields are those of the tuples in `memplan.answer`."""
+    """A model that reads an answer back from its JSON. Its fields are those of `memplan.estimate.answer`."""
     categories = _model("Categories", "Bytes at the peak by kind of tensor.", dict.fromkeys(KINDS, int))
     verdict = _made(Verdict, answer=Literal[(*ANSWERS, None)])
     host = {"ranks": int, "peak": Literal["load", "step", "eval", "save", "merge"], "phases": list[_of(HostPhase)]}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from memplan.answer import Estimate
-from memplan.report import words
+from memplan.estimate.answer import Estimate
+from memplan.report import assumptions as assumptions_
+from memplan.report import wording as words
 from memplan.report.bar import MARKS, bar, mark
 from memplan.report.text import Column, Screen, hanging, paragraph, screen, table
 
@@ -43,7 +44,7 @@ def _pool(answer: Estimate, to: Screen) -> Iterator[str]:
     """What a serving engine's pool holds."""
     if answer.serving is None:
         return
-    from memplan.report.served import pool
+    from memplan.report.serving import pool
 
     yield ""
     yield to.paint("Keys and values", "bold")
@@ -193,7 +194,7 @@ def _phases(answer: Estimate, to: Screen) -> Iterator[str]:
 
 def _assumptions(answer: Estimate, to: Screen) -> Iterator[str]:
     yield to.paint("Assumed", "bold")
-    yield from table([Column(""), Column("", wraps=True)], words.assumptions(answer), to, ["dim|"] * 20)
+    yield from table([Column(""), Column("", wraps=True)], assumptions_.assumptions(answer), to, ["dim|"] * 20)
 
 
 def _ledger(answer: Estimate, to: Screen) -> Iterator[str]:

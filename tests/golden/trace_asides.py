@@ -1,4 +1,4 @@
-"""Traces what runs do beside their steps, and prints the rows that tests/test_also.py compares with.
+"""Traces what runs do beside their steps, and prints the rows that tests/estimate/test_side_tasks.py compares with.
 
 python tests/golden/trace_asides.py > tests/golden/traced_asides.jsonl
 
@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
-from memplan.probe.trace import Traced, traces
-from memplan.spec import RunSpec
+from memplan.core.errors import MemplanError
+from memplan.probe.run.trace import Traced, traces
+from memplan.spec.run import RunSpec
 from tests.encoders import HEADS, SMALL
 from tests.tiny import TARGETS, TINY
 from tests.tiny_vision import TINY as TOWERS

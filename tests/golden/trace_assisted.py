@@ -1,4 +1,4 @@
-"""Traces generation with an assistant, and prints the rows that tests/test_assisted.py compares with.
+"""Traces generation with an assistant, and prints the rows that tests/program/test_assisted.py compares with.
 
 python tests/golden/trace_assisted.py > tests/golden/traced_assisted.jsonl
 
@@ -16,9 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
-from memplan.probe.trace import traces
-from memplan.spec import RunSpec
+from memplan.core.errors import MemplanError
+from memplan.probe.run.trace import traces
+from memplan.spec.run import RunSpec
 from tests.golden.trace_inference import row
 from tests.tiny import TINY
 

@@ -1,5 +1,5 @@
-"""Traces generation with the further caches of transformers, and prints the rows that tests/test_caching.py compares
-with. It needs optimum-quanto and hqq beside what a probe needs.
+"""Traces generation with the further caches of transformers, and prints the rows that
+tests/program/test_generation_caches.py compares with. It needs optimum-quanto and hqq beside what a probe needs.
 
 python tests/golden/trace_caches.py > tests/golden/traced_caches.jsonl
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
-from memplan.probe.trace import traces
-from memplan.spec import RunSpec
+from memplan.core.errors import MemplanError
+from memplan.probe.run.trace import traces
+from memplan.spec.run import RunSpec
 from tests.golden.trace_inference import row
 from tests.tiny import TINY
 

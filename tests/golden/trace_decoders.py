@@ -1,4 +1,4 @@
-"""Traces decoders of their own kind, small and at real widths, and prints the rows of tests/test_decoders.py.
+"""Traces decoders of their own kind, small and at real widths, and prints the rows of tests/catalogue/test_decoders.py.
 
 python tests/golden/trace_decoders.py gpt_oss gemma4-small >> tests/golden/traced_decoders.jsonl
 python tests/golden/trace_decoders.py --layers 4 gpt-oss-20b >> tests/golden/traced_decoders.jsonl
@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 from tests.golden.trace_families import config_of
 from tests.golden.trace_runs import write
 from tests.tiny_towers import TINY

@@ -1,4 +1,5 @@
-"""Traces a step of encoders and encoder-decoders, and prints the rows that tests/test_encoders.py compares with.
+"""Traces a step of encoders and encoder-decoders, and prints the rows that tests/catalogue/test_encoders.py compares
+with.
 
 python tests/golden/trace_encoders.py > tests/golden/traced_encoders.jsonl
 
@@ -18,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.probe.libraries import versions
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 from tests.encoders import HEADS, SMALL
 from tests.golden.trace_runs import write
 

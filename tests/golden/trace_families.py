@@ -1,4 +1,5 @@
-"""Traces a step of families at small and at real widths, and prints the rows that tests/test_trace.py compares with.
+"""Traces a step of families at small and at real widths, and prints the rows that tests/estimate/test_traced_steps.py
+compares with.
 
 python tests/golden/trace_families.py mixtral qwen3_moe >> tests/golden/traced_families.jsonl
 python tests/golden/trace_families.py --layers 2 olmoe-1b-7b mixtral-8x7b >> tests/golden/traced_families.jsonl
@@ -24,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.cards import card_names, find_config
-from memplan.spec import RunSpec
+from memplan.models.cards import card_names, find_config
+from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import write
 from tests.tiny import TARGETS, TINY
 

@@ -1,4 +1,4 @@
-"""Traces forward passes and generation, and prints the rows that tests/test_generating.py compares with.
+"""Traces forward passes and generation, and prints the rows that tests/program/test_inference.py compares with.
 
 python tests/golden/trace_inference.py > tests/golden/traced_inference.jsonl
 python tests/golden/trace_inference.py llama mistral
@@ -21,9 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
-from memplan.probe.trace import Traced, traces
-from memplan.spec import RunSpec
+from memplan.core.errors import MemplanError
+from memplan.probe.run.trace import Traced, traces
+from memplan.spec.run import RunSpec
 from tests.encoders import SMALL
 from tests.tiny import TINY
 from tests.tiny_towers import TINY as OWN

@@ -1,4 +1,5 @@
-"""Traces how FSDP divides a model as it is loaded, and prints the rows that tests/test_loading.py compares with.
+"""Traces how FSDP divides a model as it is loaded, and prints the rows that tests/program/test_loading.py compares
+with.
 
 python tests/golden/trace_loading.py > tests/golden/traced_loading.jsonl
 
@@ -17,10 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
+from memplan.core.errors import MemplanError
 from memplan.probe.libraries import versions
-from memplan.probe.trace import traces
-from memplan.spec import RunSpec
+from memplan.probe.run.trace import traces
+from memplan.spec.run import RunSpec
 from tests.golden.trace_ranks import LLAMA, LORA, TIED, TRAINER, divided
 
 QLORA = {"kind": "qlora", "rank": 8, "quantization": {"storage": "bf16"}}

@@ -30,9 +30,10 @@ import transformers.core_model_loading as loading
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, QuantoConfig, TorchAoConfig
 
-from memplan.probe import script, tracker
-from memplan.probe.kernels import card_of
-from memplan.spec import RunSpec
+from memplan.probe.fake import tracker
+from memplan.probe.fake.kernels import card_of
+from memplan.probe.script import script
+from memplan.spec.run import RunSpec
 
 CONFIG = {
     "model_type": "llama",

@@ -21,13 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.catalogue.context_parallel import FAMILIES
-from memplan.catalogue.expert_parallel import FAMILIES as EXPERTS
-from memplan.catalogue.tensor_parallel import PLANS
-from memplan.errors import MemplanError
-from memplan.estimator import estimate
+from memplan.catalogue.parallelism.context_parallel import FAMILIES
+from memplan.catalogue.parallelism.expert_parallel import FAMILIES as EXPERTS
+from memplan.catalogue.parallelism.tensor_parallel import PLANS
+from memplan.core.errors import MemplanError
+from memplan.estimate.estimate import estimate
 from memplan.probe.libraries import versions
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 from tests.golden.trace_families import config_of
 from tests.golden.trace_runs import write
 from tests.tiny import TINY

@@ -6,8 +6,8 @@ python tests/golden/trace_pipeline.py gpt2 >> tests/golden/traced_pipeline.jsonl
 With the argument gpt2 only GPT-2's stages are traced, with another one only the stages that FSDP2 divides.
 
 The schedules are torch's own, with a process group that sends nothing: a stage receives what lies in its buffers. Each
-stage is told the shapes of what it receives. tests/test_pipeline.py compares with the lines. Takes a few minutes.
-Stages whose gradients are reduced in fp32 are of torchtitan's own layers: see tests/golden/trace_titan.py.
+stage is told the shapes of what it receives. tests/program/test_pipeline.py compares with the lines. Takes a few
+minutes. Stages whose gradients are reduced in fp32 are of torchtitan's own layers: see tests/golden/trace_titan.py.
 """
 
 from __future__ import annotations

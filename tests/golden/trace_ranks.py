@@ -1,4 +1,5 @@
-"""Traces a step of one rank under DDP and FSDP, and prints the rows that tests/test_traced_ranks.py compares with.
+"""Traces a step of one rank under DDP and FSDP, and prints the rows that tests/program/test_traced_ranks.py compares
+with.
 
 python tests/golden/trace_ranks.py > tests/golden/traced_ranks.jsonl
 
@@ -18,10 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
-from memplan.estimator import estimate
+from memplan.core.errors import MemplanError
+from memplan.estimate.estimate import estimate
 from memplan.probe.libraries import versions
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 from tests.encoders import SMALL
 from tests.golden.trace_runs import same, write
 from tests.tiny import TARGETS, TINY

@@ -1,4 +1,5 @@
-"""Traces training runs of every dense family at real sizes, and writes what tests/test_trace.py compares with.
+"""Traces training runs of every dense family at real sizes, and writes what tests/estimate/test_traced_steps.py
+compares with.
 
 python tests/golden/trace_runs.py > tests/golden/traced_runs.jsonl
 
@@ -18,13 +19,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from memplan.cards import card_names, load_card
-from memplan.errors import MemplanError
-from memplan.estimator import estimate
+from memplan.core.errors import MemplanError
+from memplan.estimate.estimate import estimate
+from memplan.models.cards import card_names, load_card
 from memplan.probe.libraries import versions
-from memplan.probe.trace import Traced, traces
-from memplan.resolve import filled
-from memplan.spec import RunSpec
+from memplan.probe.run.trace import Traced, traces
+from memplan.resolve.decide import filled
+from memplan.spec.run import RunSpec
 
 METHODS = ("full", "lora", "qlora", "dora")
 ATTENTION = ("sdpa", "flash_attention_2", "sdpa", "eager", "sdpa_efficient", "sdpa", "sdpa_math")

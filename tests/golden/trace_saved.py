@@ -1,4 +1,5 @@
-"""Traces training steps whose saved tensors are in host memory, for what tests/test_trace.py compares with.
+"""Traces training steps whose saved tensors are in host memory, for what tests/estimate/test_traced_steps.py compares
+with.
 
 python tests/golden/trace_saved.py > tests/golden/traced_saved.jsonl
 
@@ -16,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.probe.libraries import versions
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import write
 
 LORA = {"kind": "lora", "rank": 16}

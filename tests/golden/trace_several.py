@@ -1,4 +1,5 @@
-"""Traces forward passes and generation on several GPUs, and prints the rows that tests/test_several.py compares with.
+"""Traces forward passes and generation on several GPUs, and prints the rows that
+tests/program/test_inference_on_several_gpus.py compares with.
 
 python tests/golden/trace_several.py tp > tests/golden/traced_running_tp.jsonl
 python tests/golden/trace_several.py device_map > tests/golden/traced_running_map.jsonl
@@ -19,12 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.catalogue.tensor_parallel import PLANS
-from memplan.errors import MemplanError
-from memplan.estimator import estimate
+from memplan.catalogue.parallelism.tensor_parallel import PLANS
+from memplan.core.errors import MemplanError
+from memplan.estimate.estimate import estimate
 from memplan.probe.libraries import versions
-from memplan.probe.trace import traces
-from memplan.spec import RunSpec
+from memplan.probe.run.trace import traces
+from memplan.spec.run import RunSpec
 from tests.golden.trace_families import config_of
 from tests.golden.trace_inference import SHORT, row
 from tests.tiny import TINY

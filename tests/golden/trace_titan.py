@@ -1,4 +1,5 @@
-"""Traces a step of one rank of torchtitan's own Llama 3, and prints the rows that tests/test_titan.py compares with.
+"""Traces a step of one rank of torchtitan's own Llama 3, and prints the rows that tests/catalogue/test_torchtitan.py
+compares with.
 
 python tests/golden/trace_titan.py > tests/golden/traced_titan.jsonl
 
@@ -23,7 +24,7 @@ from unittest.mock import MagicMock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.probe import fake_device
+from memplan.probe.fake import fake_device
 
 _ABSENT = tuple(f"torchtitan.distributed.{name}" for name in ("minimal_async_ep", "deepep", "flex_shard"))
 
@@ -108,7 +109,7 @@ def model_of(asked: dict[str, Any]) -> Any:
 
 
 def recorded(asked: dict[str, Any]) -> dict[str, Any]:
-    """Two steps of the first rank: see `memplan.probe.recording.report`."""
+    """Two steps of the first rank: see `memplan.probe.fake.recording.report`."""
     import torch
     from torch.utils._python_dispatch import _disable_current_modes
     from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -119,10 +120,12 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:
     from torchtitan.models.llama3.parallelize import parallelize_llama
     from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 
-    from memplan.gpus import find_gpu
-    from memplan.probe import group, patches, recording
-    from memplan.probe.kernels import card_of
-    from memplan.probe.tracker import Tracker, memory_of
+    from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.probe.fake import fake_process_group as group
+    from memplan.probe.fake import fake_tensor_patches as patches
+    from memplan.probe.fake import recording
+    from memplan.probe.fake.kernels import card_of
+    from memplan.probe.fake.tracker import Tracker, memory_of
 
     card = card_of(find_gpu("a100-sxm-80gb").compute_capability)
     patches.apply(card)

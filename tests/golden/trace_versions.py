@@ -1,4 +1,5 @@
-"""Traces steps whose masks are made as an older transformers made them, and prints rows of tests/test_profiles.py.
+"""Traces steps whose masks are made as an older transformers made them, and prints rows of
+tests/catalogue/test_profiles.py.
 
 python tests/golden/trace_versions.py transformers-4.51 >> tests/golden/traced_versions.jsonl
 
@@ -16,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.errors import MemplanError
-from memplan.probe.trace import traces
-from memplan.spec import RunSpec
+from memplan.core.errors import MemplanError
+from memplan.probe.run.trace import traces
+from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import line
 
 SIZES = {

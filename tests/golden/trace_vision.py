@@ -1,4 +1,4 @@
-"""Traces steps of vision-language models, and prints the rows that tests/test_vision.py compares with.
+"""Traces steps of vision-language models, and prints the rows that tests/catalogue/test_vision.py compares with.
 
 python tests/golden/trace_vision.py qwen2_vl qwen2_5_vl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --size 352x480 qwen3_vl qwen3_5 >> tests/golden/traced_vision.jsonl
@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import write
 from tests.tiny_vision import TINY
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from io import StringIO
 from typing import Any, TypeAlias
 
-from memplan.answer import SCHEMA_VERSION, Estimate
-from memplan.planning.demand import Demand
+from memplan.core.version import __version__
+from memplan.estimate.answer import SCHEMA_VERSION, Estimate
+from memplan.estimate.demand import Demand
 from memplan.report.blocks import Block, page, terminal
 from memplan.report.plans import advice, cluster, inference, ladder, levers, offers, reach
 from memplan.report.plans.advice import Advised
@@ -82,8 +83,6 @@ def dump(planned: Planned) -> dict[str, Any]:
 
 
 def _common(mode: str, answer: Estimate, demand: Demand) -> dict[str, Any]:
-    from memplan import __version__
-
     return {
         "schema_version": SCHEMA_VERSION,
         "memplan_version": __version__,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
-from memplan.estimator import estimate
+from memplan.estimate.answer import Estimate
+from memplan.estimate.demand import Demand
+from memplan.estimate.estimate import estimate
 from memplan.frameworks import lines
 from memplan.planning.advice import Advice, Choice, Step
-from memplan.planning.demand import Demand
-from memplan.report import words
+from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Pairs, Paste, Table, Text
-from memplan.report.plans.words import change_dump, factors, figures, state, time_dump, wish
+from memplan.report.plans.wording import change_dump, factors, figures, state, time_dump, wish
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
-from memplan.spec import RunSpec
+from memplan.spec.run import RunSpec
 
 
 class Advised(NamedTuple):

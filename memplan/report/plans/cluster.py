@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
-from memplan.catalogue.links import SHOWN, Link
+from memplan.catalogue.hardware.links import SHOWN, Link
+from memplan.core.units import gib
+from memplan.estimate.answer import Estimate
+from memplan.estimate.demand import Demand
 from memplan.frameworks.command import own_lines
 from memplan.planning.cluster import Found, Placed
-from memplan.planning.demand import Demand
 from memplan.planning.traffic import Grid, Sent, groups
-from memplan.report import words
+from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.words import duration, figures, state, wish
+from memplan.report.plans.wording import duration, figures, state, wish
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
-from memplan.units import gib
 
 DEGREES = ("dp", "tp", "pp", "cp", "ep")
 _NAMES = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.answer import ANSWERS
+from memplan.estimate.answer import ANSWERS
+from memplan.planning.sweep import Grid
 from memplan.report.table import COLOURS
 from memplan.report.text import Screen, paragraph
-from memplan.sweep import Grid
 
 _SHADES = "░▒▓█"  # of four equal shares of the card
 _SIGNS = {"tight": "?", "does not fit": "x"}  # instead of a shade, where there is no colour
@@ -75,6 +75,6 @@ def short(n: int) -> str:
 
 
 def _usable(around: Grid) -> int:
-    from memplan.gpus import find_gpu
+    from memplan.catalogue.hardware.gpus import find_gpu
 
     return find_gpu(str(around.run.gpu)).usable

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
-from memplan.planning.demand import Demand
+from memplan.core.units import gib
+from memplan.estimate.answer import Estimate
+from memplan.estimate.demand import Demand
 from memplan.planning.inference import Choice, Most, Placed, Questions, lengths
-from memplan.report import words
+from memplan.planning.roofline import Pace, Seconds
+from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.words import figures, span, wish
+from memplan.report.plans.wording import figures, span, wish
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
-from memplan.roofline import Pace, Seconds
-from memplan.units import gib
 
 
 class Asked(NamedTuple):

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
-from memplan.planning.demand import Demand
+from memplan.estimate.answer import Estimate
+from memplan.estimate.demand import Demand
 from memplan.planning.ladder import Ladder
 from memplan.planning.plan import SEVERITIES, Effect
-from memplan.report import words
+from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.words import change_dump, factors, figures, freed, lever_dump, qualities, signed, state, wish
+from memplan.report.plans.wording import (
+    change_dump,
+    factors,
+    figures,
+    freed,
+    lever_dump,
+    qualities,
+    signed,
+    state,
+    wish,
+)
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
+from memplan.core.units import gib
+from memplan.estimate.answer import Estimate
 from memplan.planning.plan import SEVERITIES, Effect, Plan
 from memplan.planning.reach import Reach
-from memplan.report import words
+from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Table, Text
 from memplan.report.plans.reach import how_far, reach_dump
-from memplan.report.plans.words import factors, freed, lever_dump, proposal_dump, proposed, qualities, signed, wish
+from memplan.report.plans.wording import factors, freed, lever_dump, proposal_dump, proposed, qualities, signed, wish
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
-from memplan.units import gib
 
 
 class Levers(NamedTuple):

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from memplan.answer import Estimate
-from memplan.catalogue.rates import Rate
-from memplan.planning.demand import Demand
+from memplan.catalogue.hardware.rates import Rate
+from memplan.core.units import gib
+from memplan.estimate.answer import Estimate
+from memplan.estimate.demand import Demand
 from memplan.planning.offers import Offer, Offers
-from memplan.report import words
+from memplan.planning.step_time import Cost, Hourly, Range
+from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.words import duration, figures, span, state, wish
+from memplan.report.plans.wording import duration, figures, span, state, wish
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
-from memplan.speed import Cost, Hourly, Range
-from memplan.units import gib
 
 
 class Bought(NamedTuple):

@@ -6,16 +6,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from memplan.answer import ANSWERS, Estimate
-from memplan.planning.demand import Demand
+from memplan.core.units import gib
+from memplan.estimate.answer import ANSWERS, Estimate
+from memplan.estimate.demand import Demand
 from memplan.planning.reach import Frontier, Reach
-from memplan.report import words
+from memplan.report import assumptions as assumptions_
+from memplan.report import wording as words
 from memplan.report.blocks import Block, Drawing, Heading, Table, Text
 from memplan.report.plans.heat import heat
-from memplan.report.plans.words import figures, state, wish
+from memplan.report.plans.wording import figures, state, wish
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
-from memplan.units import gib
 
 
 class Far(NamedTuple):
@@ -103,7 +104,7 @@ def blocks(far: Far, explain: bool = False) -> Iterator[Block]:
         yield from _frontier(far.frontier)
     if explain and reach.answer is not None:
         yield Heading("Assumed")
-        yield Table([Column(""), Column("", wraps=True)], words.assumptions(reach.answer))
+        yield Table([Column(""), Column("", wraps=True)], assumptions_.assumptions(reach.answer))
 
 
 def _frontier(frontier: Frontier) -> Iterator[Block]:

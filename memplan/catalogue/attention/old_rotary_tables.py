@@ -1,0 +1,47 @@
+"""Rotary tables as transformers had them before 4.40: every layer keeps its own, for all positions of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
+
+_MADE = "rotary."  # what the operations are called that make cos and sin for all layers
+_TABLES = ("cos", "sin")
+_MASK = "transformers 4.38.2 models/llama/modeling_llama.py LlamaModel: a buffer of one byte for two positions"
+_SOURCE = "transformers 4.38.2 models/qwen2/modeling_qwen2.py Qwen2RotaryEmbedding, apply_rotary_pos_emb, and alike"
+
+
+def own_tables(stack: Stack, positions: int, dtype: str, how: str) -> Stack:
+    """The stack with tables of cos and sin, in `dtype`, in every layer that rotates.
+
+    `how`: the rows of a batch's positions are `gathered` from them, or `computed` anew though the tables are there, as
+    Llama had it from 4.38 on. A stack whose layers rotate otherwise is left as it is.
+    """
+    written = {t.name for op in stack.before if op.name.startswith(_MADE) for t in op.writes}
+    made = tuple(op for op in stack.before if op.name.startswith(_MADE) or (op.reads and written.issuperset(op.reads)))
+    if not made or not any({"cos", "sin"} & set(op.reads) for run in stack.runs for b in run.blocks for op in b.ops):
+        return stack
+    before = tuple(op for op in stack.before if op not in made)
+    table = f"{positions} rot"
+    weights = (
+        Weight("self_attn.rotary_emb.inv_freq", "rot2", "buffer", "fp32", False),
+        *(Weight(f"self_attn.rotary_emb.{n}_cached", table, "buffer", dtype, False) for n in ("cos", "sin")),
+    )
+    computed = tuple(op._replace(weights=()) for op in made)
+    gathered = tuple(Op(f"rotary.{n}", ("positions",), (Tensor(n, "s rot", dtype),), source=_SOURCE) for n in _TABLES)
+    rows = gathered if how == "gathered" else computed
+    if how == "computed":
+        mask = Weight("model.causal_mask", f"{positions} {positions}", "buffer", "bool", False)
+        before = (*before, Op("model.causal_mask", (), (), (mask,), source=_MASK))
+
+    def blocks(run: Run) -> Iterator[Block]:
+        for block in run.blocks:
+            at = next((i for i, op in enumerate(block.ops) if set(_TABLES) & set(op.reads)), None)
+            if at is None:
+                yield block
+                continue
+            tables = Op("self_attn.rotary_emb", (), (), weights, source=_SOURCE)
+            yield block._replace(ops=(*block.ops[:at], tables, *rows, *block.ops[at:]))
+
+    return stack._replace(before=before, runs=tuple(run._replace(blocks=tuple(blocks(run))) for run in stack.runs))

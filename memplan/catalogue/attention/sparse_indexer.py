@@ -1,0 +1,134 @@
+"""DeepSeek's sparse attention: a small indexer scores every key for every query, and the best alone are attended to.
+
+Nothing of the indexer asks for a gradient, though its weights do: they get none. What it chose becomes a mask of every
+layer, so that attention itself takes as much as without.
+
+Axes of its own: `ih` the indexer's heads, `id` their width, of which `rot` is rotated and `idp` is not. Of the run:
+`chosen_keys` how many keys a query attends to, `several` the sequences of a batch of more than one, else 0.
+Source: transformers 5.24 models/deepseek_v32/modeling_deepseek_v32.py DeepseekV32Indexer, DeepseekV32Attention.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.attention.attention import cached, mask
+from memplan.catalogue.attention.latent import rotated_halves, rotated_pairs
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Op, Tensor
+
+MASK, KEYS = "mask.sparse", "index.keys"
+_Q, _K, _SCORES, _CHOSEN = "b s ih id", "b s id", "b s ih s", "b s chosen_keys"
+
+
+def detached(*operations: Op) -> tuple[Op, ...]:
+    """The same under `torch.no_grad`."""
+    return tuple(op._replace(gradient="none", keeps=(), scratch_back=(), unit="") for op in operations)
+
+
+def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tuple[Op, ...]:
+    """The keys every query chooses, from `x` and the queries' `latent` vector: `index.keys`.
+
+    The products of heads and keys are made for every head, in fp32 where autocast does not cast them, three of them at
+    once; of several sequences the keys are copied for every query first. `pairs`: numbers side by side are rotated.
+    """
+    n, i = f"{name}.indexer", "index"
+    turned = rotated_pairs if pairs else rotated_halves
+    biased = f"{i}.biased"
+    causal = (
+        Op(f"{n}.mask", (f"{i}.sum", "mask"), (Tensor(biased, "b s s", "fp32"),))
+        if wiring.backend == "eager"
+        else Op(
+            f"{n}.mask",
+            (f"{i}.sum", "mask"),
+            (Tensor(biased, "b s s", f"={i}.sum"),),
+            scratch=(Tensor("not causal", "b s s", "bool"),),
+        )
+    )
+    return detached(
+        ops.linear(f"{n}.wq_b", latent, f"{i}.q0", "ih id", "ql", "attention"),
+        ops.split(f"{n}.q_split", f"{i}.q0", (Tensor(f"{i}.q.rot", "b s ih rot"), Tensor(f"{i}.q.pass", "b s ih idp"))),
+        ops.linear(f"{n}.wk", x, f"{i}.k0", "id", "h", "attention"),
+        ops.layer_norm(f"{n}.k_norm", f"{i}.k0", f"{i}.k1", _K, "id"),
+        ops.leave(f"{i}.k0"),
+        ops.split(f"{n}.k_split", f"{i}.k1", (Tensor(f"{i}.k.rot", "b s rot"), Tensor(f"{i}.k.pass", "b s idp"))),
+        *turned(f"{n}.rope_q", f"{i}.q.rot", f"{i}.q.turned", "b s ih rot", "b s ih rot2"),
+        *turned(f"{n}.rope_k", f"{i}.k.rot", f"{i}.k.turned", "b s rot", "b s rot2"),
+        Op(f"{n}.q_cat", (f"{i}.q.turned", f"{i}.q.pass"), (Tensor(f"{i}.q", _Q),)),
+        Op(f"{n}.k_cat", (f"{i}.k.turned", f"{i}.k.pass"), (Tensor(f"{i}.k", _K),)),
+        *cached(n, wiring, (), tensors=(f"{i}.k",)),
+        ops.cast(f"{n}.q_float", f"{i}.q", f"{i}.q32", _Q, "fp32"),
+        ops.cast(f"{n}.k_float", f"{i}.k", f"{i}.k32", _K, "fp32"),
+        lowered(f"{n}.q_lowered", f"{i}.q32", f"{i}.q.given", _Q),
+        lowered(f"{n}.k_lowered", f"{i}.k32", f"{i}.k.given", _K),
+        (ops.view if wiring.decodes else ops.copy)(f"{n}.k_expand", f"{i}.k.given", f"{i}.k.every", "several s id s"),
+        Op(
+            f"{n}.products",
+            (f"{i}.q.given", f"{i}.k.given", f"{i}.k.every"),
+            (Tensor(f"{i}.products", _SCORES),),
+            product="matrix",
+        ),
+        ops.leave(*(f"{i}.{t}" for t in ("q32", "k32", "q.given", "k.given", "k.every"))),
+        ops.scale(f"{n}.scale", f"{i}.products", f"{i}.scaled", _SCORES),
+        ops.leave(f"{i}.products"),
+        ops.activation(f"{n}.relu", f"{i}.scaled", f"{i}.scores", _SCORES),
+        ops.leave(f"{i}.scaled"),
+        ops.linear(f"{n}.weights_proj", x, f"{i}.weights0", "ih", "h", "attention"),
+        ops.cast(f"{n}.weights_float", f"{i}.weights0", f"{i}.weights32", "b s ih", "fp32"),
+        ops.leave(f"{i}.weights0"),
+        ops.scale(f"{n}.weights_scale", f"{i}.weights32", f"{i}.weights", "b s ih"),
+        ops.leave(f"{i}.weights32"),
+        Op(
+            f"{n}.sum",
+            (f"{i}.weights", f"{i}.scores"),
+            (Tensor(f"{i}.sum", "b s s"),),
+            autocast="lower",
+            product="matrix",
+        ),
+        causal,
+        ops.leave(f"{i}.sum"),
+        Op(
+            f"{n}.topk",
+            (biased,),
+            (Tensor(f"{i}.best", _CHOSEN, f"={biased}"), Tensor(f"{i}.places", _CHOSEN, "int64")),
+        ),
+        Op(f"{n}.int32", (f"{i}.places",), (Tensor(KEYS, _CHOSEN, "int32"),)),
+        ops.leave(f"{i}.best", f"{i}.places"),
+        ops.leave(*(f"{i}.{t}" for t in ("q0", "k1", "q.turned", "k.turned", "q", "k", "scores", "weights")), biased),
+    )
+
+
+def lowered(name: str, x: str, y: str, shape: str) -> Op:
+    """Autocast's cast of what a product is given, beside which its caller's stays."""
+    return Op(name, (x,), (Tensor(y, shape),), cast=True, autocast="lower")
+
+
+def causal_mask(wiring: Wiring) -> tuple[Op, ...]:
+    """The model's mask, which is made whatever the kernel: a boolean one without padding for all sequences at once."""
+    if wiring.backend == "eager" or wiring.padded:
+        return mask(wiring, "embeds")
+    return (Op("mask", (), (Tensor("mask", "s s", "bool"),), source="transformers 5.24 masking_utils.py"),)
+
+
+def sparse_mask(name: str, wiring: Wiring) -> tuple[Op, ...]:
+    """The model's mask without the keys that were not chosen: `mask.sparse`, and `index.others` beside it."""
+    eager, shape = wiring.backend == "eager", "b s s"
+    return detached(
+        Op(f"{name}.ones", (), (Tensor("index.ones", shape, "bool"),)),
+        Op(
+            f"{name}.scatter",
+            ("index.ones",),
+            (Tensor("index.others", shape, "bool"),),
+            scratch=(Tensor("wide", _CHOSEN, "int64"),),
+        ),
+        Op(
+            f"{name}.sparse_mask",
+            ("mask", "index.others"),
+            (Tensor(MASK, shape, "=mask"),),
+            scratch=() if eager else (Tensor("chosen", shape, "bool"),),
+        ),
+    )
+
+
+def handed_on() -> tuple[Op, ...]:
+    """A layer without an indexer returns the keys it was given: here anew, when all else it made has gone."""
+    return detached(Op("index.handed_on", (), (Tensor(KEYS, _CHOSEN, "int32"),)))

@@ -1,0 +1,139 @@
+"""Encoder-decoders: operations written for one sequence, as a decoder runs them on its own and on the encoder's.
+
+Where the encoder and the decoder run in one pass, the decoder's tokens are `t`. Where the decoder runs alone, as it
+does to generate, its own are `s`, as any decoder's, and those that the encoder has read are `source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Op, Tensor
+
+# Axes of the encoder's sequence, and what they are in the decoder.
+_TARGET = {
+    "s": "t",
+    "s8": "t8",
+    "s32": "t32",
+    "s128": "t128",
+    "s_uneven": "t_uneven",
+    "s_uneven8": "t_uneven8",
+    "sorted_ids": "sorted_targets",
+    "segments": "target_segments",
+    "pairs": "target_pairs",
+    "pair_segments": "target_pair_segments",
+    "efficient_workspace": "efficient_workspace_t",
+}
+
+
+_SOURCE = {axis: axis.replace("s", "source", 1) for axis in ("s", "s8", "s32", "s128", "s_uneven", "s_uneven8")}
+
+
+def decoding(operations: tuple[Op, ...], wiring: Wiring) -> tuple[Op, ...]:
+    """The operations on the decoder's own sequence, `t` tokens of it where an encoder's are `s`."""
+    return operations if wiring.part else tuple(_changed(op, _own) for op in operations)
+
+
+def crossing(operations: tuple[Op, ...], wiring: Wiring, *outputs: str) -> tuple[Op, ...]:
+    """Attention of the decoder's queries to the encoder's keys and values, up to its `outputs`.
+
+    Tensors called after keys and values, k... and v..., are of the encoder's sequence, and so is the second of two.
+    All have names of their own beside those of the decoder's attention to itself.
+    """
+    inner = {t.name for op in operations for t in op.writes if t.name not in outputs} | {"k", "v"}
+    cross = _alone if wiring.part else _cross
+    return tuple(_renamed(_changed(op, cross), inner) for op in operations)
+
+
+def ids_of_labels() -> Op:
+    """The decoder's ids where its loss is computed: the labels, moved by one."""
+    return Op(
+        "decoder_input_ids",
+        ("labels",),
+        (Tensor("decoder_ids", "b t", "int64"),),
+        scratch=(Tensor("clone", "b t", "int64"), Tensor("ignored", "b t", "bool")),
+    )
+
+
+def cached_across(name: str, like: str, there: bool, shape: str = "b s a d") -> tuple[Op, ...]:
+    """The place where keys and values of what an encoder or a tower has made are cached, `k` and `v`, or found, where
+    they are `there` and nothing makes them. Their dtype is that of the tensor `like`."""
+    kept = tuple(Tensor(f"{t}.kept", shape, f"={like}") for t in ("k", "v"))
+    return (Op(f"{name}.cache", (like,) if there else ("k", "v"), kept, caches="source"),)
+
+
+SOURCES, MASK = Tensor("sources", "prompts source", "int64"), Tensor("sources' mask", "rows source", "int64")
+_KEPT = "transformers 5.24 generation/utils.py generate, _expand_inputs_for_generation"
+
+
+def left(operations: tuple[Op, ...], made: tuple[str, ...], sources: str, mask: str, beams: bool) -> tuple[Op, ...]:
+    """An encoder's last operations, and what stays until its decoder has generated all tokens: the last of what they
+    have `made`, one tensor by several names, the `sources`, and their `mask` if there is one. Beams of a source have
+    each its own of what the decoder is given."""
+    names = dict.fromkeys(made if not beams else ())
+    whole = tuple(
+        op._replace(writes=tuple(t._replace(shape="rows source h") if t.name in names else t for t in op.writes))
+        for op in operations
+    )
+    given = {made[-1]: Tensor("encoded", "rows source h", f"={made[-1]}"), **({mask: MASK} if mask else {})}
+    each = (
+        Op(f"{t.name}.repeat_interleave", (name,), (t,), holds="cache", source=_KEPT)
+        if beams
+        else Op(f"{t.name}.kept", (name,), (t,), view=True, holds="cache", source=_KEPT)
+        for name, t in given.items()
+    )
+    kept = Op("sources.kept", (sources,), (SOURCES,), view=True, holds="cache", source=_KEPT)
+    return (*whole, kept, *each)
+
+
+def found(*tensors: Tensor) -> tuple[Op, ...]:
+    """What the encoder has left for the decoder: `encoded`, and what stays beside it."""
+    befores = {t: t._replace(name=f"{t.name} before") for t in tensors}
+    return tuple(
+        Op(t.name, (before.name,), (t,), past=(before,), view=True, holds="cache", source=_KEPT)
+        for t, before in befores.items()
+    )
+
+
+def _renamed(op: Op, inner: set[str]) -> Op:
+    def name(old: str) -> str:
+        return f"{old}.cross" if old in inner else old
+
+    def tensor(t: Tensor) -> Tensor:
+        return t._replace(name=name(t.name), dtype=f"={name(t.dtype[1:])}" if t.dtype.startswith("=") else t.dtype)
+
+    return _changed(op, tensor)._replace(
+        reads=tuple(map(name, op.reads)),
+        keeps=tuple(k._replace(what=name(k.what), of=name(k.of)) for k in op.keeps),
+        scratch_back=tuple(s._replace(tensor=tensor(s.tensor), of=name(s.of)) for s in op.scratch_back),
+    )
+
+
+def _own(t: Tensor) -> Tensor:
+    return t._replace(shape=" ".join(_TARGET.get(axis, axis) for axis in t.shape.split()))
+
+
+def _cross(t: Tensor) -> Tensor:
+    if t.name[:1] in ("k", "v"):
+        return t
+    axes = t.shape.split()
+    first = next((i for i, axis in enumerate(axes) if axis in _TARGET), len(axes))
+    moved = [_TARGET[axis] if i == first else axis for i, axis in enumerate(axes)]
+    return t._replace(shape=" ".join(moved).replace("efficient_workspace_t", "efficient_workspace_cross"))
+
+
+def _alone(t: Tensor) -> Tensor:
+    """Of the encoder's tokens are all of keys and values, and the second of two."""
+    axes = t.shape.split()
+    places = [i for i, axis in enumerate(axes) if axis in _SOURCE]
+    moved = places if t.name[:1] in ("k", "v") else places[1:]
+    return t._replace(shape=" ".join(_SOURCE[axis] if i in moved else axis for i, axis in enumerate(axes)))
+
+
+def _changed(op: Op, change: Callable[[Tensor], Tensor]) -> Op:
+    return op._replace(
+        writes=tuple(map(change, op.writes)),
+        scratch=tuple(map(change, op.scratch)),
+        scratch_back=tuple(s._replace(tensor=change(s.tensor)) for s in op.scratch_back),
+    )

@@ -1,0 +1,50 @@
+"""Gated MLPs, with separate or fused gate and up projections."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from memplan.catalogue.kernels import ops
+from memplan.core.ir import Op, Tensor
+
+
+def fused_mlp(
+    x: str, y: str, name: str = "mlp", layers: tuple[str, str] = ("gate_up_proj", "down_proj"), bias: bool = False
+) -> tuple[Op, ...]:
+    """The projection's output stays whole for both its halves, whose gradients are joined into one."""
+    up, down = layers
+    return (
+        ops.linear(f"{name}.{up}", x, "gate_up", "2 f", "h", "mlp", bias),
+        ops.split(f"{name}.chunk", "gate_up", (Tensor("gate", "b s f"), Tensor("up", "b s f"))),
+        ops.activation(f"{name}.activation_fn", "gate", "act", "b s f"),
+        ops.mul(f"{name}.product", "up", "act", "product", "b s f"),
+        ops.linear(f"{name}.{down}", "product", y, "h", "f", "mlp", bias),
+        ops.leave("gate", x),
+    )
+
+
+def gated_mlp(
+    x: str,
+    y: str,
+    name: str = "mlp",
+    bias: bool = False,
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    width: str = "f",
+    flat: bool = False,
+) -> tuple[Op, ...]:
+    """`down_proj(act(gate_proj(x)) * up_proj(x))`. `flat`: of an input that the model made two-dimensional."""
+    gate, up, down = projections
+    shape, linear = f"b s {width}", partial(ops.linear, group="mlp", bias=bias, flat=flat)
+    act, product = ops.unit(
+        f"swiglu {name}",
+        ops.activation(f"{name}.act_fn", "gate", "act", shape),
+        ops.mul(f"{name}.product", "act", "up", "product", shape),
+    )
+    return (
+        linear(f"{name}.{gate}", x, "gate", width, "h"),
+        act,
+        linear(f"{name}.{up}", x, "up", width, "h"),
+        product,
+        linear(f"{name}.{down}", "product", y, "h", width),
+        ops.leave(x),
+    )

@@ -1,0 +1,1 @@
+"""Mixtures of experts: routers, grouped products, loops over experts, and experts while decoding."""

@@ -1,0 +1,333 @@
+"""Routers of mixtures of experts: which of `E` experts a token's `e` are, and how much each counts."""
+
+from __future__ import annotations
+
+from memplan.catalogue.kernels import ops
+from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+
+SCORES, CHOSEN = "router.scores", "router.chosen"  # what a router writes: `b s e` numbers, and whose they are
+HELD = (SCORES, CHOSEN, "router.logits")  # what the module has names for until it returns
+PAIRS = "b s e"
+
+
+def balanced(op: Op) -> Op:
+    """The operation; the logits of a router stay until the model has returned, for a loss of the routers' own.
+
+    That loss is made when the model's is done, and its backward comes first: neither is where most is allocated.
+    Source: transformers 5.24 models/mixtral/modeling_mixtral.py load_balancing_loss_func.
+    """
+    return op._replace(holds="forward") if any(t.name == "router.logits" for t in op.writes) else op
+
+
+def gate(
+    name: str, x: str, y: str = "router.logits", stands_for: tuple[str, ...] = ("gate",), matrix: bool = False
+) -> Op:
+    """A number an expert. `matrix`: of a linear layer, else of a parameter that the model multiplies by itself."""
+    product = ops.linear(name, x, y, "E", "h", "router", flat=True)
+    weight = product.weights[0]._replace(matrix=matrix, stands_for=stands_for)
+    return product._replace(weights=(weight,))
+
+
+def top_k(name: str, x: str, values: str, indices: str = CHOSEN) -> Op:
+    """The `e` largest of a token's `E` numbers; the gradient is as wide as those again."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(values, PAIRS, f"={x}"), Tensor(indices, PAIRS, "int64")),
+        (),
+        (Keep(indices, x),),
+        source=f"{ops.DERIVATIVES}: topk",
+    )
+
+
+def gathered(name: str, x: str, indices: str, y: str) -> Op:
+    """The numbers of a token's `E` that its choice points to."""
+    return Op(
+        name, (x, indices), (Tensor(y, PAIRS, f"={x}"),), (), (Keep(indices, x),), source=f"{ops.DERIVATIVES}: gather"
+    )
+
+
+def normalised(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`x /= x.sum(-1)`, in place: autograd keeps a copy of what x was."""
+    total, before = f"{y}.total", f"{y}.before"
+    return (
+        Op(f"{name}.sum", (x,), (Tensor(total, "b s 1", f"={x}"),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
+        Op(f"{name}.copy", (x,), (Tensor(before, PAIRS, f"={x}"),), gradient="none", recorded=True),
+        ops.view(name, x, y, PAIRS, gradient="new")._replace(
+            reads=(x, total, before),
+            keeps=(Keep(total, x), Keep(before, total), Keep(total, total)),
+            source=f"{ops.DERIVATIVES}: div.Tensor",
+        ),
+        ops.leave(total),
+    )
+
+
+def masked(name: str, x: str, mask: str, y: str, shape: str) -> Op:
+    """`x.masked_fill(mask, 0)` keeps the mask."""
+    return Op(
+        name, (x, mask), (Tensor(y, shape, f"={x}"),), (), (Keep(mask, x),), source=f"{ops.DERIVATIVES}: masked_fill"
+    )
+
+
+def sigmoid(name: str, x: str, y: str, shape: str) -> Op:
+    """Keeps its output."""
+    return Op(name, (x,), (Tensor(y, shape, f"={x}"),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: sigmoid")
+
+
+def divided(name: str, x: str, y: str, by: str = "sum") -> tuple[Op, ...]:
+    """`x / x.sum(-1)`, as a tensor of its own; or by the `norm` of x, which keeps x and itself."""
+    total = f"{y}.total"
+    kept = (Keep(x, x), Keep(total, x)) if by == "norm" else ()
+    return (
+        Op(f"{name}.{by}", (x,), (Tensor(total, "b s 1", f"={x}"),), (), kept, source=f"{ops.DERIVATIVES}: {by}"),
+        Op(
+            name,
+            (x, total),
+            (Tensor(y, PAIRS),),
+            (),
+            (Keep(total, x), Keep(x, total), Keep(total, total)),
+            source=f"{ops.DERIVATIVES}: div.Tensor",
+        ),
+        ops.leave(total, x),
+    )
+
+
+def softmax_router(
+    name: str,
+    x: str,
+    normalise: bool,
+    narrow: bool = True,
+    together: bool = True,
+    stands_for: tuple[str, ...] = ("gate",),
+    module: bool = False,
+) -> tuple[Op, ...]:
+    """Softmax over all experts in fp32, then the largest. `narrow`: these are cast back to the logits' dtype;
+    `together`: fp32 is asked of the softmax itself, which reads fp16 as it is. `module`: the gate is a linear layer, as
+    it was before transformers 5, and the scores are cast to the dtype of x.
+
+    Source: transformers 5.24 models/qwen2_moe/modeling_qwen2_moe.py Qwen2MoeTopKRouter, models/mixtral.
+    """
+    logits, probs, top, shape = "router.logits", "router.probs", "router.top", "b s E"
+    dtype, like = "fp32" if together else "", f"={x}" if module else f"={logits}"
+    wide = () if together else (ops.cast(f"{name}.float", logits, "router.wide", shape, "fp32"),)
+    return (
+        gate(name, x, logits, stands_for, matrix=module),
+        *wide,
+        *ops.softmax(f"{name}.softmax", logits if together else "router.wide", probs, shape, dtype),
+        top_k(f"{name}.topk", probs, top),
+        *(normalised(f"{name}.normalise", top, "router.normal") if normalise else ()),
+        ops.cast(f"{name}.cast", "router.normal" if normalise else top, SCORES, PAIRS, like if narrow else ""),
+        ops.leave(probs),
+    )
+
+
+def late_softmax_router(name: str, x: str) -> tuple[Op, ...]:
+    """The largest logits in fp32, and a softmax over these alone, cast back to the dtype of x.
+
+    Source: transformers 5.24 models/granitemoe/modeling_granitemoe.py GraniteMoeTopKRouter.
+    """
+    return (
+        gate(name, x, "router.narrow", stands_for=()),
+        ops.cast(f"{name}.float", "router.narrow", "router.logits", "b s E", "fp32"),
+        ops.leave("router.narrow"),
+        top_k(f"{name}.topk", "router.logits", "router.top"),
+        *ops.softmax(f"{name}.softmax", "router.top", "router.probs", PAIRS),
+        ops.cast(f"{name}.cast", "router.probs", SCORES, PAIRS, f"={x}"),
+        ops.leave("router.top", "router.probs"),
+    )
+
+
+def sigmoid_router(name: str, x: str, bias: str, normalise: bool = True) -> tuple[Op, ...]:
+    """Sigmoids in fp32; a bias is added before the largest are chosen, and forgotten after. `bias`: the buffer's name.
+
+    Source: transformers 5.24 models/minimax_m2/modeling_minimax_m2.py MiniMaxM2TopKRouter.
+    """
+    logits, scores = "router.logits", "router.sigmoids"
+    return (
+        gate(name, x, logits),
+        ops.cast(f"{name}.float", logits, "router.wide", "b s E", "fp32"),
+        sigmoid(f"{name}.sigmoid", "router.wide", scores, "b s E"),
+        _biased(name, scores, bias),
+        top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
+        gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
+        *(normalised(f"{name}.normalise", "router.picked", SCORES) if normalise else ()),
+        ops.leave(scores, "router.biased", "router.top"),
+    )
+
+
+def grouped_router(name: str, x: str, normalise: bool, wide: bool = True) -> tuple[Op, ...]:
+    """The same where only the experts of the best groups are chosen from, with a product in fp32 (`wide`) and the
+    scores scaled.
+
+    Source: transformers 5.24 models/glm4_moe/modeling_glm4_moe.py Glm4MoeTopkRouter.
+    """
+    scores, shape, choice = "router.sigmoids", "b s E", "router.choice"
+    product = gate(name, "router.x" if wide else x)
+    weight = product.weights[0]._replace(dtype="fp32") if wide else product.weights[0]
+    ends = "router.normal" if normalise else "router.picked"
+    return (
+        *((ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),) if wide else ()),
+        product._replace(weights=(weight,)),
+        *((ops.leave("router.x"),) if wide else ()),
+        sigmoid(f"{name}.sigmoid", "router.logits", scores, shape),
+        _biased(name, scores, f"{name}.e_score_correction_bias"),
+        Op(
+            f"{name}.groups",
+            ("router.biased",),
+            (Tensor("router.mask", shape, "fp32"),),
+            gradient="none",
+        ),
+        Op(
+            f"{name}.masked_fill",
+            ("router.biased", "router.mask"),
+            (Tensor(choice, shape, "fp32"),),
+            scratch=(Tensor("chosen", shape, "bool"), Tensor("not chosen", shape, "bool")),
+            gradient="none",
+        ),
+        ops.leave("router.biased"),
+        top_k(f"{name}.topk", choice, "router.top")._replace(gradient="none"),
+        gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
+        *(normalised(f"{name}.normalise", "router.picked", "router.normal") if normalise else ()),
+        ops.scale(f"{name}.scale", ends, SCORES, PAIRS),
+        ops.leave(scores, choice, "router.mask", "router.top", ends),
+    )
+
+
+def sparse_mixer(name: str, x: str) -> tuple[Op, ...]:
+    """Two experts drawn one after the other, each by a softmax over the logits near the largest.
+
+    Of the softmaxes the autograd function of the scores makes the gradient itself; their own nodes keep what they do.
+    Source: transformers 5.24 models/phimoe/modeling_phimoe.py sparsemixer, PhimoeMultiplier.
+    """
+    logits, shape = "router.logits", "b s E"
+    product = gate(name, x, logits, stands_for=(), matrix=True)
+    return (
+        product._replace(weights=(product.weights[0]._replace(several=True),)),
+        *_drawn(name, logits, "first"),
+        Op(
+            f"{name}.scatter",
+            (logits, "first.chosen"),
+            (Tensor("second.logits", shape, f"={logits}"),),
+            (),
+            (Keep("first.chosen", logits),),
+            source=f"{ops.DERIVATIVES}: scatter.value",
+        ),
+        *_drawn(name, "second.logits", "second"),
+        Op(
+            f"{name}.cat",
+            ("first.score", "second.score"),
+            (Tensor(SCORES, PAIRS, f"={logits}"),),
+            gradient="same",
+            source=f"{ops.DERIVATIVES}: cat",
+        ),
+        Op(f"{name}.cat_chosen", ("first.chosen", "second.chosen"), (Tensor(CHOSEN, PAIRS, "int64"),), gradient="none"),
+        ops.leave(
+            *(f"{t}.{part}" for t in ("first", "second") for part in ("chosen", "gates", "own", "score", "mask"))
+        ),
+        ops.leave("second.logits"),
+    )
+
+
+def _drawn(name: str, x: str, t: str) -> tuple[Op, ...]:
+    """One expert by the logits x: `t.chosen`, and its score, whose gradient goes to the router's logits alone."""
+    logits, shape, one = "router.logits", "b s E", "b s 1"
+    kept = (f"{t}.own", f"{t}.chosen", f"{t}.gates")
+    like = f"={logits}"
+    return (
+        Op(
+            f"{name}.{t}.threshold",
+            (x,),
+            (Tensor(f"{t}.mask", shape, "bool"),),
+            scratch=tuple(Tensor(part, shape, like) for part in ("factor", "distance", "share")),
+            gradient="none",
+        ),
+        Op(
+            f"{name}.{t}.masked_fill",
+            (x, f"{t}.mask"),
+            (Tensor(f"{t}.near", shape, like),),
+            (),
+            (Keep(f"{t}.mask", x),),
+            source=f"{ops.DERIVATIVES}: masked_fill.Scalar",
+        ),
+        Op(
+            f"{name}.{t}.draw",
+            (f"{t}.near",),
+            (Tensor(f"{t}.chosen", one, "int64"),),
+            scratch=tuple(Tensor(part, shape, like) for part in ("exponential", "logarithm", "perturbed")),
+            gradient="none",
+        ),
+        *ops.softmax(f"{name}.{t}.softmax", f"{t}.near", f"{t}.gates", shape),
+        ops.leave(f"{t}.near"),
+        gathered(f"{name}.{t}.gather", f"{t}.gates", f"{t}.chosen", f"{t}.own")._replace(
+            writes=(Tensor(f"{t}.own", one, like),)
+        ),
+        Op(
+            f"{name}.{t}.multiplier",
+            (logits,),
+            (Tensor(f"{t}.score", one, like),),
+            (),
+            tuple(Keep(what, logits) for what in kept),
+            scratch=(Tensor("midpoint", one, "fp32"),),
+            scratch_back=(Scratch(Tensor("by its score", one, like)),),
+            source="transformers 5.24 models/phimoe/modeling_phimoe.py PhimoeMultiplier",
+        ),
+    )
+
+
+def jitter(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """x times noise near 1, in place: autograd keeps the noise."""
+    noise = f"{y}.noise"
+    return (
+        Op(name, (), (Tensor(noise, "b s h", f"={x}"),), gradient="none"),
+        ops.view(f"{name}.mul", x, y, "b s h", gradient="new")._replace(
+            reads=(x, noise), keeps=(Keep(noise, x),), source=f"{ops.DERIVATIVES}: mul.Tensor"
+        ),
+        ops.leave(noise),
+    )
+
+
+def biased_softmax_router(name: str, x: str) -> tuple[Op, ...]:
+    """All in fp32, autocast or not; a bias that does not train is added before the largest are chosen.
+
+    Source: transformers 5.24 models/ernie4_5_moe/modeling_ernie4_5_moe.py Ernie4_5_MoeTopKRouter.
+    """
+    probs, shape, product = "router.probs", "b s E", gate(name, "router.x")
+    bias = Weight(f"{name}.moe_statics.e_score_correction_bias", "E", "router", "fp32", False)
+    return (
+        ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),
+        product._replace(weights=(product.weights[0]._replace(dtype="fp32"),), autocast=""),
+        ops.leave("router.x"),
+        *ops.softmax(f"{name}.softmax", "router.logits", probs, shape),
+        Op(f"{name}.bias", (probs,), (Tensor("router.biased", shape, "fp32"),), (bias,), gradient="none"),
+        top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
+        ops.leave("router.biased"),
+        gathered(f"{name}.gather", probs, CHOSEN, "router.picked"),
+        Op(f"{name}.sum", ("router.picked",), (Tensor("router.total", "b s 1"),), source=ops.DERIVATIVES),
+        Op(
+            f"{name}.clamp",
+            ("router.total",),
+            (Tensor("router.least", "b s 1"),),
+            (),
+            (Keep("router.total", "router.total"),),
+            source=f"{ops.DERIVATIVES}: clamp",
+        ),
+        Op(
+            f"{name}.normalise",
+            ("router.picked", "router.least"),
+            (Tensor("router.normal", PAIRS),),
+            (),
+            (
+                Keep("router.least", "router.picked"),
+                Keep("router.picked", "router.least"),
+                Keep("router.least", "router.least"),
+            ),
+            source=f"{ops.DERIVATIVES}: div.Tensor",
+        ),
+        ops.cast(f"{name}.cast", "router.normal", SCORES, PAIRS, f"={x}"),
+        ops.leave(probs, "router.top", "router.picked", "router.normal", "router.total", "router.least"),
+    )
+
+
+def _biased(name: str, x: str, bias: str) -> Op:
+    weight = Weight(bias, "E", "buffer", "fp32", False)
+    return Op(f"{name}.bias", (x,), (Tensor("router.biased", "b s E", "fp32"),), (weight,), gradient="none")

@@ -1,0 +1,102 @@
+"""DBRX: LayerNorms without biases, q, k and v in one projection that is clipped, experts in a loop."""
+
+from __future__ import annotations
+
+from memplan.catalogue.attention.attention import attention, mask_name
+from memplan.catalogue.decoder.attention import rope
+from memplan.catalogue.decoder.frame import inputs, lm_head, masks, returned
+from memplan.catalogue.experts import expert_loops, routers
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.activations import drops
+from memplan.catalogue.kernels.positions import positions, rotary_table
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Op, Run, Stack, Tensor
+from memplan.models.model import ModelSpec
+
+_Q, _K = "b s a d", "b s k d"
+_SOURCE = "transformers 5.24 models/dbrx/modeling_dbrx.py"
+
+
+def dbrx(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Noise on the router's input is multiplied in place, so that the experts read it too."""
+    dropped, norm = drops(m, "resid_pdrop"), "norm_attn_norm"
+    block = Block(
+        "transformer.blocks",
+        (
+            *_layer_norm(f"{norm}.norm_1", "x", "n1"),
+            *_attention(m, wiring, f"{norm}.attn"),
+            *_dropped(f"{norm}.dropout", "ao", "ao.branch", dropped),
+            ops.add("residual_1", "ao.branch" if dropped else "ao", "x", "x1", "b s h"),
+            *_layer_norm(f"{norm}.norm_2", "x1", "n2"),
+            *_ffn(m),
+            *_dropped("dropout", "mo", "mo.branch", dropped),
+            ops.add("residual_2", "x1", "mo.branch" if dropped else "mo", "y", "b s h"),
+            ops.leave("positions", *returned(wiring)),
+        ),
+    )
+    made = [op.name for op in masks(wiring, "embeds")]
+    return Stack(
+        (
+            inputs(wiring.padded),
+            ops.embedding("transformer.wte", "ids", "embeds", "v", "h"),
+            positions(),
+            *masks(wiring, "embeds"),
+            *rotary_table("embeds"),
+        ),
+        (Run((block,), "L"),),
+        (
+            ops.layer_norm("transformer.norm_f", "x", "n", "b s h", "h", bias=False),
+            ops.leave("x", "embeds", "positions", "cos", "sin", *made),
+            lm_head("n"),
+        ),
+    )
+
+
+def _layer_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
+    return (
+        ops.layer_norm(name, x, f"{y}.own", "b s h", "h", bias=False),
+        ops.cast(f"{name}.cast", f"{y}.own", y, "b s h", f"={x}"),
+    )
+
+
+def _dropped(name: str, x: str, y: str, drop: bool) -> tuple[Op, ...]:
+    return (ops.dropout(name, x, y, "b s h"), ops.leave(x)) if drop else ()
+
+
+def _attention(m: ModelSpec, wiring: Wiring, name: str) -> tuple[Op, ...]:
+    """The parts of the projection are views of it; clipped, it is new, and what it was before is kept."""
+    grouped, clipped = m.num_key_value_heads != m.num_attention_heads, m.get("clip_qkv", 0.0) > 0
+    wiring = wiring._replace(drops=drops(m, "attn_pdrop"))
+    clamp = ops.clamp(f"{name}.clamp", "projected", "qkv", "b s qkv", 2)
+    return (
+        ops.linear(f"{name}.Wqkv", "n1", "projected" if clipped else "qkv", "qkv", "h", "attention"),
+        *((clamp, ops.leave("projected")) if clipped else ()),
+        ops.split(f"{name}.split", "qkv", (Tensor("q1", _Q), Tensor("k1", _K), Tensor("v", _K))),
+        *rope(name, "q1", "k1"),
+        *attention(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, False, mask_name(False)),
+        ops.linear(f"{name}.out_proj", "o", "ao", "h", "a d", "attention"),
+        ops.leave("qkv", "q", "k", "v", "o", "n1"),
+    )
+
+
+def _ffn(m: ModelSpec) -> tuple[Op, ...]:
+    """A softmax in the logits' own dtype, and the scores of those chosen divided by their sum."""
+    name, ffn = "ffn.router", m.part("ffn_config")
+    noisy = ffn.get("moe_jitter_eps") is not None
+    x = "n2.noisy" if noisy else "n2"
+    normalised = ffn.get("moe_normalize_expert_weights", 1.0) is not None
+    top = "router.top" if normalised else routers.SCORES
+    softmax = ops.softmax(f"{name}.softmax", "router.logits", "router.probs", "b s E")
+    return (
+        *(routers.jitter(f"{name}.jitter", "n2", x) if noisy else ()),
+        routers.gate(f"{name}.layer", x, stands_for=(), matrix=True),
+        *(op._replace(autocast="") for op in softmax),
+        routers.top_k(f"{name}.topk", "router.probs", top),
+        ops.leave("router.probs"),
+        *(routers.divided(f"{name}.normalise", top, routers.SCORES, "norm") if normalised else ()),
+        *expert_loops.loop(x, "mo", "ffn.experts", [expert_loops.in_rows("ffn.experts")] * expert_loops.experts_of(m)),
+        ops.leave(*routers.HELD, "n2"),
+    )
+
+
+BUILDERS = {"dbrx": dbrx}

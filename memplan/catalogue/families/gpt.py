@@ -1,0 +1,338 @@
+"""GPT-2, GPT-BigCode, GPT-Neo, GPT-J: LayerNorm, biases, an MLP without a gate, dropout, positions from a table."""
+
+from __future__ import annotations
+
+from memplan.catalogue.attention.attention import attention, cached, mask_name
+from memplan.catalogue.decoder.frame import inputs, lm_head, masks, returned
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.activations import activation, dropped, drops
+from memplan.catalogue.kernels.positions import positions
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
+from memplan.models.model import ModelSpec
+
+_Q, _K = "b s a d", "b s k d"
+
+
+def learned(m: ModelSpec, wiring: Wiring, drop: bool, name: str = "transformer") -> tuple[Op, ...]:
+    """Tokens and positions looked up and added, up to the first block.
+
+    The rows of positions are summed over the batch before they are a gradient.
+    """
+    return (
+        inputs(wiring.padded),
+        ops.embedding(f"{name}.wte", "ids", "tokens", "v", "h"),
+        positions(),
+        position_table(f"{name}.wpe", "positions", "places", f"{m.max_position_embeddings} h"),
+        ops.add("add_positions", "tokens", "places", "embeds" if not drop else "summed", "b s h"),
+        *masks(wiring, "tokens"),
+        *((ops.dropout(f"{name}.drop", "summed", "embeds", "b s h"),) if drop else ()),
+    )
+
+
+def position_table(name: str, ids: str, y: str, shape: str, rows: str = "s") -> Op:
+    w = Weight(f"{name}.weight", shape, "embedding", rows=1)
+    return Op(
+        name,
+        (ids,),
+        (Tensor(y, f"{rows} h", f"={w.name}"),),
+        (w,),
+        (Keep(ids, w.name),),
+        source=f"{ops.DERIVATIVES}: embedding",
+    )
+
+
+def after(m: ModelSpec, wiring: Wiring, norm: str = "transformer.ln_f", held: tuple[str, ...] = ()) -> tuple[Op, ...]:
+    made = [op.name for op in masks(wiring, "embeds")]
+    return (
+        ops.layer_norm(norm, "x", "n", "b s h", "h"),
+        ops.leave("x", "positions", *held, *made),
+        lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else ""),
+    )
+
+
+def gpt2(m: ModelSpec, wiring: Wiring) -> Stack:
+    """One projection for q, k and v, whole as long as one of them is kept; their gradients are joined.
+
+    Its linear layers are of a class of transformers' own, Conv1D.
+    """
+    stack = _stack(m, wiring, _fused_attention(m, wiring, _heads(m, wiring)), ("positions",))
+    (run,) = stack.runs
+    (block,) = run.blocks
+    ops_ = tuple(op._replace(weights=tuple(w._replace(transposed=w.matrix) for w in op.weights)) for op in block.ops)
+    ops_ = with_triangle(m, wiring, ops_, "attn")
+    return stack._replace(runs=(run._replace(blocks=(block._replace(ops=ops_),)),))
+
+
+def with_triangle(m: ModelSpec, wiring: Wiring, operations: tuple[Op, ...], name: str) -> tuple[Op, ...]:
+    """A triangle of booleans as large as the table of positions, in every layer, where the version has one."""
+    if not wiring.triangles:
+        return operations
+    longest = m.max_position_embeddings or 2048  # GPT-NeoX's own default
+    held = (
+        Weight(f"{name}.bias", f"{longest} {longest}", "buffer", "bool", False),
+        Weight(f"{name}.masked_bias", "", "buffer", "fp32", False),
+    )
+    first, *others = operations
+    return (first._replace(weights=(*first.weights, *held)), *others)
+
+
+def _heads(m: ModelSpec, wiring: Wiring, wide: bool = False) -> tuple[Op, ...]:
+    """Attention from q, k, v to o, with dropout of the probabilities."""
+    name, drop = "attn.attention", drops(m, "attn_pdrop")
+    if wiring.backend == "eager":
+        return cached(name, wiring, written_out(name, "q", "k", "v", "o", drop, wide, laid=wiring.lays))
+    return attention(name, "q", "k", "v", "o", wiring._replace(drops=drop), False)
+
+
+def gpt_bigcode(m: ModelSpec, wiring: Wiring) -> Stack:
+    """One key/value head for all query heads; a triangle of booleans as large as the table of positions, unused."""
+    grouped, longest = m.num_key_value_heads != m.num_attention_heads, m.max_position_embeddings
+    heads = dropped_attention(m, wiring, "attn.attention", "attn_pdrop", grouped)
+    unused = Weight("transformer.bias", f"{longest} {longest}", "buffer", "bool", False)
+    stack = _stack(m, wiring, _fused_attention(m, wiring, heads, by_head=not grouped))
+    return stack._replace(before=(stack.before[0]._replace(weights=(unused,)), *stack.before[1:]))
+
+
+def _stack(m: ModelSpec, wiring: Wiring, attention_ops: tuple[Op, ...], held: tuple[str, ...] = ()) -> Stack:
+    """`held`: arguments of every block, which a checkpoint keeps."""
+    block = gpt_block(attention_ops, mlp(m, "n2", "mo", drops(m, "resid_pdrop")), (*held, *returned(wiring)))
+    before = learned(m, wiring, drops(m, "embd_pdrop"))
+    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places")))
+
+
+def _fused_attention(
+    m: ModelSpec, wiring: Wiring, heads: tuple[Op, ...], by_head: bool = False, name: str = "attn"
+) -> tuple[Op, ...]:
+    """`by_head`: q, k and v of one head lie side by side, and the joined gradient is copied into that order."""
+    backend = wiring.masked if wiring.has_mask() else wiring.backend
+    back = "new" if backend in ("eager", "math") and not by_head else "same"
+    qkv = "qkv" if not by_head else "qkv.heads"
+    return (
+        ops.linear(f"{name}.c_attn", "n1", "qkv", "qkv", "h", "attention", bias=True),
+        *((ops.view(f"{name}.heads", "qkv", qkv, "b s a 3 d", gradient="new"),) if by_head else ()),
+        *((ops.view(f"{name}.present", qkv, "present", "b s qkv")._replace(holds="forward"),) if wiring.caches else ()),
+        ops.split(f"{name}.split", qkv, (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v", _K))),
+        ops.view(f"{name}.q_heads", "q0", "q", _Q, back),
+        ops.view(f"{name}.k_heads", "k0", "k", _K, back),
+        *heads,
+        ops.linear(f"{name}.c_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
+        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
+        ops.leave("qkv", "o", "n1"),
+    )
+
+
+def dropped_attention(
+    m: ModelSpec, wiring: Wiring, name: str, key: str, grouped: bool, sliding: bool = False
+) -> tuple[Op, ...]:
+    """`attention` from q, k, v to o, with dropout where it is written out; the kernels have it inside them."""
+    k, v, spread = "k", "v", ()
+    if m.num_key_value_heads == 1 and wiring.has_mask(sliding):  # one head is repeated without a copy
+        k, v, grouped = "k.all", "v.all", False
+        spread = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, gradient="new") for t in "kv")
+        spread, wiring = cached(name, wiring, spread, sliding), wiring._replace(caching=False)
+    wiring = wiring._replace(drops=drops(m, key))
+    return (*spread, *attention(name, "q", k, v, "o", wiring, grouped, sliding, mask_name(sliding)))
+
+
+def written_out(
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    drop: bool,
+    wide: bool = False,
+    biased: tuple[Op, ...] | None = None,
+    held: tuple[str, ...] = (),
+    laid: bool = False,
+) -> tuple[Op, ...]:
+    """Attention written out, the softmax in the dtype of the scores; `wide`: q and k are cast to fp32. `laid`: k and v
+    lie head by head, as a cache has them, and need no copy.
+
+    `biased`: what becomes of `scores` until they are `masked`; by default they are scaled and the mask is added.
+    `held` stays until the product with v is made.
+    """
+    n, scores = name, "b a s s"
+    q_in, k_in = (f"{q}.wide", f"{k}.wide") if wide else (q, k)
+    return (
+        *(ops.cast(f"{n}.{t}_float", t, f"{t}.wide", _Q, "fp32") for t in (q, k) if wide),
+        ops.copy(f"{n}.q_flat", q_in, "q.flat", _Q)._replace(autocast="lower"),
+        *(() if laid else (ops.copy(f"{n}.k_flat", k_in, "k.flat", _Q)._replace(autocast="lower"),)),
+        ops.matmul(f"{n}.scores", "q.flat", k_in if laid else "k.flat", "scores", scores),
+        *(
+            biased
+            or (ops.scale(f"{n}.scaling", "scores", "scaled", scores), add_mask(f"{n}.add_mask", "scaled", "masked"))
+        ),
+        *ops.softmax(f"{n}.softmax", "masked", "softmax", scores),
+        ops.cast(f"{n}.cast", "softmax", "probs.whole", scores, f"={v}"),
+        *((ops.leave("masked"),) if wide and biased is None else ()),  # GPT-J casts in the softmax's own statement
+        *dropped(f"{n}.attn_dropout", "probs.whole", "probs", scores, drop),
+        *(() if laid else (ops.copy(f"{n}.v_flat", v, "v.flat", _Q),)),
+        ops.matmul(f"{n}.product", "probs", v if laid else "v.flat", "heads", _Q),
+        ops.leave(*held),
+        ops.copy(f"{n}.reshape", "heads", y, _Q, gradient="new"),
+    )
+
+
+def add_mask(name: str, x: str, y: str) -> Op:
+    return Op(name, (x, "mask"), (Tensor(y, "b a s s"),), gradient="same", source=f"{ops.DERIVATIVES}: add.Tensor")
+
+
+def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Scores in fp32, masked by a triangle of booleans that each layer holds for as many tokens as there are positions.
+
+    A local layer differs only in what is in its triangle. There is no scaling, and no kernel but flash attention 2.
+    """
+    wiring = wiring if wiring.backend == "flash_2" else wiring._replace(backend="eager", masked="eager")
+    name, longest = "attn.attention", m.max_position_embeddings
+    triangle = Weight(f"{name}.bias", f"{longest} {longest}", "buffer", "bool", False)
+    drop, resid = drops(m, "attention_dropout"), drops(m, "resid_dropout")
+    back = "new" if wiring.backend == "eager" else "same"
+    biased = (
+        Op(
+            f"{name}.where",
+            ("scores",),
+            (Tensor("causal", "b a s s", "=scores"), Tensor("least", "", "=scores")),
+            (triangle,),
+            source=f"{ops.DERIVATIVES}: where",
+        ),
+        add_mask(f"{name}.add_mask", "causal", "masked"),
+    )
+    kernel = (
+        (Op(f"{name}.bias", weights=(triangle,), gradient="none"), *attention(name, "q", "k", "v", "o", wiring, False))
+        if wiring.backend == "flash_2"
+        else cached(
+            name,
+            wiring,
+            written_out(name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"), laid=wiring.lays),
+        )
+    )
+    heads = (
+        *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),
+        *(ops.view(f"{name}.{t}_heads", f"{t}0", t, _Q, back if t != "v" else "same") for t in "qkv"),
+        *kernel,
+        ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
+        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", resid),
+        ops.leave("q", "k", "v", "o"),
+    )
+    block = gpt_block(heads, mlp(m, "n2", "mo", resid), returned(wiring))
+    before = learned(m, wiring, drops(m, "embed_dropout"))
+    return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places", *returned(wiring))))
+
+
+def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Part of each head's width rotated by a table for all positions; attention and MLP side by side after one norm."""
+    block = Block(
+        "transformer.h",
+        (
+            ops.layer_norm("ln_1", "x", "n1", "b s h", "h"),
+            *_gptj_attention(m, _heads(m, wiring, wide=True)),
+            *mlp(m, "n1", "mo", drops(m, "resid_pdrop"), ("fc_in", "fc_out")),
+            ops.add("parallel", "ao", "mo", "branches", "b s h"),
+            ops.add("residual", "branches", "x", "y", "b s h"),
+            ops.leave("ao", "mo", "n1", "positions", *returned(wiring)),
+        ),
+    )
+    embedded = drops(m, "embd_pdrop")
+    width = m.rotary_width
+    table = Weight(
+        "transformer.rotary_emb.embed_positions", f"{m.max_position_embeddings} {width}", "buffer", "fp32", False
+    )
+    before = (
+        inputs(wiring.padded),
+        ops.embedding("transformer.wte", "ids", "tokens" if embedded else "embeds", "v", "h"),
+        positions(),
+        *masks(wiring, "tokens" if embedded else "embeds"),
+        *((ops.dropout("transformer.drop", "tokens", "embeds", "b s h"),) if embedded else ()),
+        Op("transformer.rotary_emb", ("positions",), (Tensor("sincos32", "s rot", "fp32"),), (table,)),
+        ops.cast("transformer.rotary_emb.cast", "sincos32", "sincos", "s rot", "=embeds"),
+    )
+    last = after(m, wiring, held=("sincos", "tokens" if embedded else "embeds"))
+    head = lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else "", bias=True)
+    return Stack(before, (Run((block,), "L"),), (*last[:-1], head))
+
+
+def _gptj_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn") -> tuple[Op, ...]:
+    """The rotated part and the rest are joined into new storage; both stay to the end, the rest with all of q or k."""
+    return (
+        *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),
+        *(ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1" if t != "v" else t, _Q) for t in "qkv"),
+        *(
+            op
+            for t in "kq"
+            for op in (
+                ops.view(f"{name}.{t}_slice", f"{t}1", f"{t}.rot", "b s a rot", gradient="new"),
+                ops.view(f"{name}.{t}_rest", f"{t}1", f"{t}.pass", _Q, gradient="new"),
+            )
+        ),
+        *(op for t in "kq" for op in _turned_pairs(f"{name}.rope_{t}", t)),
+        *(_joined(f"{name}.{t}_cat", t) for t in "kq"),
+        *kernel,
+        ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention"),
+        *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
+        ops.leave("q", "k", "v", "o", "q0", "k0", "q.turned", "k.turned"),
+    )
+
+
+def _turned_pairs(name: str, t: str) -> tuple[Op, ...]:
+    """sin and cos are spread over the pairs anew for q and for k, and kept."""
+    shape, half = "b s a rot", "b s a rot2"
+    cosine, pairs, sine = f"{t}.cosine", f"{t}.pairs", f"{t}.sine"
+    return (
+        ops.copy(f"{name}.sin_pairs", "sincos", f"{t}.sin", "s rot"),
+        ops.copy(f"{name}.cos_pairs", "sincos", f"{t}.cos", "s rot"),
+        Op(f"{name}.cos", (f"{t}.rot", f"{t}.cos"), (Tensor(cosine, shape),), (), (Keep(f"{t}.cos", f"{t}.rot"),)),
+        ops.rotate_half(f"{name}.rotate_every_two", f"{t}.rot", pairs, shape, half),
+        Op(f"{name}.sin", (pairs, f"{t}.sin"), (Tensor(sine, shape),), (), (Keep(f"{t}.sin", pairs),)),
+        ops.add(f"{name}.add", cosine, sine, f"{t}.turned", shape),
+        ops.view(f"{name}.part", f"{t}.turned", f"{t}.part", _Q),
+        ops.leave(f"{t}.sin", f"{t}.cos"),
+    )
+
+
+def _joined(name: str, t: str) -> Op:
+    return Op(name, (f"{t}.part", f"{t}.pass"), (Tensor(t, _Q),), gradient="same", source=f"{ops.DERIVATIVES}: cat")
+
+
+def mlp(
+    m: ModelSpec,
+    x: str,
+    y: str,
+    drop: bool,
+    layers: tuple[str, str] = ("c_fc", "c_proj"),
+    name: str = "mlp",
+    bias: bool = True,
+) -> tuple[Op, ...]:
+    """Up, activation, down, dropout."""
+    up, down = layers
+    return (
+        ops.linear(f"{name}.{up}", x, "up", "f", "h", "mlp", bias),
+        *activation(m, f"{name}.act", "up", "act", "b s f"),
+        ops.leave("up"),
+        ops.linear(f"{name}.{down}", "act", f"{y}.whole", "h", "f", "mlp", bias),
+        ops.leave("act"),
+        *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drop),
+        ops.leave(x),
+    )
+
+
+def gpt_block(attention_ops: tuple[Op, ...], mlp_ops: tuple[Op, ...], held: tuple[str, ...]) -> Block:
+    """Norm, attention from `n1` to `ao`, residual; norm, MLP from `n2` to `mo`, residual; `held` stays to the end."""
+    return Block(
+        "transformer.h",
+        (
+            ops.layer_norm("ln_1", "x", "n1", "b s h", "h"),
+            *attention_ops,
+            ops.add("residual_1", "ao", "x", "x1", "b s h"),
+            ops.leave("n1"),
+            ops.layer_norm("ln_2", "x1", "n2", "b s h", "h"),
+            *mlp_ops,
+            ops.add("residual_2", "x1", "mo", "y", "b s h"),
+            ops.leave("n2"),
+            ops.leave("ao", "mo", *held),
+        ),
+    )
+
+
+BUILDERS = {"gpt2": gpt2, "gpt_bigcode": gpt_bigcode, "gpt_neo": gpt_neo, "gptj": gptj}

@@ -1,0 +1,280 @@
+"""gpt-oss and MiMo-V2-Flash: attention with sinks, a number a head that takes part in the softmax like a key's score.
+
+transformers has no sdpa for it, and flash attention only by kernels of a hub: what is counted is the plain product.
+Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py, models/mimo_v2_flash/modeling_mimo_v2_flash.py.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.attention.attention import cached, mask_name
+from memplan.catalogue.decoder.frame import decoder_block, returned, runs
+from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.decoder.rotation import rotate_part
+from memplan.catalogue.decoder.windows import after as last
+from memplan.catalogue.decoder.windows import before as first
+from memplan.catalogue.decoder.windows import local, tables
+from memplan.catalogue.experts import experts, routers
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.positions import rotary_table
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.models.layers import Layer
+from memplan.models.model import ModelSpec
+
+_GPT_OSS = "transformers 5.24 models/gpt_oss/modeling_gpt_oss.py"
+_SCORES, _WITH_SINK = "b a s s", "b a s s1"
+
+
+def sink_attention(
+    name: str,
+    y: str,
+    mask: str,
+    sinks: bool,
+    grouped: bool,
+    value: str,
+    one_name: bool = False,
+    drop: bool = False,
+    laid: bool = False,
+) -> tuple[Op, ...]:
+    """Scores of `q` and `k`, less the largest of each row, and what their softmax makes of `v`, heads `value` wide.
+
+    The softmax is in the scores' own dtype. With `sinks` each row of scores is one longer, and the probabilities are a
+    view of the rest; `drop`: some are dropped, before they are cast. `one_name`: the function has a single name for all
+    that becomes the probabilities. `laid`: k and v lie head by head, as a cache has them.
+    """
+    scores, heads = (_WITH_SINK if sinks else _SCORES), f"b s a {value}"
+    n, joined, kept = name, *(("joined", "kept") if sinks else ("masked", "softmax"))
+    return (
+        ops.copy(f"{n}.repeat_k", "k", "k.heads", "b s a d", gradient="new")
+        if grouped
+        else ops.view(f"{n}.k_same", "k", "k.heads", "b s a d"),
+        ops.view(f"{n}.v_view", "v", "v.view", f"b s k {value}", gradient="new"),
+        (ops.view if laid and not grouped else ops.copy)(
+            f"{n}.repeat_v", "v.view", "v.heads", heads, gradient="new" if grouped else "same"
+        ),
+        ops.matmul(f"{n}.scores", "q", "k.heads", "scores", _SCORES),
+        ops.scale(f"{n}.scaling", "scores", "scaled", _SCORES),
+        Op(f"{n}.add_mask", ("scaled", mask), (Tensor("masked", _SCORES),), gradient="same", source="add.Tensor"),
+        *(_joined(n) if sinks else ()),
+        *((ops.leave("masked"),) if sinks and one_name else ()),
+        Op(
+            f"{n}.max",
+            (joined,),
+            (Tensor("largest", "b a s", f"={joined}"), Tensor("largest.at", "b a s", "int64")),
+            (),
+            (Keep("largest.at", joined),),
+            source=f"{ops.DERIVATIVES}: max.dim",
+        ),
+        Op(
+            f"{n}.minus",
+            (joined, "largest"),
+            (Tensor("shifted", scores),),
+            gradient="same",
+            scratch_back=(Scratch(Tensor("negative", scores, f"={joined}"), "largest"),),
+            source=f"{ops.DERIVATIVES}: sub.Tensor",
+        ),
+        ops.leave(joined, "largest"),
+        *ops.softmax(f"{n}.softmax", "shifted", "softmax", scores, "=shifted"),
+        *((ops.view(f"{n}.drop_sink", "softmax", "kept", _SCORES, gradient="new"),) if sinks else ()),
+        *((ops.dropout(f"{n}.dropout", kept, "dropped", _SCORES),) if drop else ()),
+        ops.cast(f"{n}.cast", "dropped" if drop else kept, "probs", _SCORES, "=v.heads"),
+        ops.leave("shifted" if one_name else "masked"),
+        ops.matmul(f"{n}.product", "probs", "v.heads", "heads", heads),
+        ops.copy(f"{n}.contiguous", "heads", y, heads, gradient="new"),
+        ops.leave("k.heads", "v.heads", *(() if one_name else ("shifted",))),
+    )
+
+
+def _joined(name: str) -> tuple[Op, ...]:
+    """The scores with the sinks behind them; their gradients are views of one."""
+    sinks = Weight("self_attn.sinks", "a", "attention")
+    return (
+        ops.view(f"{name}.scores_part", "masked", "masked.part", _WITH_SINK),
+        Op(
+            f"{name}.join",
+            ("masked.part",),
+            (Tensor("joined", _WITH_SINK),),
+            (sinks,),
+            gradient="same",
+            source=f"{ops.DERIVATIVES}: cat",
+        ),
+    )
+
+
+def halves_rotated(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
+    """Both halves of a head rotated for themselves, with cos and sin as wide as a half, and joined."""
+    half, shape = f"b s {heads} rot2", f"b s {heads} d"
+    made: list[Op] = [ops.split(f"{name}.chunk", x, (Tensor(f"{y}.first", half), Tensor(f"{y}.second", half)))]
+    for part, (a, b) in {"one": ("first", "second"), "two": ("second", "first")}.items():
+        cosine, sine = f"{y}.{part}.cosine", f"{y}.{part}.sine"
+        for made_of, factor, product in ((a, "cos", cosine), (b, "sin", sine)):
+            made.append(
+                Op(
+                    f"{name}.{part}_{factor}",
+                    (f"{y}.{made_of}", factor),
+                    (Tensor(product, half),),
+                    (),
+                    (Keep(factor, f"{y}.{made_of}"),),
+                    source=f"{ops.DERIVATIVES}: mul.Tensor",
+                )
+            )
+        if part == "one":
+            made.append(ops.view(f"{name}.minus", sine, f"{sine}.negative", half, gradient="new"))
+            sine = f"{sine}.negative"
+        made.append(ops.add(f"{name}.{part}", cosine, sine, f"{y}.{part}", half))
+    return (
+        *made,
+        *(ops.view(f"{name}.{part}_part", f"{y}.{part}", f"{y}.{part}.part", shape) for part in ("one", "two")),
+        Op(
+            f"{name}.cat",
+            (f"{y}.one.part", f"{y}.two.part"),
+            (Tensor(y, shape),),
+            gradient="same",
+            source=f"{_GPT_OSS} _apply_rotary_emb",
+        ),
+        ops.leave(f"{y}.one", f"{y}.two"),
+    )
+
+
+def _projected(m: ModelSpec, x: str, name: str, value: str) -> tuple[Op, ...]:
+    bias = m.get("attention_bias", False)
+    return (
+        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
+        ops.view(f"{name}.q_heads", "q0", "q1", "b s a d", gradient="new"),
+        ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention", bias),
+        ops.view(f"{name}.k_heads", "k0", "k1", "b s k d", gradient="new"),
+        ops.linear(f"{name}.v_proj", x, "v0" if value == "dv" else "v", f"k {value}", "h", "attention", bias),
+    )
+
+
+def _gpt_oss_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
+    grouped = m.num_key_value_heads != m.num_attention_heads
+    return (
+        *_projected(m, "n1", name, "d"),
+        *halves_rotated(f"{name}.rope_q", "q1", "q", "a"),
+        *halves_rotated(f"{name}.rope_k", "k1", "k", "k"),
+        ops.leave("q1", "k1"),
+        *cached(
+            f"{name}.attention",
+            wiring,
+            sink_attention(
+                f"{name}.attention",
+                "o",
+                mask_name(layer.sliding),
+                True,
+                grouped,
+                "d",
+                False,
+                wiring.drops,
+                wiring.caching,
+            ),
+            layer.sliding,
+        ),
+        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", m.get("attention_bias", False)),
+        ops.leave("q", "k", "v", "o", "n1"),
+    )
+
+
+def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+    """Multiplied by the weight while still in fp32, and cast after."""
+    *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, axis)
+    n32, y32 = f"{y}.n32", f"{y}.y32"
+    return (
+        *normalise,
+        ops.weigh(f"{name}.weight", n32, y32, shape, Weight(f"{name}.weight", axis, "norm")),
+        ops.leave(f"{y}.mean", n32),
+        ops.cast(f"{name}.cast", y32, y, shape, f"={x}"),
+    )
+
+
+def _router(x: str, name: str = "mlp.router") -> tuple[Op, ...]:
+    """The largest logits, and a softmax over these alone in their own dtype."""
+    product = ops.linear(name, x, "router.logits", "E", "h", "router", bias=True, flat=True)
+    weights = tuple(w._replace(matrix=False) for w in product.weights)
+    return (
+        product._replace(weights=weights),
+        routers.top_k(f"{name}.topk", "router.logits", "router.top"),
+        *ops.softmax(f"{name}.softmax", "router.top", routers.SCORES, routers.PAIRS, "=router.top"),
+        ops.leave("router.top"),
+    )
+
+
+def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Attention with sinks, and experts with biases whose gates are clamped."""
+    wiring = wiring._replace(backend="eager", masked="eager")
+    mlp = (
+        *_router("n2"),
+        *experts.experts("n2", "mo", gate_up=(), down=(), act=experts.clamped(slices=True), biased=True),
+        ops.leave("router.logits", routers.CHOSEN, "n2", *returned(wiring)),
+    )
+
+    def block(layer: Layer) -> Block:
+        return decoder_block(_gpt_oss_attention(m, layer, wiring), mlp, norm=rms_norm, held=(routers.SCORES,))
+
+    table = tuple(op for op in rotary_table("embeds") if op.name != "rotary.cat")
+    halves = tuple(op._replace(reads=tuple("angles" if r == "both" else r for r in op.reads)) for op in table)
+    return Stack(
+        first(wiring, True, ops.with_axes(halves, {"rot": "rot2"})),
+        runs(m, block),
+        last(m, wiring, True, rms_norm),
+    )
+
+
+def _mimo_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
+    """Values narrower than keys, and scaled; a part of each head rotated; sinks where there is a window."""
+    made = (
+        *_projected(m, "n1", name, "dv"),
+        ops.scale(f"{name}.v_scale", "v0", "v", "b s k dv"),
+        ops.leave("v0"),
+        *rotate_part(f"{name}.rope", partial=True),
+        ops.leave("q1", "k1"),
+        *cached(
+            f"{name}.attention",
+            wiring,
+            sink_attention(
+                f"{name}.attention",
+                "o",
+                mask_name(layer.sliding),
+                layer.sliding,
+                layer.k != m.num_attention_heads,
+                "dv",
+                one_name=True,
+                drop=wiring.drops,
+                laid=wiring.caching,
+            ),
+            layer.sliding,
+        ),
+        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a dv", "attention"),
+        ops.leave("q", "k", "v", "o", "n1"),
+    )
+    return ops.with_axes(made, {"k": f"k{layer.k}"})
+
+
+def unadapted(router: tuple[Op, ...]) -> tuple[Op, ...]:
+    """A router of a family whose parameters peft does not know by the names of linear layers."""
+    return tuple(op._replace(weights=tuple(w._replace(stands_for=()) for w in op.weights)) for op in router)
+
+
+def mimo(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Layers with a window have more key heads, sinks, and a rotary table of their own."""
+    wiring = wiring._replace(backend="eager", masked="eager")
+    mixture = (
+        *unadapted(routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))),
+        *experts.experts("n2", "mo", gate_up=(), down=()),
+        ops.leave(*routers.HELD, "n2"),
+    )
+
+    def block(layer: Layer) -> Block:
+        ffn = mixture if layer.ffn == "experts" else gated_mlp("n2", "mo")
+        made = decoder_block(_mimo_attention(m, layer, wiring), ffn, held=returned(wiring))
+        return local(made) if layer.sliding else made
+
+    two = any(layer.sliding for layer in m.layers)
+    return Stack(
+        first(wiring, True, tables(two)),
+        runs(m, block),
+        last(m, wiring, True, local=two),
+    )
+
+
+BUILDERS = {"gpt_oss": gpt_oss, "mimo_v2_flash": mimo}

@@ -1,0 +1,522 @@
+"""Kimi Linear: a delta rule whose keys decay channel by channel, latent attention without rotation, experts.
+
+transformers computes the delta rule with flash-linear-attention's kernels where they are installed, and else chunk by
+chunk in torch; this is the torch code, exact against a trace of it. It holds a number for every two rows of a chunk and
+every channel of a key, three times, which is most of what a layer takes: `_CUBE` below.
+
+Letters of their own: `lv` heads `ldk` wide, `convolved` channels of q, k and v together, `chunks` of `chunk` rows,
+`s_chunks` rows in all, `s_later` those of the `later` chunks, all but one.
+
+Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.attention.attention import cached
+from memplan.catalogue.attention.latent import attend, copied_key
+from memplan.catalogue.decoder.frame import before, decoder_block, lm_head, masks, returned, runs
+from memplan.catalogue.experts import routers
+from memplan.catalogue.families import kimi_k3
+from memplan.catalogue.families.kimi_k3 import chosen, sums_of
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, unpadded
+from memplan.catalogue.kernels.recurrent_step import kda_step, kept
+from memplan.catalogue.kernels.rewriting import reweigh
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.models.layers import Layer
+from memplan.models.model import ModelSpec
+
+_GIVEN, _HEADS = "b s lv ldk", "b lv s ldk"
+_ROWS, _NUMBERS, _SQUARE = "b lv s_chunks ldk", "b lv s_chunks", "b lv s_chunks chunk"
+_CUBE, _BEFORE = "b lv s_chunks chunk ldk", "b lv s_later ldk"
+CHUNK = 64
+_LOCALS = ("inter", "intra", "recalled", "corrected")  # of the last chunk, until the function returns
+
+
+def _l2_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`x / sqrt((x * x).sum(-1) + eps)`."""
+    row = "b lv s"
+    square, total, shifted, root = (f"{y}.{part}" for part in ("square", "sum", "shifted", "root"))
+    return (
+        Op(
+            f"{name}.square",
+            (x,),
+            (Tensor(square, _HEADS),),
+            (),
+            (Keep(x, x),),
+            scratch_back=(Scratch(Tensor("other factor", _HEADS, f"={x}")),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        Op(f"{name}.sum", (square,), (Tensor(total, row),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
+        ops.add_number(f"{name}.eps", total, shifted, row),
+        exp(f"{name}.sqrt", shifted, root, row),
+        Op(
+            name,
+            (x, root),
+            (Tensor(y, _HEADS),),
+            (),
+            (Keep(root, x), Keep(x, root), Keep(root, root)),
+            scratch_back=(Scratch(Tensor("quotient", _HEADS, f"={y}"), root),),
+            source=f"{ops.DERIVATIVES}: div.Tensor",
+        ),
+        ops.leave(root),
+    )
+
+
+def _chunked(name: str, y: str, at_once: bool = False, records: bool = True) -> tuple[Op, ...]:
+    """`query`, `key`, `value`, `g` and `beta` to the heads' outputs: chunk_kimi_delta_attention.
+
+    On the way back the most is there when the second chunk from the end is done. `at_once`: the rows of the inverse are
+    one operation. `records`: autograd does, and the loop over chunks is told by what it keeps.
+    """
+    n, f, ones = name, "fp32", Tensor("ones", "chunk chunk", "bool")
+    given = {"query": _GIVEN, "key": _GIVEN, "value": _GIVEN, "beta": "b s lv", "g": _GIVEN}
+    return (
+        *(
+            op
+            for t, shape in given.items()
+            for op in (
+                ops.copy(f"{n}.{t}_heads", t, f"{t}.heads", shape),
+                ops.cast(f"{n}.{t}_float", f"{t}.heads", f"{t}32", shape, f),
+            )
+        ),
+        *_l2_norm(f"{n}.query_norm", "query32", "q.normed"),
+        *_l2_norm(f"{n}.key_norm", "key32", "k.normed"),
+        pad(f"{n}.pad_query", "q.normed", "q.rows", _ROWS),
+        ops.scale(f"{n}.scaling", "q.rows", "q", _ROWS),
+        pad(f"{n}.pad_key", "k.normed", "k", _ROWS),
+        ops.leave("q.normed", "k.normed"),
+        pad(f"{n}.pad_value", "value32", "v.rows", _ROWS),
+        pad(f"{n}.pad_decay", "g32", "decay", _ROWS),
+        pad(f"{n}.pad_beta", "beta32", "beta.rows", _NUMBERS),
+        ops.leave("value32", "g32", "beta32"),
+        ops.spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
+        ops.spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
+        cumulate(f"{n}.cum_decay", "decay", "cum", _ROWS),
+        *(Op(f"{n}.{t}", (), (Tensor(t, "chunk chunk", "bool"),), scratch=(ones,)) for t in ("not before", "after")),
+        *_pairs(n),
+        *(_inverse_at_once if at_once else _inverse)(f"{n}.rows", "pairs.0"),
+        ops.matmul(f"{n}.new_values", "attn", "v.beta", "values", _ROWS),
+        ops.leave("v.rows"),
+        exp(f"{n}.decay_of_keys", "cum", "cum.exp", _ROWS)._replace(autocast=f),
+        ops.mul(f"{n}.decayed_k_beta", "k.beta", "cum.exp", "k.beta.decayed", _ROWS),
+        ops.leave("cum.exp"),
+        ops.matmul(f"{n}.k_cumdecay", "attn", "k.beta.decayed", "k.cumulated", _ROWS),
+        ops.leave("k.beta.decayed"),
+        Op(f"{n}.also_after", (), (Tensor("also after", "chunk chunk", "bool"),), scratch=(ones,)),
+        ops.leave("not before"),
+        *(_scan if records else _scan_alone)(f"{n}.scan"),
+        ops.copy(f"{n}.contiguous", "outputs", "outputs.rows", _GIVEN),
+        ops.cast(f"{n}.cast", "outputs.rows", y, _GIVEN, "=query"),
+        ops.leave(
+            "outputs",
+            "q",
+            "k",
+            "beta.rows",
+            "v.beta",
+            "k.beta",
+            "cum",
+            "after",
+            "also after",
+            "factors",
+            "attn",
+        ),
+        ops.leave(*(("scan.last",) if records else tuple(f"scan.{t}" for t in _LOCALS))),
+        ops.leave("values", "k.cumulated", f"row{CHUNK - 1}", f"rest{CHUNK - 1}"),
+    )
+
+
+def _cube(name: str, x: str, other: str, y: str, shape: str = _CUBE) -> Op:
+    """Each row of one by each of the other, channel by channel."""
+    sums = tuple(Scratch(Tensor(f"before the sum of {of}", shape, "fp32"), of, summed=True) for of in (x, other))
+    source = f"{ops.DERIVATIVES}: mul.Tensor"
+    return Op(name, (x, other), (Tensor(y, shape),), (), (Keep(other, x), Keep(x, other)), (), sums, source=source)
+
+
+def _pairs(n: str) -> tuple[Op, ...]:
+    """How much each key of a chunk corrects each later one, `pairs.0`; `factors`, by which a key has decayed."""
+    return (
+        Op(
+            f"{n}.differences",
+            ("cum",),
+            (Tensor("differences", _CUBE),),
+            scratch_back=(Scratch(Tensor("negative", _CUBE, "fp32")),),
+            source=f"{ops.DERIVATIVES}: sub.Tensor",
+        ),
+        mask_fill(f"{n}.causal", "differences", "after", "differences.masked", _CUBE),
+        ops.leave("differences"),
+        exp(f"{n}.decay", "differences.masked", "factors", _CUBE)._replace(autocast="fp32"),
+        ops.leave("differences.masked"),
+        _cube(f"{n}.keys", "k.beta", "k", "keys"),
+        Op(f"{n}.decayed_keys", ("keys", "factors"), (Tensor("keys.decayed", _CUBE),), gradient="none"),
+        ops.leave("keys.decayed"),
+        Op(  # whose gradient is that of its sum, expanded
+            f"{n}.sum",
+            ("keys", "factors"),
+            (Tensor("sums", _SQUARE),),
+            (),
+            (Keep("factors", "keys"), Keep("keys", "factors")),
+            source=f"{ops.DERIVATIVES}: mul.Tensor, sum.dim_IntList",
+        ),
+        ops.leave("keys"),
+        mask_fill(f"{n}.strictly_causal", "sums", "not before", "sums.masked", _SQUARE),
+        ops.leave("sums"),
+        ops.scale(f"{n}.negative", "sums.masked", "pairs.0", _SQUARE),
+        ops.leave("sums.masked"),
+    )
+
+
+def _inverse(n: str, x: str) -> tuple[Op, ...]:
+    """Forward substitution row by row in place, and the identity: a copy of each row is kept, and of those above it."""
+    out: list[Op] = []
+    whole = Tensor("whole", _SQUARE, "fp32")
+    for i in range(1, CHUNK):
+        row, rest, made = f"row{i}", f"rest{i}", f"pairs.{i}"
+        one, square = f"b lv chunks {i}", f"b lv chunks {i} {i}"
+        out += (
+            Op(
+                f"{n}.{i}.clone",
+                (x,),
+                (Tensor(row, one), Tensor(rest, square)),
+                scratch_back=(Scratch(whole),),
+                source=f"{ops.DERIVATIVES}: clone, slice",
+            ),
+            Op(
+                f"{n}.{i}.set",
+                (x, row, rest),
+                (Tensor(made, _SQUARE),),
+                (),
+                (Keep(rest, row), Keep(row, rest)),
+                scratch=(Tensor("product", square, "fp32"), Tensor("sum", one, "fp32")),
+                scratch_back=(Scratch(Tensor("product", square, "fp32"), row),),
+                view=True,
+                source="torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices",
+            ),
+        )
+        x = made
+    return (*out, *_identity(n, x))
+
+
+def _inverse_at_once(n: str, x: str) -> tuple[Op, ...]:
+    """All rows as one operation, for a model whose layers are many and differ: the same is kept, in one tensor, and
+    what is there on the way back is a row's."""
+    last, whole = CHUNK - 1, Tensor("whole", _SQUARE, "fp32")
+    kept = sum(i + i * i for i in range(1, last))
+    product = Tensor("product", f"b lv chunks {last} {last}", "fp32")
+    rows = (Tensor(f"row{last}", f"b lv chunks {last}"), Tensor(f"rest{last}", product.shape))
+    names = ("rows.kept", *(t.name for t in rows))
+    return (
+        Op(f"{n}.clone", (x,), rows, gradient="none"),
+        Op(f"{n}.kept", (x,), (Tensor("rows.kept", f"b lv chunks {kept}", "fp32"),), gradient="none", recorded=True),
+        Op(
+            f"{n}.set",
+            (x, *names),
+            (Tensor(f"pairs.{last}", _SQUARE),),
+            (),
+            tuple(Keep(name, x) for name in names),
+            scratch=(product, Tensor("sum", f"b lv chunks {last}", "fp32")),
+            scratch_back=(Scratch(whole), Scratch(product)),
+            view=True,
+            source="torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices",
+        ),
+        ops.leave("rows.kept")._replace(recorded=True),
+        *_identity(n, f"pairs.{last}"),
+    )
+
+
+def _identity(n: str, x: str) -> tuple[Op, ...]:
+    eye = Tensor("eye", "chunk chunk", "fp32")
+    return (
+        Op(f"{n}.identity", (x,), (Tensor("attn", _SQUARE),), scratch=(eye,), gradient="same", source=ops.DERIVATIVES),
+        ops.leave(x),
+    )
+
+
+def _scan(name: str) -> tuple[Op, ...]:
+    """The loop over chunks as one operation, and beside it what autograd keeps of all chunks.
+
+    The state before the first chunk asks for no gradient, and that after the last is thrown away: neither keeps what
+    the others do.
+    Autocast casts what is multiplied, chunk by chunk: each state and its corrected values twice.
+    """
+    made = {
+        "q.factors": _ROWS,
+        "q.decayed": _BEFORE,
+        "q.k": _CUBE,
+        "intra": _SQUARE,
+        "corrected": _ROWS,
+        "states": "b lv chunks ldk ldk",
+        "k.factors": _BEFORE,
+        "k.decayed": _BEFORE,
+        "end": "b lv later ldk",
+    }
+    twice = {f"{t}.{part}": t for t in ("states", "corrected") for part in ("low", "again")}
+    once = {f"{t}.low": t for t in ("q.decayed", "intra", "k.decayed")}
+    shapes = {**made, "k.cumulated": _ROWS}
+    low = {**twice, **once, "k.cumulated.low": "k.cumulated"}
+    given = ("q", "k", "cum", "factors", "values", "k.cumulated.low")
+    kept = ("q", "k", "factors", "also after", "q.factors", "q.k", "states", "k.factors", "end", *low)
+    return (
+        Op(
+            f"{name}.kept",
+            ("values",),
+            tuple(Tensor(t, shape, "fp32") for t, shape in made.items()),
+            gradient="none",
+            recorded=True,
+        ),
+        *(lowered(f"{name}.{y}", t, y, shapes[t])._replace(recorded=True) for y, t in low.items()),
+        ops.leave("q.decayed", "intra", "corrected", "k.decayed")._replace(recorded=True),
+        Op(
+            name,
+            (*given, *(t for t in kept if t not in given)),
+            (Tensor("outputs", _ROWS, "fp32"), Tensor("scan.last", "4 b lv chunk ldk", "fp32")),
+            (),
+            tuple(Keep(what, of) for of in given for what in kept),
+            scratch=(Tensor("decayed", "b lv chunk chunk ldk", "fp32"),),
+            scratch_back=(Scratch(Tensor("of the chunk before", "b lv s_two chunk ldk", "fp32")),),
+            source="transformers 5.24 models/kimi_linear/modeling_kimi_linear.py chunk_kimi_delta_attention",
+        ),
+        ops.leave(*kept[4:])._replace(recorded=True),
+    )
+
+
+def _scan_alone(name: str) -> tuple[Op, ...]:
+    """The loop where nothing is kept: a chunk of it, after which only its sums and the state are there."""
+    state, chunk, cube, f = "b lv ldk ldk", "b lv chunk ldk", "b lv chunk chunk ldk", "fp32"
+    square = Tensor("scan.intra", "b lv chunk chunk", f)
+    some = tuple(Tensor(what, chunk, f) for what in ("product", "sum"))
+    return (
+        Op(f"{name}.zeros", ("values",), (Tensor("state.zero", state, f),)),
+        Op(f"{name}.outputs", ("values",), (Tensor("outputs", _ROWS, f),)),
+        Op(f"{name}.inter", ("q", "cum", "state.zero"), (Tensor("scan.inter", chunk, f),), scratch=some),
+        Op(
+            f"{name}.products",
+            ("q", "k", "factors"),
+            scratch=(Tensor("q times k", cube, f), Tensor("decayed", cube, f)),
+            source="transformers 5.24 models/kimi_linear/modeling_kimi_linear.py chunk_kimi_delta_attention",
+        ),
+        Op(f"{name}.intra", ("q", "k", "factors"), (square,), scratch=(square._replace(name="sum"),)),
+        Op(f"{name}.recall", ("k.cumulated", "state.zero"), (Tensor("scan.recalled", chunk, f),)),
+        Op(f"{name}.correct", ("values", "scan.recalled"), (Tensor("scan.corrected", chunk, f),)),
+        Op(f"{name}.out", ("scan.inter", "scan.intra", "scan.corrected", "outputs"), scratch=some),
+        Op(
+            f"{name}.update",
+            ("state.zero", "k", "cum", "scan.corrected"),
+            (Tensor("state.now", state, f),),
+            scratch=(Tensor("decayed state", state, f), Tensor("product", state, f), some[0]),
+        ),
+        ops.leave("factors", "also after"),
+    )
+
+
+def _forget_gate(name: str, x: str, y: str, bounded: bool) -> tuple[Op, ...]:
+    """`-exp(A_log) * softplus(f_b(f_a(x)) + dt_bias)` in fp32, of which large ones are taken as they are. `bounded`:
+    `bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias))`."""
+    a, f = f"{name}.A_log", "fp32"
+    return (
+        ops.linear(f"{name}.f_a_proj", x, "f.low", "ldk", "h", "mixer"),
+        ops.linear(f"{name}.f_b_proj", "f.low", "f", "lv ldk", "ldk", "mixer"),
+        ops.leave("f.low"),
+        ops.cast(f"{name}.float", "f", "f32", _GIVEN, f),
+        Op(
+            f"{name}.dt",
+            ("f32",),
+            (Tensor("dt", _GIVEN, f),),
+            (Weight(f"{name}.dt_bias", "lv ldk", "mixer", f),),
+            gradient="same",
+            source=f"{ops.DERIVATIVES}: add.Tensor",
+        ),
+        ops.leave("f32"),
+        Op(
+            f"{a}.exp",
+            (),
+            (Tensor("rate", "lv", f),),
+            (Weight(a, "1 1 lv 1", "mixer"),),
+            (Keep("rate", a),),
+            source=ops.DERIVATIVES,
+        ),
+        *(_bounded(name, y) if bounded else _softplus(name, y)),
+        ops.leave("f", "dt", "rate"),
+    )
+
+
+def _bounded(name: str, y: str) -> tuple[Op, ...]:
+    """Source: transformers 5.24 models/glm5_next/modeling_glm5_next.py Glm5NextTextForgetGate."""
+    return (
+        ops.spread(f"{name}.decay", "dt", "rate", "decayed", _GIVEN),
+        routers.sigmoid(f"{name}.sigmoid", "decayed", "opened", _GIVEN),
+        ops.leave("decayed"),
+        ops.scale(name, "opened", y, _GIVEN),
+        ops.leave("opened"),
+    )
+
+
+def _softplus(name: str, y: str) -> tuple[Op, ...]:
+    f = "fp32"
+    return (
+        Op(f"{name}.large", ("dt",), (Tensor("large", _GIVEN, "bool"),), gradient="none"),
+        exp(f"{name}.exp", "dt", "dt.exp", _GIVEN)._replace(autocast=f),
+        ops.add_number(f"{name}.one", "dt.exp", "dt.more", _GIVEN),
+        ops.activation(f"{name}.log", "dt.more", "dt.log", _GIVEN)._replace(autocast=f),
+        Op(
+            f"{name}.where",
+            ("dt", "dt.log", "large"),
+            (Tensor("softplus", _GIVEN, f),),
+            (),
+            (Keep("large", "dt"), Keep("large", "dt.log")),
+            scratch_back=(Scratch(Tensor("zeros", "", f)),),
+            source=f"{ops.DERIVATIVES}: where",
+        ),
+        ops.leave("large", "dt.exp", "dt.more", "dt.log"),
+        ops.scale(f"{name}.negative", "rate", "rate.negative", "lv"),
+        ops.spread(name, "softplus", "rate.negative", y, _GIVEN),
+        ops.leave("softplus", "rate.negative"),
+    )
+
+
+def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
+    """KimiLinearRMSNormGated: all in fp32, normalised, weighed, and times the sigmoid of the gate."""
+    shape, f = _GIVEN, "fp32"
+    *normed, cast, weighed, _ = ops.rms_norm(name, x, f"{y}.weighed", shape, "ldk")
+    uncast = {cast.writes[0].name: cast.reads[0]}
+    return (
+        *normed,
+        weighed._replace(
+            reads=cast.reads,
+            keeps=tuple(Keep(uncast.get(k.what, k.what), uncast.get(k.of, k.of)) for k in weighed.keeps),
+        ),
+        ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
+        routers.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
+        ops.leave(f"{y}.gate"),
+        ops.mul(f"{name}.product", f"{y}.weighed", f"{y}.open", f"{y}.wide", shape),
+        ops.leave(f"{y}.weighed", f"{y}.open"),
+        ops.cast(f"{name}.cast", f"{y}.wide", y, shape, f"={x}"),
+        ops.leave(f"{y}.wide"),
+    )
+
+
+def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    """KimiLinearDeltaAttention; Kimi K3's output gate is one matrix, and its decay has a bound. The last state stays
+    to the end where a cache has a copy of it."""
+    parts, config = ("q", "k", "v"), m.part("linear_attn_config")
+    gate: tuple[Op, ...] = (
+        ops.linear(f"{name}.g_a_proj", x, "gate.low", "ldk", "h", "mixer"),
+        ops.linear(f"{name}.g_b_proj", "gate.low", "out.gate", "lv ldk", "ldk", "mixer"),
+        ops.leave("gate.low"),
+    )
+    if config.get("use_full_rank_gate"):
+        gate = (ops.linear(f"{name}.g_proj", x, "out.gate", "lv ldk", "h", "mixer"),)
+    differ = bool(m.config.get("attn_res_block_size"))
+    state = kept(wiring, f"{name}.state", "state", "b lv ldk ldk", "fp32", "g")
+    rule = f"{name}.rule"
+    rule = (
+        (*state, *kda_step(rule, "core"))
+        if wiring.decodes
+        else (*_chunked(rule, "core", differ, wiring.records), *state)
+    )
+    return (
+        *(ops.linear(f"{name}.{t}_proj", x, f"{t}.flat", "lv ldk", "h", "mixer") for t in parts),
+        Op(
+            f"{name}.cat",
+            tuple(f"{t}.flat" for t in parts),
+            (Tensor("qkv", "b s convolved"),),
+            gradient="view",
+            source=f"{ops.DERIVATIVES}: cat",
+        ),
+        *causal_conv(f"{name}.conv1d", "qkv", "mixed", "convolved", False, wiring=wiring),
+        ops.split(f"{name}.split", "mixed", tuple(Tensor(t, _GIVEN) for t in ("query", "key", "value"))),
+        *_forget_gate(f"{name}.forget_gate", x, "g", config.get("gate_lower_bound") is not None),
+        ops.linear(f"{name}.b_proj", x, "b_", "lv", "h", "mixer"),
+        exp(f"{name}.sigmoid", "b_", "beta", "b s lv"),
+        ops.leave("b_"),
+        *(kimi_k3.assumed(rule, kimi_k3.DELTA_RULE) if kimi_k3.of_its_own(m) else rule),
+        *gate,
+        *_gated_norm(f"{name}.o_norm", "core", "out.gate", "gated"),
+        ops.linear(f"{name}.o_proj", "gated", y, "h", "lv ldk", "mixer"),
+        ops.leave("mixed", "g", "beta", "core", "out.gate", "gated", x),
+        *((ops.leave("state.now"),) if wiring.caching else ()),
+    )
+
+
+def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    """Nothing is rotated: queries are as they are projected, and a part of the keys is the same for all heads. Kimi K3
+    gates what is attended to."""
+    g, bias = "attention", m.get("attention_bias", False)
+    queries = (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", g),)
+    if m.get("q_lora_rank"):
+        queries = (
+            ops.linear(f"{name}.q_a_proj", x, "q.low", "ql", "h", g, bias),
+            *ops.rms_norm(f"{name}.q_a_layernorm", "q.low", "q.normed", "b s ql", "ql"),
+            ops.leave("q.low"),
+            ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", g),
+        )
+    o, gate = "o", ()
+    if m.get("mla_use_output_gate", False):
+        o, gate = (
+            "o.gated",
+            (
+                ops.linear(f"{name}.g_proj", x, "o.gate", "a dv", "h", g),
+                routers.sigmoid(f"{name}.sigmoid", "o.gate", "o.open", "b s a dv"),
+                ops.leave("o.gate"),
+                ops.mul(f"{name}.gate", "o", "o.open", "o.gated", "b s a dv"),
+                ops.leave("o"),
+            ),
+        )
+    return (
+        *queries,
+        ops.view(f"{name}.q_heads", "q0", "q", "b s a d", gradient="new"),
+        ops.linear(f"{name}.kv_a_proj_with_mqa", x, "kv.low", "klr", "h", g, bias),
+        ops.split(f"{name}.kv_split", "kv.low", (Tensor("kv.latent", "b s kl"), Tensor("k.turned", "b s rot"))),
+        *ops.rms_norm(f"{name}.kv_a_layernorm", "kv.latent", "kv.normed", "b s kl", "kl"),
+        *cached(f"{name}.attention", wiring, (), tensors=("kv.normed", "k.turned")),
+        ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", g),
+        ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
+        ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", "b s a dv"))),
+        ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
+        *copied_key(name),
+        *attend(f"{name}.attention", m, wiring._replace(caching=False), "mask", joined=False),
+        *gate,
+        ops.linear(f"{name}.o_proj", o, y, "h", "a dv", g, bias),
+        ops.leave("q0", "kv.low", "kv.normed", "k.turned", "q", "k", "v", o, *(("o.open",) if gate else ()), x),
+    )
+
+
+def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Positions are counted, and nothing reads them. peft does not know what the experts stand for. A config may have
+    any of Kimi K3's parts."""
+    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    linear = (
+        *unpadded(wiring, "n1", "n1.real", "b s h"),
+        *_delta_attention(m, wiring, "n1.real", "ao"),
+        ops.leave("n1"),
+    )
+
+    def block(layer: Layer) -> Block:
+        ffn, is_linear = kimi_k3.feed(m, layer, routed), layer.mixer == "linear_attention"
+        mixed = linear if is_linear else _latent_attention(m, wiring, "n1", "ao")
+        held = () if is_linear else returned(wiring)
+        if layer.opens or layer.sums:
+            return kimi_k3.block(layer, mixed, ffn, held)
+        return decoder_block(mixed, ffn, held=held)
+
+    last, sums = m.layers[-1], ()
+    number, normed = last.sums + last.opens, "x"
+    if number:
+        sums, normed = (sums_of(number),), "x.chosen"
+    made = masks(wiring, "embeds")
+    after = (
+        *((*chosen("model.output_attn_res", "x", normed, number), ops.leave("x")) if number else ()),
+        *ops.rms_norm("model.norm", normed, "n", "b s h", "h"),
+        ops.leave(normed, *sums, "embeds", "positions", *(op.name for op in made)),
+        lm_head("n"),  # its class ties it to nothing, whatever the config says
+    )
+    return reweigh(Stack(before(wiring, rotary=False), runs(m, block), after), _counted)
+
+
+def _counted(w: Weight) -> Weight:
+    """The delta rule's module is called self_attn, too."""
+    return w._replace(stands_for=(), group="attention" if w.group == "mixer" else w.group)
+
+
+BUILDERS = {"kimi_linear": kimi_linear}

@@ -1,0 +1,246 @@
+"""LitGPT's own model: one class for all families, one projection for q, k and v, rotary tables in fp32.
+
+Source: litgpt 0.5.3 model.py; lit_gpt of October 2023, which differs in nothing that takes memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from memplan.catalogue.attention.attention import attention as kernel
+from memplan.catalogue.attention.attention import cached
+from memplan.catalogue.decoder.frame import inputs, lm_head, masks
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.models.model import ModelSpec
+
+_SOURCE = "litgpt 0.5.3 model.py"
+_Q = "b s a d"
+
+
+class Kind(NamedTuple):
+    """What LitGPT's config says of a family."""
+
+    rms: bool = True
+    offset: bool = False  # Gemma's norms multiply by 1 + weight
+    gated: bool = True
+    parallel: bool = False  # attention and MLP side by side
+    shared: bool = False  # after one norm
+    bias: bool = False
+    head_bias: bool = False
+    scaled: bool = False  # embeddings
+    post: bool = False  # norms after attention and MLP
+    capped: bool = False  # scores
+
+
+KINDS = {
+    "llama": Kind(),
+    "mistral": Kind(),
+    "gemma": Kind(offset=True, scaled=True),
+    "gemma2": Kind(offset=True, scaled=True, post=True, capped=True),
+    "phi": Kind(rms=False, gated=False, parallel=True, shared=True, bias=True, head_bias=True),
+    "gpt_neox": Kind(rms=False, gated=False, parallel=True, bias=True),
+    "falcon": Kind(rms=False, gated=False, parallel=True, shared=True),
+}
+
+
+def build(m: ModelSpec, wiring: Wiring) -> Stack:
+    """The model as LitGPT has it. The output projection is never tied to the embeddings."""
+    kind = KINDS[m.model_type]
+    table = (Tensor("cos", "s rot", "fp32"), Tensor("sin", "s rot", "fp32"))
+    embedding = ops.embedding("transformer.wte", "ids", "tokens" if kind.scaled else "embeds", "v", "h")
+    return Stack(
+        (
+            inputs(False),
+            Op("rope_cache", (), table, holds="step", source=_SOURCE),
+            embedding,
+            *(masks(wiring, "embeds") if wiring.caching else ()),
+            *((ops.scale("scale_embeddings", "tokens", "embeds", "b s h"),) if kind.scaled else ()),
+        ),
+        (Run((_block(m, wiring, kind),), "L"),),
+        (*_norm(kind, "transformer.ln_f", "x", "n"), ops.leave("x"), lm_head("n", bias=kind.head_bias)),
+    )
+
+
+def _block(m: ModelSpec, wiring: Wiring, kind: Kind) -> Block:
+    ao, mo = ("ao.raw", "mo.raw") if kind.post else ("ao", "mo")
+    feed = "n1" if kind.shared else "n2"
+    after = (
+        *(() if kind.shared else _norm(kind, "norm_2", "x" if kind.parallel else "x1", "n2")),
+        *_mlp(kind, feed, mo),
+        *(_norm(kind, "post_mlp_norm", mo, "mo") if kind.post else ()),
+    )
+    if kind.parallel:
+        joined = (
+            *after,
+            ops.add("parallel", "mo", "ao", "branches", "b s h"),
+            ops.add("residual", "branches", "x", "y", "b s h"),
+        )
+    else:
+        joined = (
+            ops.add("residual_1", "ao", "x", "x1", "b s h"),
+            *after,
+            ops.add("residual_2", "mo", "x1", "y", "b s h"),
+        )
+    return Block(
+        "transformer.h",
+        (
+            *_norm(kind, "norm_1", "x", "n1"),
+            *_attention(m, wiring, kind, "n1", ao),
+            *(_norm(kind, "post_attention_norm", ao, "ao") if kind.post else ()),
+            *joined,
+            ops.leave(feed, "ao", ao),
+        ),
+    )
+
+
+def _norm(kind: Kind, name: str, x: str, y: str) -> tuple[Op, ...]:
+    return _rms_norm(name, x, y, kind.offset) if kind.rms else (ops.layer_norm(name, x, y, "b s h", "h"),)
+
+
+def _rms_norm(name: str, x: str, y: str, offset: bool) -> tuple[Op, ...]:
+    """In fp32 to the end: x is kept, a number a row, and if the weight trains the normalised x."""
+    shape, row = "b s h", "b s"
+    x32, square, mean, rstd, n32, y32 = (f"{y}.{part}" for part in ("x32", "square", "mean", "rstd", "n32", "y32"))
+    w = Weight(f"{name}.weight", "h", "norm")
+    factor = f"{y}.factor"
+    return (
+        ops.cast(f"{name}.float", x, x32, shape, "fp32"),
+        Op(
+            f"{name}.square",
+            (x32,),
+            (Tensor(square, shape),),
+            (),
+            (Keep(x32, x32),),
+            scratch_back=(Scratch(Tensor("product", shape, "fp32")),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        Op(f"{name}.mean", (square,), (Tensor(mean, row),), source=f"{ops.DERIVATIVES}: mean.dim"),
+        Op(f"{name}.rsqrt", (mean,), (Tensor(rstd, row),), (), (Keep(rstd, mean),), source=f"{ops.DERIVATIVES}: rsqrt"),
+        Op(
+            f"{name}.scale",
+            (x32, rstd),
+            (Tensor(n32, shape),),
+            (),
+            (Keep(rstd, x32), Keep(x32, rstd)),
+            scratch_back=(Scratch(Tensor("product", shape, "fp32"), rstd),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        Op(f"{name}.factor", (), (Tensor(factor, "h", "fp32"),), (w,), source=f"{_SOURCE} RMSNorm"),
+        Op(
+            f"{name}.weight",
+            (n32, factor),
+            (Tensor(y32, shape),),
+            (),
+            (Keep(factor, n32), Keep(n32, factor)),
+            scratch_back=(Scratch(Tensor("product", shape, "fp32"), factor),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        ops.cast(f"{name}.cast", y32, y, shape, f"={x}"),
+        ops.leave(x32, mean, n32),
+    )
+
+
+def _attention(m: ModelSpec, wiring: Wiring, kind: Kind, x: str, y: str) -> tuple[Op, ...]:
+    """q, k and v are parts of one storage; the keys and values of a group are spread over its heads by a copy.
+
+    A cache has room for all tokens, and is of all heads, but of one where there is one: that is spread behind it.
+    """
+    single = wiring.caching and m.num_key_value_heads == 1
+    grouped = m.num_key_value_heads != m.num_attention_heads and not single
+    of_keys = "k" if single else "a"
+    name = "attn"
+    parts = (
+        Tensor("q0", _Q),
+        Tensor("k0", "b s k d"),
+        Tensor("v0", "b s k d"),
+    )
+    copy = ops.copy if grouped else ops.view
+    spread = "new" if grouped else "same"
+    heads = (
+        ops.view(f"{name}.heads", "qkv", "qkv.heads", "b s qkv", gradient="new"),
+        ops.split(f"{name}.split", "qkv.heads", parts),
+        copy(f"{name}.q_heads", "q0", "q1", _Q),
+        copy(f"{name}.k_heads", "k0", "k1", f"b s {of_keys} d", spread),
+        copy(f"{name}.v_heads", "v0", "v", f"b s {of_keys} d", spread),
+    )
+    pairs = (("q", "a"), ("k", of_keys))
+    attend = cached(name, wiring, tuple(_capped())) if kind.capped else _sdpa(wiring)
+    return (
+        ops.linear(f"{name}.attn", x, "qkv", "qkv", "h", "attention", kind.bias),
+        *heads,
+        *(op for t, of in pairs for op in _rope(f"{name}.rope_{t}", f"{t}1", f"{t}.turned", of)),
+        *(_join(f"{name}.{t}_cat", f"{t}.turned", f"{t}1", t, of) for t, of in pairs),
+        *attend,
+        ops.linear(f"{name}.proj", "o", y, "h", "a d", "attention", kind.bias),
+        ops.leave("qkv", "q", "k", "v", "o", "q.turned", "k.turned", x),
+    )
+
+
+def _rope(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
+    """The first `rot` numbers of every head, with fp32 tables: products in fp32, cast back."""
+    shape, half = f"b s {heads} rot", f"b s {heads} rot2"
+    part, cosine, turned, sine, total = (f"{y}.{t}" for t in ("part", "cosine", "half", "sine", "sum"))
+    return (
+        ops.view(f"{name}.slice", x, part, shape, gradient="new"),
+        ops.rotate_half(f"{name}.rotate_half", part, turned, shape, half),
+        Op(f"{name}.cos", (part, "cos"), (Tensor(cosine, shape),), (), (Keep("cos", part),), source=_SOURCE),
+        Op(f"{name}.sin", (turned, "sin"), (Tensor(sine, shape),), (), (Keep("sin", turned),), source=_SOURCE),
+        ops.add(f"{name}.add", cosine, sine, total, shape),
+        ops.leave(turned),
+        ops.cast(f"{name}.cast", total, y, shape, f"={x}"),
+        ops.leave(total),
+    )
+
+
+def _join(name: str, turned: str, x: str, y: str, heads: str) -> Op:
+    """Turned and other numbers joined into new storage; the gradient is a view of two parts."""
+    return Op(
+        name, (turned, x), (Tensor(y, f"b s {heads} d", f"={x}"),), gradient="new", source=f"{ops.DERIVATIVES}: cat"
+    )
+
+
+def _sdpa(wiring: Wiring) -> Iterable[Op]:
+    """q is joined head by head, and a kernel lays out what it makes as it finds q: the heads are copied together."""
+    plain = wiring._replace(copies="")
+    if wiring.backend == "math":
+        return kernel("attn.attention", "q", "k", "v", "o", plain, False)
+    return (*kernel("attn.attention", "q", "k", "v", "heads", plain, False), ops.copy("attn.reshape", "heads", "o", _Q))
+
+
+def _capped() -> Iterable[Op]:
+    """Written out: capped scores, a mask of the model's dtype, the softmax in fp32."""
+    n, scores = "attn.attention", "b a s s"
+    return (
+        ops.matmul(f"{n}.scores", "q", "k", "scores", scores),
+        ops.scale(f"{n}.scaling", "scores", "scaled", scores),
+        *ops.softcap(f"{n}.softcap", "scaled", "capped", scores),
+        Op(f"{n}.mask", (), (Tensor("mask", "s s", "=q"),), scratch=(Tensor("window", "s s", "=q"),), source=_SOURCE),
+        Op(f"{n}.add_mask", ("capped", "mask"), (Tensor("masked", scores),), gradient="same", source=_SOURCE),
+        *ops.softmax(f"{n}.softmax", "masked", "softmax", scores, "fp32"),
+        ops.cast(f"{n}.cast", "softmax", "probs", scores, "=q"),
+        ops.matmul(f"{n}.product", "probs", "v", "heads", _Q),
+        ops.leave("probs", "mask"),
+        ops.copy(f"{n}.reshape", "heads", "o", _Q, gradient="new"),
+    )
+
+
+def _mlp(kind: Kind, x: str, y: str) -> tuple[Op, ...]:
+    n, bias = "mlp", kind.bias
+    if not kind.gated:
+        return (
+            ops.linear(f"{n}.fc", x, "up", "f", "h", "mlp", bias),
+            ops.activation(f"{n}.gelu", "up", "act", "b s f"),
+            ops.linear(f"{n}.proj", "act", y, "h", "f", "mlp", bias),
+            ops.leave("act", x),
+        )
+    return (
+        ops.linear(f"{n}.fc_1", x, "gate", "f", "h", "mlp", bias),
+        ops.linear(f"{n}.fc_2", x, "up", "f", "h", "mlp", bias),
+        ops.activation(f"{n}.silu", "gate", "act", "b s f"),
+        ops.mul(f"{n}.product", "act", "up", "product", "b s f"),
+        ops.linear(f"{n}.proj", "product", y, "h", "f", "mlp", bias),
+        ops.leave("gate", "up", "product", x),
+    )

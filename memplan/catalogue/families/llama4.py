@@ -1,0 +1,253 @@
+"""Llama 4: rotation by complex numbers, layers that attend in chunks, and experts that every token is given to, weighed
+by a score that is 0 for those it did not choose.
+
+Source: transformers 5.24 models/llama4/modeling_llama4.py.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.attention.attention import attention, mask_name
+from memplan.catalogue.decoder.frame import after, decoder_block, masks, returned, runs
+from memplan.catalogue.decoder.frame import inputs as given
+from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.experts import routers
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.positions import positions
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.models.layers import Layer
+from memplan.models.model import ModelSpec
+
+_SOURCE = "transformers 5.24 models/llama4/modeling_llama4.py"
+_Q, _K, _ROWS = "b s a d", "b s k d", "E b s"
+_TURNS = "1 s rot2 2"  # complex numbers of two fp32
+
+
+def _rotary_table() -> tuple[Op, ...]:
+    """A complex number for every position and pair of a head's dimensions."""
+    inverse = tuple(
+        Weight(f"model.rotary_emb.{n}", "rot2", "buffer", "fp32", False) for n in ("inv_freq", "original_inv_freq")
+    )
+    return (
+        Op(
+            "rotary.angles",
+            ("positions",),
+            (Tensor("angles", "s rot2", "fp32"),),
+            inverse,
+            scratch=(Tensor("positions", "s", "fp32"),),
+            source=f"{_SOURCE} Llama4TextRotaryEmbedding",
+        ),
+        Op(
+            "rotary.polar", ("angles",), (Tensor("polar", _TURNS, "fp32"),), scratch=(Tensor("ones", "s rot2", "fp32"),)
+        ),
+        Op("rotary.scale", ("polar",), (Tensor("turns", _TURNS, "fp32"),)),
+        ops.leave("angles", "polar"),
+    )
+
+
+def turned(
+    name: str,
+    q: tuple[str, str, str],
+    k: tuple[str, str, str],
+    table: tuple[str, ...] = ("turns",),
+    shape: str = _TURNS,
+) -> tuple[Op, ...]:
+    """Heads (their name, what they become, their shape) in fp32, pair by pair times a complex number, and cast back."""
+    heads = (q, k)
+    return (
+        *(ops.cast(f"{name}.float_{x}", x, f"{x}.wide", whole, "fp32") for x, _, whole in heads),
+        *(
+            Op(
+                f"{name}.turn_{x}",
+                (f"{x}.wide", *table),
+                (Tensor(f"{x}.turned", whole, "fp32"),),
+                (),
+                tuple(Keep(held, f"{x}.wide") for held in table),
+                scratch_back=(Scratch(Tensor("conjugate", shape, "fp32")),),
+                source=f"{ops.DERIVATIVES}: mul.Tensor",
+            )
+            for x, _, whole in heads
+        ),
+        *(ops.cast(f"{name}.type_as_{x}", f"{x}.turned", y, whole, f"={x}") for x, y, whole in heads),
+        ops.leave(*(f"{x}.{part}" for x, *_ in heads for part in ("wide", "turned")), q[0], k[0]),
+    )
+
+
+def _norm_heads(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """Normalised without a weight."""
+    *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, "d")
+    return (*normalise, ops.cast(f"{name}.type_as", f"{y}.n32", y, shape, f"={x}"))
+
+
+def _chunks(wiring: Wiring) -> tuple[Op, ...]:
+    """The mask of the layers that attend in chunks: as many as sequences, for each may begin elsewhere."""
+    if not wiring.has_mask(True) or wiring.backend == "eager":
+        return masks(wiring, "embeds", True)
+    parts = (Tensor("within the chunk", "b s s", "bool"),)
+    source = "transformers 5.24 masking_utils.py create_chunked_causal_mask"
+    return (Op("window_mask", (), (Tensor("window_mask", "b s s", "bool"),), scratch=parts, source=source),)
+
+
+def _tempered(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """q times a number a position, in fp32, and cast back."""
+    return (
+        Op(
+            f"{name}.scales",
+            (),
+            (Tensor("temperatures", "s", "fp32"),),
+            scratch=(Tensor("positions", "s", "int64"), Tensor("logarithm", "s", "fp32")),
+        ),
+        Op(
+            f"{name}.temper",
+            (x, "temperatures"),
+            (Tensor(f"{x}.tempered", _Q),),
+            (),
+            (Keep("temperatures", x),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        ops.cast(f"{name}.to", f"{x}.tempered", y, _Q, f"={x}"),
+        ops.leave(f"{x}.tempered", x),
+    )
+
+
+def _attend(name: str, wiring: Wiring, grouped: bool, sliding: bool) -> tuple[Op, ...]:
+    """Written out, the softmax is in the scores' own dtype."""
+    kernel = attention(name, "q", "k", "v", "o", wiring, grouped, sliding, mask_name(sliding))
+    if (wiring.masked if wiring.has_mask(sliding) else wiring.backend) != "eager":
+        return kernel
+    written = {f"{name}.softmax.float", f"{name}.softmax", f"{name}.cast"}
+    i = next(i for i, op in enumerate(kernel) if op.name in written)
+    plain = ops.softmax(f"{name}.softmax", "masked", "probs.whole" if wiring.drops else "probs", "b a s s")
+    return (*kernel[:i], *plain, *(op for op in kernel[i:] if op.name not in written))
+
+
+def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    bias, normed = m.get("attention_bias", False), layer.rotary and m.get("use_qk_norm", True)
+    made: list[Op] = []
+    q, k = ("q2", "k2") if normed else ("q", "k")
+    if layer.rotary:
+        made += turned(f"{name}.rope", ("q1", q, _Q), ("k1", k, _K))
+    if normed:
+        made += (*_norm_heads(f"{name}.qk_norm", "q2", "q", _Q), ops.leave("q2"))
+        made += (*_norm_heads(f"{name}.qk_norm", "k2", "k", _K), ops.leave("k2"))
+    if not layer.rotary:
+        tempered = m.get("attn_temperature_tuning", True)
+        made += _tempered(name, "q1", "q") if tempered else (ops.view(f"{name}.q", "q1", "q", _Q),)
+        made.append(ops.view(f"{name}.k", "k1", "k", _K))
+    grouped = m.num_key_value_heads != m.num_attention_heads
+    return (
+        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
+        ops.view(f"{name}.q_heads", "q0", "q1", _Q),
+        ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention", bias),
+        ops.view(f"{name}.k_heads", "k0", "k1", _K),
+        ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention", bias),
+        *made,
+        *_attend(f"{name}.attention", wiring, grouped, layer.sliding),
+        ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention", bias),
+        ops.leave("q", "k", "v", "o", x),
+    )
+
+
+def _router(x: str, name: str) -> tuple[Op, ...]:
+    """The sigmoid of the largest logits, and 0 for the others."""
+    return (
+        routers.gate(name, x, stands_for=()),
+        routers.top_k(f"{name}.topk", "router.logits", "router.top"),
+        Op(
+            f"{name}.scatter",
+            ("router.top", routers.CHOSEN),
+            (Tensor("router.sparse", "b s E", "=router.top"),),
+            (),
+            (Keep(routers.CHOSEN, "router.top"),),
+            source=f"{ops.DERIVATIVES}: scatter.src",
+        ),
+        ops.cast(f"{name}.float", "router.sparse", "router.wide", "b s E", "fp32"),
+        routers.sigmoid(f"{name}.sigmoid", "router.wide", "router.sigmoids", "b s E"),
+        ops.cast(f"{name}.to", "router.sigmoids", "router.scores", "b s E", "=router.sparse"),
+        ops.leave("router.top", routers.CHOSEN, "router.sparse"),
+    )
+
+
+def _product(name: str, x: str, y: str, out: str, into: str) -> Op:
+    """A batched product, an expert a batch."""
+    w = Weight(name, f"E {out} {into}", "mlp", rows=1 + len(out.split()), chosen="e", stacked=True)
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, f"{_ROWS} {out}"),),
+        (w,),
+        (Keep(w.name, x), Keep(x, w.name)),
+        autocast="lower",
+        product="matrix",
+        source=f"{ops.DERIVATIVES}: bmm",
+    )
+
+
+def mixture(x: str, y: str, name: str = "feed_forward") -> tuple[Op, ...]:
+    """Every token to every expert, and to one that all share."""
+    inner, shape = "routed", f"{_ROWS} h"
+    return (
+        *_router(x, f"{name}.router"),
+        ops.copy(f"{name}.repeat", x, "repeated", shape, gradient="new"),
+        ops.copy(f"{name}.scores", "router.scores", "routed.scores", _ROWS, gradient="same"),
+        Op(
+            f"{name}.weigh",
+            ("repeated", "routed.scores"),
+            (Tensor(inner, shape),),
+            (),
+            (Keep("routed.scores", "repeated"), Keep("repeated", "routed.scores")),
+            scratch_back=(Scratch(Tensor("product", shape, f"={inner}"), "routed.scores"),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        ops.leave("repeated", "routed.scores"),
+        _product(f"{name}.experts.gate_up_proj", inner, "routed.gate_up", "2 m", "h"),
+        ops.split(
+            f"{name}.chunk", "routed.gate_up", (Tensor("routed.gate", f"{_ROWS} m"), Tensor("routed.up", f"{_ROWS} m"))
+        ),
+        ops.activation(f"{name}.act_fn", "routed.gate", "routed.act", f"{_ROWS} m"),
+        ops.mul(f"{name}.product", "routed.up", "routed.act", "routed.product", f"{_ROWS} m"),
+        _product(f"{name}.experts.down_proj", "routed.product", "routed_out", "h", "m"),
+        ops.leave("routed.gate", "routed.gate_up"),
+        *ops.with_axes(_mlp(x, "shared", f"{name}.shared_expert"), {"f": "m"}),
+        Op(f"{name}.sum", ("routed_out",), (Tensor("routed_sum", "b s h"),), autocast="wide", source="sum.dim_IntList"),
+        ops.add(f"{name}.add", "shared", "routed_sum", y, "b s h")._replace(view=True),
+        ops.leave("routed_sum"),
+        ops.leave("router.logits", "router.scores", inner, "routed_out", x),
+    )
+
+
+def _mlp(x: str, y: str, name: str) -> tuple[Op, ...]:
+    return gated_mlp(x, y, name)
+
+
+def llama4(m: ModelSpec, wiring: Wiring) -> Stack:
+    """The decoder alone."""
+
+    def block(layer: Layer) -> Block:
+        ffn = (
+            mixture("n2", "mo")
+            if layer.ffn == "experts"
+            else ops.with_axes(_mlp("n2", "mo", "feed_forward"), {"f": "fd"})
+        )
+        return decoder_block(_heads(m, wiring, layer, "n1", "ao"), ffn, held=("ao", *returned(wiring)))
+
+    sliding = tuple(sorted({layer.sliding for layer in m.layers}))
+    return Stack(
+        (
+            given(wiring.padded),
+            ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
+            positions(),
+            *(op for kind in sliding for op in (_chunks(wiring) if kind else masks(wiring, "embeds"))),
+            *_rotary_table(),
+        ),
+        runs(m, block),
+        tuple(
+            op._replace(reads=tuple("turns" if r == "cos" else r for r in op.reads if r != "sin"))
+            if op.name == "return"
+            else op
+            for op in after(m, wiring, sliding)
+        ),
+    )
+
+
+BUILDERS = {"llama4_text": llama4}

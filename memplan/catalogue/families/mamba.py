@@ -1,0 +1,214 @@
+"""The first Mamba's state space: Mamba, Falcon Mamba and Jamba.
+
+transformers scans with mamba-ssm's kernels where they are installed, and else token by token in a Python loop; this is
+the loop, exact against a trace of it but for a few tokens' states.
+
+Letters of their own: `inner` channels with a state of `mn` numbers each, time steps of rank `dtr`, `dbc` numbers of
+which a token's time step and the two projections of its state are made.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.decoder.attention import llama_attention
+from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
+from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.experts import experts, routers
+from memplan.catalogue.families.ssm import pure
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.recurrent import causal_conv, exp, negative_exp, unpadded
+from memplan.catalogue.kernels.recurrent_step import kept, selective_state_update
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.models.layers import Layer
+from memplan.models.model import ModelSpec
+
+_SOURCE = "transformers 5.24 models/mamba/modeling_mamba.py"
+_ROWS, _STATES = "b inner s", "b inner s mn"
+_PARTS = {"dt": "b s dtr", "B": "b s mn", "C": "b s mn"}
+
+
+def weightless_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+    """RMSNorm in fp32 without a weight; the module holds ones, and does not read them."""
+    *normalise, _, _, returns = ops.rms_norm(name, x, y, shape, axis)
+    ones = Weight(f"{name}.weight", axis, "buffer", "", False)
+    return (
+        *normalise,
+        Op(f"{name}.ones", (), (), (ones,), gradient="none"),
+        ops.cast(f"{name}.type_as", f"{y}.n32", y, shape, f"={x}"),
+        returns,
+    )
+
+
+def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """The time step's projection multiplies by the layer's weight itself, and the product is laid out by channel. A
+    quantised layer is called, and its bias taken off again, which takes the same."""
+    layer = ops.linear(f"{name}.dt_proj", x, "dt.flat", "inner", "dtr", "mixer")
+    (matrix,) = layer.weights
+    bias = Weight(f"{name}.dt_proj.bias", "inner", "mixer")
+    return (
+        layer._replace(weights=(matrix._replace(direct=True),)),
+        ops.copy(f"{name}.by_channel", "dt.flat", "dt.channels", _ROWS, gradient="new"),
+        ops.leave("dt.flat"),
+        Op(
+            f"{name}.dt_bias",
+            ("dt.channels",),
+            (Tensor("dt.biased", _ROWS, "=dt.channels"),),
+            (bias,),
+            gradient="same",
+            source=f"{ops.DERIVATIVES}: add.Tensor",
+        ),
+        ops.activation(f"{name}.softplus", "dt.biased", y, _ROWS)._replace(autocast="fp32"),
+    )
+
+
+def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`x` and `gate.z` (`b inner s`), `dt.plus`, `rate`, `B.scan` and `C.scan` to the scan's output: transformers'
+    mamba_selective_scan, whose loop keeps every token's state, and a copy of it in the dtype of x."""
+    of = name
+    given = ("discrete.A", "delta.B.u", "C.scan")
+    token, states = "b inner mn", ("states", "states.low", "state.first", "state.last")
+    return (
+        ops.spread(f"{of}.A_dt", "dt.plus", "rate", "A.dt", _STATES)._replace(
+            scratch_back=(Scratch(Tensor("product", _STATES, "fp32")),)
+        ),
+        exp(f"{of}.discrete_A", "A.dt", "discrete.A", _STATES)._replace(autocast="fp32"),
+        ops.cast(f"{of}.B_float", "B.scan", "B32", "b s mn", "fp32"),
+        ops.spread(f"{of}.discrete_B", "dt.plus", "B32", "discrete.B", _STATES),
+        ops.cast(f"{of}.x_float", x, "x32", _ROWS, "fp32"),
+        ops.spread(f"{of}.delta_B_u", "discrete.B", "x32", "delta.B.u", _STATES),
+        Op(
+            f"{of}.scan.kept",
+            ("discrete.A",),
+            (
+                Tensor("states", "b inner earlier mn", "fp32"),
+                Tensor("state.first", token, f"={x}"),
+                Tensor("state.last", token, f"={x}"),
+            ),
+            gradient="none",
+            recorded=True,
+        ),
+        ops.cast(f"{of}.scan.low", "states", "states.low", "b inner earlier mn", f"={x}")._replace(recorded=True),
+        Op(
+            f"{of}.scan",
+            (*given, *states),
+            (Tensor("scanned.tokens", _ROWS, f"={x}"), Tensor("state", token, "fp32")),
+            (),
+            tuple(Keep(what, of_) for of_ in given for what in (given[0], given[2], *states)),
+            scratch=(Tensor("product", token, "fp32"), Tensor("state in the dtype of x", token, f"={x}")),
+            scratch_back=(
+                Scratch(Tensor("of the token before", _STATES, "fp32")),
+                Scratch(Tensor("state's gradient", token, "fp32")),
+            ),
+            gradient="own",
+            source=f"{_SOURCE} mamba_selective_scan",
+        ),
+        ops.leave(*states)._replace(recorded=True),
+        ops.copy(f"{of}.stack", "scanned.tokens", "scanned", _ROWS),
+        *_skip(of, x, y),
+        ops.leave("delta.B.u", "discrete.A", "discrete.B", "state", "scanned.tokens"),
+    )
+
+
+def _skip(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """`(scanned + x * D) * silu(z)`, in fp32 as D is."""
+    w = Weight(f"{name}.D", "inner", "mixer")
+    return (
+        Op(f"{name}.D_float", (), (Tensor("D32", "inner", "fp32"),), (w,), cast=True, source=_SOURCE),
+        ops.spread(f"{name}.D", x, "D32", "x.skipped", _ROWS),
+        ops.add(f"{name}.skip", "scanned", "x.skipped", "with_skip", _ROWS),
+        ops.activation(f"{name}.silu", "gate.z", "gate.act", _ROWS),
+        ops.mul(f"{name}.product", "with_skip", "gate.act", y, _ROWS),
+    )
+
+
+def mamba_mixer(
+    x: str,
+    y: str,
+    wiring: Wiring,
+    name: str = "mixer",
+    *,
+    bias: bool = False,
+    conv_bias: bool = True,
+    norms: str = "",
+) -> tuple[Op, ...]:
+    """Projection, convolution, projections of time step and state, the scan, a projection. `norms` of the three: none,
+    `weightless` or `weighed`."""
+    n = name
+    norm = weightless_norm if norms == "weightless" else ops.rms_norm
+    names = {t: f"{t}.scan" if norms else t for t in _PARTS}
+    parts = tuple(Tensor(t, shape) for t, shape in _PARTS.items())
+    return (
+        *unpadded(wiring, x, "real", "b s h"),
+        ops.linear(f"{n}.in_proj", "real", "xz.flat", "2 inner", "h", "mixer", bias),
+        ops.view(f"{n}.xz", "xz.flat", "xz", "b s 2 inner", gradient="new"),
+        *negative_exp(f"{n}.A_log", "rate", "inner mn"),
+        ops.split(f"{n}.chunk", "xz", (Tensor("x.part", "b s inner"), Tensor("gate.z", _ROWS))),
+        *causal_conv(f"{n}.conv1d", "x.part", "mixed", "inner", conv_bias, wiring=wiring),
+        *unpadded(wiring, "mixed", "mixed.real", _ROWS),
+        ops.copy(f"{n}.by_token", "mixed.real", "mixed.rows", "b s inner", gradient="same"),
+        ops.linear(f"{n}.x_proj", "mixed.rows", "dbc", "dbc", "inner", "mixer"),
+        ops.leave("mixed.rows"),
+        ops.split(f"{n}.split", "dbc", parts),
+        *(
+            op
+            for t, axis in (("dt", "dtr"), ("B", "mn"), ("C", "mn"))
+            if norms
+            for op in norm(f"{n}.{t.lower()}_layernorm", t, names[t], _PARTS[t], axis)
+        ),
+        *_time_steps(n, names["dt"], "dt.plus"),
+        *(ops.view(f"{n}.{t}", t, f"{t}.scan", _PARTS[t]) for t in "BC" if not norms),
+        *(() if wiring.decodes else selective_scan(n, "mixed.real", "gated")),
+        *kept(wiring, f"{n}.state", "state.kept" if not wiring.decodes else "state", "b inner mn", "fp32", "rate"),
+        *(selective_state_update(n, "gated") if wiring.decodes else ()),
+        ops.cast(f"{n}.cast", "gated", "gated.low", _ROWS, f"={x}"),
+        ops.copy(f"{n}.rows", "gated.low", "gated.rows", "b s inner", gradient="same"),
+        ops.linear(f"{n}.out_proj", "gated.rows", y, "h", "inner", "mixer", bias),
+        ops.leave("gated", "gated.low", "dt.channels", "mixed.real", "xz", "rate", "dbc", "real", x),
+        *((ops.leave("state"),) if wiring.caching else ()),
+    )
+
+
+def mamba(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Mamba and Falcon Mamba, which normalises what the scan is given."""
+    mixer = mamba_mixer(
+        "n1",
+        "mo",
+        wiring,
+        bias=m.get("use_bias", False),
+        conv_bias=m.get("use_conv_bias", True),
+        norms="weightless" if m.model_type == "falcon_mamba" else "",
+    )
+    return pure(m, wiring, mixer)
+
+
+def jamba(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Attention in one layer of several, without positions, and experts in every other."""
+    name = "feed_forward"
+    mixer = mamba_mixer(
+        "n1",
+        "ao",
+        wiring,
+        "mamba",
+        bias=m.get("mamba_proj_bias", False),
+        conv_bias=m.get("mamba_conv_bias", True),
+        norms="weighed",
+    )
+    heads = llama_attention(m, wiring, "n1", "ao", rotary=False)
+    routed = routers.softmax_router(f"{name}.router", "n2", normalise=False, stands_for=())
+    mixture = experts.mixture("n2", routed, experts.experts("n2", "mo", f"{name}.experts", (), ()))
+    mlp = gated_mlp("n2", "mo", name)
+
+    def block(layer: Layer) -> Block:
+        mixes = layer.mixer == "attention"
+        return decoder_block(
+            heads if mixes else mixer,
+            mixture if layer.ffn == "experts" else mlp,
+            norms=("input_layernorm", "pre_ff_layernorm"),
+            held=returned(wiring) if mixes else (),
+        )
+
+    last = after(m, wiring, rotary=False, name="model.final_layernorm")
+    return Stack(before(wiring, rotary=False), runs(m, block), last)
+
+
+BUILDERS = {"falcon_mamba": mamba, "jamba": jamba, "mamba": mamba}

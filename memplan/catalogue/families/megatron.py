@@ -1,0 +1,402 @@
+"""Megatron-core's GPT with Transformer Engine's layers: what its fused kernels keep, and the copies between them.
+
+Hidden states are `s b h` there, which takes as much as `b s h`; what has batches first is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.attention.attention import flash
+from memplan.catalogue.decoder.frame import lm_head
+from memplan.catalogue.degrees import Degrees
+from memplan.catalogue.families.gpt import position_table
+from memplan.catalogue.families.megatron_experts import buffer, mixture
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import rewrite
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.core.units import MIB
+from memplan.models.configs.megatron import (
+    EXPERT_RANKS,
+    EXPERT_TENSOR_RANKS,
+    TENSOR_RANKS,
+    attention_drops,
+    experts_of,
+    groups_products,
+    has_mean,
+    is_gated,
+    positions_of,
+    uses_engine,
+)
+from memplan.models.layers import Layer
+from memplan.models.model import ModelSpec
+
+KIND = "megatron_gpt"
+_STREAMS = 4  # of grouped products, each with a workspace of its own
+CORE, ENGINE = "megatron-core 0.12", "TransformerEngine 2.3"
+_DPA = f"{ENGINE} pytorch/attention/dot_product_attention"
+_Q, _K, _PAIRS = "b s a d", "b s k d", "b a s s"
+
+
+def chosen(half: bool, capability: tuple[int, int] | None) -> str:
+    """The kernel of attention that Transformer Engine takes by itself: fused ones need 16 bits, and cuDNN's goes before
+    flash attention 2 from Hopper on.
+
+    Source: TransformerEngine 2.3 pytorch/attention/dot_product_attention/utils.py get_attention_backend.
+    """
+    if not half:
+        return "eager"
+    return "cudnn" if capability is not None and capability >= (9, 0) else "flash_2"
+
+
+def workspace(m: ModelSpec, capability: tuple[int, int] | None) -> int:
+    """Bytes of Transformer Engine's own workspace for cuBLAS, beside torch's, where layers are its.
+
+    Source: TransformerEngine 2.3 pytorch/module/base.py get_cublas_workspace_size_bytes.
+    """
+    if not uses_engine(m):
+        return 0
+    streams = 1 + (_STREAMS if experts_of(m) and groups_products(m) else 0)
+    return streams * _workspace(capability)
+
+
+def _workspace(capability: tuple[int, int] | None) -> int:
+    return 32 * MIB if capability is not None and capability >= (9, 0) else 4 * MIB
+
+
+def megatron_gpt(m: ModelSpec, wiring: Wiring) -> Stack:
+    return Stack(
+        _before(m),
+        tuple(Run(tuple(_block(m, wiring, layer) for layer in run.pattern), run.times) for run in m.runs),
+        _after(m),
+    )
+
+
+def has_experts(m: ModelSpec) -> bool:
+    return m.model_type == KIND and experts_of(m) > 0
+
+
+def experts_and_width(m: ModelSpec) -> tuple[int, int]:
+    """How many experts a model has, and how wide each is; zeros of a dense one."""
+    return (experts_of(m), m.axes()["m"]) if experts_of(m) else (0, 0)
+
+
+def part_of_experts(m: ModelSpec, degrees: Degrees) -> ModelSpec:
+    """The model that one of the ranks that divide experts has."""
+    parts = {EXPERT_RANKS: degrees.ep, EXPERT_TENSOR_RANKS: degrees.etp, TENSOR_RANKS: degrees.tp}
+    return ModelSpec({**m.config, **parts}, m.name, m.card, m.checkpoint)
+
+
+def _before(m: ModelSpec) -> tuple[Op, ...]:
+    """Tokens and positions looked up, added, and laid out with the sequence first.
+
+    The data loader gives a mask of booleans, too, which is there as long as the forward pass, used or not.
+    """
+    learned, drops = positions_of(m) == "learned_absolute", m.probability("hidden_dropout") > 0
+    laid = "laid" if drops else "embeds"
+    return (
+        Op(
+            "inputs",
+            (),
+            (
+                *(Tensor(name, "b s", "int64") for name in ("ids", "labels", "positions")),
+                Tensor("loss_mask", "b s", "fp32"),
+                Tensor("attention_mask", "b s s", "bool"),
+            ),
+            holds="forward",
+            source="Megatron-LM 0.12 training/utils.py get_batch_on_this_tp_rank",
+        ),
+        ops.embedding("embedding.word_embeddings", "ids", "tokens", "v", "h"),
+        *(
+            (
+                position_table(
+                    "embedding.position_embeddings", "positions", "places", f"{m.max_position_embeddings} h", "b s"
+                ),
+                ops.add("embedding.add", "tokens", "places", "summed", "b s h"),
+            )
+            if learned
+            else (ops.view("embedding.tokens", "tokens", "summed", "b s h"),)
+        ),
+        ops.copy("embedding.transpose_flat", "summed", laid, "b s h"),
+        *((ops.dropout("embedding.dropout", laid, "embeds", "b s h"),) if drops else ()),
+        ops.leave("tokens", *(("places",) if learned else ())),
+        *((_angles(),) if positions_of(m) == "rope" else ()),
+        *buffer(m),
+    )
+
+
+def _angles() -> Op:
+    """A table for all tokens, made once and cached."""
+    source = f"{CORE} models/common/embeddings/rotary_pos_embedding.py RotaryEmbedding"
+    return Op("rotary_pos_emb", (), (Tensor("angles", "s rot", "fp32"),), holds="step", source=source)
+
+
+def _after(m: ModelSpec) -> tuple[Op, ...]:
+    tied = "embedding.word_embeddings.weight" if m.tie_word_embeddings else ""
+    head = lm_head("n", tied)
+    return (_norm(m, "decoder.final_layernorm", "x", "n"), ops.leave("x", "embeds"), head._replace(name="output_layer"))
+
+
+def _norm(m: ModelSpec, name: str, x: str, y: str, shape: str = "b s h", axis: str = "h") -> Op:
+    """One kernel, which keeps its input, and of each row one number in fp32, of LayerNorm two.
+
+    Source: TransformerEngine 2.3 pytorch/module/layernorm_linear.py.
+    """
+    if has_mean(m):
+        return ops.layer_norm(name, x, y, shape, axis)
+    rstd, w = Tensor(f"{y}.rstd", shape.rpartition(" ")[0], "fp32"), Weight(f"{name}.weight", axis, "norm")
+    kept = (x, rstd.name, w.name)
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape, f"={x}"), rstd),
+        (w,),
+        (*(Keep(what, x) for what in kept), *(Keep(what, w.name) for what in kept[:2])),
+        source=f"{ENGINE} pytorch/module/layernorm_linear.py",
+    )
+
+
+def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
+    sparse = layer.ffn == "experts"
+    return Block(
+        "decoder.layers",
+        (
+            _norm(m, "self_attention.linear_qkv.layer_norm", "x", "n1"),
+            *_attention(m, wiring),
+            *_joined(m, "self_attn_bda", "self_attention.linear_proj.bias", "ao", "x", "x1"),
+            ops.leave("ao"),
+            _norm(m, "pre_mlp_layernorm" if sparse else "mlp.linear_fc1.layer_norm", "x1", "n2"),
+            *(mixture(m, "n2", "mo") if sparse else _mlp(m, "n2", "mo")),
+            *_joined(m, "mlp_bda", "" if sparse else "mlp.linear_fc2.bias", "mo", "x1", "y"),
+            ops.leave("mo", "x1"),
+        ),
+    )
+
+
+def _joined(m: ModelSpec, name: str, bias: str, x: str, residual: str, y: str) -> tuple[Op, ...]:
+    """The bias, dropout and the residual in one compiled kernel: of it only the mask is kept.
+
+    Source: megatron-core 0.12 fusions/fused_bias_dropout.py.
+    """
+    source = f"{CORE} fusions/fused_bias_dropout.py"
+    group = "mlp" if bias.startswith("mlp") else "attention"
+    w = (Weight(bias, "h", group),) if bias and m.get("use_bias", True) else ()
+    if m.probability("hidden_dropout") == 0:
+        added = ops.add(name, residual, x, y, "b s h")._replace(weights=w, source=source)
+        return (added,)
+    mask, dropped = f"{y}.mask", f"{x}.dropped"
+    return (
+        Op(f"{name}.mask", (x,), (Tensor(mask, "b s h", "bool"),), gradient="none", source=source),
+        Op(
+            f"{name}.dropout",
+            (x, mask),
+            (Tensor(dropped, "b s h"),),
+            w,
+            (Keep(mask, x), *(Keep(mask, v.name) for v in w)),
+            view=True,
+            source=source,
+        ),
+        ops.add(name, residual, dropped, y, "b s h")._replace(source=source),
+    )
+
+
+def _mlp(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
+    """Up, the activation with the bias inside it, and down; the last bias is added with the residual."""
+    gated, biased = is_gated(m), m.get("use_bias", True)
+    up = f"{'2 ' if gated else ''}f"
+    return (
+        ops.linear("mlp.linear_fc1", x, "up", up, "h", "mlp"),
+        *_activated(m, "mlp.activation", "up", "act", biased),
+        ops.linear("mlp.linear_fc2", "act", y, "h", "f", "mlp"),
+        ops.leave("act"),
+    )
+
+
+def _activated(m: ModelSpec, name: str, x: str, y: str, biased: bool) -> tuple[Op, ...]:
+    """One kernel that keeps what it is given, before the bias.
+
+    relu squared has the bias added before, and so has the gelu that is not approximated.
+    Source: megatron-core 0.12 fusions/fused_bias_gelu.py, fused_bias_swiglu.py, transformer/mlp.py.
+    """
+    gated = is_gated(m)
+    up = f"{'2 ' if gated else ''}f"
+    w = (Weight("mlp.linear_fc1.bias", up, "mlp"),) if biased else ()
+    source = f"{CORE} fusions/fused_bias_{'swiglu' if gated else 'gelu'}.py"
+    if biased and m.hidden_act in ("relu2", "squared_relu"):
+        added = Op(f"{name}.bias", (x,), (Tensor("up.biased", f"b s {up}"),), w, gradient="same")
+        return (added, Op(name, ("up.biased",), (Tensor(y, "b s f"),), (), (Keep("up.biased", "up.biased"),)))
+    return (
+        Op(
+            name,
+            (x,),
+            (Tensor(y, "b s f"),),
+            w,
+            (Keep(x, x), *(Keep(what, v.name) for v in w for what in (x, v.name))),
+            source=source,
+        ),
+    )
+
+
+def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
+    """One projection, whose output heads are views of: as long as one is kept, so is all of it. What cannot be seen in
+    one layout, because there are fewer key heads or because q and k were turned, is made contiguous.
+
+    Source: megatron-core 0.12 transformer/attention.py SelfAttention; TransformerEngine 2.3
+    pytorch/attention/dot_product_attention/utils.py get_qkv_layout.
+    """
+    name = "self_attention"
+    grouped, rope = m.num_key_value_heads != m.num_attention_heads, positions_of(m) == "rope"
+    normed = m.get("qk_layernorm", False)
+    apart = grouped or rope or normed
+    heads = (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))
+    steps: list[Op] = []
+    q, k = "q0", "k0"
+    if grouped:
+        steps.append(ops.copy(f"{name}.query", q, "q1", _Q))
+        q = "q1"
+    if normed:
+        steps += (_norm(m, f"{name}.q_layernorm", q, "q2", _Q, "d"), _norm(m, f"{name}.k_layernorm", k, "k2", _K, "d"))
+        q, k = "q2", "k2"
+    if rope:
+        steps += (_turned(f"{name}.rope_q", q, "q", _Q), _turned(f"{name}.rope_k", k, "k", _K))
+    else:
+        lies = normed or not apart
+        steps += (ops.view(f"{name}.q", q, "q", _Q), (ops.view if lies else ops.copy)(f"{name}.k", k, "k", _K))
+    return (
+        ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=m.get("use_bias", True)),
+        ops.split(f"{name}.split", "qkv", heads),
+        *steps,
+        *((ops.leave("q1"),) if grouped else ()),
+        (ops.copy if apart else ops.view)(f"{name}.v", "v0", "v", _K),
+        *_core(m, wiring, grouped, apart),
+        ops.linear(f"{name}.linear_proj", "o", "ao", "h", "a d", "attention"),
+        ops.leave("qkv", "q", "k", "v", "o"),
+    )
+
+
+def _turned(name: str, x: str, y: str, shape: str) -> Op:
+    """One kernel, which keeps the angles."""
+    source = f"{CORE} models/common/embeddings/rope_utils.py fused_apply_rotary_pos_emb"
+    return Op(name, (x, "angles"), (Tensor(y, shape, f"={x}"),), (), (Keep("angles", x),), source=source)
+
+
+def _core(m: ModelSpec, wiring: Wiring, grouped: bool, contiguous: bool) -> tuple[Op, ...]:
+    """Attention from `q`, `k` and `v` to `o`."""
+    name = "self_attention.core_attention"
+    match wiring.backend:
+        case "eager":
+            made = _unfused(name, grouped, attention_drops(m))
+        case "cudnn":
+            made = (_cudnn(name),)
+        case _:
+            made = _flash_2(name, grouped, contiguous)
+    return (_recomputed(name, made),) if wiring.recomputes else made
+
+
+def _cudnn(name: str) -> Op:
+    """cuDNN's kernel takes heads as they lie, and hands out what it makes with the sequence first.
+
+    What its backward takes beside is not published; as much as flash attention's is assumed.
+    """
+    op = flash(name, "q", "k", "v", "o", False)
+    return op._replace(source=f"{_DPA}/backends.py FusedAttnFunc")
+
+
+def _flash_2(name: str, grouped: bool, contiguous: bool) -> tuple[Op, ...]:
+    """Heads are copied so that batches come first, and what it makes is copied back; the kernel keeps its own.
+
+    Of a single sequence what is contiguous already is no copy.
+    """
+    laid = "_flat" if contiguous else ""
+    return (
+        *(ops.copy(f"{name}.{t}{laid}", t, f"{t}.laid", shape) for t, shape in (("q", _Q), ("k", _K), ("v", _K))),
+        flash(name, "q.laid", "k.laid", "v.laid", "o.laid", grouped)._replace(
+            source=f"{_DPA}/backends.py FlashAttention"
+        ),
+        ops.leave("q.laid", "k.laid", "v.laid"),
+        ops.copy(f"{name}.transpose_flat", "o.laid", "o", _Q),
+    )
+
+
+def _unfused(name: str, grouped: bool, drops: bool) -> tuple[Op, ...]:
+    """Scores, a fused softmax in half precision with the scale and the mask inside it, dropout, the product with v."""
+    k, v = ("k.all", "v.all") if grouped else ("k", "v")
+    probs = "dropped" if drops else "probs"
+    return (
+        *(ops.copy(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in "kv" if grouped),
+        ops.matmul(f"{name}.scores", "q", k, "scores", _PAIRS),
+        Op(
+            f"{name}.softmax",
+            ("scores",),
+            (Tensor("probs", _PAIRS),),
+            (),
+            (Keep("probs", "scores"),),
+            gradient="same",
+            source=f"{_DPA}/softmax.py ScaledMaskedSoftmax, whose backward writes over the gradient it is given",
+        ),
+        *((ops.dropout(f"{name}.attention_dropout", "probs", probs, _PAIRS),) if drops else ()),
+        ops.matmul(f"{name}.context", probs, v, "heads", _Q),
+        ops.copy(f"{name}.transpose", "heads", "o", _Q),
+        ops.leave("scores", probs, *((k, v) if grouped else ())),
+    )
+
+
+def _recomputed(name: str, made: tuple[Op, ...]) -> Op:
+    """The operations as one that keeps q, k and v, and makes what they keep again on the way back, where all of it is
+    there with the gradient of the largest.
+
+    Source: megatron-core 0.12 transformer/attention.py _checkpointed_attention_forward.
+    """
+    written = {t.name: t._replace(dtype=t.dtype or "=q") for op in made if not op.view for t in op.writes}
+    kept = [t for name, t in written.items() if name != "o" and any(k.what == name for op in made for k in op.keeps)]
+    scratch = tuple(t for name, t in written.items() if name != "o")
+    back = [s.tensor for op in made for s in op.scratch_back]
+    back = [t._replace(dtype="=q" if t.dtype.startswith("=") else t.dtype) for t in back]
+    pairs = [Tensor("gradient of probabilities", _PAIRS, "=q") for t in kept if t.name == "probs"]
+    return Op(
+        name,
+        ("q", "k", "v"),
+        (Tensor("o", _Q),),
+        (),
+        tuple(Keep(what, of) for of in "qkv" for what in "qkv"),
+        scratch=scratch,
+        scratch_back=tuple(map(Scratch, (*kept, Tensor("o again", _Q, "=q"), *back, *pairs))),
+        product="attention",
+        source=f"{CORE} transformer/attention.py _checkpointed_attention_forward",
+    )
+
+
+def around(stack: Stack, degrees: Degrees) -> Stack:
+    """The rank's operations where ranks divide the sequence: keys and values go from rank to rank, joined, and what a
+    rank was sent last is kept.
+
+    Source: TransformerEngine 2.3 pytorch/attention/dot_product_attention/context_parallel.py AttnFuncWithCPAndKVP2P.
+    """
+    source = f"{_DPA}/context_parallel.py AttnFuncWithCPAndKVP2P"
+
+    def change(op: Op) -> Iterator[Op]:
+        if op.product != "attention":
+            yield op
+            return
+        q, k, v = op.reads
+        own, joined, shape = f"{q}.own", "kv", "b s 2 k d"
+        yield ops.copy(f"{op.name}.contiguous", q, own, _Q) if q == "q" else ops.view(f"{op.name}.q", q, own, _Q)
+        yield Op(f"{op.name}.join", (k, v), (Tensor(joined, shape, f"={k}"),), source=source)
+        names = {q: own, k: joined, v: joined}
+        kept = dict.fromkeys(Keep(names.get(x.what, x.what), names.get(x.of, x.of)) for x in op.keeps)
+        received = Tensor("keys and values received", f"{degrees.cp - 1} {shape}", f"={own}")
+        step = Tensor("output of a step", _Q, f"={own}")
+        back = Tensor("keys and values and their gradients", f"4 {shape}", f"={own}")
+        yield op._replace(
+            reads=(own, joined),
+            keeps=tuple(kept),
+            scratch=(received, step),
+            scratch_back=(Scratch(back), *(s for s in op.scratch_back if "expanded" not in s.tensor.name)),
+            source=source,
+        )
+
+    return rewrite(stack, change)
+
+
+BUILDERS = {KIND: megatron_gpt}

@@ -1,0 +1,210 @@
+"""MiniMax-M3's decoder: an indexer chooses blocks of keys for every query, a mask of all heads tells attention of them,
+and gates are clamped in dense and expert layers alike.
+
+Source: transformers 5.24 models/minimax_m3_vl/modeling_minimax_m3_vl.py.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.attention.attention import attention, cached
+from memplan.catalogue.decoder.frame import decoder_block, returned, runs
+from memplan.catalogue.decoder.gemma_norm import rms_norm
+from memplan.catalogue.decoder.rotation import heads_first, rotate_part
+from memplan.catalogue.decoder.windows import after, before, tables
+from memplan.catalogue.experts import experts, routers
+from memplan.catalogue.families.gpt_oss import unadapted
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Block, Op, Stack, Tensor
+from memplan.models.configs.block_sparse import INDEXED
+from memplan.models.layers import Layer
+from memplan.models.model import ModelSpec
+
+_SOURCE = "transformers 5.24 models/minimax_m3_vl/modeling_minimax_m3_vl.py"
+_Q, _K = "b s a d", "b s k d"
+
+
+def _mlp(x: str, y: str, name: str, width: str) -> tuple[Op, ...]:
+    shape = f"b s {width}"
+    return (
+        ops.linear(f"{name}.gate_up_proj", x, "gate_up", f"2 {width}", "h", "mlp"),
+        *experts.clamped_gate(name, "gate_up", "product", shape),
+        ops.linear(f"{name}.down_proj", "product", y, "h", width, "mlp"),
+        ops.leave(x),
+    )
+
+
+def _mixture(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
+    """An expert that all share, then those chosen, scaled."""
+    return (
+        *_mlp(x, "shared", f"{name}.shared_experts", "fs"),
+        *unadapted(routers.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
+        *experts.experts(x, "chosen", gate_up=(), down=(), act=experts.clamped(slices=False)),
+        ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
+        ops.leave("chosen"),
+        ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
+        ops.leave("experts.scaled", "shared", *routers.HELD, x),
+    )
+
+
+def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+    grouped = m.num_key_value_heads != m.num_attention_heads
+    indexed = layer.mixer == INDEXED
+    of = f"{name}.attention"
+    made = _masked(wiring._replace(caching=False), grouped, of) if indexed else _whole(wiring, grouped, of)
+    return (
+        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention"),
+        ops.view(f"{name}.q_heads", "q0", "qh", _Q),
+        *rms_norm(f"{name}.q_norm", "qh", "q1", _Q, "d"),
+        ops.leave("qh"),
+        ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention"),
+        ops.view(f"{name}.k_heads", "k0", "kh", _K),
+        *rms_norm(f"{name}.k_norm", "kh", "k1", _K, "d"),
+        ops.leave("kh"),
+        ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention"),
+        *rotate_part(f"{name}.rope", partial=m.rotary_width < m.head_dim),
+        ops.leave("q1", "k1"),
+        *(cached(of, wiring, ()) if indexed else ()),
+        *(_indexer(x, wiring, f"{name}.indexer") if indexed else ()),
+        *(_block_mask(wiring) if indexed else ()),
+        *made,
+        ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention"),
+        ops.leave("q", "k", "v", "o", x, *(("block_mask", "blocks") if indexed else ())),
+    )
+
+
+def _whole(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
+    return heads_first(name, "q", "k", "v", "o", wiring, grouped)
+
+
+def _masked(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
+    """The mask is one of numbers for every head already: what reads it makes no other of it."""
+    kernel = attention(name, "q", "k", "v", "o", wiring._replace(padded=True), grouped, False, "block_mask")
+    flat = (f"{name}.q_flat", f"{name}.k_flat") if wiring.backend in ("eager", "math") else ()
+
+    def as_given(op: Op) -> Op:
+        if op.name == f"{name}.mask":
+            return ops.view(op.name, "block_mask", op.writes[0].name, "b a s s")
+        if op.name == f"{name}.mask_float":
+            return op._replace(writes=(op.writes[0]._replace(shape="b a s s"),))
+        return ops.view(op.name, op.reads[0], op.writes[0].name, op.writes[0].shape) if op.name in flat else op
+
+    return tuple(map(as_given, kernel))
+
+
+def _still(*operations: Op) -> tuple[Op, ...]:
+    """What chooses gets no gradient, though its weights train."""
+    return tuple(op._replace(gradient="none", keeps=(), scratch_back=(), unit="") for op in operations)
+
+
+def _turned(name: str, t: str, heads: str) -> tuple[Op, ...]:
+    """A part of every head rotated, and joined with the rest."""
+    rot = f"b s {heads} irot"
+    return (
+        *ops.rotate(f"{name}.rope_{t}", f"index.{t}1", f"index.{t}.turned", rot, f"b s {heads} irot2"),
+        Op(f"{name}.cat_{t}", (f"index.{t}.turned", f"index.{t}1"), (Tensor(f"index.{t}", f"b s {heads} di"),)),
+    )
+
+
+def _indexer(x: str, wiring: Wiring, name: str) -> tuple[Op, ...]:
+    """Scores in fp32 of a few narrow heads against all keys: only the blocks of the largest are handed on.
+
+    What autograd saves of them is there until the indexer returns.
+    """
+    heads, one, scores, chosen = "b s i di", "b s 1 di", "b i s s", "b i s chosen_blocks"
+    saved = tuple(f"index.{t}1.{part}" for t in "qk" for part in ("x32", "rstd", "n32", "factor"))
+    return _still(
+        ops.linear(f"{name}.q_proj", x, "index.q0", "i di", "h", "attention"),
+        *rms_norm(f"{name}.q_norm", "index.q0", "index.q1", heads, "di"),
+        ops.leave("index.q0"),
+        ops.linear(f"{name}.k_proj", x, "index.k0", "di", "h", "attention"),
+        *rms_norm(f"{name}.k_norm", "index.k0", "index.k1", one, "di"),
+        ops.leave("index.k0"),
+        *_turned(name, "q", "i"),
+        *_turned(name, "k", "1"),
+        ops.leave("index.q1", "index.k1"),
+        *(op._replace(holds="cache") for op in cached(f"{name}.keys", wiring, (), tensors=("index.k",))),
+        ops.cast(f"{name}.float_q", "index.q", "index.q32", heads, "fp32"),
+        ops.cast(f"{name}.float_k", "index.k", "index.k32", one, "fp32"),
+        ops.copy(f"{name}.k_heads", "index.k32", "index.keys", "several s i di"),
+        Op(f"{name}.scores", ("index.q32", "index.keys"), (Tensor("index.scores", scores, "fp32"),)),
+        ops.leave("index.k32"),
+        Op(f"{name}.places", ("index.k",), (Tensor("index.places", "s", "int64"),)),
+        Op(f"{name}.future", (), (Tensor("index.future", "b s s", "bool"),)),
+        Op(f"{name}.masked", ("index.scores", "index.future"), (Tensor("index.masked", scores, "fp32"),)),
+        ops.leave("index.scores"),
+        Op(f"{name}.pad", ("index.masked",), (Tensor("index.padded", "b i s padded_keys", "fp32"),)),
+        Op(f"{name}.largest", ("index.masked", "index.padded"), (Tensor("index.blocks", "b i s key_blocks", "fp32"),)),
+        Op(f"{name}.own", (), (Tensor("index.own", "b s", "int64"),)),
+        Op(f"{name}.near", (), (Tensor("index.near", "near_blocks", "int64"),)),
+        Op(f"{name}.less", ("index.own", "index.near"), (Tensor("index.less", "b s near_blocks", "int64"),)),
+        Op(f"{name}.at_least", ("index.less",), (Tensor("index.local", "b s near_blocks", "int64"),)),
+        Op(
+            f"{name}.choose",
+            ("index.blocks", "index.local"),
+            (Tensor("index.best", chosen, "fp32"), Tensor("index.chosen", chosen, "int64")),
+        ),
+        Op(
+            f"{name}.left_out",
+            ("index.chosen", "index.best"),
+            (Tensor("blocks", chosen, "int64"),),
+            scratch=(Tensor("none", chosen, "bool"),),
+            source=f"{_SOURCE} MiniMaxM3VLIndexer.forward",
+        ),
+        ops.leave("index.q", "index.k", "index.places", "index.future", "index.masked", "index.padded"),
+        ops.leave("index.blocks", "index.own", "index.near", "index.local"),
+        ops.leave(*saved, "index.q32", "index.keys")._replace(recorded=True),
+    )
+
+
+def _block_mask(wiring: Wiring) -> tuple[Op, ...]:
+    """A number for every head, query and key, made of the blocks chosen, and of the model's own mask if it has one."""
+    every, dtype, chosen = "b a s s", "=q", "b i s chosen_blocks"
+    source = f"{_SOURCE} MiniMaxM3VLIndexer.build_block_mask"
+    given = wiring.has_mask()
+    seen: tuple[Op, ...] = (
+        Op("block_mask.places", ("k",), (Tensor("keep.places", "s", "int64"),)),
+        Op("block_mask.future", ("keep.places",), (Tensor("keep.future", "b s s", "bool"),)),
+        Op("block_mask.past", ("keep.future",), (Tensor("keep.seen", "b s s", "bool"),)),
+    )
+    if given:
+        shown = "s s" if wiring.one_mask and not wiring.padded else "b s s"
+        boolean = Op("block_mask.shown", ("mask",), (Tensor("keep.seen", shown, "bool"),))
+        seen = (boolean if wiring.backend == "eager" else ops.view("block_mask.shown", "mask", "keep.seen", shown),)
+    return _still(
+        Op(
+            "block_mask.safe",
+            ("blocks",),
+            (Tensor("blocks.safe", chosen, "int64"),),
+            scratch=(Tensor("none", chosen, "bool"),),
+        ),
+        Op("block_mask.bias", ("blocks.safe",), (Tensor("keep.bias", "b i s key_blocks1", dtype),)),
+        Op("block_mask.zero", ("keep.bias",), (Tensor("keep.blocks", "b i s key_blocks", "bool"),)),
+        Op("block_mask.keys", ("keep.blocks",), (Tensor("keep.groups", "b i s block_keys", "bool"),)),
+        Op("block_mask.heads", ("keep.groups",), (Tensor("keep.heads", every, "bool"),)),
+        *seen,
+        Op("block_mask.and", ("keep.heads", "keep.seen"), (Tensor("keep", every, "bool"),)),
+        Op("block_mask.zeros", ("keep",), (Tensor("zeros", every, dtype),)),
+        Op(
+            "block_mask",
+            ("keep", "zeros"),
+            (Tensor("block_mask", every, dtype),),
+            scratch=(Tensor("not kept", every, "bool"),),
+            source=source,
+        ),
+        ops.leave("keep", "keep.heads", "keep.bias", "blocks.safe"),
+        ops.leave(*(("keep.seen",) if given else ("keep.places", "keep.future"))),
+    )
+
+
+def minimax_m3(m: ModelSpec, wiring: Wiring) -> Stack:
+    """The decoder alone."""
+
+    def block(layer: Layer) -> Block:
+        ffn = _mixture("n2", "mo") if layer.ffn == "experts" else _mlp("n2", "mo", "mlp", "fd")
+        return decoder_block(_heads(m, wiring, layer, "n1", "ao"), ffn, norm=rms_norm, held=returned(wiring))
+
+    return Stack(before(wiring, False, tables()), runs(m, block), after(m, wiring, False, rms_norm))
+
+
+BUILDERS = {"minimax_m3_vl_text": minimax_m3}

@@ -1,0 +1,175 @@
+"""Qwen3-VL, dense and with experts, and Qwen3.5: a tower like Qwen2-VL's with learned positions, some of whose blocks
+hand their output to the language model, too (`deepstack`)."""
+
+from __future__ import annotations
+
+from memplan.catalogue.experts import experts, routers
+from memplan.catalogue.families import qwen3_next as delta
+from memplan.catalogue.families.llama import llama
+from memplan.catalogue.families.moe import either
+from memplan.catalogue.families.qwen2_vl import (
+    GIVEN,
+    merger,
+    qwen_after,
+    qwen_attention,
+    qwen_before,
+    qwen_inputs,
+    with_mrope,
+    without_positions,
+)
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.catalogue.vision import towers as t
+from memplan.catalogue.vision.towers import Tower
+from memplan.catalogue.vision.vision import joined, scattered
+from memplan.core.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.models.configs.vision import deepstack, size, stretches
+from memplan.models.model import ModelSpec
+
+_DEEPSTACK = "transformers 5.24 models/qwen3_vl/modeling_qwen3_vl.py Qwen3VLTextModel._deepstack_process"
+
+
+def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
+    """Learned positions are interpolated between four of a grid; the outputs of some blocks are merged on their own."""
+    act = str(m.part("vision_config").get("hidden_act", "gelu_pytorch_tanh"))
+    layers = ("linear_fc1", "linear_fc2")
+    block = t.block("visual.blocks", qwen_attention(wiring), t.mlp("mlp", "v.n2", "v.mo", act, layers))
+    shape, four = f"{t.P} vh", f"{t.P} 4 vh"
+    embedding = Weight("visual.pos_embed.weight", "vpositions vh", "vision", rows=1)
+    first, pixels, patches, *table = qwen_before(asks=False, bias=True)
+    before = (
+        first,
+        Op(
+            "visual.interpolation",
+            (),
+            (Tensor("v.corners", f"{t.P} 4", "int64"), Tensor("v.weights", f"{t.P} 4", "fp32")),
+        ),
+        pixels,
+        patches._replace(writes=(patches.writes[0]._replace(name="v.patches"),)),
+        Op(
+            "visual.pos_embed",
+            ("v.corners",),
+            (Tensor("v.four", four, f"={embedding.name}"),),
+            (embedding,),
+            (Keep("v.corners", embedding.name),),
+            source=f"{ops.DERIVATIVES}: embedding",
+        ),
+        Op(
+            "visual.pos_embed.weigh",
+            ("v.four", "v.weights"),
+            (Tensor("v.weighed", four, "fp32"),),
+            (),
+            (Keep("v.weights", "v.four"),),
+            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ),
+        Op("visual.pos_embed.sum", ("v.weighed",), (Tensor("v.position", shape),), source=f"{ops.DERIVATIVES}: sum"),
+        ops.cast("visual.pos_embed.to", "v.position", "v.place", shape, "=v.patches"),
+        ops.add("visual.place", "v.patches", "v.place", "embeds", shape),
+        *table,
+    )
+    deep = deepstack(m)
+    count = len(tuple(stretches(size(m, "depth"), deep)))
+    runs = [Run((block,), "vL1")]
+    for i in range(1, count):
+        name = f"visual.deepstack_merger_list.{i - 1}"
+        runs.append(Run((block,), f"vL{i + 1}", (*_deep(name, i - 1), ops.cast("stream", "x", "stream", shape, "=x"))))
+    normed = t.norm("visual.merger.norm", "x", "features.normed", shape, "vh", "projector")
+    last = max(deep, default=-1) == size(m, "depth") - 1
+    tail = (*(_deep(f"visual.deepstack_merger_list.{len(deep) - 1}", len(deep) - 1) if last else ()),)
+    merged = merger("visual.merger", "x", "features", layers, normed)
+    more = tuple(f"deep{i}" for i in range(len(deep)))
+    after = (*qwen_after((*tail, *merged), *more), ops.leave("v.corners", "v.weights", "v.position"))
+    return Tower(qwen_inputs(), before, tuple(runs), after)
+
+
+def _deep(name: str, i: int) -> tuple[Op, ...]:
+    """What the `i`th of some blocks made, merged; here the norm is over merged patches."""
+    normed = (
+        ops.view(f"{name}.shuffle", "x", f"deep{i}.shuffled", "b merged vm"),
+        *t.norm(f"{name}.norm", f"deep{i}.shuffled", f"deep{i}.normed", "b merged vm", "vm", "projector"),
+    )
+    return merger(name, "x", f"deep{i}", ("linear_fc1", "linear_fc2"), normed)
+
+
+def with_deepstack(m: ModelSpec, made: Stack) -> Stack:
+    """After each of the language model's first blocks the merged output of one of the tower's is added to the tokens of
+    images: hidden states are copied, and rows of the copy replaced."""
+    (run,), deep = made.runs, range(len(deepstack(m)))
+    if not deep:
+        return made
+    joints = tuple(
+        (
+            Op(
+                f"deepstack.{i}.rows",
+                ("x", "image_mask"),
+                (Tensor(f"deep{i}.rows", "b merged h"),),
+                scratch=(Tensor("indices", "2 b merged", "int64"),),
+                scratch_back=(Scratch(Tensor("indices", "2 b merged", "int64"), "x"),),
+                source=_DEEPSTACK,
+            ),
+            ops.add(f"deepstack.{i}.add", f"deep{i}.rows", f"deep{i}.all", f"deep{i}.local", "b merged h"),
+            Op(
+                f"deepstack.{i}.put",
+                ("x", f"deep{i}.local", "image_mask"),
+                (Tensor(f"deep{i}.stream", "b s h"),),
+                (),
+                (Keep("image_mask", "x"), Keep("image_mask", f"deep{i}.local")),
+                scratch=(Tensor("rows", "b merged h"),),
+                scratch_back=(Scratch(Tensor("zeros", "b merged h", f"=deep{i}.local"), "x"),),
+                source=_DEEPSTACK,
+            ),
+            ops.cast(f"deepstack.{i}", f"deep{i}.stream", "stream", "b s h", f"=deep{i}.stream"),
+        )
+        for i in deep
+    )
+    runs = (
+        Run(run.blocks, "one"),
+        *(Run(run.blocks, "one", joint) for joint in joints[:-1]),
+        Run(run.blocks, "after", joints[-1]),
+    )
+    return made._replace(runs=runs)
+
+
+def _deep_embeds(m: ModelSpec) -> tuple[Op, ...]:
+    """What is added, each split into images and joined again."""
+    shape = "b merged h"
+    return tuple(
+        op
+        for i in range(len(deepstack(m)))
+        for op in (
+            ops.view(f"deepstack.{i}.split", f"deep{i}", f"deep{i}.parts", shape, gradient="new"),
+            ops.copy(f"deepstack.{i}.cat", f"deep{i}.parts", f"deep{i}.all", shape),
+        )
+    )
+
+
+def _qwen3_vl(m: ModelSpec, wiring: Wiring, text: Stack) -> Stack:
+    made = with_mrope(text, wiring, interleaved=True)
+    held = ("image_embeds", "image_mask", *(f"deep{i}.all" for i in range(len(deepstack(m)))))
+    made = with_deepstack(m, made) if wiring.images else made
+    return joined(wiring, made, qwen3_tower(m, wiring), (*scattered(), *_deep_embeds(m)), held)
+
+
+def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:
+    bias = m.get("attention_bias", False)
+    return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True))
+
+
+def qwen3_vl_moe(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Qwen3-VL with experts, of which peft adapts nothing."""
+    routed = routers.softmax_router("mlp.gate", "n2", normalise=True, stands_for=())
+    ffn = either(experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=())))
+    bias = m.get("attention_bias", False)
+    return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn))
+
+
+def qwen3_5(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Qwen3.5 with a tower like Qwen3-VL's, none of whose blocks' output goes further by itself."""
+    text = delta.qwen3_5(m, wiring)
+    if wiring.images:
+        before = tuple(GIVEN if op.name == "positions" else op for op in text.before)
+        text = text._replace(before=before, runs=without_positions(text.runs))
+    return joined(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
+
+
+BUILDERS = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5, "qwen3_vl": qwen3_vl, "qwen3_vl_moe": qwen3_vl_moe}

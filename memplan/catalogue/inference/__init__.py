@@ -1,0 +1,1 @@
+"""Inference: one pass, caches of keys and values, decoding, and a serving engine's step."""

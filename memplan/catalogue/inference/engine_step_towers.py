@@ -1,0 +1,40 @@
+"""What the tower of a vision-language model has in memory in a serving engine, that runs it before its pool is made.
+
+Letters of their own: `vn` patches of all images of the batch, `vhp` and `vfp` the rank's part of the tower's width and
+of its FFN's, `vt` rows of what it makes. No gradient is asked; Python's frames hold a block's input, and arguments
+until the module that they were given to is done.
+
+Source: vllm 0.33.0 model_executor/models/qwen2_5_vl.py Qwen2_5_VisionBlock, Qwen2_5_VisionAttention; qwen3_vl.py,
+qwen2_vl.py, siglip.py, pixtral.py and mllama4.py are alike.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.inference.instant import Instant
+from memplan.core.ir import Tensor
+
+_PIXELS, _INPUT, _NORMED = Tensor("pixels", "vn vin"), Tensor("the block's input", "vn vh"), Tensor("normed", "vn vh")
+_AFTER, _OUTPUT = Tensor("after attention", "vn vh"), Tensor("the FFN's output", "vn vh")
+_TURNED = (Tensor("q and k, side by side", "vn 2 vhp"), Tensor("q and k, rotated", "vn 2 vhp"))
+_GATED = (Tensor("gate and up", "vn 2 vfp"), Tensor("activated", "vn vfp"), _OUTPUT)
+_PLAIN = (Tensor("up", "vn vfp"), Tensor("activated", "vn vfp"))
+# By family: the FFN's rows, and what else is there. Qwen2.5's norm adds the residual into a tensor of its own.
+_ROWS = {
+    "qwen2_5_vl": (*_GATED, Tensor("attention's output", "vn vh"), Tensor("the residual with it", "vn vh")),
+    "mistral3": (*_GATED, _AFTER),
+}
+_NOT_ROTATED = frozenset(("gemma3",))
+
+
+def tower_instants(model_type: str) -> tuple[Instant, ...]:
+    """The moments of the tower that may have the most."""
+    source = "vllm 0.33.0 model_executor/models/qwen2_5_vl.py Qwen2_5_VisionBlock.forward, and alike"
+    held = (_PIXELS, _INPUT, _NORMED)
+    turned = () if model_type in _NOT_ROTATED else _TURNED
+    attention = (*held, Tensor("q, k and v", "vn 3 vhp"), *turned, Tensor("output", "vn vhp"))
+    rows = _ROWS.get(model_type, (*_PLAIN, _AFTER))
+    return Instant("encoder.attention", attention, source), Instant("encoder.mlp", (*held, *rows), source)
+
+
+# What the tower has made, while the language model's own step runs.
+MADE = Tensor("what the encoder made", "vt h")

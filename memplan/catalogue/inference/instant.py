@@ -1,0 +1,16 @@
+"""One moment of a serving engine's step, with the tensors alive at it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from memplan.core.ir import Tensor
+
+
+class Instant(NamedTuple):
+    """A moment of a step: where it is, what is alive, and where that was read."""
+
+    where: str
+    alive: tuple[Tensor, ...]
+    source: str
+    basis: str = "derived"

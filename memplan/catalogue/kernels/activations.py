@@ -1,0 +1,74 @@
+"""Activations and dropout: those of one kernel, and those that are written out."""
+
+from __future__ import annotations
+
+from memplan.catalogue.kernels import ops
+from memplan.core.ir import Keep, Op, Scratch, Tensor
+from memplan.models.model import ModelSpec
+
+
+def drops(m: ModelSpec, *keys: str) -> bool:
+    """Whether the config's probability of dropout is above 0."""
+    return any(m.probability(key) > 0 for key in keys)
+
+
+def dropped(name: str, x: str, y: str, shape: str, drop: bool) -> tuple[Op, ...]:
+    """Dropout, or the same tensor."""
+    return (ops.dropout(name, x, y, shape),) if drop else (ops.view(name, x, y, shape),)
+
+
+def activation(m: ModelSpec, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """transformers' activation of that name: one kernel, but for those written out."""
+    match m.hidden_act:
+        case "gelu_new":
+            return gelu_new(name, x, y, shape)
+        case "relu":
+            return (relu(name, x, y, shape),)
+        case "relu2":
+            return (relu(f"{name}.relu", x, f"{y}.relu", shape), power(f"{name}.square", f"{y}.relu", y, shape))
+        case _:
+            return (ops.activation(name, x, y, shape),)
+
+
+def relu(name: str, x: str, y: str, shape: str) -> Op:
+    """Keeps its output."""
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: relu")
+
+
+def power(name: str, x: str, y: str, shape: str) -> Op:
+    """`x ** n` for a number n: in fp32 under autocast. Its backward makes the derivative in two steps."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape),),
+        (),
+        (Keep(x, x),),
+        scratch_back=(Scratch(Tensor("power", shape, f"={y}")), Scratch(Tensor("derivative", shape, f"={y}"))),
+        autocast="fp32",
+        source=f"{ops.DERIVATIVES}: pow.Tensor_Scalar",
+    )
+
+
+def gelu_new(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """`0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))`, an operation at a time: x and three more are kept."""
+    half, cube, scaled, inner, outer, tanh, one = (
+        f"{y}.{part}" for part in ("half", "cube", "scaled", "inner", "outer", "tanh", "one")
+    )
+    source = "transformers 5.24 activations.py NewGELUActivation"
+    return (
+        ops.scale(f"{name}.half", x, half, shape),
+        power(f"{name}.pow", x, cube, shape),
+        ops.scale(f"{name}.cubed", cube, scaled, shape),
+        ops.add(f"{name}.sum", x, scaled, inner, shape),
+        ops.scale(f"{name}.outer", inner, outer, shape),
+        Op(
+            f"{name}.tanh",
+            (outer,),
+            (Tensor(tanh, shape),),
+            (),
+            (Keep(tanh, outer),),
+            source=f"{ops.DERIVATIVES}: tanh",
+        ),
+        Op(f"{name}.one", (tanh,), (Tensor(one, shape),), gradient="same", source=source),
+        ops.mul(name, half, one, y, shape),
+    )

@@ -1,0 +1,362 @@
+"""The kernels: what each reads, writes and keeps for backward. One constructor is one fact, with its source.
+
+Names that start with the operation's own name are its inner tensors. `x` is what it reads, `y` what it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+
+DERIVATIVES = "torch 2.13 tools/autograd/derivatives.yaml"
+
+
+def linear(
+    name: str,
+    x: str,
+    y: str,
+    out: str,
+    into: str,
+    group: str,
+    bias: bool = False,
+    lead: str = "b s",
+    flat: bool = False,
+) -> Op:
+    """`y[lead out] = x[lead into] @ W[out into].T`. The gradient of x needs W, the gradient of W needs x.
+
+    A three-dimensional input is seen through a view, and so is its gradient: autograd cannot add into it in place.
+    One that the model made two-dimensional before (`flat`) is not.
+    """
+    w = Weight(f"{name}.weight", f"{out} {into}", group, matrix=True, rows=len(out.split()))
+    b = (Weight(f"{name}.bias", out, group),) if bias else ()
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, f"{lead} {out}"),),
+        (w, *b),
+        (Keep(w.name, x), Keep(x, w.name)),
+        gradient="new" if flat else "view",
+        autocast="lower",
+        product="matrix",
+        source=f"{DERIVATIVES}: mm, addmm",
+    )
+
+
+def axes_of(op: Op) -> tuple[str, str, str]:
+    """Of a linear layer: the axes that its input and output begin with, and the output's and the input's own."""
+    w = next(w for w in op.weights if w.matrix)
+    axes = w.shape.split()
+    out = " ".join(axes[: w.rows])
+    return op.writes[0].shape.removesuffix(out).strip(), out, " ".join(axes[w.rows :])
+
+
+def cast(name: str, x: str, y: str, shape: str, dtype: str) -> Op:
+    """`x.to(dtype)`: nothing where the dtype is already that (the casting rules drop it)."""
+    return Op(name, (x,), (Tensor(y, shape, dtype),), cast=True, source=f"{DERIVATIVES}: _to_copy")
+
+
+def add(name: str, a: str, b: str, y: str, shape: str) -> Op:
+    return Op(name, (a, b), (Tensor(y, shape),), gradient="same", source=f"{DERIVATIVES}: add.Tensor")
+
+
+def mul(name: str, a: str, b: str, y: str, shape: str) -> Op:
+    return Op(name, (a, b), (Tensor(y, shape),), (), (Keep(b, a), Keep(a, b)), source=f"{DERIVATIVES}: mul.Tensor")
+
+
+def scale(name: str, x: str, y: str, shape: str) -> Op:
+    """A product with a Python number keeps nothing."""
+    return Op(name, (x,), (Tensor(y, shape),), source=f"{DERIVATIVES}: mul.Scalar")
+
+
+def activation(name: str, x: str, y: str, shape: str) -> Op:
+    """silu, gelu (both kinds) and relu squared keep their input."""
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), source=f"{DERIVATIVES}: silu, gelu")
+
+
+def add_number(name: str, x: str, y: str, shape: str) -> Op:
+    """A sum with a Python number hands the gradient on."""
+    return Op(name, (x,), (Tensor(y, shape),), gradient="same", source=f"{DERIVATIVES}: add.Scalar")
+
+
+def clamp(name: str, x: str, y: str, shape: str, bounds: int) -> Op:
+    """Keeps its input, and compares it with each of its bounds again for the gradient."""
+    masks = tuple(Scratch(Tensor(f"within bound {i}", shape, "bool")) for i in range(bounds))
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), scratch_back=masks, source=f"{DERIVATIVES}: clamp")
+
+
+def softmax(name: str, x: str, y: str, shape: str, dtype: str = "") -> tuple[Op, ...]:
+    """Keeps its output. Its backward first multiplies the gradient by it.
+
+    A `dtype` is cast to before, and for good, but fp16: the kernel reads fp16 and hands back an fp16 gradient itself.
+    """
+    inner = f"{y}.in" if dtype else x
+    widened = Op(f"{name}.float", (x,), (Tensor(inner, shape, dtype),), cast=True, spared="fp16")
+    kernel = Op(
+        name,
+        (inner,),
+        (Tensor(y, shape, dtype),),
+        (),
+        (Keep(y, inner),),
+        scratch_back=(Scratch(Tensor("gradient times softmax", shape, f"={y}")),),
+        gradient="own",
+        autocast="" if dtype else "fp32",
+        source="torch 2.13 aten/src/ATen/native/cuda/SoftMax.cu softmax_backward_cuda_out",
+    )
+    return (widened, kernel) if dtype else (kernel,)
+
+
+def dropout(name: str, x: str, y: str, shape: str) -> Op:
+    mask = Tensor(f"{y}.mask", shape, "bool")
+    return Op(name, (x,), (Tensor(y, shape), mask), (), (Keep(mask.name, x),), source=f"{DERIVATIVES}: native_dropout")
+
+
+def view(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
+    """The same storage under another shape. `gradient="new"` where the gradient's layout forces a copy."""
+    return Op(name, (x,), (Tensor(y, shape),), gradient=gradient, view=True)
+
+
+def matmul(name: str, a: str, b: str, y: str, shape: str) -> Op:
+    """A batched product of two activations keeps both; its gradients are seen through views."""
+    return Op(
+        name,
+        (a, b),
+        (Tensor(y, shape),),
+        (),
+        (Keep(b, a), Keep(a, b)),
+        gradient="view",
+        autocast="lower",
+        product="matrix",
+        source=f"{DERIVATIVES}: bmm",
+    )
+
+
+def copy(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
+    """`contiguous`, `clone`, `expand` and `reshape`: new storage that keeps nothing.
+
+    `gradient="new"` where the copy has more elements than x (repeated heads), whose gradients are summed.
+    """
+    return Op(name, (x,), (Tensor(y, shape),), gradient=gradient, source=f"{DERIVATIVES}: clone, expand")
+
+
+def unit(name: str, *operations: Op) -> tuple[Op, ...]:
+    """The operations as one unit, which a fused kernel may stand in for (`memplan.catalogue.kernels.fused`)."""
+    return tuple(op._replace(unit=name) for op in operations)
+
+
+def with_axes(operations: tuple[Op, ...], axes: Mapping[str, str]) -> tuple[Op, ...]:
+    """The operations with other axes in their shapes, for layers of other widths than the model's."""
+
+    def shape(text: str) -> str:
+        return " ".join(axes.get(axis, axis) for axis in text.split())
+
+    def tensor(t: Tensor) -> Tensor:
+        return t._replace(shape=shape(t.shape))
+
+    return tuple(
+        op._replace(
+            writes=tuple(map(tensor, op.writes)),
+            weights=tuple(w._replace(shape=shape(w.shape)) for w in op.weights),
+            keeps=tuple(k._replace(seen=shape(k.seen)) for k in op.keeps),
+            scratch=tuple(map(tensor, op.scratch)),
+            scratch_back=tuple(s._replace(tensor=tensor(s.tensor)) for s in op.scratch_back),
+        )
+        for op in operations
+    )
+
+
+def renamed(op: Op, new: Callable[[str], str]) -> Op:
+    """The operation with other names for its tensors, wherever it uses them."""
+
+    def tensor(t: Tensor) -> Tensor:
+        like, slash, per = t.dtype[1:].partition("/")
+        return t._replace(name=new(t.name), dtype=f"={new(like)}{slash}{per}" if t.dtype.startswith("=") else t.dtype)
+
+    return op._replace(
+        reads=tuple(map(new, op.reads)),
+        writes=tuple(map(tensor, op.writes)),
+        keeps=tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps),
+        captures=tuple(map(new, op.captures)),
+        wraps=tuple(map(tensor, op.wraps)),
+        past=tuple(map(tensor, op.past)),
+        scratch=tuple(map(tensor, op.scratch)),
+        scratch_back=tuple(s._replace(tensor=tensor(s.tensor), of=new(s.of) if s.of else "") for s in op.scratch_back),
+    )
+
+
+def leave(*names: str) -> Op:
+    """A Python frame returns: what its local names held may go."""
+    return Op("return", names)
+
+
+def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = False) -> tuple[Op, ...]:
+    """LlamaRMSNorm as transformers writes it: fp32 inside, `weight * x.to(input dtype)` outside.
+
+    Keeps x in fp32, one fp32 number a row, and the normalised x in the input's dtype for the weight's gradient.
+    `of_x`: T5LayerNorm, which multiplies x as it is by that number, and casts to the weight's dtype.
+    """
+    row = shape.rsplit(" ", 1)[0]
+    x32, square, mean, shifted, rstd, n32, hat = (
+        f"{y}.{part}" for part in ("x32", "square", "mean", "shifted", "rstd", "n32", "hat")
+    )
+    w = Weight(f"{name}.weight", axis, "norm")
+    scaled, like = (x, f"={w.name}") if of_x else (x32, f"={x}")
+    source = "transformers 5.24 " + (
+        "models/t5/modeling_t5.py T5LayerNorm" if of_x else "models/llama/modeling_llama.py LlamaRMSNorm"
+    )
+    made = (
+        Op(f"{name}.float", (x,), (Tensor(x32, shape, "fp32"),), cast=True, source=source),
+        Op(
+            f"{name}.pow",
+            (x32,),
+            (Tensor(square, shape),),
+            (),
+            (Keep(x32, x32),),
+            scratch_back=(Scratch(Tensor("pow", shape, "fp32")), Scratch(Tensor("2x", shape, "fp32"))),
+            source=f"{DERIVATIVES}: pow.Tensor_Scalar",
+        ),
+        Op(f"{name}.mean", (square,), (Tensor(mean, row),), source=f"{DERIVATIVES}: mean.dim"),
+        Op(f"{name}.eps", (mean,), (Tensor(shifted, row),), gradient="same", source=f"{DERIVATIVES}: add.Scalar"),
+        Op(
+            f"{name}.rsqrt",
+            (shifted,),
+            (Tensor(rstd, row),),
+            (),
+            (Keep(rstd, shifted),),
+            scratch_back=(Scratch(Tensor("cube", row, "fp32")), Scratch(Tensor("half", row, "fp32"))),
+            source=f"{DERIVATIVES}: rsqrt",
+        ),
+        Op(
+            f"{name}.scale",
+            (scaled, rstd),
+            (Tensor(n32, shape, "fp32" if of_x else ""),),
+            (),
+            (Keep(rstd, scaled), Keep(scaled, rstd)),
+            scratch_back=(Scratch(Tensor("product", shape, "fp32"), rstd),),
+            source=f"{DERIVATIVES}: mul.Tensor",
+        ),
+        Op(f"{name}.cast", (n32,), (Tensor(hat, shape, like),), cast=True, source=source),
+        weigh(f"{name}.weight", hat, y, shape, w),
+        leave(mean) if of_x else leave(mean, n32),
+    )
+    return made if of_x else unit(f"rms_norm {name}", *made)
+
+
+def weigh(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
+    """`w * x` for a weight along the last axis: the product with x is made whole before it is summed for w."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape),),
+        (w,),
+        (Keep(w.name, x), Keep(x, w.name)),
+        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), w.name),),
+        source=f"{DERIVATIVES}: mul.Tensor",
+    )
+
+
+def spread(name: str, x: str, small: str, y: str, shape: str) -> Op:
+    """`x * small`, which has fewer elements: the product for its gradient is made whole, and then summed."""
+    return Op(
+        name,
+        (x, small),
+        (Tensor(y, shape),),
+        (),
+        (Keep(small, x), Keep(x, small)),
+        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), small),),
+        source=f"{DERIVATIVES}: mul.Tensor",
+    )
+
+
+def layer_norm(
+    name: str, x: str, y: str, shape: str, axis: str, *, bias: bool = True, affine: bool = True, group: str = "norm"
+) -> Op:
+    """`native_layer_norm` keeps x, and the mean and the inverse deviation of every row in fp32."""
+    row = shape.rsplit(" ", 1)[0]
+    mean, rstd = Tensor(f"{y}.mean", row, "fp32"), Tensor(f"{y}.rstd", row, "fp32")
+    names = (("weight",) if affine else ()) + (("bias",) if affine and bias else ())
+    weights = tuple(Weight(f"{name}.{n}", axis, group) for n in names)
+    kept = (x, mean.name, rstd.name)
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape, f"={x}"), mean, rstd),
+        weights,
+        (
+            *(Keep(what, x) for what in (*kept, *(w.name for w in weights))),
+            *(Keep(what, w.name) for w in weights for what in kept),
+        ),
+        autocast="fp32",
+        source=f"{DERIVATIVES}: native_layer_norm",
+    )
+
+
+def split(name: str, x: str, parts: tuple[Tensor, ...]) -> Op:
+    """Views of parts of one tensor (`chunk`, `split`); their gradients are joined into one new storage."""
+    return Op(name, (x,), parts, gradient="new", view=True, source=f"{DERIVATIVES}: split")
+
+
+def softcap(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """`tanh(x / cap) * cap`: the tanh keeps its output."""
+    return (
+        scale(f"{name}.divide", x, f"{y}.divided", shape),
+        Op(
+            f"{name}.tanh",
+            (f"{y}.divided",),
+            (Tensor(f"{y}.tanh", shape),),
+            (),
+            (Keep(f"{y}.tanh", f"{y}.divided"),),
+            source=f"{DERIVATIVES}: tanh",
+        ),
+        scale(f"{name}.multiply", f"{y}.tanh", y, shape),
+    )
+
+
+def rotate(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
+    """`x * cos + rotate_half(x) * sin`: keeps cos and sin, not x. `half` is the shape of half the heads' width."""
+    cosine, turned, sine = f"{y}.cosine", f"{y}.turned", f"{y}.sine"
+    return unit(
+        f"rope {name}",
+        Op(f"{name}.cos", (x, "cos"), (Tensor(cosine, shape),), (), (Keep("cos", x),), source=f"{DERIVATIVES}: mul"),
+        rotate_half(f"{name}.rotate_half", x, turned, shape, half),
+        Op(
+            f"{name}.sin",
+            (turned, "sin"),
+            (Tensor(sine, shape),),
+            (),
+            (Keep("sin", turned),),
+            source=f"{DERIVATIVES}: mul",
+        ),
+        add(f"{name}.add", cosine, sine, y, shape),
+    )
+
+
+def rotate_half(name: str, x: str, y: str, shape: str, half: str) -> Op:
+    """One half of every head negated, and the two swapped; or of every pair of its numbers, which takes the same."""
+    return Op(
+        name,
+        (x,),
+        (Tensor(y, shape),),
+        scratch=(Tensor("negative", half, f"={x}"),),
+        scratch_back=(Scratch(Tensor("second half", shape, f"={x}")),),
+        source=f"{DERIVATIVES}: cat, stack, neg, slice",
+    )
+
+
+def embedding(name: str, ids: str, y: str, rows: str, axis: str) -> Op:
+    """Keeps the ids. Above 3072 ids its backward sorts them: `e` rows of fp32 partial sums (`h32`: h rounded to 32)."""
+    w = Weight(f"{name}.weight", f"{rows} {axis}", "embedding", rows=1)
+    scratch = (
+        *(Scratch(Tensor(part, "sorted_ids", "int64")) for part in ("ids", "positions", "sorted", "order")),
+        Scratch(Tensor("segments", "segments", "int64")),
+        Scratch(Tensor("partial sums", "segments h32", "fp32")),
+    )
+    return Op(
+        name,
+        (ids,),
+        (Tensor(y, f"b s {axis}", f"={w.name}"),),
+        (w,),
+        (Keep(ids, w.name),),
+        scratch_back=scratch,
+        source="torch 2.13 aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu",
+    )

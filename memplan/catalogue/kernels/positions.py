@@ -1,0 +1,33 @@
+"""Positions, and the cosines and sines of rotary embeddings."""
+
+from __future__ import annotations
+
+from memplan.catalogue.kernels import ops
+from memplan.core.ir import Op, Tensor, Weight
+
+
+def rotary_table(x: str, positions: str = "positions", dtype: str = "") -> tuple[Op, ...]:
+    """cos and sin for every position, made in fp32 and cast to the model's dtype (LlamaRotaryEmbedding) or `dtype`."""
+    f, source = "fp32", "transformers 5.24 models/llama/modeling_llama.py LlamaRotaryEmbedding"
+    return (
+        Op(
+            "rotary.angles",
+            (positions,),
+            (Tensor("angles", "s rot2", f),),
+            tuple(
+                Weight(f"model.rotary_emb.{n}", "rot2", "buffer", f, False) for n in ("inv_freq", "original_inv_freq")
+            ),
+            scratch=(Tensor("positions", "s", f),),
+            source=source,
+        ),
+        Op("rotary.cat", ("angles",), (Tensor("both", "s rot", f),)),
+        Op("rotary.cos", ("both",), (Tensor("cos32", "s rot", f),), scratch=(Tensor("cosine", "s rot", f),)),
+        Op("rotary.sin", ("both",), (Tensor("sin32", "s rot", f),), scratch=(Tensor("sine", "s rot", f),)),
+        Op("rotary.cast_cos", ("cos32",), (Tensor("cos", "s rot", dtype or f"={x}"),), cast=True, source=source),
+        Op("rotary.cast_sin", ("sin32",), (Tensor("sin", "s rot", dtype or f"={x}"),), cast=True, source=source),
+        ops.leave("angles", "both", "cos32", "sin32"),
+    )
+
+
+def positions() -> Op:
+    return Op("positions", (), (Tensor("positions", "s", "int64"),), scratch=(Tensor("arange", "s", "int64"),))

@@ -1,0 +1,104 @@
+"""What state spaces and linear attention share, as transformers' plain torch code computes them."""
+
+from __future__ import annotations
+
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.recurrent_step import convolved, kept
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+
+
+def exp(name: str, x: str, y: str, shape: str) -> Op:
+    """Keeps its output; so do sigmoid and tanh."""
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: exp, sigmoid")
+
+
+def pad(name: str, x: str, y: str, shape: str) -> Op:
+    """Rows up to a whole number of chunks: a copy, with none to add too."""
+    return Op(name, (x,), (Tensor(y, shape, f"={x}"),), source=f"{ops.DERIVATIVES}: constant_pad_nd")
+
+
+def cumulate(name: str, x: str, y: str, shape: str) -> Op:
+    """Running sums, whose gradient is flipped, summed and flipped back."""
+    turned = (Scratch(Tensor("flipped", shape, f"={y}")), Scratch(Tensor("sums", shape, f"={y}")))
+    return Op(name, (x,), (Tensor(y, shape),), scratch_back=turned, source=f"{ops.DERIVATIVES}: cumsum")
+
+
+def mask_fill(name: str, x: str, mask: str, y: str, shape: str) -> Op:
+    return Op(
+        name, (x, mask), (Tensor(y, shape, f"={x}"),), (), (Keep(mask, x),), source=f"{ops.DERIVATIVES}: masked_fill"
+    )
+
+
+def negative_exp(name: str, y: str, axis: str, group: str = "mixer") -> tuple[Op, ...]:
+    """`-exp(A_log.float())`."""
+    w = Weight(name, axis, group)
+    return (
+        Op(
+            f"{name}.exp",
+            (),
+            (Tensor(f"{y}.exp", axis, "fp32"),),
+            (w,),
+            (Keep(f"{y}.exp", name),),
+            scratch=(Tensor("A_log in fp32", axis, "fp32"),),
+            source=f"{ops.DERIVATIVES}: exp",
+        ),
+        ops.scale(f"{name}.neg", f"{y}.exp", y, axis),
+    )
+
+
+def causal_conv(
+    name: str, x: str, y: str, axis: str, bias: bool, kernel: str = "kernel", wiring: Wiring | None = None
+) -> tuple[Op, ...]:
+    """`silu(conv1d(x))` along the sequence, a filter for each of `axis` channels; x is `b s axis`, transposed.
+
+    The convolution pads both ends and the last rows are cut off by a view: `s_conv` rows are kept for silu. Inside, x
+    is made contiguous. Source: transformers' causal_conv1d_fn; torch 2.13 aten/src/ATen/native/Convolution.cpp.
+    """
+    w = Weight(f"{name}.weight", f"{axis} 1 {kernel}", "mixer", viewed=True)
+    weights = (w, *((Weight(f"{name}.bias", axis, "mixer"),) if bias else ()))
+    given, shape = f"{y}.given", f"b {axis} s"
+    contiguous = Tensor("contiguous input", shape, f"={given}")
+    state = kept(wiring, f"{name}.state", "conv.state", f"b {axis} {kernel}", f"={x}", x) if wiring else ()
+    if wiring and wiring.decodes:
+        return (*state, *convolved(name, x, y, axis, weights))
+    return (
+        *state,
+        ops.cast(f"{name}.to_weight", x, given, f"b s {axis}", f"={w.name}"),
+        Op(
+            name,
+            (given,),
+            (Tensor(f"{y}.conv", f"b {axis} s_conv"),),
+            weights,
+            (Keep(w.name, given), Keep(given, given), *(Keep(given, v.name) for v in weights)),
+            scratch=(contiguous,),
+            scratch_back=(Scratch(contiguous),),
+            autocast="lower",
+            source=f"{ops.DERIVATIVES}: convolution",
+        ),
+        ops.view(f"{name}.rows", f"{y}.conv", f"{y}.rows", shape, gradient="new"),
+        ops.activation(f"{name}.act", f"{y}.rows", f"{y}.act", shape),
+        ops.cast(f"{name}.cast_back", f"{y}.act", y, shape, f"={x}"),
+    )
+
+
+def lowered(name: str, x: str, y: str, shape: str) -> Op:
+    """Autocast's cast where a function is called; nothing without autocast."""
+    source = "torch 2.13 aten/src/ATen/autocast_mode.h lower_precision_fp"
+    return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
+
+
+def unpadded(wiring: Wiring, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """What mixes tokens in sequence is given zeros for padding: `x` times the mask."""
+    if not wiring.padded:
+        return (ops.view("unpadded", x, y, shape),)
+    return (
+        Op(
+            "unpadded",
+            (x, "attention_mask"),
+            (Tensor(y, shape, f"={x}"),),
+            (),
+            (Keep("attention_mask", x),),
+            source="transformers 5.24 models/mamba2/modeling_mamba2.py apply_mask_to_padding_states",
+        ),
+    )

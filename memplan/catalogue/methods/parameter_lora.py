@@ -1,0 +1,123 @@
+"""peft's LoRA on parameters that are no linear layers: stacks of experts' matrices, and routers.
+
+A stack is folded: `W + scaling * B A` is made whole, for all experts, whenever the module runs, and stays until it
+returns; where activations ask for a gradient autograd keeps it for backward. The rank is one for each of the linear
+layers that the stack stands for. A router's product B A is made and added.
+Source: peft 0.21 tuners/lora/layer.py ParamWrapper, utils/transformers_weight_conversion.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from memplan.catalogue.kernels import ops
+from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+
+_SOURCE = "peft 0.21 tuners/lora/layer.py ParamWrapper"
+
+
+def standing(operations: Iterable[Op]) -> frozenset[str]:
+    """The names of linear layers that parameters stand for: peft adapts no linear layer that is called so."""
+    return frozenset(name for op in operations for w in op.weights for name in w.stands_for)
+
+
+def parameter(op: Op) -> Weight | None:
+    """The parameter of the operation that peft adapts, if there is one."""
+    return next((w for w in op.weights if w.stands_for and not w.matrix), None)
+
+
+def adapt_parameters(operations: tuple[Op, ...], takes: Callable[[Weight], bool], dtype: str) -> tuple[Op, ...]:
+    """The operations with adapters, in `dtype`, on those parameters that `takes` says yes to.
+
+    What a module's stacks are folded from is cast where the module begins, the last stack's first, and stays until it
+    returns, with what they are folded to.
+    """
+    taken = {op.name: w for op in operations if (w := parameter(op)) is not None and takes(w)}
+    modules: dict[str, list[Weight]] = {}
+    for name, w in taken.items():
+        if w.stacked:
+            modules.setdefault(name.rpartition(".")[0], []).append(w)
+    begun, out = set[str](), list[Op]()
+    for op in operations:
+        module = op.name.rpartition(".")[0]
+        stacks = modules.get(module, [])
+        if stacks and module not in begun:
+            begun.add(module)
+            out += [cast for w in reversed(stacks) for cast in _casts(w, dtype)]
+        if op.name in taken:
+            w = taken[op.name]
+            made = (_fold(w, dtype),) if w.stacked else tuple(_add(w, dtype))
+            out += (*made, _reading(op, w, made[-1].writes[0].name))
+        elif op.name == f"{module}.return":
+            held = [t for w in stacks for t in (f"{w.name}.folded", *(c.writes[0].name for c in _casts(w, dtype)))]
+            out.append(op._replace(reads=(*op.reads, *held)))
+        else:
+            out.append(op)
+    return tuple(out)
+
+
+def _reading(op: Op, w: Weight, name: str) -> Op:
+    """The operation with the tensor `name` instead of the weight."""
+    keeps = tuple(
+        k._replace(what=name if k.what == w.name else k.what, of=name if k.of == w.name else k.of) for k in op.keeps
+    )
+    return op._replace(reads=(*op.reads, name), weights=tuple(v for v in op.weights if v is not w), keeps=keeps)
+
+
+def _matrices(w: Weight, dtype: str) -> tuple[Weight, Weight]:
+    """A and B; those of a stack hold the rows and columns of all experts."""
+    axes = w.shape.split()
+    out, into = axes[: w.rows], axes[w.rows :]
+    ranks = ["r", *([str(len(w.stands_for))] if len(w.stands_for) > 1 else [])]
+    if w.stacked:
+        ranks, out = [axes[0], *ranks], out[1:]
+    a = Weight(f"{w.name}.lora_A", " ".join((*ranks, *into)), "adapter", dtype, rows=len(ranks))
+    b = Weight(f"{w.name}.lora_B", " ".join((*out, *ranks)), "adapter", dtype, rows=len(out))
+    return a, b
+
+
+def _casts(w: Weight, dtype: str) -> tuple[Op, ...]:
+    """A and B in the dtype of their stack, where that is another."""
+    if w.dtype == dtype:
+        return ()
+    return tuple(
+        Op(f"{v.name}.to", (), (Tensor(f"{v.name}.cast", v.shape, w.dtype),), (v,), cast=True, source=_SOURCE)
+        for v in _matrices(w, dtype)
+    )
+
+
+def _fold(w: Weight, dtype: str) -> Op:
+    """One product added to the stack."""
+    both, casts = _matrices(w, dtype), _casts(w, dtype)
+    seen = [c.writes[0].name for c in casts] or [v.name for v in both]
+    a, b = seen
+    return Op(
+        f"{w.name}.fold",
+        tuple(seen) if casts else (),
+        (Tensor(f"{w.name}.folded", w.shape, w.dtype),),
+        (w, *(() if casts else both)),
+        (Keep(a, b), Keep(b, a)),
+        scratch_back=tuple(
+            Scratch(Tensor(f"product for {v.name}", v.shape, w.dtype), name) for v, name in zip(both, seen, strict=True)
+        ),
+        product="fold",
+        source=f"{_SOURCE}, torch 2.13 tools/autograd/derivatives.yaml: baddbmm",
+    )
+
+
+def _add(w: Weight, dtype: str) -> Iterator[Op]:
+    a, b = _matrices(w, dtype)
+    n = w.name
+    yield Op(
+        f"{n}.lora",
+        (),
+        (Tensor(f"{n}.product", w.shape),),
+        (a, b),
+        (Keep(a.name, b.name), Keep(b.name, a.name)),
+        autocast="lower",
+        product="fold",
+        source=_SOURCE,
+    )
+    yield ops.scale(f"{n}.scaling", f"{n}.product", f"{n}.scaled", w.shape)
+    yield ops.cast(f"{n}.cast_delta", f"{n}.scaled", f"{n}.delta", w.shape, w.dtype)
+    yield Op(f"{n}.add", (f"{n}.delta",), (Tensor(f"{n}.adapted", w.shape),), (w,), gradient="same")

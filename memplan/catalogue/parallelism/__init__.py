@@ -1,0 +1,1 @@
+"""Parallelism: how ranks divide matrices, experts, sequences, layers and states."""

@@ -1,0 +1,202 @@
+"""Expert parallelism: each rank has some experts whole, and tokens are sent to the ranks whose experts they chose.
+
+As transformers does it in training. Ranks that divide matrices, and so have the same tokens, divide these first. Each
+row of a token and an expert is sent to the expert's rank (`tokens_sent`), computed there with those of other ranks
+(`tokens_received`), sent back, weighed by the router's scores and summed. How many rows a rank receives is in the data:
+as many as it sends, times `parallelism.expert_imbalance`.
+
+Source: transformers 5.24 distributed/expert_parallel.py AllToAllEP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.degrees import Degrees
+from memplan.catalogue.experts.experts import moved
+from memplan.catalogue.experts.routers import CHOSEN, PAIRS, SCORES, masked
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import rewrite_lists
+from memplan.core.errors import SpecError
+from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.models.model import ModelSpec
+
+_SOURCE = "transformers 5.24 distributed/expert_parallel.py AllToAllEP"
+_PART, _SENT, _RECEIVED = "tokens_part", "tokens_sent", "tokens_received"
+
+# Source: transformers 5.24 models/*/configuration_*.py base_model_ep_plan.
+FAMILIES = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+    *("gpt_oss", "granitemoe", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "kimi_linear", "minimax_m2", "mixtral"),
+    *("olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"),
+)
+
+
+def check(model: ModelSpec, degrees: Degrees) -> None:
+    """Raise SpecError for a family whose experts transformers has no plan to divide, or memplan does not follow, and
+    for a number of experts that the ranks do not divide."""
+    ep, field = degrees.ep, "parallelism.ep"
+    if "E" not in model.axes():
+        raise SpecError(f"{field}: {ep} ranks divide experts, and {model.model_type} has none", field)
+    if model.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise SpecError(f"{field}: {ep} is not supported yet for {model.model_type}; supported: {known}", field)
+    if model.axes()["E"] % ep:
+        raise SpecError(f"{field}: {ep} does not divide {model.axes()['E']} experts", field)
+
+
+def divide(stack: Stack, degrees: Degrees) -> Stack:
+    """The rank's operations: what was the experts', of its own experts and of the rows that it receives."""
+
+    def change(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+        return tuple(_changed(operations, degrees))
+
+    return rewrite_lists(stack, change)
+
+
+def _changed(operations: tuple[Op, ...], degrees: Degrees) -> Iterator[Op]:
+    section: list[Op] = []
+    for op in operations:
+        if section or op.name.endswith("experts.sort"):
+            section.append(op)
+        else:
+            yield op
+        if section and op.name.endswith("experts.return"):
+            yield from _dispatched(section, degrees)
+            section = []
+
+
+def _dispatched(section: list[Op], degrees: Degrees) -> Iterator[Op]:
+    """The operations of a module of experts, from the sorting of rows to the return, around what is sent."""
+    name = section[0].name.removesuffix(".sort")
+    (gather,) = (op for op in section if op.name == f"{name}.gather")
+    (cast,) = (op for op in section if op.name == f"{name}.cast")
+    x, y = gather.reads[0], cast.writes[0].name
+    width = gather.writes[0].shape.removeprefix(f"{PAIRS} ")
+    shared = degrees.tp > 1
+    mine, chosen, scores = ("ep.x", "ep.chosen", "ep.scores") if shared else (x, CHOSEN, SCORES)
+    lead, one_each = (_PART if shared else "b s"), (f"{_PART} e" if shared else PAIRS)
+    yield lent(name)
+    if shared:
+        yield ops.copy(f"{name}.slice", x, mine, f"{lead} {width}", "new")._replace(source=_SOURCE)
+        yield ops.copy(f"{name}.slice_chosen", CHOSEN, chosen, one_each, "none")
+        yield ops.copy(f"{name}.slice_scores", SCORES, scores, one_each, "new")
+    yield Op(
+        f"{name}.argsort",
+        (chosen,),
+        (Tensor("ep.order", _SENT, "int64"),),
+        scratch=(Tensor("sorted", _SENT, "int64"),),
+        gradient="none",
+        source=_SOURCE,
+    )
+    yield Op(f"{name}.sent_token", ("ep.order",), (Tensor("ep.token", _SENT, "int64"),), gradient="none")
+    yield moved(f"{name}.send_rows", mine, "ep.token", "ep.sent", f"{_SENT} {width}")
+    yield ops.leave("ep.token")
+    counts = (Tensor("ep.send_counts", "E", "int64"), Tensor("ep.receive_counts", "E", "int64"))
+    every = (Tensor("a one for each", _SENT, "int64"),)
+    yield Op(f"{name}.send_counts", (chosen,), counts, scratch=every, gradient="none", source=_SOURCE)
+    yield Op(f"{name}.all_to_all", ("ep.sent",), (Tensor("ep.received", f"{_RECEIVED} {width}"),), source=_SOURCE)
+    ids = Tensor("ep.ids", _RECEIVED, "int64")
+    yield Op(
+        f"{name}.local_ids",
+        ("ep.receive_counts",),
+        (ids,),
+        scratch=(Tensor("places", _RECEIVED, "int64"),),
+        gradient="none",
+        source=_SOURCE,
+    )
+    yield Op(f"{name}.ones", ("ep.ids",), (Tensor("ep.ones", _RECEIVED, "=ep.received"),), gradient="none")
+    yield ops.leave("ep.sent", "ep.send_counts", "ep.receive_counts", mine, chosen)
+    yield from _computed(section, name, degrees, {x: "ep.received", SCORES: "ep.ones", CHOSEN: "ep.ids", y: "ep.made"})
+    yield Op(f"{name}.all_to_all_back", ("ep.made",), (Tensor("ep.returned", f"{_SENT} {width}"),), source=_SOURCE)
+    yield Op(
+        f"{name}.put_back",
+        ("ep.returned", "ep.order"),
+        (Tensor("ep.rows", f"{_SENT} {width}", "=ep.returned"),),
+        (),
+        (Keep("ep.order", "ep.returned"),),
+        source=f"{ops.DERIVATIVES}: index_put_",
+    )
+    weighed = f"{_SENT} {width}"
+    yield Op(  # the gradient of a sum is a view
+        f"{name}.weigh_rows",
+        ("ep.rows", scores),
+        (Tensor("ep.summed", f"{lead} {width}"),),
+        (),
+        (Keep(scores, "ep.rows"), Keep("ep.rows", scores)),
+        scratch=(Tensor("weighed", weighed),),
+        scratch_back=(Scratch(Tensor("product", weighed, "=ep.summed"), scores, summed=True),),
+        autocast="wide",
+        source=f"{ops.DERIVATIVES}: mul.Tensor, sum.dim_IntList",
+    )
+    yield ops.leave("ep.returned", "ep.rows")
+    last = "ep.summed"
+    if shared:
+        last = "ep.gathered"
+        yield Op(f"{name}.all_gather", ("ep.summed",), (Tensor(last, f"b s {width}"),), source=_SOURCE)
+        yield ops.leave("ep.summed")
+    yield ops.leave("ep.received", "ep.ids", "ep.ones", "ep.made", "ep.order", scores)
+    yield ops.cast(f"{name}.lower", last, y, f"b s {width}", f"={x}")
+    yield ops.leave(last)._replace(name=f"{name}.returned", returns=name)
+
+
+def lent(name: str) -> Op:
+    """The module of that name runs with its parameters' own parts, which DTensor hands out before.
+
+    Source: transformers 5.24 distributed/parallel_utils.py _use_local_dtensor_params.
+    """
+    return Op(f"{name}.local", lends=name, gradient="none", source=_SOURCE)
+
+
+def _computed(section: list[Op], name: str, degrees: Degrees, names: dict[str, str]) -> Iterator[Op]:
+    """The experts' own operations, on rows that are all for one expert each. Rows of none of the rank's are masked.
+
+    Source: transformers 5.24 integrations/moe.py grouped_mm_experts_forward.
+    """
+    names, waiting = dict(names), list[Op]()
+    for op in section:
+        if op.name != ops.leave().name:  # what a product was given is let go before its rows are masked
+            yield from waiting
+            waiting = []
+        yield _of_received(op, names, degrees.ep)
+        (y, *_) = (t.name for t in op.writes) if op.writes else ("",)
+        if op.name == f"{name}.sort":
+            mask = Tensor("ep.mask", _RECEIVED, "bool")
+            yield Op(f"{name}.mask", ("experts.ids",), (mask,), gradient="none", source=_SOURCE)
+        elif op.name == f"{name}.gather":
+            shape = op.writes[0].shape.replace(PAIRS, _RECEIVED)
+            new = f"{y}.masked"
+            yield masked(f"{name}.mask_rows", y, "ep.mask", new, shape)._replace(view=True)
+            names[y] = new
+        elif y in ("experts.gate_up", "experts.down"):
+            new = f"{y}.masked"
+            waiting = [masked(f"{op.name}.mask", y, "ep.mask", new, op.writes[0].shape.replace(PAIRS, _RECEIVED))]
+            names[y] = new
+    yield ops.leave("ep.mask")
+
+
+def _of_received(op: Op, names: dict[str, str], ep: int) -> Op:
+    """The operation on rows that were received, and on the rank's experts."""
+
+    def name(old: str) -> str:
+        return names.get(old, old)
+
+    def shape(old: str) -> str:
+        rows = old.replace(PAIRS, _RECEIVED)
+        return " ".join(f"E/{ep}" if axis == "E" else axis for axis in rows.replace("b s", _RECEIVED).split())
+
+    def tensor(t: Tensor) -> Tensor:
+        like = f"={name(t.dtype[1:])}" if t.dtype.startswith("=") else t.dtype
+        return Tensor(name(t.name), shape(t.shape), like)
+
+    def weight(w: Weight) -> Weight:
+        return w._replace(shape=shape(w.shape))
+
+    return op._replace(
+        reads=tuple(map(name, op.reads)),
+        writes=tuple(map(tensor, op.writes)),
+        weights=tuple(map(weight, op.weights)),
+        keeps=tuple(k._replace(what=name(k.what), of=name(k.of)) for k in op.keeps),
+        scratch=tuple(map(tensor, op.scratch)),
+        scratch_back=tuple(s._replace(tensor=tensor(s.tensor), of=name(s.of)) for s in op.scratch_back),
+    )

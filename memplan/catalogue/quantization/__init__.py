@@ -1,0 +1,1 @@
+"""Quantised weights: formats, storage, and the kernels that run them."""

@@ -1,0 +1,488 @@
+"""What llama.cpp calls a model's tensors, and which type of ggml its quantize tool chooses for each: data and rules.
+
+A file quantised as `Q4_K_M` has tensors of several types: some layers' values and down projections in more bits, the
+output in Q6_K, norms and routers in F32. The choice goes by the tensor's name and layer, and by a few sizes.
+Sources: llama.cpp as in llama-cpp-python 0.3.36, src/llama-quant.cpp tensor_allows_quantization,
+llama_tensor_get_type_impl, tensor_type_fallback; conversion/base.py; gguf-py/gguf/constants.py, tensor_mapping.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from memplan.models.headers import GGML_TYPES
+
+SOURCE = "llama.cpp src/llama-quant.cpp llama_tensor_get_type (llama-cpp-python 0.3.36)"
+BLOCKS = {kind.name: (kind.elements, kind.bytes) for kind in GGML_TYPES.values()}
+
+# The types of file that the tool makes, and the type that most of its tensors have: llama_ftype_get_default_type.
+FILE_TYPES = {
+    "F32": "F32",
+    "F16": "F16",
+    "BF16": "BF16",
+    "Q1_0": "Q1_0",
+    "Q2_0": "Q2_0",
+    "Q4_0": "Q4_0",
+    "Q4_1": "Q4_1",
+    "Q5_0": "Q5_0",
+    "Q5_1": "Q5_1",
+    "Q8_0": "Q8_0",
+    "Q2_K": "Q2_K",
+    "Q2_K_S": "Q2_K",
+    "Q3_K_S": "Q3_K",
+    "Q3_K_M": "Q3_K",
+    "Q3_K_L": "Q3_K",
+    "Q4_K_S": "Q4_K",
+    "Q4_K_M": "Q4_K",
+    "Q5_K_S": "Q5_K",
+    "Q5_K_M": "Q5_K",
+    "Q6_K": "Q6_K",
+    "IQ1_S": "IQ1_S",
+    "IQ1_M": "IQ1_M",
+    "IQ2_XXS": "IQ2_XXS",
+    "IQ2_XS": "IQ2_XS",
+    "IQ2_S": "IQ2_XS",
+    "IQ2_M": "IQ2_S",
+    "IQ3_XXS": "IQ3_XXS",
+    "IQ3_XS": "IQ3_S",
+    "IQ3_S": "IQ3_S",
+    "IQ3_M": "IQ3_S",
+    "IQ4_NL": "IQ4_NL",
+    "IQ4_XS": "IQ4_XS",
+    "TQ1_0": "TQ1_0",
+    "TQ2_0": "TQ2_0",
+    "MXFP4_MOE": "MXFP4",
+}
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp QUANT_OPTIONS
+
+# model_type -> general.architecture, of the families whose tensors are named below.
+ARCHITECTURES = {
+    "baichuan": "baichuan",
+    "bloom": "bloom",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "deepseek_v32": "deepseek32",
+    "ernie4_5": "ernie4_5",
+    "exaone4": "exaone4",
+    "falcon": "falcon",
+    "falcon_mamba": "mamba",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "glm4": "glm4",
+    "glm4_moe": "glm4moe",
+    "glm4_moe_lite": "deepseek2",
+    "glm_moe_dsa": "glm-dsa",
+    "gpt2": "gpt2",
+    "gpt_bigcode": "starcoder",
+    "gpt_neox": "gptneox",
+    "gpt_oss": "gpt-oss",
+    "granite": "granite",
+    "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "internlm2": "internlm2",
+    "internlm3": "llama",
+    "jamba": "jamba",
+    "kimi_k25": "deepseek2",
+    "llama": "llama",
+    "llama4": "llama4",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
+    "mimo": "qwen2",
+    "minicpm": "minicpm",
+    "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "mistral3": "mistral3",
+    "mixtral": "llama",
+    "mpt": "mpt",
+    "nemotron": "nemotron",
+    "nemotron_h": "nemotron_h",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "olmoe": "olmoe",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "phimoe": "phimoe",
+    "qwen": "qwen",
+    "qwen2": "qwen2",
+    "qwen2_5_vl": "qwen2vl",
+    "qwen2_moe": "qwen2moe",
+    "qwen2_vl": "qwen2vl",
+    "qwen3": "qwen3",
+    "qwen3_5": "qwen35",
+    "qwen3_5_moe": "qwen35moe",
+    "qwen3_5_text": "qwen35",
+    "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
+    "qwen3_vl": "qwen3vl",
+    "qwen3_vl_moe": "qwen3vlmoe",
+    "seed_oss": "seed_oss",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+}
+
+# What a module outside of the layers is called, by its name's end.
+OUTSIDE = {
+    **dict.fromkeys(("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"), "token_embd"),
+    "embeddings": "token_embd",
+    "word_embeddings_layernorm": "token_embd_norm",
+    "wpe": "position_embd",
+    **dict.fromkeys(("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"), "output_norm"),
+    **dict.fromkeys(("lm_head", "output", "embed_out"), "output"),
+}
+
+# What a module of a layer is called, by its path there.
+INSIDE = {
+    **dict.fromkeys(("input_layernorm", "ln_1", "norm_1", "ln_attn", "attention_norm"), "attn_norm"),
+    "norm": "attn_norm",
+    "ln_mlp": "attn_norm_2",
+    **dict.fromkeys(
+        ("post_attention_layernorm", "ln_2", "norm_2", "pre_feedforward_layernorm", "ffn_norm"), "ffn_norm"
+    ),
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    **dict.fromkeys(("self_attn.qkv_proj", "attn.c_attn", "attn.Wqkv"), "attn_qkv"),
+    **dict.fromkeys(("self_attention.query_key_value", "attention.query_key_value"), "attn_qkv"),
+    **dict.fromkeys(("self_attn.o_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj"), "attn_output"),
+    **dict.fromkeys(("attention.wo", "self_attention.dense", "attention.dense"), "attn_output"),
+    **dict.fromkeys(("self_attn.q_norm", "self_attn.query_layernorm"), "attn_q_norm"),
+    **dict.fromkeys(("self_attn.k_norm", "self_attn.key_layernorm"), "attn_k_norm"),
+    "self_attn.q_layernorm.norms": "attn_q_norm",
+    "self_attn.k_layernorm.norms": "attn_k_norm",
+    "self_attn.sinks": "attn_sinks",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.indexer.wq_b": "indexer.attn_q_b",
+    "self_attn.indexer.wk": "indexer.attn_k",
+    "self_attn.indexer.k_norm": "indexer.k_norm",
+    "self_attn.indexer.weights_proj": "indexer.proj",
+    "mixer.q_proj": "attn_q",
+    "mixer.k_proj": "attn_k",
+    "mixer.v_proj": "attn_v",
+    "mixer.o_proj": "attn_output",
+    **dict.fromkeys(("mlp.gate_proj", "feed_forward.w1"), "ffn_gate"),
+    **dict.fromkeys(("mlp.up_proj", "mlp.gate_up_proj", "mlp.c_fc", "mlp.fc1", "ffn.up_proj"), "ffn_up"),
+    **dict.fromkeys(("mlp.dense_h_to_4h", "feed_forward.w3"), "ffn_up"),
+    **dict.fromkeys(("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "ffn.down_proj"), "ffn_down"),
+    **dict.fromkeys(("mlp.dense_4h_to_h", "feed_forward.w2"), "ffn_down"),
+    **dict.fromkeys(("mlp.gate", "mlp.router", "block_sparse_moe.router"), "ffn_gate_inp"),
+    **dict.fromkeys(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"), "exp_probs_b"),
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.experts.down_proj_bias": "ffn_down_exps",
+    "block_sparse_moe.experts.down_proj": "ffn_down_exps",
+    **{
+        f"mlp.{s}.{p}_proj": f"ffn_{p}_shexp"
+        for s in ("shared_expert", "shared_experts")
+        for p in ("gate", "up", "down")
+    },
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "feed_forward.gate_proj": "ffn_gate",
+    **dict.fromkeys(("feed_forward.up_proj", "mixer.up_proj"), "ffn_up"),
+    **dict.fromkeys(("feed_forward.down_proj", "mixer.down_proj"), "ffn_down"),
+    **dict.fromkeys(("feed_forward.router", "mixer.gate"), "ffn_gate_inp"),
+    "mixer.gate.e_score_correction_bias": "exp_probs_b",
+    **dict.fromkeys(("feed_forward.experts.down_proj", "mixer.experts.down_proj"), "ffn_down_exps"),
+    "mixer.experts.up_proj": "ffn_up_exps",
+    **{f"feed_forward.shared_expert.{p}_proj": f"ffn_{p}_shexp" for p in ("gate", "up", "down")},
+    **{f"mixer.shared_experts.{p}_proj": f"ffn_{p}_shexp" for p in ("up", "down")},
+    "mixer.fc1_latent_proj": "ffn_latent_down",
+    "mixer.fc2_latent_proj": "ffn_latent_up",
+    "shared_mlp.output_linear": "ffn_down_shexp",
+    "pre_ff_layernorm": "ffn_norm",
+    **{
+        f"{mixer}.{part}": name
+        for mixer in ("mixer", "mamba")
+        for part, name in (
+            ("in_proj", "ssm_in"),
+            ("x_proj", "ssm_x"),
+            ("dt_proj", "ssm_dt"),
+            ("dt_bias", "ssm_dt"),
+            ("conv1d", "ssm_conv1d"),
+            ("A_log", "ssm_a"),
+            ("D", "ssm_d"),
+            ("norm", "ssm_norm"),
+            ("dt_layernorm", "ssm_dt_norm"),
+            ("b_layernorm", "ssm_b_norm"),
+            ("c_layernorm", "ssm_c_norm"),
+            ("out_proj", "ssm_out"),
+        )
+    },
+    "linear_attn.in_proj_ba": "ssm_ba",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
+
+# Families that call a module as others do and mean another.
+_NORM_AFTER = ("gemma2", "gemma3", "gemma3_text", "exaone4", "olmo2", "olmo3")
+_HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text")
+OWN: dict[str, dict[str, str]] = {
+    **{family: {"post_attention_layernorm": "post_attention_norm"} for family in (*_NORM_AFTER, *_HYBRID)},
+    "qwen": {"mlp.w2": "ffn_gate", "mlp.w1": "ffn_up"},
+}
+
+
+# Architectures whose files have the heads of each layer, none where it has no attention.
+BY_LAYER = ("granitehybrid", "jamba", "nemotron_h")
+BARE = ("ssm_a", "ssm_d")  # names without a kind of parameter after them
+
+# Parameters that the conversion takes apart, and what the parts are called, in the order of their rows.
+PARTS = {
+    "attention.wqkv": ("attn_q", "attn_k", "attn_v"),
+    "self_attn.W_pack": ("attn_q", "attn_k", "attn_v"),
+    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"),
+    "linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"),
+    "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "feed_forward.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    **dict.fromkeys(
+        ("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias", "block_sparse_moe.experts.gate_up_proj"),
+        ("ffn_gate_exps", "ffn_up_exps"),
+    ),
+}
+
+
+class Sizes(NamedTuple):
+    """What the choice of types goes by beside a tensor's name and shape.
+
+    layers     of the model
+    experts    in a layer, 0 where there are none
+    ratio      query heads to a head of keys and values, of the first layer; 0 where that has no attention
+    seventy    llama.cpp calls the model 70B
+    tied       there is no output.weight
+    values     how many tensors of values there are
+    imatrix    the file is quantised with an importance matrix
+    """
+
+    architecture: str
+    layers: int
+    experts: int
+    ratio: int
+    seventy: bool
+    tied: bool
+    values: int
+    imatrix: bool
+
+
+_TWO_BITS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M")
+# Files that the tool makes only with an importance matrix: tensor_requires_imatrix.
+NEEDS_IMATRIX = frozenset((*_TWO_BITS, "IQ3_XXS", "IQ3_XS", "Q2_K_S"))
+# Parts of names that are never quantised, of the families above.
+_LEFT = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
+_FALLBACK = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+
+
+def category(name: str) -> str:
+    """What the tool takes a tensor for: tensor_get_category."""
+    if name == "output.weight":
+        return "output"
+    if name == "token_embd.weight":
+        return "token_embd"
+    whole = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight", "attn_k.weight", "attn_q.weight")
+    for part in (*whole, "attn_output.weight", "ffn_up", "ffn_gate", "ffn_down"):
+        if part in name:
+            return part.removesuffix(".weight")
+    return ""
+
+
+VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
+
+
+def quantises(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the tool quantises a tensor; shapes are torch's. Source: tensor_allows_quantization."""
+    dims = len(shape) - next((i for i, n in enumerate(shape) if n != 1), len(shape) - 1)  # ggml_n_dims
+    return dims > 1 and name.endswith("weight") and name != "position_embd.weight" and all(p not in name for p in _LEFT)
+
+
+def types_of(
+    tensors: Iterable[tuple[str, tuple[int, ...]]], file_type: str, sizes: Sizes
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Names, shapes and ggml types of a file's tensors; shapes are torch's, and tensors are in the file's order."""
+    counts = {"values": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
+    for name, shape in tensors:
+        default = FILE_TYPES[file_type]
+        if not quantises(name, shape):
+            yield name, shape, "F32"
+        elif BLOCKS[default][0] == 1:
+            yield name, shape, default
+        else:
+            chosen = _chosen(name, shape, file_type, sizes, counts)
+            yield name, shape, _fitting(chosen, shape[-1])
+
+
+def _fitting(kind: str, columns: int) -> str:
+    """The type itself, or one of smaller blocks where rows are not made of whole ones. Source: tensor_type_fallback."""
+    if columns % BLOCKS[kind][0] == 0:
+        return kind
+    other = _FALLBACK.get(kind, "F16")
+    return other if columns % BLOCKS[other][0] == 0 else "F16"
+
+
+def _more_bits(i: int, n: int) -> bool:
+    """The first and last eighth of the layers, and every third between. Source: use_more_bits."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+
+def _chosen(name: str, shape: tuple[int, ...], file: str, sizes: Sizes, counts: dict[str, int]) -> str:
+    """The type that the mixture `file` has for a tensor. Source: llama_tensor_get_type_impl, in its order."""
+    kind, default = category(name), FILE_TYPES[file]
+    if kind == "output" or (kind == "token_embd" and sizes.tied):
+        return _output(file, default, shape[-1], sizes)
+    if file == "MXFP4_MOE":
+        return "MXFP4" if len(shape) > 2 and shape[0] > 1 else "Q8_0"
+    if kind == "token_embd":
+        return _embeddings(file, default)
+    if file in _TWO_BITS:
+        return _two_bits(kind, file, default, sizes, counts)
+    if kind in VALUES:
+        made = _values(file, default, sizes, counts["values"])
+        counts["values"] += 1
+        return made
+    if kind in ("attn_k", "attn_q"):
+        if kind == "attn_k" and sizes.experts == 8:
+            return "Q8_0"
+        return {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}.get(file, default)
+    if kind == "attn_output":
+        return _attention_output(file, default, sizes)
+    if kind in ("ffn_down", "ffn_gate", "ffn_up"):
+        layer = int(name.split(".")[1]) if sizes.experts > 1 else counts[kind]
+        counts[kind] += 1
+        if kind == "ffn_down":
+            return _down(file, default, sizes, layer)
+        middle = sizes.layers // 8 <= layer < 7 * sizes.layers // 8
+        return "IQ3_XXS" if file == "IQ3_XS" and middle else default
+    return default
+
+
+def _output(file: str, default: str, columns: int, sizes: Sizes) -> str:
+    if file == "MXFP4_MOE" or sizes.architecture == "falcon" or columns % BLOCKS[default][0]:
+        return "Q8_0"
+    if file in (*_TWO_BITS, "IQ3_XXS"):
+        return "Q5_K"
+    return "Q8_0" if default == "Q8_0" else "Q6_K"
+
+
+def _embeddings(file: str, default: str) -> str:
+    if file in ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M"):
+        return "Q2_K"
+    if file in ("IQ2_S", "IQ2_M", "IQ3_XXS"):
+        return "IQ3_S"
+    return "Q4_K" if file in ("TQ1_0", "TQ2_0", "Q2_0") else default
+
+
+def _two_bits(kind: str, file: str, default: str, sizes: Sizes, counts: dict[str, int]) -> str:
+    larger = "IQ3_S" if file in ("IQ2_S", "IQ2_M") else "Q2_K"
+    if kind in VALUES:
+        return "Q4_K" if sizes.ratio >= 4 or sizes.experts >= 4 else larger
+    if kind == "attn_k" and sizes.experts == 8:
+        return "Q4_K"
+    if kind == "ffn_down":
+        first = counts["ffn_down"] < sizes.layers // 8
+        counts["ffn_down"] += 1
+        return larger if first else default
+    if kind == "attn_output":
+        if sizes.experts == 8:
+            return "Q5_K"
+        return {"IQ1_S": "IQ2_XXS", "IQ1_M": "IQ2_XXS", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}.get(file, default)
+    return default
+
+
+def _values(file: str, default: str, sizes: Sizes, i: int) -> str:
+    shared = sizes.ratio >= 4
+    made = default
+    match file:
+        case "Q2_K":
+            made = "Q4_K" if shared else "Q3_K"
+        case "IQ3_XXS":
+            made = "Q4_K" if shared else "IQ3_XXS" if sizes.imatrix else "IQ3_S"
+        case "Q2_K_S" | "IQ3_XS" | "IQ3_S" if shared:
+            made = "Q4_K"
+        case "IQ3_M":
+            made = "Q4_K"
+        case "Q3_K_M":
+            made = "Q5_K" if i < 2 else "Q4_K"
+        case "Q3_K_L":
+            made = "Q5_K"
+        case "IQ4_NL" | "IQ4_XS" if shared:
+            made = "Q5_K"
+        case "Q4_K_M" | "Q5_K_M" if _more_bits(i, sizes.values):
+            made = "Q6_K"
+        case "Q4_K_S" if i < 4:
+            made = "Q5_K"
+        case _:
+            pass
+    if sizes.seventy and made in ("Q3_K", "Q4_K"):
+        made = "Q5_K"
+    return "Q8_0" if sizes.experts == 8 else made
+
+
+def _down(file: str, default: str, sizes: Sizes, i: int) -> str:
+    n, falcon = sizes.layers, sizes.architecture == "falcon"
+    first = i < n // 8
+    match file:
+        case "Q2_K":
+            return "Q3_K"
+        case "Q2_K_S" if first:
+            return "Q4_K"
+        case "IQ3_XXS" if not sizes.imatrix:
+            return "Q4_K" if first else "Q3_K"
+        case "Q3_K_M":
+            if i < n // 16:
+                return "Q5_K"
+            return "Q4_K" if not falcon or _more_bits(i, n) else "Q3_K"
+        case "IQ3_M" if first or (sizes.experts == 8 and _more_bits(i, n)):
+            return "Q4_K"
+        case "Q3_K_L":
+            return "Q4_K" if falcon else "Q5_K"
+        case "Q4_K_M":
+            if falcon:
+                return "Q6_K" if i < n // 16 else "Q5_K" if _more_bits(i, n) else "Q4_K"
+            return "Q6_K" if _more_bits(i, n) else default
+        case "IQ4_NL" | "IQ4_XS" if first and not sizes.imatrix:
+            return "Q5_K"
+        case "Q5_K_M" if _more_bits(i, n):
+            return "Q6_K"
+        case "Q4_K_S" if first and not falcon:
+            return "Q5_K"
+        case "Q4_0" | "Q5_0" if first and sizes.imatrix:
+            return "Q4_1" if file == "Q4_0" else "Q5_1"
+        case _:
+            return default
+
+
+_OF_EIGHT = ("Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS")
+
+
+def _attention_output(file: str, default: str, sizes: Sizes) -> str:
+    if sizes.architecture == "falcon":
+        return "Q4_K" if file == "Q3_K_L" else default
+    if sizes.experts == 8:
+        return "Q5_K" if file in _OF_EIGHT else default
+    larger = {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}
+    return larger.get(file, default)

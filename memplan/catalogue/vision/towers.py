@@ -1,0 +1,328 @@
+"""The vision towers of vision-language models, from pixels to what the language model reads in place of their tokens.
+
+A tower sees the images of a whole batch: as one sequence of patches (`b patches`), or image by image. How large they
+are is the run's: see `memplan.models.configs.vision`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from memplan.catalogue.decoder.windows import renamed
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.errors import UnsupportedModelError
+from memplan.core.ir import Block, Keep, Op, Run, Scratch, Tensor, Weight
+from memplan.models.facts import ONE_KERNEL
+
+P = "b patches"
+_ATEN = "torch 2.13 aten/src/ATen/native"
+
+
+class Tower(NamedTuple):
+    """The operations before its blocks, which read `pixel_values` and write `embeds`; the runs of its blocks; those
+    after, which read `x` and write `features`. `inputs`: what a processor makes of images for it."""
+
+    inputs: tuple[Tensor, ...]
+    before: tuple[Op, ...]
+    runs: tuple[Run, ...]
+    after: tuple[Op, ...]
+
+
+def linear(
+    name: str,
+    x: str,
+    y: str,
+    out: str,
+    into: str,
+    group: str = "vision",
+    lead: str = P,
+    bias: bool = True,
+    flat: bool = True,
+) -> Op:
+    """A linear layer over patches, which lie in two dimensions (`flat`) or in three."""
+    return ops.linear(name, x, y, out, into, group, bias, lead=lead, flat=flat)
+
+
+def norm(name: str, x: str, y: str, shape: str, axis: str, group: str = "vision") -> tuple[Op, ...]:
+    return (ops.layer_norm(name, x, y, shape, axis, group=group),)
+
+
+def strided_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+    """LayerNorm of hidden states that lie column by column, as a convolution leaves them: copied in both directions."""
+    (op,) = norm(name, x, y, shape, axis)
+    copy = Tensor("contiguous", shape, f"={x}")
+    return (
+        op._replace(
+            scratch=(copy,),
+            scratch_back=(Scratch(copy),),
+            source=f"{op.source}; {_ATEN}/cuda/layer_norm_kernel.cu layer_norm_cuda",
+        ),
+    )
+
+
+def rms_norm(name: str, x: str, y: str, shape: str, axis: str, group: str = "vision") -> tuple[Op, ...]:
+    return grouped(ops.rms_norm(name, x, y, shape, axis), group)
+
+
+def grouped(operations: tuple[Op, ...], group: str) -> tuple[Op, ...]:
+    """The operations, their weights counted under another group."""
+    return tuple(op._replace(weights=tuple(w._replace(group=group) for w in op.weights)) for op in operations)
+
+
+def convolution(name: str, x: str, y: str, shape: str, bias: bool, asks: bool) -> tuple[Op, ...]:
+    """Patches to hidden states; pixels are cast to the weight's dtype before, and stay in it as long as the tower runs.
+
+    `asks`: transformers takes it for the tower's input embeddings, whose output asks for a gradient with checkpointing.
+    """
+    w = Weight(f"{name}.weight", "vh vin", "vision")
+    b = (Weight(f"{name}.bias", "vh", "vision"),) if bias else ()
+    pixels = f"{x}.cast"
+    return (
+        Op(f"{name}.pixels", (x,), (Tensor(pixels, f"{P} vin", f"={w.name}"),), (w,), cast=True, gradient="none"),
+        Op(
+            name,
+            (pixels,),
+            (Tensor(y, shape),),
+            (w, *b),
+            (Keep(pixels, w.name), Keep(w.name, w.name)),
+            autocast="lower",
+            asks=asks,
+            product="matrix",
+            source=f"{ops.DERIVATIVES}: convolution",
+        ),
+    )
+
+
+def axial_table(prefix: str = "visual.rotary_pos_emb", width: str = "vd4", like: str = "") -> tuple[Op, ...]:
+    """cos and sin of every patch's row and column, in fp32, and the positions they are of.
+
+    `like`: in Pixtral's, whose rows and columns have frequencies of their own, they are cast to its dtype.
+    """
+    source = "transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py Qwen2VLVisionRotaryEmbedding"
+    f, half, whole, positions = "fp32", f"{P} vd2", f"{P} vd", f"{P} 2"
+    angles = whole if like else half
+    frequencies = tuple(Weight(f"{prefix}.{n}", width, "buffer", f, False) for n in ("inv_freq", "original_inv_freq"))
+    last = {t: f"v.{t}32" if like else f"v.{t}" for t in ("cos", "sin")}
+    return (
+        Op("visual.positions", (), (Tensor("v.positions", positions, "int64"),)),
+        Op(
+            "visual.rotary.angles",
+            ("v.positions",),
+            (Tensor("v.angles", angles, f),),
+            frequencies,
+            scratch=(Tensor("positions", positions, f),),
+            gradient="none",
+            source=source,
+        ),
+        Op("visual.rotary.cos", ("v.angles",), (Tensor("v.cosine", angles, f),), scratch=(Tensor("cos", angles, f),)),
+        Op("visual.rotary.sin", ("v.angles",), (Tensor("v.sine", angles, f),), scratch=(Tensor("sin", angles, f),)),
+        Op(
+            "visual.rotary.cat_cos", ("v.cosine",), (Tensor(last["cos"], whole, f),), scratch=(Tensor("both", half, f),)
+        ),
+        Op("visual.rotary.cat_sin", ("v.sine",), (Tensor(last["sin"], whole, f),), scratch=(Tensor("both", half, f),)),
+        *(
+            ops.cast(f"visual.rotary.to_{t}", last[t], f"v.{t}", whole, f"={like}")
+            for t in (("cos", "sin") if like else ())
+        ),
+        ops.leave("v.angles", *(last.values() if like else ())),
+    )
+
+
+def rotated(
+    name: str, x: str, y: str, shape: str, half: str, table: tuple[str, str] = ("v.cos", "v.sin")
+) -> tuple[Op, ...]:
+    """`ops.rotate` with the tower's own table."""
+    turned = ops.rotate(name, x, y, shape, half)
+    return renamed(turned, {"cos": table[0], "sin": table[1]})
+
+
+def quick_gelu(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """`x * sigmoid(1.702 x)`: keeps x and the sigmoid."""
+    return (
+        ops.scale(f"{name}.scale", x, f"{y}.scaled", shape),
+        Op(
+            f"{name}.sigmoid",
+            (f"{y}.scaled",),
+            (Tensor(f"{y}.sigmoid", shape),),
+            (),
+            (Keep(f"{y}.sigmoid", f"{y}.scaled"),),
+            source=f"{ops.DERIVATIVES}: sigmoid",
+        ),
+        ops.mul(name, x, f"{y}.sigmoid", y, shape),
+    )
+
+
+def acted(act: str, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
+    """The activation of that name in transformers. Raises UnsupportedModelError for one that is not written down."""
+    if act == "quick_gelu":
+        return quick_gelu(name, x, y, shape)
+    if act not in ONE_KERNEL:
+        supported = ", ".join(("quick_gelu", *ONE_KERNEL))
+        raise UnsupportedModelError(
+            f"vision_config.hidden_act: {act!r:.40} is not supported yet; supported: {supported}", "vision_config"
+        )
+    return (ops.activation(name, x, y, shape),)
+
+
+def mlp(
+    name: str, x: str, y: str, act: str, layers: tuple[str, str] = ("fc1", "fc2"), lead: str = P, flat: bool = True
+) -> tuple[Op, ...]:
+    """Two layers with an activation between them."""
+    first, second = layers
+    return (
+        linear(f"{name}.{first}", x, "v.up", "vf", "vh", lead=lead, flat=flat),
+        *acted(act, f"{name}.act_fn", "v.up", "v.act", f"{lead} vf"),
+        linear(f"{name}.{second}", "v.act", y, "vh", "vf", lead=lead, flat=flat),
+        ops.leave(x),
+    )
+
+
+def gated_mlp(name: str, x: str, y: str, bias: bool, flat: bool = True) -> tuple[Op, ...]:
+    """`down_proj(act(gate_proj(x)) * up_proj(x))`."""
+    return (
+        linear(f"{name}.gate_proj", x, "v.gate", "vf", "vh", bias=bias, flat=flat),
+        ops.activation(f"{name}.act_fn", "v.gate", "v.act", f"{P} vf"),
+        linear(f"{name}.up_proj", x, "v.up", "vf", "vh", bias=bias, flat=flat),
+        ops.mul(f"{name}.product", "v.act", "v.up", "v.product", f"{P} vf"),
+        linear(f"{name}.down_proj", "v.product", y, "vh", "vf", bias=bias, flat=flat),
+        ops.leave(x),
+    )
+
+
+def block(
+    name: str,
+    attention: tuple[Op, ...],
+    feed: tuple[Op, ...],
+    normalise: Callable[[str, str, str, str, str], tuple[Op, ...]] = norm,
+    norms: tuple[str, str] = ("norm1", "norm2"),
+    lead: str = P,
+) -> Block:
+    """Norm, attention from `v.n1` to `v.ao`, residual; norm, MLP from `v.n2` to `v.mo`, residual."""
+    shape = f"{lead} vh"
+    return Block(
+        name,
+        (
+            *normalise(norms[0], "x", "v.n1", shape, "vh"),
+            *attention,
+            ops.add("residual_1", "x", "v.ao", "v.x1", shape),
+            *normalise(norms[1], "v.x1", "v.n2", shape, "vh"),
+            *feed,
+            ops.add("residual_2", "v.x1", "v.mo", "y", shape),
+        ),
+    )
+
+
+class Kernel(NamedTuple):
+    """What one call of attention, or all that are alike, see: the queries, and their axes.
+
+    calls      the axis that counts the calls in a sequence; empty for one call
+    q, lse     the queries' axes, and those of the sums over keys but for the kernel's rounding
+    rows       the axis of the rows of a call, whose rounded ones have its name
+    batch      axes of what a call sees at once beside its rows, where it sees several images
+    """
+
+    calls: str
+    q: str
+    rows: str
+    batch: str
+
+
+IMAGE = Kernel("images", f"{P} va vd", "grid", "")
+WINDOW = Kernel("windows", f"{P} va vd", "window", "")
+BATCH = Kernel("", "b images grid va vd", "grid", "b images")
+PACKED = Kernel("", f"{P} va vd", "packed", "")
+
+
+def attention(
+    name: str, q: str, k: str, v: str, y: str, kernel: str, over: Kernel, mask: str = "", keys: str = ""
+) -> Op:
+    """The flash or the memory-efficient kernel, see `memplan.catalogue.attention.attention`; of several calls the
+    scratch is that of one at a time, and the random generator's state takes 512 bytes in each. `keys`: the axis of what
+    a query attends to, where that is not all rows of a call."""
+    lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
+    state = f"b {over.calls} 64" if over.calls else ""
+    kept = (q, k, v, y, lse, seed, offset, *((mask,) if mask else ()))
+    batch, rows = over.batch, over.rows
+    if kernel == "flash":
+        sums = f"{over.q.removesuffix(' vd')}"
+        scratch = (
+            Tensor("row sums", f"{batch} va {rows}128", "fp32"),
+            Tensor("dq accumulated", f"{batch} {rows}128 va vd32", "fp32"),
+        )
+        source = f"{_ATEN}/transformers/cuda/flash_attn/flash_api.cpp mha_bwd"
+    else:
+        sums = f"b {over.calls} va {rows}32" if over.calls else f"{batch} va {rows}32"
+        workspace = "batched" if batch else rows
+        long = P if rows == "packed" else rows
+        scratch = (
+            Tensor("delta", f"{batch} va {long}", "fp32"),
+            Tensor("workspace", f"{batch} va {workspace}_workspace", "uint8"),
+            Tensor("output product", f"{batch} {long} va tower_fp32", "fp32"),
+        )
+        source = f"{_ATEN}/transformers/cuda/attention_backward.cu"
+    return Op(
+        f"{name}.kernel",
+        (q, k, v, *((mask,) if mask else ())),
+        (
+            Tensor(y, over.q, f"={q}"),
+            Tensor(lse, sums, "fp32"),
+            Tensor(seed, state, "int64"),
+            Tensor(offset, state, "int64"),
+        ),
+        (),
+        tuple(Keep(what, of) for of in (q, k, v) for what in kept),
+        scratch_back=tuple(map(Scratch, scratch)),
+        autocast="lower",
+        product=f"whole attention over {keys or (P if rows == 'packed' else rows)}",
+        source=source,
+    )
+
+
+def _together(name: str, q: str, k: str, v: str, y: str, target: str, keys: str) -> tuple[Op, ...]:
+    """Flash attention 2 takes all images, or all windows, as one packed sequence, in half precision.
+
+    Source: transformers 5.24 modeling_flash_attention_utils.py _flash_attention_forward.
+    """
+    given = {x: f"{x}.target" if target else x for x in (q, k, v)}
+    return (
+        *(ops.cast(f"{name}.cast_{x}", x, to, PACKED.q, target) for x, to in given.items() if to != x),
+        attention(name, given[q], given[k], given[v], y, "flash", PACKED, keys=keys),
+        ops.leave(q, k, v, *given.values()),
+    )
+
+
+def chunked(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, over: Kernel) -> tuple[Op, ...]:
+    """Attention image by image, or window by window: heads are split, each part attended to, what comes out joined.
+
+    The gradients of the parts are joined into new ones.
+    """
+    if wiring.tower == "flash_2":
+        return _together(name, q, k, v, y, wiring.target, over.rows)
+    parts = tuple(ops.view(f"{name}.split_{t}", t, f"{t}.parts", over.q, gradient="new") for t in (q, k, v))
+    return (
+        *parts,
+        attention(name, f"{q}.parts", f"{k}.parts", f"{v}.parts", f"{y}.parts", wiring.tower, over),
+        ops.copy(f"{name}.cat", f"{y}.parts", y, over.q),
+        ops.leave(f"{y}.parts", q, k, v),
+    )
+
+
+def plain_attention(names: tuple[str, ...], wiring: Wiring, lead: str, bias: bool) -> tuple[Op, ...]:
+    """q, k and v in projections of their own, and nothing rotated; attention image by image."""
+    q, k, v, o = names
+    return (
+        *(linear(n, "v.n1", f"v.{x}", "va vd", "vh", lead=lead, bias=bias) for n, x in ((q, "q"), (k, "k"), (v, "v"))),
+        *chunked("attention", "v.q", "v.k", "v.v", "v.o", wiring, IMAGE),
+        linear(o, "v.o", "v.ao", "vh", "va vd", lead=lead, bias=bias),
+        ops.leave("v.o", "v.n1"),
+    )
+
+
+def held(x: str, *more: str) -> tuple[Op, ...]:
+    """The model returns the tower's last hidden states, and what is made of them, with its own."""
+    return tuple(
+        ops.view(f"image_outputs.{name}", name, f"{name}.returned", shape)._replace(holds="forward")
+        for name, shape in ((x, f"{P} vh"), *((m, "b merged h") for m in more))
+    )

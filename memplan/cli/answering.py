@@ -1,0 +1,128 @@
+"""How a command ends: its exit code, what it writes, and one line for what the user can mend."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import typer
+
+# click's error about wrong usage, wherever this typer keeps its click
+UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def fail(line: str, code: int) -> int:
+    from memplan.core.errors import printable
+
+    if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison] (where it was closed)
+        with suppress(OSError):
+            sys.stderr.write(f"memplan: {printable(line)}\n")
+    return code
+
+
+def warn(line: str) -> None:
+    fail(line, 0)
+
+
+def unwritten(error: OSError) -> str:
+    """One line for what kept standard output from being written; the exit's flush will not say it again."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return f"standard output cannot be written ({error.strerror or error})"
+
+
+def usage(error: Any) -> str:
+    """One line for what typer found wrong with the arguments."""
+    param, text = getattr(error, "param", None), error.format_message()
+    if param is not None and error.__cause__ is not None:
+        from memplan.spec.failures import what
+
+        text = f"{param.opts[0]}: {what(error.__cause__)}"
+    return " ".join(text.split())
+
+
+def answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
+    """The exit code of `work`; what the user can mend becomes one line and its code."""
+    from memplan.core.errors import MemplanError
+
+    try:
+        return work()
+    except MemplanError as error:
+        from memplan.spec.failures import line_of
+
+        return fail(line_of(error, given), error.exit_code)
+    except RecursionError:
+        return fail("spec: nested too deeply to be a run or a model", 2)
+    except OSError as error:
+        return fail(f"{error.strerror or error}: {str(error.filename or '')[:200]!r}", 2)
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        if not isinstance(error, ValidationError):
+            return fail(_unexpected(error), 2)
+        from memplan.spec.failures import line_of
+
+        return fail(line_of(error, given), 2)
+    except Exception as error:
+        if isinstance(error, (UsageError, typer.Exit, typer.Abort)):
+            raise
+        return fail(_unexpected(error), 2)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about an error memplan did not mean to raise. Raises it instead if MEMPLAN_TRACEBACK is set."""
+    from traceback import extract_tb
+
+    from memplan.core.errors import InternalError, printable
+
+    if os.environ.get("MEMPLAN_TRACEBACK"):
+        raise error
+    at = extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__} {printable(str(error), 80)}"
+    return str(InternalError(f"{what} in {at.filename.rpartition('memplan/')[2]}:{at.lineno} ({at.name})"))
+
+
+def show(text: str, format: str = "table", output: str | None = None) -> None:
+    """Write to a file or standard output, which may be closed. A reader that has gone away is none of our business."""
+    if output is not None:
+        from pathlib import Path
+
+        from memplan.core.errors import MemplanError
+
+        try:
+            Path(output).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except (OSError, ValueError) as error:  # ValueError: a NUL
+            reason = getattr(error, "strerror", None) or error
+            raise MemplanError(f"output: {output!r:.200} cannot be written ({reason})", "output") from None
+        return
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison] (where it was closed)
+        return
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = _in_ascii(text, format)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        unwritten(error)
+    except OSError as error:
+        from memplan.core.errors import MemplanError
+
+        raise MemplanError(unwritten(error)) from None
+
+
+def _in_ascii(text: str, format: str) -> str:
+    """The same for an encoding that has not all of its characters."""
+    if format == "html":
+        return text.encode("ascii", "xmlcharrefreplace").decode()
+    if format == "json":
+        import json
+
+        return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in text)
+    from memplan.report.text import ASCII
+
+    return text.translate(ASCII).encode("ascii", "replace").decode()

@@ -1,0 +1,52 @@
+"""The calibration profile of this machine, if there is one for a card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from memplan.cli.answering import warn
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
+
+_LONGEST = 200  # letters of a path that a warning repeats
+
+
+def own_profile(gpu: str | None, given: Mapping[str, Any]) -> Calibration | None:
+    """This machine's own profile of a card; None if it is not wanted, there is none, or it is left out with a
+    warning."""
+    if gpu is None or given.get("calibration") is False:
+        return None
+    from memplan.core.user_folders import has_calibrations
+
+    if not has_calibrations():
+        return None
+    profile, why_not = profile_of(gpu)
+    if profile is None and why_not:
+        warn(why_not)
+    return profile
+
+
+def profile_of(gpu: str) -> tuple[Calibration | None, str]:
+    """This machine's profile of a card, and a sentence for the answer: that it rests on the profile, or why not.
+
+    Raises SpecError if the card's file holds no profile.
+    """
+    from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.core.errors import printable
+    from memplan.core.version import __version__
+    from memplan.estimate.calibration import file_of, local
+
+    name = find_gpu(gpu).name
+    try:
+        profile = local(name)
+    except OSError as error:
+        why = f"{printable(str(file_of(name)), _LONGEST)} cannot be read ({error.strerror})"
+        return None, f"this machine's profile of {name} is left out: {why}"
+    if profile is None:
+        return None, ""
+    if profile.memplan != __version__:
+        why = f"is of estimates by memplan {profile.memplan}; memplan calibrate makes it anew"
+        return None, f"this machine's profile of {name} is left out: it {why}"
+    return profile, profile.named()

@@ -1,0 +1,81 @@
+"""From typed options to runs and a format, and from answers to the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memplan.estimate.answer import Estimate
+    from memplan.spec.run import RunSpec
+
+
+def left_out(name: str, value: object) -> bool:
+    """Whether an option was not given: its default stands for that, and for nothing else."""
+    return value in (None, [], ()) or (value is False and name in _SWITCHES)
+
+
+_SWITCHES = ("online", "json", "explain", "strict", "ranks")
+
+
+def runs_of(given: Mapping[str, Any]) -> list[RunSpec]:
+    """The run that options and a spec file ask for, once for each GPU. Raises what says which field is wrong."""
+    from memplan.cli.request import configured, idle, spec_of
+    from memplan.core.errors import SpecError, printable
+    from memplan.spec.run import RunSpec
+
+    spec = None
+    if "spec" in given:
+        from memplan.spec.file import read_spec
+
+        spec = read_spec(given["spec"])
+    if "deepspeed" in given:
+        from memplan.frameworks.deepspeed import read_deepspeed
+
+        spec = configured(spec or {}, read_deepspeed(given["deepspeed"]))
+    fields = spec_of(given, spec)
+    if "model" not in fields:
+        raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
+    if "revision" in given:
+        fields["model"] = revised(fields["model"], given["revision"])
+    asked = [*given.get("gpu", ())] or [fields.get("gpu")]
+    runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in asked]
+    if str(runs[0].model).endswith((".yaml", ".yml")):
+        name = printable(str(runs[0].model), 200)
+        raise SpecError(f"model: {name} is no model; a run in a file goes to --spec", "model")
+    unused = idle(given, runs[0].method)
+    if unused is not None:
+        raise unused
+    return runs
+
+
+def revised(model: object, revision: str) -> str:
+    """An id with its revision."""
+    from memplan.core.errors import SpecError
+
+    if not isinstance(model, str) or "@" in model or not revision.strip():
+        raise SpecError("revision: is of a Hugging Face id, which names none itself", "revision")
+    return f"{model}@{revision}"
+
+
+def format_of(given: Mapping[str, Any]) -> str:
+    """The format that is asked for, or that the output's name says."""
+    from memplan.core.errors import SpecError, UnknownNameError
+    from memplan.report import FORMATS
+
+    if "json" in given and given.get("format", "json") != "json":
+        raise SpecError(f"format: --json and --format {given['format']} exclude each other", "format")
+    suffix = str(given.get("output", "")).rpartition(".")[2].lower()
+    guessed = {"json": "json", "md": "markdown", "csv": "csv", "html": "html", "htm": "html"}.get(suffix, "table")
+    format = "json" if "json" in given else given.get("format", guessed)
+    if format not in FORMATS:
+        raise UnknownNameError("format", format, FORMATS)
+    return format
+
+
+def exit_code(answers: Sequence[Estimate], strict: bool) -> int:
+    """The command's, of several answers together."""
+    if strict and any(answer.unsupported for answer in answers):
+        return 4
+    refused = ("does not fit", "tight") if strict else ("does not fit",)
+    return int(any(answer.verdict.answer in refused for answer in answers))

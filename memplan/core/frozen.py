@@ -1,0 +1,59 @@
+"""Values that cannot change and can be hashed: tuples for lists, `FrozenDict` for mappings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+
+def frozen(value: Any) -> Any:
+    """Lists become tuples, mappings FrozenDicts, all the way down."""
+    if value is None or isinstance(value, (str, int, float)):  # first, as asking whether it is a Mapping is slow
+        return value
+    if isinstance(value, Mapping):
+        items = cast(Mapping[Any, Any], value)
+        return FrozenDict({str(k): frozen(v) for k, v in items.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(v) for v in cast(tuple[Any, ...], value))
+    return value
+
+
+class FrozenDict(dict[str, Any]):
+    """A mapping that cannot change and can be hashed, for the parts of a spec that are free-form JSON.
+
+    Equal only to a mapping whose values have the same types. Answers are cached by equality, and of the sizes 2, 2.0
+    and True one is answered and two are refused.
+    """
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(frozenset(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, dict) or not super().__eq__(cast(dict[str, Any], other)):
+            return False
+        for a, b in zip(self.values(), map(cast(dict[str, Any], other).__getitem__, self), strict=True):
+            if a is not b and (type(a) is not type(b) or (type(a) is tuple and not _same_types(a, b))):
+                return False
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise TypeError("a FrozenDict cannot be changed")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # pyright: ignore[reportAssignmentType]
+
+    def __copy__(self) -> FrozenDict:
+        return self
+
+    def __deepcopy__(self, memo: object) -> FrozenDict:
+        return self
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
+
+
+def _same_types(a: Any, b: Any) -> bool:
+    """Whether equal values have the same types, all the way down. Mappings inside have compared theirs already."""
+    return type(a) is type(b) and (not isinstance(a, tuple) or all(map(_same_types, cast(tuple[Any, ...], a), b)))

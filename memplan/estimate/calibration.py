@@ -1,0 +1,239 @@
+"""A machine's own overhead: what measured runs took there beyond what was estimated, as a profile of one card.
+
+The profile is a file that the command reads and writes; the library takes one as an argument, and never looks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import floor
+from pathlib import Path
+from typing import Annotated, NamedTuple, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.user_folders import calibrations
+from memplan.spec.base import Part
+
+COVERAGE = 0.95  # of runs like those measured that the band aims at
+FEWEST = 19  # runs: the band from the least to the most of so many holds 90 % of further ones
+_MOST_BYTES = 2**16
+_LONGEST = 200
+
+Bytes = Annotated[int, Field(ge=0, le=2**50, strict=True)]
+Error = Annotated[float, Field(gt=-1, le=100)]  # relative: measured over estimated, less 1
+
+
+class Range(Part, frozen=True):
+    """Bytes as the least, the median and the most that runs had."""
+
+    low: Bytes
+    usual: Bytes
+    high: Bytes
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        _check_order(self.low, self.usual, self.high)
+        return self
+
+
+class Errors(Part, frozen=True):
+    """Relative errors of an estimate, measured over estimated less 1: the band's low end, the median, its high end."""
+
+    low: Error
+    usual: Error
+    high: Error
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        _check_order(self.low, self.usual, self.high)
+        return self
+
+
+def _check_order(low: float, usual: float, high: float) -> None:
+    if not low <= usual <= high:
+        raise ValueError(f"must ascend from low to high, not {low}, {usual}, {high}")
+
+
+class Around(NamedTuple):
+    """What a process takes on the card, in bytes: the band's low end, the usual, the band's high end."""
+
+    low: int
+    usual: int
+    high: int
+
+
+class Calibration(Part, frozen=True):
+    """The overhead of one card on one machine, from `runs` measured runs.
+
+    `context` is what the driver counts at the end of a run beside torch's segments. `reserved_error` is of the
+    estimate of torch's segments (`bytes.reserved`), `used_error` of it and the usual context together, against what
+    the process took: its ends are those of a band that holds `coverage` of further runs like these.
+    """
+
+    gpu: Annotated[str, Field(min_length=1, max_length=_LONGEST)]
+    driver: Annotated[str, Field(max_length=_LONGEST)]
+    allocator: Annotated[str, Field(max_length=_LONGEST)] = ""
+    stack: Annotated[str, Field(max_length=1000)]
+    memplan: Annotated[str, Field(max_length=_LONGEST)]
+    date: Annotated[str, Field(max_length=_LONGEST)]
+    runs: Annotated[int, Field(ge=FEWEST, strict=True)]
+    coverage: Annotated[float, Field(gt=0, lt=1)]
+    context: Range
+    reserved_error: Errors
+    used_error: Errors
+
+    def around(self, reserved: int) -> Around:
+        """What a process takes whose segments are estimated at `reserved` bytes."""
+        base, error = reserved + self.context.usual, self.used_error
+        low, usual, high = (base + round(base * e) for e in (error.low, error.usual, error.high))
+        return Around(low, usual, high)
+
+    def named(self) -> str:
+        """The profile in words, as an answer that rests on it names it."""
+        allocator = f", allocator {self.allocator}" if self.allocator else ""
+        return (
+            f"used and its band are by this machine's own profile: {self.runs} runs measured on {self.gpu} until "
+            f"{self.date[:10]}, driver {self.driver}{allocator}, {self.stack}"
+        )
+
+
+class Measurement(NamedTuple):
+    """One measured run beside its estimate, in bytes.
+
+    `reserved` is torch.cuda.max_memory_reserved, `process` the most the driver counted, `context` what of it was no
+    segment of torch's at the end, `estimated` the estimate's `bytes.reserved`.
+    """
+
+    reserved: int
+    process: int
+    context: int
+    estimated: int
+
+
+class Origin(NamedTuple):
+    """Where and when runs were measured."""
+
+    gpu: str
+    driver: str
+    allocator: str
+    stack: str
+    memplan: str
+    date: str
+
+
+def calibrated(measurements: Sequence[Measurement], origin: Origin) -> Calibration:
+    """The profile of some runs on one card. Raises SpecError where they are fewer than `FEWEST`."""
+    n = len(measurements)
+    if n < FEWEST:
+        raise SpecError(f"lines: {n} measured runs on {origin.gpu}, and a band needs {FEWEST} at least", "lines")
+    contexts = sorted(m.context for m in measurements)
+    context = Range(low=contexts[0], usual=_median(contexts), high=contexts[-1])
+    return Calibration(
+        **origin._asdict(),
+        runs=n,
+        coverage=1 - 2 * _cut(n) / (n + 1),
+        context=context,
+        reserved_error=_errors([m.reserved / m.estimated - 1 for m in measurements]),
+        used_error=_errors([m.process / (m.estimated + context.usual) - 1 for m in measurements]),
+    )
+
+
+def _median(ascending: Sequence[int]) -> int:
+    n = len(ascending)
+    return (ascending[(n - 1) // 2] + ascending[n // 2]) // 2
+
+
+def _cut(n: int) -> int:
+    """How many of n errors the band leaves out at each end, and one: its ends are the k-th least and the k-th most.
+
+    A further run, exchangeable with these, has each of n + 1 ranks alike, so the band holds 1 - 2 k / (n + 1) of them:
+    split conformal prediction (Vovk et al., Algorithmic Learning in a Random World, 2005), nothing assumed of the
+    errors' distribution.
+    """
+    return max(1, floor((n + 1) * (1 - COVERAGE) / 2))
+
+
+def _errors(errors: Sequence[float]) -> Errors:
+    ascending, k = sorted(errors), _cut(len(errors))
+    n = len(ascending)
+    usual = (ascending[(n - 1) // 2] + ascending[n // 2]) / 2
+    low, usual, high = (round(e, 6) for e in (ascending[k - 1], usual, ascending[n - k]))
+    return Errors(low=low, usual=usual, high=high)
+
+
+# --- the file ----------------------------------------------------------------------------------------------
+
+
+def file_of(gpu: str) -> Path:
+    """The file of a card's profile, by the card's name in memplan's table."""
+    return calibrations() / f"{gpu}.json"
+
+
+def write(calibration: Calibration, path: Path) -> None:
+    """Write a profile, whole or not at all. Raises MemplanError where it cannot be written."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(calibration.model_dump_json(indent=2) + "\n", "utf-8")
+        new.replace(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise MemplanError(f"output: {str(path)!r:.200} cannot be written ({reason})", "output") from None
+
+
+def read(path: Path) -> Calibration:
+    """The profile in a file. Raises SpecError, which names the file and the field, if it cannot be read or holds
+    none."""
+    try:
+        return _parsed(_bytes_of(path), path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"calibration: {_shown(path)!r} cannot be read ({reason})", "calibration") from None
+
+
+def local(gpu: str) -> Calibration | None:
+    """This machine's profile of a card; None if there is none, or its folder may not be searched.
+
+    Raises OSError if its file cannot be read, SpecError if the file holds no profile.
+    """
+    path = file_of(gpu)
+    try:
+        is_there = path.is_file()
+    except OSError:
+        is_there = False
+    return _parsed(_bytes_of(path), path) if is_there else None
+
+
+def _bytes_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MOST_BYTES + 1)
+
+
+def _parsed(raw: bytes, path: Path) -> Calibration:
+    if len(raw) > _MOST_BYTES:
+        raise SpecError(f"calibration: {_shown(path)} is larger than {_MOST_BYTES // 2**10} KiB", "calibration")
+    try:
+        return Calibration.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise SpecError(
+            f"calibration: {_shown(path)}: {printable(where, 60)}: {message[:1].lower()}{message[1:]}; memplan "
+            "calibrate writes a new one",
+            "calibration",
+        ) from None
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path), _LONGEST)
+
+
+def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibration | None:
+    """The machine's own profile, where it is of the run's card."""
+    if calibration is None or gpu is None or calibration.gpu != gpu.name:
+        return None
+    return calibration

@@ -1,0 +1,1 @@
+"""Models: cards, the Hub's cache, checkpoint headers, and what config classes fill in."""

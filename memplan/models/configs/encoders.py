@@ -1,0 +1,218 @@
+"""Encoders and encoder-decoders: BERT and its kin, T5, Whisper, ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memplan.core.errors import ConfigError, UnsupportedModelError
+from memplan.models.facts import WRITTEN_OUT, Family, ModelFacts
+from memplan.models.layers import MOST_LAYERS, as_json
+
+_NO_GROUPS: dict[str, tuple[str, ...]] = {"num_key_value_heads": (), "head_dim": ()}
+_BERT: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "classifier_dropout": None,
+}
+_HEADS = ("masked_lm", "sequence_classification", "token_classification", "feature_extraction")
+
+
+def _classes(m: ModelFacts) -> Mapping[str, int]:
+    return {"c": m.num_labels}
+
+
+def _counted(m: ModelFacts) -> int:
+    """RoBERTa counts positions from after the padding's id: the first rows of its table are not used."""
+    return (m.max_position_embeddings or 0) - 1 - m.whole("pad_token_id", 1, 0)
+
+
+_ROBERTA = Family(
+    {**_BERT, "pad_token_id": 1},
+    _NO_GROUPS,
+    axes=_classes,
+    positions=True,
+    objectives=_HEADS,
+    longest=_counted,
+    acts=WRITTEN_OUT,
+)
+
+_VIT: dict[str, Any] = {
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "image_size": 224,
+    "patch_size": 16,
+    "num_channels": 3,
+    "qkv_bias": True,
+    "pooler_output_size": None,
+}
+
+
+def _side(m: ModelFacts, key: str) -> tuple[int, int]:
+    """Height and width, which a config gives as two numbers or as one."""
+    value: Any = m.get(key)
+    sides = (value, value) if isinstance(value, int) else value
+    if not (isinstance(sides, tuple) and len(sides) == 2 and all(type(n) is int and 1 <= n <= 2**16 for n in sides)):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        raise ConfigError(f"config: {key} must be a whole number or two, not {as_json(value)}", key)
+    return sides  # pyright: ignore[reportUnknownVariableType]
+
+
+def _patches(m: ModelFacts) -> int:
+    (height, width), (rows, columns) = _side(m, "image_size"), _side(m, "patch_size")
+    if rows > height or columns > width:
+        raise ConfigError(f"config: patch_size {rows} is larger than image_size {height}", "patch_size")
+    return (height // rows) * (width // columns)
+
+
+def _tokens(m: ModelFacts) -> int:
+    """The patches, and the class token before them."""
+    return _patches(m) + 1
+
+
+def _vit(m: ModelFacts) -> Mapping[str, int]:
+    (height, width), (rows, columns) = _side(m, "image_size"), _side(m, "patch_size")
+    channels = m.whole("num_channels", 3)
+    return {
+        **_classes(m),
+        "patches": _patches(m),
+        "s": _tokens(m),
+        "patch": channels * rows * columns,
+        "pixels": channels * height * width,
+        "pooled": m.whole("pooler_output_size", m.hidden_size),
+    }
+
+
+_WHISPER: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 6,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 1536,
+    "decoder_ffn_dim": 1536,
+    "num_mel_bins": 80,
+    "activation_function": "gelu",
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "max_source_positions": 1500,
+    "max_target_positions": 448,
+}
+
+
+def _frames(m: ModelFacts) -> int:
+    """The encoder's positions: two frames of a recording each."""
+    return m.whole("max_source_positions", 1500)
+
+
+def _targets(m: ModelFacts) -> int:
+    return m.whole("max_target_positions", 448)
+
+
+def _whisper(m: ModelFacts) -> Mapping[str, int]:
+    heads = m.whole("decoder_attention_heads", m.num_attention_heads)
+    if heads != m.num_attention_heads:
+        raise UnsupportedModelError(
+            f"decoder_attention_heads: {heads} beside {m.num_attention_heads} in the encoder is not supported yet",
+            "decoder_attention_heads",
+        )
+    return {
+        "s": _frames(m),
+        "frames": 2 * _frames(m),
+        "mel": m.whole("num_mel_bins", 80),
+        "D": m.whole("decoder_layers", 4, most=MOST_LAYERS),
+        "fd": m.whole("decoder_ffn_dim", 1536),
+    }
+
+
+_T5: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_decoder_layers": None,
+    "relative_attention_num_buckets": 32,
+    "dropout_rate": 0.1,
+    "feed_forward_proj": "relu",
+}
+
+
+def _any_target(m: ModelFacts) -> None:
+    """Positions are a bias, so that a sequence may be as long as it likes."""
+
+
+def _t5(m: ModelFacts) -> Mapping[str, int]:
+    decoders = m.whole("num_decoder_layers", m.num_hidden_layers, most=MOST_LAYERS)
+    feeds = m.get("feed_forward_proj", "relu")
+    if not isinstance(feeds, str) or feeds.removeprefix("gated-") not in WRITTEN_OUT:
+        raise UnsupportedModelError(
+            f"feed_forward_proj: {as_json(feeds)} is not supported yet; supported: {', '.join(WRITTEN_OUT)}, each also "
+            "with gated- before it",
+            "feed_forward_proj",
+        )
+    return {
+        "L1": 1,
+        "L2": m.num_hidden_layers - 1,
+        "D1": 1,
+        "D2": decoders - 1,
+        "buckets": m.whole("relative_attention_num_buckets", 32),
+        "a32": -(-m.num_attention_heads // 32) * 32,
+    }
+
+
+# Source: transformers 5.24 configuration classes.
+FAMILIES: dict[str, Family] = {
+    "bert": Family(_BERT, _NO_GROUPS, axes=_classes, positions=True, objectives=_HEADS, acts=WRITTEN_OUT),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "t5": Family(
+        _T5,
+        {
+            "hidden_size": ("d_model", "hidden_size"),
+            "num_hidden_layers": ("num_layers", "num_hidden_layers"),
+            "num_attention_heads": ("num_heads", "num_attention_heads"),
+            "num_key_value_heads": (),
+            "head_dim": ("d_kv", "head_dim"),
+            "intermediate_size": ("d_ff",),
+            "max_position_embeddings": (),
+            "hidden_act": (),
+        },
+        axes=_t5,
+        objectives=("seq2seq_lm",),
+        whole=("wo",),  # _keep_in_fp32_modules
+        lacks=("flash_attention_2", "sdpa_math"),  # the first refused by transformers, the second not described yet
+        target=_any_target,
+    ),
+    "whisper": Family(
+        _WHISPER,
+        {
+            **_NO_GROUPS,
+            "hidden_size": ("d_model", "hidden_size"),
+            "num_hidden_layers": ("encoder_layers", "num_hidden_layers"),
+            "num_attention_heads": ("encoder_attention_heads", "num_attention_heads"),
+            "intermediate_size": ("encoder_ffn_dim",),
+            "max_position_embeddings": (),
+            "hidden_act": ("activation_function",),
+        },
+        axes=_whisper,
+        objectives=("seq2seq_lm",),
+        only=_frames,
+        target=_targets,
+        acts=WRITTEN_OUT,
+    ),
+    "vit": Family(
+        _VIT,
+        {**_NO_GROUPS, "max_position_embeddings": (), "vocab_size": ()},
+        required=("hidden_size", "num_hidden_layers", "num_attention_heads"),
+        axes=_vit,
+        objectives=("image_classification", "feature_extraction"),
+        only=_tokens,
+        acts=WRITTEN_OUT,
+    ),
+}

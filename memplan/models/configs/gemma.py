@@ -1,0 +1,163 @@
+"""Gemma 3n and Gemma 4: layers that differ in window, heads and width, and that share keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from memplan.core.errors import ConfigError, UnsupportedModelError
+from memplan.core.frozen import FrozenDict
+from memplan.models.configs.layer_lists import SLIDING, kinds, listed, window_everywhere_but
+from memplan.models.configs.uncalled_towers import gemma4_towers
+from memplan.models.facts import Family, ModelFacts
+from memplan.models.layers import Layer, as_json
+
+# What a layer's attention does with keys and values: makes them for itself, or for later layers too, or reuses those.
+OWN, STORED, REUSED = "attention", "attention, shares its keys", "attention, shared keys"
+SPARSE = "sparse"  # an FFN that keeps only the largest of its gates
+
+
+def _sharing(m: ModelFacts, sliding: Sequence[bool], reused: int) -> list[str]:
+    """The last `reused` layers take keys and values of the last layer before them that has a window, or none, as they.
+
+    Source: transformers 5.24 models/gemma4/configuration_gemma4.py kv_sharing_modes.
+    """
+    first = max(0, m.num_hidden_layers - reused)
+    makers = sliding[:first]
+    if set(makers) != set(sliding):
+        raise ConfigError(
+            f"config: num_kv_shared_layers {reused} leaves no layer that makes keys for those that share them",
+            "num_kv_shared_layers",
+        )
+    stored = {first - 1 - list(makers)[::-1].index(kind) for kind in set(sliding)}
+    return [REUSED if i >= first else STORED if i in stored else OWN for i in range(m.num_hidden_layers)]
+
+
+def _widths(m: ModelFacts) -> list[int]:
+    """Gemma 3n says a width of the FFN for all layers, or one for each."""
+    if not isinstance(m.config.get("intermediate_size"), (list, tuple)):
+        return [m.whole("intermediate_size")] * m.num_hidden_layers
+    widths = listed(m, "intermediate_size") or ()
+    for width in widths:
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ConfigError(
+                f"config: intermediate_size must be whole numbers, not {as_json(width)}", "intermediate_size"
+            )
+    return list(widths)
+
+
+def _gemma3n_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    n = m.num_hidden_layers
+    sliding = kinds(m, "layer_types", SLIDING, window_everywhere_but(m, 5))
+    few = 10 if n > 10 else 0
+    shares: Sequence[Any] = listed(m, "activation_sparsity_pattern") or [0.95] * few + [0.0] * (n - few)
+    reused = m.whole("num_kv_shared_layers", least=0)
+    modes = _sharing(m, sliding, reused) if reused else [OWN] * n
+    return tuple(
+        Layer(s, True, m.num_key_value_heads, f, mode, SPARSE if share else "dense")
+        for s, f, mode, share in zip(sliding, _widths(m), modes, shares, strict=True)
+    )
+
+
+def _per_layer(m: ModelFacts) -> Iterator[tuple[str, int]]:
+    """Embeddings in every layer: their width, and that of all together, of a table that has rows of its own."""
+    width = m.whole("hidden_size_per_layer_input", least=0)
+    all_ = m.num_hidden_layers * width
+    yield from (("ple", width), ("layers", m.num_hidden_layers), ("all_ple", all_), ("all_ple32", -(-all_ // 32) * 32))
+    yield "v_ple", m.whole("vocab_size_per_layer_input")
+
+
+def _gemma3n_axes(m: ModelFacts) -> Mapping[str, int]:
+    streams = m.whole("altup_num_inputs", least=2)
+    return {**dict(_per_layer(m)), "P": streams, "P1": streams - 1, "laurel": m.whole("laurel_rank")}
+
+
+def _gemma4_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Layers without a window have heads of another width and number; those that reuse keys may have a double FFN."""
+    sliding = kinds(m, "layer_types", SLIDING, window_everywhere_but(m, 6))
+    sliding[-1] = False  # whatever the config says
+    wide = m.whole("global_head_dim")
+    for layer in m.part("per_layer_config").values():  # as transformers 5.24 writes it, without global_head_dim
+        if not isinstance(layer, FrozenDict) or layer.get("head_dim", wide) != wide:
+            raise UnsupportedModelError(
+                f"per_layer_config: {as_json(layer)} is not supported yet; say global_head_dim, which is {wide} here",
+                "per_layer_config",
+            )
+    modes = _sharing(m, sliding, m.whole("num_kv_shared_layers", least=0))
+    ffn = "experts" if m.get("enable_moe_block", False) else "dense"
+    double = m.get("use_double_wide_mlp", False)
+    return tuple(
+        Layer(
+            s, True, m.num_key_value_heads if s else _full_heads(m), m.intermediate_size * (2 if wide else 1), mode, ffn
+        )
+        for s, mode in zip(sliding, modes, strict=True)
+        for wide in (double and mode == REUSED,)
+    )
+
+
+def _full_heads(m: ModelFacts) -> int:
+    """Key/value heads of a layer without a window: a number of their own where keys are values too."""
+    few = m.whole("num_global_key_value_heads", m.num_key_value_heads)
+    return few if m.get("attention_k_eq_v", False) else m.num_key_value_heads
+
+
+def _gemma4_axes(m: ModelFacts) -> Mapping[str, int]:
+    wide = m.whole("global_head_dim")
+    of_experts = {"E": "num_experts", "e": "top_k_experts", "m": "moe_intermediate_size"}
+    return {
+        **dict(_per_layer(m)),
+        "dg": wide,
+        "dg2": wide // 2,
+        "dg32": -(-wide // 64) * 64,
+        "kg": _full_heads(m),
+        **({axis: m.whole(key) for axis, key in of_experts.items()} if m.get("enable_moe_block", False) else {}),
+    }
+
+
+def _gemma4_axes_with_towers(m: ModelFacts) -> Mapping[str, int]:
+    return {**_gemma4_axes(m), **gemma4_towers(m)}
+
+
+_GEMMA4 = {
+    "tie_word_embeddings": True,
+    "intermediate_size": 9216,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "num_global_key_value_heads": None,
+    "sliding_window": 512,
+    "vocab_size_per_layer_input": 262_144,
+    "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 0,
+    "attention_k_eq_v": False,
+}
+
+# Source: transformers 5.24 models/gemma3n/configuration_gemma3n.py, models/gemma4/configuration_gemma4.py.
+FAMILIES = {
+    "gemma3n_text": Family(
+        {
+            "tie_word_embeddings": True,
+            "intermediate_size": 16384,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "sliding_window": 512,
+            "final_logit_softcapping": 30.0,
+            "vocab_size_per_layer_input": 262_144,
+            "hidden_size_per_layer_input": 256,
+            "altup_num_inputs": 4,
+            "num_kv_shared_layers": 15,
+            "laurel_rank": 64,
+        },
+        {"intermediate_size": (), "hidden_act": ("hidden_activation",)},
+        layers=_gemma3n_layers,
+        axes=_gemma3n_axes,
+    ),
+    "gemma4_text": Family(_GEMMA4, {"hidden_act": ("hidden_activation",)}, layers=_gemma4_layers, axes=_gemma4_axes),
+    "gemma4": Family(
+        _GEMMA4,
+        {"hidden_act": ("hidden_activation",)},
+        layers=_gemma4_layers,
+        axes=_gemma4_axes_with_towers,
+        decoder="text_config",
+    ),
+}

@@ -1,0 +1,81 @@
+"""gpt-oss and MiMo-V2-Flash: attention with sinks, which every query may attend to instead of a key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, window_everywhere_but
+from memplan.models.facts import Family, ModelFacts
+from memplan.models.layers import Layer
+
+
+def _gpt_oss_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    sliding = kinds(m, "layer_types", SLIDING, window_everywhere_but(m, 2))
+    return tuple(Layer(s, True, m.num_key_value_heads, m.intermediate_size, ffn="experts") for s in sliding)
+
+
+def _gpt_oss_axes(m: ModelFacts) -> Mapping[str, int]:
+    return {"E": m.whole("num_local_experts"), "e": m.whole("num_experts_per_tok"), "m": m.intermediate_size}
+
+
+def _mimo_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Layers with a window have twice the key/value heads."""
+    every = [i > 0 and (i + 1) % 6 != 0 for i in range(m.num_hidden_layers)]
+    sliding = kinds(m, "layer_types", SLIDING, every)
+    sparse = kinds(m, "mlp_layer_types", SPARSE, [i > 0 for i in range(m.num_hidden_layers)])
+    return tuple(
+        Layer(s, True, m.num_key_value_heads * (2 if s else 1), m.intermediate_size, ffn="experts" if e else "dense")
+        for s, e in zip(sliding, sparse, strict=True)
+    )
+
+
+def _mimo_axes(m: ModelFacts) -> Mapping[str, int]:
+    width = _mimo_rotary_width(m)
+    return {
+        "E": m.whole("n_routed_experts"),
+        "e": m.whole("num_experts_per_tok"),
+        "m": m.whole("moe_intermediate_size"),
+        "dv": m.whole("v_head_dim"),
+        "rot": width,
+        "rot2": width // 2,
+    }
+
+
+def _mimo_rotary_width(m: ModelFacts) -> int:
+    """As wide as `arange(0, d * share, 2)` twice: an odd width is rounded up."""
+    width = int(m.head_dim * m.get("partial_rotary_factor", 0.334))
+    return 2 * -(-width // 2)
+
+
+# Source: transformers 5.24 models/gpt_oss/configuration_gpt_oss.py,
+# models/mimo_v2_flash/configuration_mimo_v2_flash.py.
+FAMILIES = {
+    "gpt_oss": Family(
+        {
+            "intermediate_size": 2880,
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+            "attention_bias": True,
+        },
+        layers=_gpt_oss_layers,
+        axes=_gpt_oss_axes,
+    ),
+    "mimo_v2_flash": Family(
+        {
+            "intermediate_size": 16384,
+            "head_dim": 192,
+            "v_head_dim": 128,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "sliding_window": 129,
+            "attention_bias": False,
+        },
+        layers=_mimo_layers,
+        axes=_mimo_axes,
+    ),
+}

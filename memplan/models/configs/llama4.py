@@ -1,0 +1,79 @@
+"""Llama 4: attention in chunks with rotary positions, or whole without, and experts in every layer or every second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memplan.core.errors import ConfigError
+from memplan.models.configs.layer_lists import kinds, listed
+from memplan.models.configs.vision import llama4 as tower
+from memplan.models.facts import Family, ModelFacts
+from memplan.models.layers import Layer, as_json
+
+CHUNKED = {"chunked_attention": True, "full_attention": False}
+
+
+def _layers(m: ModelFacts) -> tuple[Layer, ...]:
+    n = m.num_hidden_layers
+    every = m.whole("no_rope_layer_interval")
+    given = listed(m, "no_rope_layers") if m.config.get("no_rope_layers") else None
+    rotary = [bool(r) for r in given] if given is not None else [(i + 1) % every != 0 for i in range(n)]
+    chunked = kinds(m, "layer_types", CHUNKED, [r and m.sliding_window is not None for r in rotary])
+    mixtures = _mixtures(m)
+    dense = m.whole("intermediate_size_mlp")
+    return tuple(
+        Layer(c, r, m.num_key_value_heads, dense, ffn="experts" if i in mixtures else "dense")
+        for i, (c, r) in enumerate(zip(chunked, rotary, strict=True))
+    )
+
+
+def _mixtures(m: ModelFacts) -> frozenset[int]:
+    """Which layers have experts."""
+    named: Any = m.config.get("moe_layers")
+    if named is None:
+        step = m.whole("interleave_moe_layer_step", least=0)
+        return frozenset(range(step - 1, m.num_hidden_layers, step)) if step else frozenset()
+    if not isinstance(named, (list, tuple)):
+        raise ConfigError(f"config: moe_layers must be a list of layers, not {as_json(named)}", "moe_layers")
+    return frozenset(i for i in named if isinstance(i, int))  # pyright: ignore[reportUnknownVariableType]
+
+
+def _axes(m: ModelFacts) -> Mapping[str, int]:
+    return {
+        "E": m.whole("num_local_experts"),
+        "e": m.whole("num_experts_per_tok"),
+        "m": m.intermediate_size,
+        "fd": m.whole("intermediate_size_mlp"),
+    }
+
+
+def _axes_with_tower(m: ModelFacts) -> Mapping[str, int]:
+    return {**_axes(m), **tower(m)}
+
+
+_TEXT = {
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_experts_per_tok": 1,
+    "num_local_experts": 16,
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": True,
+    "no_rope_layer_interval": 4,
+    "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True,
+}
+
+# Source: transformers 5.24 models/llama4/configuration_llama4.py.
+FAMILIES = {
+    "llama4_text": Family(_TEXT, {"sliding_window": ("attention_chunk_size",)}, layers=_layers, axes=_axes),
+    "llama4": Family(
+        _TEXT,
+        {"sliding_window": ("attention_chunk_size",)},
+        layers=_layers,
+        axes=_axes_with_tower,
+        decoder="text_config",
+    ),
+}

@@ -1,0 +1,204 @@
+"""Megatron-core's GPT, as its arguments describe it in Hugging Face's words.
+
+    gated_mlp                 two matrices up, one gating the other (--swiglu)
+    norm_type                 layernorm or rmsnorm (--normalization)
+    position_embedding_type   learned_absolute, rope or none
+    use_bias                  linear layers have biases (--disable-bias-linear)
+    hidden_dropout            of embeddings and of both branches; attention_dropout is as much where it is not said
+    qk_layernorm              queries and keys are normalised, each head by itself
+    transformer_impl          transformer_engine, or local: the same layers of torch and apex
+    num_local_experts         experts (num_experts, n_routed_experts); num_experts_per_tok of them are a token's, each
+                              moe_intermediate_size wide; shared_expert_intermediate_size is all tokens' own
+    moe_layer_freq            every so many layers one has experts, or a list of ones and zeros
+    moe_capacity_factor       an expert takes so many times its even share of the tokens; null: it takes all it is sent
+    moe_token_dispatcher_type allgather or alltoall
+    moe_grouped_gemm          experts are multiplied together, and not one after the other
+    moe_router_dtype          fp32, or null for the model's
+
+What it calls otherwise (--untie-embeddings-and-output-weights) is said as Hugging Face says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from memplan.core.errors import ConfigError, UnsupportedModelError
+from memplan.models.configs.layer_lists import listed
+from memplan.models.facts import Family, ModelFacts
+from memplan.models.layers import Layer, as_json
+
+# How many ranks divide the experts, each expert's matrices, and all others, where a rank's part of a model is meant.
+EXPERT_RANKS, EXPERT_TENSOR_RANKS, TENSOR_RANKS = "expert_ranks", "expert_tensor_ranks", "tensor_ranks"
+
+NORMS = {"layernorm": True, "layer_norm": True, "rmsnorm": False, "rms_norm": False}
+POSITIONS = ("learned_absolute", "rope", "none")
+_UNREAD = ("kv_lora_rank", "fp32_residual_connection", "mtp_num_layers", "num_nextn_predict_layers")
+
+
+def has_mean(m: ModelFacts) -> bool:
+    """Whether norms are LayerNorms, with a mean and a bias, and not RMSNorms."""
+    word = _word(m, "norm_type", "layernorm").lower()
+    if word not in NORMS:
+        raise UnsupportedModelError(
+            f"norm_type: {as_json(word)} is not supported; supported: layernorm, rmsnorm", "norm_type"
+        )
+    return NORMS[word]
+
+
+def positions_of(m: ModelFacts) -> str:
+    """How tokens are told their places: a word of `POSITIONS`."""
+    word = _word(m, "position_embedding_type", "learned_absolute")
+    if word not in POSITIONS:
+        raise UnsupportedModelError(
+            f"position_embedding_type: {as_json(word)} is not supported yet; supported: {', '.join(POSITIONS)}",
+            "position_embedding_type",
+        )
+    return word
+
+
+def uses_engine(m: ModelFacts) -> bool:
+    """Whether layers are Transformer Engine's."""
+    word = _word(m, "transformer_impl", "transformer_engine")
+    if word not in ("transformer_engine", "local"):
+        raise UnsupportedModelError(
+            f"transformer_impl: {as_json(word)} is not supported; supported: transformer_engine, local",
+            "transformer_impl",
+        )
+    return word == "transformer_engine"
+
+
+def is_gated(m: ModelFacts) -> bool:
+    """Whether the MLP has a gate."""
+    return m.get("gated_mlp", m.hidden_act == "swiglu")
+
+
+def attention_drops(m: ModelFacts) -> bool:
+    """Whether probabilities of attention are dropped: as hidden states are, where that is not said."""
+    return m.probability("hidden_dropout" if m.config.get("attention_dropout") is None else "attention_dropout") > 0
+
+
+def dispatches_all(m: ModelFacts) -> bool:
+    """Whether ranks gather all tokens, and take what is for their experts; else each sends its own."""
+    word = _word(m, "moe_token_dispatcher_type", "allgather")
+    if word not in ("allgather", "alltoall"):
+        raise UnsupportedModelError(
+            f"moe_token_dispatcher_type: {as_json(word)} is not supported yet; supported: allgather, alltoall",
+            "moe_token_dispatcher_type",
+        )
+    return word == "allgather"
+
+
+def groups_products(m: ModelFacts) -> bool:
+    return m.get("moe_grouped_gemm", False)
+
+
+def router_in_fp32(m: ModelFacts) -> bool:
+    word = _word(m, "moe_router_dtype", "")
+    if word not in ("", "fp32"):
+        raise UnsupportedModelError(
+            f"moe_router_dtype: {as_json(word)} is not supported yet; supported: fp32, null", "moe_router_dtype"
+        )
+    return word == "fp32"
+
+
+def experts_of(m: ModelFacts) -> int:
+    """How many experts the model has; 0 of a dense one."""
+    key = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if m.config.get(key)), None)
+    return m.whole(key) if key else 0
+
+
+def sparse(m: ModelFacts) -> list[bool]:
+    """Which layers have experts: every so many from the first on, or as a list says."""
+    value: object = m.config.get("moe_layer_freq")
+    if isinstance(value, tuple):
+        return [bool(flag) for flag in listed(m, "moe_layer_freq") or ()]
+    every = m.whole("moe_layer_freq", 1)
+    return [i % every == 0 for i in range(m.num_hidden_layers)]
+
+
+def padded(vocabulary: int, t: int = 1) -> int:
+    """The rows of the table of tokens that one of `t` ranks has: every rank a multiple of 128.
+
+    Source: Megatron-LM 0.12 training/tokenizer/tokenizer.py _vocab_size_with_padding.
+    """
+    return -(-vocabulary // (128 * t)) * 128
+
+
+def _word(m: ModelFacts, key: str, default: str) -> str:
+    value: object = m.config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise ConfigError(f"config: {key} must be a word, not {as_json(value)}", key)
+    return value
+
+
+def _layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Checks what the config says, too."""
+    has_mean(m)
+    uses_engine(m)
+    unread = next((key for key in _UNREAD if m.config.get(key)), None)
+    if unread is not None:
+        raise UnsupportedModelError(f"{unread}: is not supported yet for megatron_gpt", unread)
+    if positions_of(m) == "learned_absolute" and m.max_position_embeddings is None:
+        raise ConfigError(
+            "config: no max_position_embeddings, which a table of positions has", "max_position_embeddings"
+        )
+    if is_gated(m) and not m.config.get("intermediate_size"):
+        raise ConfigError("config: no intermediate_size", "intermediate_size")
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    if not experts_of(m):
+        return (layer,) * m.num_hidden_layers
+    if m.whole("num_experts_per_tok") > experts_of(m):
+        raise ConfigError(
+            f"config: num_experts_per_tok {m.whole('num_experts_per_tok')} is more than the {experts_of(m)} experts",
+            "num_experts_per_tok",
+        )
+    dispatches_all(m)
+    router_in_fp32(m)
+    return tuple(layer._replace(ffn="experts" if e else "dense") for e in sparse(m))
+
+
+def _axes(m: ModelFacts) -> Mapping[str, int]:
+    """`eg` ranks exchange tokens, and `et` of them divide each expert's matrices."""
+    every = experts_of(m)
+    if not every:
+        return {"v": padded(m.vocab_size)}
+    ep, et, t = m.whole(EXPERT_RANKS, 1), m.whole(EXPERT_TENSOR_RANKS, 1), m.whole(TENSOR_RANKS, 1)
+    shared = m.whole("shared_expert_intermediate_size", 0, least=0)
+    return {
+        "v": padded(m.vocab_size),
+        "E": every,
+        "Eown": every // ep,
+        "e": m.whole("num_experts_per_tok"),
+        "m": m.whole("moe_intermediate_size", m.intermediate_size * t) // et,
+        "eg": ep * et,
+        "et": et,
+        "capacity": round(1000 * m.get("moe_capacity_factor", 1.0)),
+        **({"fs": shared // t} if shared else {}),
+    }
+
+
+def _longest(m: ModelFacts) -> int:
+    """Positions that are not looked up have no end."""
+    learned = positions_of(m) == "learned_absolute"
+    return m.max_position_embeddings if learned and m.max_position_embeddings else 2**40
+
+
+# Source: Megatron-LM 0.12 training/arguments.py; megatron-core 0.12 transformer/transformer_config.py.
+FAMILIES = {
+    "megatron_gpt": Family(
+        {
+            "hidden_act": "gelu",
+            "hidden_dropout": 0.1,
+            "tie_word_embeddings": True,
+            "use_bias": True,
+            "partial_rotary_factor": 1.0,
+        },
+        layers=_layers,
+        axes=_axes,
+        positions=True,
+        longest=_longest,
+        acts=("gelu", "gelu_pytorch_tanh", "silu", "swiglu", "relu2", "squared_relu"),
+    ),
+}

@@ -1,0 +1,142 @@
+"""Which model_type a config is of, and for one that memplan has no stack for the families nearest to it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from memplan.core.errors import ConfigError, UnsupportedModelError
+from memplan.models.configs import MODULES
+from memplan.models.configs.dense import MODEL_TYPES
+
+_LONGEST = 80  # letters of a name that an error repeats
+
+# What a key of a config says of a model that memplan has no stack for yet, or that is no text decoder.
+_KINDS = {
+    "num_experts": "mixture of experts",
+    "num_local_experts": "mixture of experts",
+    "n_routed_experts": "mixture of experts",
+    "moe_num_experts": "mixture of experts",
+    "kv_lora_rank": "multi-head latent attention",
+    "vision_config": "vision-language",
+    "visual": "vision-language",
+    "mm_vision_tower": "vision-language",
+    "audio_config": "audio-language",
+    "audio": "audio-language",
+    "ssm_cfg": "state space",
+    "state_size": "state space",
+    "mamba_d_state": "state space hybrid",
+    "linear_num_key_heads": "linear attention hybrid",
+    "hidden_size_per_layer_input": "embeddings in every layer",
+    "position_encoding_2d": "the first ChatGLM",
+    "use_bidirectional_attention": "encoder",
+    "is_encoder_decoder": "encoder-decoder",
+    "add_cross_attention": "encoder-decoder",
+}
+# The same by what a model_type contains, where no key says so.
+_KINDS_BY_NAME = {
+    "bert": "encoder",
+    "electra": "encoder",
+    "t5": "encoder-decoder",
+    "vit": "vision encoder",
+    "dbrx": "mixture of experts",
+    "moe": "mixture of experts",
+    "rwkv": "recurrent",
+    "recurrent": "recurrent",
+}
+
+
+def model_type_of(config: Mapping[str, Any]) -> str:
+    """The config's model_type, if memplan has a stack for it."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError("config: no model_type, so not a Hugging Face model config", "model_type")
+    if model_type in MODULES:
+        return model_type
+    shown = repr(model_type) if len(model_type) <= _LONGEST else f"{model_type[:_LONGEST]!r}..."
+    kinds = dict.fromkeys(kind for key, kind in _KINDS.items() if _says(config, key))
+    if not kinds and config.get("text_config"):
+        kinds = {"multimodal": None}
+    if not kinds and model_type not in MODEL_TYPES:
+        kinds = {kind: None for part, kind in _KINDS_BY_NAME.items() if part in model_type}
+    if kinds or model_type not in MODEL_TYPES:
+        said = f" ({', '.join(kinds)})" if kinds else ""
+        near = " or ".join(nearest_families(model_type, kinds))
+        hint = f"; did you mean {near}?" if near else ", and no family with a stack has a name like it"
+        raise UnsupportedModelError(f"model_type: {shown}{said} is not supported yet{hint}", "model_type")
+    return model_type
+
+
+# What a family is, by the module of `memplan.models.configs` that knows it; the others are dense decoders.
+_KINDS_OF_MODULES = {
+    "vision": "vision-language",
+    "llama4": "mixture of experts",
+    "moe": "mixture of experts",
+    "mla": "mixture of experts, multi-head latent attention",
+    "block_sparse": "mixture of experts",
+    "gpt_oss": "mixture of experts",
+    "ssm": "state space, recurrent, linear attention",
+    "encoders": "encoder",
+}
+_TOWERS = ("gemma4", "kimi_k25", "kimi_k3", "llama4")  # that other modules know
+
+
+_ALIKE = 0.6  # of the letters of two names, at which one may be meant by the other
+
+
+def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, ...]:
+    """The families with a stack that are most like `model_type`, which has none, and like what its config says; three
+    at most, and none where nothing is.
+
+    Those whose names begin alike come first, of these the ones of its kind, and of these the nearest versions.
+
+    >>> nearest_families("qwen4"), nearest_families("qwen4", ["mixture of experts"])
+    (('qwen3', 'qwen2', 'qwen'), ('qwen3_moe', 'qwen2_moe', 'qwen3_5'))
+    """
+    said, (stem, version, rest) = " ".join(kinds), _words(model_type[:_LONGEST].lower())
+    alike = {name: difflib.SequenceMatcher(None, model_type[:_LONGEST].lower(), name).ratio() for name in _families()}
+
+    def distance(name: str) -> tuple[float, ...]:
+        stem_of, version_of, rest_of = _words(name)
+        common = next((i for i, (a, b) in enumerate(zip(stem, stem_of, strict=False)) if a != b), None)
+        common = min(len(stem), len(stem_of)) if common is None else common
+        kind = _kind(name)
+        other = float(not any(part in said for part in kind.split(", ")) if kind else bool(said))
+        if not common:
+            return 0, other, -alike[name]
+        return -common, other, len(set(rest) ^ set(rest_of)), abs(version - version_of), -alike[name]
+
+    def like(name: str) -> bool:
+        of_its_kind = any(part in said for part in _kind(name).split(", ") if part)
+        return of_its_kind or alike[name] >= _ALIKE or _words(name)[0][:1] == stem[:1]
+
+    return tuple(sorted((name for name in _families() if name != model_type and like(name)), key=distance)[:3])
+
+
+def _families() -> tuple[str, ...]:
+    return (*MODEL_TYPES, *MODULES)
+
+
+def _kind(name: str) -> str:
+    tower = name in _TOWERS or "_vl" in name.removesuffix("_text")
+    return "vision-language" if tower else _KINDS_OF_MODULES.get(MODULES.get(name, ""), "")
+
+
+def _words(name: str) -> tuple[list[str], float, list[str]]:
+    """The words that a name begins with, the version after them, and the other words.
+
+    >>> _words("kimi_k25"), _words("qwen3_5_moe"), _words("gemma3_text")
+    ((['kimi', 'k'], 25.0, []), (['qwen'], 3.5, ['moe']), (['gemma'], 3.0, []))
+    """
+    parts = re.findall(r"[a-z]+|[0-9]+", name)
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    numbers = [part for part in parts[at : at + 2] if part.isdigit()]
+    version = float(".".join(numbers)) if numbers else 1.0
+    return parts[:at], version, [part for part in parts[at + len(numbers) :] if part != "text"]
+
+
+def _says(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the config has the key for a reason: one expert is no mixture."""
+    return bool(config.get(key)) and not (key.endswith("experts") and config[key] == 1)

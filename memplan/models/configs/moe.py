@@ -1,0 +1,260 @@
+"""Mixtures of experts that are decoders else: which layers have experts, how many, and how wide they are.
+
+Source: transformers 5.24 configuration classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from memplan.core.errors import ConfigError
+from memplan.models.facts import Family, ModelFacts
+from memplan.models.layers import Layer, as_json, sliding_layers
+
+EXPERTS, DENSE = "experts", "dense"
+
+
+def sized(
+    experts: str = "num_experts",
+    chosen: str = "num_experts_per_tok",
+    width: str = "moe_intermediate_size",
+    shared: str = "",
+) -> Callable[[ModelFacts], Mapping[str, int]]:
+    """Axes of a config that calls these sizes so. `shared`: the width of the expert that all tokens use."""
+
+    def axes(m: ModelFacts) -> Mapping[str, int]:
+        every, some = m.whole(experts), m.whole(chosen)
+        if some > every:
+            raise ConfigError(f"config: {chosen} {some} is more than the {every} of {experts}", chosen)
+        return {"E": every, "e": some, "none": 0, "m": m.whole(width), **({"fs": m.whole(shared)} if shared else {})}
+
+    return axes
+
+
+def every_layer(m: ModelFacts) -> tuple[Layer, ...]:
+    """Experts in all layers."""
+    layer = Layer(m.sliding_window is not None, True, m.num_key_value_heads, m.intermediate_size, ffn=EXPERTS)
+    return (layer,) * m.num_hidden_layers
+
+
+def stepped(m: ModelFacts) -> tuple[Layer, ...]:
+    """Experts in every `decoder_sparse_step`th layer but those that are named; windows as Qwen2-MoE has them."""
+    count, step = m.num_hidden_layers, m.whole("decoder_sparse_step", 1)
+    dense, last = numbers(m, "mlp_only_layers"), m.whole("max_window_layers", 28, least=0)
+    windows = [m.sliding_window is not None] * count
+    if m.model_type == "qwen2_moe":
+        windows = sliding_layers(m.config, [window and i % 2 == 0 and i < last for i, window in enumerate(windows)])
+    return tuple(
+        Layer(
+            window,
+            True,
+            m.num_key_value_heads,
+            m.intermediate_size,
+            ffn=EXPERTS if i not in dense and (i + 1) % step == 0 else DENSE,
+        )
+        for i, window in enumerate(windows)
+    )
+
+
+def numbers(m: ModelFacts, key: str) -> tuple[int, ...]:
+    """A list of layers' numbers; none where it is absent."""
+    value: object = m.config.get(key)
+    numbers = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
+    if (value is not None and not isinstance(value, tuple)) or not all(isinstance(n, int) for n in numbers):
+        raise ConfigError(f"config: {key} must be a list of layers' numbers, not {as_json(m.config[key])}", key)
+    return cast(tuple[int, ...], numbers)
+
+
+_QWEN2_MOE = {
+    "num_key_value_heads": 16,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+
+
+def after_first(m: ModelFacts) -> tuple[Layer, ...]:
+    """Experts in all layers but the first few."""
+    first = m.whole("first_k_dense_replace", least=0)
+    step = m.whole("moe_layer_freq", 1) if m.model_type == "deepseek" else 1
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    count = m.num_hidden_layers
+    return tuple(layer._replace(ffn=EXPERTS if i >= first and i % step == 0 else DENSE) for i in range(count))
+
+
+def between(m: ModelFacts) -> tuple[Layer, ...]:
+    """Experts in every so many layers from one to another."""
+    count, step = m.num_hidden_layers, m.whole("moe_layer_interval", 1)
+    first = m.whole("moe_layer_start_index", 1, least=0)
+    last: object = m.config.get("moe_layer_end_index")
+    end = count - 1 if last in (None, -1) else m.whole("moe_layer_end_index", least=0)
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    return tuple(
+        layer._replace(ffn=EXPERTS if first <= i <= end and (i + 1) % step == 0 else DENSE) for i in range(count)
+    )
+
+
+def _ernie(m: ModelFacts) -> Mapping[str, int]:
+    axes = sized("moe_num_experts", "moe_k")(m)
+    return {**axes, "fs": axes["m"] * m.whole("moe_num_shared_experts", 2, least=0)}
+
+
+def _dbrx(m: ModelFacts) -> Mapping[str, int]:
+    """Sizes of the nested `ffn_config`."""
+    given, axes = m.part("ffn_config"), dict[str, int]()
+    for axis, key, default in (("E", "moe_num_experts", 4), ("e", "moe_top_k", 1), ("f", "ffn_hidden_size", 3584)):
+        value: object = given.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**21:
+            raise ConfigError(f"config: {key} must be a whole number from 1 to {2**21:,}, not {as_json(value)}", key)
+        axes[axis] = value
+    if axes["e"] > axes["E"]:
+        raise ConfigError(f"config: moe_top_k {axes['e']} is more than the {axes['E']} of moe_num_experts", "moe_top_k")
+    return {**axes, "E1": axes["E"] + 1}
+
+
+def _hunyuan(m: ModelFacts) -> Mapping[str, int]:
+    """The class has one expert where the config is silent, however many are to be chosen."""
+    experts = m.whole("num_experts", 1)
+    return {"E": experts, "e": min(m.whole("moe_topk", 1), experts), "m": m.intermediate_size}
+
+
+def _phi(m: ModelFacts) -> Mapping[str, int]:
+    if m.whole("num_experts_per_tok") != 2:
+        raise ConfigError("config: num_experts_per_tok must be 2: phimoe draws two experts", "num_experts_per_tok")
+    return sized("num_local_experts", width="intermediate_size")(m)
+
+
+def _glm(m: ModelFacts) -> Mapping[str, int]:
+    axes = sized("n_routed_experts")(m)
+    return {**axes, "fs": axes["m"] * m.whole("n_shared_experts")}
+
+
+FAMILIES: dict[str, Family] = {
+    "dbrx": Family(
+        {"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 32000, "kv_n_heads": 1, "max_seq_len": 2048},
+        {
+            "hidden_size": ("hidden_size", "d_model"),
+            "num_hidden_layers": ("num_hidden_layers", "n_layers"),
+            "num_attention_heads": ("num_attention_heads", "n_heads"),
+            "num_key_value_heads": ("kv_n_heads",),
+            "intermediate_size": (),
+            "head_dim": (),
+            "max_position_embeddings": ("max_position_embeddings", "max_seq_len"),
+            "hidden_act": (),
+        },
+        layers=every_layer,
+        axes=_dbrx,
+        decoder="attn_config",
+    ),
+    "deepseek": Family(  # the code published with its weights; transformers 5.24 has no class for it
+        {
+            "intermediate_size": 11008,
+            "moe_intermediate_size": 1407,
+            "n_routed_experts": None,
+            "num_experts_per_tok": None,
+            "n_shared_experts": None,
+            "first_k_dense_replace": 0,
+        },
+        layers=after_first,
+        axes=_glm,
+    ),
+    "ernie4_5_moe": Family(
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 1536,
+            "moe_num_experts": 64,
+            "moe_k": 6,
+        },
+        layers=between,
+        axes=_ernie,
+    ),
+    "glm4_moe": Family(
+        {
+            "num_key_value_heads": 8,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "partial_rotary_factor": 0.5,
+        },
+        {},
+        layers=after_first,
+        axes=_glm,
+    ),
+    "granitemoe": Family(
+        {"intermediate_size": 11008, "num_local_experts": 8, "num_experts_per_tok": 2},
+        {"head_dim": ()},
+        layers=every_layer,
+        axes=sized("num_local_experts", width="intermediate_size"),
+    ),
+    "hunyuan_v1_moe": Family(
+        {"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},
+        layers=every_layer,
+        axes=_hunyuan,
+    ),
+    "minimax_m2": Family(
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 1536,
+            "num_local_experts": 256,
+            "num_experts_per_tok": 8,
+            "rotary_dim": None,
+        },
+        layers=every_layer,
+        axes=sized("num_local_experts", width="intermediate_size"),
+    ),
+    "mixtral": Family(
+        {
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+        layers=every_layer,
+        axes=sized("num_local_experts", width="intermediate_size"),
+    ),
+    "olmoe": Family(
+        {"intermediate_size": 2048, "num_experts": 64, "num_experts_per_tok": 8},
+        {"head_dim": ()},
+        layers=every_layer,
+        axes=sized(width="intermediate_size"),
+    ),
+    "phimoe": Family(
+        {
+            "num_key_value_heads": 8,
+            "intermediate_size": 6400,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+        layers=every_layer,
+        axes=_phi,
+    ),
+    "qwen2_moe": Family(_QWEN2_MOE, layers=stepped, axes=sized(shared="shared_expert_intermediate_size")),
+    "qwen3_moe": Family(
+        {
+            "num_key_value_heads": 4,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+        },
+        layers=stepped,
+        axes=sized(),
+        renamed={"num_local_experts": "num_experts"},
+    ),
+}

@@ -1,0 +1,370 @@
+"""State spaces, linear attention, and what alternates them with attention. Source: transformers 5.24 configuration
+classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from memplan.core.errors import ConfigError
+from memplan.models.configs.moe import numbers, sized
+from memplan.models.facts import Family, ModelFacts
+from memplan.models.layers import Layer, as_json
+
+_DELTA: dict[str, Any] = {
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "full_attention_interval": 4,
+}
+
+
+def words(m: ModelFacts, key: str, known: Mapping[str, str]) -> list[str]:
+    """The config's list of what its layers are, in its words, of which `known` has ours."""
+    value: object = m.config.get(key)
+    given = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
+    wrong = [word for word in given if word not in known]
+    if not given or wrong:
+        shown = as_json(wrong[0]) if wrong else as_json(m.config.get(key))
+        raise ConfigError(f"config: {key} must be a list of {', '.join(known)}, not {shown}", key)
+    return [known[str(word)] for word in given]
+
+
+def mixers(m: ModelFacts, key: str, known: Mapping[str, str], default: list[str]) -> list[str]:
+    """What mixes tokens in every layer, by a list that may be absent."""
+    if m.config.get(key) is None:
+        return default
+    found = words(m, key, known)
+    if len(found) < m.num_hidden_layers:
+        raise ConfigError(f"config: {key} must be a list of at least {m.num_hidden_layers} layers", key)
+    return found[: m.num_hidden_layers]
+
+
+def _delta_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    every = m.whole("full_attention_interval")
+    default = ["linear_attention" if (i + 1) % every else "attention" for i in range(m.num_hidden_layers)]
+    known = {"linear_attention": "linear_attention", "full_attention": "attention"}
+    mixed = mixers(m, "layer_types", known, default)
+    ffns = _qwen_experts(m)
+    return tuple(
+        Layer(False, True, m.num_key_value_heads, m.intermediate_size, mixer, ffn)
+        for mixer, ffn in zip(mixed, ffns, strict=True)
+    )
+
+
+def _qwen_experts(m: ModelFacts) -> list[str]:
+    """Qwen3-Next may keep some layers dense; Qwen3.5 has experts in all or in none."""
+    if m.model_type != "qwen3_next":
+        return ["experts" if m.model_type.startswith("qwen3_5_moe") else "dense"] * m.num_hidden_layers
+    every, named = m.whole("decoder_sparse_step"), numbers(m, "mlp_only_layers")
+    return ["dense" if i in named or (i + 1) % every else "experts" for i in range(m.num_hidden_layers)]
+
+
+def _delta_axes(m: ModelFacts) -> dict[str, int]:
+    lk, lv = m.whole("linear_num_key_heads"), m.whole("linear_num_value_heads")
+    dk, dv = m.whole("linear_key_head_dim"), m.whole("linear_value_head_dim")
+    if lv % lk:
+        raise ConfigError(
+            f"config: linear_num_key_heads {lk} does not divide linear_num_value_heads {lv}", "linear_num_key_heads"
+        )
+    some = m.model_type.startswith(("qwen3_5_moe", "qwen3_next"))
+    return {
+        **(sized(shared="shared_expert_intermediate_size")(m) if some else {}),
+        "lk": lk,
+        "lv": lv,
+        "ldk": dk,
+        "ldv": dv,
+        "convolved": 2 * lk * dk + lv * dv,
+        "projected": 2 * lk * dk + 2 * lv * dv,
+        "kernel": m.whole("linear_conv_kernel_dim"),
+        "chunk": 64,
+        "widest": max(64, dk, dv),
+    }
+
+
+def _scan_axes(named: tuple[str, str], sizes: Iterable[int]) -> dict[str, int]:
+    """Of Mamba 2's mixer: heads, their width, state, groups, the convolution's kernel and the chunk. `named` are the
+    config's words for heads and groups."""
+    heads, width, state, groups, kernel, chunk = sizes
+    inner = heads * width
+    if heads % groups:
+        raise ConfigError(f"config: {named[1]} {groups} does not divide {named[0]} {heads}", named[1])
+    return {
+        "mh": heads,
+        "mp": width,
+        "mn": state,
+        "mg": groups,
+        "inner": inner,
+        "grouped": inner // groups,
+        "convolved": inner + 2 * groups * state,
+        "projected": 2 * inner + 2 * groups * state + heads,
+        "kernel": kernel,
+        "chunk": chunk,
+    }
+
+
+def _mamba2_axes(m: ModelFacts) -> dict[str, int]:
+    names = ("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size")
+    return _scan_axes(("num_heads", "n_groups"), (m.whole(name) for name in names))
+
+
+def _first_axes(m: ModelFacts, inner: int, state: str, rank: str, kernel: str) -> dict[str, int]:
+    n = m.whole(state)
+    steps = -(-m.hidden_size // 16) if m.config.get(rank) == "auto" else m.whole(rank)
+    return {"inner": inner, "mn": n, "dtr": steps, "dbc": steps + 2 * n, "kernel": m.whole(kernel)}
+
+
+def _mamba_axes(m: ModelFacts) -> dict[str, int]:
+    inner = m.whole("intermediate_size", m.whole("expand") * m.hidden_size)
+    return _first_axes(m, inner, "state_size", "time_step_rank", "conv_kernel")
+
+
+def _jamba_axes(m: ModelFacts) -> dict[str, int]:
+    inner = m.whole("mamba_expand") * m.hidden_size
+    first = _first_axes(m, inner, "mamba_d_state", "mamba_dt_rank", "mamba_d_conv")
+    return {**first, **sized(width="intermediate_size")(m)}
+
+
+def _jamba_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    every, offset = m.whole("attn_layer_period"), m.whole("attn_layer_offset", least=0)
+    expert_every, expert_offset = m.whole("expert_layer_period"), m.whole("expert_layer_offset", least=0)
+    several = m.whole("num_experts") > 1
+    return tuple(
+        Layer(
+            False,
+            False,
+            m.num_key_value_heads,
+            m.intermediate_size,
+            _ATTENTION if i % every == offset else _MAMBA,
+            "experts" if several and i % expert_every == expert_offset else "dense",
+        )
+        for i in range(m.num_hidden_layers)
+    )
+
+
+_FIRST: dict[str, Any] = {
+    "state_size": 16,
+    "expand": 2,
+    "conv_kernel": 4,
+    "time_step_rank": "auto",
+    "use_conv_bias": True,
+    "residual_in_fp32": True,
+    "tie_word_embeddings": True,
+}
+
+
+def _mixers_alone(m: ModelFacts) -> tuple[Layer, ...]:
+    return (Layer(False, False, 1, m.intermediate_size, _MAMBA, "none"),) * m.num_hidden_layers
+
+
+_NO_HEADS: dict[str, tuple[str, ...]] = {"num_attention_heads": (), "num_key_value_heads": (), "head_dim": ()}
+_PURE = ("hidden_size", "num_hidden_layers", "vocab_size")
+
+_MAMBA, _ATTENTION = "mamba", "attention"
+_WORDS = {"mamba": _MAMBA, "linear_attention": _MAMBA, "attention": _ATTENTION, "full_attention": _ATTENTION}
+
+
+def _granite_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    key = "layers_block_type" if m.config.get("layers_block_type") is not None else "layer_types"
+    ffn = "experts" if m.whole("num_local_experts", least=0) else "dense"
+    width = m.whole("shared_intermediate_size")
+    mixed = mixers(m, key, _WORDS, [_MAMBA] * m.num_hidden_layers)
+    return tuple(Layer(False, True, m.num_key_value_heads, width, mixer, ffn) for mixer in mixed)
+
+
+def _granite_axes(m: ModelFacts) -> dict[str, int]:
+    heads, inner = m.whole("mamba_n_heads"), m.whole("mamba_expand") * m.hidden_size
+    width = m.config.get("mamba_d_head")
+    width = inner // heads if width == "auto" else m.whole("mamba_d_head")
+    if heads * width != inner:
+        raise ConfigError(
+            f"config: mamba_n_heads {heads} x mamba_d_head {width} is not mamba_expand x hidden_size, {inner}",
+            "mamba_n_heads",
+        )
+    sizes = (m.whole(f"mamba_{name}") for name in ("d_state", "n_groups", "d_conv", "chunk_size"))
+    every = m.whole("num_local_experts", least=0)
+    chosen = {"E": every, "e": m.whole("num_experts_per_tok"), "m": m.intermediate_size} if every else {}
+    return {
+        **_scan_axes(("mamba_n_heads", "mamba_n_groups"), (heads, width, *sizes)),
+        **chosen,
+        "f": m.whole("shared_intermediate_size"),
+    }
+
+
+_NEMOTRON_WORDS = {
+    "mamba": _MAMBA,
+    "linear_attention": _MAMBA,
+    "attention": _ATTENTION,
+    "full_attention": _ATTENTION,
+    "mlp": "dense",
+    "moe": "experts",
+}
+_LETTERS = {"M": _MAMBA, "*": _ATTENTION, "-": "dense", "E": "experts"}
+
+
+def _nemotron_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """A list of words, or of letters in older configs; the number of layers is its length, whatever else is said."""
+    key = next((k for k in ("layers_block_type", "layer_types") if m.config.get(k) is not None), None)
+    letters: object = m.config.get("hybrid_override_pattern")
+    if key is not None:
+        found = words(m, key, _NEMOTRON_WORDS)
+    elif letters is None:
+        found = [_MAMBA, "experts", _ATTENTION, "dense"]
+    elif isinstance(letters, str) and letters and set(letters) <= set(_LETTERS):
+        found = [_LETTERS[letter] for letter in letters]
+    else:
+        key = "hybrid_override_pattern"
+        raise ConfigError(f"config: {key} must be letters of {' '.join(_LETTERS)}, not {as_json(letters)}", key)
+    return tuple(
+        Layer(False, False, m.num_key_value_heads, m.intermediate_size, word, "none")
+        if word in (_MAMBA, _ATTENTION)
+        else Layer(False, False, m.num_key_value_heads, m.intermediate_size, "none", word)
+        for word in found
+    )
+
+
+# Names that older configs have for sizes of the mixer.
+_OLDER = {
+    "n_groups": "mamba_n_groups",
+    "conv_kernel": "mamba_d_conv",
+    "chunk_size": "mamba_chunk_size",
+}
+
+
+def _nemotron_axes(m: ModelFacts) -> dict[str, int]:
+    names = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size")
+    older = (_OLDER.get(name, name) for name in names)
+    said = [old if m.config.get(old) is not None else name for old, name in zip(older, names, strict=True)]
+    sizes = map(m.whole, said)
+    latent = m.config.get("moe_latent_size")
+    every, chosen = m.whole("n_routed_experts"), m.whole("num_experts_per_tok")
+    if chosen > every:
+        raise ConfigError(
+            f"config: num_experts_per_tok {chosen} is more than the {every} of n_routed_experts", "num_experts_per_tok"
+        )
+    return {
+        **_scan_axes(("mamba_num_heads", "n_groups"), sizes),
+        "E": every,
+        "e": chosen,
+        "m": m.whole("moe_intermediate_size"),
+        "fs": m.whole("moe_shared_expert_intermediate_size"),
+        **({"latent": m.whole("moe_latent_size")} if latent is not None else {}),
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "falcon_mamba": Family(_FIRST, {**_NO_HEADS, "intermediate_size": ()}, _PURE, _mixers_alone, _mamba_axes),
+    "jamba": Family(
+        {
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "attn_layer_period": 8,
+            "attn_layer_offset": 4,
+            "mamba_d_state": 16,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": "auto",
+            "mamba_conv_bias": True,
+        },
+        {"head_dim": ()},
+        layers=_jamba_layers,
+        axes=_jamba_axes,
+    ),
+    "mamba": Family(_FIRST, {**_NO_HEADS, "intermediate_size": ()}, _PURE, _mixers_alone, _mamba_axes),
+    "nemotron_h": Family(
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 21504,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+            "conv_kernel": 4,
+            "chunk_size": 128,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7688,
+            "moe_shared_expert_intermediate_size": 7688,
+            "mlp_hidden_act": "relu2",
+        },
+        {"hidden_act": ("mlp_hidden_act",)},
+        required=("hidden_size", "num_attention_heads", "vocab_size"),
+        layers=_nemotron_layers,
+        axes=_nemotron_axes,
+        acts=("relu2",),
+    ),
+    "granitemoehybrid": Family(
+        {
+            "intermediate_size": 11008,
+            "shared_intermediate_size": 1024,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "mamba_n_heads": 128,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 256,
+            "mamba_d_head": "auto",
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 256,
+            "mamba_conv_bias": True,
+        },
+        {"head_dim": ()},
+        layers=_granite_layers,
+        axes=_granite_axes,
+    ),
+    "mamba2": Family(
+        {
+            "num_heads": 128,
+            "head_dim": 64,
+            "state_size": 128,
+            "n_groups": 8,
+            "conv_kernel": 4,
+            "chunk_size": 256,
+            "use_conv_bias": True,
+            "residual_in_fp32": True,
+        },
+        {**_NO_HEADS, "intermediate_size": ()},
+        _PURE,
+        _mixers_alone,
+        _mamba2_axes,
+    ),
+    "qwen3_5_moe_text": Family(
+        {
+            **_DELTA,
+            "num_key_value_heads": 2,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        {"intermediate_size": ()},
+        layers=_delta_layers,
+        axes=_delta_axes,
+    ),
+    "qwen3_5_text": Family(
+        {**_DELTA, "num_key_value_heads": 4, "intermediate_size": 12288}, layers=_delta_layers, axes=_delta_axes
+    ),
+    "qwen3_next": Family(
+        {
+            **_DELTA,
+            "num_key_value_heads": 2,
+            "intermediate_size": 5632,
+            "decoder_sparse_step": 1,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        layers=_delta_layers,
+        axes=_delta_axes,
+    ),
+}

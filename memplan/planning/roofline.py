@@ -1,0 +1,363 @@
+"""Tokens a second while a model runs: what a step must read and compute, at the ends of what cards are known to reach.
+
+A step of decoding reads every weight that one of its tokens uses, once for the whole batch, and every request's caches;
+a prompt's pass multiplies all of its tokens with every weight. What is read and multiplied is counted from the stored
+tensors and the layers' caches; seconds rest on rows of `memplan.catalogue.hardware.token_rates` and `.links`, each of
+which an answer lists. There is no usual figure, only two ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from memplan.catalogue import build
+from memplan.catalogue.hardware import links, token_rates
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.token_rates import Span
+from memplan.catalogue.inference.cache_formats import cache_format
+from memplan.catalogue.inference.caches import Latent, LayerCache, caches
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Op
+from memplan.core.units import ITEMSIZE
+from memplan.models.model import ModelSpec
+from memplan.planning.step_time import limits
+from memplan.program.graph import active, elements
+from memplan.program.stored.checkpoint import parameters
+from memplan.program.stored.weights import StoredWeight, stored_weights
+from memplan.spec.formats import Quantization
+
+# By the dtype of a stored tensor, in memplan's words and ggml's: what its kernels get of the memory. Others are packed.
+_READ = {
+    **dict.fromkeys(("bf16", "fp16", "fp32", "BF16", "F16", "F32"), token_rates.PLAIN),
+    **dict.fromkeys(("fp8", "int8", "Q8_0"), token_rates.EIGHT),
+}
+_BITSANDBYTES = ("nf4", "fp4", "int8")
+_SERVER = 8  # GPUs of one server; more of them send over the network
+_TOWERS = ("vision", "projector", "audio")  # read once for a prompt's images, never for a token
+_SUMS = 2  # all-reduces of a layer: after attention and after its MLP. Shoeybi et al. 2019, arXiv:1909.08053, section 3
+
+
+class Load(NamedTuple):
+    """A model, and how it is run.
+
+    quantization  as `stored_weights` takes it; `dtype` is what it computes in, and what is not quantised
+    cache_dtype   of keys and values: memplan's word, or ggml's in small letters; empty for `dtype`
+    latent        how latent attention is kept (`memplan.catalogue.inference.caches`)
+    tp            ranks that divide every matrix and the heads of the caches
+    share         bytes of a stored tensor on one of the ranks; None: matrices are divided evenly
+    host          what the host takes for a step, in microseconds; or `recorded` is False, and it launches every kernel
+    """
+
+    model: ModelSpec
+    quantization: str | Quantization | None = None
+    dtype: str = "bf16"
+    cache_dtype: str = ""
+    latent: Latent = "latent"
+    tp: int = 1
+    share: Callable[[StoredWeight], int] | None = None
+    host: Span = token_rates.SCHEDULING
+    recorded: bool = True
+
+
+class Work(NamedTuple):
+    """What one rank does in a step.
+
+    weights     bytes that are read of them, by the rate they are read at
+    caches      bytes of caches that are read: of requests as they begin, and as they end
+    operations  of products with weights; `attending` of attention
+    sent        bytes of one sum over all ranks, of which there are `sums`
+    kernels     that the host launches
+    experts     how many experts a layer reads, of how many; (0, 0) without experts
+    """
+
+    weights: tuple[tuple[Span, int], ...]
+    caches: tuple[int, int]
+    operations: int
+    attending: int
+    sent: int
+    sums: int
+    kernels: int
+    experts: tuple[float, int]
+
+    @property
+    def bytes(self) -> int:
+        """Of weights."""
+        return sum(n for _, n in self.weights)
+
+
+class Seconds(NamedTuple):
+    """Seconds at the best and at the worst ends of all rates."""
+
+    low: float
+    high: float
+
+
+class Pace(NamedTuple):
+    """How fast a step goes on such cards.
+
+    step     seconds
+    tokens   of the step, all requests together; `requests` at once
+    bound    what takes longest at either end: memory, products, the host
+    work     what a rank does
+    assumed  every rate it rests on
+    notes    what stands in for a rate that the card does not have, and what is left out
+    """
+
+    step: Seconds
+    tokens: int
+    requests: int
+    bound: tuple[str, str]
+    work: Work
+    assumed: tuple[Span, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def tokens_per_second(self) -> Seconds:
+        """All requests together, the least first."""
+        return Seconds(self.tokens / self.step.high, self.tokens / self.step.low)
+
+    @property
+    def per_request(self) -> Seconds:
+        """Of each request."""
+        return Seconds(*(n / self.requests for n in self.tokens_per_second))
+
+
+def distinct(every: int, chosen: int, tokens: int) -> float:
+    """How many of `every` expert a layer's `tokens` use between them, where each chooses `chosen` of them, all alike
+    likely and by itself.
+
+    >>> distinct(128, 8, 1), round(distinct(128, 8, 16), 1), distinct(8, 8, 3)
+    (8.0, 82.4, 8.0)
+    """
+    return every * (1 - (1 - chosen / every) ** tokens)
+
+
+@lru_cache(maxsize=512)
+def decoding(load: Load, prompt: int, new_tokens: int, requests: int) -> Work:
+    """One step of decoding: a token for each of so many requests, whose caches grow from their prompts' to all but the
+    last of their tokens."""
+    read = _read(load, requests)
+    first, last = prompt, prompt + max(0, new_tokens - 1)
+    caches_ = tuple(requests * _cached(load, n, prompt) for n in (first, last))
+    return Work(
+        read.weights,
+        (caches_[0], caches_[1]),
+        2 * requests * read.multiplied,
+        requests * _attending(load, caches(load.model, load.latent), 1, last, prompt),
+        requests * load.model.hidden_size * ITEMSIZE[load.dtype],
+        _sums(load),
+        0 if load.recorded else _kernels(load.model),
+        read.experts,
+    )
+
+
+@lru_cache(maxsize=512)
+def prefilling(load: Load, prompt: int, requests: int = 1) -> Work:
+    """The pass of so many prompts: every token through every layer, the last one's logits alone."""
+    tokens = prompt * requests
+    read = _read(load, tokens)
+    return Work(
+        read.weights,
+        (0, 0),
+        2 * (tokens * (read.multiplied - read.head) + requests * read.head),
+        requests * _attending(load, caches(load.model, "expanded"), prompt, prompt, prompt),
+        tokens * load.model.hidden_size * ITEMSIZE[load.dtype],
+        _sums(load),
+        0 if load.recorded else _kernels(load.model),
+        read.experts,
+    )
+
+
+def decode(load: Load, gpu: GPU, prompt: int, new_tokens: int, requests: int = 1) -> Pace:
+    """How fast so many requests are answered at once, a token each in every step."""
+    return _paced(load, gpu, decoding(load, prompt, new_tokens, requests), requests, requests)
+
+
+def prefill(load: Load, gpu: GPU, prompt: int, requests: int = 1) -> Pace | None:
+    """How fast prompts are read; None where the catalogue has no rate for the card's products."""
+    if _rates(gpu, load)[0] is None:
+        return None
+    work = prefilling(load, prompt, requests)
+    return _paced(load, gpu, work, prompt * requests, requests)
+
+
+def _paced(load: Load, gpu: GPU, work: Work, tokens: int, requests: int) -> Pace:
+    ends: list[tuple[float, str]] = []
+    (fast, slow), note = _rates(gpu, load)[1:]
+    link = links.inside(gpu, load.tp) if load.tp <= _SERVER else links.network(gpu)
+    for best in (True, False):
+
+        def end(span: Span, best: bool = best) -> float:
+            return (span.high if best else span.low) / 100
+
+        bandwidth = (gpu.bandwidth_gbps or 0) * 1e9 / gpu.devices
+        moved = (*work.weights, (token_rates.PLAIN, work.caches[not best]))
+        reading = sum(n / (bandwidth * end(span)) for span, n in moved)
+        rate = fast if best else slow
+        computing = 0.0
+        if rate is not None:
+            computing = work.operations / (rate * end(token_rates.PRODUCTS))
+            computing += work.attending / (rate * end(token_rates.ATTENTION))
+        host = work.kernels * (token_rates.LAUNCH.low if best else token_rates.LAUNCH.high) * 1e-6
+        parts = {"memory": reading, "products": computing, "the host": host}
+        bound = max(parts, key=parts.__getitem__)
+        # At best all goes on at once; at worst what the card reads and computes waits for each other.
+        busy = parts[bound] if best else max(reading + computing, host)
+        between = 0.0 if work.kernels else (load.host.low if best else load.host.high) * 1e-6
+        ends.append((busy + _talking(load, work, link, best) + between, bound))
+    (low, first), (high, second) = ends
+    assumed = tuple(_assumed(load, work, link, fast is not None))
+    return Pace(Seconds(low, high), tokens, requests, (first, second), work, assumed, tuple(_notes(load, work, note)))
+
+
+def _assumed(load: Load, work: Work, link: links.Link, computes: bool) -> Iterator[Span]:
+    yield from (span for span, _ in work.weights)
+    if computes:
+        yield token_rates.PRODUCTS
+        if work.attending:
+            yield token_rates.ATTENTION
+    yield load.host if load.recorded else token_rates.LAUNCH
+    if load.tp > 1:
+        share, hop = link.share, link.hop
+        yield Span(f"{link.name}, {share.what}", share.low, share.high, share.basis, share.source)
+        yield Span(f"{link.name}, {hop.what}", hop.low, hop.high, hop.basis, hop.source)
+
+
+def _notes(load: Load, work: Work, note: str) -> Iterator[str]:
+    if note:
+        yield note
+    if work.experts[1]:
+        yield (
+            f"experts are chosen alike often and each token by itself: {work.experts[0]:.1f} of {work.experts[1]} are "
+            "read in a layer; where some are chosen more often, fewer are"
+        )
+    if any(p.name == "index keys" for layer in caches(load.model, load.latent) for p in layer.parts):
+        yield "attention that chooses keys by an index is counted as if it read all: with long contexts it is faster"
+    if load.tp > 1:
+        yield "at best a sum over the ranks takes one hop, as in one kernel; at worst it goes round a ring twice"
+
+
+def _talking(load: Load, work: Work, link: links.Link, best: bool) -> float:
+    """Seconds of the sums over ranks: a ring sends 2 (n - 1) / n of what is summed."""
+    n = load.tp
+    if n == 1:
+        return 0.0
+    share = link.share.high if best else link.share.low
+    hops = 1 if best else 2 * (n - 1)
+    hop = (link.hop.low if best else link.hop.high) * 1e-7
+    return work.sums * (2 * (n - 1) / n * work.sent / (link.bytes * share / 100) + hops * hop)
+
+
+def _rates(gpu: GPU, load: Load) -> tuple[float | None, tuple[float | None, float | None], str]:
+    """Operations a second at best and at worst: 8-bit formats for weights and inputs may use 8-bit units."""
+    known = limits(gpu, frozenset((load.dtype,)))
+    slow = known.operations[load.dtype] if known else None
+    note = known.note if known else f"{gpu.title} has no rate for products in the catalogue: only reading is counted"
+    name, fast = format_of(load), slow
+    eight = gpu.fp8_tflops if name.startswith(("fp8", "mxfp8")) else gpu.int8_tops if name.startswith("w8a8") else None
+    if slow is not None and eight is not None:
+        fast = max(slow, eight * 1e12 / gpu.devices)
+    return slow, (fast, slow), note
+
+
+def format_of(load: Load) -> str:
+    """The name of the format of its weights; empty where none was said."""
+    asked = load.quantization
+    return asked.format if isinstance(asked, Quantization) else asked or ""
+
+
+class _Reads(NamedTuple):
+    weights: tuple[tuple[Span, int], ...]
+    multiplied: int
+    head: int
+    experts: tuple[float, int]
+
+
+@lru_cache(maxsize=512)
+def _read(load: Load, tokens: int) -> _Reads:
+    """What so many tokens read of the weights on one rank, and the numbers that each is multiplied with."""
+    model, axes = load.model, load.model.axes()
+    chosen = {p.name: (active(p.weight, axes), elements(p.weight, axes), p.weight) for p in parameters(model)}
+    multiplied = head = 0
+    weights: dict[Span, int] = {token_rates.PLAIN: 0}
+    experts = (0.0, 0)
+    name = format_of(load)
+    seen: set[str] = set()
+    for w in stored_weights(model, load.quantization, load.dtype):
+        if w.group in _TOWERS:
+            continue
+        used, every, own = chosen.get(w.name, (1, 1, None))
+        part, bytes_ = 1.0, _on_rank(load, w)
+        if used < every:
+            n = axes["E"]
+            read = distinct(n, n * used // every, tokens)
+            experts, part = (read, n), read / n
+        if w.group == "embedding" and not model.tie_word_embeddings:
+            part = min(1.0, tokens / w.shape[0])
+        span = _READ.get(w.dtype, token_rates.FEWER)
+        if span is not token_rates.PLAIN and name in _BITSANDBYTES:
+            span = token_rates.BITSANDBYTES
+        weights[span] = weights.get(span, 0) + round(bytes_ * part)
+        multiplies = own is not None and own.rows and (w.group != "embedding" or model.tie_word_embeddings)
+        if multiplies and w.name not in seen:
+            numbers = prod(w.shape) * used // every // load.tp
+            multiplied += numbers
+            head += numbers if w.group in ("lm_head", "embedding") else 0
+        seen.add(w.name)
+    return _Reads(tuple(weights.items()), multiplied, head, experts)
+
+
+def _on_rank(load: Load, w: StoredWeight) -> int:
+    if load.share is not None:
+        return load.share(w)
+    return -(-w.bytes // load.tp) if len(w.shape) > 1 and w.group not in ("norm", "router") else w.bytes
+
+
+def _cached(load: Load, tokens: int, source: int) -> int:
+    """Bytes of one request's caches on a rank that a step reads."""
+    found = 0
+    for layer in caches(load.model, load.latent):
+        for part in layer.parts:
+            entries = part.entries(tokens, layer.last, source)
+            kept = cache_format(part.stored_in(load.dtype, load.cache_dtype or load.dtype))
+            heads = part.heads if part.per == "token" and part.heads else 0
+            each = -(-heads // load.tp) * kept.head(part.elements // heads) if heads else kept.head(part.on(load.tp))
+            found += entries * each
+    return found
+
+
+def _attending(load: Load, layers: Iterable[LayerCache], tokens: int, context: int, source: int) -> int:
+    """Operations of attention of the last `tokens` of `context`: two products over every key that a token sees."""
+    return sum(_of_layer(load.model, layer, tokens, context, source) for layer in layers) // load.tp
+
+
+def _of_layer(model: ModelSpec, layer: LayerCache, tokens: int, context: int, source: int) -> int:
+    """Those of one layer. A head's key and value are as wide as what is kept of them; over latents, scores and outputs
+    are both as wide as the latent."""
+    wide = sum(p.elements // max(1, p.heads) for p in layer.parts if p.per == "token" and p.every == 1)
+    if layer.kind == "latent":
+        wide += next((p.elements for p in layer.parts if p.name == "latent"), 0)
+    seen = sum(min(context - tokens + 1 + i, layer.window or context) for i in (0, tokens - 1)) * tokens // 2
+    if layer.window is not None and tokens > layer.window:
+        seen = layer.window * (tokens - layer.window) + layer.window * (layer.window + 1) // 2
+    across = sum(p.elements // max(1, p.heads) for p in layer.parts if p.per == "source")
+    return 2 * model.num_attention_heads * (seen * wide + tokens * source * across)
+
+
+def _sums(load: Load) -> int:
+    return _SUMS * load.model.num_hidden_layers if load.tp > 1 else 0
+
+
+@lru_cache(maxsize=64)
+def _kernels(model: ModelSpec) -> int:
+    """Operations of a forward pass that write something: about as many kernels."""
+    stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
+
+    def writing(ops: tuple[Op, ...]) -> int:
+        return sum(1 for op in ops if op.writes and not op.view)
+
+    each = (writing(r.before) + axes[r.times] * sum(writing(b.ops) for b in r.blocks) for r in stack.runs)
+    return writing(stack.before) + sum(each) + writing(stack.after)

@@ -1,0 +1,1 @@
+"""Fake tensors and devices: what torch must believe so that a step runs without data or a GPU."""

@@ -1,0 +1,215 @@
+"""What the libraries must believe so that, on fake tensors, they do what they do on a card.
+
+All of it changes modules of the process: it belongs into a child that ends with its traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memplan.probe.fake import attention, experts, streams
+from memplan.probe.fake import transformers_4 as older
+from memplan.probe.fake.kernels import Card
+from memplan.probe.fake.parts import watch_parts_only
+from memplan.probe.libraries import library
+
+_done: list[bool] = []
+
+
+def apply(card: Card) -> None:
+    """Patch the libraries for a trace as on `card`. Again for another card only what depends on it."""
+    F.scaled_dot_product_attention = attention.sdpa(card.capability)  # pyright: ignore[reportAttributeAccessIssue]
+    cuda: Any = torch.cuda
+    cuda.get_device_capability = lambda *_, **__: card.capability  # pyright: ignore[reportUnknownLambdaType]
+    if not _done:
+        _done.append(True)
+        _torch()
+        _cuda(cuda)
+        _transformers()
+        _peft()
+        _bitsandbytes()
+        watch_parts_only()
+    library("bitsandbytes.functional").name2qmap.clear()  # tables of the run before
+    library("bitsandbytes.optim").GlobalOptimManager._instance = None
+
+
+def _torch() -> None:
+    """The foreach optimizers take fake tensors, modules move them by assignment, as they do real ones."""
+    for module in (library("torch.utils._foreach_utils"), library("torch.optim.optimizer")):
+        types: Any = getattr(module, "_foreach_supported_types", None)
+        if types is not None and FakeTensor not in types:
+            types.append(FakeTensor)
+    module_class: Any = nn.Module
+    moved: Callable[..., Any] = module_class._apply
+
+    def _apply(self: Any, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
+        if not any(isinstance(p, FakeTensor) for p in self.parameters(recurse=True)):
+            return moved(self, fn, recurse)
+        if recurse:
+            for child in self.children():
+                _apply(child, fn)
+        for key, parameter in self._parameters.items():
+            if parameter is not None:
+                with torch.no_grad():
+                    new = fn(parameter)
+                if new is parameter:
+                    continue
+                if new.device != parameter.device:  # a fake tensor keeps its device
+                    self._parameters[key] = nn.Parameter(new, parameter.requires_grad)
+                else:
+                    parameter.data = new
+        for key, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[key] = fn(buffer)
+        return self
+
+    module_class._apply = _apply
+    _data()
+    functional: Any = F
+    if hasattr(F, "grouped_mm"):
+        functional.grouped_mm = experts.grouped_mm(functional.grouped_mm)
+    # In a build without CUDA these two are composed of others above the modes; CUDA has a kernel for each.
+    if not torch.backends.cuda.is_built():
+        kernels = torch.library.Library("aten", "IMPL")
+        for name in ("silu_backward", "mish_backward"):
+            kernels.impl(name, lambda gradient, x: torch.empty_like(x), "CUDA")  # pyright: ignore
+        _kept.append(kernels)
+
+
+def _data() -> None:
+    """A fake tensor that is given data of another device is there afterwards, as a real one is."""
+    fake: Any = FakeTensor
+    plain: Any = torch.Tensor.data
+
+    def assign(self: Any, value: Any) -> None:
+        plain.__set__(self, value)
+        if isinstance(value, FakeTensor):
+            self.fake_device = value.fake_device
+
+    fake.data = property(plain.__get__, assign)
+
+
+_kept: list[Any] = []  # a torch.library registration ends with the object
+
+
+def _cuda(cuda: Any) -> None:
+    """There is a card, for those who ask; and nothing to wait for."""
+    cuda.is_bf16_supported = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
+    cuda.current_device = lambda: 0
+    streams.apply(cuda, torch.accelerator)
+    cuda.synchronize = cuda.empty_cache = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
+    cuda._lazy_init = lambda: None
+    library("torch.utils.checkpoint").DefaultDeviceType.set_device_type("cuda")  # of blocks given no tensor by position
+    for name in ("torch.cuda.amp.common", "torch.amp.grad_scaler"):
+        module = library(name)
+        if hasattr(module, "amp_definitely_not_available"):
+            module.amp_definitely_not_available = lambda: False
+    mode: Any = library("torch.amp.autocast_mode").autocast
+    construct = mode.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        available, cuda.is_available = cuda.is_available, lambda: True
+        try:
+            construct(self, *args, **kwargs)
+        finally:
+            cuda.is_available = available
+
+    mode.__init__ = __init__
+
+
+def _transformers() -> None:
+    """No look at values that are not there: a mask of ones is what it is on a card that looks."""
+    utils = library("transformers.utils.import_utils")
+    utils.is_fake_tensor = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
+    with contextlib.suppress(Exception):
+        masking = library("transformers.masking_utils")
+        masking.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportUnknownLambdaType]
+        masking.fast_all = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
+    flash, models = library("transformers.modeling_flash_attention_utils"), library("transformers.modeling_utils")
+    if not hasattr(flash, "_lazy_imports"):
+        older.flash_attention()
+        return
+    for check in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # of versions before 5.24 the second
+        setattr(models.PreTrainedModel, check, lambda *_, **__: True)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    versions: Any = getattr(models, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", {})
+    for version in versions.values():
+        version["general_availability_check"] = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
+    for module in (flash, models):
+        module.is_flash_attn_2_available = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
+    flash._get_unpad_data = _all_tokens
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    vars(package).update(
+        flash_attn_func=attention.flash_attn_func,
+        flash_attn_varlen_func=attention.flash_attn_varlen_func,
+        flash_attn_with_kvcache=None,
+    )
+    vars(padding).update(pad_input=flash._pad_input, unpad_input=flash._unpad_input)
+    imports: Callable[..., Any] = flash._lazy_imports
+
+    def _lazy_imports(*args: Any, **kwargs: Any) -> Any:
+        """The package is there for those who import its functions, and not for those who look for its kernels."""
+        sys.modules.update({"flash_attn": package, "flash_attn.bert_padding": padding})
+        try:
+            return imports(*args, **kwargs)
+        finally:
+            del sys.modules["flash_attn"], sys.modules["flash_attn.bert_padding"]
+
+    flash._lazy_imports = _lazy_imports
+
+
+def _all_tokens(mask: Any) -> tuple[Any, Any, int]:
+    """Where the tokens are that are no padding: how many there are is in the data, so all are taken to be there."""
+    batch, rows = mask.shape
+    lengths = torch.arange(batch + 1, dtype=torch.int32, device=mask.device)
+    return torch.arange(batch * rows, device=mask.device), lengths, rows
+
+
+def _peft() -> None:
+    """peft knows quantised weights by the name of bitsandbytes' classes, which hold no fake tensors."""
+    asked = library("peft.utils.integrations").dequantize_module_weight
+    functional = library("bitsandbytes.functional")
+
+    def dequantize_module_weight(module: Any) -> Any:
+        weight = module.weight
+        if getattr(weight, "quant_state", None) is not None:
+            return functional.dequantize_4bit(weight.data, weight.quant_state)
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        if scales is None:
+            scales = getattr(weight, "SCB", None)
+        if scales is not None:
+            return functional.int8_vectorwise_dequant(weight.data, scales)
+        return asked(module)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("peft.") and getattr(module, "dequantize_module_weight", None) is asked:
+            vars(module)["dequantize_module_weight"] = dequantize_module_weight
+
+
+def _bitsandbytes() -> None:
+    """Paged states are no memory of torch's; tables of values are not looked at."""
+    functional = library("bitsandbytes.functional")
+
+    def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Any:
+        tensor: Any = torch.empty(*shape, dtype=dtype, device="cpu")
+        tensor.is_paged, tensor.page_deviceid = True, 0
+        return tensor
+
+    def restore(module: Any) -> None:
+        """Weights that FSDP gathered are none of bitsandbytes' class, which holds no fake tensor."""
+        if getattr(module.weight, "quant_state", None) is None:
+            module.weight.quant_state = module.quant_state
+
+    library("bitsandbytes.nn.modules").fix_4bit_weight_quant_state_from_module = restore
+    functional.get_paged = get_paged
+    functional.create_dynamic_map = lambda *_, **__: torch.empty(256, dtype=torch.float32)  # pyright: ignore
+    functional.fill = functional.prefetch_tensor = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
+    functional.is_on_gpu = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]

@@ -1,0 +1,511 @@
+"""Records when every storage on the device is allocated and freed, below autograd, and quickly.
+
+Every ATen call of the script comes here. What an operation makes depends on the shapes, strides and dtypes it is given
+alone: torch's fake tensors work it out once, and the same call is answered from memory afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memplan.probe.fake.kernels import Card, Scratch, scratch_of, without_data
+from memplan.probe.libraries import library
+
+_C: Any = library("torch._C")
+_aten: Any = torch.ops.aten
+_DEVICE: Any = torch.ops.prim.device.default
+_graph_task: Callable[[], int] = _C._current_graph_task_id
+_node: Callable[[], Any] = _C._current_autograd_node
+_subclass: Any = torch.Tensor._make_subclass  # pyright: ignore[reportPrivateUsage]
+
+# Calls whose answer depends on more than metadata, or which change that of their arguments.
+_NEVER_KEPT = frozenset(
+    ("set_", "resize_", "resize_as_", "_local_scalar_dense", "lift_fresh", "equal", "nonzero", "_resize_output_")
+)
+
+_TWICE = -2
+
+# Tensors made of others, which know what to do with themselves.
+_WRAPPERS = frozenset(("DTensor", "AsyncCollectiveTensor", "PackedTensor", "WeightQBitsTensor"))
+
+# FunctionsManual.cpp writes into the gradient it has just made, unless a tensor subclass is about.
+_IN_PLACE = {
+    _aten._index_put_impl.default: _aten._index_put_impl_.default,
+    _aten.index_put.default: _aten.index_put_.default,
+    _aten.scatter_add.default: _aten.scatter_add_.default,
+    _aten.scatter.src: _aten.scatter_.src,
+    _aten.scatter.value: _aten.scatter_.value,
+    _aten.index_add.default: _aten.index_add_.default,
+}
+
+
+class Made(NamedTuple):
+    """What is known of a storage when it is made: bytes asked for, and of the first tensor in it shape and dtype.
+
+    `module` is the path of the module whose forward ran, or of the one whose gradient this is about; `node` is a
+    number of autograd's order while backward runs, by which the module is found.
+    """
+
+    asked: int
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    module: str
+    node: int
+
+
+class _Output(NamedTuple):
+    """How one output is made again: a new storage, a view of the n-th tensor given, or that tensor itself."""
+
+    kind: str
+    which: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    asked: int
+    state: dict[str, Any]
+
+
+class _Answer(NamedTuple):
+    """What a call answers: its outputs, whether they come as a list or a tuple, and what its kernel allocates."""
+
+    outputs: tuple[_Output | None, ...]
+    sequence: type[Any] | None
+    scratch: tuple[tuple[str, int], ...]
+
+
+class _FakeMode(FakeTensorMode):
+    """torch's fake tensors; a tensor that is copied with its module stays one of this mode's."""
+
+    def __deepcopy__(self, memo: Any) -> _FakeMode:
+        return self
+
+
+class Memory(NamedTuple):
+    """What is known of operations on one kind of card, and stays known from run to run.
+
+    scratch     what kernels allocate inside themselves
+    instead     what is run in place of operations whose outputs depend on the data
+    """
+
+    fake: AbstractContextManager[Any]
+    scratch: Mapping[Any, Scratch]
+    instead: Mapping[Any, Callable[..., Any]]
+    answers: dict[Any, _Answer]
+    kept: dict[Any, bool]
+
+
+def memory_of(card: Card, fake: bool = True) -> Memory:
+    """Nothing known yet but the rows of a card; for tensors with data where `fake` is false."""
+    mode = _FakeMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    return Memory(mode, scratch_of(card), without_data(), {}, {})
+
+
+class _Storage(weakref.ref[Any]):
+    """A weak reference to a storage that knows its number, which is -1 while it is empty, and what it was `known` as
+    before."""
+
+    __slots__ = ("key", "known", "number")
+    key: int
+    known: Made
+    number: int
+
+
+class Interval(NamedTuple):
+    """A phase: its name, the step it is of (0: none), the events it spans, and where its loss began (-1: nowhere)."""
+
+    name: str
+    step: int
+    start: int
+    end: int
+    loss: int
+
+
+class Tracker(TorchDispatchMode):
+    """A dispatch mode over fake tensors, or real ones, that keeps the events of storages on `device`.
+
+    `events` holds n where storage n is made and ~n where it is freed; `made[n]` is what it is. `intervals` are the
+    phases, `recomputed` the events between which a checkpointed block ran again.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it costs time in every call
+
+    def __init__(self, device: str, memory: Memory, card: int | None = None) -> None:
+        """`card`: of several devices of that type the one that is watched; None for all."""
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self.device = device
+        self._card = card
+        self._fake, self._scratch, self._instead, self._answers, self._kept = memory
+        self.made: list[Made] = []
+        self.events: list[int] = []
+        self.intervals: list[Interval] = []
+        self.recomputed: list[tuple[int, int]] = []
+        self.modules: list[tuple[int, str]] = []  # autograd's sequence number when a module began or went on
+        self.module = ""
+        self.step = 0
+        self.loss_at = -1
+        self._live: dict[int, _Storage] = {}
+        self._last: tuple[int, int] | None = None
+        self._calibrating = False
+        self._lifted: list[bool] = []
+
+    def __enter__(self) -> Tracker:
+        """As fake tensors' own mode does: values from Python become tensors on the CPU, and are moved from there."""
+        super().__enter__()
+        self._lifted.append(_C._only_lift_cpu_tensors())
+        _C._set_only_lift_cpu_tensors(True)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _C._set_only_lift_cpu_tensors(self._lifted.pop())
+        super().__exit__(*error)  # pyright: ignore[reportUnknownMemberType]
+
+    # Phases
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """The events inside are of this phase."""
+        start, self.loss_at = len(self.events), -1
+        yield
+        loss_at = self.loss_at if name == "forward" else -1
+        self.intervals.append(Interval(name, self.step, start, len(self.events), loss_at))
+
+    def number_of(self, tensor: torch.Tensor) -> int | None:
+        """The number of the storage a tensor lies in; None where it is not on the device."""
+        whole: Any = getattr(tensor, "_local_tensor", tensor)  # of one that ranks divide, the part that is here
+        found = self._live.get(whole.untyped_storage()._cdata)
+        return None if found is None or found.number < 0 else found.number
+
+    # Storages
+
+    def _new(self, asked: int, shape: tuple[int, ...], dtype: str, op: str) -> int:
+        node = -1
+        if _graph_task() != -1:
+            running = _node()
+            if running is not None:
+                node = running._sequence_nr()
+        number = len(self.made)
+        self.made.append(Made(asked, shape, dtype, op, self.module, node))
+        self.events.append(number)
+        return number
+
+    def _watch(self, storage: Any, asked: int, shape: tuple[int, ...], dtype: torch.dtype, op: str) -> None:
+        reference = _Storage(storage, self._freed)
+        reference.key = key = storage._cdata
+        reference.number = self._new(asked, shape, str(dtype)[6:], op)
+        self._live[key] = reference
+
+    def _freed(self, reference: _Storage) -> None:
+        if self._live.pop(reference.key, None) is not None and reference.number >= 0:
+            self.events.append(~reference.number)
+
+    @contextmanager
+    def resizing(self) -> Generator[None]:
+        """While inside, a storage that is resized is seen: FSDP empties those it will fill again."""
+        resize: Callable[..., Any] = torch.UntypedStorage.resize_
+
+        def resize_(storage: Any, size: int) -> Any:
+            before = storage.nbytes()
+            out = resize(storage, size)
+            found = self._live.get(storage._cdata)
+            if found is not None and size != before:
+                self._resized(found, int(size))
+            return out
+
+        storage_class: Any = torch.UntypedStorage
+        storage_class.resize_ = resize_
+        try:
+            yield
+        finally:
+            storage_class.resize_ = resize
+
+    def _resized(self, reference: _Storage, size: int) -> None:
+        """Another storage stands for one that has another size; none for one without."""
+        if reference.number >= 0:
+            reference.known = self.made[reference.number]
+            self.events.append(~reference.number)
+            reference.number = -1
+        if size:
+            made = reference.known
+            reference.number = self._new(size, made.shape, made.dtype, made.op)
+
+    def _inside(self, scratch: Sequence[tuple[str, int]]) -> None:
+        """What a kernel allocates and frees while it runs."""
+        numbers = [self._new(bytes_, (bytes_,), "uint8", what) for what, bytes_ in scratch if bytes_ > 0]
+        self.events += [~number for number in reversed(numbers)]
+
+    # Calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _C._only_lift_cpu_tensors():  # autograd's own thread, which runs a checkpointed forward again
+            _C._set_only_lift_cpu_tensors(True)
+        if any(getattr(kind, "__name__", "") in _WRAPPERS for kind in types):
+            return NotImplemented  # they call again with what they are made of
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device
+        if _graph_task() != -1 and not torch.is_grad_enabled():
+            if func is _aten.add.Tensor:
+                if not kwargs and self._adds_in_place(args):
+                    func = _aten.add_.Tensor
+            elif func in _IN_PLACE and _called_by_the_engine():
+                func = _IN_PLACE[func]
+        given: list[Any] = []
+        key: list[Any] = [func]
+        kept = self._kept.get(func)
+        if kept is None:
+            kept = self._kept[func] = _is_kept(func) and func not in self._instead
+        kept = kept and _key_of(args, key, given) and (not kwargs or _key_of_keywords(kwargs, key, given))
+        if kept:
+            if not given:  # what is made of nothing has the dtype that is the default at the time
+                key.append(torch.get_default_dtype())
+            call = tuple(key)
+            answer = self._answers.get(call)
+            if answer is None:
+                return self._first(call, func, args, kwargs or {}, given)
+            return self._again(answer, func, given)
+        return self._ask(func, args, kwargs or {})
+
+    def _ask(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The call as torch's fake tensors answer it, its storages recorded."""
+        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return _no_value(args[0])
+        if func in self._instead:
+            with self:
+                return self._instead[func](*args, **kwargs)
+        with self._fake:
+            out = func(*args, **kwargs)
+        for tensor in _tensors(out):
+            self._record(tensor, func)
+        scratch = self._scratch.get(func)
+        if scratch is not None and self._here(args):
+            self._inside(scratch(args, kwargs))
+        return out
+
+    def _here(self, args: Any, watched: bool = True) -> bool:
+        """Whether a call computes on a device of the type, the `watched` one: the tensors it is given first lie there,
+        where it is given any."""
+        first = next((tensor for arg in args for tensor in _tensors(arg)), None)
+        return first is None or (self._watches(first.device) if watched else first.device.type == self.device)
+
+    def _watches(self, device: torch.device) -> bool:
+        return device.type == self.device and (self._card is None or (device.index or 0) == self._card)
+
+    def _record(self, tensor: Any, func: Any) -> None:
+        if not self._watches(tensor.device):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._live:
+            self._watch(storage, storage.nbytes(), tuple(tensor.shape), tensor.dtype, _name(func))
+
+    def _first(self, call: tuple[Any, ...], func: Any, args: Any, kwargs: Any, given: list[Any]) -> Any:
+        """The call for the first time: asked, and kept if it can be made again."""
+        out: Any = self._ask(func, args, kwargs)
+        sequence = _sequence(out)
+        outputs: list[_Output | None] = []
+        same = {id(tensor): i for i, tensor in enumerate(given)}
+        lies_in = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(given)}
+        for tensor in out if sequence is not None else (out,):
+            if tensor is None:
+                outputs.append(None)
+                continue
+            described = _describe(tensor, same, lies_in) if isinstance(tensor, FakeTensor) else None
+            if described is None:
+                self._kept[func] = self._kept[func] and isinstance(tensor, (FakeTensor, list))
+                return out
+            outputs.append(described)
+        scratch = self._scratch.get(func)
+        inside = tuple(scratch(args, kwargs)) if scratch is not None and self._here(args, watched=False) else ()
+        self._answers[call] = _Answer(tuple(outputs), sequence, inside)
+        return out
+
+    def _again(self, answer: _Answer, func: Any, given: list[Any]) -> Any:
+        """The call answered from memory: outputs made, their storages recorded."""
+        made: list[Any] = []
+        for output in answer.outputs:
+            if output is None:
+                made.append(None)
+                continue
+            if output.kind == "same":
+                made.append(given[output.which])
+                continue
+            if output.kind == "new":
+                element = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
+                if self._watches(output.device):
+                    self._watch(element.untyped_storage(), output.asked, output.shape, output.dtype, _name(func))
+            else:
+                element = torch.empty(0, dtype=output.dtype, device="meta")
+                storage = given[output.which].untyped_storage()
+                element.set_(storage, output.offset, output.shape, output.stride)
+            tensor = _subclass(FakeTensor, element, False, dispatch_device=True, device_for_backend_keys=output.device)
+            tensor.__dict__.update(output.state)
+            made.append(tensor)
+        if answer.scratch and self._here(given):
+            self._inside(answer.scratch)
+        return made[0] if answer.sequence is None else answer.sequence(made)
+
+    # Sums of gradients
+
+    def _adds_in_place(self, args: Any) -> bool:
+        """Whether torch's engine, which adds gradients out of place only while a mode listens, would add in place.
+
+        It does where it holds the last reference to a dense gradient.
+        Source: torch 2.13 csrc/autograd/input_buffer.cpp accumulate.
+        """
+        old, new = args[0], args[1]
+        if not isinstance(new, torch.Tensor) or old.shape != new.shape or old.dtype != new.dtype:
+            return False
+        storage = old.untyped_storage()
+        held = (old._use_count(), _C._storage_Use_Count(storage._cdata))
+        if self._calibrating:
+            self._last = held
+            return False
+        last = self._last
+        assert last is not None, "calibrate first"
+        return held[0] <= last[0] and held[1] <= last[1] and _is_dense(old) and _called_by_the_engine()
+
+    def calibrate(self) -> None:
+        """Find out how many references the engine's last one is, with a sum of two gradients."""
+        self._calibrating = True
+        with self:
+            x = torch.ones(4, 4, device=self.device, requires_grad=True)
+            h = x * 1.0
+            (h * 2.0 + h * 3.0).sum().backward()  # pyright: ignore[reportUnknownMemberType]
+        self._calibrating = False
+        assert self._last is not None
+        del x, h
+        self.made.clear()
+        self.events.clear()
+        self._live.clear()
+
+
+answering: list[Callable[[torch.Tensor], bool | int | float]] = []  # what a script answers itself, the last of them
+
+
+def _no_value(tensor: torch.Tensor) -> bool | int | float:
+    """The value of a tensor without data, where a script asks for one: nothing was found, nothing is infinite."""
+    constant = getattr(tensor, "constant", None)
+    if constant is not None:
+        return constant.item()
+    if answering:
+        return answering[-1](tensor)
+    if tensor.dtype == torch.bool:
+        return False
+    return 0.0 if tensor.is_floating_point() else 0
+
+
+def _is_kept(func: Any) -> bool:
+    tags = {str(tag) for tag in func.tags}
+    bad = ("Tag.data_dependent_output", "Tag.dynamic_output_shape", "Tag.inplace_view")
+    return func._schema.name.rpartition("::")[2] not in _NEVER_KEPT and not any(tag in tags for tag in bad)
+
+
+def _key_of(values: Any, key: list[Any], given: list[Any]) -> bool:
+    """Append what `values` mean for the answer; False where that is not known. Tensors are appended to `given`."""
+    for value in values:
+        kind = cast(type[Any], type(value))
+        if kind is FakeTensor or isinstance(value, FakeTensor):
+            if value.constant is not None:
+                return False
+            given.append(value)
+            key.append(value.shape)
+            key.append(value.stride())
+            key.append(value.storage_offset())
+            key.append(value.dtype)
+            key.append(value.fake_device)
+        elif kind is int or kind is str or value is None:
+            key.append(value)
+        elif kind is float or kind is bool:
+            key.append(kind)
+            key.append(value)
+        elif kind is list or kind is tuple:
+            key.append(len(value))
+            if not _key_of(value, key, given):
+                return False
+        elif isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat)):
+            return False
+        else:
+            key.append(value)
+    return True
+
+
+def _key_of_keywords(kwargs: Any, key: list[Any], given: list[Any]) -> bool:
+    for name, value in kwargs.items():
+        key.append(name)
+        if not _key_of((value,), key, given):
+            return False
+    return True
+
+
+def _describe(tensor: Any, same: dict[int, int], lies_in: dict[int, int]) -> _Output | None:
+    """How to make `tensor` again; None where that is not plain.
+
+    `same` and `lies_in` say which of the tensors given it may be, by identity, and in whose storage it may lie.
+    """
+    if tensor.constant is not None or tensor.dtype.is_complex or tensor.is_sparse:
+        return None
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    if any(type(n) is not int for n in (*shape, *stride)):
+        return None
+    storage = tensor.untyped_storage()
+    offset = tensor.storage_offset()
+    if id(tensor) in same:
+        kind, index = "same", same[id(tensor)]
+    elif storage._cdata in lies_in:
+        kind, index = "view", lies_in[storage._cdata]
+    elif offset:
+        return None
+    else:
+        kind, index = "new", -1
+        lies_in[storage._cdata] = _TWICE
+    if index == _TWICE:
+        return None  # two outputs in one new storage
+    asked = storage.nbytes()
+    state: dict[str, Any] = tensor.__dict__.copy()
+    return _Output(kind, index, shape, stride, offset, tensor.dtype, tensor.fake_device, asked, state)
+
+
+def _sequence(out: Any) -> Any:
+    """The kind of sequence of several outputs; None for one."""
+    return list if isinstance(out, list) else tuple if isinstance(out, tuple) else None
+
+
+def _tensors(out: Any) -> Iterator[Any]:
+    if isinstance(out, torch.Tensor):
+        yield out
+    elif isinstance(out, (list, tuple)):
+        for inner in cast(Iterable[Any], out):
+            yield from _tensors(inner)
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether no element lies on another and none of the storage between them is unused."""
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _called_by_the_engine() -> bool:
+    """Whether no Python code but that which called backward stands above: not a custom function, hook or recompute."""
+    frame: Any = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name in ("_engine_run_backward", "_run_backward")

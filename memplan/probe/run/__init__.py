@@ -1,0 +1,1 @@
+"""Running probes: traces and measurements in processes of their own, suites, and kept rows."""

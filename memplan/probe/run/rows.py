@@ -1,0 +1,175 @@
+"""Measured runs as lines of JSON: written as each one ends, read again to go on, to calibrate, or as golden runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.version import __version__
+from memplan.probe.run.process import Here, Measured
+from memplan.resolve.decide import filled
+from memplan.spec.run import RunSpec
+
+SOURCE = "memplan probe --cuda"
+_MOST_BYTES = 2**26
+_LONGEST = 200
+
+
+def described(run: RunSpec) -> str:
+    """A run in a few words, with what its profile decides; others may be described alike."""
+    run = filled(run)
+    model = run.model if isinstance(run.model, str) else str(run.model.config.get("model_type", "config"))
+    words = [
+        printable(Path(model).name or model, 40),
+        run.method.kind,
+        "amp" if run.precision.autocast else run.precision.weights,
+        str(run.optimizer.name),
+        run.kernels.attention,
+        str(run.kernels.loss),
+        {"none": "", "full": "ckpt"}.get(str(run.kernels.checkpointing), f"ckpt-{run.kernels.checkpointing}"),
+        f"b{run.batch.micro}-s{run.batch.sequence}",
+    ]
+    return "-".join(word for word in words if word)
+
+
+def identity(run: RunSpec) -> str:
+    """A name for a run that says what it is, and that no other run has."""
+    return f"{described(run)}-{sha256(run.model_dump_json().encode()).hexdigest()[:6]}"
+
+
+def row(measured: Measured, machine: Here) -> dict[str, Any]:
+    """One line, as tests/golden has them: bytes of the whole run, of each phase and of each reading."""
+    readings = [r for r in measured.readings if r.phase != "context"]
+    phases: dict[str, int] = {}
+    for reading in readings:
+        name = "step" if reading.phase == "clip" else reading.phase
+        phases[name] = max(phases.get(name, 0), reading.allocated)
+    first = next((r for r in measured.readings if r.phase == "context"), None)
+    out: dict[str, Any] = {
+        "id": identity(measured.run),
+        "source": SOURCE,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "memplan": __version__,
+        "stack": stack(machine.versions),
+        "measured": machine.card.name,
+        "driver": machine.driver,
+        "allocator": machine.allocator,
+        "outcome": measured.outcome,
+    }
+    if measured.outcome == "measured":
+        out |= {"allocated": measured.allocated, "reserved": measured.reserved, "process": measured.process}
+    else:
+        out |= {"phase": measured.phase, "step": measured.step, "said": measured.said}
+    if first is not None:
+        last = measured.readings[-1]
+        out["context"] = {"first": measured.beside(first), "last": measured.beside(last)}
+    out |= {"before": measured.before, "shown": measured.shown, "seconds": round(measured.seconds, 1)}
+    out |= {"phases": phases, "readings": [r._asdict() for r in readings]}
+    return {**out, "run": measured.run.model_dump(mode="json", exclude_defaults=True)}
+
+
+def stack(versions: Mapping[str, str]) -> str:
+    """Libraries with their versions, in words."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Write one line to the end of a file, at once. Raises MemplanError where it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise MemplanError(f"output: {str(path)!r:.200} cannot be written ({error.strerror})", "output") from None
+
+
+def done(path: Path, outcomes: Sequence[str], mends: bool = True) -> set[RunSpec]:
+    """The runs that a file has a line of already, with one of the `outcomes`.
+
+    A last line that was cut off counts as not there, and is taken off the file where it `mends`.
+    Raises SpecError where a line is no measured run.
+    """
+    if not path.exists():
+        return set()
+    if mends:
+        mend(path)
+    return {run for run, line in read(path, "output", cut=True) if line.get("outcome") in outcomes}
+
+
+def mend(path: Path) -> None:
+    """Take a last line without its end off the file: writing it was interrupted."""
+    try:
+        raw = path.read_bytes()
+        if raw and not raw.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(raw.rfind(b"\n") + 1)
+    except OSError as error:
+        raise MemplanError(f"output: {str(path)!r:.200} cannot be written ({error.strerror})", "output") from None
+
+
+def read(path: Path, field: str, cut: bool = False) -> Iterator[tuple[RunSpec, Mapping[str, Any]]]:
+    """The lines of a file that have a run, each with it; the last may be `cut` off, and is left out then.
+
+    Raises SpecError, which names `field` and the line.
+    """
+    for number, line in lines_of(path, field, cut):
+        if "run" in line:  # a golden file may begin with a line about itself
+            yield run_of(line["run"], f"{field}: {printable(path.name, _LONGEST)}, line {number}", field), line
+
+
+def lines_of(path: Path, field: str, cut: bool = False) -> list[tuple[int, Mapping[str, Any]]]:
+    """A file's lines with their numbers, each a JSON object; the last may be `cut` off, and is left out then.
+
+    Raises SpecError, which names `field` and the line.
+    """
+    shown = printable(str(path), _LONGEST)
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise SpecError(f"{field}: {shown} is larger than {_MOST_BYTES // 2**20} MiB", field)
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SpecError(f"{field}: {shown} is not text in UTF-8", field) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise SpecError(f"{field}: {shown!r} cannot be read ({getattr(error, 'strerror', error)})", field) from None
+    if cut:
+        text = text[: text.rfind("\n") + 1]
+    found: list[tuple[int, Mapping[str, Any]]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value: object = json.loads(line)
+        except (ValueError, RecursionError):
+            raise SpecError(f"{field}: {shown}, line {number} is not JSON", field) from None
+        if not isinstance(value, dict):
+            raise SpecError(f"{field}: {shown}, line {number} is no JSON object", field)
+        found.append((number, cast(dict[str, Any], value)))
+    return found
+
+
+def run_of(fields: object, where: str, field: str) -> RunSpec:
+    """A run from its fields. Raises SpecError, which says where it stands and what is wrong."""
+    from pydantic import ValidationError
+
+    from memplan.spec.failures import line_of
+
+    try:
+        return RunSpec.model_validate(fields)
+    except (ValidationError, MemplanError) as error:
+        raise SpecError(f"{where}: {line_of(error)}", field) from None
+
+
+def named(lines: Sequence[Mapping[str, Any]]) -> str:
+    """How many lines there are of each outcome, in words.
+
+    >>> named([{"outcome": "measured"}, {"outcome": "killed"}, {"outcome": "measured"}])
+    '2 measured, 1 killed'
+    """
+    counts: dict[str, int] = {}
+    for line in lines:
+        counts[str(line["outcome"])] = counts.get(str(line["outcome"]), 0) + 1
+    return ", ".join(f"{n} {outcome}" for outcome, n in counts.items())

@@ -1,0 +1,1 @@
+"""The training script that is traced and measured, on the real libraries."""

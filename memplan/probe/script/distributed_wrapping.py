@@ -1,0 +1,266 @@
+"""The model of a run wrapped for several GPUs, as accelerate 1.15 wraps it for transformers' Trainer.
+
+Only the first rank is there: torch's process group `fake` answers for the others, and sends nothing.
+
+Source: accelerate 1.15 accelerator.py prepare_model, utils/fsdp_utils.py fsdp2_prepare_model; transformers 5.24
+trainer.py, distributed/fsdp.py update_fsdp_plugin_peft.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.probe.fake import fake_process_group as group
+from memplan.probe.libraries import library
+from memplan.probe.script import expert_parallel, tensor_parallel
+from memplan.probe.script.model import DTYPES, base_of, lower_of
+from memplan.spec.run import RunSpec
+
+_SHARDED = ("fsdp", "fsdp2")
+
+
+def home(run: RunSpec, device: torch.device) -> torch.device:
+    """Where the model is made: FSDP divides one that is in host memory, or on the GPU where it is quantised before."""
+    divides = run.parallelism.strategy in _SHARDED and run.parallelism.dp > 1
+    return torch.device("cpu") if divides and run.method.quantization is None else device
+
+
+@contextmanager
+def ranks(run: RunSpec) -> Generator[None]:
+    """While inside, this process is the first of the run's ranks."""
+    distributed: Any = library("torch.distributed")
+    if run.parallelism.dp == 1:
+        yield
+        return
+    fake = library("torch.testing._internal.distributed.fake_pg")
+    group.apply()
+    with _disable_current_modes():
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        distributed.init_process_group("fake", rank=0, world_size=run.parallelism.world, store=fake.FakeStore())
+    try:
+        yield
+    finally:
+        with _disable_current_modes():
+            distributed.destroy_process_group()
+
+
+def wrap(model: Any, run: RunSpec, device: torch.device) -> Any:
+    """The model as the script calls it; itself on one GPU."""
+    if run.parallelism.dp == 1:
+        return model
+    if run.precision.autocast and run.loop.trainer:
+        _cast(model, lower_of(run.precision), device)
+    match run.parallelism.strategy:
+        case "ddp":
+            return _replicated(model, run, device)
+        case "fsdp":
+            return _flat(model, run, device)
+        case "fsdp2":
+            return _divided(model, run, device)
+        case other:
+            raise AssertionError(other)
+
+
+def _cast(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """The model computes under autocast, and what it returns is cast to fp32."""
+    converted = library("accelerate.utils.operations").convert_outputs_to_fp32
+    under: Any = torch.autocast(device.type, dtype=dtype)
+    model.forward = MethodType(converted(under(model.forward.__func__)), model)
+
+
+def _replicated(model: Any, run: RunSpec, device: torch.device) -> Any:
+    replicated = library("torch.nn.parallel").DistributedDataParallel
+    p = run.parallelism
+    wrapped = replicated(
+        model,
+        device_ids=[0],
+        output_device=0,
+        gradient_as_bucket_view=p.bucket_view,
+        static_graph=p.static_graph,
+    )
+    group.answer_at_once(wrapped)
+    return wrapped
+
+
+def _blocks(model: Any) -> set[type]:
+    """The classes of the blocks that are units, as a model's class names them."""
+    find = library("accelerate.utils.dataclasses").get_module_class_from_name
+    named = getattr(model, "_no_split_modules", None) or ()
+    found = (find(model, name) for name in named)
+    return {kind for kind in found if kind is not None}
+
+
+def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
+    fsdp: Any = library("torch.distributed.fsdp")
+    if run.method.kind in ADAPTERS:
+        policy = library("peft.utils.other").fsdp_auto_wrap_policy(model)
+    else:
+        blocks = library("torch.distributed.fsdp.wrap").transformer_auto_wrap_policy
+        policy = functools.partial(blocks, transformer_layer_cls=_blocks(model))
+    p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed(run)
+    strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward is not False]
+    if p.shard_group == 1:
+        strategy = "NO_SHARD"
+    mixed = fsdp.MixedPrecision(param_dtype=lower, reduce_dtype=lower, buffer_dtype=lower) if lower else None
+    wrapped = fsdp.FullyShardedDataParallel(
+        model,
+        device_mesh=_groups(run, device) if (p.shard_group or 1) > 1 else None,
+        sharding_strategy=getattr(fsdp.ShardingStrategy, strategy),
+        auto_wrap_policy=policy,
+        mixed_precision=mixed,
+        cpu_offload=fsdp.CPUOffload(offload_params=True) if p.offload.parameters else None,
+        forward_prefetch=p.forward_prefetch,
+        backward_prefetch={"pre": prefetch.BACKWARD_PRE, "post": prefetch.BACKWARD_POST}.get(p.backward_prefetch),
+        use_orig_params=True,
+        sync_module_states=_sent(run),
+        limit_all_gathers=True,
+        device_id=device,
+    )
+    if run.precision.autocast:
+        for unit in fsdp.FullyShardedDataParallel.fsdp_modules(wrapped):
+            flat = unit._flat_param if unit._has_params else None
+            if flat is not None and flat.dtype != torch.float32 and flat.requires_grad:
+                flat.data = flat.data.to(torch.float32)
+                unit._handle._orig_param_dtype = torch.float32
+    return wrapped
+
+
+# FSDP1's words, by whether groups of ranks are replicas, and whether weights go between forward and backward.
+_STRATEGIES = {
+    (False, True): "FULL_SHARD",
+    (False, False): "SHARD_GRAD_OP",
+    (True, True): "HYBRID_SHARD",
+    (True, False): "_HYBRID_SHARD_ZERO2",
+}
+
+
+def _groups(run: RunSpec, device: torch.device) -> Any:
+    """The ranks as a mesh: replicas, where groups of ranks are, by those that divide the weights."""
+    world, group = run.parallelism.world, run.parallelism.shard_group
+    shape = (world // group, group) if group else (world,)
+    names = ("replicate", "shard")[-len(shape) :]
+    with _disable_current_modes():
+        return library("torch.distributed.device_mesh").init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def _mixed(run: RunSpec) -> torch.dtype | None:
+    """The dtype that FSDP's mixed precision gathers and reduces in; None where it is off."""
+    if run.precision.autocast:
+        return lower_of(run.precision)
+    q = run.method.quantization
+    return DTYPES[q.storage] if q is not None and run.loop.trainer and q.storage in DTYPES else None
+
+
+def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
+    if run.parallelism.ep > 1:
+        expert_parallel.shard(model)
+        return model
+    fsdp: Any = library("torch.distributed.fsdp")
+    mesh, lower = _groups(run, device), _mixed(run)
+    if run.precision.autocast and run.method.quantization is None:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.to(torch.float32)
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower, output_dtype=lower)
+    root = {"mesh": mesh, "mp_policy": policy if lower else fsdp.MixedPrecisionPolicy()}
+    if run.parallelism.offload.parameters:
+        root["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=True)
+    unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward is not False}
+    shard = fsdp.fully_shard
+    loaded: Any = model.state_dict() if _sent(run) else {}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in loaded} if loaded else {}
+    if loaded:
+        model = model.to(torch.device("meta"))
+        base_of(model).tie_weights()
+    blocks = () if run.loop.trainer and run.method.kind in ADAPTERS else tuple(_blocks(model))
+    for module in _bottom_up(model):
+        if isinstance(module, blocks) and not isinstance(module, fsdp.FSDPModule):
+            shard(module, **unit)
+    table, head = _embeddings(model)
+    tied = table is not None and head is not None and table.weight is head.weight
+    shared = _sharing(model, table, head)
+    if not tied and table is not None and not isinstance(table, fsdp.FSDPModule):
+        shard([table, *shared], **unit)
+    norm = library("accelerate.utils.fsdp_utils")._find_final_norm(model)
+    tail = (norm, table, *shared, head) if tied else (norm, head)
+    own = [module for module in tail if module is not None and not isinstance(module, fsdp.FSDPModule)]
+    if own:
+        shard(own, **{**unit, "reshard_after_forward": False})
+    shard(model, **root)
+    if loaded:
+        _send(model, run, device, loaded, buffers)
+    return model
+
+
+def _sent(run: RunSpec) -> bool:
+    """Whether one process loads the model and sends the others their parts."""
+    return run.parallelism.cpu_ram_efficient_loading and run.method.quantization is None
+
+
+def _send(model: Any, run: RunSpec, device: torch.device, loaded: Any, buffers: dict[str, Any]) -> None:
+    """What accelerate does of a model on the meta device that is divided: a weight after the other comes whole."""
+    first = SimpleNamespace(is_main_process=True)
+    load = library("accelerate.utils.fsdp_utils").fsdp2_load_full_state_dict
+    load(first, model, loaded, cpu_offload=run.parallelism.offload.parameters)
+    for name, buffer in buffers.items():
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent).register_buffer(own, buffer.to(device), persistent=False)
+    base_of(model).tie_weights()
+
+
+def _embeddings(model: Any) -> tuple[Any, Any]:
+    """The model's input embeddings and its head, None where it has none."""
+    none: Any = lambda: None  # noqa: E731
+    return getattr(model, "get_input_embeddings", none)(), getattr(model, "get_output_embeddings", none)()
+
+
+def _sharing(model: Any, table: Any, head: Any) -> list[Any]:
+    """Further modules that look tokens up in the table, as T5's encoder and decoder do. accelerate 1.15 leaves them to
+    the root, which torch 2.13 refuses: it asks for all modules that share a parameter in one group."""
+    weight = getattr(table, "weight", None)
+    return [m for m in model.modules() if m not in (table, head) and getattr(m, "weight", None) is weight is not None]
+
+
+def _bottom_up(module: Any) -> Generator[Any]:
+    """Every module below this one, children first."""
+    for child in module.children():
+        yield from _bottom_up(child)
+        yield child
+
+
+def accumulating(model: Any, run: RunSpec) -> AbstractContextManager[None]:
+    """While inside, backward keeps the gradients whole: they are reduced in the last micro-batch only."""
+    if run.parallelism.dp == 1:
+        return nullcontext()
+    if run.parallelism.strategy == "fsdp2":
+        return _unreduced(model)
+    return model.no_sync()
+
+
+@contextmanager
+def _unreduced(model: Any) -> Generator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def clip(model: Any, run: RunSpec, parameters: list[Any]) -> None:
+    """Clip the gradients' norm, FSDP1's by its own method."""
+    most = float(run.loop.clip_grad_norm or 0)
+    if run.parallelism.tp > 1 or run.parallelism.ep > 1:
+        tensor_parallel.clip(parameters, most)
+    elif run.parallelism.dp > 1 and run.parallelism.strategy == "fsdp":
+        model.clip_grad_norm_(most)
+    else:
+        torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True)

@@ -1,0 +1,220 @@
+"""Images as a model's processor hands them on: pixels, their sizes, and the tokens that stand for them.
+
+What a tower computes from the sizes has them as numbers. In a trace tensors have no data, and so those functions are
+asked about a copy that has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memplan.models.cards import find_model
+from memplan.models.configs.images import PACKS, Picture, axes_of, picture_of
+from memplan.probe.libraries import library
+from memplan.spec.run import RunSpec
+
+_IMAGE = 1  # what mm_token_type_ids and token_type_ids call an image's token
+
+
+class Grid:
+    """The sizes of all images of a batch, [images, 3] int64: a tensor on the device, and the numbers in it."""
+
+    def __init__(self, rows: list[tuple[int, int, int]], device: torch.device) -> None:
+        self.rows = rows
+        self.tensor = torch.tensor(rows, dtype=torch.int64).to(device)
+
+    def prod(self, _: int) -> Counts:
+        return Counts([t * h * w for t, h, w in self.rows])
+
+
+class Counts:
+    """Numbers that stand for a tensor of them."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+
+    def __floordiv__(self, by: int) -> Counts:
+        return Counts([n // by for n in self.numbers])
+
+    def tolist(self) -> list[int]:
+        return self.numbers
+
+
+class Ends:
+    """Where sequences end in a packed one, as int32 on the device; differences of it are their lengths."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.tensor = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+
+    def __getitem__(self, _: slice) -> Ends:
+        return self
+
+    def __sub__(self, _: Ends) -> Counts:
+        return Counts(self.lengths)
+
+
+def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """What the model is given of the run's images, beside `ids` [batch, sequence], in which their tokens are put."""
+    model = find_model(run.model)
+    picture = picture_of(model, run.batch.image_size)
+    each, device = run.batch.images, ids.device
+    axes = {**model.axes(), **axes_of(model, each, picture)}
+    images, merged = run.batch.micro * each, axes["merged"]
+    config = base.config
+    ids[:, :merged] = getattr(config, "image_token_id", None) or config.image_token_index
+    kinds = torch.zeros_like(ids)
+    kinds[:, :merged] = _IMAGE
+    side = axes["patch"]
+    if _has_no_data(ids):
+        _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
+    match model.model_type:
+        case family if family in PACKS:
+            rows = [(1, picture.rows, picture.columns)] * images
+            grid = Grid(rows, device)
+            if _has_no_data(ids):
+                _know(base, grid)
+            pixels = torch.empty(images * picture.patches, axes["vin"], device=device).normal_()
+            sizes = grid if _has_no_data(ids) else grid.tensor
+            return {"pixel_values": pixels, "image_grid_thw": sizes, "mm_token_type_ids": kinds}
+        case "llama4":
+            return {"pixel_values": _pixels(images * picture.tiles, picture, side, device, torch.bfloat16)}
+        case "gemma3":
+            return {"pixel_values": _pixels(images, picture, side, device), "token_type_ids": kinds}
+        case "mistral3":
+            sizes: Any = [(picture.rows * side, picture.columns * side)] * images
+            if _has_no_data(ids):
+                _know_sizes(base, merged // each)
+            return {"pixel_values": _pixels(images, picture, side, device), "image_sizes": sizes}
+        case "mllama":
+            tiles, channels = axes["vtiles"], axes["vin"] // side**2
+            sides = picture.columns * side
+            rows = ids.shape[0], each  # as many as sequences: generation repeats them for every beam
+            ones = torch.ones(*rows, tiles, dtype=torch.int64, device=device)
+            return {
+                "pixel_values": torch.empty(*rows, tiles, channels, sides, sides, device=device).normal_(),
+                "aspect_ratio_ids": torch.ones(rows, dtype=torch.int64, device=device),
+                "aspect_ratio_mask": ones,
+                "cross_attention_mask": ones.unsqueeze(1).repeat(1, ids.shape[1], 1, 1),
+            }
+        case other:
+            raise AssertionError(other)
+
+
+def _pixels(
+    images: int, picture: Picture, side: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    shape = (images, 3, picture.rows * side, picture.columns * side)
+    return torch.empty(*shape, device=device, dtype=dtype).normal_()
+
+
+def _has_no_data(t: torch.Tensor) -> bool:
+    return type(t).__name__ == "FakeTensor"
+
+
+def _module(base: Any) -> Any:
+    """The file of transformers that the model is from: FSDP2 gives a divided model a class of its own."""
+    return next(sys.modules[k.__module__] for k in type(base).__mro__ if k.__module__.startswith("transformers."))
+
+
+def _outside(compute: Callable[[], Any]) -> Any:
+    """What is computed with data, on the host, unseen by the trace."""
+    dispatch: Any = library("torch.utils._python_dispatch")
+    with dispatch._disable_current_modes():
+        return compute()
+
+
+def _know(base: Any, grid: Grid) -> None:
+    """Have the model ask about the sizes of images where it would read them from the device."""
+    module = _module(base)
+    utils: Any = sys.modules["transformers.vision_utils"]
+    sizes: Any = _outside(lambda: torch.tensor(grid.rows, dtype=torch.int64))
+    device = grid.tensor.device
+
+    def ends(found: Any) -> Ends:
+        return Ends(_outside(lambda: list((found[1:] - found[:-1]).tolist())), device)
+
+    def seqlens(_: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        return ends(_outside(lambda: utils.get_vision_cu_seqlens(sizes))), None
+
+    def windows(_: Any, *args: Any, kwargs: Any = None, **options: Any) -> Any:
+        index, found = _outside(lambda: utils.get_vision_window_index(sizes, *args, **options))
+        return torch.zeros(index.shape, dtype=torch.int64), ends(found)
+
+    def positions(_: Any, *args: Any, kwargs: Any = None, **options: Any) -> Any:
+        found = _outside(lambda: utils.get_vision_position_ids(sizes, *args, **options))
+        return torch.zeros(found.shape, dtype=torch.int64, device=device)
+
+    def interpolated(_: Any, *args: Any, kwargs: Any = None, **options: Any) -> Any:
+        found = _outside(lambda: utils.get_vision_interpolation_indices_and_weights(sizes, *args, **options))
+        return tuple(torch.zeros(t.shape, dtype=t.dtype, device=device) for t in found)
+
+    for name, function in {
+        "get_vision_attention_seqlens": seqlens,
+        "get_vision_window_index": windows,
+        "get_vision_position_ids": positions,
+        "get_vision_interpolation_indices_and_weights": interpolated,
+    }.items():
+        if hasattr(module, name):
+            setattr(module, name, function)
+    module.get_max_seqlen = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
+
+    def rope(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        batch, tokens = input_ids.shape
+        places = torch.zeros(3, batch, tokens, dtype=input_ids.dtype, device=input_ids.device)
+        return places, torch.zeros(batch, 1, dtype=torch.int64, device=input_ids.device)
+
+    base.model.get_rope_index = rope
+    if hasattr(base.model.language_model, "_deepstack_process"):
+        base.model.language_model._deepstack_process = _deepstack
+
+
+def _deepstack(hidden: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """As Qwen3-VL's, with indices of as many places as there is to put there. Of them autograd keeps the mask alone."""
+    count, device = visual.shape[0], hidden.device
+
+    def pack(saved: torch.Tensor) -> Any:
+        return None if saved.dtype == torch.int64 else saved
+
+    def unpack(kept: Any) -> Any:
+        return torch.zeros(count, dtype=torch.int64, device=device) if kept is None else kept
+
+    where: Any = torch.nonzero_static(mask, size=count)
+    rows, columns = where.unbind(1)
+    visual = visual.to(device, hidden.dtype)
+    hidden = hidden.clone()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        local = hidden[rows, columns] + visual
+        hidden[rows, columns] = local
+    return hidden
+
+
+def _know_sizes(base: Any, tokens: int) -> None:
+    """Mistral 3 reads the sizes from a tensor that it makes of numbers."""
+    module = _module(base)
+    module.torch = _Torch(tokens)
+
+
+class _Torch:
+    """torch, but for a tensor of the images' sizes: what is asked of it is how many tokens each has."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def as_tensor(self, sizes: list[tuple[int, int]], **_: Any) -> _Sizes:
+        return _Sizes([self.tokens] * len(sizes))
+
+
+class _Sizes(Counts):
+    def __floordiv__(self, by: int) -> _Sizes:
+        return self
+
+    def prod(self, dim: int) -> _Sizes:
+        return self

@@ -1,0 +1,209 @@
+"""Losses of other libraries than transformers, written out for what they allocate: see
+`memplan.catalogue.kernels.losses`.
+
+Each takes the model's body and head apart, as those libraries do, so that all logits are never there at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memplan.probe.script.model import base_of
+
+_CHUNKS = 8  # torchtune 0.6 CEWithChunkedOutputLoss num_output_chunks
+_TOKENS = 128  # litgpt 0.5 lm_head_chunk_size
+_IGNORED = -100
+
+
+class Computed(NamedTuple):
+    """The loss, and what a script that holds its outputs keeps through backward."""
+
+    loss: torch.Tensor
+    outputs: Any
+
+
+def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **options: Any) -> Computed:
+    """The loss of a model's `inputs` by the name it has in `kernels.loss`; without `labels` the mean of what the model
+    makes of each sequence."""
+    if labels is None:
+        outputs = model(**inputs, **options)
+        return Computed(outputs.pooler_output.mean(), outputs)
+    if kind == "hf":
+        outputs = model(**inputs, labels=labels, **options)
+        return Computed(outputs.loss, outputs)
+    ids = inputs["input_ids"]
+    base = base_of(model)
+    body = getattr(base, base.base_model_prefix)
+    head = _head(base)
+    match kind:
+        case "chunked":
+            return _chunked(_logits(body, head, ids, options, _into_eight), labels)
+        case "chunked_lm_head":
+            return _chunked_lm_head(_logits(body, head, ids, options, _by_tokens), labels)
+        case "fused":
+            hidden = body(input_ids=ids, **options).last_hidden_state
+            return Computed(_fused(hidden, labels, base.get_output_embeddings()), None)
+        case other:
+            raise AssertionError(other)
+
+
+def _logits(body: Any, head: Any, ids: Any, options: dict[str, Any], split: Callable[[Any], Any]) -> list[Any]:
+    """Logits of every chunk of the hidden states, which go when all are made, as they do where a model returns."""
+    return [head(chunk) for chunk in split(body(input_ids=ids, **options).last_hidden_state)]
+
+
+def _into_eight(hidden: Any) -> Any:
+    return hidden.chunk(_CHUNKS, dim=1)
+
+
+def _by_tokens(hidden: Any) -> Any:
+    return hidden.split(_TOKENS, dim=1)
+
+
+def _head(base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From hidden states to logits, with what some families do to the logits afterwards."""
+    matrix, config = base.get_output_embeddings(), base.config
+    cap = getattr(config, "final_logit_softcapping", None)
+    divided = getattr(config, "logits_scaling", None)
+    factor = getattr(config, "logit_scale", None)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        out = matrix(hidden)
+        if divided is not None:
+            out = out / divided
+        if factor is not None:
+            out = out * factor
+        if cap is not None:
+            out = out / cap
+            out = torch.tanh(out)
+            out = out * cap
+        return out
+
+    return logits
+
+
+def _shifted(labels: torch.Tensor) -> torch.Tensor:
+    """Labels moved by one, the last of every row ignored."""
+    return F.pad(labels, (0, 1), value=_IGNORED)[..., 1:].contiguous()
+
+
+def _chunked(chunks: list[Any], labels: torch.Tensor) -> Computed:
+    """torchtune's: a head for every chunk of the sequence, then a loss of every chunk in fp32."""
+    targets: Any = [chunk.reshape(-1) for chunk in _into_eight(_shifted(labels))]
+    logits = [chunk.reshape(-1, chunk.size(-1)) for chunk in chunks]
+    loss: Any = 0.0
+    for chunk, target in zip(logits, targets, strict=True):
+        loss = loss + F.cross_entropy(chunk.float(), target, ignore_index=_IGNORED, reduction="sum")
+    return Computed(loss, None)
+
+
+def _chunked_lm_head(kept: list[Any], labels: Any) -> Computed:
+    """LitGPT's: logits 128 tokens at a time, kept by the training loop, their losses in their own dtype."""
+    kept[-1] = kept[-1][..., :-1, :]
+    logits = [chunk.reshape(-1, chunk.size(-1)) for chunk in kept]
+    targets = [chunk.reshape(-1) for chunk in _by_tokens(labels[..., 1:])]
+    losses = [
+        F.cross_entropy(chunk, target, ignore_index=_IGNORED, reduction="none")
+        for chunk, target in zip(logits, targets, strict=True)
+    ]
+    return Computed(torch.cat(losses).sum(), kept)
+
+
+def _fused(hidden: torch.Tensor, labels: torch.Tensor, matrix: Any) -> torch.Tensor:
+    """Liger's: the gradients are made beside the loss."""
+    target = _shifted(labels).view(-1)
+    return _FusedLinearCrossEntropy.apply(hidden.view(-1, hidden.shape[-1]), matrix.weight, target)  # pyright: ignore
+
+
+# As Liger's: products in forward are cast as autocast says, and backward runs in the mode forward ran in.
+_amp: Any = torch.amp
+_forward: Callable[[Any], Any] = _amp.custom_fwd(device_type="cuda")
+_backward: Callable[[Any], Any] = _amp.custom_bwd(device_type="cuda")
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """What liger-kernel 0.8's function of that name allocates: chunks of logits become their gradients in place."""
+
+    @staticmethod
+    @_forward
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        tokens, width = hidden.shape
+        vocabulary = weight.shape[0]
+        share = -(-tokens // -(-vocabulary // width))
+        size = min(1 << (share - 1).bit_length(), tokens)
+        hidden_gradient = torch.zeros_like(hidden)
+        weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
+        losses = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
+        counted = target != _IGNORED
+        number = counted.sum().item()
+        plain = hidden.dtype == weight.dtype and _uncast(hidden)
+        buffer = torch.empty((size, vocabulary), dtype=hidden.dtype, device=hidden.device) if plain else None
+        for start in range(0, tokens, size):
+            part = hidden[start : start + size]
+            if buffer is not None:
+                logits = buffer[: part.shape[0]]
+                torch.mm(part, weight.t(), out=logits)
+            else:
+                logits = part @ weight.t()
+            if not isinstance(logits, FakeTensor):
+                _into_gradient(logits, target[start : start + size], losses[start : start + size], int(number))
+            if buffer is not None:
+                torch.mm(logits, weight, out=hidden_gradient[start : start + size])
+            else:
+                hidden_gradient[start : start + size] = logits @ weight
+            if weight_gradient is not None:
+                _add_product(weight_gradient, logits, part)
+            del logits, part
+        del buffer
+        loss = losses.sum()
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return loss
+
+    @staticmethod
+    @_backward
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_gradient, weight_gradient = ctx.saved_tensors  # scaled in place by a kernel of Liger's
+        hidden_gradient.mul_(gradient)
+        if weight_gradient is not None:
+            weight_gradient.mul_(gradient)
+        return hidden_gradient, weight_gradient, None
+
+
+def _uncast(hidden: torch.Tensor) -> bool:
+    """Whether autocast, if it is on, would leave the product as it is."""
+    on = torch.is_autocast_enabled("cuda")
+    return not on or torch.get_autocast_dtype("cuda") == hidden.dtype
+
+
+def _into_gradient(logits: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, number: int) -> None:
+    """Logits become the gradient of their mean cross entropy over `number` tokens in place.
+
+    One kernel of Liger's does it and allocates nothing; here numbers of a row are beside them for a while.
+    """
+    ignored = target == _IGNORED
+    rows = target.clamp(min=0).unsqueeze(1)
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    losses.sub_(logits.gather(1, rows).squeeze(1))
+    logits.exp_()
+    total = logits.sum(dim=1, keepdim=True, dtype=torch.float32)
+    losses.add_(total.squeeze(1).log()).masked_fill_(ignored, 0.0).div_(number)
+    logits.div_(total)
+    logits.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=logits.dtype))
+    logits.masked_fill_(ignored.unsqueeze(1), 0.0).div_(number)
+
+
+def _add_product(into: torch.Tensor, logits: torch.Tensor, part: torch.Tensor) -> None:
+    """Add the chunk's part of the weight's gradient: in place, where cards add half-precision products that way."""
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    ampere = torch.cuda.get_device_capability(into.device)[0] >= 8 if into.is_cuda else False
+    if ampere and half and into.dtype == torch.float32:
+        torch.addmm(into, logits.t(), part.to(logits.dtype), out_dtype=torch.float32, out=into)  # pyright: ignore
+    elif ampere and half and into.dtype == logits.dtype:
+        torch.addmm(into, logits.t(), part.to(logits.dtype), out=into)
+    else:
+        into += torch.mm(logits.t(), part).float()

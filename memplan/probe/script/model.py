@@ -1,0 +1,322 @@
+"""The model of a run: built from its config with random weights, quantised, adapted, its layers frozen or not."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from memplan.core.errors import MemplanError, ProbeError, SpecError
+from memplan.models.cards import find_config
+from memplan.models.objectives import saved_with
+from memplan.probe.libraries import library, model_class
+from memplan.probe.script import expert_parallel
+from memplan.probe.script.device_map import dispatch, homes, is_dispatched, map_of
+from memplan.probe.script.quantized import is_quantisable, quantise
+from memplan.probe.script.tensor_parallel import divide, is_part, local_of, part_of
+from memplan.resolve.decide import decide, objective_of
+from memplan.spec.run import RunSpec
+from memplan.spec.training import Precision
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What a config says about a file or a program, and not about the model.
+_NOT_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
+_NEITHER = ("_name_or_path", "quantization_config", "_attn_implementation", "attn_implementation")
+_ADAPTERS = ("lora", "qlora", "dora", "qdora")
+
+
+def lower_of(precision: Precision) -> torch.dtype:
+    """The dtype that autocast computes in."""
+    return DTYPES[precision.compute or ("bf16" if precision.weights == "fp32" else precision.weights)]
+
+
+def build_model(run: RunSpec, device: torch.device) -> Any:
+    """The model as it trains: on `device`, weights random, of the dtypes and with the adapters that the run asks for.
+
+    Built without memory, then made weight by weight, so that loading never holds the model in two dtypes.
+    Raises ProbeError where transformers lacks the class, ConfigError for a config that is none.
+    """
+    model = _empty_model(run)
+    task = run.task == "train"
+    places = map_of(model, run) if is_dispatched(run) else {"": 0}
+    _materialise(model, run, homes(places, device) if is_dispatched(run) else lambda _: device)
+    if is_dispatched(run):
+        dispatch(model, places, device)
+    kind = run.method.kind
+    if task and run.method.quantization is not None:
+        _prepare(model, run)
+    if run.method.frozen:
+        parts = re.compile(_parts(run.method.frozen))
+        for name, parameter in model.named_parameters():
+            if parts.fullmatch(name):
+                parameter.requires_grad_(False)
+    if kind in _ADAPTERS:
+        model = _adapt(model, run)
+    elif kind == "freeze":
+        _freeze(model, run.method.trainable_layers)
+    if task and run.kernels.checkpointing != "none":
+        _checkpoint(model, bool(run.kernels.reentrant), run.kernels.checkpointing == "offload")
+    model.train(task)
+    return model
+
+
+def _empty_model(run: RunSpec) -> Any:
+    """The model on the meta device: shapes and dtypes, no memory."""
+    given: Mapping[str, Any] = find_config(run.model)
+    model_type = str(given.get("model_type", ""))
+    objective = objective_of(run)
+    auto = model_class(model_type, sees=bool(given.get("vision_config")), objective=objective)
+    transformers = library("transformers")
+    kept = {key: _plain(value) for key, value in given.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
+    options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights], "trust_remote_code": False}
+    if run.kernels.attention in ("eager", "flash_attention_2"):
+        options["attn_implementation"] = run.kernels.attention  # else sdpa's, or eager where a class has no other
+    config: Any
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **kept)
+        if objective == "seq2seq_lm" and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 0  # which token a decoder begins with is no matter of memory
+        if objective == "sequence_classification" and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = 0  # a decoder looks for the last token that is none
+        if not hasattr(config, "dtype"):  # as it was called before transformers 4.56
+            options["torch_dtype"] = options.pop("dtype")
+        with torch.device("meta"):
+            model: Any = getattr(transformers, auto).from_config(config, **options)
+        if run.parallelism.tp > 1:
+            divide(model, run)
+        elif run.parallelism.ep > 1:
+            expert_parallel.divide_alone(model, run)
+        model.tie_weights()  # as loading does: not every version has done it by now
+        _untie(model, given)
+        _let_return(model, model_type)
+        return model
+    except MemplanError:
+        raise
+    except Exception as error:  # whatever a model class makes of a config that is not its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ProbeError(
+            f"model: transformers cannot build {model_type} from this config: {reason:.300}", "model"
+        ) from (error)
+
+
+def _untie(model: Any, given: Mapping[str, Any]) -> None:
+    """T5's config class ties the head whatever the config says, but loading does not where the checkpoint has a weight
+    of its own for it, as the config says.
+
+    Source: transformers 5.24 models/t5/configuration_t5.py, modeling_utils.py tie_weights.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings
+    if given.get("tie_word_embeddings") is False and head is not None and head.weight is table().weight:
+        head.weight = nn.Parameter(torch.empty_like(head.weight), head.weight.requires_grad)
+
+
+def _let_return(model: Any, model_type: str) -> None:
+    """Llama 4's model for images hands on outputs for which its decoder's have no name, and fails with its loss made.
+
+    Source: transformers 5.24 models/llama4/modeling_llama4.py Llama4ForConditionalGeneration.forward.
+    """
+    if model_type == "llama4":
+        outputs: Any = sys.modules[type(model).__module__].MoeCausalLMOutputWithPast
+        if not hasattr(outputs, "image_outputs"):
+            outputs.image_outputs = None
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts, as JSON has them, for what the spec keeps frozen."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(inner) for inner in cast(list[Any], value)]
+    return value
+
+
+def _materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) -> None:
+    """Give every parameter and buffer memory on the device that `home` has for its name, in the model's order; a shared
+    one stays shared."""
+    made: dict[int, torch.Tensor] = {}
+    quantization = run.method.quantization
+    saved = saved_with(objective_of(run), run.method.modules_to_save, hasattr(model, "score"))
+    quantised = set(is_quantisable(model, quantization, saved)) if quantization is not None else set[str]()
+    compute = DTYPES[str(run.precision.compute or run.precision.weights)]
+
+    def real(t: torch.Tensor, name: str) -> torch.Tensor:
+        if id(t) not in made:
+            device = home(name)
+            new = part_of(t, _random(local_of(t), device)) if is_part(t) else _random(t, device)
+            made[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+        return made[id(t)]
+
+    if quantised:  # as transformers' quantizers mark a model: flash attention 2 asks for it
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._is_quantized = True
+    for name, module in list(model.named_modules()):
+        if name in quantised and quantization is not None:
+            model.set_submodule(name, quantise(module, quantization, compute, home(name)))
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[key] = real(parameter, f"{name}.{key}")
+        buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
+        for key, buffer in buffers.items():
+            module._buffers[key] = real(buffer, f"{name}.{key}")
+        held = cast(dict[str, Any], vars(module))
+        for key, value in list(held.items()):
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                setattr(module, key, real(value, f"{name}.{key}"))
+        if buffers:
+            _compute_buffers(model, module)
+
+
+def _random(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Memory like `t`, filled so that a step computes numbers: matrices small and random, norms 1."""
+    new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    if not t.is_floating_point():
+        return new.zero_()
+    return new.normal_(std=0.02) if t.ndim > 1 else new.fill_(1.0)
+
+
+def _compute_buffers(model: Any, module: Any) -> None:
+    """What a module computes once (rotary frequencies) is no random number: transformers' own initialisation."""
+    initialise = getattr(module, "_init_weights", None) or getattr(model, "_init_weights", None)
+    if initialise is not None and not module._parameters:
+        with torch.no_grad():
+            initialise(module)
+
+
+def _prepare(model: Any, run: RunSpec) -> None:
+    """peft's `prepare_model_for_kbit_training`; `trl` casts embeddings and heads back, as trl's 0.12 did."""
+    quantization = run.method.quantization
+    preparation = quantization.kbit_preparation if quantization is not None else False
+    if preparation is False:
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        return
+    library("peft").prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if preparation == "trl":
+        for name, module in model.named_modules():
+            if any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")):
+                weight: Any = getattr(module, "weight", None)
+                if weight is not None:
+                    weight.data = weight.data.to(DTYPES[run.precision.weights])
+
+
+# peft's words for what a model is trained for; it has none for the others.
+_TASKS = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "feature_extraction": "FEATURE_EXTRACTION",
+}
+
+
+def _arguments(model: Any) -> Mapping[str, Any]:
+    """What the model's `forward` may be given, by name."""
+    return inspect.signature(model.forward).parameters
+
+
+def _adapt(model: Any, run: RunSpec) -> Any:
+    """peft's adapters around the targets, in `adapter_dtype` (peft's own default is fp32)."""
+    peft, method, objective = library("peft"), run.method, objective_of(run)
+    config = peft.LoraConfig(
+        task_type=_TASKS.get(objective) if "input_ids" in _arguments(model) else None,
+        r=method.rank,
+        lora_alpha=method.alpha or 8,
+        lora_dropout=method.dropout,
+        target_modules=_targets(run),
+        exclude_modules=_parts(method.frozen) or None,
+        modules_to_save=list(saved_with(objective, method.modules_to_save, hasattr(model, "score"))) or None,
+        use_dora="dora" in method.kind,
+        use_rslora=bool(method.options.get("use_rslora", False)),
+    )
+    dtype = method.adapter_dtype or "fp32"
+    try:
+        adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "fp32")
+    except ValueError as error:  # targets that are not there, or that peft cannot adapt
+        raise ProbeError(
+            f"method.targets: peft refuses: {' '.join(str(error).split()):.300}", "method.targets"
+        ) from error
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and parameter.dtype != DTYPES[dtype]:
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    return adapted
+
+
+# The parts of vision-language models, by the paths of their modules and parameters.
+_PROJECTOR = r"visual\.(deepstack_)?merger|multi_modal_projector"
+_PARTS = {
+    "vision": rf"(?!.*({_PROJECTOR})).*(visual\.|vision_tower|vision_model).*",
+    "projector": rf".*({_PROJECTOR}).*",
+    "language": r"(?!.*(visual\.|vision_tower|vision_model|multi_modal_projector)).*",
+}
+
+
+def _parts(names: Iterable[str]) -> str:
+    """An expression for the paths of the parts of those names; empty where there are none."""
+    return "|".join(f"({_PARTS[name]})" for name in names)
+
+
+def _targets(run: RunSpec) -> str | list[str]:
+    """The modules to adapt, by the names they have in this model where memplan knows it (q_proj of a fused qkv)."""
+    named = run.method.targets
+    if named == "all-linear":
+        return "all-linear"
+    try:
+        known = decide(run).structure.graph.recipe.targets
+    except MemplanError:  # a family without a stack, or a field only the estimate refuses: the names as they are
+        known = named
+    return list(known)
+
+
+def _freeze(model: Any, trainable: int) -> None:
+    """Only the last `trainable` layers train, as LLaMA-Factory's freeze tuning has it."""
+    layers = max(_module_lists(model), key=len, default=None)
+    if layers is None:
+        raise SpecError("method.kind: freeze needs a model with a list of layers", "method.kind")
+    model.requires_grad_(False)
+    for layer in list(layers)[-trainable:]:
+        layer.requires_grad_(True)
+
+
+def _module_lists(model: Any) -> Iterator[nn.ModuleList]:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            yield module
+
+
+def _wrappers() -> tuple[type[Any], ...]:
+    """torch's modules around a model that several GPUs train; none where nobody has imported them."""
+    modules = (("torch.nn.parallel", "DistributedDataParallel"), ("torch.distributed.fsdp", "FullyShardedDataParallel"))
+    return tuple(getattr(sys.modules[name], kind) for name, kind in modules if name in sys.modules)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside torch's wrappers for several GPUs, or the model itself."""
+    while isinstance(model, _wrappers()):
+        model = model.module
+    return model
+
+
+def base_of(model: Any) -> Any:
+    """transformers' model inside torch's wrappers and peft's, or the model itself."""
+    model = unwrapped(model)
+    return model.base_model.model if hasattr(model, "peft_config") else model
+
+
+def _checkpoint(model: Any, reentrant: bool, offload: bool) -> None:
+    """transformers' gradient checkpointing of every layer, its inputs in host memory with `offload`."""
+    base = base_of(model)
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable({"use_reentrant": reentrant}, **({"offload": True} if offload else {}))
+        return
+    if offload:
+        raise ProbeError("kernels.checkpointing: offload needs transformers 5.24 or later", "kernels.checkpointing")
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})  # transformers before 5
+    if base is not model:
+        base.enable_input_require_grads()

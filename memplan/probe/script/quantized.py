@@ -1,0 +1,102 @@
+"""Quantised layers, as transformers puts bitsandbytes' in place of linear ones: real weights, and weights without data.
+
+bitsandbytes' own parameter classes cannot hold a fake tensor: a plain parameter with their attributes stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memplan.probe.libraries import library
+from memplan.spec.formats import Quantization
+
+STORAGE = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def is_quantisable(model: Any, quantization: Quantization, saved: tuple[str, ...] = ()) -> Iterator[str]:
+    """The names of the modules that are replaced: plain linear layers but the head, what `skip` names, and what is
+    `saved` as a copy that trains.
+
+    Source: transformers 5.24 integrations/bitsandbytes.py replace_with_bnb_linear.
+    """
+    conv1d = library("transformers.pytorch_utils").Conv1D
+    head = model.get_output_embeddings()
+    kept = (*(quantization.skip or ()), *saved, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
+    for name, module in model.named_modules():
+        plain = type(module) is nn.Linear or isinstance(module, conv1d)
+        if plain and module is not head and {*name.split(".")}.isdisjoint(kept):
+            yield name
+    for kind in ("4bit", "8bit"):
+        setattr(model, f"is_loaded_in_{kind}", (kind == "8bit") == (quantization.format == "int8"))
+    model.is_quantized = True
+
+
+def quantise(module: Any, quantization: Quantization, compute: torch.dtype, device: torch.device) -> Any:
+    """A quantised layer in place of `module`, whose weight is on the meta device.
+
+    The weight is made on `device` in the dtype it has, quantised, and gone.
+    """
+    transposed = type(module) is not nn.Linear  # transformers' Conv1D keeps [in, out]
+    shape = module.weight.shape[::-1] if transposed else module.weight.shape
+    weight = torch.empty(shape, dtype=module.weight.dtype, device=device)
+    weight.normal_(std=0.02)
+    bias: Any = getattr(module, "bias", None)
+    if bias is not None:
+        bias = nn.Parameter(torch.zeros(bias.shape, dtype=bias.dtype, device=device), requires_grad=False)
+    make = _int8 if quantization.format == "int8" else _four_bits
+    layer = make(weight, quantization, compute)
+    layer.bias = bias
+    layer.source_cls = type(module)
+    return layer
+
+
+def _four_bits(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype) -> Any:
+    bnb = library("bitsandbytes")
+    settings: dict[str, Any] = {
+        "blocksize": quantization.block_size,
+        "compress_statistics": quantization.double_quant,
+        "quant_type": quantization.format,
+        "quant_storage": STORAGE[quantization.storage],
+    }
+    layer = _unmade(bnb.nn.Linear4bit, weight)
+    if not isinstance(weight, FakeTensor):
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **settings).to(weight.device)
+        layer.quant_state = layer.weight.quant_state
+    else:
+        packed, state = bnb.functional.quantize_4bit(weight, **settings)
+        layer.weight = nn.Parameter(packed, requires_grad=False)
+        for key, value in {**settings, "quant_state": state, "bnb_quantized": True}.items():
+            setattr(layer.weight, key, value)
+        layer.quant_state = state
+    layer.compute_dtype, layer.compute_type_is_set = compute, True
+    layer.quant_storage, layer.support_avx512bf16_for_cpu = STORAGE[quantization.storage], False
+    return layer
+
+
+def _int8(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype) -> Any:
+    """LLM.int8 with transformers' threshold for outliers, 6."""
+    bnb = library("bitsandbytes")
+    layer = _unmade(bnb.nn.Linear8bitLt, weight)
+    layer.state, layer.index = bnb.MatmulLtState(), None
+    layer.state.threshold, layer.state.has_fp16_weights, layer.state.use_pool = 6.0, False, True
+    if not isinstance(weight, FakeTensor):
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+        return layer
+    codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    parameter: Any = nn.Parameter(codes, requires_grad=False)
+    parameter.CB, parameter.SCB, parameter.has_fp16_weights = codes, scales, False
+    layer.weight = parameter
+    return layer
+
+
+def _unmade(kind: Any, weight: torch.Tensor) -> Any:
+    """A layer of bitsandbytes' class without what its constructor allocates."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    return layer

@@ -1,0 +1,1 @@
+"""What a decided run does: its graph, sharding, passes, stored weights and pools."""

@@ -1,0 +1,1 @@
+"""Inference: its passes, rounds of assisted generation, and the allocator's replay."""

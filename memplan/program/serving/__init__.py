@@ -1,0 +1,1 @@
+"""Serving engines: settings, weights of a rank, steps, budget and pool."""

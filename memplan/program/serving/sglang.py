@@ -1,0 +1,118 @@
+"""SGLang's pools: slots for tokens, of layers that keep all and of those with a window, and states of requests.
+
+Source: sglang 0.5.23 arg_groups/memory_hook.py handle_gpu_memory_settings, model_executor/pool_configurator.py,
+mem_cache/kv_cache_configurator.py _profile_available_bytes and _handle_max_mamba_cache.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.inference.caches import CONVOLUTION, LayerCache
+from memplan.core.errors import SpecError
+from memplan.core.units import GIB, ITEMSIZE, MIB
+from memplan.models.model import ModelSpec
+from memplan.program.serving.draft import layers_of
+from memplan.program.serving.parallel import each
+from memplan.program.serving.pool import Tokens
+from memplan.program.serving.settings import Ranks, Settings
+
+_FP8_LATENT, _FP8_INDEX = 656, 4
+_STATES_A_REQUEST = 3  # with a radix cache: mem_cache/kv_cache_configurator.py _calculate_mamba_ratio
+
+
+def static_fraction(total: int, chunk: int, graphs: int, ranks: Ranks, latent: bool, captures: bool) -> float:
+    """The share of a card's bytes for weights and pools: what is left after an allowance in MiB for activations of a
+    chunk of tokens, for graphs of up to so many requests, and for what attention that is data parallel pads."""
+    reserved = 512 + 1.5 * max(chunk, 2048) + ranks.tp * ranks.sharing * ranks.pp / 8 * 1024
+    if captures:
+        reserved += 2 * graphs + (1.5 * 1024 if latent else 8 * prefill_graphs(chunk))
+    if ranks.sharing > 1:
+        reserved += graphs * ranks.sharing * (4.5 if graphs > 300 else 3)
+    if total > 60 * GIB:
+        reserved = max(reserved, 10 * 1024)
+    mib = total / MIB
+    return round((mib - reserved) / mib, 3)
+
+
+def seeing(model: ModelSpec) -> float:
+    """What a tower leaves of that share: less the larger it is. Source: arg_groups/memory_hook.py
+    adjust_mem_fraction_for_vlm, which reads `num_hidden_layers` and `hidden_size` of the tower's config and has 24 and
+    1,024 where there are none."""
+    tower = model.part("vision_config")
+    if not tower:
+        return 1.0
+    layers, hidden = tower.get("num_hidden_layers", 24), tower.get("hidden_size", 1024)
+    if not isinstance(layers, int) or not isinstance(hidden, int):
+        layers, hidden = 24, 1024
+    more = layers * hidden**2 / (24 * 1024**2) - 1
+    return 0.95 * max(0.8, min(1.05, 1 - 0.1 * more))
+
+
+def prefill_graphs(tokens: int) -> int:
+    """How many steps of a prompt's tokens are recorded. Source: arg_groups/cuda_graph_hook.py
+    generate_prefill_cuda_graph_batch_sizes."""
+    sizes = ((4, 32, 4), (48, 256, 16), (288, 512, 32), (576, 1024, 64), (1280, 4096, 256), (4608, tokens, 512))
+    return sum(len(range(first, min(last, tokens) + 1, step)) for first, last, step in sizes)
+
+
+def pool(s: Settings, available: int) -> Tokens:
+    """What `available` bytes on each rank become."""
+    layers = [c for c in s.caches if c.parts]
+    full = sum(_token(s, c) for c in layers if c.kind in ("attention", "latent", "chunked"))
+    sliding = sum(_token(s, c) for c in layers if c.kind == "sliding")
+    window = max((c.window or 0 for c in layers if c.kind == "sliding"), default=0)
+    state = max(sum(_state(one, c) for c in one.caches if c.kind == "state") for one in each(s))
+    if state and "state_share" not in s.words:
+        raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
+    if s.model.part("vision_config"):  # for what the tower has made. Source: mm_runtime_reservation_gb
+        available -= s.words.get("pictures_mib", 0) * MIB
+    page, available = s.block, max(0, available)
+    states = None
+    if state:
+        share = s.words["state_share"]
+        states = max(0, available * share // (1000 + share) // state - 1)  # one more pads
+        available = max(0, available - (states + 1) * state)
+    per_request = _STATES_A_REQUEST if s.serving.prefix_caching else 1
+    if not full and not sliding:  # as many tokens as the longest request, which take nothing
+        return Tokens(s.longest, 0, page, states=states, state_bytes=state, per_request=per_request)
+    if not s.serving.hybrid_cache:
+        full, sliding = full + sliding, 0
+    drafted = layers_of(s)
+    if drafted and (sliding or state):
+        raise SpecError(
+            f"serving.speculative_method: drafts of layers with windows or states are not supported yet with "
+            f"{s.engine.name}",
+            "serving.speculative_method",
+        )
+    # it takes a draft's layers to be as wide as the model's: model_executor/pool_configurator.py
+    share = full * len(drafted) // max(1, len(layers))
+    more, full = sum(_token(s, c) for c in drafted) - share, full + share
+    if full and sliding:
+        share = s.words["window_share"]
+        slots = available * 1000 // (1000 * full + share * sliding) // page * page
+        windowed = slots * share // 1000 // page * page
+        return Tokens(slots, full, page, windowed, sliding, window, states, state, per_request)
+    slots = available // (full or sliding) // page * page
+    if full:
+        return Tokens(slots, full, page, states=states, state_bytes=state, per_request=per_request, more_bytes=more)
+    return Tokens(0, 0, page, slots, sliding, window, states, state, per_request)
+
+
+def _token(s: Settings, c: LayerCache) -> int:
+    """A token in one layer on one rank."""
+    index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
+    kept = [p for p in c.parts if p.name != "index keys"]
+    if index and c.kind == "latent" and s.packed:
+        return _FP8_LATENT + index
+    return sum(s.cache_bytes(p) for p in kept) + index
+
+
+def _state(s: Settings, c: LayerCache) -> int:
+    kernel, total = s.model.axes()["kernel"], 0
+    for p in c.parts:
+        elements = p.on(s.tp)
+        convolved = p.name.startswith(CONVOLUTION)
+        if convolved:
+            elements = elements // kernel * (kernel - 1)
+        kept = s.words["state_dtype"]
+        total += elements * ITEMSIZE[s.dtype if convolved or kept == "model" else kept]
+    return total

@@ -1,0 +1,271 @@
+"""What an answer assumes: batch, lengths, kernels, method, precision, optimizer, parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+from memplan.estimate.answer import Estimate
+from memplan.program.run import TOKENS
+from memplan.report.wording import count, model
+from memplan.spec.formats import GgufType, Quantization
+from memplan.spec.generation import Generation
+from memplan.spec.parallelism import Parallelism
+from memplan.spec.run import Batch, RunSpec
+from memplan.spec.training import Also, Kernels, Loop
+
+
+def assumptions(answer: Estimate) -> list[tuple[str, str]]:
+    """What the number rests on, as pairs of a name and a text."""
+    if answer.serving is not None:
+        from memplan.report.serving import assumptions as of_serving
+
+        return of_serving(answer)
+    run, batch, loop = answer.run, answer.run.batch, answer.run.loop
+    total, trainable, active = answer.parameters
+    size = f"{count(total)} parameters" + (f", {count(active)} active" if active != total else "")
+    sequences = "1 sequence" if batch.micro == 1 else f"{batch.micro:,} sequences"
+    if run.task != "train":
+        return _of_inference(answer, size, sequences)
+    passes = "1 pass a step" if batch.accumulation == 1 else f"{batch.accumulation:,} passes a step"
+    text = [
+        ("model", f"{model(answer)}: {size}"),
+        ("trains", f"{count(trainable)} ({trainable / total:.2%})"),
+        ("method", "; ".join(_method(answer))),
+        ("precision", "; ".join(_precision(answer))),
+        ("optimizer", "; ".join(_optimizer(answer))),
+        (
+            "batch",
+            f"{sequences} of {_lengths(batch)}{',' * bool(batch.target_sequence)}{_images(batch)} per GPU; {passes}",
+        ),
+        ("checkpointing", "".join(_checkpointing(run))),
+        ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
+        ("loss", _loss(run) + _held_outputs(loop)),
+        *((("beside the steps", "; ".join(_beside(run))),) if run.also != Also() else ()),
+        *((("answered by", "a trace of the step"),) if answer.via == "trace" else ()),
+        *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
+        ("profile", run.profile),
+    ]
+    if run.parallelism.world > 1:
+        text.insert(-1, ("GPUs", ", ".join([f"{run.parallelism.world}", *_strategies(run.parallelism)])))
+    if run.parallelism.pp > 1:
+        text.insert(-1, ("pipeline", _pipeline(run)))
+    return text
+
+
+def _beside(run: RunSpec) -> Iterator[str]:
+    """What the run does beside its steps."""
+    e, saving, merging = run.also.evaluation, run.also.saving, run.also.merging
+    if e is not None:
+        size = f"{e.micro:,} sequence{'s' if e.micro > 1 else ''} of {e.sequence or run.batch.sequence:,} tokens"
+        kept = f", logits of {e.kept_batches:,} batches kept" if e.kept_batches else ""
+        kept += ", the likeliest tokens alone" if e.preprocess else ""
+        host = f", to the host every {e.accumulation:,}" if e.accumulation is not None else ""
+        yield f"evaluation of {size}{kept}{host}" + (f", {e.new_tokens:,} new tokens each" if e.new_tokens else "")
+    if saving is not None:
+        yield "a checkpoint" + (f" with a {saving.state_dict} state dict" if saving.state_dict else "")
+    if merging is not None:
+        dtype = f" in {merging.dtype}" if merging.dtype else ""
+        yield "adapters merged" + (f" into a model reloaded{dtype}" if merging.model == "reloaded" else "")
+
+
+def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str, str]]:
+    """The same where nothing trains."""
+    run, batch = answer.run, answer.run.batch
+    prompts = sequences.replace("sequence", "prompt") if run.task == "generate" else sequences
+    after = f"; {batch.new_tokens:,} new tokens after each" if run.task == "generate" else ""
+    return [
+        ("model", f"{model(answer)}: {size}"),
+        ("task", "; ".join(_method(answer))),
+        ("precision", "; ".join(_precision(answer))),
+        ("batch", f"{prompts} of {_lengths(batch)}{_images(batch)}{after}"),
+        *((("cache", "; ".join(_cache(run.generation))),) if run.task == "generate" else ()),
+        *((("assistant", "; ".join(_assistant(run.generation))),) if run.generation.assisted else ()),
+        ("attention", run.kernels.attention + ("; padded batches" if run.loop.padded else "")),
+        *((("answered by", "a trace of the passes"),) if answer.via == "trace" else ()),
+        *((("GPUs", ", ".join(_running_on(run.parallelism))),) if _several(run.parallelism) else ()),
+        ("profile", run.profile),
+    ]
+
+
+def _several(p: Parallelism) -> bool:
+    return p.tp > 1 or p.device_map is not None
+
+
+def _running_on(p: Parallelism) -> Iterator[str]:
+    """On how many GPUs a model runs, and how they divide it."""
+    yield f"{p.world}"
+    yield from _strategies(p)
+    if p.device_map is not None:
+        yield f"device_map {p.device_map}; this is GPU {p.stage or 0}"
+
+
+def _choosing(generation: Generation) -> str:
+    if generation.num_beams > 1:
+        return f"{generation.num_beams:,} beams a prompt"
+    return "sampled" if generation.do_sample else "greedy"
+
+
+def _cache(generation: Generation) -> Iterator[str]:
+    """What keeps keys and values."""
+    yield generation.cache_implementation or "as the library has it"
+    config = generation.cache_config
+    if config is not None and config.backend == "fp8":
+        yield "fp8, with a scale for a layer's keys and one for its values"
+    elif config is not None:
+        yield f"{config.nbits} bits by {config.backend} in groups of {config.q_group_size}"
+        yield f"up to {config.residual_length} tokens as they are"
+    if generation.prefill_chunk_size is not None:
+        yield f"the prompt {generation.prefill_chunk_size:,} tokens at a time"
+
+
+def _assistant(generation: Generation) -> Iterator[str]:
+    """What proposes tokens, and how many in a round."""
+    lookup, layers, assistant = (
+        generation.prompt_lookup_num_tokens,
+        generation.assistant_early_exit,
+        generation.assistant_model,
+    )
+    if lookup:
+        yield f"{lookup:,} tokens looked up in the prompt"
+        return
+    if layers:
+        yield f"the model's first {layers:,} layers"
+    elif assistant is not None:
+        yield assistant if isinstance(assistant, str) else str(assistant.config.get("model_type", ""))
+        q = generation.assistant_quantization
+        weights = q.format if q is not None else generation.assistant_dtype
+        yield f"{weights} weights" if weights else "weights in the model's dtype"
+    yield f"{generation.num_assistant_tokens or TOKENS:,} tokens a round at most"
+
+
+def _pipeline(run: RunSpec) -> str:
+    p = run.parallelism
+    chunks = f", {p.virtual_stages} chunks of layers on each" if p.virtual_stages > 1 else ""
+    ends = ((p.first_stage_layers, "first"), (p.last_stage_layers, "last"))
+    uneven = "".join(f"; {n} layers on the {end}" for n, end in ends if n is not None)
+    ends_ = {True: "; embeddings and head count as layers", False: "; only layers count", None: ""}[p.ends_as_layers]
+    return f"{p.pp} stages{chunks}, {p.schedule}{uneven}{ends_}; this is stage {p.stage}"
+
+
+def _strategies(parallelism: Parallelism) -> Iterator[str]:
+    """How the GPUs share the run: what each has a part of, and how many do."""
+    for name, degree in (("tensor", parallelism.tp), ("context", parallelism.cp), ("expert", parallelism.ep)):
+        if degree > 1:
+            yield f"{name} parallel over {degree}"
+    if parallelism.strategy != "none":
+        yield str(parallelism.strategy)
+
+
+def _images(batch: Batch) -> str:
+    """How many images each sequence has, and how large they are."""
+    if not batch.images:
+        return ""
+    sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
+    size = f" of {sides[0]} x {sides[1]} pixels" if sides[0] else ""
+    return f" with {batch.images:,} image{'s' if batch.images > 1 else ''}{size}"
+
+
+def _loss(run: RunSpec) -> str:
+    """Whose it is; of a model that is no causal language model, what it is trained for."""
+    return str(run.kernels.loss) if run.objective in (None, "causal_lm") else f"of {run.objective}"
+
+
+def _lengths(batch: Batch) -> str:
+    tokens = f"{batch.sequence:,} tokens"
+    return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder"
+
+
+def _held_outputs(loop: Loop) -> str:
+    if loop.hold_outputs == "step":
+        return "; outputs held to the step's end"
+    return "; outputs held through backward" if loop.hold_outputs else ""
+
+
+def _checkpointing(run: RunSpec) -> Iterator[str]:
+    yield str(run.kernels.checkpointing)
+    if _reenters(run.kernels):
+        yield ", reentrant"
+    if run.parallelism.offload.activations:
+        yield "; what autograd saves is in host memory"
+
+
+def _reenters(kernels: Kernels) -> bool:
+    return bool(kernels.reentrant) and kernels.checkpointing != "none"
+
+
+def _method(answer: Estimate) -> Iterator[str]:
+    m = answer.run.method
+    if answer.run.task == "train":
+        yield m.kind
+    else:
+        yield answer.run.task
+        yield "all logits" if answer.run.task == "forward" else _choosing(answer.run.generation)
+        if m.kind != "full":
+            yield f"adapters of {m.kind}"
+    if m.kind == "freeze":
+        yield f"the last {m.trainable_layers} layers train" if m.trainable_layers > 1 else "the last layer trains"
+    elif m.kind != "full":
+        targets = m.targets if isinstance(m.targets, str) else ", ".join(m.targets)
+        yield f"rank {m.rank} on {targets}"
+        yield f"adapters in {m.adapter_dtype}"
+        if m.dropout:
+            yield f"dropout {m.dropout:g}"
+        if m.modules_to_save:
+            yield f"{', '.join(m.modules_to_save)} train in full"
+    if m.frozen:
+        yield f"{', '.join(m.frozen)} frozen"
+    q = m.quantization
+    if q is not None:
+        four = q.format in ("nf4", "fp4")
+        blocks = "one block a column" if q.block_size < 0 else f"in blocks of {q.block_size}"
+        yield q.format + (f" {blocks}" if _has_blocks(q) else "")
+        if answer.asked.method.quantization is None:
+            yield "as the checkpoint is stored"
+        if four:
+            yield "double quantisation" if q.double_quant else "no double quantisation"
+        if answer.run.task != "train":
+            return
+        prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
+        yield prepared[bool(q.kbit_preparation) if q.kbit_preparation != "trl" else "trl"]
+        whole = [name for name in q.skip or () if name != "lm_head"]
+        if whole:
+            yield f"{', '.join(whole)} not quantised"
+
+
+def _has_blocks(q: Quantization) -> bool:
+    """Whether a format has blocks of weights whose size can be said."""
+    whole = ("int8", "w8a8-int8", "torchao-int8", "quanto-int8", "fp8-tensor", "fp8-channel")
+    return q.format not in (*whole, *get_args(GgufType))
+
+
+def _precision(answer: Estimate) -> Iterator[str]:
+    p = answer.run.precision
+    yield f"weights {p.weights}"
+    yield f"{'autocast to' if p.autocast else 'computes in'} {p.compute}"
+    if p.grads and p.grads != p.weights:
+        yield f"gradients {p.grads}"
+    if p.master:
+        yield f"master weights {p.master}"
+    if answer.run.loop.grad_scaler:
+        yield "the loss is scaled"
+
+
+def _optimizer(answer: Estimate) -> Iterator[str]:
+    o = answer.run.optimizer
+    yield str(o.name)
+    states = [line for line in answer.ledger if line.kind == "optstate"]
+    if states:
+        yield f"states {', '.join(dict.fromkeys(line.dtype for line in states if line.bytes >= states[0].bytes // 10))}"
+    if o.foreach:
+        yield "foreach"
+    if o.momentum:
+        yield f"momentum {o.momentum:g}"
+    if o.in_backward:
+        yield "steps in backward"
+    if answer.run.parallelism.offload.optimizer:
+        yield f"{'masters, ' if answer.run.precision.master else ''}states and step in host memory"
+    clip = answer.run.loop.clip_grad_norm
+    yield f"gradients clipped at {clip:g}" if clip and not o.in_backward else "no clipping"
+    if answer.run.loop.trainer:
+        yield "driven by transformers' Trainer"

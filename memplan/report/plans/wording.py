@@ -1,0 +1,196 @@
+"""What reports of plans share: a change's saving, time and result in words, and the same for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import floor, log10
+from typing import Any
+
+from memplan.core.units import GIB, gib
+from memplan.estimate.answer import Estimate
+from memplan.estimate.demand import Demand
+from memplan.frameworks import lines
+from memplan.planning.levers import Lever
+from memplan.planning.plan import SEVERITIES, Effect, Proposal, Time
+from memplan.planning.step_time import Range
+from memplan.report.blocks import Block, Heading, Pairs, Paste
+from memplan.report.wording import hundredths, tenths
+from memplan.spec.run import RunSpec
+
+BASIS = {"derived": "counted", "measured": "measured", "assumed": "assumed"}
+
+
+def state(answer: Estimate) -> str:
+    """A verdict in a few words: "fits, 11.0 of 11.7 GiB used, 0.7 free"."""
+    used, headroom = tenths(answer.bytes.used), answer.verdict.headroom
+    if answer.gpu is None or headroom is None:
+        return f"{used} GiB used"
+    left = f"{tenths(headroom)} free" if headroom >= 0 else f"{tenths(-headroom)} too much"
+    each = " on each" if answer.gpu.count > 1 else ""
+    return f"{answer.verdict.answer}, {used} of {tenths(answer.gpu.usable)} GiB used, {left}{each}"
+
+
+def wish(demand: Demand) -> str:
+    """What is asked beyond that a run fits; empty where nothing is."""
+    asked = [f"{gib(demand.headroom)} free"] if demand.headroom else []
+    asked += ["tight counts as fitting"] if demand.tight else []
+    return ", ".join(asked)
+
+
+def times(time: Time | None) -> str:
+    """How many times longer a step takes.
+
+    >>> times(Time(1.018, 1.2, "derived")), times(Time(1.001, 1.004, "assumed")), times(Time(1.0, 12.34, "assumed"))
+    ('1.02 to 1.20 times the time (counted)', 'as long (assumed)', '1.0 to 12.3 times the time (assumed)')
+    """
+    if time is None:
+        return "not known: the catalogue has no rate for this card"
+    span = factors(time)
+    text = "as long" if span == "1.00" else f"{span} times the time"
+    return f"{text} ({BASIS[time.basis]})"
+
+
+def factors(time: Time | None, between: str = " to ") -> str:
+    """The same as figures alone; empty where the time is not known."""
+    if time is None:
+        return ""
+    digits = 2 if time.high < 10 else 1
+    low, high = (f"{n:.{digits}f}" for n in time[:2])
+    return low if low == high else f"{low}{between}{high}"
+
+
+def saved(effect: Effect) -> str:
+    """Of what is used, and of the peak of each phase: "1.50 GiB used; allocated in loss 1.96, backward 1.50"."""
+    by_phase = [f"{phase} {signed(of)}" for phase, of in effect.phases.items() if abs(of) >= GIB // 100]
+    text = f"{signed(freed(effect))} GiB used"
+    return f"{text}; allocated in {', '.join(by_phase)}" if by_phase else text
+
+
+def freed(effect: Effect) -> int:
+    """Bytes of what is used; less than nothing where more is taken."""
+    return effect.before.bytes.used - effect.after.bytes.used
+
+
+def signed(n: int) -> str:
+    """What is saved, in GiB; with a minus where more is taken."""
+    return hundredths(n) if n >= 0 else f"-{hundredths(-n)}"
+
+
+def together(levers: Sequence[Lever]) -> str:
+    """The levers' titles as one."""
+    *others, last = [lever.title for lever in levers]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def proposed(proposal: Proposal, asked: RunSpec, number: str, *, explain: bool, full: bool) -> Iterator[Block]:
+    """What one proposal changes, saves and costs; `full` with lines to paste for frameworks, `explain` with sources."""
+    yield Heading(f"{number}{together(proposal.levers)}: {state(proposal.answer)}")
+    several = len(proposal.levers) > 1
+    rows: list[tuple[str, str]] = []
+    for n, effect in enumerate(proposal.effects):
+        rows.append(("" if n else "saves", f"{effect.lever.title}: {saved(effect)}" if several else saved(effect)))
+    rows.append(("time", times(proposal.time)))
+    rows.append(("result", SEVERITIES[proposal.severity]))
+    rows += [("", text) for text in qualities(proposal.levers, explain=explain)]
+    if explain:
+        rows += [(label, text) for label, text in timed(proposal.levers)]
+    own, *frameworks = lines(asked, proposal.run)
+    rows.append(("options", " ".join(own.lines) if own.lines else own.note))
+    if own.lines and own.note:
+        rows.append(("", own.note))
+    if not full:
+        rows += [(of.framework, "; ".join(filter(None, (*of.lines, of.note)))) for of in frameworks]
+    yield Pairs(rows)
+    if full:
+        yield from (Paste(of.title, of.lines, of.note) for of in frameworks)
+
+
+def qualities(levers: Iterable[Lever], *, explain: bool) -> Iterator[str]:
+    """What the changes do to the result, a sentence each; with its source where asked."""
+    for cost in dict.fromkeys(cost for lever in levers for cost in lever.costs):
+        yield f"{cost.quality} [{cost.quality_source}]" if explain else cost.quality
+
+
+def timed(levers: Iterable[Lever]) -> Iterator[tuple[str, str]]:
+    """Where the changes' times come from."""
+    for n, cost in enumerate(dict.fromkeys(cost for lever in levers for cost in lever.costs)):
+        yield "" if n else "time's source", cost.time_source
+
+
+def span(of: Range | tuple[float, float]) -> str:
+    """A range of amounts, each with two figures that count, so that small ones are not nothing.
+
+    >>> span((0.0056, 0.0095)), span((1, 2.5)), span((120, 3000)), span((0, 0.5)), span((2, 2))
+    ('0.0056–0.0095', '1.00–2.50', '120–3,000', '0.00–0.50', '2.00')
+    """
+    high = of[-1]
+    digits = 0 if high >= 100 else (2 if high >= 1 or high <= 0 else max(2, 1 - floor(log10(high))))
+    low, high = (f"{n:,.{digits}f}" for n in (of[0], of[-1]))
+    return low if low == high else f"{low}–{high}"
+
+
+_UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"))
+
+
+def duration(seconds: Range) -> str:
+    """A range of seconds in the unit that suits its usual figure.
+
+    >>> duration(Range(133.4, 172.1, 228.3)), duration(Range(2e5, 3e5, 4e5)), duration(Range(0.2, 0.35, 0.5))
+    ('2.2–3.8 min', '2.3–4.6 days', '200–500 ms')
+    """
+    size, unit = next((pair for pair in _UNITS if seconds.usual >= pair[0]), _UNITS[-1])
+    low, high = seconds.low / size, seconds.high / size
+    digits = 0 if high >= 100 else 1
+    first, last = f"{low:,.{digits}f}", f"{high:,.{digits}f}"
+    return f"{first if first == last else f'{first}–{last}'} {unit}"
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------
+
+
+def figures(answer: Estimate) -> dict[str, Any]:
+    """A run as decided, its bytes and verdict."""
+    return {
+        "run": answer.run.model_dump(mode="json"),
+        "bytes": answer.bytes.as_dict(),
+        "verdict": answer.verdict.as_dict(),
+    }
+
+
+def lever_dump(effect: Effect) -> dict[str, Any]:
+    lever = effect.lever
+    return {
+        "keys": list(lever.keys),
+        "title": lever.title,
+        "saves": effect.saves,
+        "phases": effect.phases,
+        "time": time_dump(effect.time),
+        "severity": lever.severity,
+        "quality": "; ".join(cost.quality for cost in lever.costs),
+        "quality_source": "; ".join(dict.fromkeys(cost.quality_source for cost in lever.costs)),
+    }
+
+
+def time_dump(time: Time | None) -> dict[str, Any] | None:
+    return None if time is None else time._asdict()
+
+
+def change_dump(asked: RunSpec, changed: RunSpec) -> dict[str, Any]:
+    """What to write for a change: memplan's options, each framework's lines, and what must be known beside them."""
+    own, *frameworks = lines(asked, changed)
+    return {
+        "options": " ".join(own.lines),
+        "lines": {of.framework: list(of.lines) for of in frameworks},
+        "notes": {of.framework: of.note for of in (own, *frameworks) if of.note},
+    }
+
+
+def proposal_dump(proposal: Proposal, asked: RunSpec) -> dict[str, Any]:
+    return {
+        "levers": [lever_dump(effect) for effect in proposal.effects],
+        **change_dump(asked, proposal.run),
+        **figures(proposal.answer),
+        "saves": proposal.saves,
+        "time": time_dump(proposal.time),
+        "severity": proposal.severity,
+    }

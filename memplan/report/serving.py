@@ -1,0 +1,103 @@
+"""What an answer says of a serving engine: its pool, how many requests that holds, and what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from memplan.core.units import gib
+from memplan.estimate.answer import Estimate
+from memplan.program.stored.weights import UNQUANTISED
+from memplan.report import wording as words
+from memplan.spec.serving import Serving
+
+
+def pool(answer: Estimate) -> list[tuple[str, str]]:
+    """The pool and what it holds, as pairs of a name and a text; empty where no engine serves."""
+    s = answer.serving
+    if s is None:
+        return []
+    each = f"requests of {s['context']:,} tokens"
+    at_once = "1 is" if answer.run.batch.micro == 1 else f"{answer.run.batch.micro:,} are"
+    rows = [("pool", f"{gib(s['pool'])}: {_size(s)}")]
+    if answer.gpu is None:
+        return [("pool", f"{gib(s['needed'])} for the {each} asked for, of which {at_once} to run at once")]
+    rows.append(("holds", f"{s['concurrency']:,.2f} {each} at once; {at_once} asked for, in {gib(s['needed'])}"))
+    if s["max_model_len"] != s["context"]:
+        rows.append(("longest", f"{s['longest_concurrency']:,.2f} requests of {s['max_model_len']:,} tokens"))
+    return rows
+
+
+def _size(s: Any) -> str:
+    blocks = f", {s['blocks']:,} blocks of {s['block_size']} at {s['block_bytes']:,} bytes" if _blocks(s) else ""
+    return f"{s['tokens']:,} tokens in {s['cache_dtype']}{blocks}"
+
+
+def _blocks(s: Any) -> bool:
+    return s["blocks"] != s["tokens"]
+
+
+def assumptions(answer: Estimate) -> list[tuple[str, str]]:
+    """What the number rests on, as pairs of a name and a text."""
+    run, total, active = answer.run, answer.parameters.total, answer.parameters.active
+    size = f"{words.count(total)} parameters" + (f", {words.count(active)} active" if active != total else "")
+    s, settings = answer.serving or {}, run.serving
+    q = run.method.quantization
+    stored = settings.weights or (q.format if q is not None else "")
+    if stored.lower() == UNQUANTISED:
+        stored = ""
+    text = [
+        ("model", f"{words.model(answer)}: {size}"),
+        ("engine", f"{run.profile}, {', '.join(_engine(answer))}"),
+        ("weights", f"stored in {stored}, else {run.precision.weights}" if stored else str(run.precision.weights)),
+        ("requests", f"{run.batch.micro:,} of {s.get('context', 0):,} tokens at once"),
+        ("steps", f"{settings.max_num_batched_tokens:,} tokens of {_requests(settings.max_num_seqs)} at most"),
+    ]
+    if settings.speculative_method:
+        text.append(("speculation", _speculation(settings)))
+    if settings.lora_slots:
+        text.append(("adapters", f"{settings.lora_slots} slots of rank {settings.lora_rank}"))
+    if run.parallelism.world > 1:
+        text.append(("GPUs", ", ".join(_gpus(answer))))
+    return text
+
+
+def _speculation(s: Serving) -> str:
+    """What proposes tokens, and how many."""
+    named = s.draft_model if isinstance(s.draft_model, str) else ""
+    by = f"{s.speculative_method}{f' {named}' if named else ''}"
+    return f"{by}, {s.num_speculative_tokens:,} tokens a step"
+
+
+def _gpus(answer: Estimate) -> Iterator[str]:
+    """How the cards divide the model."""
+    p, s = answer.run.parallelism, answer.run.serving
+    yield f"{p.world:,}"
+    if answer.run.profile.startswith("llama.cpp"):
+        split = f" in parts of {' : '.join(f'{part:g}' for part in s.tensor_split)}" if s.tensor_split else ""
+        yield "all on one of them" if s.split_mode == "none" else f"layers laid on them{split}"
+        return
+    shares = s.dp_attention or ((answer.serving or {}).get("sharing", 1) > 1)
+    if p.tp > 1 or not (p.pp > 1 or shares):
+        yield f"{'attention ' if shares else ''}tensor parallel over {p.tp}"
+    if p.pp > 1:
+        yield f"a pipeline of {p.pp} stages"
+    if p.dp > 1:
+        yield f"attention data parallel over {p.dp}" if shares else f"{p.dp} replicas"
+    if p.ep > 1:
+        yield f"experts divided among {p.ep}"
+
+
+def _requests(n: int | None) -> str:
+    return "1 request" if n == 1 else f"{n:,} requests"
+
+
+def _engine(answer: Estimate) -> Iterator[str]:
+    settings = answer.run.serving
+    if answer.run.profile.startswith("llama.cpp"):
+        yield f"{settings.gpu_layers} layers on the card"
+        yield "flash attention" if settings.flash_attention else "scores written out"
+        return
+    yield f"{settings.memory_utilization:.3g} of the card"
+    yield "CUDA graphs" if settings.cuda_graphs else "no CUDA graphs"
+    yield "prefix caching" if settings.prefix_caching else "no prefix caching"

@@ -1,0 +1,230 @@
+"""A traced run in words: bytes over time, each phase beside the estimate, and what is alive at the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from memplan.core.errors import MemplanError
+from memplan.core.units import gib
+from memplan.core.version import __version__
+from memplan.estimate.answer import Estimate, Line
+from memplan.report.measurement import difference
+from memplan.report.text import Column, Screen, hanging, paragraph, table
+from memplan.report.wording import CATEGORIES, hundredths, tenths
+
+if TYPE_CHECKING:
+    from memplan.probe.run.trace import Traced
+    from memplan.spec.run import RunSpec
+
+_HEIGHT = 8  # lines of the plot
+_MOST = 20  # differences that a table shows
+_LABEL = 7  # columns before it
+_SHORT = {"forward": "fwd", "loss": "fwd", "backward": "bwd", "clip": "clip", "step": "opt"}
+
+
+def run(traced: Traced, answer: Estimate | None, notes: Iterable[str], to: Screen) -> str:
+    """One traced run: bytes over time, phases and categories beside the estimate, and the difference line by line."""
+    lines = [
+        *paragraph(
+            f"traced: {hundredths(traced.peak)} GiB at the peak, in {traced.peak_phase}; "
+            f"{hundredths(traced.reserved)} GiB in torch's segments, by a model of its allocator; "
+            f"{len(traced.events):,} allocations and frees, in {traced.seconds:.1f} seconds after imports",
+            to,
+        ),
+        "",
+        *plot(traced.allocated, [(p.phase, p.start) for p in traced.phases], to),
+        "",
+        *(_traced_phases(traced, to) if answer is None else _phases(traced, answer, to)),
+        "",
+        *_categories(traced, answer, to),
+        "",
+    ]
+    if answer is not None:
+        lines += [*_differences(traced, answer, to), ""]
+        notes = ["cuBLAS's workspaces are left out on both sides: a trace does not see them", *notes]
+    lines += hanging("versions", [f"{name} {version}" for name, version in traced.versions.items()], to, 9)
+    lines += [line for note in notes for line in paragraph(f"- {note}", to, "  ")]
+    return "\n".join(lines) + "\n"
+
+
+def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen) -> Iterator[str]:
+    """Bytes allocated after every event, the most of those in a column; below, where each phase begins."""
+    columns = min(to.width - _LABEL - 1, len(allocated))
+    if columns < 1:
+        return
+    edges = [len(allocated) * n // columns for n in range(columns + 1)]
+    tops = [max(allocated[a:b]) for a, b in pairwise(edges)]
+    most = max(1, *tops)
+    for row in range(_HEIGHT, 0, -1):
+        label = tenths(most * row // _HEIGHT) if row in (_HEIGHT, _HEIGHT // 2) else ""
+        bar = "".join("█" if top * _HEIGHT > most * (row - 1) else " " for top in tops)
+        yield f"{label:>{_LABEL}} {bar}".rstrip()
+    marks = [" "] * columns
+    free = 0
+    for name, start in phases:
+        at = start * columns // len(allocated)
+        if at >= free and at + len(name) <= columns:
+            marks[at : at + len(name)] = name
+            free = at + len(name) + 1
+    yield f"{'GiB':>{_LABEL}} {''.join(marks)}".rstrip()
+
+
+def _traced_phases(traced: Traced, to: Screen) -> Iterator[str]:
+    columns = (Column("phase"), Column("step", right=True), Column("GiB traced", right=True))
+    yield from table(columns, [(p.phase, str(p.step or ""), hundredths(p.peak)) for p in traced.phases], to)
+
+
+def _phases(traced: Traced, answer: Estimate, to: Screen) -> Iterator[str]:
+    from memplan.probe.difference import phases
+
+    columns = (
+        Column("phase"),
+        Column("step", right=True),
+        Column("GiB traced", right=True),
+        Column("estimated", right=True),
+        Column("difference", right=True),
+        Column("largest at", optional=True, wraps=True),
+    )
+    rows = [
+        (
+            p.phase,
+            str(p.step or ""),
+            hundredths(p.traced),
+            hundredths(p.estimated),
+            difference(p.traced, p.estimated),
+            p.traced_at,
+        )
+        for p in phases(traced, answer)
+    ]
+    yield from table(columns, rows, to)
+
+
+def _differences(traced: Traced, answer: Estimate, to: Screen) -> Iterator[str]:
+    """The lines in which trace and estimate differ, at the trace's peak; how many there are elsewhere."""
+    from memplan.probe.difference import difference as lines_of
+
+    found = lines_of(traced, answer)
+    phase, _, step = traced.peak_phase.partition(" ")
+    here = [line for line in found if (line.phase, str(line.step or "")) == (phase, step)]
+    if not found:
+        yield "Every tensor alive at a phase's peak is in both."
+        return
+    if not here:
+        yield "Every tensor alive at the peak is in both."
+    columns = (
+        Column("the estimate"),
+        Column("bytes", right=True),
+        Column("tensors", right=True),
+        Column("what", wraps=True),
+        Column("where", wraps=True, optional=True),
+    )
+    rows = [
+        (
+            line.verdict,
+            f"{'+' if line.bytes > 0 else ''}{gib(line.bytes)}",
+            str(line.count),
+            f"{line.what} {'·'.join(map(str, line.shape))} {line.dtype}".rstrip(),
+            line.where,
+        )
+        for line in here[:_MOST]
+    ]
+    if here:
+        yield from table(columns, rows, to)
+    rest = len(found) - len(here[:_MOST])
+    if rest:
+        yield from paragraph(f"{rest} further lines, most of them at the peaks of other phases; --json has all.", to)
+
+
+def _categories(traced: Traced, answer: Estimate | None, to: Screen) -> Iterator[str]:
+    columns = [Column("at the peak"), Column("GiB traced", right=True)]
+    if answer is not None:
+        columns.append(Column("estimated", right=True))
+    rows: list[tuple[str, ...]] = []
+    for kind, label in CATEGORIES.items():
+        mine = _estimated_kind(answer, kind) if answer is not None else 0
+        if traced.categories[kind] or mine:
+            rows.append((label, hundredths(traced.categories[kind]), hundredths(mine))[: len(columns)])
+    yield from table(columns, rows, to)
+
+
+def _estimated_kind(answer: Estimate, kind: str) -> int:
+    """Bytes of a category at the estimate's peak, without cuBLAS's workspaces."""
+    return sum(line.bytes for line in answer.ledger if line.kind == kind and not _is_workspace(line))
+
+
+def compared(traced: Traced, answer: Estimate | None) -> dict[str, Any]:
+    """All of one traced run for programs: bytes over time, and the difference from the estimate line by line."""
+    from memplan.probe.difference import difference as lines_of
+    from memplan.probe.difference import phases
+
+    out: dict[str, Any] = {
+        **line(traced.run, traced),
+        "phases": [p._asdict() for p in traced.phases],
+        "categories": dict(traced.categories),
+        "timeline": list(traced.allocated),
+        "seconds": round(traced.seconds, 2),
+        "compared": None,
+        "differences": None,
+    }
+    if answer is not None:
+        out["compared"] = [p._asdict() for p in phases(traced, answer)]
+        out["differences"] = [{**found._asdict(), "shape": list(found.shape)} for found in lines_of(traced, answer)]
+    return out
+
+
+def line(run: RunSpec, traced: Traced | MemplanError) -> dict[str, Any]:
+    """A traced run as tests/golden has them, or why it was not traced."""
+    from datetime import UTC, datetime
+
+    from memplan.probe.run.rows import identity, stack
+
+    out: dict[str, Any] = {
+        "id": identity(run),
+        "source": "memplan probe --trace",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "memplan": __version__,
+    }
+    asked = {"run": run.model_dump(mode="json", exclude_defaults=True)}
+    if isinstance(traced, MemplanError):
+        return {**out, "outcome": "failed", "said": str(traced), **asked}
+    steps: dict[str, dict[str, int]] = {}
+    for p in traced.phases:
+        if p.step:
+            peaks = steps.setdefault(str(p.step), {})
+            short = _SHORT.get(p.phase, p.phase)
+            peaks[short] = max(peaks.get(short, 0), p.peak)
+    return {
+        **out,
+        "stack": stack(traced.versions),
+        "outcome": "traced",
+        "parameters": traced.parameters,
+        "trainable": traced.trainable,
+        "loaded": max((p.left for p in traced.phases if p.phase == "load"), default=0),
+        "peak": traced.peak,
+        "reserved": traced.reserved,
+        "phase": traced.peak_phase.partition(" ")[0],
+        "steps": steps,
+        "notes": list(traced.notes),
+        **asked,
+    }
+
+
+def progress(number: int, of: int, line: Mapping[str, Any], answer: Estimate | None) -> str:
+    """One line about a run of a suite that has been traced."""
+    start = f"[{number}/{of}] {line['id']}: "
+    if line["outcome"] != "traced":
+        return f"{start}{line['outcome']}; {line['said']}"
+    mine = _without_workspaces(answer) if answer else None
+    error = difference(line["peak"], mine)
+    return f"{start}{hundredths(line['peak'])} GiB in {line['phase']}" + (f" (estimate {error})" if error else "")
+
+
+def _without_workspaces(answer: Estimate) -> int:
+    """The estimate's peak as a trace sees it."""
+    return answer.bytes.allocated - sum(line.bytes for line in answer.ledger if _is_workspace(line))
+
+
+def _is_workspace(line: Line) -> bool:
+    return line.what.startswith("cuBLAS")

@@ -1,0 +1,1 @@
+"""What the user says: a run and its parts."""

@@ -1,0 +1,123 @@
+"""Formats of quantised weights, and the settings of a quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast, get_args
+
+from pydantic import BeforeValidator, model_validator
+
+from memplan.spec.base import Flag, Names, Part
+
+# Formats that adapters train over; formats that a model only runs in; llama.cpp's types of GGUF files.
+TrainedOver = Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"]
+OnlyRuns = Literal[
+    "fp8-tensor",
+    "fp8-channel",
+    "w8a8-int8",
+    "w4a16",
+    "w8a16",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "torchao-int8",
+    "torchao-int4",
+    "hqq-int4",
+    "quanto-int8",
+    "quanto-int4",
+]
+GgufType = Literal[
+    "F32",
+    "F16",
+    "BF16",
+    "Q1_0",
+    "Q2_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q2_K_S",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ2_M",
+    "IQ3_XXS",
+    "IQ3_XS",
+    "IQ3_S",
+    "IQ3_M",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4_MOE",
+]
+Format = Literal[TrainedOver, OnlyRuns, GgufType]
+# Kernels of GPTQ's and AWQ's weights, and what runs those of formats that nothing trains over (catalogue/running.py).
+Packed = Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"]
+Runs = Literal["decompressed", "scaled_mm", "fbgemm", "torchao", "quanto", "triton", "dequantised"]
+Backend = Literal[Packed, Runs]
+_FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
+# Weights that share a scale, where a run says no other number: what the formats' own libraries make.
+# Source: transformers 5.24 utils/quantization_config.py GPTQConfig, AwqConfig; torchao 0.18; compressed-tensors 0.20.
+_GROUPS = {
+    "fp8": 128,
+    "gptq-int4": 128,
+    "gptq-int8": 128,
+    "awq-int4": 128,
+    "w4a16": 128,
+    "w8a16": 128,
+    "mxfp4": 32,
+    "mxfp8": 32,
+    "nvfp4": 16,
+    "torchao-int4": 128,
+    "quanto-int4": 128,
+}
+
+
+def _named(value: Any) -> Any:
+    """A format by its own name, in any case: `gguf:q4_k_m` is `Q4_K_M`."""
+    if not isinstance(value, str):
+        return value
+    lowered = value.strip().lower()
+    known = _FORMATS.get(lowered.removeprefix("gguf:")) or _FORMATS.get(lowered.replace("_", "-"))
+    alias = _FORMATS.get(f"{lowered.removeprefix('gguf:')}_m") if lowered.endswith("_k") else None
+    return known or alias or value.strip().removeprefix("gguf:")
+
+
+class Quantization(Part, frozen=True):
+    """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words.
+
+    A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
+    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said. `backend`
+    is the kernel that weights run with, where a format has several or makes something beside its output.
+    """
+
+    format: Annotated[Format, BeforeValidator(_named)] = "nf4"
+    double_quant: Flag = True
+    block_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
+    skip: Names | None = None
+    kbit_preparation: Literal[True, False, "trl"] | None = None
+    backend: Backend | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _squares(cls, value: Any) -> Any:
+        """A format's own size of blocks, where none is said."""
+        if not isinstance(value, Mapping):
+            return value
+        given = dict(cast(Mapping[str, Any], value))
+        size = _GROUPS.get(_named(given.get("format", "")))
+        return {"block_size": size, **given} if size is not None else given

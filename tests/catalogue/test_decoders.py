@@ -1,0 +1,142 @@
+"""Decoders of their own kind: sinks, shared keys, several streams, towers that a text does not call."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import compared_with_trace
+from memplan import RunSpec, estimate
+from memplan.catalogue import build
+from memplan.catalogue.attention.attention import NO_FLASH_2
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.errors import MemplanError, SpecError
+from memplan.models.model import ModelSpec
+from tests.sampling import sampled
+from tests.tiny import TINY as DECODERS
+from tests.tiny_towers import TINY
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "traced_decoders.jsonl"
+ROWS: list[dict[str, Any]] = [json.loads(line) for line in GOLDEN.read_text("utf-8").splitlines()][1:]
+FAMILIES = ("gpt_oss", "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text", "minimax_m3_vl_text")
+
+
+def config(name: str, **more: Any) -> dict[str, Any]:
+    found = TINY[name] if name in TINY else {"model_type": name, **DECODERS[name]}
+    return {**found, **more}
+
+
+def run(name: str, keys: dict[str, Any] | None = None, **fields: Any) -> RunSpec:
+    return RunSpec.model_validate(
+        {"model": {"config": config(name, **(keys or {}))}, "batch": {"sequence": 128}, **fields}
+    )
+
+
+def label(case: dict[str, Any]) -> str:
+    kernels, precision = case["run"]["kernels"], case["run"].get("precision") or {}
+    ways = (kernels.get("checkpointing", "full"), kernels.get("attention", ""), precision.get("weights", ""))
+    return "-".join((case["name"], *filter(None, ways)))
+
+
+# Small tensors of which blocks were chosen are left out of MiniMax-M3's; a number or two of others round differently.
+@pytest.mark.parametrize("case", sampled(ROWS), ids=label)
+def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**case["run"]))
+    assert answer.parameters.total == case["parameters"]
+    assert answer.parameters.trainable == case["trainable"]
+    compared = compared_with_trace(case)
+    assert compared.peak <= 2e-4, compared
+    assert compared.phase <= 5e-3, compared
+
+
+def test_every_family_is_traced_with_every_method() -> None:
+    traced = {
+        (case["run"]["model"]["config"]["model_type"], case["run"].get("method", {}).get("kind", "full"))
+        for case in ROWS
+    }
+    assert traced >= {(family, kind) for family in (*FAMILIES, "gemma4") for kind in ("full", "lora", "qlora")}
+
+
+@pytest.mark.parametrize("name", ["gemma4-experts", "gemma4-small"])
+def test_a_text_holds_the_towers_and_gives_them_no_gradient(name: str) -> None:
+    whole = estimate(run(name, optimizer="adamw_torch"))
+    alone = estimate(run(name, {"vision_config": None, "audio_config": None}, optimizer="adamw_torch"))
+    tower = whole.parameters.total - alone.parameters.total
+    assert whole.parameters.trainable - alone.parameters.trainable == tower > 0
+    # its weights in bf16, each rounded up to 512 bytes, and neither gradients nor states
+    more = whole.bytes.allocated - alone.bytes.allocated
+    assert 2 * tower <= more < 2 * tower + 512 * 200
+
+
+def test_a_tower_has_layers_that_a_text_skips() -> None:
+    tower, *_ = build(ModelSpec(config("step3p7")), Wiring("flash", "efficient")).runs
+    assert tower.times == "vL"
+    assert [op.skipped for op in tower.blocks[0].ops] == [False] + [True] * (len(tower.blocks[0].ops) - 1)
+
+
+def test_keys_that_later_layers_reuse_are_there_once() -> None:
+    own = estimate(run("gemma4_text", {"num_kv_shared_layers": 0, "use_double_wide_mlp": False}))
+    shared = estimate(run("gemma4_text", {"use_double_wide_mlp": False}))
+    # k_proj, v_proj and k_norm of one layer with a window and two without: 64 x 16 and 64 x 32, twice, and a norm
+    assert own.parameters.total - shared.parameters.total == (2 * 64 * 16 + 16) + 2 * (2 * 64 * 32 + 32)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mimo_v2_flash"])
+def test_sinks_are_computed_without_sdpa_and_said_to_be(name: str) -> None:
+    asked = estimate(run(name))
+    eager = estimate(run(name, kernels={"attention": "eager"}))
+    assert asked.bytes.allocated == eager.bytes.allocated
+    assert any("eager attention is counted" in note for note in asked.notes)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "step3p7"])
+def test_what_flash_attention_2_does_not_run_is_refused(name: str) -> None:
+    asked = run(name, kernels={"attention": "flash_attention_2"})
+    if ModelSpec(config(name)).model_type not in NO_FLASH_2:
+        assert estimate(asked).bytes.allocated > 0
+        return
+    with pytest.raises(SpecError, match="does not run with flash_attention_2"):
+        estimate(asked)
+
+
+def test_what_gemma_3n_clamps_is_left_unquantised() -> None:
+    clamped = ("prediction_coefs", "correction_coefs")
+    silent = estimate(run("gemma3n_text", method="qlora"))
+    named = {"kind": "qlora", "quantization": {"skip": ["lm_head", *clamped]}}
+    said = estimate(run("gemma3n_text", method=named))
+    assert silent.bytes == said.bytes
+    assert any("prediction_coefs" in note for note in silent.notes)
+    assert not any("prediction_coefs" in note for note in said.notes)
+
+
+def test_adapters_on_all_linear_layers_of_llama_4_leave_its_router_out() -> None:
+    answer = estimate(run("llama4_text", method="lora"))
+    assert any("router" in note for note in answer.notes)
+
+
+BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no such kind": ("gpt_oss", {"layer_types": ["round"] * 3}, "layer_types"),
+    "too short": ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types"),
+    "no list": ("mimo_v2_flash", {"mlp_layer_types": "sparse"}, "mlp_layer_types"),
+    "a width that is none": ("gemma3n_text", {"intermediate_size": [176, 0, 176, 176, 176, 176]}, "intermediate_size"),
+    "nothing to share": ("gemma4_text", {"num_kv_shared_layers": 5}, "num_kv_shared_layers"),
+    "no experts": ("llama4_text", {"num_local_experts": 0}, "num_local_experts"),
+    "layers in words": ("llama4_text", {"moe_layers": "all"}, "moe_layers"),
+    "an odd tower": (
+        "gemma4-small",
+        {"audio_config": {"subsampling_conv_channels": [16]}},
+        "subsampling_conv_channels",
+    ),
+    "a ratio in words": ("step3p7", {"vision_config": {"mlp_ratio": "big"}}, "mlp_ratio"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_a_broken_config_is_refused_by_its_key(broken: tuple[str, dict[str, Any], str]) -> None:
+    name, keys, key = broken
+    with pytest.raises(MemplanError, match=key) as caught:
+        estimate(run(name, keys))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,185 @@
+"""Kimi K3, which transformers has no class for: its stack against a reference in torch, its count, what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memplan import RunSpec, estimate, load_card
+from memplan.catalogue import build
+from memplan.catalogue.families.kimi_k3 import DELTA_RULE
+from memplan.catalogue.kernels import losses
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.catalogue.methods import methods
+from memplan.core.arithmetic import ONE_RUN
+from memplan.core.errors import ConfigError, SpecError
+from memplan.engine.step import lower
+from memplan.models.model import ModelSpec
+from memplan.program.axes import chunked
+from tests.catalogue.test_autograd import in_bytes, saved_bytes
+from tests.models.test_cards import read_card
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OWN: dict[str, Any] = {
+    "hidden_act": "situ",
+    "activation_situ_beta": 4.0,
+    "activation_situ_linear_beta": 25.0,
+    "attn_res_block_size": 2,
+    "latent_moe_use_norm": True,
+    "mla_use_output_gate": True,
+    "routed_expert_hidden_size": 32,
+}
+DELTA = {"gate_lower_bound": -5.0, "use_full_rank_gate": True, "head_dim": 32, "num_heads": 16}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 176,
+    "vocab_size": 300,
+    "pad_token_id": 0,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "sparse"],
+    "linear_head_dim": 32,
+    "linear_num_heads": 16,
+    "moe_intermediate_size": 48,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+ATTEND = ["full_attention"] * 5
+MIXED = ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"]
+
+
+def config(kinds: list[str], **changed: Any) -> dict[str, Any]:
+    return {"model_type": "kimi_linear", **SIZES, **OWN, "layer_types": kinds, "linear_attn_config": DELTA, **changed}
+
+
+def reference(kinds: list[str], dtype: str) -> Any:
+    from tests.kimi_k3 import Model
+
+    keys = {key: value for key, value in config(kinds).items() if key not in ("model_type", "hidden_act")}
+    return Model(**keys).to(DTYPES[dtype])
+
+
+def kept(kinds: list[str], dtype: str, batch: int, sequence: int) -> int:
+    model = ModelSpec(config(kinds))
+    stack = build(model, Wiring("eager", "eager"))
+    stack = losses.attach(methods.apply(stack, methods.Recipe("full", dtype, dtype)), "hf")
+    axes = {**model.axes(), "b": batch, "s": sequence, "targets": batch * sequence, "s1": sequence + 1}
+    axes |= {"padded_labels": batch * (sequence + 1), "several": batch}
+    axes |= chunked(axes, sequence, ONE_RUN)
+    return in_bytes(lower(stack, {run.times: axes[run.times] for run in stack.runs}, labelled=True), axes)
+
+
+def saved(kinds: list[str], dtype: str, batch: int, sequence: int) -> int:
+    model = reference(kinds, dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".gate.weight", ".dt_bias")):
+            parameter.data = parameter.data.float()
+    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    labels = ids.clone()
+    return saved_bytes(
+        lambda: model(ids, labels), held=(ids, labels), own=(*model.parameters(), *model.buffers()), still=True
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_that_attend_keep_what_autograd_saves(dtype: str) -> None:
+    """Residuals, activations, experts and the gate of attention, to the byte."""
+    assert kept(ATTEND, dtype, 2, 40) == saved(ATTEND, dtype, 2, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequence", [40, 150])
+def test_layers_with_a_delta_rule_keep_what_autograd_saves_but_for_the_last_state(sequence: int, dtype: str) -> None:
+    """A hook holds what goes with the graph of the scan's last state: its decay and, of several chunks, what it decays
+    from. In bf16 the gated norm keeps its weight in fp32, too."""
+    layers, heads, width = 3, SIZES["linear_num_heads"], SIZES["linear_head_dim"]
+    state = width + (2 * width * width if sequence > 64 else 0)
+    dropped = 4 * 2 * heads * state + (4 * width if dtype == "bf16" else 0)
+    assert saved(MIXED, dtype, 2, sequence) - kept(MIXED, dtype, 2, sequence) == layers * dropped
+
+
+def test_earlier_sums_go_when_a_layer_opens_the_next() -> None:
+    """Without checkpoints the model names what it gave to the layer that opens one, and the layer what it made of that;
+    the checkpoint of a layer keeps what it was given."""
+    model = ModelSpec(config(ATTEND))
+    made = losses.attach(
+        methods.apply(build(model, Wiring("eager", "eager")), methods.Recipe("full", "bf16", "bf16")), "hf"
+    )
+    depth = {run.times: run.number for run in model.runs}
+    alive: dict[bool, list[int]] = {}
+    for checkpoint in (False, True):
+        low = lower(made, depth, checkpoint=checkpoint, labelled=True)
+        last = next(m for m in low.moments if m.where.startswith("model.layers.4.mlp."))
+        of = [key for key, size in enumerate(low.sizes) if size[5] in ("sums.1", "sums.2", "sums.3")]
+        alive[checkpoint] = [last.counts.get(key, 0) for key in of]
+    assert alive == {False: [0, 1, 1], True: [1, 1, 1]}
+
+
+def test_the_parameters_are_those_of_the_reference() -> None:
+    vision = {
+        "vt_hidden_size": 48,
+        "vt_intermediate_size": 80,
+        "qkv_hidden_size": 96,
+        "vt_num_hidden_layers": 3,
+        "mm_hidden_size": 48,
+        "text_hidden_size": 64,
+        "patch_size": 14,
+        "init_pos_emb_height": 6,
+        "init_pos_emb_width": 7,
+        "init_pos_emb_time": 4,
+        **dict.fromkeys(("attn_bias", "linear_bias", "patch_embed_proj_bias"), False),
+    }
+    whole = {"model_type": "kimi_k3", "text_config": config(MIXED), "vision_config": vision}
+    from tests.kimi_k3 import Whole
+
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in Whole({**whole, "text_config": config(MIXED)}).parameters())
+    made = estimate(RunSpec.model_validate({"model": {"config": whole}, "batch": {"sequence": 64}}))
+    assert made.parameters.total == expected
+
+
+def test_the_card_leaves_two_kinds_of_numbers_to_the_published_total() -> None:
+    card = read_card("kimi-k3")
+    routers, padding = 92 * 896, 69 * (128 - 96)
+    assert card["published"] - card["parameters"] == routers + padding
+    layers = load_card("kimi-k3").layers
+    assert [layer.mixer for layer in layers].count("linear_attention") == 69
+    assert [i for i, layer in enumerate(layers) if layer.opens] == [0, 12, 24, 36, 48, 60, 72, 84]
+    assert (layers[11].sums, layers[12].sums, layers[92].sums) == (1, 1, 8)
+
+
+def test_kimi_k3_answers_for_every_method_and_says_what_is_assumed() -> None:
+    for method in ("full", "qlora", "lora"):
+        answer = estimate(RunSpec(model="kimi-k3", method=method, batch={"sequence": 256}))
+        assert any(note.startswith("kimi_k3: ") and "assumed" in note for note in answer.notes)
+        assert any("float4" in note and "dequantised" in note for note in answer.notes)
+        named = "self_attention_res_proj, mlp_res_proj, output_attn_res_proj"
+        assert any(named in note and "multiplies by them" in note for note in answer.notes) == (method == "qlora")
+    assert any(line.source.startswith(f"assumed: {DELTA_RULE}") for line in answer.ledger if line.basis == "assumed")
+
+
+def test_adapters_around_what_is_not_called_are_there_and_get_no_gradients() -> None:
+    def trained(*targets: str) -> int:
+        run = {"model": {"config": config(ATTEND)}, "method": {"kind": "lora", "rank": 4, "targets": targets}}
+        return estimate(RunSpec.model_validate({**run, "batch": {"sequence": 64}})).parameters.trainable
+
+    beside = trained("q_a_proj", "mlp_res_proj") - trained("q_a_proj")
+    assert beside == SIZES["num_hidden_layers"] * 4 * (SIZES["hidden_size"] + 1)
+
+
+def test_images_and_other_projectors_are_refused_in_a_line() -> None:
+    with pytest.raises(SpecError, match="tower of kimi_k3 takes for images is not supported yet"):
+        estimate(RunSpec(model="kimi-k3", batch={"images": 1}))
+    card = read_card("kimi-k3")["config"]
+    with pytest.raises(ConfigError, match="mm_projector_type of Kimi K3 must be patchmergerv2") as caught:
+        ModelSpec({**card, "vision_config": {**card["vision_config"], "mm_projector_type": "mlp"}}).axes()
+    assert caught.value.field == "mm_projector_type"

@@ -1,0 +1,380 @@
+"""Methods against PEFT and bitsandbytes: which parameters train, and what quantised ones take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memplan import RunSpec, estimate
+from memplan.core.errors import MemplanError, UnknownNameError
+from memplan.core.units import rounded
+from memplan.engine.walk import alive, size
+from memplan.program.graph import built, parameters_of
+from memplan.program.training.program import gradients_of, pass_of, program
+from memplan.resolve.decide import decide
+from tests.tiny import TINY
+
+BF16, FP32 = 2, 4
+
+# family -> its module names for: attention inputs only, attention, everything linear in one layer
+TARGETS: dict[str, list[list[str]]] = {
+    "llama": [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "down_proj"]],
+    "mistral": [["q_proj", "v_proj"], ["o_proj"], ["up_proj", "down_proj", "k_proj"]],
+    "qwen2": [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj"]],
+    "qwen3": [["q_proj"], ["v_proj", "o_proj"], ["down_proj"]],
+    "phi3": [["qkv_proj"], ["qkv_proj", "o_proj"], ["gate_up_proj", "down_proj"]],
+    "gemma2": [["q_proj", "v_proj"], ["k_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]],
+    "gpt2": [["c_attn"], ["c_attn", "c_proj"], ["c_fc"]],
+    "gpt_neox": [["query_key_value"], ["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]],
+    "opt": [["q_proj", "v_proj"], ["k_proj", "out_proj"], ["fc1", "fc2"]],
+    "bloom": [["query_key_value"], ["dense"], ["dense_h_to_4h", "dense_4h_to_h"]],
+    "falcon": [["query_key_value"], ["dense"], ["dense_h_to_4h"]],
+    "starcoder2": [["q_proj", "v_proj"], ["o_proj"], ["c_fc", "c_proj"]],
+    "stablelm": [["q_proj", "v_proj"], ["k_proj", "o_proj"], ["gate_proj"]],
+    "glm": [["q_proj", "v_proj"], ["o_proj"], ["gate_up_proj", "down_proj"]],
+    "cohere": [["q_proj", "v_proj"], ["k_proj", "o_proj"], ["gate_proj", "down_proj"]],
+    "phi": [["q_proj", "v_proj"], ["dense"], ["fc1", "fc2"]],
+}
+
+
+def run(model_type: str, **fields: Any) -> RunSpec:
+    return RunSpec(model={"config": {"model_type": model_type, **TINY[model_type]}}, **fields)
+
+
+def peft_counts(model_type: str, kind: str, targets: Any, **more: Any) -> tuple[int, int]:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        lora = peft.LoraConfig(
+            r=8, target_modules=targets, use_dora=kind == "dora", task_type="CAUSAL_LM", fan_in_fan_out=False, **more
+        )
+        return peft.get_peft_model(model, lora).get_nb_trainable_parameters()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("model_type", sorted(TARGETS))
+def test_trainable_parameters_equal_pefts(model_type: str, kind: str) -> None:
+    for targets in ("all-linear", *TARGETS[model_type]):
+        method = {"kind": kind, "rank": 8, "targets": targets}
+        trainable, total = peft_counts(model_type, kind, targets)
+        mine = estimate(run(model_type, method=method, batch={"sequence": 64})).parameters
+        assert mine.trainable == trainable, targets
+        assert mine.total == total - trainable, targets
+
+
+def test_saved_modules_and_adapted_embeddings_train_as_in_peft() -> None:
+    for more in ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}):
+        trainable, _ = peft_counts("llama", "lora", ["q_proj"], **more)
+        method = {"kind": "lora", "rank": 8, "targets": ["q_proj"], **more}
+        assert estimate(run("llama", method=method)).parameters.trainable == trainable
+    trainable, _ = peft_counts("llama", "lora", ["q_proj", "embed_tokens"])
+    method = {"kind": "lora", "rank": 8, "targets": ["q_proj", "embed_tokens"]}
+    assert estimate(run("llama", method=method)).parameters.trainable == trainable
+
+
+def test_lora_trains_rank_times_in_plus_out() -> None:
+    h, layers, rank = 4096, 32, 8
+    a = estimate(RunSpec(model="llama-2-7b", method={"kind": "lora", "rank": rank, "targets": ["q_proj", "v_proj"]}))
+    assert a.parameters.trainable == layers * 2 * rank * (h + h)
+
+
+def test_dora_adds_one_magnitude_an_output() -> None:
+    h, f, k, layers = 3584, 18944, 4 * 128, 28
+    trained = {
+        kind: estimate(RunSpec(model="qwen2-7b", method={"kind": kind, "rank": 16})).parameters.trainable
+        for kind in ("lora", "dora")
+    }
+    assert trained["dora"] - trained["lora"] == layers * (h + 2 * k + h + f + f + h)
+
+
+def test_freeze_trains_the_last_layers_only() -> None:
+    per_layer = 233_057_792  # qwen2-7b, tests/golden/parameters.json
+    for layers in (1, 2, 28, 100):
+        a = estimate(RunSpec(model="qwen2-7b", method={"kind": "freeze", "trainable_layers": layers}))
+        assert a.parameters.trainable == min(layers, 28) * per_layer
+
+
+def stored(quantization: dict[str, Any], weight: str) -> int:
+    """Bytes of one quantised matrix of Llama-3.1-8B."""
+    spec = RunSpec(model="llama-3.1-8b", method={"kind": "qlora", "quantization": quantization})
+    held = parameters_of(decide(spec).structure.graph)
+    return sum(h.bytes for h in held if h.what.startswith(f"{weight}.weight (") and h.where == "model.layers")
+
+
+def test_four_bit_matrices_take_half_a_byte_and_their_scales() -> None:
+    n = 14336 * 4096
+    code, offset, nested_code = 512, 512, 1024  # 16, 1 and 256 fp32 numbers, each rounded to 512 bytes
+    for form in ("nf4", "fp4"):
+        double = stored({"format": form}, "mlp.up_proj")
+        assert double == n // 2 + n // 64 + 4 * n // (64 * 256) + code + offset + nested_code
+        single = stored({"format": form, "double_quant": False}, "mlp.up_proj")
+        assert single == n // 2 + 4 * n // 64 + code
+        coarse = stored({"format": form, "double_quant": False, "block_size": 256}, "mlp.up_proj")
+        assert coarse == n // 2 + 4 * n // 256 + code
+
+
+def test_int8_matrices_take_a_byte_and_a_scale_a_row() -> None:
+    assert stored({"format": "int8"}, "mlp.up_proj") == 14336 * 4096 + 4 * 14336
+
+
+def test_kbit_preparation_makes_what_is_not_quantised_fp32() -> None:
+    v, h, layers = 128256, 4096, 32
+    kept = {
+        preparation: program(
+            decide(
+                RunSpec(
+                    model="llama-3.1-8b", method={"kind": "qlora", "quantization": {"kbit_preparation": preparation}}
+                )
+            ).structure
+        ).parameters
+        for preparation in (True, False, "trl")
+    }
+    norms = (2 * layers + 1) * h * (FP32 - BF16)
+    assert kept[True] - kept[False] == 2 * v * h * (FP32 - BF16) + norms
+    assert kept["trl"] - kept[False] == norms
+
+
+def test_skipped_layers_stay_as_loaded() -> None:
+    skipped = {"kind": "qlora", "quantization": {"skip": ["lm_head", "o_proj"]}}
+    whole = program(decide(RunSpec(model="llama-3.1-8b", method="qlora")).structure).parameters
+    partly = program(decide(RunSpec(model="llama-3.1-8b", method=skipped)).structure).parameters
+    n = 4096 * 4096
+    assert partly - whole == 32 * (FP32 * n - (n // 2 + n // 64 + 4 * n // 16384 + 2048))
+
+
+def test_mixed_precision_is_sixteen_bytes_a_parameter() -> None:
+    a = estimate(RunSpec(model="llama-2-7b", precision="mixed", batch={"sequence": 1}))
+    p = a.parameters.total
+    held = {k: sum(line.bytes for line in a.ledger if line.kind == k) for k in ("parameter", "optstate", "gradient")}
+    assert held == {"parameter": 2 * p, "optstate": 12 * p, "gradient": 2 * p}
+
+
+def test_pure_half_precision_is_eight_and_foreach_adds_two() -> None:
+    def step(optimizer: str) -> int:
+        phases = estimate(RunSpec(model="llama-2-7b", optimizer=optimizer)).phases
+        return next(p.peak for p in phases if p.phase == "step" and p.step == 2)
+
+    p = 6_738_415_616
+    workspaces, rotary = 2 * 8_519_680, 2 * 512
+    tensors = 32 * 9 + 3
+    assert step("adamw_torch") == (2 + 2 + 4 + 2) * p + workspaces + rotary
+    # fused: nothing but a 512-byte step count a tensor, so what clipping needs beside all states is the most:
+    # a norm a tensor, and 4 bytes for each 65,536 elements of the largest
+    norms = 512 * tensors + rounded(4 * tensors * (32000 * 4096 // 65536))
+    assert step("adamw_torch_fused") == (2 + 2 + 4) * p + 512 * tensors + norms + workspaces + rotary
+
+
+def test_a_fused_role_is_taken_as_the_whole_matrix_and_said_so() -> None:
+    a = estimate(RunSpec(model="phi-4", method={"kind": "lora", "targets": ["q_proj"]}))
+    b = estimate(RunSpec(model="phi-4", method={"kind": "lora", "targets": ["qkv_proj"]}))
+    assert a.parameters == b.parameters
+    assert any("q_proj is part of qkv_proj" in note for note in a.notes)
+    assert b.notes == ()
+
+
+def test_the_trainer_projects_linear_layers_and_not_gpt2s_conv1d() -> None:
+    def states(model: str, optimizer: str) -> int:
+        answer = estimate(RunSpec(model=model, optimizer=optimizer, batch={"sequence": 64}))
+        return sum(line.bytes for line in answer.ledger if line.kind == "optstate")
+
+    assert states("gpt2", "galore_adamw") == states("gpt2", "adamw_torch") > 0
+    assert 0 < states("qwen2-0.5b", "galore_adamw") < states("qwen2-0.5b", "adamw_torch")
+
+
+def test_the_trainer_keeps_the_states_of_embeddings_wide() -> None:
+    vocabulary, h = 152064, 3584
+    bare, trained = (
+        estimate(RunSpec(model="qwen2-7b", optimizer="adamw_bnb_8bit", loop={"trainer": t})) for t in (False, True)
+    )
+    states = [sum(line.bytes for line in a.ledger if line.kind == "optstate") for a in (bare, trained)]
+    n = vocabulary * h  # the head is no embedding, and untied here
+    assert states[1] - states[0] == 2 * (4 * n - (n + 4 * n // 256))
+    assert any("--trainer" in note for note in bare.notes)
+    assert trained.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"method": {"kind": "lora", "targets": ["q_prj"]}}, "method.targets"),
+        ({"method": {"kind": "lora", "targets": []}}, "method.targets"),
+        ({"method": {"kind": "lora", "modules_to_save": ["lm_hed"]}}, "method.modules_to_save"),
+        ({"method": {"kind": "lora", "rank": 5000}}, "method.rank"),
+        ({"method": {"kind": "lora", "quantization": {}}}, "method.quantization"),
+        ({"method": {"kind": "full", "quantization": {}}}, "method.quantization"),
+        ({"optimizer": "adamw_troch"}, "optimizer.name"),
+        ({"optimizer": {"in_backward": True}, "batch": {"accumulation": 2}}, "optimizer.in_backward"),
+        ({"optimizer": "galore_adamw_layerwise", "batch": {"accumulation": 2}}, "batch.accumulation"),
+        ({"profile": "transformers-6"}, "profile"),
+        ({"batch": {"new_tokens": 1}}, "batch.new_tokens"),
+        ({"task": "generate", "kernels": {"loss": "hf"}}, "kernels.loss"),
+        ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
+        ({"kernels": {"compile": True}}, "kernels.compile"),
+        ({"kernels": {"attention": "flash_attention_2"}, "precision": "fp32"}, "kernels.attention"),
+        ({"kernels": {"attention": "flash_attention_2"}, "gpu": "t4"}, "kernels.attention"),
+        ({"parallelism": {"world": 2}}, "parallelism.world"),
+        ({"gpu": "rtx 9999"}, "gpu"),
+        ({"precision": {"compute": "fp8"}}, "precision.compute"),
+        ({"method": {"kind": "qlora", "quantization": {"block_size": 16}}}, "method.quantization.block_size"),
+        (
+            {"method": {"kind": "qlora", "quantization": {"format": "fp8", "block_size": 64}}},
+            "method.quantization.block_size",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(MemplanError) as caught:
+        estimate(RunSpec(model="qwen2-7b", **fields))
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_targets_name_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="q_proj"):
+        estimate(RunSpec(model="qwen2-7b", method={"kind": "lora", "targets": ["q_prj"]}))
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
+def test_a_family_written_like_another_takes_what_that_does(method: str) -> None:
+    """Families that transformers cannot build, at the sizes where they are the same model as one that it can."""
+    sizes = {**TINY["llama"], "num_hidden_layers": 4}
+    block = {"attention": {"n_heads_in_group": 2}, "ffn": {"intermediate_size": sizes["intermediate_size"]}}
+    alike = {
+        "nemotron-nas": ({**sizes, "block_configs": [block] * 4}, "llama", sizes),
+        "mimo": (sizes, "qwen2", sizes),
+    }
+    for model_type, (config, like, other) in alike.items():
+        ours, theirs = (
+            estimate(
+                RunSpec(model={"config": {**c, "model_type": t}}, method=method, batch={"micro": 2, "sequence": 64})
+            )
+            for t, c in ((model_type, config), (like, other))
+        )
+        assert ours.phases == theirs.phases, model_type
+
+
+def test_flash_attention_2_is_given_half_precision_where_norms_hand_on_fp32() -> None:
+    run = RunSpec(
+        model="llama-3.1-8b",
+        method="qlora",
+        kernels={"attention": "flash_attention_2", "checkpointing": "none"},
+        gpu="a100-80gb",
+    )
+    low = pass_of(decide(run).structure)
+    kept = {low.sizes[key][5]: low.sizes[key][1] for key, n in low.kept.counts.items() if n}
+    assert {name: kept[name] for name in ("q.target", "k.target", "v.heads.target")} == dict.fromkeys(
+        ("q.target", "k.target", "v.heads.target"), "bf16"
+    )
+
+
+def test_bitsandbytes_leaves_falcons_own_class_of_linear_layers_alone() -> None:
+    def quantised(model: str) -> bool:
+        held = parameters_of(decide(RunSpec(model=model, method="qlora")).structure.graph)
+        return any("(packed)" in h.what for h in held)
+
+    assert not quantised("falcon-7b")
+    assert quantised("llama-2-7b")
+
+
+@pytest.mark.parametrize(
+    ("model", "preparation", "autocast", "noted"),
+    [
+        ("falcon-7b", "trl", False, True),
+        ("gpt2", "trl", False, True),
+        ("falcon-7b", "trl", True, False),
+        ("falcon-7b", True, False, False),  # embeddings are in fp32, too
+        ("falcon-7b", False, False, False),  # norms are in 16 bits, too
+        ("llama-2-7b", "trl", False, False),  # its norms are written out, and cast
+    ],
+)
+def test_a_layer_norm_that_a_card_refuses_is_noted(model: str, preparation: Any, autocast: bool, noted: bool) -> None:
+    method = {"kind": "qlora", "quantization": {"kbit_preparation": preparation}}
+    precision = {"weights": "fp16", "compute": "fp16", "autocast": autocast}
+    answer = estimate(RunSpec(model=model, method=method, precision=precision, batch={"sequence": 64}))
+    said = (
+        "embeddings are in fp16 and the layer norms after them in fp32: torch refuses that on a card without autocast"
+    )
+    assert [note for note in answer.notes if "layer norms" in note] == [said] * noted
+
+
+@pytest.mark.parametrize(("head_dim", "kernel"), [(20, "sdpa_math"), (24, "sdpa_efficient"), (288, "sdpa_efficient")])
+@pytest.mark.parametrize("padded", [True, False])
+def test_heads_that_a_kernel_does_not_take_go_to_another(head_dim: int, kernel: str, padded: bool) -> None:
+    """A mask keeps flash away, which takes heads up to 256 wide; the next takes multiples of 16 bytes, not 40."""
+    config = {"model_type": "llama", **TINY["llama"], "head_dim": head_dim}
+
+    def allocated(attention: str) -> int:
+        return estimate(
+            RunSpec(
+                model={"config": config},
+                batch={"micro": 4, "sequence": 512},
+                kernels={"attention": attention, "checkpointing": "none"},
+                loop={"padded": padded},
+            )
+        ).bytes.allocated
+
+    assert (allocated("sdpa") == allocated(kernel)) == (padded or head_dim > 256)
+
+
+def test_every_weight_that_trains_is_left_with_a_gradient() -> None:
+    for targets in (["q_proj", "lm_head"], ["embed_tokens"], "all-linear"):
+        for kind in ("lora", "dora") if "embed_tokens" not in targets else ("lora",):
+            run = RunSpec(model="llama-3.2-1b", method={"kind": kind, "targets": targets})
+            structure = decide(run).structure
+            _, axes = built(structure.graph)
+            all_of_them = sum(h.bytes * h.copies for h in gradients_of(structure))
+            for later in (False, True):  # a later micro-batch adds to those that are there
+                low = pass_of(structure, later)
+                left = sum(
+                    size(low.sizes[key][0], low.sizes[key][1], axes)[1] * n
+                    for key, n in alive(low.left, low.runs, axes).items()
+                    if low.sizes[key][2] == "gradient"
+                )
+                assert left == (0 if later else all_of_them), (kind, targets, later)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "compute", "made"), [("bf16", "bf16", ["bf16"]), ("fp32", "bf16", ["fp32", "bf16"])]
+)
+def test_backward_dequantises_to_the_dtype_that_was_loaded_and_casts_that(
+    loaded: str, compute: str, made: list[str]
+) -> None:
+    precision = {"weights": loaded, "compute": compute}
+    stack, _ = built(decide(run("llama", method="qlora", precision=precision)).structure.graph)
+    layer = next(op for op in stack.runs[0].blocks[0].ops if op.name == "mlp.up_proj.base_layer")
+    assert [s.tensor.dtype for s in layer.scratch_back if s.tensor.name == "dequantised"] == made
+    assert [t.dtype for t in layer.scratch if t.name == "dequantised"] == [compute]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen2-0.5b", "gpt2", "gemma-2-2b"])
+def test_adapted_embeddings_run_in_every_precision(model: str, checkpointing: str, autocast: bool) -> None:
+    targets = ["wte"] if model == "gpt2" else ["embed_tokens"]
+    answer = estimate(
+        RunSpec(
+            model=model,
+            method={"kind": "lora", "rank": 8, "targets": targets},
+            precision={"autocast": autocast},
+            kernels={"checkpointing": checkpointing},
+            batch={"sequence": 256},
+        )
+    )
+    facts = answer.run.method.rank, answer.parameters.trainable
+    assert facts[1] % facts[0] == 0
+    assert facts[1] > 0
+
+
+def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:
+    """LitGPT quantises the head too, and a head in chunks casts and keeps the chunk it is given."""
+    config = {"model_type": "llama", **TINY["llama"]}
+    run = RunSpec(model={"config": config}, profile="litgpt", method="qlora", kernels={"loss": "chunked"})
+    stack, _ = built(decide(run).structure.graph)
+    heads = [op for op in stack.loss if op.name == "lm_head"]
+    assert [op.captures for op in heads] == [op.reads for op in heads] == [(f"logits.in{i}",) for i in range(8)]
+    casts = {op.reads: op.writes[0].shape for op in stack.loss if op.name == "lm_head.cast"}
+    assert casts == {(f"n{i}",): "b lc h" for i in range(8)}

@@ -1,0 +1,499 @@
+"""Profiles: what a framework's version decides, as tables that are whole and as bytes by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.accuracy import compared_with_trace
+from benchmarks.golden import rows
+from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue.profiles.engines import engine_names
+from memplan.catalogue.profiles.profiles import PROFILES, WHEN, WORDS, Profile, Row, decided, find_profile
+from memplan.cli import app
+from memplan.core.errors import MemplanError, SpecError, UnknownNameError
+from memplan.core.units import rounded
+from memplan.engine.walk import alive, size
+from memplan.program.graph import built, lowered
+from memplan.resolve.decide import completed, decide
+from memplan.spec.run import NEWEST
+from tests.sampling import sampled
+from tests.tiny import TINY
+
+NAMES = [profile.name for profile in PROFILES]
+PARTS = ("kernels", "optimizer", "method", "quantization")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 1408,
+    "vocab_size": 32000,
+    "num_hidden_layers": 4,
+    "tie_word_embeddings": False,
+}
+
+
+TRACED = sampled(rows("traced_versions.jsonl"))
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    return {"config": {**LLAMA, **changes}}
+
+
+def peak(answer: Estimate, phase: str) -> int:
+    return max(p.peak for p in answer.phases if p.phase == phase)
+
+
+def test_a_framework_without_a_version_is_the_newest_that_is_read() -> None:
+    names = [*NAMES, *engine_names()]
+    assert RunSpec(model="qwen2-7b", task="generate", profile="vLLM").profile == NEWEST["vllm"]
+    versioned = {name.rsplit("-", 1)[0] for name in names if name[-1].isdigit()} - set(names)
+    assert set(NEWEST) == versioned
+
+    def order(name: str) -> list[int]:
+        return [int(part) for part in name.rsplit("-", 1)[1].split(".")]
+
+    for framework, newest in NEWEST.items():
+        # transformers-5.14 is 5 with an older Liger.
+        ours = [n for n in names if n.rsplit("-", 1)[0] == framework and n != "transformers-5.14"]
+        assert newest == max(ours, key=order)
+
+
+def test_the_profiles_of_every_framework_are_there() -> None:
+    versions = {f"transformers-{v}" for v in ("4.35", "4.38", "4.45", "4.46", "4.48", "4.51", "5")}
+    assert versions | {"litgpt-2023", "litgpt-2024", "megatron-core", "fsdp_qlora", "torchtitan", "torchtune"} < set(
+        NAMES
+    )
+    for framework in ("trl-", "axolotl-", "llamafactory-", "unsloth-"):
+        assert any(name.startswith(framework) for name in NAMES)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.name)
+def test_a_profile_says_what_was_read_and_where_each_row_is_from(profile: Profile) -> None:
+    assert profile.title
+    assert profile.read
+    for row in profile.rows:
+        assert row.field in WORDS or row.field.split(".")[-2] in PARTS
+        assert row.source
+        assert row.when in WHEN
+    like = profile
+    while like.like:
+        like = find_profile(like.like)
+    assert like.name == "transformers-5"
+
+
+def test_no_row_says_what_an_earlier_one_of_the_profile_has_said() -> None:
+    for profile in PROFILES:
+        keys = [(row.field, row.when, row.model_types) for row in profile.rows]
+        assert len(set(keys)) == len(keys), profile.name
+
+
+@pytest.mark.parametrize("name", ["transformers-4.47", "litgpt-2022", "trl-", "TRANSFORMERS-5", ""])
+def test_an_unknown_profile_is_an_error_that_names_near_ones(name: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        estimate(RunSpec(model="qwen2-0.5b", profile=name))
+    assert caught.value.field == "profile"
+    assert "transformers-" in str(caught.value) or "litgpt-" in str(caught.value) or "trl-" in str(caught.value)
+
+
+def test_a_run_that_is_completed_says_of_its_loop_what_an_answer_says() -> None:
+    run = RunSpec(model="qwen2-0.5b")
+    assert completed(run).loop == estimate(run).run.loop
+    assert completed(run).loop.use_cache is False
+
+
+@pytest.mark.parametrize("name", sampled(NAMES, 4))
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_an_answer_holds_what_was_decided_and_answers_the_same_again(name: str, method: str) -> None:
+    answer = estimate(RunSpec(model=model(), method=method, profile=name))
+    run = answer.run
+    kernels = run.kernels
+    assert None not in (kernels.checkpointing, kernels.loss, kernels.fused, kernels.reentrant, run.optimizer.name)
+    if method != "full":
+        assert run.method.adapter_dtype is not None
+    if run.method.quantization is not None:
+        assert None not in (run.method.quantization.skip, run.method.quantization.kbit_preparation)
+    again = estimate(RunSpec.model_validate_json(run.model_dump_json()))
+    assert again.bytes == answer.bytes
+    assert again.phases == answer.phases
+    assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+
+
+OTHERS: dict[str, Any] = {
+    "optimizer.name": "sgd",
+    "kernels.checkpointing": "none",
+    "kernels.reentrant": False,
+    "kernels.loss": "chunked",
+    "kernels.fused": (),
+    "method.adapter_dtype": "fp32",
+    "method.quantization.skip": ("lm_head",),
+    "method.quantization.kbit_preparation": True,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_user_says_wins(name: str) -> None:
+    said: dict[str, Any] = {"method": {"kind": "qlora"}}
+    for path, value in OTHERS.items():
+        inner = said
+        *parts, field = path.split(".")
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[field] = value
+    run = estimate(RunSpec(model=model(), profile=name, **said)).run
+    for path, value in OTHERS.items():
+        found: Any = run
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert found == value, path
+
+
+def test_what_is_left_open_is_what_transformers_5_sets() -> None:
+    rows = {row.field: row.value for row in find_profile("transformers-5").rows}
+    said = RunSpec(
+        model=model(),
+        optimizer=rows["optimizer.name"],
+        kernels={field: rows[f"kernels.{field}"] for field in ("checkpointing", "reentrant", "loss", "fused")},
+    )
+    assert estimate(said).phases == estimate(RunSpec(model=model())).phases
+
+
+def test_a_row_may_be_for_some_families_or_quantised_weights_only() -> None:
+    assert decided("transformers-4.48", "llama", False)["logits"] == "shifted"
+    assert decided("transformers-4.48", "gpt_bigcode", False)["logits"] == "half"
+    assert decided("transformers-4.51", "gpt_bigcode", False)["logits"] == "padded"
+    assert decided("litgpt-2023", "llama", False)["optimizer.name"] == "adamw_torch"
+    assert decided("litgpt-2023", "llama", True)["optimizer.name"] == "paged_adamw_32bit"
+
+
+# Bytes a logit has at the loss's forward and backward peaks, of bf16 logits. The model of 4.45 lets go of them at once.
+PER_LOGIT = {
+    "transformers-5": (10, 12),
+    "transformers-4.51": (10, 12),
+    "transformers-4.48": (14, 12),
+    "transformers-4.45": (12, 12),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), PER_LOGIT.items())
+def test_the_loss_has_so_many_bytes_a_logit(name: str, expected: tuple[int, int]) -> None:
+    b, s, more = 4, 512, 64000
+    small, large = (
+        estimate(RunSpec(model=model(vocab_size=v), method="lora", profile=name, batch={"micro": b, "sequence": s}))
+        for v in (more, 2 * more)
+    )
+    weights = 2 * 2 * more * LLAMA["hidden_size"]  # embeddings and head
+    for phase, bytes_ in zip(("loss", "backward"), expected, strict=True):
+        logits = peak(large, phase) - peak(small, phase) - weights
+        assert logits == pytest.approx(bytes_ * b * s * more, rel=0.003), phase
+
+
+def test_a_single_sequence_is_not_copied_to_be_shifted() -> None:
+    ones, fours = (
+        [
+            peak(estimate(RunSpec(model=model(), profile=name, batch={"micro": b, "sequence": 512})), "loss")
+            for name in ("transformers-4.48", "transformers-4.51")
+        ]
+        for b in (1, 4)
+    )
+    assert abs(ones[0] - ones[1]) < 2**20
+    assert fours[0] - fours[1] == pytest.approx(4 * 4 * 512 * LLAMA["vocab_size"], rel=0.01)
+
+
+def test_a_loss_in_half_precision_has_three_tensors_of_logits() -> None:
+    """gpt2 under transformers 4.48: logits, all rows but the last, and log-probabilities, all in bf16."""
+    b, s = 4, 512
+    small, large = (
+        peak(
+            estimate(RunSpec(model=gpt2(v), profile="transformers-4.48", batch={"micro": b, "sequence": s})),
+            "loss",
+        )
+        for v in (64000, 128000)
+    )
+    states = 4 * 2 * 64000 * 256  # tied embeddings, their gradient is not there yet, and two moments
+    assert large - small == pytest.approx(3 * 2 * b * s * 64000 + states * 3 / 4, rel=0.003)
+
+
+def gpt2(v: int) -> dict[str, Any]:
+    return {
+        "config": {"model_type": "gpt2", "n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": v, "n_positions": 512}
+    }
+
+
+def test_megatron_writes_the_softmax_and_its_gradient_over_the_logits() -> None:
+    b, s, v = 4, 512, 64000
+    answers = [
+        estimate(
+            RunSpec(
+                model=model(vocab_size=n),
+                method="lora",
+                profile="megatron-core",
+                batch={"micro": b, "sequence": s},
+            )
+        )
+        for n in (v, 2 * v)
+    ]
+    weights = 2 * 2 * v * LLAMA["hidden_size"]
+    growth = peak(answers[1], "loss") - peak(answers[0], "loss") - weights
+    assert growth == pytest.approx((2 + 4) * b * s * v, rel=0.003)
+
+
+def test_reentrant_checkpointing_holds_a_blocks_output_and_its_gradient() -> None:
+    """A block's backward holds two tensors of the stream more, and all that its forward pass keeps is there at once."""
+    runs = [
+        estimate(
+            RunSpec(
+                model=model(vocab_size=100),
+                kernels={"reentrant": reentrant, "attention": "flash_attention_2"},
+                batch={"micro": 8, "sequence": 2048},
+            )
+        )
+        for reentrant in (False, True)
+    ]
+    stream = 8 * 2048 * LLAMA["hidden_size"] * 2
+    assert [run.peak.where.split(".")[0] for run in runs] == ["model", "model"]
+    more = peak(runs[1], "backward") - peak(runs[0], "backward")
+    assert more % stream < 2**20 or stream - more % stream < 2**20
+    assert 0 < more <= 2 * stream
+    assert peak(runs[0], "forward") == peak(runs[1], "forward")
+
+
+def kept(changes: dict[str, Any], **run: Any) -> int:
+    """What one more layer keeps from forward to backward, in bytes: of a batch of 1 x 512 tokens."""
+    spec = RunSpec(
+        model=model(**changes),
+        kernels={"checkpointing": "none", "attention": "flash_attention_2", **run.pop("kernels", {})},
+        **run,
+    )
+    structure = decide(spec).structure
+    low = lowered(structure.graph)
+    _, axes = built(structure.graph)
+    numbers = {**axes, "b": 1, "s": 512, "s8": 512, "s32": 512, "s128": 512, "targets": 513, "padded_labels": 0}
+    numbers |= {
+        "shifted_rows": 511,
+        "shifted_labels": 0,
+        "further_chunks": 3,
+        "sorted_ids": 0,
+        "segments": 0,
+        "lc": 64,
+        "fc": 64,
+    }
+
+    def at(layers: int) -> int:
+        there = {**numbers, "L": layers}
+        return sum(
+            n * size(low.sizes[key][0], low.sizes[key][1], there)[1]
+            for key, n in alive(low.kept, low.runs, there).items()
+        )
+
+    return at(5) - at(4)
+
+
+def test_fused_kernels_keep_less_of_a_layer() -> None:
+    """In bf16, per token: each norm its input and a number instead of an fp32 copy, and no activated gate."""
+    h, q, k, i, heads = 512, 512, 128, 1408, 8
+    random_state = 512 + 512  # flash attention's
+    statistics = 2 * 4 + 4 * heads
+    plain = 16 * h + 4 * q + 4 * k + 8 * i + statistics
+    fused = 8 * h + 4 * q + 4 * k + 6 * i + statistics
+    assert kept({}) == 512 * plain + random_state
+    assert kept({}, kernels={"fused": ["rope", "rms_norm", "swiglu"]}) == 512 * fused + random_state
+
+
+def test_lora_in_one_function_keeps_the_input_once() -> None:
+    """unsloth, all layers adapted: inputs of q, k, v, of o and of the MLP, the gate and what it multiplies, in bf16."""
+    h, q, k, i, heads = 512, 512, 128, 1408, 8
+    run: dict[str, Any] = {
+        "method": "qlora",
+        "profile": "unsloth-2025",
+        "precision": {"weights": "bf16", "autocast": True},
+    }
+    norms = 2 * (2 * h + 4)
+    attention = 2 * h + 2 * (q + 2 * k) + 2 * q + 4 * heads
+    mlp = 2 * h + 2 * i + 2 * i
+    stored_random_state = 512 + 512
+    assert kept({}, **run) == 512 * (norms + attention + mlp) + stored_random_state
+
+
+def test_a_function_of_lora_is_of_one_module() -> None:
+    """A mixture's experts stay as they are; the expert that all share is a gated MLP of its own width."""
+    config = {"model_type": "qwen2_moe", **TINY["qwen2_moe"]}
+    run = RunSpec(model={"config": config}, method="qlora", profile="transformers-4.51", kernels={"fused": ["lora"]})
+    stack, _ = built(decide(run).structure.graph)
+    ops = {op.name: op for op in stack.runs[0].blocks[0].ops}
+    joined = {name for name in ops if name.endswith((".lora_qkv", ".lora_mlp"))}
+    assert joined == {"self_attn.lora_qkv", "mlp.shared_expert.lora_mlp"}
+    shared = ops["mlp.shared_expert.lora_mlp"]
+    assert {t.name: t.shape for t in shared.writes if t.name in ("gate", "up")} == {"gate": "b s fs", "up": "b s fs"}
+    assert {"mlp.experts.0.gate_proj.lora_A", "mlp.experts.0.product"} <= ops.keys()
+
+
+def test_a_fused_kernel_that_finds_nothing_is_noted() -> None:
+    answer = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, kernels={"fused": ["rope", "cross_entropy"]}))
+    assert answer.run.kernels.fused == ("cross_entropy",)
+    assert any("rope finds nothing to do" in note for note in answer.notes)
+    profiled = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, profile="unsloth-2025"))
+    assert not any("finds nothing to do" in note for note in profiled.notes)
+
+
+def test_litgpt_keeps_what_its_code_says() -> None:
+    """LoRA on query and value, per token: two fp32 norms' inputs, a mask and the dropped input, one storage of q, k and
+    v, the rotated heads, what attention makes, what is copied into zeros, and three tensors of the MLP."""
+    h, i, heads, r = 512, 1408, 8, 8
+    run: dict[str, Any] = {
+        "method": {"kind": "lora", "rank": r, "targets": ["q_proj", "v_proj"], "dropout": 0.05},
+        "profile": "litgpt-2024",
+    }
+    norms = 2 * (4 * h + 4 + 4)
+    adapter = h + 2 * h + 2 * 2 * r + 2 * 2 * h
+    attention = 2 * 3 * h + 2 * 2 * h + 2 * h + 4 * heads
+    factors = 2 * 4 * h  # the norms' weights in fp32
+    random_state = 512 + 512
+    expected = 512 * (norms + adapter + attention + 2 * 3 * i) + factors + random_state
+    assert kept({"num_key_value_heads": 8}, kernels={"attention": "sdpa"}, **run) == pytest.approx(expected, rel=1e-3)
+
+
+def test_litgpt_has_no_other_families_than_its_own() -> None:
+    with pytest.raises(MemplanError, match="litgpt-2024 has no qwen2"):
+        estimate(RunSpec(model="qwen2-0.5b", profile="litgpt-2024"))
+
+
+@pytest.mark.parametrize(
+    ("profile", "known", "unknown"),
+    [
+        ("transformers-4.35", "llama", "mixtral"),
+        ("transformers-4.45", "phi3", "glm"),
+        ("transformers-4.48", "olmo2", "qwen3"),
+        ("llamafactory", "gemma3_text", "gemma3n_text"),
+        ("axolotl", "gemma3n_text", "gemma4_text"),
+        ("unsloth", "gemma2", "phi3"),
+    ],
+)
+def test_a_family_that_came_after_the_version_is_noted(profile: str, known: str, unknown: str) -> None:
+    def notes(family: str) -> str:
+        run = RunSpec(model={"config": {"model_type": family, **TINY[family]}}, profile=profile, batch={"sequence": 64})
+        return " ".join(estimate(run).notes)
+
+    assert f"has no {unknown}: its layers are counted as transformers 5.24 writes them" in notes(unknown)
+    assert "its layers are counted" not in notes(known)
+
+
+@pytest.mark.parametrize("profile", ["litgpt", "torchtitan", "torchtune", "unsloth"])
+def test_padding_adds_nothing_where_the_model_gets_no_mask(profile: str) -> None:
+    def answer(padded: bool) -> Estimate:
+        return estimate(RunSpec(model=model(), method="full", profile=profile, loop={"padded": padded}))
+
+    assert answer(True).phases == answer(False).phases
+    assert any("gives the model no attention mask for padding" in note for note in answer(True).notes)
+    assert not any("mask" in note for note in answer(False).notes)
+
+
+def test_padding_adds_masks_where_the_model_gets_one() -> None:
+    runs = (RunSpec(model=model(), profile="transformers-4.51", loop={"padded": p}) for p in (True, False))
+    padded, plain = map(estimate, runs)
+    assert padded.bytes.allocated > plain.bytes.allocated
+    assert not padded.notes
+
+
+@pytest.mark.parametrize("profile", ["litgpt", "torchtitan"])
+def test_a_model_that_calls_torchs_attention_has_no_eager_one(profile: str) -> None:
+    with pytest.raises(SpecError, match="has no eager attention to choose; supported: sdpa, ") as caught:
+        estimate(RunSpec(model=model(), profile=profile, kernels={"attention": "eager"}))
+    assert caught.value.field == "kernels.attention"
+
+
+@pytest.mark.parametrize("profile", ["transformers-4.48", "transformers-4.51", "transformers-5"])
+def test_phi3s_layers_read_the_mask_of_their_window(profile: str) -> None:
+    """Whether whole heads are rotated, as until 4.48, or a part that is joined with the rest."""
+    config = {"model_type": "phi3", **TINY["phi3"], "sliding_window": 32}
+    run = RunSpec(model={"config": config}, profile=profile, loop={"padded": True})
+    stack, _ = built(decide(run).structure.graph)
+    assert any(op.reads == ("window_mask",) for op in stack.runs[0].blocks[0].ops)
+
+
+def test_older_versions_repeat_the_keys_that_layers_share_too() -> None:
+    config = {"model_type": "gemma4_text", **TINY["gemma4_text"]}
+    run = RunSpec(model={"config": config}, profile="transformers-4.51", batch={"sequence": 16})
+    stack, _ = built(decide(run).structure.graph)
+    repeats = (op for run in stack.runs for block in run.blocks for op in block.ops if ".repeat_" in op.name)
+    shared = {(op.reads[0], op.writes[0].name) for op in repeats if not op.reads[0].startswith(("k.", "v."))}
+    assert shared == {
+        *(("keys.view", "k.given"), ("values.view", "v.given")),
+        *(("local_keys.view", "k.given"), ("local_values.view", "v.given")),
+    }
+
+
+def test_gptq_stores_half_a_byte_a_weight_and_numbers_a_group() -> None:
+    quantization = {"format": "gptq-int4", "block_size": 128, "kbit_preparation": False}
+    answer = estimate(RunSpec(model=model(), method={"kind": "qlora", "quantization": quantization}))
+    by_name = {line.what: line for line in answer.ledger if line.kind == "parameter" and "up_proj" in line.what}
+    n = 512 * 1408
+    assert by_name["mlp.up_proj.weight (qweight)"].bytes == 4 * n // 2
+    assert by_name["mlp.up_proj.weight (scales)"].bytes == 4 * 2 * n // 128
+    assert by_name["mlp.up_proj.weight (qzeros)"].bytes == 4 * rounded(4 * n // 128 // 8)
+    assert by_name["mlp.up_proj.weight (g_idx)"].bytes == 4 * 4 * 512
+
+
+def test_the_command_lists_every_profile_and_what_it_sets() -> None:
+    text = CliRunner().invoke(app, ["profiles"]).output
+    facts = {row["name"]: row for row in json.loads(CliRunner().invoke(app, ["profiles", "--json"]).output)}
+    assert list(facts) == [*NAMES, *engine_names()]
+    for profile in PROFILES:
+        assert any(line.startswith(f"{profile.name} ") for line in text.splitlines())
+        for row in profile.rows:
+            assert row.field in text
+            assert row.source in text
+        assert [Row(**{**r, "model_types": tuple(r["model_types"])}).field for r in facts[profile.name]["rows"]] == [
+            row.field for row in profile.rows
+        ]
+        for wait in profile.waits:
+            assert wait in text
+    found = CliRunner().invoke(app, ["profiles", "litgpt"]).output
+    assert "litgpt-2023" in found
+    assert "torchtune" not in found
+
+
+@pytest.mark.parametrize("row", TRACED, ids=lambda row: row["name"])
+def test_a_step_of_an_older_version_is_what_was_traced(row: dict[str, Any]) -> None:
+    family = row["run"]["model"]["config"]["model_type"]
+    assert compared_with_trace(row).phase < (0.007 if family == "gemma2" else 0.001)
+
+
+@pytest.mark.parametrize(
+    ("profile", "family", "what"),
+    [
+        ("transformers-4.48", "starcoder2", "does not checkpoint"),
+        ("transformers-4.45", "opt", "no sdpa"),
+        ("transformers-4.35", "llama", "no sdpa"),
+    ],
+)
+def test_what_a_version_lacks_is_left_out_and_noted(profile: str, family: str, what: str) -> None:
+    config = {
+        **LLAMA,
+        "model_type": family,
+        "ffn_dim": 1408,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": 512,
+    }
+    run = {"model": {"config": config}, "method": "lora", "batch": {"micro": 2, "sequence": 512}}
+    lacking = estimate(RunSpec(profile=profile, **run))
+    assert any(what in note for note in lacking.notes)
+    without = {"attention": "eager"} if what == "no sdpa" else {"checkpointing": "none"}
+    having = estimate(RunSpec(profile=profile, kernels=without, **run))
+    assert not any(what in note for note in having.notes)
+    assert abs(having.bytes.allocated - lacking.bytes.allocated) <= (0 if what == "no sdpa" else 2 * 2 * 512 * 512 * 2)
+
+
+def test_torchs_plain_attention_keeps_its_scores_in_half_precision_before_2_5() -> None:
+    def kept(profile: str) -> int:
+        kernels = {"attention": "sdpa_math", "checkpointing": "none", "loss": "chunked"}
+        run = RunSpec(model=model(), method="lora", batch={"sequence": 2048}, kernels=kernels, profile=profile)
+        return peak(estimate(run), "forward")
+
+    scores = 4 * 8 * 2048 * 2048
+    assert kept("transformers-4.45") - kept("transformers-4.38") > 2 * scores

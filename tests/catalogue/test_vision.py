@@ -1,0 +1,334 @@
+"""Vision-language models: what an image takes of a sequence, towers that run and that do not, and what is frozen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import compared_with_trace
+from memplan import RunSpec, estimate
+from memplan.core.errors import ConfigError, MemplanError, SpecError, UnknownNameError
+from memplan.models.cards import find_model
+from memplan.models.configs.images import PICTURES, axes_of, picture_of
+from memplan.models.model import ModelSpec
+from memplan.program.training.program import pass_of
+from memplan.resolve.decide import decide
+from tests.sampling import sampled
+from tests.tiny_towers import TINY as RESTING
+from tests.tiny_vision import TINY
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "traced_vision.jsonl"
+ROWS: list[dict[str, Any]] = [json.loads(line) for line in GOLDEN.read_text("utf-8").splitlines()][1:]
+
+
+def model(model_type: str) -> dict[str, Any]:
+    return {"config": {"model_type": model_type, **TINY[model_type]}}
+
+
+def run(model_type: str = "qwen2_vl", **fields: Any) -> RunSpec:
+    return RunSpec.model_validate({"model": model(model_type), "batch": {"sequence": 512}, **fields})
+
+
+def label(case: dict[str, Any]) -> str:
+    asked = case["run"]
+    images = asked.get("batch", {}).get("images", 0)
+    frozen = "".join(asked.get("method", {}).get("frozen", ()))
+    return f"{case['name']}-{asked.get('kernels', {}).get('checkpointing', 'full')}-{images}-{frozen}"
+
+
+@pytest.mark.parametrize("case", sampled(ROWS), ids=label)
+def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**case["run"]))
+    assert answer.parameters.total == case["parameters"]
+    assert answer.parameters.trainable == case["trainable"]
+    compared = compared_with_trace(case)
+    peak, phase = case.get("within", (2e-4, 1e-3))
+    assert (peak > 2e-4) == bool(case.get("cause"))
+    assert compared.peak <= peak, compared
+    assert compared.phase <= phase, compared
+
+
+def test_every_family_is_traced_on_text_and_with_the_images_it_takes() -> None:
+    traced = {
+        (case["run"]["model"]["config"]["model_type"], bool(case["run"].get("batch", {}).get("images")))
+        for case in ROWS
+        if isinstance(case["run"]["model"], dict)
+    }
+    assert {family for family, images in traced if not images} == set(TINY)
+    assert {family for family, images in traced if images} == set(PICTURES)
+    for family in set(TINY) - set(PICTURES):
+        with pytest.raises(SpecError, match=r"batch\.images: .* is not supported yet"):
+            estimate(run(family, batch={"images": 1, "image_size": 280}))
+
+
+# 1024 / 28 is 36.57: 37 x 37 squares of 2 x 2 patches. 28 pixels are grown to 56, and 14 x 700, of which 0 rows were
+# left, to 3136 in all: by 0.566. The most are 3584 x 3584, which are 128 squares a side.
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [(1024, 37 * 37), ((644, 28), 23 * 1), (28, 2 * 2), (8000, 128 * 128), ((14, 700), 1 * 15)],
+)
+def test_an_image_of_qwen2_vl_is_a_token_for_every_four_patches(size: Any, tokens: int) -> None:
+    spec = ModelSpec({"model_type": "qwen2_vl", **TINY["qwen2_vl"]})
+    picture = picture_of(spec, size)
+    assert picture.tokens == tokens
+    assert picture.patches == 4 * tokens
+
+
+# A patch of Qwen3-VL has 16 pixels a side unless its config says otherwise, so 32 become one token's; 100 x 100 are
+# grown to 256 x 256, 640 x 96 by 1.03 to 672 x 128, and 6000 x 6000 shrunk to 4096 x 4096.
+@pytest.mark.parametrize(("size", "tokens"), [(1024, 32 * 32), ((640, 96), 21 * 4), (100, 8 * 8), (6000, 128 * 128)])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
+def test_an_image_of_qwen3_is_a_token_for_every_square_of_32_pixels(family: str, size: Any, tokens: int) -> None:
+    picture = picture_of(ModelSpec({"model_type": family, **TINY[family]}), size)
+    assert (picture.tokens, picture.patches) == (tokens, 4 * tokens)
+
+
+# Each is shrunk until its long side has 560 pixels, and 28 of a side are one token; a row of them ends with one more.
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(560, 20 * 21), ((1120, 560), 20 * (10 + 1)), ((100, 30), 4 * (2 + 1)), (28, 1 + 1)]
+)
+def test_an_image_of_mistral_3_has_a_token_more_a_row(size: Any, tokens: int) -> None:
+    picture = picture_of(ModelSpec({"model_type": "mistral3", **TINY["mistral3"]}), size)
+    assert picture.tokens == tokens
+
+
+def test_an_image_of_gemma_3_is_as_many_tokens_as_its_config_says() -> None:
+    spec = ModelSpec({"model_type": "gemma3", **TINY["gemma3"]})
+    (picture,) = {picture_of(spec, size) for size in (None, 28, (8000, 100))}
+    assert (picture.patches, picture.tokens, axes_of(spec, 2, picture)["merged"]) == (8 * 8, 16, 2 * 16)
+
+
+@pytest.mark.parametrize("fields", [{"batch": {"images": 1}}, {"task": "generate", "profile": "vllm", "gpu": "h100"}])
+def test_fewer_patches_than_gemma_3_makes_tokens_of_are_refused(fields: dict[str, Any]) -> None:
+    """As many as its config class fills in are fewer: torch averages no windows without a side."""
+    config = {"model_type": "gemma3", **TINY["gemma3"], "vision_config": {}, "mm_tokens_per_image": 256}
+    with pytest.raises(ConfigError, match=r"vision_config\.image_size: 14 x 14 patches cannot be ") as caught:
+        estimate(RunSpec(model={"config": config}, **fields))
+    assert caught.value.field == "image_size"
+
+
+def test_a_block_that_qwen3_hands_on_twice_is_refused() -> None:
+    tower = {**TINY["qwen3_vl"]["vision_config"], "deepstack_visual_indexes": [1, 1]}
+    with pytest.raises(ConfigError, match=r"deepstack_visual_indexes names a layer twice: \[1, 1\]"):
+        estimate(RunSpec(model={"config": {"model_type": "qwen3_vl", **TINY["qwen3_vl"], "vision_config": tower}}))
+
+
+def test_a_window_of_qwen2_5_vl_is_as_large_as_its_config_says() -> None:
+    tower = {**TINY["qwen2_5_vl"]["vision_config"], "window_size": 56}
+    spec = ModelSpec({"model_type": "qwen2_5_vl", **TINY["qwen2_5_vl"], "vision_config": tower})
+    axes = axes_of(spec, 3, picture_of(spec, (140, 420)))  # 5 x 15 merged patches, in windows of 2 x 2
+    assert (axes["windows"], axes["window"], axes["window32"]) == (3 * 3 * 8, 4 * 4, 32)
+
+
+def test_a_tower_that_hands_on_no_block_is_answered_with_images() -> None:
+    tower = {**TINY["qwen3_vl"]["vision_config"], "deepstack_visual_indexes": []}
+    config = {"model_type": "qwen3_vl", **TINY["qwen3_vl"], "vision_config": tower}
+    batch = {"sequence": 512, "images": 1, "image_size": 320}
+    without = estimate(run("qwen3_vl", model={"config": config}, batch=batch))
+    assert without.bytes.allocated < estimate(run("qwen3_vl", batch=batch)).bytes.allocated
+
+
+# 336 a side: 576 patches are 144 tokens, and three more say where that is. 1024 are grown to 4 x 4 tiles, which are
+# 17 with the whole image; 700 x 1000 to 3 x 3; 6000 x 300 shrunk to 16 x 1; every tile but the whole has a separator.
+@pytest.mark.parametrize(
+    ("size", "tiles", "tokens"),
+    [
+        (336, 1, 144 + 3),
+        (1024, 17, 17 * 144 + 16 + 3),
+        ((700, 1000), 10, 10 * 144 + 9 + 3),
+        ((6000, 300), 17, 17 * 144 + 16 + 3),
+        ((337, 336), 3, 3 * 144 + 2 + 3),
+    ],
+)
+def test_an_image_of_llama_4_is_cut_into_tiles(size: Any, tiles: int, tokens: int) -> None:
+    picture = picture_of(find_model("llama-4-scout"), size)
+    assert (picture.tiles, picture.tokens) == (tiles, tokens)
+    assert picture.patches == 24 * 24
+
+
+@pytest.mark.parametrize("key", ["intermediate_size", "projector_output_dim", "vision_output_dim"])
+def test_a_tower_of_llama_4_that_does_not_fit_itself_is_refused_with_images(key: str) -> None:
+    tower = {**TINY["llama4"]["vision_config"], key: 100}
+    config = {"model_type": "llama4", **TINY["llama4"], "vision_config": tower}
+    with pytest.raises(ConfigError, match=key):
+        estimate(RunSpec(model={"config": config}, batch={"images": 1, "image_size": 56}))
+
+
+def test_an_image_of_llama_3_2_is_one_token_and_all_tiles_whatever_its_size() -> None:
+    spec = ModelSpec({"model_type": "mllama", **TINY["mllama"]})
+    pictures = {picture_of(spec, size) for size in (None, 28, (8000, 100))}
+    (picture,) = pictures
+    assert (picture.patches, picture.tokens) == (4 * (56 // 14) ** 2, 1)
+    # each tile has a row of its own, and is padded from 17 to 24 rows: the language model sees 4 x 17 of an image
+    axes = axes_of(spec, 2, picture)
+    assert (axes["grid"], axes["seen"]) == (4 * 24, 2 * 4 * 17)
+
+
+def test_a_tower_that_is_never_checkpointed_takes_the_same_either_way() -> None:
+    def more(checkpointing: str) -> int:
+        batch = {"micro": 2, "sequence": 64}
+        peaks = [
+            estimate(run("mllama", batch={**batch, "images": n}, kernels={"checkpointing": checkpointing}))
+            for n in (4, 5)
+        ]
+        return peaks[1].bytes.allocated - peaks[0].bytes.allocated
+
+    rows, kept = 2 * 4 * 24, 4 * 160 + 2 * 432  # of an image: at least q, k, v, o, and two of the MLP
+    assert more("full") > 6 * rows * kept * 2
+
+
+def test_without_images_a_tower_is_there_and_takes_no_gradient() -> None:
+    whole, still = (
+        estimate(run(method={"kind": "full", "frozen": f}, task="train")) for f in ((), ("vision", "projector"))
+    )
+    assert whole.bytes == still.bytes
+    assert whole.parameters.total == still.parameters.total
+    tower = whole.parameters.trainable - still.parameters.trainable
+    language = estimate(run(method={"frozen": ("language",)})).parameters.trainable
+    assert tower == language > 0
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_layers_are_numbered_as_their_own_module_does(family: str) -> None:
+    """A tower's blocks before them are counted by themselves."""
+    low = pass_of(decide(run(family)).structure)
+    numbers = {m.where.split(".layers.")[1].partition(".")[0] for m in low.moments if "model.layers." in m.where}
+    layers = find_model(run(family).model).num_hidden_layers
+    assert max(map(int, numbers)) == layers - 1
+
+
+@pytest.mark.parametrize("kind", sampled(["lora", "full", "qlora"], 3))
+@pytest.mark.parametrize("family", sampled(["qwen2_vl", "qwen2_5_vl"], 2))
+def test_more_images_take_more_and_a_frozen_tower_less(family: str, kind: str) -> None:
+    def peak(images: int, size: int = 280, frozen: tuple[str, ...] = ()) -> int:
+        batch = {"sequence": 512, "micro": 2, **({"images": images, "image_size": size} if images else {})}
+        checkpointing = {"checkpointing": "none"}
+        answer = estimate(run(family, method={"kind": kind, "frozen": frozen}, batch=batch, kernels=checkpointing))
+        return answer.bytes.allocated
+
+    assert peak(0) < peak(1) < peak(2) < peak(2, 420)
+    assert peak(2, frozen=("vision",)) < peak(2)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no tower": ({"model": "qwen2-7b", "batch": {"images": 1}}, "batch.images: qwen2-7b has no vision tower"),
+    "a tower that rests": (
+        {"model": {"config": RESTING["gemma4-small"]}, "batch": {"images": 1, "image_size": 64}},
+        "batch.images: what the tower of gemma4 takes for images is not supported yet",
+    ),
+    "no size": ({"batch": {"images": 1}}, "batch.image_size: "),
+    "a strip": (
+        {"batch": {"images": 1, "image_size": [14, 2801], "sequence": 8192}},
+        "batch.image_size: qwen2_vl takes no image with a side more than 200 times the other; 14 x 2801 has one",
+    ),
+    "a size alone": ({"batch": {"image_size": 64}}, "batch.image_size: the size of no image; say batch.images too"),
+    "too many": (
+        {"batch": {"images": 3, "image_size": 280, "sequence": 128}},
+        "batch.images: 3 of 100 tokens each are more than batch.sequence, 128; at least 300 hold them",
+    ),
+    "eager": (
+        {"batch": {"images": 1, "image_size": 56}, "kernels": {"attention": "eager"}},
+        "kernels.attention: eager is not supported yet with images of qwen2_vl; supported: sdpa, sdpa_efficient, flash",
+    ),
+    "a mask on the host": (
+        {
+            "model": model("mistral3"),
+            "batch": {"images": 1, "image_size": 56},
+            "kernels": {"checkpointing": "offload"},
+        },
+        "kernels.checkpointing: offload is not supported yet with images of mistral3",
+    ),
+    "masks on the host": (
+        {"model": model("mllama"), "batch": {"images": 1}, "kernels": {"checkpointing": "offload"}},
+        "kernels.checkpointing: offload is not supported yet with images of mllama",
+    ),
+    "four dimensions": (
+        {"model": model("mllama"), "kernels": {"attention": "flash_attention_2"}},
+        "kernels.attention: mllama does not run with flash_attention_2",
+    ),
+    "nothing to adapt": (
+        {"method": {"kind": "lora", "targets": ["q_proj"], "frozen": ["language"]}},
+        "method.frozen: nothing is left to adapt of method.targets",
+    ),
+    "states by name": (
+        {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "kernels": {"checkpointing": "offload"}},
+        "kernels.checkpointing: offload is not supported yet with images of llama4",
+    ),
+    "states by name, reentrant": (
+        {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "kernels": {"reentrant": True}},
+        "kernels.reentrant: true is not supported yet with images of llama4",
+    ),
+    "pixels in half": (
+        {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "precision": "fp32"},
+        "precision.weights: llama4's processor makes pixels in bf16, which a tower in fp32 does not take",
+    ),
+    "another version": (
+        {"batch": {"images": 1, "image_size": 56}, "profile": "transformers-4.51"},
+        "batch.images: images are counted as profile transformers-5 has them",
+    ),
+    "nothing to train": (
+        {"method": {"frozen": ["language", "vision", "projector"]}},
+        "method.frozen: nothing is left to train",
+    ),
+    "no parts": ({"model": "qwen2-7b", "method": {"frozen": ["vision"]}}, "method.frozen: qwen2 has no parts"),
+    "several GPUs": (
+        {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
+        "batch.images: without images the tower gets no gradients",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_one_line(asked: tuple[dict[str, Any], str]) -> None:
+    fields, start = asked
+    with pytest.raises(MemplanError) as caught:
+        estimate(run(**fields))
+    assert str(caught.value).startswith(start)
+    assert caught.value.field == start.partition(":")[0]
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_part_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="vision"):
+        estimate(run(method={"frozen": ["visin"]}))
+
+
+BROKEN: dict[str, tuple[str, Any]] = {
+    "a side that is none": ("patch_size", 0),
+    "a word": ("depth", "many"),
+    "no list": ("fullatt_block_indexes", 3),
+    "heads that do not divide": ("num_heads", 7),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_a_broken_tower_is_refused_by_its_key(broken: tuple[str, Any]) -> None:
+    key, value = broken
+    tower = {**TINY["qwen2_5_vl"]["vision_config"], key: value}
+    config = {"model_type": "qwen2_5_vl", **TINY["qwen2_5_vl"], "vision_config": tower}
+    with pytest.raises(MemplanError, match="vision_config"):
+        estimate(RunSpec(model={"config": config}))
+
+
+def test_a_sweep_equals_its_runs_and_leaves_out_sequences_that_hold_no_image() -> None:
+    pytest.importorskip("numpy")
+    from memplan.planning.sweep import grid
+
+    asked = run("gemma3", method="lora", batch={"images": 2, "sequence": 512})
+    swept = grid(asked, batch=[1, 3], sequence=[16, 32, 300])
+    for i, micro in enumerate((1, 3)):
+        assert swept.allocated[i, 0] == -1  # 2 x 16 tokens
+        for j, sequence in ((1, 32), (2, 300)):
+            one = run("gemma3", method="lora", batch={"images": 2, "sequence": sequence, "micro": micro})
+            assert swept.allocated[i, j] == estimate(one).bytes.allocated
+
+
+def test_images_may_take_the_whole_sequence_and_no_token_more() -> None:
+    one = {"images": 1, "image_size": 56}
+    tokens = picture_of(ModelSpec(model("qwen2_vl")["config"]), 56).tokens
+    assert estimate(run("qwen2_vl", batch={**one, "sequence": tokens})).bytes.allocated > 0
+    with pytest.raises(SpecError, match=f"at least {tokens} hold them"):
+        estimate(run("qwen2_vl", batch={**one, "sequence": tokens - 1}))

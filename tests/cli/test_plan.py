@@ -1,0 +1,789 @@
+"""`memplan plan`: every figure is arithmetic on estimates, every proposal can be typed, every line fits, every mistake
+is one line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.main import get_command
+
+import memplan
+from memplan import RunSpec, estimate
+from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
+from memplan.catalogue.profiles.costs import cost_of
+from memplan.cli import app
+from memplan.core.errors import SpecError
+from memplan.core.units import GIB, MIB, amount_of, size_of
+from memplan.estimate.answer import ANSWERS
+from memplan.estimate.demand import Demand
+from memplan.planning.advice import advise
+from memplan.planning.cluster import Pinned, cluster_of, search
+from memplan.planning.inference import places, questions
+from memplan.planning.ladder import ladder
+from memplan.planning.offers import Wanted, offers, owned
+from memplan.planning.plan import SEVERITIES, plan
+from memplan.planning.reach import frontier, reach
+from memplan.report.plans import Planned, dump, render
+from memplan.report.plans.advice import Advised, least
+from memplan.report.plans.cluster import Divided, bring, named
+from memplan.report.plans.heat import short
+from memplan.report.plans.inference import Asked, Places
+from memplan.report.plans.ladder import Rungs
+from memplan.report.plans.levers import Levers, lacks, singles
+from memplan.report.plans.offers import Bought
+from memplan.report.plans.reach import Far
+from memplan.report.plans.wording import freed, signed
+from memplan.report.schema import plan_model, plan_schema
+from memplan.report.text import Screen
+from tests.report.test_reports import conforms
+from tests.sampling import ALL, examples, sampled
+
+COMMAND = get_command(app)
+FITS = Demand()
+
+
+def run(**fields: Any) -> RunSpec:
+    return RunSpec.model_validate({"model": "pythia-70m", **fields})
+
+
+SMALL = run(method="lora", gpu="3060")
+LARGE = run(gpu="3060", batch={"micro": 9})
+ROOM = Demand(headroom=11 * GIB + GIB // 2)
+ANSWER = estimate(SMALL)
+
+WAYS = Levers(plan(LARGE), (reach(LARGE, "batch"), reach(LARGE, "sequence")))
+FREE = Levers(plan(SMALL), tuple(reach(SMALL, axis) for axis in ("batch", "sequence", "rank")))
+TINY = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+SPARING = {"checkpointing": "offload", "loss": "fused", "attention": "flash_attention_2"}
+HELD = run(model={"config": TINY}, gpu="3060", optimizer="sgd", batch={"sequence": 128}, kernels=SPARING)
+NONE = Levers(plan(HELD, headroom=ROOM.headroom), tuple(reach(HELD, axis, ROOM) for axis in ("batch", "sequence")))
+BATCH = Far(ANSWER, FITS, reach(SMALL, "batch"), frontier(SMALL))
+RANK = Far(ANSWER, FITS, FREE.reach[2], None)
+NO_BATCH = Far(ANSWER, ROOM, reach(SMALL, "batch", ROOM), None)
+WIDE = run(gpu="3060", batch={"micro": 4})
+LADDER = Rungs(estimate(WIDE), FITS, ladder(WIDE))
+BARE = Rungs(estimate(run()), FITS, ladder(run()))
+RENTED = Bought(ANSWER, FITS, offers(SMALL, tokens=10**9, most=6), 10**9)
+BIG = run(model="qwen2-72b")
+THERE = estimate(run(model="qwen2-72b", gpu="rtx-3090"))
+OWNED = Bought(estimate(BIG), FITS, offers(BIG, Wanted(owned=owned("3090"))), None, THERE)
+ADVICE = Advised(ANSWER, FITS, advise(SMALL))
+GRIDS = Divided(FITS, search(run(model="llama-3.2-1b"), cluster_of(find_gpu("h100"), 2, 4)))
+NO_GRID = Divided(
+    FITS, search(run(model="llama-3.1-8b", method="lora"), cluster_of(find_gpu("t4"), 1, 2), Pinned(pp=1))
+)
+SERVED = run(model="llama-3.2-1b", task="generate", profile="vllm-0.33", batch={"sequence": 4000, "new_tokens": 96})
+ASKED = Asked(questions(SERVED.model_copy(update={"gpu": "3060"})))
+ROWED = run(model="qwen2.5-7b", task="generate", profile="llama.cpp-2026", gpu="3060")
+TOO_LARGE = Asked(questions(ROWED))
+PLACED = Places(estimate(SERVED), FITS, places(SERVED, Wanted(owned=owned("8xl4,3090"))))
+NO_PLACE = Places(estimate(SERVED), FITS, ())
+CASES: dict[str, Planned] = {
+    "ways": WAYS,
+    "free": FREE,
+    "none": NONE,
+    "batch": BATCH,
+    "rank": RANK,
+    "no batch": NO_BATCH,
+    "ladder": LADDER,
+    "no card": BARE,
+    "rented": RENTED,
+    "nothing offered": OWNED,
+    "advice": ADVICE,
+    "grids": GRIDS,
+    "no grid": NO_GRID,
+    "asked": ASKED,
+    "too large": TOO_LARGE,
+    "placed": PLACED,
+    "no place": NO_PLACE,
+}
+SCHEMA, MODEL = plan_schema(), plan_model()
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+ROWS = {name: case for name, case in CASES.items() if isinstance(case, (Far, Rungs, Bought, Divided, Places))}
+
+
+def words_of(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- every mode in every format ---
+
+
+@every_case
+@pytest.mark.parametrize("width", sampled([40, 80, 120], 3))
+@pytest.mark.parametrize("explain", sampled([True, False], 2))
+def test_every_line_fits_the_screen(case: Planned, width: int, explain: bool) -> None:
+    text = render("table", case, explain, Screen(width))
+    assert "\x1b" not in text
+    assert [line for line in text.splitlines() if len(line) > width or line != line.rstrip()] == []
+
+
+@every_case
+def test_colour_adds_codes_and_changes_nothing_but_the_maps_signs(case: Planned) -> None:
+    plain, coloured = (render("table", case, False, Screen(100, colour)).splitlines() for colour in (False, True))
+    bare = [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in coloured]
+    assert bare != coloured
+    end = bare.index("Longest sequence for every batch") if case is BATCH else None
+    assert bare[:end] == plain[:end]
+
+
+@every_case
+def test_json_is_valid_under_the_schema_and_has_no_field_beside_it(case: Planned) -> None:
+    text = render("json", case, False, Screen())
+    dumped = json.loads(text)
+    conforms(dumped, SCHEMA, SCHEMA)
+    read: Any = MODEL.validate_json(text)
+    assert read.model_dump(mode="json") == dumped
+    assert json.loads(json.dumps(dump(case))) == dumped
+    bytes_, gpu = dumped["bytes"], dumped["gpu"]
+    if gpu:
+        assert bytes_["used"] + dumped["verdict"]["headroom"] == gpu["usable"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("mode", "lever"), ("proposals", [{}]), ("reach", 3), ("demand", {"tight": False})]
+)
+def test_what_is_no_plan_is_not_valid(name: str, wrong: object) -> None:
+    dumped = {**json.loads(json.dumps(dump(WAYS))), name: wrong}
+    with pytest.raises(AssertionError):
+        conforms(dumped, SCHEMA, SCHEMA)
+
+
+@every_case
+def test_markdown_tables_are_whole(case: Planned) -> None:
+    text = render("markdown", case, True, Screen())
+    assert "\x1b" not in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in block.splitlines()}) == 1, block
+    assert text.count("```") % 2 == 0
+    assert ("```text\nbatch " in text) == (case is BATCH)
+
+
+@pytest.mark.parametrize("case", ROWS.values(), ids=ROWS.keys())
+def test_csv_has_a_row_for_each_and_never_none(case: Planned) -> None:
+    rows = list(csv.DictReader(io.StringIO(render("csv", case, False, Screen()))))
+    if isinstance(case, Rungs):
+        assert [int(row["used"]) for row in rows] == [answer.bytes.used for answer in case.every]
+    elif isinstance(case, Far) and case.frontier:
+        assert [(int(row["batch"]), int(row["sequence"])) for row in rows] == list(case.frontier.longest)
+    elif isinstance(case, Bought) and case.found:
+        assert [int(row["headroom"]) for row in rows] == [a.verdict.headroom for a in case.found]
+        told = dump(case)["offers"]
+        assert [float(row["whole_usd_high"]) for row in rows] == [offer["whole"]["usd"]["high"] for offer in told]
+    elif isinstance(case, Divided) and case.found:
+        assert [int(row["allocated"]) for row in rows] == [a.bytes.allocated for a in case.found]
+        for row, placed in zip(rows, case.cluster.placed, strict=True):
+            assert float(row["step_seconds_usual"]) == placed.step.seconds.usual
+            assert (int(row["tp"]), row["strategy"]) == (placed.grid.tp, placed.grid.strategy)
+    elif isinstance(case, Places):
+        assert [int(row["used"]) for row in rows] == [placed.answer.bytes.used for placed in case.places]
+    else:
+        assert len(rows) == 1
+
+
+# --- a cluster ---
+
+
+def test_a_grids_options_typed_make_its_run(plan_: Command) -> None:
+    told = dump(GRIDS)["best"]
+    options = told["options"].split()
+    answer = json.loads(plan_.typed("llama-3.2-1b", "--gpu", "h100", *options, "--json").out)
+    assert answer["bytes"] == told["bytes"]
+    assert told["run"]["parallelism"]["world"] == 8
+
+
+@pytest.mark.parametrize("name", ["accelerate", "deepspeed", "torchrun", "torchtitan", "megatron"])
+def test_the_fastest_grid_is_written_for_a_framework(plan_: Command, tmp_path: Path, name: str) -> None:
+    asked = ("llama-3.2-1b", "--gpu", "h100", "--nodes", "2", "--gpus", "4")
+    plain = plan_(*asked, "--emit", name)
+    assert (plain.code, plain.err) == (0, "")
+    file = tmp_path / "run"
+    assert plan_(*asked, "--emit", name, "--output", str(file)) == (0, "", "")
+    assert file.read_text("utf-8") == plain.out
+    world = {"accelerate": "num_processes: 8", "deepspeed": '"train_batch_size": 8'}.get(
+        name, "--nnodes=2 --nproc_per_node=4"
+    )
+    assert world in plain.out
+
+
+def test_nothing_is_written_where_nothing_fits(plan_: Command) -> None:
+    ran = plan_("llama-3.1-8b", "--gpu", "3090", "--nodes", "1", "--gpus", "2", "--emit", "accelerate")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == (
+        "memplan: emit (--emit): nothing that accelerate can run fits; without --emit the plan says more\n"
+    )
+
+
+def test_the_fastest_grid_is_told_with_what_it_sends_and_on_what_that_rests() -> None:
+    text = words_of(render("table", GRIDS, True, Screen(120)))
+    best, counts = GRIDS.cluster.placed[0], dump(GRIDS)["counts"]
+    assert f"on 2 nodes of 4 × {find_gpu('h100').title}: {named(best.grid)}; fits" in text
+    assert f"Of {counts['grids']:,} grids {counts['fit']:,} fit and are shown" in text
+    assert "network at 25 to 45 GB/s of 50 each way (assumed)" in text
+    assert "tp stays inside a node" in text
+    for s in best.step.sent:
+        assert s.link == ("network" if s.crosses else "NVLink")
+    assert counts["grids"] == sum(n for kind, n in counts.items() if kind != "grids")
+
+
+def test_two_cards_are_not_one_twice_as_large() -> None:
+    held = NO_GRID.cluster.together
+    assert held.ddp is not None
+    assert held.fsdp2 is not None
+    assert held.fsdp2 < held.alone < held.ddp
+    usable = find_gpu("t4").usable
+    sentence = bring(NO_GRID.cluster)
+    assert sentence.startswith(
+        f"Two GPUs of {usable / GIB:.2f} GiB are not one of {2 * usable / GIB:.2f} GiB: under ddp "
+    )
+    assert f"each holds everything, {held.ddp / GIB:.2f} GiB" in sentence
+    assert f"under fsdp2 each holds {held.fsdp2 / GIB:.2f} GiB" in sentence
+    told = dump(NO_GRID)
+    assert told["together"]["text"] == sentence
+    assert sentence in words_of(render("markdown", NO_GRID, False, Screen()))
+    assert told["best"] is None
+    assert told["nearest"]["verdict"]["answer"] != "fits"
+
+
+# --- what makes it fit ---
+
+
+def test_what_a_proposal_saves_is_the_difference_of_two_estimates() -> None:
+    before = estimate(LARGE)
+    assert WAYS.plan.proposals
+    for proposal, told in zip(WAYS.plan.proposals, dump(WAYS)["proposals"], strict=True):
+        after = estimate(proposal.run)
+        assert told["bytes"] == after.bytes.as_dict()
+        assert told["saves"] == before.bytes.allocated - after.bytes.allocated
+        assert sum(lever["saves"] for lever in told["levers"]) == told["saves"]
+        assert told["verdict"]["headroom"] == find_gpu("3060").usable - after.bytes.used
+        assert told["severity"] == max(lever["severity"] for lever in told["levers"])
+        assert RunSpec.model_validate(told["run"]) == after.run
+
+
+def test_a_proposals_options_typed_make_its_run(plan_: Command) -> None:
+    for told in dump(WAYS)["proposals"]:
+        answer = json.loads(
+            plan_.typed("pythia-70m", "--gpu", "3060", "--batch-size", "9", *told["options"].split(), "--json").out
+        )
+        assert answer["bytes"] == told["bytes"]
+
+
+def test_proposals_are_told_in_order_with_what_they_cost() -> None:
+    text = words_of(render("table", WAYS, False, Screen(120)))
+    places: list[int] = []
+    for n, proposal in enumerate(WAYS.plan.proposals, 1):
+        used, usable = proposal.answer.bytes.used, find_gpu("3060").usable
+        title = " and ".join(lever.title for lever in proposal.levers)
+        assert f"{n}. {title}: fits, {used / GIB:.1f} of {usable / GIB:.1f} GiB used" in text
+        places.append(text.index(f"{n}. {title}: "))
+        start, end = places[-1], text.find(f" {n + 1}. ", places[-1])
+        told = text[start : end if end > 0 else None]
+        assert SEVERITIES[proposal.severity] in told
+        for effect in proposal.effects:
+            assert f"{signed(freed(effect))} GiB used" in told
+            assert all(words_of(cost.quality) in told for cost in effect.lever.costs)
+        assert proposal.time is not None
+        assert re.search(rf"time {proposal.time.low:.2f} (to {proposal.time.high:.2f} )?times the time", told), told
+    assert places == sorted(places)
+
+
+def test_the_best_has_each_frameworks_lines_and_with_explain_all_have_them_and_sources() -> None:
+    short_, long = (render("table", WAYS, explain, Screen(120)) for explain in (False, True))
+    assert short_.count("  LLaMA-Factory\n") == 1
+    assert long.count("  LLaMA-Factory\n") == len(WAYS.plan.proposals)
+    source = cost_of(WAYS.plan.proposals[0].levers[0].keys[0]).quality_source
+    assert source in words_of(long)
+    assert source not in words_of(short_)
+    assert render("markdown", WAYS, False, Screen()).count("LLaMA-Factory:") == 1
+    assert [sorted(told["lines"]) for told in dump(WAYS)["proposals"]] == [["axolotl", "llamafactory", "trl"]] * len(
+        WAYS.plan.proposals
+    )
+
+
+def test_of_a_run_that_fits_every_change_is_told_the_largest_saving_first() -> None:
+    text = render("table", FREE, False, Screen(120))
+    assert text.splitlines()[0].startswith("fits: ")
+    assert "Nothing has to change" in text
+    found = [(effect.lever.title, freed(effect)) for effect in singles(FREE.plan)]
+    assert [n for _, n in found] == sorted((n for _, n in found), reverse=True)
+    assert found[-1][1] > 0
+    for title, n in found:
+        assert re.search(rf"^{re.escape(title)} +{signed(n)} ", text, re.M), title
+
+
+def test_where_nothing_does_the_nearest_is_told_and_by_how_much_it_misses() -> None:
+    nearest = NONE.plan.nearest
+    assert nearest is not None
+    assert nearest.answer.verdict.headroom is not None
+    missing = ROOM.headroom - nearest.answer.verdict.headroom
+    assert lacks(NONE.plan) == missing > 0
+    text = words_of(render("table", NONE, False, Screen(120)))
+    assert "Nothing that was tried makes it fit (11.50 GiB free)" in text
+    assert f"which lacks {missing / (GIB if missing >= GIB else MIB):.{2 if missing >= GIB else 1}f}" in text
+    assert dump(NONE)["nearest"]["bytes"]["used"] == nearest.answer.bytes.used
+    assert dump(NONE)["proposals"] == []
+
+
+# --- how far ---
+
+
+def test_the_largest_fits_and_the_next_does_not() -> None:
+    for far, part, field in ((BATCH, "batch", "micro"), (RANK, "method", "rank")):
+        [told] = dump(far)["reach"]
+        assert told["at"]["run"][part][field] == told["value"]
+        assert told["at"]["verdict"]["answer"] == "fits"
+        beyond = told["beyond"]
+        assert beyond is None or beyond["verdict"]["answer"] != "fits"
+    assert [r["binds"] for r in (*dump(BATCH)["reach"], *dump(RANK)["reach"])] == ["memory", "rank"]
+    assert "no matrix has longer sides" in render("table", RANK, False, Screen())
+
+
+def test_no_batch_is_said_with_what_comes_nearest() -> None:
+    text = words_of(render("table", NO_BATCH, False, Screen()))
+    answer = NO_BATCH.reach.beyond
+    assert answer is not None
+    assert text.startswith("No batch fits on GeForce RTX 3060 12GB (with 11.50 GiB free). The nearest: batch 1 would")
+    assert f"{(answer.verdict.headroom or 0) / GIB:.2f} GiB free" in text
+    assert dump(NO_BATCH)["reach"][0]["value"] is None
+
+
+def map_of(text: str) -> dict[tuple[str, str], str]:
+    """Each cell of a map: by its batch and sequence the letters of its sign."""
+    out: dict[tuple[str, str], str] = {}
+    heads: list[str] = []
+    for line in text.splitlines():
+        if re.fullmatch(r" *batch( +\d+[kMG]?)+", line):
+            heads = line.split()[1:]
+        elif heads and re.fullmatch(r" *\d+[kMG]?( +\S+)+", line):
+            batch, *cells = line.split()
+            out.update({(batch, head): cell for head, cell in zip(heads, cells, strict=True)})
+    return out
+
+
+def test_the_map_shows_each_runs_verdict_and_share() -> None:
+    cells = map_of(render("table", BATCH, False, Screen(80)))
+    told = dump(BATCH)["map"]
+    assert len(cells) == len(told["batch"]) * len(told["sequence"])
+    usable = find_gpu("3060").usable
+    for i, batch in enumerate(told["batch"]):
+        for j, tokens in enumerate(told["sequence"]):
+            answer = estimate(run(method="lora", gpu="3060", batch={"micro": batch, "sequence": tokens}))
+            assert told["verdict"][i][j] == answer.verdict.answer
+            assert told["allocated"][i][j] == answer.bytes.allocated
+            share = min(3, 4 * answer.bytes.allocated // usable)
+            sign = {"fits": "░▒▓█"[share], "tight": "?", "does not fit": "x"}[str(answer.verdict.answer)]
+            assert set(cells[short(batch), short(tokens)]) == {sign}
+    assert {cell[0] for cell in cells.values()} >= {"x", "░"}
+    assert map_of(render("table", BATCH, False, Screen(40))) == cells
+
+
+def test_the_map_in_ascii_still_tells_verdicts_apart(plan_: Command) -> None:
+    from memplan.report.text import ASCII
+
+    text = render("table", BATCH, False, Screen(80)).translate(ASCII)
+    assert text.isascii()
+    assert len({cell[0] for cell in map_of(text).values()} | {"?"}) >= 4
+
+
+def test_in_colour_the_map_is_shaded_and_its_verdicts_are_colours() -> None:
+    text = render("table", BATCH, False, Screen(80, True))
+    assert "\x1b[32m░░░░" in text
+    assert "\x1b[31m████" in text
+    assert "x" not in "".join(map_of(re.sub(r"\x1b\[[\d;]*m", "", text)).values())
+
+
+# --- the ladder ---
+
+
+def test_a_rung_is_what_is_left_after_those_before() -> None:
+    told = dump(LADDER)
+    answers = [told["plain"], *told["rungs"]]
+    for below, above in zip(answers, told["rungs"], strict=False):
+        assert above["saves"] == below["bytes"]["allocated"] - above["bytes"]["allocated"]
+        assert estimate(RunSpec.model_validate(above["run"])).bytes.as_dict() == above["bytes"]
+    text = render("table", LADDER, False, Screen(120))
+    for rung in LADDER.ladder.rungs:
+        used, time = rung.after.bytes.used, rung.time
+        assert time is not None
+        line = next(line for line in text.splitlines() if line.startswith(f"{rung.lever.title} "))
+        assert f" {signed(freed(rung))} " in line
+        assert f" {used / GIB:.1f}  {rung.after.verdict.answer} " in line
+        assert f"{time.low:.2f}" in line
+        bar = re.search(r"[█│][█│ ]*", line)
+        assert bar is not None
+        assert bar[0].count("│") == 1
+    first = next(n for n, answer in enumerate(LADDER.every) if answer.verdict.answer == "fits")
+    assert f"The first to fit is {LADDER.ladder.rungs[first - 1].lever.title}: " in words_of(text)
+
+
+def test_without_a_card_the_ladder_has_no_verdicts() -> None:
+    text = render("table", BARE, False, Screen(120))
+    assert not any(answer in text for answer in ANSWERS)
+    assert [told["time"] for told in dump(BARE)["rungs"]] == [None] * len(BARE.ladder.rungs)
+
+
+# --- what to buy ---
+
+
+def test_what_an_offer_costs_is_its_time_at_its_price() -> None:
+    told = dump(RENTED)["offers"]
+    assert len(told) == 6
+    usual = [offer["million"]["usd"]["usual"] for offer in told]
+    assert usual == sorted(usual)
+    for offer in told:
+        price, step, million, whole = (offer[name] for name in ("price", "step", "million", "whole"))
+        for end in ("low", "high"):
+            seconds = step["seconds"][end] * 10**6 / step["tokens"]
+            assert million["seconds"][end] == pytest.approx(seconds)
+            assert million["usd"][end] == pytest.approx(seconds / 3600 * price[end])
+            assert whole["usd"][end] == pytest.approx(1000 * million["usd"][end])
+        assert price["date"] == max(p.date for p in find_gpu(offer["gpu"]).prices)
+        assert offer["bytes"]["used"] + offer["verdict"]["headroom"] == find_gpu(offer["gpu"]).usable
+
+
+def test_offers_say_what_their_times_and_prices_rest_on() -> None:
+    text = words_of(render("table", RENTED, False, Screen(120)))
+    paces = [offer.pace for offer in RENTED.offers.offers]
+    low = min(pace.products.low for pace in paces if pace)
+    high = max(pace.products.high for pace in paces if pace)
+    assert f"at assumed rates: {low} to {high} % of the card's peak for products" in text
+    assert "Prices are list prices as they stood" in text
+    assert "1,000,000,000 tokens" in text
+    explained = words_of(render("table", RENTED, True, Screen(120)))
+    assert all(pace.bandwidth.source in explained for pace in paces if pace)
+
+
+def test_nothing_offered_is_said_with_the_nearest_and_by_how_much_it_misses() -> None:
+    text = words_of(render("table", OWNED, False, Screen()))
+    missing = THERE.bytes.used - find_gpu("3090").usable
+    assert text.startswith("Nothing offered runs it: ")
+    assert "The nearest is rtx-3090: does not fit, " in text
+    assert f"{missing / GIB:.1f} too much." in text
+    assert dump(OWNED)["nearest"]["lacks"] == missing
+
+
+# --- advice ---
+
+
+def test_advice_tells_four_steps_and_every_way_that_fits() -> None:
+    text = words_of(render("table", ADVICE, False, Screen(120)))
+    for n, step in enumerate(ADVICE.advice.steps, 1):
+        assert f"{n}. {step.title}: {step.answer} {step.question} {step.answer.capitalize()}: {step.reason}." in text
+        for choice in step.options:
+            assert not choice.fits or choice.title in text
+    told = dump(ADVICE)
+    assert [len(step["choices"]) for step in told["steps"]] == [len(step.options) for step in ADVICE.advice.steps]
+    assert told["best"] == told["steps"][0]["choices"][0]
+
+
+def test_advice_says_no_more_options_than_it_takes() -> None:
+    for step in ADVICE.advice.steps:
+        for choice in step.options:
+            fewer = least(ANSWER, choice.answer)
+            assert estimate(fewer).run == choice.answer.run
+            assert fewer.kernels == SMALL.kernels
+
+
+# --- the command ---
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Command(NamedTuple):
+    typed: Callable[..., Ran]
+
+    def __call__(self, *args: str) -> Ran:
+        return self.typed("plan", *args)
+
+
+@pytest.fixture(name="plan_")
+def _plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def ran(*args: str) -> Ran:
+        with pytest.raises(SystemExit) as left:
+            COMMAND.main(list(args))
+        code = left.value.code
+        assert isinstance(code, int)
+        return Ran(code, *capsys.readouterr())
+
+    return Command(ran)
+
+
+CARD = ("pythia-70m", "--method", "lora", "--gpu", "3060")
+MODES: dict[tuple[str, ...], Planned] = {
+    ("pythia-70m", "--gpu", "3060", "--batch-size", "9"): WAYS,
+    CARD: FREE,
+    (*CARD, "--max", "batch"): BATCH,
+    (*CARD, "--max", "rank"): RANK,
+    (*CARD, "--max", "batch", "--headroom", "11.5GiB"): NO_BATCH,
+    ("pythia-70m", "--gpu", "3060", "--batch-size", "4", "--ladder"): LADDER,
+    (*CARD, "--buy", "--tokens", "1B", "--most", "6"): RENTED,
+    ("qwen2-72b", "--have", "3090"): OWNED,
+    (*CARD, "--advice"): ADVICE,
+}
+
+
+@pytest.mark.parametrize(("typed", "expected"), MODES.items(), ids=map(" ".join, MODES))
+def test_the_command_answers_as_the_library_does(plan_: Command, typed: tuple[str, ...], expected: Planned) -> None:
+    ran = plan_(*typed, "--json")
+    assert json.loads(ran.out) == json.loads(render("json", expected, False, Screen()))
+    assert (ran.code, ran.err) == (0 if expected.found else 1, "")
+
+
+def test_a_pipe_has_no_colour_and_the_screens_width(plan_: Command) -> None:
+    assert plan_("pythia-70m", "--gpu", "3060", "--batch-size", "9").out == render("table", WAYS, False, Screen(80))
+
+
+@ALL
+def test_tight_may_count_as_fitting_but_not_strictly(plan_: Command) -> None:
+    beyond = FREE.reach[1].beyond
+    assert beyond is not None
+    assert beyond.verdict.answer == "tight"
+    tight = (*CARD, "--seq-len", str(beyond.run.batch.sequence))
+    ran = plan_(*tight, "--tight")
+    assert "Nothing has to change (tight counts as fitting)" in words_of(ran.out)
+    assert ran.code == 0
+    assert plan_(*tight, "--tight", "--strict").code == 1
+
+
+def gpus_of(ran: Ran) -> list[tuple[str, int]]:
+    return [(offer["gpu"], offer["count"]) for offer in json.loads(ran.out)["offers"]]
+
+
+def test_what_is_offered_is_as_wanted(plan_: Command) -> None:
+    small = ("pythia-70m", "--method", "lora", "--json")
+    known = {gpu.name: gpu for gpu in all_gpus()}
+    for typed, wanted in {
+        ("--vendor", "amd"): lambda gpu: gpu.vendor == "AMD",
+        ("--market", "datacenter"): lambda gpu: gpu.market == "data centre",
+        ("--market", "laptop", "--market", "Data Centre"): lambda gpu: gpu.market in ("laptop", "data centre"),
+        ("--min-memory", "20GiB", "--max-memory", "30GiB"): lambda gpu: 20 * GIB <= gpu.usable <= 30 * GIB,
+        ("--max-price", "0.2"): lambda gpu: min(p.usd_per_hour for p in gpu.prices if p.date) <= 0.2,
+        ("--have", "3090,2x4090"): lambda gpu: gpu.name in ("rtx-3090", "rtx-4090"),
+        ("--most", "3", "--count", "1"): lambda gpu: True,
+    }.items():
+        found = gpus_of(plan_(*small, *typed))
+        assert found, typed
+        assert all(wanted(known[name]) for name, _ in found), typed
+        assert "--most" not in typed or len(found) == 3
+
+
+def test_a_price_that_nothing_has_is_said(plan_: Command) -> None:
+    ran = plan_("pythia-70m", "--max-price", "0.0001")
+    assert ran.code == 1
+    assert "No such card has a dated price that low" in ran.out
+    titles = plan_("pythia-70m", "--max-price", "0.0001", "--format", "csv").out
+    assert titles.startswith("gpu,count,strategy,verdict,used,headroom,priced,usd_per_hour_low,")
+    assert titles.count("\n") == 1
+
+
+MISTAKES: dict[tuple[str, ...], str] = {
+    (): "model: name one",
+    ("qwen2-7c",): "model: unknown name 'qwen2-7c'; did you mean qwen2-7b",
+    (*CARD, "--ladder", "--buy"): "ladder (--ladder): excludes --buy",
+    (*CARD, "--max", "batch", "--advice"): "max (--max): excludes --advice",
+    (*CARD, "--max", "batches"): "max (--max): unknown name 'batches'; did you mean batch",
+    ("pythia-70m", "--gpu", "3060", "--max", "rank"): "max (--max): method.kind full has no rank; lora",
+    ("pythia-70m", "--max", "batch"): "max (--max): what fits depends on the card; name one with --gpu",
+    ("pythia-70m", "--advice"): "advice (--advice): what fits depends on the card",
+    ("pythia-70m", "--ladder", "--headroom", "1GiB"): "headroom (--headroom): what fits depends on the card",
+    ("pythia-70m", "--ladder", "--tight"): "tight (--tight): what fits depends on the card",
+    (*CARD, "--headroom", "12GiB"): "headroom (--headroom): 12.00 GiB cannot be left free, GeForce RTX 3060 12GB has",
+    (*CARD, "--headroom", "two"): "headroom (--headroom): 'two' is no size; write 2GiB, 2048MiB, 2GB or bytes",
+    (*CARD, "--headroom", "-1"): "headroom (--headroom): '-1' is no size",
+    (*CARD, "--tokens", "1e9"): "tokens (--tokens): is of --buy alone",
+    (*CARD, "--each"): "each (--each): is of --buy and --nodes alone",
+    (*CARD, "--global-batch", "8"): "global_batch (--global-batch): is of --nodes alone",
+    (*CARD, "--emit", "megatron"): "emit (--emit): is of --nodes alone",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "megatrom",
+    ): "emit (--emit): unknown name 'megatrom'; did you mean",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "torchrun",
+        "--json",
+    ): "emit (--emit): writes a file of its own form",
+    (
+        *CARD,
+        "--nodes",
+        "1",
+        "--gpus",
+        "2",
+        "--emit",
+        "accelerate",
+        "--pp",
+        "2",
+    ): "parallelism.pp (--pp): accelerate has",
+    (*CARD, "--nodes", "1", "--gpus", "2", "--emit", "deepspeed", "--fsdp", "fsdp2"): "parallelism.strategy (--fsdp): "
+    "DeepSpeed has no fsdp2; it has zero1, zero2, zero3",
+    (*CARD, "--ladder", "--method", "generate"): "ladder (--ladder): is of training, not of task generate",
+    (*CARD, "--tokens", "1e9", "--buy", "--method", "generate"): "tokens (--tokens): is of training, not of task",
+    (*CARD, "--method", "forward"): "task (--method): a plan of task forward has --max alone",
+    (*CARD, "--nodes", "2"): "gpus: say how many each node has",
+    (
+        "pythia-70m",
+        "--nodes",
+        "2",
+        "--gpus",
+        "8",
+    ): "nodes (--nodes): what fits depends on the card; name one with --gpu",
+    (*CARD, "--nodes", "0", "--gpus", "8"): "nodes (--nodes): must be at least 1, not 0",
+    (*CARD, "--nodes", "2", "--gpus", "4", "--tp", "0"): "tp: must be at least 1, not 0",
+    (*CARD, "--nodes", "2", "--gpus", "4", "--zero", "4"): "parallelism.strategy (--zero): ZeRO has stages 0 to 3",
+    (
+        *CARD,
+        "--nodes",
+        "2",
+        "--gpus",
+        "4",
+        "--tp",
+        "3",
+    ): "parallelism.tp (--tp): tp 3 does not divide 8 attention heads",
+    (
+        *CARD,
+        "--nodes",
+        "2",
+        "--gpus",
+        "4",
+        "--tp",
+        "4",
+        "--cp",
+        "4",
+    ): "parallelism.world (--gpus): 2 x 4 = 8 GPUs are no multiple of tp 4 x pp 1 x cp 4 = 16",
+    (*CARD, "--ladder", "--max-price", "1"): "max_price (--max-price): is of --buy alone",
+    ("pythia-70m", "--tokens", "1e9999"): "tokens (--tokens): '1e9999' is no number; write 1e9, 100M, 2B",
+    ("pythia-70m", "--tokens", "0"): "tokens (--tokens): must be at least 1, not 0",
+    ("pythia-70m", "--most", "0"): "most (--most): must be at least 1, not 0",
+    ("pythia-70m", "--count", "0"): "count (--count): must be at least 1",
+    ("pythia-70m", "--max-price", "nan"): "max_price (--max-price): must be more than 0, not nan",
+    ("pythia-70m", "--min-memory", "2GiB", "--max-memory", "1GiB"): "min_memory (--min-memory): 2.00 GiB is above",
+    ("pythia-70m", "--vendor", "nvidea"): "vendor (--vendor): unknown name 'nvidea'; did you mean nvidia",
+    ("pythia-70m", "--market", "gaming"): "market (--market): unknown name 'gaming'; did you mean",
+    ("pythia-70m", "--have", "2x309"): "have (--have): unknown name '309'; did you mean rtx-3090",
+    ("pythia-70m", "--have", "0x3090"): "have (--have): '0x3090' is no count and card, as in 2x3090,1xa100",
+    ("pythia-70m", "--have", "3090", "--count", "2"): "count (--count): --count and --have exclude each other",
+    ("pythia-70m", "--vendor", "apple", "--market", "laptop"): "buy: no card of the catalogue is as wanted",
+    (*CARD, "--gpu", "t4"): "gpu (--gpu): a plan is for one card",
+    (*CARD, "--format", "html"): "format (--format): 'html' is not there for a plan; there are table, json, markdown",
+    (
+        *CARD,
+        "--format",
+        "csv",
+    ): "format (--format): 'csv' is not there for a plan; there are table, json, markdown, and",
+    (*CARD, "--output", "a.html"): "format: 'html' is not there for a plan",
+    (*CARD, "--rank", "0"): "method.rank (--rank): must be at least 1",
+    (*CARD, "--online"): "No such option: --online",
+}
+
+
+@pytest.mark.parametrize(("typed", "expected"), MISTAKES.items(), ids=[" ".join(typed)[:60] for typed in MISTAKES])
+def test_a_mistake_is_one_line_that_names_the_option(plan_: Command, typed: tuple[str, ...], expected: str) -> None:
+    ran = plan_(*typed)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran
+    assert ran.err.startswith(f"memplan: {expected}"), ran.err
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("a.md", "**pythia-70m, batch 1"), ("a.csv", "rung,saves,"), ("a.json", "{"), ("a.txt", "pythia")],
+)
+def test_a_file_is_written_in_the_format_its_name_says(plan_: Command, tmp_path: Path, name: str, start: str) -> None:
+    assert plan_(*CARD, "--ladder", "--output", str(tmp_path / name)) == Ran(0, "", "")
+    assert (tmp_path / name).read_text("utf-8").startswith(start)
+
+
+def test_a_run_may_be_a_file(plan_: Command, tmp_path: Path) -> None:
+    spec = tmp_path / "run.json"
+    spec.write_text('{"model": "pythia-70m", "method": "lora", "gpu": "3060"}', "utf-8")
+    assert json.loads(plan_("--spec", str(spec), "--max", "rank", "--json").out) == dump(RANK)
+
+
+def test_where_nothing_fits_the_exit_code_says_so(plan_: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY), "utf-8")
+    sparing = [word for name, value in SPARING.items() for word in (f"--{name}", value)]
+    ran = plan_(
+        str(tmp_path), "--seq-len", "128", "--optimizer", "sgd", "--gpu", "3060", *sparing, "--headroom", "11.5GiB"
+    )
+    assert (ran.code, ran.err) == (1, "")
+    assert "Nothing that was tried makes it fit (11.50 GiB free)" in words_of(ran.out)
+
+
+def test_a_plan_needs_no_numpy_and_no_torch() -> None:
+    code = (
+        "import sys\nfrom memplan.cli import app\n"
+        "sys.argv = ['memplan', 'plan', 'pythia-70m', '--method', 'lora', '--gpu', '3060', '--json']\n"
+        "try:\n    app()\nexcept SystemExit as left:\n    code = left.code\n"
+        "print(code, *({'numpy', 'torch'} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "0\n"
+
+
+def test_the_manual_says_what_help_says(plan_: Command) -> None:
+    manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split())
+    text = plan_("--help").out
+    sections = re.findall(r"^(?:Plan|What to buy|A cluster):\n(?:  .*\n)+", text, re.M)
+    assert len(sections) == 3
+    says = [" ".join(part.split()) for part in (*text.partition("Model:")[0].split("\n\n")[1:3], *sections)]
+    assert [part for part in says if part not in manual] == []
+
+
+def test_the_shell_completes_a_plans_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, expected in {"plan qwen2-7": "qwen2-7b", "schema p": "plan"}.items():
+        monkeypatch.setenv("_MEMPLAN_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", f"memplan {words}")
+        monkeypatch.setenv("COMP_CWORD", "2")
+        with pytest.raises(SystemExit):
+            COMMAND.main([])
+        assert expected in capsys.readouterr().out.split()
+
+
+# --- sizes ---
+
+
+@settings(max_examples=examples(30), deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([("", 1), ("KiB", 2**10), ("MiB", MIB), ("GiB", GIB), ("GB", 10**9)]))
+def test_a_size_is_its_number_times_its_unit(n: int, unit: tuple[str, int]) -> None:
+    name, size = unit
+    assert size_of(f"{n}{name}", "headroom") == size_of(f" {n:,} {name.lower()} ", "headroom") == n * size
+    assert size_of(f"{n}.5{name}", "headroom") == (2 * n + 1) * size // 2
+
+
+def test_an_amount_may_have_an_exponent_or_a_letter() -> None:
+    assert [amount_of(text, "tokens") for text in ("1e9", "100M", "2b", "1.5k", "1_000")] == [
+        *(10**9, 100 * 10**6, 2 * 10**9, 1500, 1000)
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2 gigs", "-1", "1e-3", "1e999", "½", "nan", "0x10", "2GiB2", "١GiB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match=r"^headroom: .* is no size; write 2GiB"):
+        size_of(text, "headroom")

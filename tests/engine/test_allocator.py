@@ -1,0 +1,372 @@
+"""The model of torch's caching allocator, and the sequences of allocations that are replayed through it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan import RunSpec, estimate
+from memplan.engine.allocator import Allocator, OutOfMemoryError
+from memplan.engine.record import FREED, RUN, Recorded, record, record_inference, unrolled
+from memplan.engine.walk import size
+from memplan.estimate.inference import walk as generate
+from memplan.estimate.usage import reserved
+from memplan.estimate.walk import walk
+from memplan.program.graph import built
+from memplan.program.training.program import PHASES, Structure, frees_gradients, updates_of
+from memplan.program.training.replay import pass_of, segments
+from memplan.resolve.decide import decide
+from tests.estimate.test_laws import laws, runs
+from tests.sampling import examples, sampled
+from tests.tiny import TINY
+
+MIB = 2**20
+
+
+def test_requests_are_rounded_to_512_bytes_and_small_ones_share_segments_of_2_mib() -> None:
+    a = Allocator()
+    for asked in (1, 512, 513):
+        a.alloc(asked)
+    assert (a.allocated, a.reserved) == (512 + 512 + 1024, 2 * MIB)
+    a.alloc(MIB)
+    assert a.reserved == 2 * MIB
+    a.alloc(MIB)  # what is left of the segment is less
+    assert a.reserved == 4 * MIB
+
+
+def test_up_to_10_mib_come_from_segments_of_20_and_larger_ones_have_their_own_in_steps_of_2() -> None:
+    a = Allocator()
+    a.alloc(MIB + 1)
+    a.alloc(9 * MIB)
+    a.alloc(9 * MIB)
+    assert a.reserved == 20 * MIB
+    a.alloc(9 * MIB)
+    a.alloc(10 * MIB)
+    assert a.reserved == (20 + 20) * MIB
+    assert a.allocated == (20 + 20) * MIB  # 1 MiB and less was left of each, and not worth splitting off
+    a.alloc(10 * MIB)
+    assert a.reserved == (20 + 20 + 10) * MIB
+    a.alloc(10 * MIB + 1)
+    assert a.reserved == (20 + 20 + 10 + 12) * MIB
+
+
+def test_a_block_is_split_where_more_than_1_mib_is_left() -> None:
+    a = Allocator()
+    a.free(a.alloc(40 * MIB))
+    whole = a.alloc(39 * MIB)  # 1 MiB would be left, and is not worth it
+    assert a.allocated == 40 * MIB
+    a.free(whole)
+    a.alloc(39 * MIB - 512)
+    assert a.allocated == 39 * MIB - 512
+    a.alloc(MIB + 512)
+    assert a.reserved == 40 * MIB
+
+
+def test_the_smallest_block_that_holds_a_request_serves_it_and_neighbours_merge() -> None:
+    a = Allocator()
+    blocks = [a.alloc(n * MIB) for n in (64, 32, 48)]
+    for block in blocks:
+        a.free(block)
+    a.alloc(30 * MIB)
+    a.alloc(46 * MIB)
+    assert a.reserved == (64 + 32 + 48) * MIB
+    a.alloc(64 * MIB)
+    assert a.reserved == (64 + 32 + 48) * MIB
+    b = Allocator()
+    b.free(b.alloc(64 * MIB))
+    halves = [b.alloc(32 * MIB), b.alloc(32 * MIB)]
+    for block in halves:
+        b.free(block)
+    b.alloc(64 * MIB)
+    assert b.reserved == 64 * MIB
+
+
+def test_a_full_card_gets_back_what_is_wholly_free_and_only_that() -> None:
+    a = Allocator(capacity=100 * MIB)
+    a.free(a.alloc(60 * MIB))
+    a.alloc(80 * MIB)
+    assert (a.reserved, a.peak_reserved) == (80 * MIB, 80 * MIB)
+    b = Allocator(capacity=100 * MIB)
+    b.free(b.alloc(60 * MIB))
+    b.alloc(2 * MIB)  # a piece of the 60
+    with pytest.raises(OutOfMemoryError):
+        b.alloc(80 * MIB)
+
+
+def test_expandable_segments_grow_by_pages_and_leave_nothing_over() -> None:
+    a = Allocator(expandable=True)
+    a.free(a.alloc(60 * MIB))
+    a.alloc(50 * MIB)
+    a.alloc(30 * MIB)  # 10 are left, and one page more makes 30
+    assert (a.allocated, a.reserved) == (80 * MIB, 80 * MIB)
+    last = a.alloc(41 * MIB)
+    assert a.reserved == (80 + 60) * MIB
+    a.free(last)
+    a.release()
+    assert a.reserved == 80 * MIB
+
+
+@pytest.mark.parametrize(("capacity", "lives"), [(61, False), (62, True)])
+def test_a_full_card_takes_the_free_end_of_a_growing_segment_which_is_not_counted_on(
+    capacity: int, lives: bool
+) -> None:
+    a = Allocator(expandable=True, capacity=capacity * MIB)
+    a.free(a.alloc(30 * MIB))  # two pages of 20, both free
+    a.alloc(MIB)  # a page of 2 in the small pool
+    if lives:  # the two pages go back, and three come
+        assert a.alloc(45 * MIB).size == 45 * MIB
+        assert a.reserved == 62 * MIB
+    else:
+        with pytest.raises(OutOfMemoryError):
+            a.alloc(45 * MIB)
+
+
+class Plain:
+    """The allocator's rules as they are stated; a segment is a list of pieces: sizes, and whether they are free."""
+
+    def __init__(self, expandable: bool, capacity: int | None) -> None:
+        self.expandable, self.capacity = expandable, capacity
+        self.pools: dict[bool, list[list[list[int]]]] = {True: [], False: []}  # by whether the pool is the small one
+        self.peak = 0
+
+    @property
+    def reserved(self) -> int:
+        return sum(size for segments in self.pools.values() for pieces in segments for size, _ in pieces)
+
+    def alloc(self, asked: int) -> list[int]:
+        size = -(-asked // 512) * 512
+        is_small = size <= MIB
+        pieces, piece = self.fitting(is_small, size) or self.given(is_small, size)
+        rest = piece[0] - size
+        if rest > MIB or (rest and (is_small or self.expandable)):
+            pieces.insert(pieces.index(piece) + 1, [rest, True])
+            piece[0] = size
+        piece[1] = False
+        return piece
+
+    def fitting(self, is_small: bool, size: int) -> tuple[list[list[int]], list[int]] | None:
+        every = ((pieces, piece) for pieces in self.pools[is_small] for piece in pieces)
+        found = ((pieces, piece) for pieces, piece in every if piece[1] and piece[0] >= size)
+        return min(found, key=lambda one: one[1][0], default=None)  # the first of several
+
+    def given(self, is_small: bool, size: int) -> tuple[list[list[int]], list[int]]:
+        more = self.needed(is_small, size)
+        if self.capacity is not None and self.reserved + more > self.capacity:
+            self.release()
+            more = self.needed(is_small, size)
+            if self.reserved + more > self.capacity:
+                raise OutOfMemoryError
+        if not self.expandable or not self.pools[is_small]:
+            self.pools[is_small].append([])
+        pieces = self.pools[is_small][-1]
+        if not pieces or not pieces[-1][1]:
+            pieces.append([0, True])
+        pieces[-1][0] += more
+        self.peak = max(self.peak, self.reserved)
+        return pieces, pieces[-1]
+
+    def needed(self, is_small: bool, size: int) -> int:
+        if self.expandable:
+            pages = (2 if is_small else 20) * MIB
+            *_, (free, is_free) = self.pools[is_small][-1] if any(self.pools[is_small]) else [[0, True]]
+            return -(-(size - free * is_free) // pages) * pages
+        return 2 * MIB if is_small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+
+    def free(self, piece: list[int]) -> None:
+        piece[1] = True
+        for pieces in (pieces for pool in self.pools.values() for pieces in pool):
+            for i in reversed(range(1, len(pieces))):
+                if pieces[i][1] and pieces[i - 1][1]:
+                    pieces[i - 1][0] += pieces.pop(i)[0]
+
+    def release(self) -> None:
+        for is_small, pool in self.pools.items():
+            for pieces in list(pool):
+                if not self.expandable and len(pieces) == 1 and pieces[0][1]:
+                    pool.remove(pieces)
+                elif self.expandable and pieces and pieces[-1][1]:
+                    pieces[-1][0] %= (2 if is_small else 20) * MIB
+                    if not pieces[-1][0]:
+                        pieces.pop()
+
+
+@settings(laws, max_examples=examples(60))
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 64 * MIB) | st.integers(1, 2 * MIB)), max_size=60),
+    st.booleans(),
+    st.none() | st.integers(20, 400).map(MIB.__mul__),
+)
+def test_every_block_is_where_the_rules_put_it(
+    calls: list[tuple[bool, int]], expandable: bool, capacity: int | None
+) -> None:
+    allocator, plain = Allocator(expandable, capacity), Plain(expandable, capacity)
+    out: list[tuple[Any, list[int]]] = []
+    for frees, asked in calls:
+        if frees and out:
+            block, piece = out.pop(asked % len(out))
+            allocator.free(block)
+            plain.free(piece)
+            continue
+        try:
+            piece = plain.alloc(asked)
+        except OutOfMemoryError:
+            with pytest.raises(OutOfMemoryError):
+                allocator.alloc(asked)
+            return
+        out.append((allocator.alloc(asked), piece))
+        assert [block.size for block, _ in out] == [size for _, (size, _) in out]
+        assert (allocator.reserved, allocator.peak_reserved) == (plain.reserved, plain.peak)
+
+
+@laws
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 64 * MIB)), max_size=60), st.booleans())
+def test_what_is_handed_out_lies_in_what_is_reserved_and_all_of_it_comes_back(
+    calls: list[tuple[bool, int]], expandable: bool
+) -> None:
+    a = Allocator(expandable)
+    out: list[Any] = []
+    for free, asked in calls:
+        if free and out:
+            a.free(out.pop(asked % len(out)))
+        else:
+            out.append(a.alloc(asked))
+            assert out[-1].size >= asked
+        assert sum(block.size for block in out) == a.allocated <= a.reserved <= a.peak_reserved
+        spans = sorted((block.pool.is_small, block.start, block.start + block.size) for block in out)
+        assert all(end <= start for (pool, _, end), (other, start, _) in pairwise(spans) if pool == other)
+    for block in out:
+        a.free(block)
+    assert a.allocated == 0
+    a.release()
+    assert a.reserved == 0
+
+
+def sizes_of(structure: Structure, axes: dict[str, int], events: Any, keys: Any) -> list[tuple[int, int]]:
+    """Every event as a storage and the bytes it adds: negative where it goes."""
+    numbers = {**built(structure.graph)[1], **axes}
+    bytes_: dict[int, int] = {}
+    out: list[tuple[int, int]] = []
+    for number, key in events:
+        if key != FREED:
+            assert number not in bytes_
+            bytes_[number] = size(keys[key][0], keys[key][1], numbers)[1]
+            out.append((number, bytes_[number]))
+        else:
+            out.append((number, -bytes_.pop(number)))
+    return out
+
+
+@laws
+@given(runs())
+def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradients(run: dict[str, Any]) -> None:
+    decided = decide(RunSpec(**run))
+    walked = walk(RunSpec(**run), decided)
+    structure, p = decided.structure, walked.program
+    sequence = pass_of(structure, later=False)
+    live = highest = 0
+    for _, bytes_ in sizes_of(structure, walked.axes, sequence.events, sequence.sizes):
+        live += bytes_
+        highest = max(highest, live)
+    passed = walked.phases[1 : 1 + len(PHASES)]
+    moments = [phase.peak - (phase.phase == "backward" or phase.step is None) * walked.workspace for phase in passed]
+    fixed = p.parameters + p.buffered + p.scaler + walked.workspace
+    if not structure.accumulates:
+        assert highest == max(moments) - fixed
+    assert live == p.gradients
+
+
+def anonymous(made: Recorded) -> list[tuple[Any, list[int]]]:
+    """Storages by when they were made: what each is, and which are freed before the next one is made."""
+    order: dict[int, int] = {}
+    out: list[tuple[Any, list[int]]] = []
+    for number, key in made.events:
+        if key == FREED:
+            out[-1][1].append(order[number])
+        else:
+            order[number] = len(order)
+            out.append((made.sizes[key], []))
+    return [(what, sorted(freed)) for what, freed in out]
+
+
+@settings(laws, max_examples=examples(5))
+@given(runs())
+def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run: dict[str, Any]) -> None:
+    structure = decide(RunSpec(**run)).structure
+    graph = structure.graph
+    (stack, axes), recipe = built(graph), graph.recipe
+
+    def sequence(copies: int) -> Recorded:
+        return record(
+            stack,
+            {r.times: axes[r.times] for r in stack.runs},
+            recipe.compute if recipe.autocast else None,
+            graph.checkpoint,
+            graph.reentrant,
+            frees_gradients(structure),
+            graph.leaf,
+            dict(updates_of(structure)),
+            graph.to_host,
+            copies,
+        )
+
+    few, every = sequence(RUN), sequence(10**6)
+    assert anonymous(few) == anonymous(every)
+    for part in ("forward", "loss", "backward", "end"):
+        assert len([*unrolled(getattr(few, part))]) == len([*unrolled(getattr(every, part))])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"model": "qwen2-0.5b"},
+        {"model": "gemma-3-1b", "generation": {"cache_implementation": "static"}},
+        {"model": "t5-base"},
+        {"model": "granite-4.0-h-micro"},
+        {"model": "qwen1.5-moe-a2.7b", "profile": "transformers-4.48"},
+    ],
+)
+def test_copies_left_out_of_a_pass_of_inference_are_as_all_the_others(asked: dict[str, Any]) -> None:
+    run = RunSpec.model_validate({"task": "generate", **asked})
+    for graph in {step.graph for step in generate(decide(run)).steps}:
+        stack, axes = built(graph)
+        depth = {r.times: axes[r.times] for r in stack.runs}
+        few, every = (record_inference(stack, depth, copies=copies) for copies in (RUN, 10**6))
+        assert anonymous(few) == anonymous(every)
+
+
+@laws
+@given(runs())
+def test_a_run_lives_in_the_bound_that_spares_a_replay(run: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**run))
+    usage = answer._usage
+    assert answer.bytes.allocated <= answer.bytes.reserved
+    assert answer.bytes.allocated <= usage.enough
+    assert reserved(usage._replay, usage.enough) is not None
+
+
+@settings(laws, max_examples=examples(6))
+@given(runs())
+def test_a_card_with_room_is_no_limit_and_one_below_the_tensors_does_not_suffice(run: dict[str, Any]) -> None:
+    decided = decide(RunSpec(**run))
+    w = walk(RunSpec(**run), decided)
+    free = segments(w.program, w.axes, w.workspace)
+    assert segments(w.program, w.axes, w.workspace, capacity=free) == free
+    with pytest.raises(OutOfMemoryError):
+        segments(w.program, w.axes, w.workspace, capacity=max(p.peak for p in w.phases[1:]) - 2 * w.workspace - 1)
+
+
+@pytest.mark.parametrize("model_type", sampled(list(TINY), 4))
+def test_a_pass_of_every_family_frees_what_it_made_and_nothing_twice(model_type: str) -> None:
+    model = {"config": {"model_type": model_type, **TINY[model_type]}}
+    run = RunSpec(model=model, batch={"sequence": 64})
+    structure = decide(run).structure
+    recording = pass_of(structure, later=False)
+    assert sizes_of(structure, {"b": 1, "s": 64}, recording.events, recording.sizes)
+    stack, _ = built(structure.graph)
+    for ops in (stack.before, stack.after, *(block.ops for part in stack.runs for block in part.blocks)):
+        weights = {weight.name for op in ops for weight in op.weights}
+        assert weights.isdisjoint(tensor.name for op in ops for tensor in op.writes)

@@ -1,0 +1,92 @@
+"""A sample of all bundled models with all sets of options: nothing crashes, no bytes are negative, all sums hold.
+
+Every run of the suite draws other pairs; `benchmarks/sweep.py` asks all of them. A failure names the command lines that
+show it.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+
+import pytest
+
+from benchmarks.sweep import FAMILIES, OPTIONS, ask, models, pairs
+from memplan import MemplanError, RunSpec
+from memplan.engine.record import FREED
+from memplan.engine.walk import alive, size, values
+from memplan.estimate.walk import walk
+from memplan.program.graph import built
+from memplan.program.training.program import pass_of
+from memplan.program.training.replay import pass_of as recorded_pass_of
+from memplan.resolve.decide import decide
+from tests.sampling import COMPLETE, sampled
+
+PARTS = 8
+SHARE = 300 if COMPLETE else 2400  # one pair in this many is asked, in all parts together
+# Differs from run to run, and is the same in all processes of one run, which draw the same pairs.
+SEED = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
+
+
+def test_the_sweep_covers_every_model_and_enough_options() -> None:
+    assert len(models()) > 280
+    assert len(OPTIONS) > 113
+    assert len(set(OPTIONS)) == len(OPTIONS)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_answer_breaks_a_law(part: int) -> None:
+    asked = [ask(*pair) for pair in pairs(SHARE, SEED)[part::PARTS]]
+    failures = [
+        f"memplan {pair.model} {pair.options}: {failure.kind}: {failure.where}: {failure.detail}"
+        for pair in asked
+        for failure in pair.failures
+        if failure.kind != "slow"  # seconds depend on the machine
+    ]
+    assert failures == []
+
+
+DIVIDED = ("none", "fsdp", "fsdp2")
+METHODS = ({"kind": "full"}, {"kind": "full", "frozen": ["vision", "projector"]}, {"kind": "lora"})
+
+
+def _peaks(run: RunSpec) -> tuple[int, int]:
+    """The most bytes alive in a pass: of the moments, and of the sequence in which the copies of a run follow."""
+    decided = decide(run)
+    structure = decided.structure
+    axes = {**built(structure.graph)[1], **walk(run, decided).axes}
+
+    def bytes_of(shape: str, dtype: str) -> int:
+        variable, n = size(shape, dtype, axes)
+        return n * values([variable], axes)[0]
+
+    low = pass_of(structure, later=False)
+    sizes = [bytes_of(*key[:2]) for key in low.sizes]
+    counts = (alive(moment, low.runs, axes) for moment in low.moments)
+    of_moments = max(sum(n * sizes[key] for key, n in found.items()) for found in counts)
+    recording = recorded_pass_of(structure, later=False)
+    made = [bytes_of(*key[:2]) for key in recording.sizes]
+    bytes_by_number: dict[int, int] = {}
+    live = most = 0
+    for number, key in recording.events:
+        live += -bytes_by_number.pop(number) if key == FREED else bytes_by_number.setdefault(number, made[key])
+        most = max(most, live)
+    return of_moments, most
+
+
+@pytest.mark.parametrize("name", sampled(sorted(FAMILIES), 16))
+def test_equal_layers_are_counted_as_if_each_were_run(name: str) -> None:
+    """Towers, windows, tied tables and experts: what one copy stands for is what all copies have, in every family."""
+    length = {} if name in ("vit", "whisper") else {"sequence": 96}
+    shared = {"model": {"config": {"model_type": name, **FAMILIES[name]}}, "batch": {"micro": 2, **length}}
+    asked = 0
+    for strategy, method in product(DIVIDED, METHODS):
+        ranks = {"world": 4, "dp": 4, "strategy": strategy} if strategy != "none" else {}
+        run = RunSpec.model_validate({**shared, "method": method, "precision": "fp32", "parallelism": ranks})
+        try:
+            of_moments, of_sequence = _peaks(run)
+        except MemplanError:
+            continue
+        assert of_moments == of_sequence, (strategy, method)
+        asked += 1
+    assert asked

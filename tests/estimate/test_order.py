@@ -1,0 +1,126 @@
+"""An answer depends on nothing that was asked before: 2, 2.0, True and "2" are four questions, though Python says
+2 == 2.0 and 1 == True."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations, count
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from memplan import MemplanError, ModelSpec, RunSpec, estimate
+from memplan.core.frozen import FrozenDict, frozen
+from tests.tiny import SMALLEST as LLAMA
+
+QWEN2_MOE = {**LLAMA, "model_type": "qwen2_moe", "num_experts": 4, "moe_intermediate_size": 32}
+GEMMA3 = {"model_type": "gemma3", "text_config": {**LLAMA, "model_type": "gemma3_text"}, "vision_config": {}}
+QUANTIZED = {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+CASES = [
+    *((LLAMA, key) for key in ("num_hidden_layers", "num_key_value_heads", "vocab_size", "max_position_embeddings")),
+    *((LLAMA, key) for key in ("attention_bias", "tie_word_embeddings", "attention_dropout", "rope_theta")),
+    *((LLAMA, key) for key in ("rope_scaling.factor", "architectures.0", "quantization_config.bits")),
+    *(
+        (QWEN2_MOE, key)
+        for key in ("num_experts_per_tok", "decoder_sparse_step", "sliding_window", "mlp_only_layers.0")
+    ),
+    *((GEMMA3, key) for key in ("text_config.num_hidden_layers", "text_config.sliding_window")),
+    *((QUANTIZED, key) for key in ("quantization_config.group_size", "quantization_config.desc_act")),
+]
+EQUAL: list[tuple[Any, ...]] = [(2, 2.0, "2"), (1, 1.0, True, "1"), (0, 0.0, False, "0")]
+UNUSED = count()
+
+
+def with_value(config: Any, path: str, value: Any) -> Any:
+    """The config with a value at a path, in which a number is a place in a list."""
+    key, _, rest = path.partition(".")
+    if key.isdigit():
+        return [with_value({}, rest, value) if rest else value]
+    return {**config, key: with_value(config.get(key, {}), rest, value) if rest else value}
+
+
+def outcome(config: dict[str, Any], **fields: Any) -> object:
+    try:
+        answer = estimate(RunSpec(model={"config": config}, **fields))
+    except MemplanError as error:
+        return type(error), str(error)
+    dumped = answer.model_dump()
+    return repr({name: dumped[name] for name in dumped if name != "run"})  # of 2 and 2.0 the texts differ
+
+
+@pytest.mark.parametrize("values", EQUAL, ids=str)
+@pytest.mark.parametrize(("config", "path"), CASES, ids=[path for _, path in CASES])
+def test_equal_values_of_a_config_have_the_same_answers_in_any_order(
+    config: dict[str, Any], path: str, values: tuple[Any, ...]
+) -> None:
+    answers: dict[str, set[object]] = {repr(value): set() for value in values}
+    for start in range(len(values)):
+        new = next(UNUSED)  # a key that means nothing makes a config that was not asked before
+        for value in (*values[start:], *values[:start]):
+            answers[repr(value)].add(outcome({**with_value(config, path, value), "unused": new}))
+    assert {value: len(found) for value, found in answers.items()} == dict.fromkeys(answers, 1)
+
+
+def test_a_size_that_is_no_whole_number_is_refused_after_one_that_is() -> None:
+    config = {**LLAMA, "unused": next(UNUSED)}
+    assert isinstance(outcome(config), str)
+    for value in (2.0, "2"):
+        with pytest.raises(MemplanError, match=r"num_hidden_layers must be a whole number"):
+            estimate(RunSpec(model={"config": {**config, "num_hidden_layers": value}}))
+    assert ModelSpec(config) == ModelSpec({**config})
+    assert isinstance(outcome({**config, "num_hidden_layers": 1}), str)
+    with pytest.raises(MemplanError, match=r"num_hidden_layers must be a whole number .*, not true"):
+        estimate(RunSpec(model={"config": {**config, "num_hidden_layers": True}}))
+
+
+def parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A part of a run and all parts of it."""
+    yield model
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from parts(kind)
+
+
+@pytest.mark.parametrize("part", dict.fromkeys(parts(RunSpec)), ids=lambda part: part.__name__)
+def test_a_field_has_one_type_for_equal_values(part: type[BaseModel]) -> None:
+    given = {"model": "gpt2"} if part is RunSpec else {"config": {}} if "config" in part.model_fields else {}
+    for name in part.model_fields:
+        for values in (*EQUAL, (-1, -1.0), (64, 64.0)):
+            taken: list[Any] = []
+            for value in values:
+                try:
+                    taken.append(getattr(part.model_validate({**given, name: value}), name))
+                except (ValidationError, MemplanError):
+                    continue
+            assert all(repr(a) == repr(b) for a, b in combinations(taken, 2) if a == b), (name, taken)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"a": 1}, {"a": True}),
+        ({"a": 2}, {"a": 2.0}),
+        ({"a": 0}, {"a": False}),
+        ({"a": [1, 2]}, {"a": [1, 2.0]}),
+        ({"a": [[1]]}, {"a": [[True]]}),
+        ({"a": [{"b": 1}]}, {"a": [{"b": 1.0}]}),
+        ({"a": {"b": [1]}}, {"a": {"b": [1.0]}}),
+    ],
+)
+def test_a_frozen_mapping_tells_types_apart(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a == b
+    one, other = frozen(a), frozen(b)
+    assert one != other
+    assert not one == other  # noqa: SIM201 (it is an operator of its own)
+    assert len({one, other}) == 2
+
+
+def test_a_frozen_mapping_is_equal_in_any_order_of_its_keys() -> None:
+    one, other = frozen({"a": 1, "b": [2, {"c": 3}]}), frozen({"b": [2, {"c": 3}], "a": 1})
+    assert one == other
+    assert hash(one) == hash(other)
+    assert frozen({"a": 1}) == {"a": 1}
+    assert FrozenDict(a=1) != [("a", 1)]
+    assert frozen({"a": 1}) != frozen({"a": 1, "b": 1})

@@ -1,0 +1,313 @@
+"""What a training run does beside its steps: evaluation, generation, saving, merging; traces, arithmetic and laws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.accuracy import rows
+from memplan import Estimate, RunSpec, estimate
+from memplan.catalogue.hardware.overhead import cublas_workspace
+from memplan.catalogue.methods.saving import turned_back
+from memplan.core.errors import MemplanError
+from memplan.core.ir import Weight
+from memplan.estimate.answer import phase_peaks
+from memplan.planning.sweep import STEP_PHASES, grid
+from tests.sampling import ALL, examples, sampled
+
+CASES: list[dict[str, Any]] = sampled(rows("traced_asides.jsonl"), 12)
+ASIDES = ("eval", "generate", "save", "merge")
+WORKSPACES = 2 * cublas_workspace((8, 0)).usual
+MODEL = "qwen2.5-0.5b"
+
+laws = settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def label(case: dict[str, Any]) -> str:
+    run = case["run"]
+    method = run.get("method", {})
+    evaluation = run["also"].get("evaluation", {})
+    more = [method.get("kind", ""), method.get("quantization", {}).get("format", ""), *run["also"], *evaluation]
+    more += ["autocast" if run.get("precision", {}).get("autocast") else "", run.get("kernels", {}).get("loss", "")]
+    return "-".join([case["name"], *filter(None, more)])
+
+
+def without_workspaces(answer: Estimate) -> dict[str, int]:
+    """The peak of what comes beside the steps as a trace has it."""
+    return {name: n - WORKSPACES for name, n in phase_peaks(answer).items() if name in ASIDES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_everything_beside_the_steps_is_near_its_trace(case: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**case["run"]))
+    mine = without_workspaces(answer)
+    assert mine.keys() == case["phases"].keys()
+    for phase, bytes_ in case["phases"].items():
+        assert mine[phase] == pytest.approx(bytes_, rel=case.get("within", 4e-3)), phase
+
+
+@ALL
+def test_what_torch_reserves_is_near_a_replay_of_the_trace() -> None:
+    real = [case for case in CASES if isinstance(case["run"]["model"], str) and "method" in case["run"]]
+    assert len(real) == 2  # with adapters, whose states leave the segments as they are
+    for case in real:
+        assert estimate(RunSpec(**case["run"])).bytes.reserved == pytest.approx(case["reserved"], rel=5e-3)
+
+
+@ALL
+def test_the_mean_error_is_below_a_tenth_of_a_percent() -> None:
+    errors: list[float] = []
+    for case in CASES:
+        mine = without_workspaces(estimate(RunSpec(**case["run"])))
+        errors += [abs(mine[phase] / n - 1) for phase, n in case["phases"].items()]
+    assert len(errors) > 200
+    assert sum(errors) / len(errors) < 5e-4
+    assert errors.count(0) > len(errors) / 2
+
+
+# --- what it is made of
+
+
+def asked(also: dict[str, Any], **fields: Any) -> Estimate:
+    batch = {"sequence": 64}
+    return estimate(RunSpec(**{"model": MODEL, "method": "lora", "batch": batch, "also": also, **fields}))
+
+
+def peak(answer: Estimate, phase: str) -> int:
+    return phase_peaks(answer)[phase]
+
+
+LOGITS = 3 * 100 * 151936 * 2  # batch x tokens x vocabulary, bf16
+LABELS = 3 * 100 * 8
+
+
+def evaluated(**fields: Any) -> Estimate:
+    return asked({"evaluation": {"micro": 3, "sequence": 100, **fields}})
+
+
+def up(n: int) -> int:
+    return -(-n // 512) * 512
+
+
+def test_kept_logits_are_joined_beside_those_they_are_joined_of() -> None:
+    answer = evaluated(kept_batches=5)
+    standing = peak(asked({"saving": {}}), "save")
+    joined = up(5 * LOGITS) + up(4 * LOGITS) + up(LOGITS)
+    during = peak(evaluated(), "eval") + up(4 * LOGITS) + up(LOGITS) + up(4 * LABELS) + up(LABELS)
+    labels = up(4 * LABELS) + up(LABELS)
+    assert peak(answer, "eval") == max(during, standing + joined + labels + 512)  # and the loss
+    lines = {line.what: line.bytes for line in answer.ledger}
+    assert lines["logits of the batches before"] == up(4 * LOGITS)
+
+
+def test_batches_that_go_to_the_host_are_not_kept() -> None:
+    assert peak(evaluated(kept_batches=20, accumulation=2), "eval") == peak(evaluated(kept_batches=2), "eval")
+    assert peak(evaluated(kept_batches=20, accumulation=1), "eval") == peak(evaluated(), "eval")
+    assert peak(evaluated(kept_batches=20, batch_metrics=True), "eval") == peak(evaluated(), "eval") - 512  # the loss
+
+
+def test_a_list_of_logits_is_not_joined() -> None:
+    in_list = peak(evaluated(kept_batches=5, concatenates=False), "eval")
+    assert in_list == peak(evaluated(), "eval") + 4 * up(LOGITS) + 4 * up(LABELS)
+
+
+def test_the_likeliest_token_alone_is_eight_bytes_a_token() -> None:
+    kept = peak(evaluated(kept_batches=5, preprocess="argmax"), "eval")
+    tokens = up(4 * LABELS) + up(LABELS)  # int64, as labels are
+    assert kept == peak(evaluated(), "eval") + 2 * tokens
+
+
+def test_what_is_kept_comes_to_the_host_in_fp32() -> None:
+    each = 3 * 100 * (151936 * 4 + 8)
+    assert evaluated(kept_batches=5).host_bytes == 5 * each
+    assert evaluated(kept_batches=6, accumulation=2).host_bytes == 2 * 6 * each  # old and new, where they are joined
+
+
+def test_the_optimizers_states_are_there_and_gradients_are_not() -> None:
+    answer = estimate(RunSpec(model=MODEL, also={"evaluation": {"micro": 64}}))
+    assert answer.peak.phase == "eval"
+    assert answer.categories["gradient"] == 0
+    assert answer.categories["optstate"] > 2 * 490_000_000 * 2  # two, bf16
+
+
+def test_nothing_is_dropped_in_evaluation() -> None:
+    answer = estimate(RunSpec(model="gpt2", batch={"sequence": 512}, also={"evaluation": {"micro": 32}}))
+    assert answer.peak.phase == "eval"
+    assert not [line for line in answer.ledger if "mask" in line.what]
+
+
+def test_a_merge_makes_the_product_twice() -> None:
+    standing = peak(asked({"saving": {}}), "save")
+    assert peak(asked({"merging": {}}), "merge") == standing + 2 * 4864 * 896 * 4  # the MLP's, in the adapters' fp32
+
+
+def test_a_quantised_weight_is_sent_to_the_host_and_back() -> None:
+    fields: dict[str, Any] = {"method": {"kind": "qlora", "quantization": {"double_quant": False}}}
+    answer = asked({"merging": {}}, **fields)
+    standing, n = peak(asked({"saving": {}}, **fields), "save"), 4864 * 896
+    whole = n * 2 + 3 * n * 4  # dequantised in bf16; the product, the sum, and the sum from the host in fp32
+    stored = n // 2 + up(n // 64 * 4) + 512  # packed, scales, the code
+    assert peak(answer, "merge") == standing + whole + stored
+    assert answer.host_bytes == n * 4
+
+
+def test_a_model_reloaded_to_merge_is_whole_and_has_no_states() -> None:
+    trained = asked({"merging": {}}, method="qlora")
+    again = asked({"merging": "reloaded"}, method="qlora")
+    assert peak(again, "merge") > peak(trained, "merge")
+    wide = asked({"merging": {"model": "reloaded", "dtype": "fp32"}}, method="qlora")
+    assert peak(wide, "merge") > 1.9 * (peak(again, "merge") - WORKSPACES)
+    assert again.bytes.reserved >= again.bytes.allocated
+
+
+def test_experts_are_split_into_copies_to_be_saved() -> None:
+    stack = Weight("mlp.experts.gate_up_proj", "E 2 m h", "mlp", "bf16", rows=3, stacked=True)
+    assert [t.shape for t in turned_back(stack, "qwen3_moe")] == ["E m h", "E m h"]
+    assert not [*turned_back(stack, "gpt_oss")]
+    full, adapters = (asked({"saving": {}}, model="qwen3-30b-a3b", method=method) for method in ("full", "lora"))
+    copies = 48 * 2 * 128 * 768 * 2048 * 2  # layers x gate and up x experts x width x hidden, bf16
+    states = 2 * full.parameters.total * 2
+    assert peak(full, "save") == pytest.approx(full.parameters.total * 2 + states + copies, rel=1e-3)
+    assert peak(adapters, "save") < peak(adapters, "backward")  # which are saved as they are
+
+
+RANKS: dict[str, Any] = {"world": 4, "dp": 4}
+
+
+def test_fsdp_gathers_a_unit_and_fsdp2_a_tensor() -> None:
+    saving = {"saving": {"state_dict": "full", "optimizer": False}}
+    two = asked(saving, method="full", parallelism={**RANKS, "strategy": "fsdp2"})
+    none = asked({"saving": {"state_dict": "sharded"}}, method="full", parallelism={**RANKS, "strategy": "fsdp2"})
+    assert peak(two, "save") - peak(none, "save") == 151936 * 896 * 2  # the embeddings, which are the head
+    one = asked(saving, method="full", parallelism={**RANKS, "strategy": "fsdp"})
+    none = asked({"saving": {"state_dict": "sharded"}}, method="full", parallelism={**RANKS, "strategy": "fsdp"})
+    assert peak(one, "save") - peak(none, "save") == up((151936 * 896 + 896) * 2)  # with the last norm
+    assert one.host_bytes == 494_032_768 * 2
+    assert [(p.phase, p.rank, p.node) for p in one.host.phases[1:]] == [
+        ("step", 0, 0),
+        ("save", *[494_032_768 * 2] * 2),
+    ]
+    assert none.host_bytes == 0
+
+
+def test_zero_gathers_a_module() -> None:
+    zero3 = {**RANKS, "strategy": "zero3"}
+    full = asked({"saving": {"state_dict": "full"}}, method="full", parallelism=zero3)
+    none = asked({"saving": {}}, method="full", parallelism=zero3)  # stage3_gather_16bit_weights_on_model_save is off
+    assert peak(full, "save") - peak(none, "save") == 151936 * 896 * 2
+
+
+# --- laws
+
+
+@st.composite
+def trainings(draw: st.DrawFn) -> dict[str, Any]:
+    """A run and what it does beside its steps, as the fields of a RunSpec."""
+    method = draw(st.sampled_from(["full", "lora", "qlora", "dora"]))
+    kept = draw(st.integers(0, 6))
+    evaluation = {
+        "micro": draw(st.integers(1, 9)),
+        "sequence": draw(st.integers(1, 900)),
+        "kept_batches": kept,
+        "accumulation": draw(st.integers(1, 4)) if kept and draw(st.booleans()) else None,
+        "new_tokens": 0 if kept else draw(st.sampled_from([0, 3])),
+    }
+    merges: dict[str, Any] = {"merging": draw(st.sampled_from(["trained", "reloaded"]))} if method != "full" else {}
+    return {
+        "model": draw(st.sampled_from([MODEL, "llama-3.2-1b", "gemma-2-2b"])),
+        "method": method,
+        "batch": {"micro": draw(st.integers(1, 3)), "sequence": draw(st.integers(1, 900))},
+        "precision": draw(st.sampled_from(["bf16", "amp"])) if method != "qlora" else "bf16",
+        "also": {"evaluation": evaluation, "saving": {}, **merges},
+    }
+
+
+@laws
+@given(trainings())
+def test_what_is_asked_for_never_lowers_the_peak_and_changes_no_step(fields: dict[str, Any]) -> None:
+    plain = estimate(RunSpec(**{k: v for k, v in fields.items() if k != "also"}))
+    more = estimate(RunSpec(**fields))
+    assert more.phases[: len(plain.phases)] == plain.phases
+    assert more.bytes.allocated >= plain.bytes.allocated
+    assert more.bytes.reserved >= plain.bytes.reserved
+
+
+@laws
+@given(trainings())
+def test_the_ledger_and_the_timeline_reach_the_peak(fields: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**fields))
+    assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+    assert max(moment.peak for moment in answer.timeline) <= answer.bytes.allocated <= answer.bytes.reserved
+
+
+@laws
+@given(trainings(), st.sampled_from(["micro", "sequence", "kept_batches"]), st.integers(1, 20))
+def test_a_larger_evaluation_never_takes_less(fields: dict[str, Any], axis: str, more: int) -> None:
+    evaluation = {**fields["also"]["evaluation"], "accumulation": None, "new_tokens": 0}
+    larger = {**evaluation, axis: evaluation[axis] + more}
+    peaks = [
+        phase_peaks(estimate(RunSpec(**{**fields, "also": {"evaluation": e}})))["eval"] for e in (evaluation, larger)
+    ]
+    assert peaks[0] <= peaks[1]
+
+
+@laws
+@given(trainings())
+def test_an_evaluation_like_the_training_takes_no_more_than_that(fields: dict[str, Any]) -> None:
+    evaluation = {**fields["batch"]}
+    answer = estimate(RunSpec(**{**fields, "kernels": {"checkpointing": "none"}, "also": {"evaluation": evaluation}}))
+    peaks = phase_peaks(answer)
+    assert peaks["eval"] <= max(peaks["forward"], peaks["loss"], peaks["backward"])
+
+
+def test_a_grid_counts_them() -> None:
+    run = RunSpec(model=MODEL, method="lora", also={"evaluation": {"micro": 4}})
+    swept = grid(run, sequence=[64, 4096])
+    for i, sequence in enumerate((64, 4096)):
+        answer = estimate(run.model_copy(update={"batch": run.batch.model_copy(update={"sequence": sequence})}))
+        assert swept.allocated[i] == answer.bytes.allocated
+        assert STEP_PHASES[swept.phases[i]] == answer.peak.phase
+
+
+# --- what cannot be
+
+KEPT = "also.evaluation"
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"task": "forward", "also": {"saving": {}}}, "also"),
+    ({"also": {"merging": {}}}, "also.merging"),
+    ({"method": "lora", "also": {"merging": {"dtype": "bf16"}}}, "also.merging.dtype"),
+    ({"also": {"evaluation": {"accumulation": 2}}}, f"{KEPT}.accumulation"),
+    ({"also": {"evaluation": {"preprocess": "argmax"}}}, f"{KEPT}.preprocess"),
+    ({"also": {"evaluation": {"batch_metrics": True}}}, f"{KEPT}.batch_metrics"),
+    (
+        {"also": {"evaluation": {"kept_batches": 2, "batch_metrics": True, "accumulation": 2}}},
+        f"{KEPT}.accumulation",
+    ),
+    ({"also": {"evaluation": {"kept_batches": 2, "new_tokens": 2}}}, f"{KEPT}.kept_batches"),
+    ({"kernels": {"loss": "chunked"}, "also": {"evaluation": {"kept_batches": 2}}}, f"{KEPT}.kept_batches"),
+    ({"parallelism": {"world": 2, "tp": 2}, "also": {"saving": {}}}, "also.saving"),
+    (
+        {"parallelism": {"world": 2, "tp": 2}, "also": {"evaluation": {"kept_batches": 2}}},
+        f"{KEPT}.kept_batches",
+    ),
+    (
+        {"parallelism": {**RANKS, "strategy": "fsdp2"}, "also": {"evaluation": {"new_tokens": 2}}},
+        f"{KEPT}.new_tokens",
+    ),
+    (
+        {"method": "lora", "parallelism": {**RANKS, "strategy": "ddp"}, "also": {"merging": {}}},
+        "also.merging.model",
+    ),
+    ({"task": "generate", "profile": "vllm-0.33", "also": {"saving": {}}}, "also"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field"), REFUSED, ids=str)
+def test_what_cannot_be_is_refused_by_its_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(MemplanError) as caught:
+        estimate(RunSpec(**{"model": MODEL, **fields}))
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,501 @@
+"""Plans are found by search and checked against exhaustive search: proposals fit, and nothing cheaper is missed."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import memplan
+from memplan import RunSpec, estimate
+from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
+from memplan.catalogue.profiles.costs import cost_of
+from memplan.core.errors import MemplanError, SpecError, UnknownNameError
+from memplan.core.units import GIB
+from memplan.estimate.answer import phase_peaks
+from memplan.estimate.demand import Demand
+from memplan.models.cards import card_names, load_card
+from memplan.planning.advice import advise
+from memplan.planning.ladder import RUNGS, ladder
+from memplan.planning.levers import Lever, levers_of, pull
+from memplan.planning.offers import COUNTS, Offer, Wanted, offers, owned
+from memplan.planning.plan import plan, time_of
+from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
+from memplan.planning.step_time import cost, pace, work
+from memplan.spec.run import changed
+from memplan.spec.training import Evaluation
+from tests.sampling import ALL, examples
+
+few = settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+RUNS = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from(["qwen2-0.5b", "llama-3.2-1b"]),
+        "method": st.sampled_from(["full", "lora", "qlora"]),
+        "gpu": st.sampled_from(["t4", "rtx-3060-12gb", "gtx-1070-ti"]),
+        "batch": st.fixed_dictionaries(
+            {"micro": st.sampled_from([1, 4, 8]), "sequence": st.sampled_from([1024, 4096])}
+        ),
+        "precision": st.sampled_from(["fp16", "fp32"]),
+    }
+)
+REFUSED = RunSpec(model="qwen2-7b", method="full", gpu="3090")
+
+
+def fits(run: RunSpec) -> bool:
+    return estimate(run).verdict.answer == "fits"
+
+
+def alone(run: RunSpec, levers: tuple[Lever, ...]) -> bool | None:
+    """Whether the run fits with the levers; None where it cannot have them."""
+    try:
+        return fits(pull(run, levers))
+    except MemplanError:
+        return None
+
+
+# --- levers ---
+
+
+@few
+@given(RUNS)
+def test_every_proposal_fits_and_no_cheaper_single_lever_is_missing(fields: dict[str, Any]) -> None:
+    run = RunSpec(**fields)
+    found = plan(run)
+    if fits(run):
+        assert found.fits
+        assert found.proposals == ()
+        return
+    assert all(fits(proposal.run) for proposal in found.proposals)
+    proposed = [proposal.levers for proposal in found.proposals]
+    every = levers_of(estimate(run).run)
+    for lever in every:  # an exhaustive search over single levers
+        if alone(run, (lever,)):
+            milder = [other for other in every[: every.index(lever) + 1] if other.group == lever.group]
+            assert any(
+                levers[0].group == lever.group and (levers[0] in milder or lever.group == "sequence")
+                for levers in proposed
+                if len(levers) == 1
+            ), lever
+    tiers = [max(lever.tier for lever in proposal.levers) for proposal in found.proposals]
+    assert tiers == sorted(tiers)
+
+
+@few
+@given(RUNS)
+def test_a_set_needs_every_one_of_its_levers(fields: dict[str, Any]) -> None:
+    run = RunSpec(**fields)
+    for proposal in plan(run).proposals:
+        for lever in proposal.levers:
+            rest = tuple(other for other in proposal.levers if other is not lever)
+            assert not alone(run, rest), [other.title for other in proposal.levers]
+
+
+@ALL
+def test_no_set_holds_one_that_was_left_out_for_there_were_enough() -> None:
+    batch, kernels = {"micro": 16, "sequence": 1024}, {"checkpointing": "none"}
+    run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4", batch=batch, kernels=kernels)
+    for proposal in plan(run, most=1).proposals:
+        for lever in proposal.levers:
+            rest = tuple(other for other in proposal.levers if other is not lever)
+            assert not alone(run, rest), [other.title for other in proposal.levers]
+
+
+@few
+@given(RUNS)
+def test_where_two_levers_do_that_leave_the_result_as_it_is_the_plan_has_such_a_way(
+    fields: dict[str, Any],
+) -> None:
+    run = RunSpec(**fields)
+    if fits(run):
+        return
+    free = [lever for lever in levers_of(estimate(run).run) if lever.tier == 0]
+    pairs = (pair for pair in combinations(free, 2) if pair[0].group != pair[1].group)
+    if any(alone(run, pair) for pair in pairs):
+        assert plan(run).proposals[0].severity == 0
+
+
+@ALL
+def test_what_levers_save_adds_up_and_is_the_difference_of_two_estimates() -> None:
+    found = plan(RunSpec(model="qwen2-7b", method="lora", gpu="3090", batch={"micro": 8}))
+    assert found.best is not None
+    for proposal in found.proposals:
+        assert sum(effect.saves for effect in proposal.effects) == proposal.saves
+        alone_ = estimate(proposal.run).bytes.allocated
+        assert proposal.saves == estimate(found.answer.asked).bytes.allocated - alone_
+        for effect in proposal.effects:
+            peaks = [max(p.peak for p in answer.phases) for answer in (effect.before, effect.after)]
+            assert effect.saves == peaks[0] - peaks[1]
+            assert set(effect.phases) <= {"load", "forward", "loss", "backward", "step"}
+    assert any(len(proposal.levers) > 1 for proposal in found.proposals)
+
+
+@ALL
+def test_the_mildest_of_a_kind_is_proposed_and_sequences_are_as_long_as_they_may_be() -> None:
+    run = RunSpec(model="qwen2-7b", method="lora", gpu="3090", batch={"micro": 8})
+    found = plan(run)
+    [micro] = [p for p in found.proposals if [lever.group for lever in p.levers] == ["batch"]]
+    assert micro.run.batch.micro * micro.run.batch.accumulation == 8
+    assert not fits(changed(run, "batch", micro=2 * micro.run.batch.micro, accumulation=4))
+    [shorter] = [p for p in found.proposals if [lever.group for lever in p.levers] == ["sequence"]]
+    tokens = shorter.run.batch.sequence
+    assert tokens % 64 == 0
+    assert fits(changed(run, "batch", sequence=tokens))
+    assert not fits(changed(run, "batch", sequence=tokens + 64))
+
+
+@ALL
+def test_headroom_is_left_free_and_tight_counts_where_it_is_asked() -> None:
+    run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4", batch={"sequence": 512})
+    assert plan(run).fits
+    left = plan(run, headroom=25 * GIB // 2)
+    assert not left.fits
+    assert left.proposals
+    assert all((p.answer.verdict.headroom or 0) >= 25 * GIB // 2 for p in left.proposals)
+    tight = RunSpec(model="qwen2-7b", method="lora", gpu="rtx-4000-ada")
+    assert estimate(tight).verdict.answer == "tight"
+    assert plan(tight, tight=True).fits
+    assert not plan(tight).fits
+
+
+@pytest.mark.parametrize("headroom", [-1, 80 * GIB])
+def test_headroom_that_no_card_can_leave_is_refused(headroom: int) -> None:
+    with pytest.raises(SpecError, match="headroom"):
+        plan(REFUSED, headroom=headroom)
+
+
+@ALL
+def test_where_nothing_fits_the_nearest_is_named_and_by_how_much_it_misses() -> None:
+    found = memplan.plan(RunSpec(model="qwen2-72b", method="full", gpu="t4"))
+    assert found.proposals == ()
+    assert found.best is None
+    assert found.nearest is not None
+    assert found.nearest.answer.bytes.allocated < found.answer.bytes.allocated
+    assert (found.nearest.answer.verdict.headroom or 0) < 0
+
+
+def test_a_plan_needs_a_gpu() -> None:
+    with pytest.raises(SpecError, match="gpu"):
+        plan(RunSpec(model="qwen2-7b"))
+
+
+def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
+    run = estimate(
+        RunSpec(
+            model="qwen2-7b",
+            precision="amp",
+            optimizer="adamw_torch",
+            kernels={"attention": "eager", "checkpointing": "none", "reentrant": False},
+            batch={"micro": 8},
+        )
+    ).run
+    levers = levers_of(run)
+    assert [lever.tier for lever in levers] == sorted(lever.tier for lever in levers)
+    assert levers[-1].group == "gpus"  # what has to be bought comes last
+    groups = {"optimizer", "loss", "attention", "checkpointing", "batch", "precision", "method", "sequence", "gpus"}
+    assert groups <= {lever.group for lever in levers}
+    for lever in levers:
+        assert lever.severity == max(cost_of(key).severity for key in lever.keys)
+        assert pull(run, (lever,)) != run
+
+
+@ALL
+def test_an_evaluation_that_does_not_fit_is_made_smaller_before_training_is() -> None:
+    evaluation = {"micro": 8, "kept_batches": 4}
+    found = plan(RunSpec(model="qwen2-7b", method="qlora", gpu="3090", also={"evaluation": evaluation}))
+    assert found.best is not None
+    for proposal in found.proposals:
+        if proposal.severity < 3:
+            assert {lever.group for lever in proposal.levers} <= {"evaluation", "kept logits", "what is kept"}
+            before, after = phase_peaks(proposal.before), phase_peaks(proposal.answer)
+            assert after.pop("eval") < before.pop("eval")
+            assert after == before
+    # Of one field's parts each lever changes its own.
+    levers = levers_of(found.answer.run)
+    together = [next(v for v in levers if v.group == g) for g in ("evaluation", "kept logits", "what is kept")]
+    changed_ = pull(found.answer.run, together).also.evaluation
+    assert changed_ == Evaluation(micro=4, kept_batches=4, accumulation=1, preprocess="argmax")
+    assert not {"kept logits", "what is kept"} & {v.group for v in levers_of(pull(found.answer.run, together))}
+
+
+def test_time_is_counted_and_rows_widen_it() -> None:
+    before = estimate(RunSpec(model="qwen2-7b", method="lora", gpu="a100", kernels={"checkpointing": "none"}))
+    [full] = [lever for lever in levers_of(before.run) if lever.keys == ("checkpointing",)]
+    after = estimate(pull(before.asked, (full,)))
+    time = time_of(before, after, (full,))
+    assert time is not None
+    assert time.basis == "derived"
+    # Forward and gradients of inputs are 2 + 2 per frozen parameter; the blocks' forward comes once more.
+    assert 1.2 < time.low <= time.high < 1.5
+    [paged] = [lever for lever in levers_of(before.run) if lever.keys == ("optimizer_paged",)]
+    row = cost_of("optimizer_paged")
+    with_row = time_of(before, estimate(pull(before.asked, (paged,))), (paged,))
+    without = time_of(before, estimate(pull(before.asked, (paged,))), ())
+    assert with_row is not None
+    assert without is not None
+    assert row.low is not None
+    assert row.high is not None
+    assert with_row[:2] == (without.low * row.low, without.high * row.high)
+    assert with_row.basis == "assumed"
+
+
+# --- how far ---
+
+
+@few
+@given(RUNS)
+def test_the_largest_batch_is_what_an_exhaustive_search_finds(fields: dict[str, Any]) -> None:
+    run = RunSpec(**fields)
+    most = reach(run, "batch").value
+    assert isinstance(most, int)
+    held = [n for n in range(1, 41) if fits(changed(run, "batch", micro=n))]
+    assert most > 40 or most == max(held, default=0)
+
+
+@pytest.mark.parametrize(
+    ("held", "looks", "multiple", "most"),
+    [
+        ({*range(1, 11)}, 64, 1, 10),
+        ({*range(1, 11), 13, 17}, 64, 1, 17),  # beyond the first that does not fit
+        ({*range(1, 11), 30}, 64, 1, 10),  # there the tensors alone are too many
+        ({*range(1, 11), 13, 14}, 2, 1, 10),  # two looks: at 20 and 15
+        ({*range(1, 11), 12, 13}, 4, 4, 13),  # looks at multiples of four: at 12, and on from there
+        (set[int](), 64, 1, 0),
+    ],
+)
+def test_what_fits_beyond_the_first_that_does_not_is_found(
+    held: set[int], looks: int, multiple: int, most: int
+) -> None:
+    def tried(n: int) -> Any:
+        gpu = SimpleNamespace(usable=20)
+        return SimpleNamespace(gpu=gpu, fits=n in held, told=lambda usable: False if n > usable else None)
+
+    assert _largest(tried, Demand(), looks, multiple) == most
+
+
+@ALL
+def test_reach_says_what_binds() -> None:
+    run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4")
+    for axis, value in (("batch", largest_batch(run)), ("sequence", largest_sequence(run))):
+        found = reach(run, axis)
+        assert found.value == value
+        assert found.binds == "memory"
+        assert found.answer is not None
+        assert found.answer.fits
+        assert found.beyond is not None
+        assert not found.beyond.fits
+    assert reach(RunSpec(model="gpt2", method="lora", gpu="h100", batch={"sequence": 1024}), "sequence")[1:2] == (1024,)
+    assert reach(RunSpec(model="gpt2", gpu="h100", batch={"sequence": 64}), "sequence").binds == "positions"
+    rank = reach(run, "rank")
+    assert rank.binds == "rank"
+    assert rank.value == 128  # k_proj and v_proj of Qwen2-0.5B are 128 x 896
+
+
+@ALL
+def test_the_largest_model_is_the_largest_of_those_that_fit() -> None:
+    run = RunSpec(model="qwen2-0.5b", method="lora", gpu="gtx-1070-ti")
+    found = reach(run, "model")
+    size = {name: int(load_card(name).card["parameters"]) for name in card_names()}
+    assert fits(run.model_copy(update={"model": found.value}))
+    for name in card_names():
+        if size[name] > size[str(found.value)] and size[name] < 6e9:  # larger ones outgrow 8 GiB by their weights
+            try:
+                assert not fits(run.model_copy(update={"model": name})), name
+            except MemplanError:
+                continue
+
+
+@ALL
+def test_ranks_that_divide_the_weights_hold_a_larger_model() -> None:
+    alone_ = RunSpec(model="qwen2-0.5b", gpu="gtx-1070-ti")
+    together = changed(alone_, "parallelism", world=64, dp=64, strategy="fsdp2")
+    size = [int(load_card(str(reach(run, "model").value)).card["parameters"]) for run in (alone_, together)]
+    assert size[0] * 2 <= find_gpu("gtx-1070-ti").usable < size[1] * 2  # of two bytes each
+
+
+def test_reach_refuses_what_cannot_be_asked() -> None:
+    assert AXES == ("batch", "sequence", "rank", "model")
+    with pytest.raises(UnknownNameError, match="max"):
+        reach(REFUSED, "layers")
+    with pytest.raises(SpecError, match="rank"):
+        reach(REFUSED, "rank")
+    with pytest.raises(SpecError, match="gpu"):
+        reach(RunSpec(model="qwen2-7b"), "batch")
+    with pytest.raises(SpecError, match="gpu"):
+        reach(RunSpec(model="qwen2-7b"), "model")
+    assert reach(RunSpec(model="qwen2-72b", gpu="t4"), "batch")[1:3] == (0, None)
+
+
+@ALL
+def test_the_frontier_is_the_longest_sequence_of_every_batch() -> None:
+    run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4")
+    found = frontier(run)
+    assert [batch for batch, _ in found.longest] == [1 << i for i in range(len(found.longest))]
+    tokens = [tokens for _, tokens in found.longest]
+    assert tokens == sorted(tokens, reverse=True)
+    batch, longest = found.longest[1]
+    assert longest == largest_sequence(changed(run, "batch", micro=batch))
+    assert found.around.verdict is not None
+    for row, (_, longest) in enumerate(found.longest):
+        for column, sequence in enumerate(found.around.axes["sequence"]):
+            assert (found.around.verdict[row, column] == "fits") == (sequence <= longest)
+
+
+# --- the ladder ---
+
+
+def test_the_ladder_starts_plain_and_every_rung_is_an_estimate_of_its_own() -> None:
+    found = ladder(RunSpec(model="qwen2-0.5b", method="qlora", gpu="t4", batch={"micro": 4}))
+    plain = found.plain.run
+    assert (plain.method.kind, plain.precision.autocast, plain.kernels.checkpointing) == ("full", True, "none")
+    assert [rung.lever.keys[0] for rung in found.rungs] == list(RUNGS)
+    assert found.rungs[0].before == found.plain
+    for below, above in zip(found.rungs, found.rungs[1:], strict=False):
+        assert below.after == above.before
+    total = found.plain.bytes.allocated - found.rungs[-1].after.bytes.allocated
+    assert sum(rung.saves for rung in found.rungs) == total
+    assert found.rungs[-1].after.run.method.kind == "qlora"
+
+
+# --- what to buy ---
+
+
+def test_offers_fit_and_come_cheapest_first() -> None:
+    run = RunSpec(model="llama-3.2-1b", method="lora", gpu="t4")
+    found = offers(run, most=12, tokens=10**8)
+    assert len(found.offers) == 12
+    assert found.nearest is None
+    prices = [offer.usd for offer in found.offers if offer.usd is not None]
+    assert prices == sorted(prices)
+    for offer in found.offers:
+        assert offer.answer.run.gpu == offer.gpu.name
+        assert fits(offer.answer.asked)
+        one = pace(work(offer.answer.asked), offer.gpu)
+        assert one is not None
+        if offer.count == 1 and offer.price is not None:
+            assert offer.million == cost(one, offer.price)
+            assert offer.whole == cost(one, offer.price, 10**8)
+
+
+def test_every_card_that_holds_the_run_is_offered() -> None:
+    run = RunSpec(model="llama-3.2-1b", method="lora")
+    found = {offer.gpu.name for offer in offers(run, Wanted(counts=(1,)), most=1000).offers}
+    for gpu in all_gpus()[::9]:
+        assert (gpu.name in found) == fits(run.model_copy(update={"gpu": gpu.name})), gpu.name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "holds"),
+    [
+        (Wanted(vendors=("AMD",)), lambda offer: offer.gpu.vendor == "AMD"),
+        (Wanted(markets=("consumer",)), lambda offer: offer.gpu.market == "consumer"),
+        (Wanted(memory=(20 * GIB, 30 * GIB)), lambda offer: 20 * GIB <= offer.gpu.usable <= 30 * GIB),
+        (Wanted(usd_per_hour=0.3), lambda offer: offer.price is not None and offer.price.low <= 0.3),
+        (Wanted(counts=(2,)), lambda offer: offer.count == 2),
+    ],
+)
+def test_only_what_is_wanted_is_offered(wanted: Wanted, holds: Any) -> None:
+    found = offers(RunSpec(model="llama-3.2-1b", method="lora"), wanted, most=4).offers
+    assert found
+    assert all(map(holds, found))
+
+
+def test_what_is_owned_is_a_limit() -> None:
+    have = owned("2x3090, 1 x a100")
+    assert [(card.gpu, card.count) for card in have] == [(find_gpu("3090"), 2), (find_gpu("a100"), 1)]
+    found = offers(RunSpec(model="llama-3.1-8b", method="lora"), Wanted(owned=have), each=True).offers
+    assert {(offer.gpu.name, offer.count) for offer in found} <= {
+        ("rtx-3090", 1),
+        ("rtx-3090", 2),
+        (find_gpu("a100").name, 1),
+    }
+    assert owned("t4")[0].count == 1
+
+
+@pytest.mark.parametrize(("text", "field"), [("", "have"), ("0x3090", "have"), ("2x", "gpu"), ("2xrtx-9999", "gpu")])
+def test_a_list_of_cards_that_cannot_be_read_is_named(text: str, field: str) -> None:
+    with pytest.raises(MemplanError, match=field):
+        owned(text)
+
+
+def test_contradictory_wishes_are_named() -> None:
+    with pytest.raises(SpecError, match="memory"):
+        offers(REFUSED, Wanted(memory=(2, 1)))
+    with pytest.raises(SpecError, match="buy"):
+        offers(REFUSED, Wanted(vendors=("Intel",), markets=("laptop",), memory=(10**15, None)))
+
+
+def test_where_no_card_does_the_nearest_is_named_and_what_it_lacks() -> None:
+    found = offers(RunSpec(model="qwen2-72b"), Wanted(owned=owned("3090,t4")))
+    assert found.offers == ()
+    assert found.nearest is not None
+    assert found.nearest.gpu == find_gpu("3090")
+    on = estimate(RunSpec(model="qwen2-72b", gpu="3090"))
+    assert found.nearest.lacks == on.least - on.gpu.usable if on.gpu else False
+
+
+def test_several_cards_run_what_one_does_not() -> None:
+    run = RunSpec(model="llama-3.2-1b", precision="amp")
+    assert not fits(run.model_copy(update={"gpu": "rtx-3060-12gb"}))
+    found = offers(run, Wanted(owned=owned("8x3060")))
+    several: list[Offer] = [offer for offer in found.offers if offer.count > 1]
+    assert several
+    assert all(offer.count in COUNTS and offer.strategy != "none" and offer.answer.fits for offer in several)
+    assert all(offer.answer.run.parallelism.world == offer.count for offer in several)
+    row = cost_of("more_gpus")
+    for offer in several:  # each does its part, and all wait for what they send
+        one = pace(work(run.model_copy(update={"gpu": offer.gpu.name})), offer.gpu)
+        assert one is not None
+        assert offer.million is not None
+        assert row.low is not None
+        share = 1_000_000 / (one.tokens * offer.count)
+        assert offer.million.seconds.low == pytest.approx(one.seconds.low * row.low * share)
+
+
+# --- advice ---
+
+
+@ALL
+def test_advice_takes_the_first_step_that_fits_and_hides_no_other() -> None:
+    found = advise(RunSpec(model="qwen2-7b", gpu="3090"))
+    assert [step.answer for step in found.steps] == ["no", "yes", "yes", "not needed"]
+    assert found.best is not None
+    assert found.best.run.method.kind == "lora"
+    for step in found.steps:
+        for choice in step.options:
+            assert choice.fits == fits(choice.run)
+        assert [choice.fits for choice in step.options] == sorted((c.fits for c in step.options), reverse=True)
+    largest = found.best.run.method.rank
+    assert not fits(changed(found.best.run, "method", rank=2 * largest))
+
+
+@ALL
+def test_where_no_method_does_the_least_other_change_is_looked_for() -> None:
+    found = advise(RunSpec(model="qwen2-72b", gpu="t4"))
+    assert [step.answer for step in found.steps[:3]] == ["no", "no", "no"]
+    last = found.steps[3]
+    assert last.answer == "yes"
+    assert last.options[0].fits
+    assert found.best == last.options[0]
+    assert any(choice.run.gpu != "t4" for choice in last.options)  # a rented card
+    assert any(choice.run.model != "qwen2-72b" for choice in last.options)
+
+
+def test_a_pipeline_is_planned_though_levers_change_which_stage_is_the_worst() -> None:
+    run = RunSpec(
+        model="llama-3.2-1b",
+        profile="torchtitan",
+        gpu="a100-80gb",
+        batch={"micro": 8, "sequence": 65536, "accumulation": 2},
+        parallelism={"world": 2, "pp": 2},
+    )
+    found = plan(run)
+    proposal = found.nearest or found.proposals[0]
+    before, after = phase_peaks(found.answer), phase_peaks(proposal.answer)
+    assert before.keys() != after.keys()  # the first stage has no loss
+    for effect in proposal.effects:
+        assert effect.phases.keys() <= phase_peaks(effect.before).keys()

@@ -1,0 +1,141 @@
+"""What a GPU holds while FSDP divides a model, against traces; and where a checkpoint is in host memory meanwhile.
+
+The rows are in tests/golden/traced_loading.jsonl, which tests/golden/trace_loading.py made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import rows
+from memplan import Estimate, RunSpec, estimate
+from memplan.core.errors import SpecError
+from memplan.program.loading import most_at_once
+from memplan.program.training.program import loading_of
+from memplan.report.wording import host
+from memplan.resolve.decide import decide
+from tests.sampling import sampled
+from tests.tiny import TINY
+
+CASES: list[dict[str, Any]] = sampled(rows("traced_loading.jsonl"), 8)
+
+
+def label(case: dict[str, Any]) -> str:
+    p = case["run"]["parallelism"]
+    moved = "-offload" if p.get("offload") else ""
+    sent = "" if p.get("cpu_ram_efficient_loading", True) else "-each"
+    return f"{p['strategy']}{moved}{sent}-w{p['world']}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_a_model_is_divided_as_the_trace_shows(case: dict[str, Any]) -> None:
+    assert estimate(RunSpec(**case["run"])).phases[0].peak == pytest.approx(case["load"], rel=1e-3)
+
+
+@pytest.mark.parametrize("world", [64, 128])
+def test_parts_told_as_one_take_what_they_take_one_by_one(world: int) -> None:
+    """300 rows are 5 for each of 60 ranks of 64, or 3 for each of 100 of 128: the others' parts are padded copies."""
+    run = {
+        "model": {"config": {"model_type": "llama", **TINY["llama"]}},
+        "parallelism": {"world": world, "dp": world, "strategy": "fsdp2"},
+    }
+    structure = decide(RunSpec.model_validate(run)).structure
+    each, together = (list(loading_of(structure, together=way)) for way in (False, True))
+    assert len(together) < len(each)
+    assert most_at_once(together) == most_at_once(each)
+
+
+def test_a_buffer_without_elements_takes_no_storage() -> None:
+    """A head of one dimension, of which half is rotated: no frequency is left."""
+    assert most_at_once([(0, 0), (1, 512), (2, 0), (1, 0), (3, 256)]) == 512
+    model = {"config": {"model_type": "glm4", **TINY["glm4"], "head_dim": 1}}
+    run = RunSpec.model_validate({"model": model, "parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}})
+    assert any(bytes_ == 0 for _, bytes_ in loading_of(decide(run).structure))
+    assert estimate(run).bytes.reserved > 0
+
+
+# in host memory
+
+PARAMETERS = 494_032_768  # of qwen2-0.5b, which is stored in bf16
+EFFICIENT = "cpu_ram_efficient_loading"
+
+
+def asked(strategy: str = "ddp", world: int = 4, **fields: Any) -> Estimate:
+    more = fields.pop("parallelism", {})
+    parallelism = {"world": world, "dp": world, "strategy": strategy, **more}
+    return estimate(RunSpec(**{"model": "qwen2-0.5b", **fields, "parallelism": parallelism}))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp", "fsdp2"])
+def test_a_checkpoint_in_its_own_dtype_is_mapped_and_shared_by_all_of_a_node(strategy: str) -> None:
+    load = asked(strategy).host.phases[0]
+    assert (load.phase, load.rank, load.node) == ("load", 0, 0)
+    assert load.mapped == 2 * PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("strategy", "how", "processes"),
+    [
+        ("ddp", {}, 4),
+        ("fsdp", {EFFICIENT: False}, 4),
+        ("fsdp", {}, 1),
+        ("fsdp2", {EFFICIENT: False}, 4),
+        ("fsdp2", {}, 1),
+    ],
+)
+def test_in_another_dtype_it_is_memory_of_every_process_that_loads_it(
+    strategy: str, how: dict[str, Any], processes: int
+) -> None:
+    load = asked(strategy, precision="fp32", parallelism=how).host.phases[0]
+    assert load.rank == 4 * PARAMETERS
+    assert load.node == processes * load.rank
+
+
+def test_fsdp2_casts_what_trains_on_the_host_and_fsdp1_on_the_gpu() -> None:
+    autocast = {"weights": "bf16", "autocast": True}
+    assert asked("fsdp2", precision=autocast).host.phases[0].rank == 4 * PARAMETERS
+    assert asked("fsdp", precision=autocast).host.phases[0].rank == 0
+
+
+def test_quantised_weights_and_those_that_zero_divides_pass_the_host_by() -> None:
+    assert asked("ddp", method="qlora", precision="fp32").host.phases[0].rank == 0
+    assert asked("zero3", precision="fp32").host.phases[0].rank == 0
+    whole = {"zero": {"zero3_init_flag": False}}
+    assert asked("zero3", precision="fp32", parallelism=whole).host.phases[0].rank == 4 * PARAMETERS
+
+
+def test_parts_that_are_offloaded_are_there_with_the_model_until_it_is_divided() -> None:
+    moved = {"offload": {"parameters": True}}
+    four = asked("fsdp2", 4, precision="fp32", parallelism=moved).host.phases[0]
+    assert four.rank == 4 * PARAMETERS + PARAMETERS
+    assert four.node == 4 * PARAMETERS + 4 * PARAMETERS
+    eight = asked("fsdp", 8, precision="fp32", parallelism=moved).host
+    assert eight.phases[0].rank == 4 * PARAMETERS
+    assert eight.peak.phase == "step"
+
+
+def test_a_node_has_as_many_processes_as_it_is_said_to_and_eight_at_most_otherwise() -> None:
+    moved = {"offload": {"parameters": True}}
+    usual, two, few = (
+        asked("fsdp2", world, parallelism={**moved, **more})
+        for world, more in ((16, {}), (16, {"gpus_per_node": 2}), (4, {}))
+    )
+    assert [a.host.ranks for a in (usual, two, few)] == [8, 2, 4]
+    assert two.host.phases[1].node == 2 * two.host_bytes
+    assert usual.host_bytes == two.host_bytes
+    assert "the 8 of a node, most in the steps" in host(usual)
+    assert host(asked("ddp")) == ""
+
+
+def test_nodes_that_the_gpus_do_not_fill_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"parallelism\.gpus_per_node: 12 GPUs are not nodes of 8"):
+        asked("ddp", 12, parallelism={"gpus_per_node": 8})
+    with pytest.raises(SpecError, match="one GPU shares its host"):
+        estimate(RunSpec(model="qwen2-0.5b", parallelism={"gpus_per_node": 2}))
+
+
+def test_another_framework_is_not_said_to_load_as_transformers_does() -> None:
+    assert [p.phase for p in asked("ddp", profile="torchtitan").host.phases] == ["step"]
+    assert [p.phase for p in asked("ddp").host.phases] == ["load", "step"]

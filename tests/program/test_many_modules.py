@@ -1,0 +1,267 @@
+"""Models of many modules: what an estimate takes grows no faster than their number, and leaves nothing out."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from operator import ge, mul
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memplan import RunSpec, estimate
+from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.core.errors import ConfigError
+from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.engine.record import FREED, Event, Recorded, Stretch, unrolled
+from memplan.engine.walk import ONE, Term, Variable, chain, largest, prune, rows, size, values, without_midpoints
+from memplan.estimate.usage import Usage, around_of
+from memplan.program.graph import built
+from memplan.program.training.program import PHASES, pass_of
+from memplan.program.training.replay import LONG_PASS, replay_stretches
+from memplan.program.training.replay import pass_of as recording_of
+from memplan.resolve.decide import decide
+from tests.encoders import SMALL
+from tests.estimate.test_laws import laws
+from tests.tiny import TINY
+
+MIB, GIB = 2**20, 2**30
+
+
+def mixture(experts: int) -> RunSpec:
+    """A run of a small mixture whose experts are modules, with adapters on every linear layer."""
+    config = {"model_type": "qwen3_moe", **TINY["qwen3_moe"], "num_experts": experts}
+    fields = {"profile": "llamafactory", "method": {"kind": "lora"}, "batch": {"sequence": 64}}
+    return RunSpec.model_validate({"model": {"config": config}, **fields})
+
+
+def candidates(run: RunSpec) -> dict[str, int]:
+    """How many moments of each phase are compared with each other."""
+    structure = decide(run).structure
+    low, axes = pass_of(structure), built(structure.graph)[1]
+    sizes = [size(key[0], key[1], axes) for key in low.sizes]
+    variables = (ONE, *sorted({v for v, _ in sizes} - {ONE}))
+    every = rows(low.moments, low.runs, axes, sizes, variables)
+    of_phase: dict[str, dict[tuple[int, ...], None]] = {phase: {} for phase in PHASES}
+    for row, moment in zip(every, low.moments, strict=True):
+        of_phase[moment.phase][row] = None
+    return {phase: len(without_midpoints(list(distinct))) for phase, distinct in of_phase.items()}
+
+
+def test_experts_in_a_loop_add_no_candidates_for_the_peak() -> None:
+    few, many = candidates(mixture(16)), candidates(mixture(64))
+    assert all(many[phase] <= few[phase] for phase in PHASES)
+
+
+def stored(recording: Recorded) -> int:
+    """How many events of the forward pass a recording has in memory."""
+    return sum({id(stretch.events): len(stretch.events) for stretch in recording.forward}.values())
+
+
+def test_experts_that_keep_nothing_are_recorded_once() -> None:
+    few, many = (recording_of(decide(mixture(n)).structure, later=False) for n in (8, 64))
+    assert stored(few) == stored(many)
+    assert len([*unrolled(many.forward)]) > 4 * len([*unrolled(few.forward)])
+
+
+def test_layers_left_out_are_recorded_once() -> None:
+    config = {"model_type": "llama", **TINY["llama"]}
+    runs = (RunSpec.model_validate({"model": {"config": {**config, "num_hidden_layers": n}}}) for n in (8, 80))
+    few, many = (recording_of(decide(run).structure, later=False) for run in runs)
+    assert stored(few) == stored(many)
+    assert len([*unrolled(many.forward)]) > 8 * len([*unrolled(few.forward)])
+
+
+def test_moments_of_layers_that_differ_share_what_is_alive_in_the_others() -> None:
+    """Counts that moments hold: those of other layers are held once for many moments."""
+    held: list[int] = []
+    for n in (24, 48):
+        kinds = ["full_attention" if i * i % 7 < 3 else "sliding_attention" for i in range(n)]
+        config = {"model_type": "gemma3_text", **TINY["gemma3_text"], "num_hidden_layers": n, "layer_types": kinds}
+        low = pass_of(decide(RunSpec.model_validate({"model": {"config": config}})).structure)
+        shared = {id(counts): len(counts) for m in low.moments for counts in (m.shared, *m.per_copy.values())}
+        held.append(sum(shared.values()) + sum(len(m.changes) for m in low.moments))
+    assert held[1] < 3 * held[0]
+
+
+GEMMA = {"model_type": "gemma3_text", **TINY["gemma3_text"]}
+IN_NO_ORDER = ["full_attention" if i * i * i % 11 < 5 else "sliding_attention" for i in range(900)]
+MODULES = {"model_type": "qwen3_moe", **TINY["qwen3_moe"], "experts_implementation": "modules"}
+TOO_MANY: dict[str, tuple[dict[str, Any], str, str]] = {
+    "layers": ({"num_hidden_layers": 1_001}, "num_hidden_layers", "from 1 to 1,000, not 1001"),
+    "layers that differ": (
+        {"num_hidden_layers": 900, "layer_types": [kind for kind in IN_NO_ORDER for _ in range(2)][:900]},
+        "num_hidden_layers",
+        "of the 900 layers repeat no pattern before them, and at most 192",
+    ),
+    "experts in a layer": ({**MODULES, "num_experts": 513}, "num_experts", "513 in each of 2 layers"),
+    "experts in all": ({**MODULES, "num_experts": 500, "num_hidden_layers": 40}, "num_experts", "16,384 in all"),
+    "decoder layers": (
+        {"model_type": "t5", **SMALL["t5"], "num_decoder_layers": 2_000},
+        "num_decoder_layers",
+        "from 1 to 1,000",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "field", "text"), TOO_MANY.values(), ids=TOO_MANY)
+def test_more_than_can_be_estimated_one_by_one_is_refused_by_name(
+    config: dict[str, Any], field: str, text: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        estimate(RunSpec.model_validate({"model": {"config": {**GEMMA, **config}}, "batch": {"sequence": 64}}))
+    assert refused.value.field == field
+    assert text in str(refused.value)
+
+
+# Loops, replayed
+
+
+CALLS = st.lists(st.tuples(st.booleans(), st.integers(1, 24 * MIB)), max_size=40)
+
+
+def run_calls(allocator: Allocator, calls: list[tuple[bool, int]]) -> list[Block]:
+    """Allocate, or free one of the blocks that are left."""
+    alive: list[Block] = []
+    for frees, asked in calls:
+        if frees and alive:
+            allocator.free(alive.pop(asked % len(alive)))
+        else:
+            alive.append(allocator.alloc(asked))
+    return alive
+
+
+def loop_of(calls: list[tuple[bool, int]]) -> tuple[tuple[Event, ...], list[int]]:
+    """The events of a loop's body that frees all it allocates, and the bytes of its sizes."""
+    events: list[Event] = []
+    alive: list[int] = []
+    bytes_: list[int] = []
+    for frees, asked in calls:
+        if frees and alive:
+            events.append((alive.pop(asked % len(alive)), FREED))
+        else:
+            alive.append(len(bytes_))
+            events.append((alive[-1], len(bytes_)))
+            bytes_.append(asked)
+    return (*events, *((number, FREED) for number in alive)), bytes_
+
+
+@laws
+@given(CALLS, CALLS, st.integers(2, 6), st.booleans(), st.none() | st.integers(100, 600))
+def test_a_loop_leaves_the_allocator_as_all_its_iterations_would(
+    before: list[tuple[bool, int]], body: list[tuple[bool, int]], times: int, expandable: bool, mib: int | None
+) -> None:
+    events, bytes_ = loop_of(body)
+    loop = Stretch(events, times=times)
+    found: list[Any] = []
+    for stretch in (loop, Stretch(tuple(unrolled((loop,))))):
+        allocator = Allocator(expandable, mib and mib * MIB)
+        try:
+            run_calls(allocator, before)
+            replay_stretches((stretch,), bytes_, [0] * len(bytes_), allocator, {})
+            found.append((allocator.allocated, allocator.reserved, allocator.peak_reserved))
+            found[-1] += tuple((block.start, block.size) for block in run_calls(allocator, before))
+        except OutOfMemoryError:
+            found.append((allocator.allocated, allocator.peak_reserved))
+    assert found[0] == found[1]
+
+
+# Moments that cannot be the peak
+
+VARIABLES = (ONE, Variable(("b", "s")), Variable(("b", "s"), 3, 2), Variable(("b", "s"), 1, 4, 3), Variable(("x",)))
+ROW = st.tuples(*[st.integers(-3, 12)] * len(VARIABLES))
+
+
+@st.composite
+def moments(draw: st.DrawFn) -> list[tuple[int, ...]]:
+    """Rows of which some come in loops: each iteration has as many more of everything as the one before it."""
+    out: list[tuple[int, ...]] = []
+    for body in draw(st.lists(st.lists(ROW, min_size=1, max_size=3), max_size=5)):
+        times, more = draw(st.sampled_from([1, 1, 2, 5])), draw(ROW)
+        out += [tuple(n + i * m for n, m in zip(row, more, strict=True)) for i in range(times) for row in body]
+    return out or [draw(ROW)]
+
+
+def compared_with_all(candidates: list[tuple[int, ...]]) -> list[int]:
+    """The moments that none before them, in order of the sums that `prune` sorts by, is at least as large as."""
+    products = chain(VARIABLES)
+    on_chain = [v.axes in products and v.per == 1 for v in VARIABLES]
+
+    def sums(row: tuple[int, ...]) -> list[int]:
+        linear = [0] * len(products)
+        for v, inside, n in zip(VARIABLES, on_chain, row, strict=True):
+            if inside:
+                linear[products.index(v.axes)] += n * v.factor * (v.itemsize or 1)
+        return [*accumulate(linear)]
+
+    def at_least(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
+        of_both = list(zip(VARIABLES, on_chain, large, small, strict=True))
+        slack = 511 * sum(max(0, n - m) for v, inside, m, n in of_both if inside and v.itemsize)
+        apart = all(m >= n for _, inside, m, n in of_both if not inside)
+        return apart and all(map(ge, sums(large), sums(small))) and sums(large)[-1] >= sums(small)[-1] + slack
+
+    in_order = sorted(dict.fromkeys(candidates), key=sums, reverse=True)
+    return [
+        candidates.index(row)
+        for i, row in enumerate(in_order)
+        if not any(at_least(other, row) for other in in_order[:i])
+    ]
+
+
+@laws
+@given(st.lists(ROW, min_size=1, max_size=12, unique=True))
+def test_pruning_keeps_what_comparing_each_with_all_others_keeps(candidates: list[tuple[int, ...]]) -> None:
+    kept = [term.moment for term in prune(((row, i) for i, row in enumerate(candidates)), VARIABLES)]
+    if len(without_midpoints(candidates)) == len(candidates):
+        assert kept == compared_with_all(candidates)
+
+
+@laws
+@given(moments(), st.integers(1, 4), st.integers(1, 999), st.integers(0, 9))
+def test_pruning_keeps_the_first_of_the_largest_moments(
+    candidates: list[tuple[int, ...]], b: int, s: int, x: int
+) -> None:
+    every = {i: candidates[i] for i in compared_with_all(candidates)}
+    numbers = values(VARIABLES, {"b": b, "s": s, "x": x})
+    totals = {i: sum(map(mul, row, numbers)) for i, row in every.items()}
+    terms: tuple[Term, ...] = prune(((row, i) for i, row in enumerate(candidates)), VARIABLES)
+    products = values([Variable(axes) for axes in chain(VARIABLES)], {"b": b, "s": s, "x": x})
+    most = max(totals.values())
+    assert largest(terms, numbers, products) == (most, next(i for i, total in totals.items() if total == most))
+
+
+class Long:
+    """Allocations of which a replay takes long: 20 GiB are reserved on a card with room."""
+
+    is_long = True
+
+    def reserved(self, capacity: int | None = None) -> int | None:
+        assert capacity is None, "a full card is not replayed"
+        return 20 * GIB
+
+    def apart(self) -> int:
+        return 10 * GIB
+
+    def beside(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("card", "tensors", "answer"), [("3090", 10, "fits"), ("t4", 10, "tight"), ("t4", 15, "does not fit")]
+)
+def test_a_long_replay_is_run_with_room_alone_and_a_card_below_that_is_tight(
+    card: str, tensors: int, answer: str
+) -> None:
+    gpu = find_gpu(card)
+    usage = Usage(Long(), 8 * GIB, 8 * GIB, tensors * GIB, gpu, around_of(gpu, (), None))
+    assert usage.answer == answer
+    assert usage.reserved == (gpu.usable - around_of(gpu, (), None).context if answer == "tight" else 20 * GIB)
+
+
+def test_adapters_on_thousands_of_experts_are_long_and_a_dense_model_is_not() -> None:
+    dense, mixture = (
+        recording_of(decide(RunSpec(model=model, method="lora")).structure, later=False).length
+        for model in ("qwen2-7b", "deepseek-moe-16b")
+    )
+    assert 5 * dense < LONG_PASS < mixture

@@ -1,0 +1,223 @@
+"""Nothing a run says is ignored: what is not supported, or could change nothing, is an error that names its field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memplan import MemplanError, RunSpec, estimate
+from memplan.catalogue.optimizers.states import optimizer_names
+from memplan.spec.parallelism import Parallelism
+from memplan.spec.training import LATER_METHODS, Loop, Method, Optimizer, Precision
+
+
+def refused(**fields: Any) -> MemplanError:
+    with pytest.raises(MemplanError) as caught:
+        estimate(RunSpec(**{"model": "qwen2-0.5b", **fields}))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(caught.value.field)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+NOT_YET: list[tuple[dict[str, Any], str]] = [
+    ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism.dp"),
+    ({"task": "generate", "kernels": {"compile": True}}, "kernels.compile"),
+    ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
+    ({"kernels": {"compile": True}}, "kernels.compile"),
+    ({"precision": {"compute": "fp8"}}, "precision.compute"),
+    ({"precision": {"compute": "float8"}}, "precision.compute"),
+    (
+        {"method": {"kind": "qlora", "quantization": {"format": "fp8", "block_size": 64}}},
+        "method.quantization.block_size",
+    ),
+    ({"method": {"kind": "qlora", "quantization": {"storage": "bf16"}}}, "method.quantization.storage"),
+    ({"method": {"kind": "lora", "options": {"bias": "all"}}}, "method.options.bias"),
+    ({"method": {"kind": "lora", "targets": ["model.layers.0.self_attn.q_proj"]}}, "method.targets"),
+    ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
+    ({"parallelism": {"world": 2, "tp": 2}, "method": "dora"}, "method.kind"),
+    ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
+    ({"parallelism": {"world": 2, "dp": 2, "strategy": "ddp", "offload": {"optimizer": True}}}, "parallelism.offload"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field"), NOT_YET)
+def test_what_is_known_and_not_supported_yet_says_so(fields: dict[str, Any], field: str) -> None:
+    error = refused(**fields)
+    assert error.field == field
+    assert "supported yet" in str(error)
+
+
+def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> None:
+    assert str(refused(parallelism={"world": 8, "dp": 3, "strategy": "ddp"})) == (
+        "parallelism.world: a world of 8 GPUs is not dp 3 x tp 1 x pp 1 x cp 1 = 3"
+    )
+
+
+@pytest.mark.parametrize(
+    "field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "pp", "tp", "cp")]
+)
+def test_no_field_of_parallelism_is_ignored(field: str) -> None:
+    words: dict[str, Any] = {
+        "sequence_parallel": True,
+        "zero": {"reduce_bucket_size": 2},
+        "backward_prefetch": "post",
+        "cpu_ram_efficient_loading": False,
+        "reshard_after_forward": False,
+        "schedule": "gpipe",
+        "ends_as_layers": True,
+        "context": "ulysses",
+        "device_map": "auto",
+    }
+    value = words.get(field, Parallelism.model_fields[field].default is False or 2)
+    assert refused(parallelism={field: value}).field == f"parallelism.{field}"
+
+
+@pytest.mark.parametrize("kind", sorted(LATER_METHODS))
+def test_the_other_methods_of_peft_are_known_and_refused(kind: str) -> None:
+    for written in (kind, kind.upper(), kind.replace("_", "-")):
+        error = refused(method=written)
+        assert error.field == "method.kind"
+        assert "not supported yet; supported: full, freeze, lora" in str(error)
+
+
+def test_peft_has_no_method_that_is_an_unknown_name() -> None:
+    peft = pytest.importorskip("peft")
+    assert {kind.value.lower() for kind in peft.PeftType} - LATER_METHODS == {"lora"}
+
+
+@pytest.mark.parametrize("kind", ["generate", "forward"])
+def test_a_task_is_no_method(kind: str) -> None:
+    assert "task" in str(refused(method=kind))
+
+
+def test_a_quantised_head_needs_a_weight_of_its_own_and_a_loss_that_takes_it() -> None:
+    qlora = {"kind": "qlora", "quantization": {"skip": []}}
+    for fields in ({"model": "llama-3.2-1b"}, {"model": "llama-3.1-8b", "kernels": {"loss": "fused"}}):
+        assert refused(**fields, method=qlora).field == "method.quantization.skip"
+
+
+ADAPTER_FIELDS: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 32.0,
+    "targets": ["q_proj"],
+    "dropout": 0.1,
+    "modules_to_save": ["lm_head"],
+    "adapter_dtype": "bf16",
+    "options": {"use_rslora": True},
+}
+
+
+@pytest.mark.parametrize(("field", "value"), ADAPTER_FIELDS.items())
+@pytest.mark.parametrize("kind", ["full", "freeze"])
+def test_what_is_said_of_adapters_needs_some(kind: str, field: str, value: Any) -> None:
+    error = refused(method={"kind": kind, field: value})
+    assert error.field == f"method.{field}"
+    assert "lora, qlora, dora, qdora have" in str(error)
+    assert estimate(RunSpec(model="qwen2-0.5b", method={"kind": "lora", field: value})).bytes.allocated > 0
+
+
+def test_every_field_of_a_method_is_for_adapters_or_checked_otherwise() -> None:
+    assert set(Method.model_fields) == {*ADAPTER_FIELDS, "kind", "trainable_layers", "frozen", "quantization"}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora", "dora", "qdora"])
+def test_layers_that_train_are_counted_for_freeze_only(kind: str) -> None:
+    assert refused(method={"kind": kind, "trainable_layers": 3}).field == "method.trainable_layers"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_cache_of_keys_and_values_changes_no_memory(checkpointing: str) -> None:
+    plain, cached = (
+        estimate(RunSpec(model="qwen2-0.5b", kernels={"checkpointing": checkpointing}, loop={"use_cache": on}))
+        for on in (False, True)
+    )
+    assert plain.phases == cached.phases
+
+
+def test_rank_stabilised_lora_changes_no_memory() -> None:
+    plain, stabilised = (
+        estimate(RunSpec(model="qwen2-0.5b", method={"kind": "lora", "options": options}))
+        for options in ({}, {"use_rslora": True})
+    )
+    assert plain.phases == stabilised.phases
+    assert refused(method={"kind": "lora", "options": {"use_rslora": "yes"}}).field == "method.options.use_rslora"
+    assert "method.kind dora" in str(refused(method={"kind": "lora", "options": {"use_dora": True}}))
+
+
+@pytest.mark.parametrize(
+    ("precision", "field"),
+    [
+        ({"compute": "fp16"}, "precision.compute"),
+        ({"weights": "fp32", "compute": "bf16"}, "precision.compute"),
+        ({"autocast": True, "compute": "fp32"}, "precision.compute"),
+        ({"weights": "fp32", "autocast": True, "compute": "fp32"}, "precision.compute"),
+        ({"master": "bf16"}, "precision.master"),
+        ({"weights": "fp32", "master": "fp32"}, "precision.master"),
+    ],
+)
+def test_a_dtype_that_nothing_would_be_in_is_refused(precision: dict[str, Any], field: str) -> None:
+    assert refused(precision=precision).field == field
+
+
+def test_four_bit_layers_compute_in_a_dtype_of_their_own() -> None:
+    run = RunSpec(model="qwen2-0.5b", method="qlora", precision={"weights": "fp16", "compute": "bf16"})
+    assert estimate(run).run.precision.compute == "bf16"
+
+
+def test_the_answers_own_run_is_never_refused() -> None:
+    for fields in ({"method": "qlora"}, {"precision": "mixed"}, {"method": "freeze"}, {"optimizer": "adamw_8bit"}):
+        answer = estimate(RunSpec(model="qwen2-0.5b", **fields))
+        assert estimate(RunSpec.model_validate_json(answer.run.model_dump_json())).phases == answer.phases
+
+
+def test_the_run_says_how_many_layers_are_there_to_train() -> None:
+    run = estimate(RunSpec(model="qwen2-0.5b", method={"kind": "freeze", "trainable_layers": 999})).run
+    assert run.method.trainable_layers == 24
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_a_setting_of_the_optimizer_changes_something_or_is_refused(name: str) -> None:
+    def phases(**settings: Any) -> Any:
+        run = RunSpec(model="qwen2-0.5b", optimizer={"name": name, **settings})
+        try:
+            return estimate(run).phases
+        except MemplanError as error:
+            return error.field
+
+    plain = phases()
+    for setting, values in {"momentum": (0.9,), "state_dtype": ("fp32", "fp16"), "foreach": (True,)}.items():
+        found = [phases(**{setting: value}) for value in values]
+        said = found == [f"optimizer.{setting}"] * len(values)
+        default = setting == "foreach" and name in ("adamw_torch", "sgd", "adagrad", "rmsprop")
+        assert said or default or any(phase != plain for phase in found), (setting, found)
+
+
+def test_a_dotted_name_means_the_modules_it_ends() -> None:
+    def phases(**method: Any) -> Any:
+        return estimate(RunSpec(model="qwen2-0.5b", method={"kind": "lora", **method})).phases
+
+    assert phases(targets=["self_attn.q_proj"]) == phases(targets=["q_proj"])
+    assert phases(modules_to_save=["mlp.up_proj"]) == phases(modules_to_save=["up_proj"])
+    both = RunSpec(model="gpt2", method={"kind": "lora", "targets": ["mlp.c_proj"]}, batch={"sequence": 64})
+    with pytest.raises(MemplanError, match=r"'mlp.c_proj' is not every c_proj"):
+        estimate(both)
+
+
+def test_names_of_modules_are_checked_wherever_they_are_given() -> None:
+    skip = refused(method={"kind": "qlora", "quantization": {"skip": ["lm_head", "o_prj"]}})
+    assert (skip.field, "o_proj" in str(skip)) == ("method.quantization.skip", True)
+    assert "stands alone" in str(refused(method={"kind": "lora", "targets": ["all-linear", "q_proj"]}))
+    assert "did you mean all-linear" in str(refused(method={"kind": "lora", "targets": ["all_linear"]}))
+
+
+def test_the_defaults_are_never_refused() -> None:
+    parts = {"method": Method(), "precision": Precision(), "optimizer": Optimizer(), "loop": Loop()}
+    assert estimate(RunSpec(model="qwen2-0.5b", **parts)).bytes.allocated > 0  # type: ignore[arg-type]
+
+
+def test_a_loss_in_chunks_of_the_head_is_refused_under_autocast() -> None:
+    error = refused(kernels={"loss": "chunked_lm_head"}, precision={"autocast": True})
+    assert error.field == "kernels.loss"
+    assert "autocast" in str(error)
